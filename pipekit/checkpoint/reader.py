@@ -1,0 +1,52 @@
+"""Reading a checkpoint's tensors, one at a time, straight from the mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import WEIGHTS, Manifest, load_manifest
+from pipekit.errors import CheckpointError
+
+
+class CheckpointReader:
+    """A whole checkpoint, open for reading.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        CheckpointError: if it is not there, or cut short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest = load_manifest(path)
+        self._files: dict[str, Any] = {}
+
+    def tensor(self, name: str, kind: str = WEIGHTS) -> Tensor:
+        """Return a logical tensor's weights, or one of its optimizer states.
+
+        Raises:
+            CheckpointError: if the checkpoint does not hold it.
+        """
+        entry = self.manifest.tensors.get(name)
+        if entry is None or kind not in entry.files:
+            raise CheckpointError(f"{self.path}: holds no {kind} of {name!r}; it was written by another model")
+        file_name = entry.files[kind]
+        try:
+            if file_name not in self._files:
+                self._files[file_name] = safe_open(self.path / file_name, framework="pt", device="cpu")
+            tensor: Tensor = self._files[file_name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file_name}: damaged ({error})") from None
+        return tensor
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every logical tensor's name and weights."""
+        for name in self.manifest.tensors:
+            yield name, self.tensor(name)

@@ -1,0 +1,45 @@
+"""The configuration of a run: its typed sections, and how it is read from YAML."""
+
+from pipekit.config.batch import BatchPlan, plan_batch
+from pipekit.config.compare import conflicting_keys
+from pipekit.config.json_schema import config_json_schema
+from pipekit.config.load import load_config, parse_config, update_config
+from pipekit.config.model import PRESETS, CustomModelConfig, GPTConfig, ModelConfig
+from pipekit.config.resolve import resolve_layout
+from pipekit.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SchedulerConfig,
+    TrainConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "BatchPlan",
+    "CheckpointConfig",
+    "Config",
+    "CustomModelConfig",
+    "DataConfig",
+    "GPTConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "config_json_schema",
+    "conflicting_keys",
+    "load_config",
+    "parse_config",
+    "plan_batch",
+    "resolve_layout",
+    "update_config",
+]

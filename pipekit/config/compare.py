@@ -1,0 +1,39 @@
+"""Whether two configurations describe the same run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipekit.config.schema import Config
+
+
+def conflicting_keys(saved: Config, new: Config) -> list[str]:
+    """Return the keys in which `new` describes another run than `saved`, so that it cannot go on from it.
+
+    These are the model, the data, `train.sequence_length` and `train.seed`. Everything else, such as the layout,
+    the number of steps or the learning rate, may change from one start to the next. A `model.vocab_size` of
+    `auto` agrees with any number, and the name of a preset does not matter, only its sizes.
+
+    Args:
+        saved: the configuration that the run folder holds.
+        new: the configuration to go on with.
+    """
+    before, after = _identity(saved), _identity(new)
+    if "auto" in (before.get("model.vocab_size"), after.get("model.vocab_size")):
+        before.pop("model.vocab_size", None)
+        after.pop("model.vocab_size", None)
+    keys = [*before, *(key for key in after if key not in before)]
+    absent = object()
+    return [key for key in keys if before.get(key, absent) != after.get(key, absent)]
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    values = {f"model.{key}": value for key, value in config.model.model_dump(exclude={"preset"}).items()}
+    values |= {
+        f"data.{key}": value for key, value in config.data.model_dump(exclude={"cache_dir", "source"}).items()
+    }
+    values["data.source"] = config.data.sources
+    values["train.sequence_length"] = config.train.sequence_length
+    values["train.seed"] = config.train.seed
+    return values

@@ -1,0 +1,159 @@
+"""The configuration keys of DeepSpeed 0.19, so that a misspelt one is refused: DeepSpeed itself ignores it.
+
+The table holds names alone; DeepSpeed checks the values. A test compares it with the installed DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipekit.config.base import Fault, alternatives
+from pipekit.config.suggest import closest
+
+KeyTree = dict[str, "KeyTree | None"]
+"""Keys of a section; None means that whatever stands under the key is taken as it is."""
+
+
+def _keys(names: str, **sections: KeyTree) -> KeyTree:
+    return {**dict.fromkeys(names.split()), **sections}
+
+
+_OFFLOAD_OPTIMIZER = _keys(
+    "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
+    "cpuadam_cores_perc"
+)
+
+DEEPSPEED_KEYS: KeyTree = _keys(
+    # Batch, optimizer, precision: pipekit sets these (see OWNED_KEYS).
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
+    "optimizer scheduler gradient_clipping steps_per_print pipeline tensor_parallel expert_parallel wandb tensorboard "
+    # Plain values.
+    "dump_state disable_python_gc disable_allgather communication_data_type seq_parallel_communication_data_type "
+    "prescale_gradients gradient_predivide_factor gradient_allreduce_op zero_allow_untested_optimizer "
+    "zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown use_data_before_expert_parallelism "
+    "dataloader_drop_last log_level vocabulary_size "
+    # Sections that are taken as they are.
+    "data_efficiency weight_quantization datastates_ckpt autotuning hybrid_engine",
+    zero_optimization=_keys(
+        "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
+        "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
+        "elastic_checkpoint sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload "
+        "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
+        "stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save "
+        "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
+        "stage3_gather_fp16_weights_on_model_save ignore_unused_parameters legacy_stage1 round_robin_gradients "
+        "parameter_alignment zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights "
+        "zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
+        "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
+        offload_param=_keys("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
+        offload_optimizer=_OFFLOAD_OPTIMIZER,
+        zenflow=_keys(
+            "topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
+            "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch"
+        ),
+        leaf_module=_keys("classes names name_suffixes"),
+    ),
+    fp16=_keys(
+        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+        "min_loss_scale fp16_master_weights_and_grads"
+    ),
+    bf16=_keys(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    torch_autocast=_keys("enabled dtype lower_precision_safe_modules"),
+    data_types=_keys("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    activation_checkpointing=_keys(
+        "partition_activations contiguous_memory_optimization cpu_checkpointing number_checkpoints "
+        "synchronize_checkpoint_boundary profile"
+    ),
+    comms_logger=_keys("enabled prof_all prof_ops verbose debug"),
+    flops_profiler=_keys(
+        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
+    ),
+    csv_monitor=_keys("enabled output_path job_name"),
+    comet=_keys(
+        "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
+    ),
+    checkpoint=_keys(
+        "tag_validation checkpoint_serialization writer load_universal use_node_local_storage parallel_write"
+    ),
+    aio=_keys("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
+    timers=_keys("", throughput=_keys("enabled synchronized")),
+    compile=_keys(
+        "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
+        "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log offload_parameters "
+        "sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors "
+        "keep_all_input_tensors passes"
+    ),
+)
+"""Every key that DeepSpeed 0.19 reads."""
+
+OWNED_KEYS: dict[str, str] = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "optimizer": "the optimizer section",
+    "scheduler": "the scheduler section",
+    "gradient_clipping": "train.gradient_clipping",
+    "steps_per_print": "logging.interval",
+    "pipeline": "parallel.pp, parallel.partition and train.activation_checkpointing",
+    "tensor_parallel": "parallel.tp",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+    "zero_optimization.stage": "parallel.zero",
+    "fp16.enabled": "train.precision=fp16",
+    "bf16.enabled": "train.precision=bf16",
+    "torch_autocast": "train.precision",
+    "checkpoint": "the checkpoint section",
+}
+"""Keys that pipekit sets, and where in a pipekit configuration they are set."""
+
+UNSUPPORTED_KEYS: dict[str, str] = {
+    "expert_parallel": "expert parallelism is not available yet",
+    "autotuning": "DeepSpeed's autotuner starts runs of its own",
+    "hybrid_engine": "pipekit trains with its own pipeline engine",
+    "data_efficiency": "pipekit reads the data itself",
+}
+"""Keys that cannot take effect under pipekit, and why."""
+
+
+def check_deepspeed_keys(section: dict[str, Any]) -> Iterator[Fault]:
+    """Yield a fault for each key that DeepSpeed does not know, or that pipekit sets itself."""
+    yield from _check(section, DEEPSPEED_KEYS, ())
+
+
+def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...]) -> Iterator[Fault]:
+    for key, value in section.items():
+        path = (*parents, key)
+        name = ".".join(path)
+        shown = f"deepspeed.{name}"
+        place = ("deepspeed", *path)
+        if name in OWNED_KEYS:
+            yield Fault(place, f"{shown}: pipekit sets this itself; use {OWNED_KEYS[name]} instead")
+        elif name in UNSUPPORTED_KEYS:
+            yield Fault(place, f"{shown}: has no effect here, since {UNSUPPORTED_KEYS[name]}; remove it")
+        elif key not in known:
+            match = closest(key, known)
+            meant = ".".join((*parents, match or ""))
+            if meant in OWNED_KEYS:
+                remedy = f"use {OWNED_KEYS[meant]} instead"
+            elif match:
+                remedy = f"did you mean 'deepspeed.{meant}'?"
+            elif parents:
+                remedy = f"deepspeed.{'.'.join(parents)} has {alternatives(sorted(known), last='and')}"
+            else:
+                remedy = "see https://www.deepspeed.ai/docs/config-json/ for the keys of DeepSpeed"
+            yield Fault(place, f"{shown}: unknown key; {remedy}")
+        else:
+            below = known[key]
+            if below is None:
+                continue
+            if isinstance(value, dict):
+                yield from _check(value, below, path)
+            elif value is not None:
+                example = next(k for k in sorted(below) if f"{name}.{k}" not in OWNED_KEYS)
+                yield Fault(
+                    place, f"{shown}={value}: must be a mapping; for example {key}: {{{example}: ...}}"
+                )

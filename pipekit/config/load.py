@@ -1,0 +1,303 @@
+"""Reading a configuration: a YAML file, changes from the command line, or a dict.
+
+Every mistake is found before the first is reported, and each is shown with the file and line, or the argument of
+the command line, that it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipekit.config.base import Fault, Section, alternatives, config_error
+from pipekit.config.faults import mapping_fault, section_faults, show, unknown_key_fault
+from pipekit.config.model import PRESETS, CustomModelConfig, GPTConfig, model_class_of
+from pipekit.config.rules import check_rules
+from pipekit.config.schema import Config, WandbConfig
+from pipekit.config.suggest import closest, suggest_key
+from pipekit.config.yaml_source import read_yaml
+from pipekit.errors import ConfigError
+
+Key = tuple[str, ...]
+
+_EXAMPLES = {"model": "{preset: tiny}", "train": "{steps: 300}", "deepspeed": "{wall_clock_breakdown: true}"}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value was given."""
+
+    label: str
+    line: int = 0
+    override: str | None = None
+
+
+class _Draft:
+    """A configuration that is not checked yet: plain values, and the place of each key."""
+
+    def __init__(self, label: str = "") -> None:
+        self.label = label
+        self.values: dict[str, Any] = {}
+        self.places: dict[Key, _Place] = {}
+        self.faults: list[tuple[_Place, str]] = []
+
+    def place_of(self, key: Key) -> _Place:
+        """Return where a key was given, or else the nearest key above it."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.places:
+                return self.places[key[:length]]
+        return _Place(self.label)
+
+    def add(self, fault: Fault) -> None:
+        """Note a fault at the place of its key."""
+        place = self.place_of(fault.key)
+        message = fault.message
+        dotted = ".".join(fault.key)
+        if place.override and place.override.startswith(f"{dotted}=") and message.startswith(f"{dotted}: "):
+            message = place.override + message.removeprefix(dotted)
+        self.faults.append((place, message))
+
+    def set(self, key: Key, value: Any, place: _Place) -> None:
+        """Give a key a value, in place of whatever stood there."""
+        node = self.values
+        for depth, part in enumerate(key[:-1], start=1):
+            below = node.get(part)
+            if key[:depth] == ("model",) and isinstance(below, str):
+                below = {"builder": below}
+            if not isinstance(below, dict):
+                below = {}
+            node[part] = below = dict(below)
+            node = below
+        node[key[-1]] = value
+        self.places = {known: at for known, at in self.places.items() if known[: len(key)] != key}
+        self.places[key] = place
+
+    def error(self) -> ConfigError:
+        """Return one error that shows every fault, in the order of the file."""
+        ordered = sorted(self.faults, key=lambda fault: (fault[0].override is not None, fault[0].line))
+        lines: dict[str, None] = {}
+        for place, message in ordered:
+            lines[f"{place.label}: {message}" if place.label else message] = None
+        return config_error(lines)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Return the configuration of a YAML file.
+
+    Paths inside it are relative to the working directory, not to the file. `run.dir` is `runs/<name of the file>`
+    where neither the file nor an override gives it.
+
+    Args:
+        path: the YAML file.
+        overrides: changes such as `"train.steps=20"`, read as YAML and applied in order.
+
+    Raises:
+        ConfigError: with every mistake, each where it was made.
+    """
+    draft = _Draft(str(path))
+    _read_file(draft, Path(path))
+    for override in overrides:
+        _apply_override(draft, override)
+    return _finish(draft, default_dir=f"runs/{Path(path).stem}")
+
+
+def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Return the configuration of a nested dict with the keys of the YAML file.
+
+    Args:
+        values: sections by name.
+        overrides: changes such as `"train.steps=20"`.
+
+    Raises:
+        ConfigError: with every mistake.
+
+    Example:
+        >>> parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}}).model.hidden_size
+        128
+    """
+    draft = _Draft()
+    draft.values = dict(values)
+    for override in overrides:
+        _apply_override(draft, override)
+    return _finish(draft, default_dir=None)
+
+
+def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a copy with some keys changed, checked again as a whole.
+
+    Sizes that came from a preset, and a feed-forward width that came from `hidden_size`, follow when those
+    change.
+
+    Args:
+        config: the configuration to start from.
+        changes: new values by dotted key.
+
+    Raises:
+        ConfigError: with every mistake.
+
+    Example:
+        >>> config = parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}})
+        >>> update_config(config, {"train.steps": 5}).train.steps
+        5
+    """
+    draft = _Draft()
+    draft.values = config.model_dump()
+    if isinstance(config.model, GPTConfig):
+        draft.values["model"] = config.model.given()
+    for key, value in changes.items():
+        draft.set(tuple(key.split(".")), value, _Place(""))
+    return _finish(draft, default_dir=None)
+
+
+def section_keys() -> dict[str, list[str]]:
+    """Return the keys of every section by its dotted path; under the empty path, the sections themselves."""
+    keys = {"": list(Config.model_fields)}
+    for name, field in Config.model_fields.items():
+        if name == "model":
+            keys[name] = [*GPTConfig.model_fields, *CustomModelConfig.model_fields]
+        elif name != "deepspeed":
+            keys[name] = list(field.annotation.model_fields)  # type: ignore[union-attr]
+    keys["logging.wandb"] = list(WandbConfig.model_fields)
+    return keys
+
+
+def _read_file(draft: _Draft, path: Path) -> None:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{_nearby(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a YAML file{_nearby(path / 'config.yaml')}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    source = read_yaml(text)
+    for line, message in source.faults:
+        label = f"{path}:{line}" if line else str(path)
+        draft.faults.append((_Place(label, line or 0), message))
+    if draft.faults and source.value is None:
+        raise draft.error()
+    if source.value is None:
+        raise ConfigError(
+            f"{path}: is empty; it needs at least\n  model: {{preset: tiny}}\n  train: {{steps: 300}}"
+        )
+    if not isinstance(source.value, dict):
+        raise ConfigError(
+            f"{path}: must be a mapping of sections, not {show(source.value)}; it needs at least\n"
+            "  model: {preset: tiny}\n  train: {steps: 300}"
+        )
+    draft.values = source.value
+    draft.places = {key: _Place(f"{path}:{line}", line) for key, line in source.lines.items()}
+
+
+def _nearby(path: Path) -> str:
+    """Return a suggestion of YAML files close by, for a path that does not exist."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; the folder {folder} does not exist either"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
+    match = closest(path.name, names)
+    if match:
+        return f"; did you mean '{folder / match}'?"
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        return f"; the YAML files of {folder} are {shown}"
+    return f"; {folder} holds no YAML files"
+
+
+def _apply_override(draft: _Draft, override: str) -> None:
+    place = _Place("command line", override=override)
+    dotted, equals, text = override.partition("=")
+    key = tuple(dotted.strip().split("."))
+    if not equals or not all(key):
+        draft.faults.append((place, f"{override}: must be section.key=value; for example train.steps=300"))
+        return
+    source = read_yaml(text)
+    if source.faults:
+        draft.faults.append(
+            (place, f"{override}: the value is not valid YAML; try {dotted}='\"...\"', with quotes")
+        )
+        return
+    draft.set(key, source.value, place)
+
+
+def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
+    keys = section_keys()
+    sections: dict[str, Any] = {}
+    for name in draft.values:
+        if name not in Config.model_fields:
+            remedy = suggest_key(str(name), (), keys)
+            draft.add(Fault((str(name),), f"{name}: unknown section; {remedy}"))
+    for name in Config.model_fields:
+        section = _check_section(draft, name, keys, default_dir)
+        if section is not None:
+            sections[name] = section
+    for fault in check_rules(sections):
+        draft.add(fault)
+    if draft.faults:
+        raise draft.error()
+    return Config(**sections)
+
+
+def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:
+    """Return the checked section, or None after noting what is wrong with it."""
+    values = draft.values.get(name)
+    if values is None and name == "model":
+        example = "model: {preset: tiny}, or model: my_package.my_model:build_layers"
+        draft.add(Fault((name,), f"model: missing; for example {example}"))
+        return None
+    values = {} if values is None else values
+    if isinstance(values, Section):
+        values = values.model_dump()
+    section = _section_class(name, values)
+    if name == "model" and isinstance(values, str):
+        values = {"builder": values}
+    if not isinstance(values, dict):
+        draft.add(mapping_fault(name, values, _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"))
+        return None
+    if section is None:
+        return values
+    if name == "run" and values.get("dir") is None:
+        values = {key: value for key, value in values.items() if key != "dir"}
+        values |= {} if default_dir is None else {"dir": default_dir}
+    if section is GPTConfig and (fault := _idle_preset(draft, values)):
+        draft.add(fault)
+    # Unknown keys are set aside, so that what is left can still be checked for everything else.
+    for key in values:
+        if key not in section.model_fields:
+            draft.add(unknown_key_fault(section, (name, str(key)), keys))
+    values = {key: value for key, value in values.items() if key in section.model_fields}
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        for fault in section_faults(name, section, values, error, keys):
+            draft.add(fault)
+        return None
+
+
+def _section_class(name: str, values: object) -> type[Section] | None:
+    """Return the class of a section; None for `deepspeed`, which has no class."""
+    if name == "model":
+        return model_class_of(values)
+    annotation = Config.model_fields[name].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _idle_preset(draft: _Draft, values: dict[str, Any]) -> Fault | None:
+    """Return a fault where a preset from the command line would change nothing, since the file gives every size."""
+    key = ("model", "preset")
+    if draft.place_of(key).override is None:
+        return None
+    sizes = list(PRESETS["tiny"])
+    if not all(size in values and draft.place_of(("model", size)).override is None for size in sizes):
+        return None
+    return Fault(
+        key,
+        f"model.preset={show(values['preset'])}: changes nothing, since {draft.label or 'the configuration'} gives "
+        f"{alternatives((f'model.{size}' for size in sizes), last='and')}; remove them there, or change them one by one",
+    )

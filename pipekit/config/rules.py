@@ -1,0 +1,203 @@
+"""Rules between keys. Each is a small function over the sections that it reads; `RULES` lists them all.
+
+A rule runs as soon as its own sections are sound, so that one message can show every mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from pipekit.config.base import Fault, alternatives, dotted_fault
+from pipekit.config.deepspeed_keys import check_deepspeed_keys
+
+if TYPE_CHECKING:
+    from pipekit.config.model import ModelConfig
+    from pipekit.config.schema import (
+        DataConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        SchedulerConfig,
+        TrainConfig,
+    )
+
+
+def check_rules(sections: Mapping[str, Any]) -> list[Fault]:
+    """Return the faults of every rule whose sections are all present."""
+    return [
+        fault
+        for names, rule in RULES
+        if all(name in sections for name in names)
+        for fault in rule(*(sections[name] for name in names))
+    ]
+
+
+def sequence_fits_positions(model: ModelConfig, train: TrainConfig) -> Iterator[Fault]:
+    """A built-in model has a position embedding for every token of a sequence."""
+    max_positions = getattr(model, "max_positions", None)
+    if max_positions is not None and train.sequence_length > max_positions:
+        yield dotted_fault(
+            "train.sequence_length",
+            f"train.sequence_length={train.sequence_length} is longer than model.max_positions={max_positions}"
+            f"; try train.sequence_length={max_positions}, or model.max_positions={train.sequence_length}",
+        )
+
+
+def degrees_are_available(parallel: ParallelConfig) -> Iterator[Fault]:
+    """Tensor parallelism and ZeRO 2 and 3 are not built yet; ZeRO 2 and 3 cannot join a pipeline at all."""
+    if parallel.tp > 1:
+        yield dotted_fault(
+            "parallel.tp",
+            f"parallel.tp={parallel.tp}: tensor parallelism is not available yet; parallel.tp must be 1",
+        )
+    if parallel.zero >= 2 and parallel.pp > 1:
+        yield dotted_fault(
+            "parallel.zero",
+            f"parallel.zero={parallel.zero} does not go with parallel.pp={parallel.pp}: it shards gradients after "
+            "every micro-batch, and a pipeline adds them up over all of them; try parallel.zero=1, or parallel.pp=1 "
+            "with parallel.zero=1 until ZeRO 2 and 3 are available",
+        )
+    elif parallel.zero >= 2:
+        yield dotted_fault(
+            "parallel.zero",
+            f"parallel.zero={parallel.zero}: not available yet; use 0 or 1, for example parallel.zero=1",
+        )
+
+
+def stages_have_layers(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Every stage needs a layer of its own."""
+    num_layers = model.num_layer_specs
+    if num_layers is not None and parallel.pp > num_layers:
+        yield dotted_fault(
+            "parallel.pp",
+            f"parallel.pp={parallel.pp} stages are more than the model's {num_layers} layers (2 for each of "
+            f"model.num_layers={num_layers // 2 - 2}, and 4); try parallel.pp={num_layers} or less",
+        )
+
+
+def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Manual boundaries are given exactly when they are used, and give every stage a layer."""
+    num_layers = model.num_layer_specs
+    boundaries = parallel.boundaries
+    example = (
+        even_boundaries(num_layers, parallel.pp)
+        if num_layers is not None and parallel.pp <= num_layers
+        else None
+    )
+    remedy = f"; for example parallel.boundaries={example}" if example else ""
+    if boundaries is None:
+        if parallel.partition == "manual":
+            yield dotted_fault(
+                "parallel.partition",
+                "parallel.partition=manual needs parallel.boundaries, where the stages begin and end"
+                + (remedy or "; for example parallel.boundaries=[0, 6, 12] for parallel.pp=2 and 12 layers"),
+            )
+        return
+    shown = list(boundaries)
+    if parallel.partition != "manual":
+        yield dotted_fault(
+            "parallel.boundaries",
+            f"parallel.boundaries={shown} is only for parallel.partition=manual, and it is {parallel.partition}"
+            "; remove it, or set parallel.partition=manual",
+        )
+        return
+    broken = None
+    if len(shown) != parallel.pp + 1:
+        entries = f"must have {parallel.pp + 1} entries, one more than parallel.pp={parallel.pp}"
+        broken = f"{entries}, and has {len(shown)}"
+    elif shown[0] != 0:
+        broken = f"must start with 0, and starts with {shown[0]}"
+    elif any(end <= start for start, end in pairwise(shown)):
+        broken = "must grow from entry to entry, since every stage needs a layer"
+    elif num_layers is not None and shown[-1] != num_layers:
+        broken = f"must end with {num_layers}, the number of layers, and ends with {shown[-1]}"
+    if broken:
+        yield dotted_fault("parallel.boundaries", f"parallel.boundaries={shown} {broken}{remedy}")
+
+
+def even_boundaries(num_layers: int, pp: int) -> list[int]:
+    """Return boundaries of stages that differ by one layer at most.
+
+    Example:
+        >>> even_boundaries(12, 2)
+        [0, 6, 12]
+    """
+    return [stage * num_layers // pp for stage in range(pp + 1)]
+
+
+def batch_divides(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """A global batch is a whole number of micro-batches on every data-parallel rank."""
+    fault = batch_fault(train, 1 if parallel.dp == "auto" else parallel.dp)
+    if fault:
+        yield fault
+
+
+def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
+    """Return what is wrong with the batch sizes for `dp` data-parallel ranks, if anything is."""
+    unit = train.micro_batch_size * dp
+    if train.global_batch_size % unit == 0:
+        return None
+    below = train.global_batch_size // unit * unit
+    sizes = [below, below + unit] if below else [unit]
+    product = f" x dp={dp}, which is {unit}" if dp > 1 else ""
+    remedy = f"try train.global_batch_size={alternatives(sizes)}"
+    if train.global_batch_size % dp == 0:
+        per_rank = train.global_batch_size // dp
+        micro = max(
+            size for size in range(1, min(per_rank, train.micro_batch_size) + 1) if per_rank % size == 0
+        )
+        remedy += f", or train.micro_batch_size={micro}"
+    return dotted_fault(
+        "train.global_batch_size",
+        f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+        f"train.micro_batch_size={train.micro_batch_size}{product}; {remedy}",
+    )
+
+
+def warmup_ends_before_decay(train: TrainConfig, scheduler: SchedulerConfig) -> Iterator[Fault]:
+    """The warm-up is the first part of the decay steps."""
+    decay_steps = scheduler.decay_steps or train.steps
+    if scheduler.warmup_steps > decay_steps:
+        end = (
+            f"scheduler.decay_steps={decay_steps}" if scheduler.decay_steps else f"train.steps={decay_steps}"
+        )
+        yield dotted_fault(
+            "scheduler.warmup_steps",
+            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than {end}; "
+            f"try scheduler.warmup_steps={decay_steps // 10}",
+        )
+
+
+def momentum_is_for_sgd(optimizer: OptimizerConfig) -> Iterator[Fault]:
+    """Adam has betas in place of a momentum."""
+    if optimizer.momentum and optimizer.type != "sgd":
+        yield dotted_fault(
+            "optimizer.momentum",
+            f"optimizer.momentum={optimizer.momentum} is only for optimizer.type=sgd, and it is {optimizer.type}"
+            f"; try optimizer.betas=[{optimizer.momentum}, {optimizer.betas[1]}]",
+        )
+
+
+def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
+    """Evaluation reads the text that is held out."""
+    if train.eval_interval is not None and data.validation_fraction == 0:
+        yield dotted_fault(
+            "train.eval_interval",
+            f"train.eval_interval={train.eval_interval} needs text to evaluate on, and data.validation_fraction=0 "
+            "holds none out; try data.validation_fraction=0.05, or train.eval_interval=null",
+        )
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
+    (("model", "train"), sequence_fits_positions),
+    (("parallel",), degrees_are_available),
+    (("model", "parallel"), stages_have_layers),
+    (("model", "parallel"), boundaries_cover_the_model),
+    (("train", "parallel"), batch_divides),
+    (("train", "scheduler"), warmup_ends_before_decay),
+    (("optimizer",), momentum_is_for_sgd),
+    (("train", "data"), evaluation_has_text),
+    (("deepspeed",), check_deepspeed_keys),
+)
+"""Every rule, with the sections that it reads."""

@@ -1,0 +1,335 @@
+"""The sections of a configuration, and `Config`, which holds them all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from pipekit.config.base import Section, config_error
+from pipekit.config.model import CustomModelConfig, GPTConfig, model_class_of
+from pipekit.config.rules import check_rules
+from pipekit.config.yaml_source import write_yaml
+from pipekit.errors import ConfigError
+
+ScheduleName = Literal["1f1b"]
+"""The pipeline schedules; to add one, add its name here."""
+
+
+class RunConfig(Section):
+    """Where a run lives and what it runs on."""
+
+    dir: str = Field(default="runs/run", min_length=1, examples=["runs/my-run"])
+    """Folder of the run: checkpoints, logs and the resolved configuration. Relative to the working directory.
+    `load_config` names it after the YAML file where it is not given: `runs/<name of the file>`."""
+
+    timeout_s: PositiveFloat = Field(default=600.0, examples=[600])
+    """No wait for another rank lasts longer than this many seconds."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to compute on; `auto` takes the GPUs where there are any."""
+
+    threads_per_process: PositiveInt | Literal["auto"] = Field(default="auto", examples=[4])
+    """CPU threads of each process; `auto` shares out the cores."""
+
+
+class ParallelConfig(Section):
+    """How the ranks are laid out: `pp * dp * tp` is the number of processes."""
+
+    pp: PositiveInt = Field(default=1, examples=[2])
+    """Pipeline-parallel degree: the number of stages."""
+
+    tp: PositiveInt = Field(default=1, examples=[1])
+    """Tensor-parallel degree; 1 for now."""
+
+    dp: PositiveInt | Literal["auto"] = Field(default="auto", examples=[2])
+    """Data-parallel degree; `auto` fills the processes, or the GPUs, that there are, and is 1 on a CPU."""
+
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, examples=[1])
+    """ZeRO stage: 1 shards the optimizer states over the data-parallel ranks, 0 shards nothing; 2 and 3 are
+    not available yet."""
+
+    partition: str = Field(
+        default="parameters", examples=["parameters", "uniform", "type:Attention", "manual"]
+    )
+    """How layers are shared out among stages: `parameters` balances their parameters, `uniform` their number,
+    `type:<regex>` the number of layers whose class name matches, `manual` takes `boundaries`."""
+
+    boundaries: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | None = Field(
+        default=None, examples=[[0, 6, 12]]
+    )
+    """For `partition: manual`: stage i holds the layers from `boundaries[i]` up to, not including,
+    `boundaries[i+1]`. Starts with 0, ends with the number of layers, and has one more entry than `pp`."""
+
+    schedule: ScheduleName = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+
+    @field_validator("partition")
+    @classmethod
+    def _known_partition(cls, partition: str) -> str:
+        if partition.startswith("type:"):
+            try:
+                re.compile(partition.removeprefix("type:"))
+            except re.error as error:
+                raise ValueError(
+                    f"must have a regular expression after 'type:' ({error}); for example type:Attention"
+                ) from None
+            if partition == "type:":
+                raise ValueError("must have a regular expression after 'type:'; for example type:Attention")
+        elif partition not in ("uniform", "parameters", "manual"):
+            raise ValueError("must be uniform, parameters, manual or type:<regex>; for example parameters")
+        return partition
+
+
+class TrainConfig(Section):
+    """How long to train, and on how much at a time."""
+
+    steps: PositiveInt = Field(default=..., examples=[300])
+    """Optimizer steps of the whole run."""
+
+    global_batch_size: PositiveInt = Field(default=8, examples=[8])
+    """Sequences per optimizer step, over all ranks: `micro_batch_size` x number of micro-batches x `dp`."""
+
+    micro_batch_size: PositiveInt = Field(default=1, examples=[1])
+    """Sequences that one rank computes at a time."""
+
+    sequence_length: PositiveInt = Field(default=128, examples=[128])
+    """Tokens per sequence."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the computation; `auto` is bf16 where the device has it, and fp32 otherwise."""
+
+    seed: NonNegativeInt = Field(default=1234, examples=[1234])
+    """Seeds the initial weights, dropout and the order of the data."""
+
+    gradient_clipping: NonNegativeFloat = Field(default=1.0, examples=[1.0])
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+
+    activation_checkpointing: bool = False
+    """Whether to recompute activations in the backward pass instead of storing them."""
+
+    eval_interval: PositiveInt | None = Field(default=None, examples=[100])
+    """Steps between evaluations; null evaluates never."""
+
+    eval_batches: PositiveInt = Field(default=8, examples=[8])
+    """Global batches per evaluation."""
+
+
+class OptimizerConfig(Section):
+    """What turns gradients into steps."""
+
+    type: Literal["adamw", "adam", "sgd"] = "adamw"
+    """The algorithm."""
+
+    lr: PositiveFloat = Field(default=3e-4, examples=[3e-4])
+    """Peak learning rate."""
+
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
+    """Decay of Adam's averages of the gradient and of its square."""
+
+    eps: PositiveFloat = Field(default=1e-8, examples=[1e-8])
+    """Added to the denominator of Adam."""
+
+    weight_decay: NonNegativeFloat = Field(default=0.1, examples=[0.1])
+    """Strength of the decay towards zero of weight matrices."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, examples=[0.9])
+    """Momentum of `sgd`."""
+
+
+class SchedulerConfig(Section):
+    """How the learning rate moves over the steps."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+
+    warmup_steps: NonNegativeInt = Field(default=0, examples=[20])
+    """Steps over which the rate rises linearly from 0 to its peak."""
+
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(default=0.1, examples=[0.1])
+    """Rate at the end of the decay, as a fraction of the peak."""
+
+    decay_steps: PositiveInt | None = Field(default=None, examples=[300])
+    """Step, counted from the start, at which the decay ends; null means `train.steps`."""
+
+
+class DataConfig(Section):
+    """The text to train on, and how it becomes tokens."""
+
+    source: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        default="python-stdlib", examples=["data/my-text.txt"]
+    )
+    """A text file, a .jsonl file, a folder of them, or a list of these, relative to the working directory;
+    `python-stdlib` is the source code of Python's standard library, which every machine has."""
+
+    tokenizer: str | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
+    """Path of a `tokenizer.json`; null trains a byte-pair tokenizer on the source."""
+
+    vocab_size: PositiveInt = Field(default=4096, examples=[4096])
+    """Size of the tokenizer that is trained where `tokenizer` is null."""
+
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, examples=[0.05])
+    """Part of the text that is held out for evaluation."""
+
+    text_key: str = Field(default="text", min_length=1, examples=["text"])
+    """Field of a JSONL record that holds the text."""
+
+    shuffle: bool = True
+    """Whether every epoch draws a new order of the sequences."""
+
+    cache_dir: str | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
+    """Folder of the prepared tokens; null means `~/.cache/pipekit`."""
+
+    max_bytes: PositiveInt | None = Field(default=None, examples=[10_000_000])
+    """Read at most so much text; null reads all of it."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a tuple, also where it is one string."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and where it goes on from."""
+
+    interval: PositiveInt | None = Field(default=None, examples=[100])
+    """Steps between checkpoints; null saves only at the end."""
+
+    resume: str = Field(
+        default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"]
+    )
+    """`auto` goes on from the newest checkpoint of the run folder, `never` starts anew, and anything else is the
+    path of a checkpoint folder."""
+
+    keep: PositiveInt | None = Field(default=2, examples=[2])
+    """How many of the newest checkpoints stay; null keeps all."""
+
+
+class WandbConfig(Section):
+    """Logging to Weights & Biases."""
+
+    project: str = Field(default="pipekit", min_length=1, examples=["pipekit"])
+    """Project of the run."""
+
+    entity: str | None = Field(default=None, examples=["my-team"])
+    """Team or user; null takes the account's default."""
+
+    name: str | None = Field(default=None, examples=["my-run"])
+    """Name of the run; null takes that of the run folder."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where an account is logged in, and offline otherwise."""
+
+
+def _wandb_switch(value: Any) -> Any:
+    """Turn `true` into the defaults and `false` into None."""
+    return {} if value is True else None if value is False else value
+
+
+class LoggingConfig(Section):
+    """What is written down while training."""
+
+    interval: PositiveInt = Field(default=10, examples=[10])
+    """Steps between plain console lines."""
+
+    wandb: Annotated[
+        WandbConfig | None, BeforeValidator(_wandb_switch, json_schema_input_type=bool | WandbConfig | None)
+    ] = Field(default=None, examples=[True])
+    """Log to Weights & Biases: true, false, or a mapping of settings."""
+
+    tensorboard: bool = False
+    """Whether to write TensorBoard event files into the run folder."""
+
+
+class Config(Section):
+    """Everything about a run. Read one with `load_config`, or build one from a dict with `parse_config`."""
+
+    run: RunConfig = RunConfig()
+    """Where a run lives and what it runs on."""
+
+    model: Annotated[
+        Annotated[GPTConfig, Tag("gpt")] | Annotated[CustomModelConfig, Tag("custom")],
+        Discriminator(
+            lambda values: {GPTConfig: "gpt", CustomModelConfig: "custom"}.get(model_class_of(values))
+        ),
+    ] = Field(default=..., examples=[{"preset": "tiny"}])
+    """What is trained: a preset, sizes, or `package.module:function` of your own list of layer specs."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """How the ranks are laid out."""
+
+    train: TrainConfig = Field(default=..., examples=[{"steps": 300}])
+    """How long to train, and on how much at a time."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """What turns gradients into steps."""
+
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """How the learning rate moves over the steps."""
+
+    data: DataConfig = DataConfig()
+    """The text to train on, and how it becomes tokens."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved, and where it goes on from."""
+
+    logging: LoggingConfig = LoggingConfig()
+    """What is written down while training."""
+
+    deepspeed: dict[str, Any] = Field(default={}, examples=[{"wall_clock_breakdown": True}])
+    """Settings passed through to DeepSpeed; keys that pipekit sets itself are refused."""
+
+    @property
+    def decay_steps(self) -> int:
+        """The step at which the learning rate stops decaying; `train.steps` where it is not given."""
+        return self.scheduler.decay_steps or self.train.steps
+
+    def updated(self, changes: Mapping[str, Any]) -> Config:
+        """Return a copy with some keys changed, such as `{"train.steps": 5}`, checked again as a whole.
+
+        Sizes that came from a preset, and a feed-forward width that came from `hidden_size`, follow when those
+        change.
+
+        Raises:
+            ConfigError: with every mistake.
+        """
+        from pipekit.config.load import update_config  # loading is built on this module
+
+        return update_config(self, changes)
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration as YAML, which loads back to an equal one.
+
+        Raises:
+            ConfigError: if `model.args` or `deepspeed` holds something that YAML cannot.
+        """
+        try:
+            return write_yaml(self.model_dump())
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"model.args or deepspeed holds a value that YAML cannot write ({error.args[-1]!r}); "
+                "use numbers, text, lists and dicts"
+            ) from None
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Config:
+        faults = check_rules({name: getattr(self, name) for name in type(self).model_fields})
+        if faults:
+            raise config_error(fault.message for fault in faults)
+        return self

@@ -1,0 +1,189 @@
+"""Reading YAML with the line of every key, and writing it back.
+
+Numbers and switches follow YAML 1.2: `3e-4` is a number, `on` and `no` are words, and a date stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+Path = tuple[str, ...]
+
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_RESOLVERS: tuple[tuple[str, re.Pattern[str], str], ...] = (
+    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
+    ("null", re.compile(r"~|null|Null|NULL|"), "~nN\0"),
+    ("int", re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+"), "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+    ("merge", re.compile(r"<<"), "<"),
+)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """A safe loader that reads plain words as YAML 1.2 does."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
+
+
+class YamlDumper(yaml.SafeDumper):
+    """A safe writer that quotes every text which this or an older reader would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write repeated values out, without anchors."""
+        return True
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    _whole = re.compile(f"(?:{_pattern.pattern})$")
+    _characters = ["" if character == "\0" else character for character in _first]
+    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _characters)
+    YamlDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _characters)
+
+
+def _construct_int(loader: YamlLoader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "").lower()
+    return int(text, 0) if "x" in text or "o" in text else int(text)
+
+
+def _construct_float(loader: YamlLoader, node: yaml.ScalarNode) -> float:
+    text = node.value.replace("_", "").lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _represent_sequence(dumper: YamlDumper, value: list[Any] | tuple[Any, ...]) -> yaml.Node:
+    flow = all(not isinstance(item, (dict, list, tuple)) for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flow)
+
+
+YamlLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+YamlLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+YamlDumper.add_representer(list, _represent_sequence)
+YamlDumper.add_representer(tuple, _represent_sequence)
+
+
+@dataclass
+class YamlSource:
+    """What a YAML text says, and where it says it."""
+
+    value: Any = None
+    """The plain value: dicts with string keys, lists, numbers, text, None."""
+
+    lines: dict[Path, int] = field(default_factory=dict)
+    """The line, counted from 1, of every key of a mapping."""
+
+    faults: list[tuple[int | None, str]] = field(default_factory=list)
+    """What cannot be read, each with its line where that is known."""
+
+
+def read_yaml(text: str) -> YamlSource:
+    """Return the value of a YAML text, with the line of every key.
+
+    Example:
+        >>> source = read_yaml("train:\\n  steps: 300\\n")
+        >>> source.value, source.lines["train", "steps"]
+        ({'train': {'steps': 300}}, 2)
+    """
+    source = YamlSource()
+    loader: YamlLoader | None = None
+    try:
+        loader = YamlLoader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            source.value = _construct(loader, node, (), source, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        source.faults.append((mark.line + 1 if mark else None, _syntax_message(error)))
+    except yaml.YAMLError as error:  # a control character; the reader gives its position, not its line
+        position = getattr(error, "position", None)
+        line = text.count("\n", 0, position) + 1 if isinstance(position, int) else None
+        source.faults.append((line, "not valid YAML: a control character; retype the line"))
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return source
+
+
+def write_yaml(value: Any) -> str:
+    """Return a value as YAML that `read_yaml` reads back to the same value.
+
+    Raises:
+        yaml.YAMLError: if a part of it is neither a dict, a list, a number, text, nor None.
+    """
+    text: str = yaml.dump(value, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def _construct(
+    loader: YamlLoader, node: yaml.Node, path: Path, source: YamlSource, above: tuple[yaml.Node, ...]
+) -> Any:
+    if node in above:
+        source.faults.append((node.start_mark.line + 1, "an alias that contains itself; write the value out"))
+        return None
+    above = (*above, node)
+    if isinstance(node, yaml.MappingNode):
+        return _construct_mapping(loader, node, path, source, above)
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _construct(loader, item, (*path, str(index)), source, above)
+            for index, item in enumerate(node.value)
+        ]
+    try:
+        return loader.construct_object(node)
+    except ValueError as error:
+        source.faults.append((node.start_mark.line + 1, f"{node.value}: {error}"))
+        return None
+
+
+def _construct_mapping(
+    loader: YamlLoader,
+    node: yaml.MappingNode,
+    path: Path,
+    source: YamlSource,
+    above: tuple[yaml.Node, ...],
+) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            source.faults.append((line, "a list or mapping stands where a key should; write key: value"))
+            continue
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            parts = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            for part in parts:
+                extra = _construct(loader, part, path, source, above)
+                merged = {**extra, **merged} if isinstance(extra, dict) else merged
+            continue
+        key = key_node.value
+        here = (*path, key)
+        if key in own:
+            source.faults.append(
+                (
+                    line,
+                    f"{'.'.join(here)}: given twice, first in line {source.lines[here]}; remove one of them",
+                )
+            )
+            continue
+        own[key] = _construct(loader, value_node, here, source, above)
+        source.lines[here] = line
+    return {**merged, **own}
+
+
+def _syntax_message(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or error.context or "cannot be read"
+    if "'\\t'" in problem:
+        return "not valid YAML: a tab; indent with spaces"
+    if "mapping values are not allowed" in problem:
+        return (
+            "not valid YAML: a second ':' in the line, or a wrong indentation; write one 'key: value' a line"
+        )
+    if "but found another document" in problem:
+        return "not valid YAML here: a second document begins; keep one document a file"
+    context = f" ({error.context})" if error.context and error.problem else ""
+    return f"not valid YAML: {problem}{context}"

@@ -1,0 +1,295 @@
+"""Reading text: which files a source names, and the documents in them.
+
+A document longer than a few ten thousand characters is read in parts, so that a file of any size needs little
+memory and a corpus that is one long file can still be divided into training and held-out text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import logging
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from pipekit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+STDLIB_SOURCE = "python-stdlib"
+FOLDER_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+MAX_PASSAGE_CHARS = 64 * 1024
+MIN_PASSAGE_CHARS = 1024
+MIN_NUM_PASSAGES = 64
+
+_STDLIB_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+_WHAT_TO_GIVE = (
+    f"'{STDLIB_SOURCE}', a text file, a .jsonl file, "
+    f"a folder of {', '.join(FOLDER_SUFFIXES)} files, or a list of those"
+)
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One file of a corpus.
+
+    `name` and `mtime_ns` identify its content together with its size. Files that the user did not name one by
+    one (`is_named=False`) are passed over where they are not UTF-8; a named one is then an error.
+    """
+
+    path: Path
+    name: str
+    num_bytes: int
+    mtime_ns: int | None
+    is_named: bool
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document, or one part of a long one.
+
+    `ends_document` is False where the document goes on in the next passage.
+    """
+
+    text: str
+    num_bytes: int
+    ends_document: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The files that a source names, in reading order."""
+
+    files: tuple[CorpusFile, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files, in bytes."""
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def identity(self) -> list[tuple[str, int, int | None]]:
+        """What tells this corpus from another without reading it: name, size and time of each file."""
+        return [(file.name, file.num_bytes, file.mtime_ns) for file in self.files]
+
+
+def find_corpus(source: str | Sequence[str]) -> Corpus:
+    """Return the files of `source`, without reading them.
+
+    Args:
+        source: `python-stdlib` (the modules of the running interpreter's standard library, without their
+            tests), a text file, a `.jsonl` file, a folder (every `.txt`, `.md`, `.py` and `.jsonl` file under
+            it, hidden ones left out, in sorted order), or a list of those. A source that stands twice in the
+            list is read twice.
+
+    Raises:
+        DataError: if a path does not exist, or there is no file to read.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    if not sources:
+        raise DataError(f"data.source is an empty list; give {_WHAT_TO_GIVE}")
+    return Corpus(files=tuple(file for entry in sources for file in _find_files(entry)))
+
+
+def read_passages(
+    corpus: Corpus, *, text_key: str = "text", max_bytes: int | None = None
+) -> Iterator[Passage]:
+    """Yield the documents of `corpus` in order, long ones in several parts; empty ones are left out.
+
+    Args:
+        corpus: the files to read. A `.jsonl` file holds one document a line, any other file is one document.
+        text_key: the field of a `.jsonl` line that holds its text.
+        max_bytes: stop after so many bytes of text (UTF-8).
+
+    Raises:
+        DataError: if a file cannot be read, a named file is not UTF-8, or a `.jsonl` line has no text under
+            `text_key`.
+    """
+    max_chars = plan_passage_chars(
+        corpus.num_bytes if max_bytes is None else min(corpus.num_bytes, max_bytes)
+    )
+    num_bytes_left = max_bytes
+    for file in corpus.files:
+        for text, ends_document in _read_file(file, text_key, max_chars):
+            encoded = text.encode()
+            if num_bytes_left is not None and len(encoded) >= num_bytes_left:
+                text = encoded[:num_bytes_left].decode(errors="ignore")
+                if text:
+                    yield Passage(text=text, num_bytes=len(text.encode()), ends_document=True)
+                return
+            if num_bytes_left is not None:
+                num_bytes_left -= len(encoded)
+            yield Passage(text=text, num_bytes=len(encoded), ends_document=ends_document)
+
+
+def plan_passage_chars(num_bytes: int) -> int:
+    """Return how many characters of a document are read at a time.
+
+    Fewer in a small corpus, so that it too has many parts.
+
+    Example:
+        >>> plan_passage_chars(1_000_000)
+        15625
+        >>> plan_passage_chars(1_000_000_000)
+        65536
+    """
+    return min(MAX_PASSAGE_CHARS, max(MIN_PASSAGE_CHARS, num_bytes // MIN_NUM_PASSAGES))
+
+
+def _find_files(source: str) -> list[CorpusFile]:
+    if source == STDLIB_SOURCE:
+        return _find_stdlib_files()
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            files = [_describe_file(found, is_named=False) for found in _walk(path, FOLDER_SUFFIXES)]
+            if not files:
+                raise DataError(
+                    f"data.source={source!r}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file; "
+                    f"give {_WHAT_TO_GIVE}"
+                )
+            return files
+        if path.is_file():
+            return [_describe_file(path, is_named=True)]
+    except OSError as error:
+        raise DataError(f"data.source={source!r}: {error.strerror or error}") from error
+    guess = difflib.get_close_matches(source.lower(), [STDLIB_SOURCE], cutoff=0.6)
+    hint = f"did you mean '{guess[0]}'?" if guess else f"give {_WHAT_TO_GIVE}"
+    raise DataError(f"data.source={source!r}: no such file or folder (looked at {path.absolute()}); {hint}")
+
+
+def _find_stdlib_files() -> list[CorpusFile]:
+    root = Path(sysconfig.get_path("stdlib"))
+    prefix = f"{STDLIB_SOURCE} {platform.python_version()}"
+    files = [
+        CorpusFile(
+            path=path,
+            name=f"{prefix}/{path.relative_to(root).as_posix()}",
+            num_bytes=path.stat().st_size,
+            mtime_ns=None,  # version and sizes tell enough, and are the same on every machine
+            is_named=False,
+        )
+        for path in _walk(root, (".py",), skipped_folders=_STDLIB_SKIPPED_FOLDERS)
+    ]
+    if not files:
+        raise DataError(
+            f"data.source='{STDLIB_SOURCE}': no .py files under {root}; give a text file or folder"
+        )
+    return files
+
+
+def _walk(root: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()) -> list[Path]:
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and name not in skipped_folders
+        ]
+        found += [
+            Path(folder, name)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(suffixes)
+        ]
+    return sorted(
+        (path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix()
+    )  # a broken link is no file
+
+
+def _describe_file(path: Path, *, is_named: bool) -> CorpusFile:
+    status = path.stat()
+    return CorpusFile(
+        path=path,
+        name=str(path.resolve()),
+        num_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        is_named=is_named,
+    )
+
+
+def _read_file(file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tuple[str, bool]]:
+    try:
+        if file.path.suffix.lower() == ".jsonl":
+            for text in _read_jsonl(file.path, text_key):
+                yield from _cut(io.StringIO(text, newline=""), max_chars)
+            return
+        if not file.is_named and not _is_utf8(file.path):
+            logger.warning("%s is not UTF-8 text and is left out", file.path)
+            return
+        with file.path.open(encoding="utf-8-sig") as stream:
+            yield from _cut(stream, max_chars)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file.path}: not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, as with "
+            f"'iconv -f latin1 -t utf-8', or take it out of data.source"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+
+
+def _cut(stream: TextIO, max_chars: int) -> Iterator[tuple[str, bool]]:
+    """Yield `(part, is_last)`: parts of `max_chars` to twice as many, cut at line ends where there are any."""
+
+    def read_part() -> str:
+        part = stream.read(max_chars)
+        return part if part.endswith("\n") or len(part) < max_chars else part + stream.readline(max_chars)
+
+    part = read_part()
+    while part:
+        following = read_part()
+        yield part, not following
+        part = following
+
+
+def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
+    with path.open("rb") as stream:
+        for line_number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{line_number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # both of undecodable bytes and of malformed JSON
+                raise DataError(
+                    f"{place}: not a JSON object on one line ({error}); correct or delete the line"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{place}: the line is {_json_type(row)}, and each must be an object such as "
+                    f'{{"{text_key}": "..."}}'
+                )
+            if text_key not in row:
+                keys = ", ".join(repr(key) for key in list(row)[:8]) or "no key"
+                raise DataError(
+                    f"{place}: no key {text_key!r} (the line has {keys}); "
+                    "set data.text_key to the one with the text"
+                )
+            text = row[text_key]
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{place}: key {text_key!r} holds {_json_type(text)}, not a string; "
+                    "set data.text_key to the key with the text"
+                )
+            # JSON can spell half of a surrogate pair, which is no character and has no UTF-8 form.
+            yield text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            while stream.read(1 << 20):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""The micro-batches of one optimizer step for one data-parallel rank."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import default_collate
+
+from pipekit.data.order import SampleOrder
+from pipekit.errors import ConfigError, DataError
+
+
+class MapDataset(Protocol):
+    """A map-style dataset: `len(dataset)`, and `dataset[index]` is `(inputs, labels)`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class BatchLoader:
+    """Give each data-parallel rank its share of every global batch.
+
+    The global batch of a step is the next `global_batch_size` positions of the order after `consumed_samples`.
+    It is divided in order into micro-batches of `b = micro_batch_size` samples: micro-batch `g` holds the
+    samples `[g*b, (g+1)*b)` of the batch, and rank `r` takes the `n` micro-batches `[r*n, (r+1)*n)`. So the
+    batch itself depends neither on the layout nor on the micro-batch size, and the loader has no state to save
+    but the number that it is given. Past the last sample of an epoch a batch goes on with the next epoch.
+
+    Args:
+        dataset: map-style; its samples are pairs `(inputs, labels)` that `torch.utils.data.default_collate`
+            can stack.
+        order: which sample stands at each position.
+        global_batch_size: samples of one optimizer step, over all ranks.
+        micro_batch_size: samples of one forward pass on one rank.
+        dp_rank: this rank's index along the data axis.
+        dp: the data-parallel degree.
+
+    Raises:
+        ConfigError: if `micro_batch_size * dp` does not divide `global_batch_size`, or `dp_rank` is not in
+            `[0, dp)`.
+        DataError: if the order is not for a dataset of this length.
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        order: SampleOrder,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp: int = 1,
+    ) -> None:
+        if (
+            min(global_batch_size, micro_batch_size, dp) < 1
+            or global_batch_size % (micro_batch_size * dp) != 0
+        ):
+            raise ConfigError(
+                f"train.global_batch_size={global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={micro_batch_size} x dp={dp}; try "
+                f"train.global_batch_size={_nearest_multiple(global_batch_size, micro_batch_size * dp)}"
+            )
+        if not 0 <= dp_rank < dp:
+            raise ConfigError(f"dp_rank={dp_rank} is not in [0, dp={dp})")
+        if order.num_samples != len(dataset):
+            raise DataError(
+                f"the sample order is for {order.num_samples} samples and the dataset has {len(dataset)}; "
+                "make it with sample_order(len(dataset), ...)"
+            )
+        self.dataset = dataset
+        self.order = order
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.dp_rank = dp_rank
+        self.dp = dp
+        self.num_micro_batches = global_batch_size // (micro_batch_size * dp)
+
+    def step_batches(self, consumed_samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return this rank's micro-batches of the step that starts after `consumed_samples` samples.
+
+        The next step starts after `consumed_samples + global_batch_size`.
+
+        Returns:
+            `num_micro_batches` pairs of inputs `(b, ...)` and labels `(b, ...)`, with `b = micro_batch_size`.
+
+        Raises:
+            DataError: if a sample is not a pair.
+        """
+        num_samples = self.num_micro_batches * self.micro_batch_size
+        indices = self.order.indices(consumed_samples + self.dp_rank * num_samples, num_samples).tolist()
+        return [
+            self._collate(indices[first : first + self.micro_batch_size])
+            for first in range(0, num_samples, self.micro_batch_size)
+        ]
+
+    def _collate(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = [self.dataset[index] for index in indices]
+        for index, sample in zip(indices, samples, strict=True):
+            if not isinstance(sample, tuple | list) or len(sample) != 2:
+                raise DataError(
+                    f"sample {index} of {type(self.dataset).__name__} is {_describe(sample)}; "
+                    "return a pair (inputs, labels)"
+                )
+        try:
+            inputs, labels = default_collate([tuple(sample) for sample in samples])
+        except (TypeError, RuntimeError) as error:
+            raise DataError(
+                f"samples {indices} of {type(self.dataset).__name__} cannot be stacked ({error}); "
+                "give all samples the same shape and type"
+            ) from error
+        return inputs, labels
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    factor = max(1, factor)
+    return max(1, round(value / factor)) * factor
+
+
+def _describe(sample: object) -> str:
+    if isinstance(sample, tuple | list):
+        return f"a {type(sample).__name__} of {len(sample)}"
+    return f"one {type(sample).__name__}"

@@ -1,0 +1,365 @@
+"""From the `data` section of a configuration to token files in the cache.
+
+The cache holds one folder for each choice of text and tokenizer, named by a key that is computed without
+reading the text. A folder is filled under a temporary name and then renamed, so it is whole or not there; a
+lock lets one process build and the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from pipekit.config.schema import DataConfig
+from pipekit.data.corpus import Corpus, Passage, find_corpus, read_passages
+from pipekit.data.tokenizer import (
+    SIDE_FILES,
+    TOKENIZER_FILE,
+    TextTokenizer,
+    copy_tokenizer,
+    find_tokenizer_file,
+    load_tokenizer,
+    tokenizer_threads,
+    train_tokenizer,
+)
+from pipekit.data.tokens import TokenFileWriter, load_tokens
+from pipekit.errors import DataError
+from pipekit.rng import fold_seed
+
+logger = logging.getLogger(__name__)
+
+ProgressCallback = Callable[[str, float | None], None]
+
+DEFAULT_CACHE_DIR = "~/.cache/pipekit"
+TOKENIZER_SAMPLE_BYTES = 8_000_000
+_FORMAT_VERSION = 1  # raise it when the same settings would give other tokens
+_BATCH_BYTES = 1 << 20
+_META_FILE = "meta.json"
+_TRAIN_FILE = "train.bin"
+_VALIDATION_FILE = "validation.bin"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Token files that are ready for `TokenDataset`.
+
+    `fingerprint` is the hash of all tokens in their order: two runs with the same one see the same data, on
+    any machine. `validation_path` is None where `data.validation_fraction` is 0.
+    """
+
+    tokenizer_path: Path
+    vocab_size: int
+    train_path: Path
+    validation_path: Path | None
+    num_train_tokens: int
+    num_validation_tokens: int
+    fingerprint: str
+
+
+def prepare_data(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    timeout_s: float = 600.0,
+    on_progress: ProgressCallback | None = None,
+) -> PreparedData:
+    """Return the token files of `config`, from the cache or newly made.
+
+    Any number of processes may call this at the same time: one builds, the others wait for it.
+
+    Args:
+        config: the `data` section.
+        sequence_length: tokens of one sample; both splits must hold at least one. The cache does not depend
+            on it.
+        timeout_s: the longest wait for another process that builds, in seconds.
+        on_progress: called with what is being done, and the fraction done in `[0, 1]` or None where that is
+            not known.
+
+    Raises:
+        DataError: if the text or the tokenizer cannot be read, the cache cannot be written, another process
+            builds for longer than `timeout_s`, or a split is shorter than one sample.
+    """
+    report = on_progress or _ignore_progress
+    corpus = find_corpus(config.source)
+    folder = _cache_root(config) / plan_cache_key(config, corpus)
+    prepared = _load_prepared(folder)
+    if prepared is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _build_lock(folder, timeout_s=timeout_s, report=report):
+                prepared = _load_prepared(folder)  # another process may have built it while this one waited
+                if prepared is None:
+                    _remove_leftovers(folder)
+                    _build(folder, config, corpus, report)
+                    prepared = _load_prepared(folder)
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir: cannot write under {folder.parent}: {error.strerror or error}; "
+                "set data.cache_dir to a folder that can be written and has room"
+            ) from error
+        assert prepared is not None, f"{folder} was just built"
+    _check_long_enough(prepared, config, sequence_length)
+    return prepared
+
+
+def plan_cache_key(config: DataConfig, corpus: Corpus) -> str:
+    """Return the name of the cache folder for these settings: a hash of all that the tokens depend on.
+
+    Files count by path, size and time of change, the standard library by Python version and sizes, a given
+    tokenizer by content.
+    """
+    tokenizer: object
+    if config.tokenizer is None:
+        tokenizer = {"vocab_size": config.vocab_size, "sample_bytes": TOKENIZER_SAMPLE_BYTES}
+    else:
+        tokenizer = _hash_tokenizer(find_tokenizer_file(config.tokenizer))
+    parts = {
+        "version": _FORMAT_VERSION,
+        "files": corpus.identity,
+        "text_key": config.text_key,
+        "max_bytes": config.max_bytes,
+        "validation_fraction": config.validation_fraction,
+        "tokenizer": tokenizer,
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def is_held_out(index: int, fraction: float) -> bool:
+    """Return whether passage `index` of a corpus belongs to the validation split.
+
+    Of every `1 / fraction` passages in a row one is held out, at a place drawn from a hash. So the share is
+    near `fraction` even in a small corpus, every passage has the same chance whatever its length, and the
+    choice never changes.
+
+    Example:
+        >>> sum(is_held_out(index, 0.05) for index in range(1000))
+        50
+    """
+    if fraction > 0.5:
+        return not is_held_out(index, 1.0 - fraction)
+    first, last = max(0, int(index * fraction) - 1), int((index + 1) * fraction) + 1
+    return fraction > 0 and any(
+        int((stratum + fold_seed(0, "held out", stratum) / 2**63) / fraction) == index
+        for stratum in range(first, last + 1)
+    )
+
+
+def _build(folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCallback) -> None:
+    temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        with tokenizer_threads():
+            tokenizer = _build_tokenizer(temporary, config, corpus, report)
+            meta = _write_splits(temporary, config, corpus, tokenizer, report)
+        (temporary / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():  # broken, or it would have been used
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _build_tokenizer(
+    folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCallback
+) -> TextTokenizer:
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        copy_tokenizer(config.tokenizer, folder)
+        return tokenizer
+    report("training the tokenizer", None)
+    tokenizer = train_tokenizer(_sample_texts(config, corpus), vocab_size=config.vocab_size)
+    tokenizer.backend.save(str(folder / TOKENIZER_FILE))
+    return tokenizer
+
+
+def _sample_texts(config: DataConfig, corpus: Corpus) -> Iterator[str]:
+    """Yield training passages, evenly over the corpus, of about `TOKENIZER_SAMPLE_BYTES` bytes in all."""
+    num_bytes_read = num_bytes_sampled = 0
+    share = min(1.0, TOKENIZER_SAMPLE_BYTES / max(1, _num_corpus_bytes(config, corpus)))
+    for passage, held_out in _read_splits(config, corpus):
+        if held_out:
+            continue
+        num_bytes_read += passage.num_bytes
+        if num_bytes_sampled + passage.num_bytes <= share * num_bytes_read:
+            num_bytes_sampled += passage.num_bytes
+            yield passage.text
+
+
+def _write_splits(
+    folder: Path, config: DataConfig, corpus: Corpus, tokenizer: TextTokenizer, report: ProgressCallback
+) -> dict[str, Any]:
+    end = np.array([tokenizer.end_token_id], dtype=np.int64)
+    vocab_size, num_corpus_bytes = tokenizer.vocab_size, _num_corpus_bytes(config, corpus)
+    num_bytes = num_documents = 0
+    with ExitStack() as stack:
+        train = stack.enter_context(TokenFileWriter(folder / _TRAIN_FILE, vocab_size=vocab_size))
+        validation = train
+        if config.validation_fraction > 0:
+            validation = stack.enter_context(
+                TokenFileWriter(folder / _VALIDATION_FILE, vocab_size=vocab_size)
+            )
+        unfinished: TokenFileWriter | None = None
+        for batch in _batches(_read_splits(config, corpus)):
+            report("encoding the text", min(1.0, num_bytes / num_corpus_bytes))
+            all_token_ids = tokenizer.encode_batch([passage.text for passage, _ in batch])
+            for (passage, held_out), token_ids in zip(batch, all_token_ids, strict=True):
+                writer = validation if held_out else train
+                if unfinished is not None and unfinished is not writer:
+                    unfinished.write(end)  # the rest of the document goes to the other split
+                writer.write(token_ids)
+                if passage.ends_document:
+                    writer.write(end)
+                unfinished = None if passage.ends_document else writer
+                num_bytes += passage.num_bytes
+                num_documents += passage.ends_document
+        if num_documents == 0:
+            raise DataError(
+                f"data.source={_show(config.source)} holds no text; give files that are not empty"
+            )
+        report("encoding the text", 1.0)
+        return {
+            "version": _FORMAT_VERSION,
+            "vocab_size": vocab_size,
+            "num_train_tokens": train.num_tokens,
+            "num_validation_tokens": validation.num_tokens if validation is not train else 0,
+            "fingerprint": hashlib.blake2b(
+                f"{train.fingerprint} {validation.fingerprint}".encode(), digest_size=16
+            ).hexdigest(),
+            "source": _show(config.source),
+            "num_documents": num_documents,
+            "num_text_bytes": num_bytes,
+        }
+
+
+def _load_prepared(folder: Path) -> PreparedData | None:
+    """Return what is in a cache folder, or None where it is not there or not whole."""
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
+        validation_path = folder / _VALIDATION_FILE if (folder / _VALIDATION_FILE).exists() else None
+        prepared = PreparedData(
+            tokenizer_path=folder / TOKENIZER_FILE,
+            vocab_size=int(meta["vocab_size"]),
+            train_path=folder / _TRAIN_FILE,
+            validation_path=validation_path,
+            num_train_tokens=int(meta["num_train_tokens"]),
+            num_validation_tokens=int(meta["num_validation_tokens"]),
+            fingerprint=str(meta["fingerprint"]),
+        )
+        num_validation_tokens = 0 if validation_path is None else len(load_tokens(validation_path))
+        is_whole = (
+            len(load_tokens(prepared.train_path)) == prepared.num_train_tokens
+            and num_validation_tokens == prepared.num_validation_tokens
+            and load_tokenizer(prepared.tokenizer_path).vocab_size == prepared.vocab_size
+        )
+    except (OSError, ValueError, TypeError, KeyError, DataError) as error:
+        logger.warning("cached data in %s is broken and is made again: %s", folder, error)
+        return None
+    if not is_whole:
+        logger.warning("cached data in %s is broken and is made again: its files do not fit together", folder)
+    return prepared if is_whole else None
+
+
+@contextmanager
+def _build_lock(folder: Path, *, timeout_s: float, report: ProgressCallback) -> Iterator[None]:
+    # The operating system frees the lock of a process that has ended, however it ended.
+    lock_path = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(lock_path, poll_interval=0.1)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            report(f"waiting for another process to prepare the data ({lock_path})", None)
+            lock.acquire(timeout=timeout_s)
+    except Timeout as error:
+        raise DataError(
+            f"waited {timeout_s:g} s for another process to prepare the data in {folder}, and it still holds "
+            f"the lock {lock_path}; let it finish and start again, or raise run.timeout_s"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.parent.glob(f"{folder.name}.building-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_long_enough(prepared: PreparedData, config: DataConfig, sequence_length: int) -> None:
+    needed = sequence_length + 1
+    sample = f"one sample of train.sequence_length={sequence_length} needs {needed}"
+    num_train, num_held_out = prepared.num_train_tokens, prepared.num_validation_tokens
+    if num_train < needed:
+        wider = "" if config.max_bytes is None else f", raise data.max_bytes={config.max_bytes}"
+        raise DataError(
+            f"data.source={_show(config.source)} gives {num_train} training tokens, and {sample}; "
+            f"lower train.sequence_length{_at_most(num_train)}{wider}, or give more text"
+        )
+    if prepared.validation_path is not None and num_held_out < needed:
+        raise DataError(
+            f"data.validation_fraction={config.validation_fraction:g} holds out {num_held_out} of "
+            f"{num_train + num_held_out} tokens of data.source={_show(config.source)}, and {sample}; "
+            f"raise data.validation_fraction, lower train.sequence_length{_at_most(num_held_out)}, "
+            "or set data.validation_fraction=0 to train without validation"
+        )
+
+
+def _at_most(num_tokens: int) -> str:
+    return f" to {num_tokens - 1} or less" if num_tokens > 1 else ""
+
+
+def _read_splits(config: DataConfig, corpus: Corpus) -> Iterator[tuple[Passage, bool]]:
+    passages = read_passages(corpus, text_key=config.text_key, max_bytes=config.max_bytes)
+    for index, passage in enumerate(passages):
+        yield passage, is_held_out(index, config.validation_fraction)
+
+
+def _batches(passages: Iterable[tuple[Passage, bool]]) -> Iterator[list[tuple[Passage, bool]]]:
+    batch: list[tuple[Passage, bool]] = []
+    num_bytes = 0
+    for passage, held_out in passages:
+        batch.append((passage, held_out))
+        num_bytes += passage.num_bytes
+        if num_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _num_corpus_bytes(config: DataConfig, corpus: Corpus) -> int:
+    return corpus.num_bytes if config.max_bytes is None else min(corpus.num_bytes, config.max_bytes)
+
+
+def _cache_root(config: DataConfig) -> Path:
+    return Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser() / "data"
+
+
+def _hash_tokenizer(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in (path, *(path.parent / name for name in SIDE_FILES)):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _show(source: str | Sequence[str]) -> str:
+    return source if isinstance(source, str) else "[" + ", ".join(source) + "]"
+
+
+def _ignore_progress(message: str, fraction: float | None) -> None:
+    pass

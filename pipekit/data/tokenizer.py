@@ -1,0 +1,221 @@
+"""Byte-level BPE: trained on the corpus or given as a `tokenizer.json`, and its files for transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pipekit.errors import DataError
+
+END_TOKEN = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # the 256 bytes and the end-of-text token
+TOKENIZER_FILE = "tokenizer.json"
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+# What the common families call the token that ends a document, where no tokenizer_config.json says it.
+_KNOWN_END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+_PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Text to token ids and back.
+
+    A text that spells a special token is read as plain text, never as the token, so that no document can
+    forge its end.
+    """
+
+    backend: Tokenizer
+    end_token: str
+    end_token_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id: the number of rows that an embedding needs."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without any special token."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+        """Return the token ids `(N,)` of each text, without any special token."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `token_ids`."""
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """Return a byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
+
+    Every text can be encoded and comes back unchanged, as the 256 bytes are in the vocabulary. A short corpus
+    may have fewer than `vocab_size` different pieces; the vocabulary is then smaller.
+
+    Raises:
+        DataError: if `vocab_size` has no room for the bytes and the end-of-text token.
+
+    Source: Radford et al., Language Models are Unsupervised Multitask Learners, section 2.2.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(
+            f"data.vocab_size={vocab_size} is too small: the 256 bytes and {END_TOKEN} need at least "
+            f"{MIN_VOCAB_SIZE}; try 4096"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return _wrap(backend, END_TOKEN)
+
+
+def load_tokenizer(path: str | Path) -> TextTokenizer:
+    """Return the tokenizer of a `tokenizer.json` file.
+
+    Its end-of-text token is the `eos_token` of a `tokenizer_config.json` beside it, else one of the names in
+    common use.
+
+    Raises:
+        DataError: if the file is missing or no tokenizer, or has no end-of-text token.
+    """
+    path = find_tokenizer_file(path)
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"data.tokenizer={str(path)!r}: not a tokenizer.json of the tokenizers library ({error}); "
+            "give one, or leave data.tokenizer out to train one"
+        ) from error
+    named = _read_side_config(path).get("eos_token")
+    if isinstance(named, dict):  # the long form of a token: {"content": "</s>", "lstrip": false, ...}
+        named = named.get("content")
+    candidates = [named] if isinstance(named, str) else list(_KNOWN_END_TOKENS)
+    for token in candidates:
+        if backend.token_to_id(token) is not None:
+            return _wrap(backend, token)
+    raise DataError(
+        f"data.tokenizer={str(path)!r}: no token that ends a document (looked for {', '.join(candidates)}); "
+        'name the one it has in a tokenizer_config.json beside it: {"eos_token": "..."}'
+    )
+
+
+def find_tokenizer_file(path: str | Path) -> Path:
+    """Return the `tokenizer.json` that `path` names: the file, or the folder that holds it.
+
+    Raises:
+        DataError: if there is no such file.
+    """
+    given = Path(path).expanduser()
+    file = given / TOKENIZER_FILE if given.is_dir() else given
+    if not file.is_file():
+        raise DataError(
+            f"data.tokenizer={str(path)!r}: no such file (looked at {file.absolute()}); give the path of a "
+            f"{TOKENIZER_FILE}, or leave data.tokenizer out to train one"
+        )
+    return file
+
+
+def copy_tokenizer(path: str | Path, folder: Path) -> Path:
+    """Copy a `tokenizer.json`, and the settings beside it, into `folder`; return the path of the copy."""
+    path = find_tokenizer_file(path)
+    for name in SIDE_FILES:
+        if (path.parent / name).is_file():
+            shutil.copyfile(path.parent / name, folder / name)
+    shutil.copyfile(path, folder / TOKENIZER_FILE)
+    return folder / TOKENIZER_FILE
+
+
+def write_hf_tokenizer(tokenizer_path: str | Path, folder: str | Path, max_length: int) -> None:
+    """Write into `folder` the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads.
+
+    Args:
+        tokenizer_path: the `tokenizer.json`; settings beside it are kept.
+        folder: where to write; made if it does not exist.
+        max_length: the longest input of the model, in tokens.
+
+    Raises:
+        DataError: if the tokenizer cannot be loaded.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    token = tokenizer.end_token
+    settings: dict[str, Any] = _read_side_config(find_tokenizer_file(tokenizer_path)) or {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token,
+        "eos_token": token,
+        "unk_token": token,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    settings.pop("auto_map", None)  # names Python files that are not copied
+    settings["model_max_length"] = max_length
+    copy_tokenizer(tokenizer_path, folder)
+    special = {
+        name: settings[name]
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if settings.get(name)
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    if not (folder / "special_tokens_map.json").is_file():
+        _write_json(folder / "special_tokens_map.json", special)
+
+
+def _wrap(backend: Tokenizer, end_token: str) -> TextTokenizer:
+    end_token_id = backend.token_to_id(end_token)
+    assert end_token_id is not None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return TextTokenizer(backend=backend, end_token=end_token, end_token_id=end_token_id)
+
+
+def _read_side_config(tokenizer_path: Path) -> dict[str, Any]:
+    path = tokenizer_path.parent / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); correct it, or delete it") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def tokenizer_threads() -> Iterator[None]:
+    """Let the tokenizers library use its threads, and keep a later fork of this process silent and safe.
+
+    The library prints a warning at every fork that follows threaded work, unless `TOKENIZERS_PARALLELISM`
+    shows that somebody has thought of it. A value that the user has set is kept; else it is left at "false",
+    with which a forked child encodes on one thread and cannot deadlock.
+    """
+    if _PARALLELISM_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_PARALLELISM_VARIABLE] = "true"
+    try:
+        yield
+    finally:
+        os.environ[_PARALLELISM_VARIABLE] = "false"

@@ -1,0 +1,63 @@
+"""DeepSpeed's configuration, made from pipekit's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def plan_deepspeed_config(
+    *,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    precision: Precision,
+    zero: int,
+    gradient_clipping: float,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what DeepSpeed's engine is configured with.
+
+    Args:
+        micro_batch_size: sequences of one micro-batch.
+        num_micro_batches: micro-batches of one step on one pipeline.
+        precision: of weights and activations.
+        zero: ZeRO stage. Under 16-bit precision DeepSpeed's optimizers always shard the fp32 masters and the moments over the
+            data-parallel ranks, so 0 is 1 there.
+        gradient_clipping: largest gradient norm; 0 does not clip.
+        extra: the user's `deepspeed` section, merged over the defaults.
+
+    Example:
+        >>> config = plan_deepspeed_config(micro_batch_size=2, num_micro_batches=4, precision="fp32", zero=1,
+        ...     gradient_clipping=1.0, extra={"zero_optimization": {"reduce_bucket_size": 1000}})
+        >>> config["zero_optimization"]["stage"], config["zero_optimization"]["reduce_bucket_size"]
+        (1, 1000)
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": gradient_clipping,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": max(zero, 1) if precision != "fp32" else zero,
+            # The default of 5e8 elements allocates gigabytes in every step; this is as fast.
+            "reduce_bucket_size": 50_000_000,
+            "contiguous_gradients": False,
+        },
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+        # Gradients of many micro-batches are lost in 16 bits, accumulated or summed over replicas.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return _merge(config, extra)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

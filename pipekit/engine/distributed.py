@@ -1,0 +1,78 @@
+"""Joining the other processes of a run, and agreeing with them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from pipekit.errors import CommunicationError, PipekitError
+
+
+def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_rank: int) -> torch.device:
+    """Join the run that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...), and return this rank's device.
+
+    Args:
+        device: `cuda` talks over NCCL, `cpu` over gloo.
+        timeout_s: no wait for another rank lasts longer.
+        local_rank: index of this process on its machine, which picks its GPU.
+
+    Raises:
+        CommunicationError: if the others do not come within `timeout_s`.
+    """
+    import deepspeed
+    import deepspeed.comm.torch as deepspeed_torch
+
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        # DeepSpeed would compile a shared-memory collective at its first use, which takes most of a minute and which a run
+        # that is killed meanwhile leaves locked. It serves inference; training does not call it.
+        deepspeed_torch.build_shm_op = lambda: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(seconds=timeout_s),
+            )
+    except (RuntimeError, dist.DistStoreError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CommunicationError(
+            f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of them "
+            "were started, with the same MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def leave_processes() -> None:
+    """Take down the process groups."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank if any of them has an error, so that none goes on to wait for one that has stopped.
+
+    Every rank calls this at the same place, with its own error or None.
+
+    Raises:
+        PipekitError: of the type and with the message of the lowest rank that failed.
+    """
+    mine = None if error is None else (type(error), f"{error}")
+    reports: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, mine)
+    for rank, report in enumerate(reports):
+        if report is None:
+            continue
+        if error is not None and rank == dist.get_rank():
+            raise error
+        kind, message = report
+        raise (kind if issubclass(kind, PipekitError) else PipekitError)(message)

@@ -1,0 +1,182 @@
+"""The model-parallel unit: the process groups of a layout, and this rank's place in each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from pipekit.layout import Axis, Layout
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """One process group that this rank belongs to.
+
+    Attributes:
+        ranks: the global ranks of the group, in group order.
+        process_group: the group itself.
+    """
+
+    ranks: list[int]
+    process_group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This process's index in the group."""
+        return self.ranks.index(dist.get_rank())
+
+
+def build_group(rank_lists: Sequence[Sequence[int]], backend: str | None = None) -> RankGroup:
+    """Create one process group for each rank list and return the one that this rank is in.
+
+    Every rank of the world calls this with the same lists, which cover each rank once.
+    """
+    own: RankGroup | None = None
+    for ranks in rank_lists:
+        group = dist.new_group(ranks=list(ranks), backend=backend)
+        if dist.get_rank() in ranks:
+            own = RankGroup(list(ranks), group)
+    assert own is not None, f"rank {dist.get_rank()} is in none of {rank_lists}"
+    return own
+
+
+class ModelParallelUnit:
+    """Who talks to whom, made from a layout.
+
+    It answers what a training loop asks (`data_parallel_rank`, `should_report_metrics`, `should_build_data_loader`) and,
+    under the names that DeepSpeed uses for its `mpu` and `grid`, what DeepSpeed asks. There, "model parallel" means all
+    ranks that together hold one copy of the model (pipeline x tensor), and "slice parallel" means tensor parallel.
+
+    Args:
+        layout: the layout of the world; its world size is that of the default process group.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.global_rank = dist.get_rank()
+        self.coordinate = layout.coordinate(self.global_rank)
+        self.pipe = self._build("pipe")
+        self.data = self._build("data")
+        self.tensor = self._build("tensor")
+        self.model = self._build("pipe", "tensor")
+
+        # What DeepSpeed reads from its own grid as attributes.
+        self.pipe_parallel_size = layout.pp
+        self.data_parallel_size = layout.dp
+        self.model_parallel_size = layout.tp
+        self.slice_parallel_size = layout.tp
+        self.stage_id = self.coordinate.pipe
+        self.data_parallel_id = self.coordinate.data
+        self.pp_group = self.pipe.ranks
+
+    def _build(self, *axes: Axis) -> RankGroup:
+        return build_group(self.layout.groups(*axes))
+
+    # What a training loop asks.
+
+    @property
+    def pipe_rank(self) -> int:
+        """The pipeline rank of this process: the index of its stage."""
+        return self.coordinate.pipe
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which replica of the model this process belongs to."""
+        return self.coordinate.data
+
+    @property
+    def data_parallel_world_size(self) -> int:
+        """The number of replicas."""
+        return self.layout.dp
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the first stage, which reads the inputs."""
+        return self.coordinate.pipe == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the last stage, which reads the labels and has the loss."""
+        return self.coordinate.pipe == self.layout.pp - 1
+
+    @property
+    def should_build_data_loader(self) -> bool:
+        """Whether this process reads batches: the first stage needs the inputs, the last the labels."""
+        return self.is_first_stage or self.is_last_stage
+
+    @property
+    def should_report_metrics(self) -> bool:
+        """Whether this process writes metrics and talks to the console: rank 0, and no other."""
+        return self.global_rank == 0
+
+    def stage_rank(self, stage: int) -> int:
+        """Return the global rank that holds `stage` in this process's pipeline."""
+        return self.layout.rank(pipe=stage, data=self.coordinate.data, tensor=self.coordinate.tensor)
+
+    # What DeepSpeed asks, under its names.
+
+    def get_global_rank(self) -> int:
+        return self.global_rank
+
+    def get_stage_id(self) -> int:
+        return self.coordinate.pipe
+
+    def get_data_parallel_id(self) -> int:
+        return self.coordinate.data
+
+    def stage_to_global(self, stage_id: int, **_: int) -> int:
+        return self.stage_rank(stage_id)
+
+    def get_pipe_parallel_rank(self) -> int:
+        return self.coordinate.pipe
+
+    def get_pipe_parallel_world_size(self) -> int:
+        return self.layout.pp
+
+    def get_pipe_parallel_group(self) -> dist.ProcessGroup:
+        return self.pipe.process_group
+
+    get_pipeline_model_parallel_rank = get_pipe_parallel_rank
+    get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
+    get_pipeline_model_parallel_group = get_pipe_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.coordinate.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.layout.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data.process_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self.data.ranks
+
+    def get_model_parallel_rank(self) -> int:
+        return self.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.model.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.model.process_group
+
+    def get_slice_parallel_rank(self) -> int:
+        return self.coordinate.tensor
+
+    def get_slice_parallel_world_size(self) -> int:
+        return self.layout.tp
+
+    def get_slice_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor.process_group
+
+    get_tensor_model_parallel_rank = get_slice_parallel_rank
+    get_tensor_model_parallel_world_size = get_slice_parallel_world_size
+    get_tensor_model_parallel_group = get_slice_parallel_group

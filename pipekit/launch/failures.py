@@ -1,0 +1,130 @@
+"""How a rank failed, which rank failed first, and how to say so.
+
+When one rank fails, its neighbours lose their connection and fail too. The user wants to read about the first
+one only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+_SHOWN_LINES = 20
+_TAIL_BYTES = 64 * 1024
+
+FailureKind = Literal["user", "crash", "peer"]
+
+
+@dataclass(frozen=True)
+class FailureReport:
+    """What a failing worker writes down about itself.
+
+    Args:
+        kind: "user" is an error with a message of its own; "peer" is the loss of another rank, so the fault
+            is elsewhere; "crash" is any other exception.
+        message: one line, or a few.
+        traceback: the whole traceback.
+        time_s: when it happened, in seconds since 1970.
+    """
+
+    kind: FailureKind
+    message: str
+    traceback: str
+    time_s: float
+
+    def write(self, path: Path) -> None:
+        """Write the report to `path`, whole or not at all."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> FailureReport | None:
+        """Return the report at `path`, or None where there is none."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return None
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """How one rank ended.
+
+    Args:
+        rank: the rank.
+        returncode: exit code, or minus the number of the signal that killed it.
+        time_s: when it was seen to have ended, in seconds since 1970.
+        report: what it wrote about itself; None where it had no chance to.
+        log: the rank's log file.
+        log_start: size of the log in bytes before this launch.
+    """
+
+    rank: int
+    returncode: int
+    time_s: float
+    report: FailureReport | None
+    log: Path
+    log_start: int = 0
+
+
+def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
+    """Return the failure that caused the others.
+
+    A rank that only lost another one is blamed last. Among the rest the earliest counts.
+    """
+
+    def order(failure: RankFailure) -> tuple[bool, float, int]:
+        report = failure.report
+        if report is None:
+            return False, failure.time_s, failure.rank
+        return report.kind == "peer", report.time_s, failure.rank
+
+    return min(failures, key=order)
+
+
+def describe_failure(failure: RankFailure) -> str:
+    """Return the message for the user: the rank, what happened, and where to read on.
+
+    An error with a message of its own is shown as that message alone; a crash with the end of its traceback,
+    or of its log.
+    """
+    report = failure.report
+    where = f"the whole log of rank {failure.rank}: {failure.log}"
+    if report is None:
+        tail = tail_of_log(failure.log, start=failure.log_start) or "(nothing)"
+        return f"rank {failure.rank} {_describe_end(failure.returncode)}\nthe last it wrote:\n{tail}\n{where}"
+    if report.kind == "user":
+        return f"rank {failure.rank}: {report.message}"
+    if report.kind == "peer":
+        return f"rank {failure.rank} lost contact with another rank: {report.message}\n{where}"
+    traceback = "\n".join(report.traceback.rstrip().splitlines()[-_SHOWN_LINES:])
+    return f"rank {failure.rank} failed: {report.message}\n{traceback}\n{where}"
+
+
+def tail_of_log(log: Path, *, start: int = 0) -> str:
+    """Return the last lines of a log, of what was written after its first `start` bytes."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.rstrip().splitlines()[-_SHOWN_LINES:])
+
+
+def _describe_end(returncode: int) -> str:
+    if returncode >= 0:
+        return f"ended with exit code {returncode}, without a word of its own"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    hint = "; out of memory?" if -returncode == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

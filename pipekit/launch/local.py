@@ -1,0 +1,294 @@
+"""Starting the ranks of a run as processes on this machine, watching over them, and ending them together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pipekit.errors import LaunchError
+from pipekit.launch.environment import LOCALHOST, RankEnvironment
+from pipekit.launch.failures import FailureReport, RankFailure, describe_failure, first_failure
+from pipekit.launch.ports import choose_port
+from pipekit.launch.watcher import Watcher
+from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+
+_POLL_S = 0.05
+# How long a rank that lost another one waits for that other one's own report.
+_SETTLE_S = 2.0
+# After SIGKILL a process is gone at once, unless it is stuck in a driver.
+_KILLED_S = 5.0
+_PORT_ATTEMPTS = 3
+
+
+def run_local(
+    command: Sequence[str],
+    *,
+    world_size: int,
+    log_dir: Path,
+    env: Mapping[str, str],
+    stdout_rank: int = 0,
+    grace_s: float = 10.0,
+    port: int | None = None,
+) -> None:
+    """Run `world_size` processes of `command` on this machine, and return when all have succeeded.
+
+    Each process is the leader of a session of its own and finds its rank in the environment, as under
+    torchrun. The stdout of `stdout_rank` goes where the launcher's goes; everything else a rank writes is
+    appended to `log_dir/rank-<rank>.log`.
+
+    When one rank fails, the others are ended: SIGTERM first, SIGKILL for those that are there after
+    `grace_s`, each with the processes that it started. SIGINT, SIGTERM and SIGHUP end all ranks the same way,
+    a second one without grace; the launcher then exits with 128 plus the signal's number. If the launcher
+    itself is killed, the ranks are killed with it.
+
+    Where no port is given, and another program takes the chosen one before rank 0 listens on it, another is
+    chosen and the ranks are started again.
+
+    Args:
+        command: program and arguments, alike for all ranks.
+        world_size: number of processes.
+        log_dir: folder of the logs; made if it is not there.
+        env: variables to set on top of the launcher's own.
+        stdout_rank: the rank that may write to the launcher's stdout.
+        grace_s: seconds between SIGTERM and SIGKILL.
+        port: the port on which rank 0 listens for the others; None chooses a free one.
+
+    Raises:
+        LaunchError: if the port is taken, a process cannot be started, or a rank fails. The message begins
+            with the rank that failed first.
+        SystemExit: after a signal.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with _signals_noted() as signals:
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            chosen = choose_port(port)
+            job = _Job(command, world_size, log_dir.absolute(), env, stdout_rank, chosen)
+            failure = _run_job(job, signals, grace_s=grace_s)
+            if failure is None and signals.received:
+                _exit_after(signals.received[0], world_size)
+            if failure is None:
+                return
+            if port is not None or attempt == _PORT_ATTEMPTS or not _port_was_taken(failure, chosen):
+                raise LaunchError(describe_failure(failure))
+
+
+@dataclass(frozen=True)
+class _Job:
+    command: Sequence[str]
+    world_size: int
+    log_dir: Path
+    env: Mapping[str, str]
+    stdout_rank: int
+    port: int
+
+    def environ(self, rank: int) -> dict[str, str]:
+        place = RankEnvironment(
+            launcher="pipekit",
+            rank=rank,
+            world_size=self.world_size,
+            local_rank=rank,
+            local_world_size=self.world_size,
+            master_addr=LOCALHOST,
+            master_port=self.port,
+        )
+        return {
+            # What a killed rank has written must be in its log, and a segmentation fault must say where.
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+            # All ranks are here: gloo need not look up the machine's name, which fails on many laptops.
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            **os.environ,
+            **self.env,
+            **place.as_environ(),
+            ERROR_FILE_VARIABLE: str(self.error_file(rank)),
+            LAUNCHER_PID_VARIABLE: str(os.getpid()),
+        }
+
+    def log(self, rank: int) -> Path:
+        return self.log_dir / f"rank-{rank}.log"
+
+    def error_file(self, rank: int) -> Path:
+        return self.log_dir / f"rank-{rank}.error.json"
+
+
+@dataclass
+class _Worker:
+    """One rank's process, which leads the process group of the same number."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+    error_file: Path
+    ended_s: float | None = None
+    group_gone: bool = False
+
+    def poll(self) -> bool:
+        """Return whether the process is running, and note when it is first seen to have ended."""
+        if self.process.poll() is None:
+            return True
+        if self.ended_s is None:
+            self.ended_s = time.time()
+            self.signal_group(0)
+        return False
+
+    def failure(self) -> RankFailure | None:
+        """Return how it failed, or None while it runs and where it succeeded."""
+        if self.ended_s is None or self.process.returncode == 0:
+            return None
+        return RankFailure(
+            rank=self.rank,
+            returncode=self.process.returncode,
+            time_s=self.ended_s,
+            report=FailureReport.read(self.error_file),
+            log=self.log,
+            log_start=self.log_start,
+        )
+
+    def signal_group(self, signum: int) -> bool:
+        """Send a signal to the process and all that it started; return whether any of them is there."""
+        if not self.group_gone:
+            try:
+                os.killpg(self.process.pid, signum)
+            except OSError:  # nobody is there, or (macOS) nobody but zombies
+                self.group_gone = True  # from now on its number may be another program's
+        return not self.group_gone
+
+
+@dataclass
+class _Signals:
+    """The signals that came in, in order."""
+
+    received: list[int] = field(default_factory=list)
+
+    def note(self, signum: int, frame: FrameType | None) -> None:
+        self.received.append(signum)
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[_Signals]:
+    """Note the signals that ask for the end, and do not act on them; those ignored, as under nohup, stay so."""
+    signals = _Signals()
+    previous = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    previous[signum] = signal.signal(signum, signals.note)
+        yield signals
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _run_job(job: _Job, signals: _Signals, *, grace_s: float) -> RankFailure | None:
+    """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
+    workers: list[_Worker] = []
+    failures: list[RankFailure] = []
+    with Watcher() as watcher:
+        try:
+            for rank in range(job.world_size):
+                workers.append(_start(job, rank))
+                watcher.watch(workers[-1].process.pid)
+            _wait(workers, signals)
+        finally:
+            interrupted = bool(signals.received)
+            failed = [worker for worker in workers if worker.failure() is not None]
+            stopped_s = time.time()
+            _end(workers, signals, grace_s=grace_s)
+            if not interrupted:
+                failures = _failures(workers, failed, stopped_s)
+            for rank in range(job.world_size):
+                job.error_file(rank).unlink(missing_ok=True)
+    return first_failure(failures) if failures else None
+
+
+def _start(job: _Job, rank: int) -> _Worker:
+    job.error_file(rank).unlink(missing_ok=True)
+    with job.log(rank).open("ab") as log:
+        try:
+            process = subprocess.Popen(
+                job.command,
+                env=job.environ(rank),
+                stdin=subprocess.DEVNULL,
+                stdout=None if rank == job.stdout_rank else log,
+                stderr=log,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(
+                f"rank {rank} could not be started: {job.command[0]}: {error.strerror}"
+            ) from None
+        return _Worker(rank, process, job.log(rank), log.tell(), job.error_file(rank))
+
+
+def _wait(workers: Sequence[_Worker], signals: _Signals) -> None:
+    """Return when all have succeeded, one has failed, or a signal came."""
+    peer_lost_s: float | None = None
+    while True:
+        num_running = sum([worker.poll() for worker in workers])
+        failures = [failure for worker in workers if (failure := worker.failure()) is not None]
+        if num_running == 0 or signals.received:
+            return
+        if any(failure.report is None or failure.report.kind != "peer" for failure in failures):
+            return
+        if failures:
+            peer_lost_s = peer_lost_s or time.monotonic()
+            if time.monotonic() - peer_lost_s > _SETTLE_S:
+                return
+        time.sleep(_POLL_S)
+
+
+def _end(workers: Sequence[_Worker], signals: _Signals, *, grace_s: float) -> None:
+    """End what still runs, and what the ranks that have ended left behind."""
+    num_signals = len(signals.received)
+    remaining = [worker for worker in workers if worker.signal_group(signal.SIGTERM)]
+    deadline_s = time.monotonic() + grace_s
+    while remaining and time.monotonic() < deadline_s and len(signals.received) == num_signals:
+        time.sleep(_POLL_S)
+        remaining = [worker for worker in remaining if worker.poll() or worker.signal_group(0)]
+    for worker in remaining:
+        worker.signal_group(signal.SIGKILL)
+    deadline_s = time.monotonic() + _KILLED_S
+    for worker in workers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(max(0.0, deadline_s - time.monotonic()))
+        worker.poll()
+
+
+def _failures(workers: Sequence[_Worker], failed: Sequence[_Worker], stopped_s: float) -> list[RankFailure]:
+    """Return the failures that were not caused by ending the ranks.
+
+    Those are the ranks that had failed by then, and those that had written their report and were on their way
+    out.
+    """
+    failures = []
+    for worker in workers:
+        failure = worker.failure()
+        if failure is None:
+            continue
+        reported_before = failure.report is not None and failure.report.time_s <= stopped_s
+        if worker in failed or reported_before:
+            failures.append(failure)
+    return failures
+
+
+def _port_was_taken(failure: RankFailure, port: int) -> bool:
+    # The port's own number must be named: any other address in use is the program's own affair.
+    message = failure.report.message if failure.report is not None else ""
+    return failure.rank == 0 and "EADDRINUSE" in message and str(port) in message
+
+
+def _exit_after(signum: int, world_size: int) -> NoReturn:
+    sys.stderr.write(f"stopped by {signal.Signals(signum).name}: ended {world_size} processes\n")
+    raise SystemExit(128 + signum)

@@ -1,0 +1,127 @@
+"""What a worker process does for its launcher: report how it failed, and not outlive it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from pipekit.errors import CommunicationError, PipekitError
+from pipekit.launch.failures import FailureKind, FailureReport
+
+ERROR_FILE_VARIABLE = "PIPEKIT_ERROR_FILE"
+LAUNCHER_PID_VARIABLE = "PIPEKIT_LAUNCHER_PID"
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own
+# sources.
+_PEER_LOST = re.compile(r"gloo/|connection (closed|reset|refused)|broken pipe|socket timeout", re.IGNORECASE)
+_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+
+
+def error_file_from(environ: Mapping[str, str]) -> Path | None:
+    """Return the file in which the launcher wants to read of a failure; None under another launcher."""
+    path = environ.get(ERROR_FILE_VARIABLE)
+    return Path(path) if path else None
+
+
+@contextlib.contextmanager
+def report_failure(error_file: Path | None) -> Iterator[None]:
+    """Run the block; if it fails, write down how, and end the process at once.
+
+    The process ends without Python's clean-up, because the destructor of a process group can wait for ever
+    for ranks that are gone. The exit code is 2 after a `PipekitError` and 1 after any other exception; an
+    interrupt by the user is not reported and ends with 130. A block that succeeds is left normally.
+
+    Args:
+        error_file: where the report goes, see `error_file_from`; None leaves only the text on stderr.
+
+    Example:
+        >>> with report_failure(None):
+        ...     pass
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_process(128 + signal.SIGINT)
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        _fail(error, error_file, exit_code=error.code if isinstance(error.code, int) else 1)
+    except BaseException as error:
+        _fail(error, error_file, exit_code=2 if isinstance(error, PipekitError) else 1)
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """Return whose fault an exception is: the user's, another rank's, or that of the code which raised it.
+
+    Exceptions of torch are known by their names, since this module does not import torch.
+
+    Example:
+        >>> failure_kind(CommunicationError("rank 1 did not answer"))
+        'peer'
+        >>> failure_kind(ZeroDivisionError())
+        'crash'
+    """
+    if isinstance(error, CommunicationError):
+        return "peer"
+    if isinstance(error, PipekitError):
+        return "user"
+    if _PORT_TAKEN.search(str(error)):
+        return "crash"
+    names = {cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] == "torch"}
+    lost_peer = (
+        isinstance(error, RuntimeError | ConnectionError) and _PEER_LOST.search(str(error)) is not None
+    )
+    return "peer" if "DistError" in names or lost_peer else "crash"
+
+
+def tie_to_parent(environ: Mapping[str, str]) -> None:
+    """Have Linux kill this process when the launcher dies, even by SIGKILL. Call it first in a worker.
+
+    Elsewhere, and for the processes that a worker starts, the launcher's own watcher does it.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    launcher = environ.get(LAUNCHER_PID_VARIABLE)
+    # Behind a wrapper, a profiler for instance, the parent is not the launcher, and may end as it likes.
+    if sys.platform != "linux" or launcher is None or os.getppid() != int(launcher):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != int(launcher):  # it died before the request was made
+        os._exit(1)
+
+
+def _fail(error: BaseException, error_file: Path | None, *, exit_code: int) -> NoReturn:
+    try:
+        kind = failure_kind(error)
+        text = "".join(traceback.format_exception(error))
+        report = FailureReport(kind=kind, message=_message(error), traceback=text, time_s=time.time())
+        if error_file is not None:
+            report.write(error_file)
+        # The launcher keeps stderr in the rank's log; under another launcher it is all that the user sees.
+        sys.stderr.write(f"{report.message}\n" if kind == "user" and error_file is None else text)
+    finally:
+        _end_process(exit_code)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, PipekitError):
+        return str(error)
+    return "".join(traceback.format_exception_only(type(error), error)).strip()
+
+
+def _end_process(exit_code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(exit_code)

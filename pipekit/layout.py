@@ -1,0 +1,135 @@
+"""Layout arithmetic: which rank stands where in pipeline x data x tensor parallelism.
+
+Everything here is computed from three numbers, without a process group, so that a layout can be printed and tested anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipekit.errors import LayoutError
+
+Axis = Literal["pipe", "data", "tensor"]
+
+
+@dataclass(frozen=True, order=True)
+class Coordinate:
+    """Where a rank stands: its index along each axis."""
+
+    pipe: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid of `pp * dp * tp` ranks: pipeline outermost, tensor innermost.
+
+    Ranks that talk most stand closest: tensor-parallel peers have neighbouring ranks, and so share a node.
+
+    Example:
+        >>> layout = Layout(pp=2, dp=2, tp=1)
+        >>> layout.coordinate(3)
+        Coordinate(pipe=1, data=1, tensor=0)
+        >>> layout.groups("data")
+        [[0, 1], [2, 3]]
+    """
+
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "dp", "tp"):
+            degree = getattr(self, name)
+            if degree < 1:
+                raise LayoutError(f"parallel.{name}={degree} must be at least 1")
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, `pp * dp * tp`."""
+        return self.pp * self.dp * self.tp
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Return where `rank` stands.
+
+        Raises:
+            LayoutError: if `rank` is not in `[0, world_size)`.
+        """
+        if not 0 <= rank < self.world_size:
+            raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} ranks ({self})")
+        rest, tensor = divmod(rank, self.tp)
+        pipe, data = divmod(rest, self.dp)
+        return Coordinate(pipe=pipe, data=data, tensor=tensor)
+
+    def rank(self, *, pipe: int = 0, data: int = 0, tensor: int = 0) -> int:
+        """Return the rank that stands at a coordinate."""
+        return (pipe * self.dp + data) * self.tp + tensor
+
+    def groups(self, *axes: Axis) -> list[list[int]]:
+        """Return the rank lists whose members differ only along `axes`, in order of their first rank.
+
+        `groups("pipe")` are the pipelines, `groups("data")` the replicas of each stage,
+        `groups("pipe", "tensor")` the ranks that together hold one copy of the model.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            coordinate = self.coordinate(rank)
+            fixed: tuple[Axis, ...] = tuple(axis for axis in ("pipe", "data", "tensor") if axis not in axes)
+            groups.setdefault(tuple(getattr(coordinate, axis) for axis in fixed), []).append(rank)
+        return list(groups.values())
+
+    def __str__(self) -> str:
+        return f"pp={self.pp} x dp={self.dp} x tp={self.tp}"
+
+
+def plan_layout(
+    *, pp: int, tp: int, dp: int | Literal["auto"], world_size: int | None = None, num_devices: int | None = None
+) -> Layout:
+    """Return the layout for `world_size` ranks, or, where that is not given, for the devices present.
+
+    Args:
+        pp: pipeline-parallel degree.
+        tp: tensor-parallel degree.
+        dp: data-parallel degree; `auto` fills the ranks, or the devices, that there are.
+        world_size: the number of processes, where a launcher has already started them.
+        num_devices: the number of accelerators present; None on a machine without, where `auto` means 1.
+
+    Raises:
+        LayoutError: if `pp * dp * tp` is not the world size.
+
+    Example:
+        >>> plan_layout(pp=2, tp=1, dp="auto", world_size=8)
+        Layout(pp=2, dp=4, tp=1)
+    """
+    ranks = world_size if world_size is not None else num_devices
+    if dp == "auto":
+        if ranks is None:
+            return Layout(pp=pp, dp=1, tp=tp)
+        if ranks % (pp * tp) != 0 or ranks < pp * tp:
+            what = "processes were started" if world_size is not None else "devices are present"
+            raise LayoutError(
+                f"parallel.pp={pp} x parallel.tp={tp} does not divide {ranks}: {ranks} {what}, and pp*tp*dp must equal "
+                f"that; {_suggest_pp(ranks, tp)}"
+            )
+        return Layout(pp=pp, dp=ranks // (pp * tp), tp=tp)
+    layout = Layout(pp=pp, dp=dp, tp=tp)
+    if world_size is not None and layout.world_size != world_size:
+        raise LayoutError(
+            f"parallel.pp={pp} x parallel.tp={tp} x parallel.dp={dp} is {layout.world_size}, but {world_size} processes "
+            f"were started: pp*tp*dp must equal that; start {layout.world_size}, or set parallel.dp=auto"
+        )
+    if world_size is None and num_devices is not None and layout.world_size > num_devices:
+        raise LayoutError(
+            f"parallel.pp={pp} x parallel.tp={tp} x parallel.dp={dp} needs {layout.world_size} devices, and "
+            f"{num_devices} are present; lower one of them, or run on the CPU with run.device=cpu"
+        )
+    return layout
+
+
+def _suggest_pp(ranks: int, tp: int) -> str:
+    choices = [str(pp) for pp in range(1, ranks // tp + 1) if ranks % (pp * tp) == 0]
+    if not choices:
+        return f"no parallel.pp fits parallel.tp={tp}; try parallel.tp=1"
+    return f"try parallel.pp={' or '.join(choices[-1:] if len(choices) == 1 else [', '.join(choices[:-1]), choices[-1]])}"

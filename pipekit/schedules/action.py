@@ -1,0 +1,82 @@
+"""The words of a schedule: an action, and the table of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from pipekit.errors import ConfigError
+
+ActionKind = Literal["F", "B", "I", "W"]
+"""`F` forward, `B` whole backward, `I` input gradient, `W` weight gradient."""
+
+_PATTERN = re.compile(r"(\d+)([FBIW])(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One piece of work: a stage does `kind` for a micro-batch.
+
+    Example:
+        >>> str(Action(stage=0, kind="F", micro_batch=3))
+        '0F3'
+        >>> Action.parse("2B1")
+        Action(stage=2, kind='B', micro_batch=1)
+    """
+
+    stage: int
+    kind: ActionKind
+    micro_batch: int
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Return the action that `text` prints.
+
+        Raises:
+            ConfigError: if `text` is not a stage, one of F, B, I, W, and a micro-batch.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise ConfigError(
+                f"{text!r} is not an action; write stage, kind (F, B, I or W) and micro-batch, as in 0F3"
+            )
+        stage, kind, micro_batch = match.groups()
+        return cls(int(stage), cast(ActionKind, kind), int(micro_batch))
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """For each pipeline rank, the ordered list of its actions.
+
+    Attributes:
+        name: what the configuration calls it.
+        num_micro_batches: micro-batches of one step on one pipeline.
+        ranks: the actions of each pipeline rank.
+    """
+
+    name: str
+    num_micro_batches: int
+    ranks: tuple[tuple[Action, ...], ...]
+
+    def peak_in_flight(self, pipe_rank: int) -> int:
+        """Return how many micro-batches' activations a rank holds at most.
+
+        A forward takes up one; a whole backward, or a weight gradient, gives one back.
+
+        Example:
+            >>> from pipekit.schedules import plan_1f1b
+            >>> [plan_1f1b(num_stages=4, num_micro_batches=8).peak_in_flight(rank) for rank in range(4)]
+            [4, 3, 2, 1]
+        """
+        held = peak = 0
+        for action in self.ranks[pipe_rank]:
+            held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            peak = max(peak, held)
+        return peak
+
+    def __str__(self) -> str:
+        return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)
