@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipekit.errors import ConfigError
+from pipekit.rng import fold_seed
 
 
 class LayerSpec:
@@ -87,6 +89,16 @@ class TiedLayerSpec(LayerSpec):
         self.key = key
         self.forward_fn = forward_fn
         self.tied_weight_attr = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+
+
+def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
+    """Allocate a layer on the CPU, with initial weights that depend on `seed` and `name` alone.
+
+    The generators' state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold_seed(seed, "init", name))
+        return spec.build()
 
 
 def layer_names(specs: Sequence[LayerSpec]) -> list[str]:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from pipekit.errors import ConfigError
 
+_MAX_SHOWN = 80
+
 
 class Section(BaseModel):
     """A frozen group of settings: unknown keys are refused, and types are taken at their word.
@@ -28,15 +30,21 @@ class Fault:
     Args:
         key: path of the key to change first, such as `("train", "steps")`.
         message: the key and its value, the rule, and what to type instead.
+        partners: the other keys that a broken rule is about.
     """
 
     key: tuple[str, ...]
     message: str
+    partners: tuple[tuple[str, ...], ...] = ()
 
 
-def dotted_fault(key: str, message: str) -> Fault:
-    """Return the fault of the key written with dots."""
-    return Fault(key=tuple(key.split(".")), message=message)
+def rule_fault(keys: str, message: str) -> Fault:
+    """Return the fault of keys that contradict each other, written with dots and separated by spaces.
+
+    The first comes first; where only another was given, the fault is shown at that one.
+    """
+    key, *partners = (tuple(key.split(".")) for key in keys.split())
+    return Fault(key=key, message=message, partners=tuple(partners))
 
 
 def config_error(lines: Iterable[str]) -> ConfigError:
@@ -56,3 +64,26 @@ def alternatives(words: Iterable[object], last: str = "or") -> str:
     """
     texts = [str(word) for word in words]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {last} {texts[-1]}"
+
+
+def show(value: object) -> str:
+    """Return a value as one would type it on one line.
+
+    Example:
+        >>> show("ten"), show(True), show([1, 2]), show("two words")
+        ('ten', 'true', '[1, 2]', "'two words'")
+    """
+    text = _typed(value)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+def _typed(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return value if value and not any(character.isspace() for character in value) else repr(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_typed(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_typed, value))}]"
+    return str(value)

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def conflicting_keys(saved: Config, new: Config) -> list[str]:
     """Return the keys in which `new` describes another run than `saved`, so that it cannot go on from it.
 
-    These are the model, the data, `train.sequence_length` and `train.seed`. Everything else, such as the layout,
-    the number of steps or the learning rate, may change from one start to the next. A `model.vocab_size` of
-    `auto` agrees with any number, and the name of a preset does not matter, only its sizes.
+    These are the model, the data, `train.sequence_length` and `train.seed`. Everything else, such as the
+    layout, the number of steps or the learning rate, may change from one start to the next. A
+    `model.vocab_size` of `auto` agrees with any number, and of a preset only the sizes matter.
 
     Args:
         saved: the configuration that the run folder holds.

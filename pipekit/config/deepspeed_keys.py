@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipekit.config.base import Fault, alternatives
+from pipekit.config.base import Fault, alternatives, show
 from pipekit.config.suggest import closest
 
 KeyTree = dict[str, "KeyTree | None"]
@@ -19,20 +19,16 @@ def _keys(names: str, **sections: KeyTree) -> KeyTree:
     return {**dict.fromkeys(names.split()), **sections}
 
 
-_OFFLOAD_OPTIMIZER = _keys(
-    "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
-    "cpuadam_cores_perc"
-)
-
 DEEPSPEED_KEYS: KeyTree = _keys(
     # Batch, optimizer, precision: pipekit sets these (see OWNED_KEYS).
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
-    "optimizer scheduler gradient_clipping steps_per_print pipeline tensor_parallel expert_parallel wandb tensorboard "
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+    "managed_gradient_accumulation optimizer scheduler gradient_clipping steps_per_print pipeline "
+    "tensor_parallel expert_parallel wandb tensorboard "
     # Plain values.
-    "dump_state disable_python_gc disable_allgather communication_data_type seq_parallel_communication_data_type "
-    "prescale_gradients gradient_predivide_factor gradient_allreduce_op zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown use_data_before_expert_parallelism "
-    "dataloader_drop_last log_level vocabulary_size "
+    "dump_state disable_python_gc disable_allgather communication_data_type "
+    "seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor "
+    "gradient_allreduce_op zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown "
+    "memory_breakdown use_data_before_expert_parallelism dataloader_drop_last log_level vocabulary_size "
     # Sections that are taken as they are.
     "data_efficiency weight_quantization datastates_ckpt autotuning hybrid_engine",
     zero_optimization=_keys(
@@ -41,13 +37,17 @@ DEEPSPEED_KEYS: KeyTree = _keys(
         "elastic_checkpoint sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload "
         "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
         "stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save "
-        "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
-        "stage3_gather_fp16_weights_on_model_save ignore_unused_parameters legacy_stage1 round_robin_gradients "
-        "parameter_alignment zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights "
-        "zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
-        "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
+        "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params "
+        "stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save ignore_unused_parameters "
+        "legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size "
+        "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+        "memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings "
+        "enable_sanity_checks save_muon_momentum_buffer_in_memory",
         offload_param=_keys("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
-        offload_optimizer=_OFFLOAD_OPTIMIZER,
+        offload_optimizer=_keys(
+            "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio "
+            "super_offload cpuadam_cores_perc"
+        ),
         zenflow=_keys(
             "topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
             "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch"
@@ -55,11 +55,12 @@ DEEPSPEED_KEYS: KeyTree = _keys(
         leaf_module=_keys("classes names name_suffixes"),
     ),
     fp16=_keys(
-        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-        "min_loss_scale fp16_master_weights_and_grads"
+        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
+        "consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads"
     ),
     bf16=_keys(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads "
+        "bf16_optimizer_states"
     ),
     torch_autocast=_keys("enabled dtype lower_precision_safe_modules"),
     data_types=_keys("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
@@ -82,9 +83,9 @@ DEEPSPEED_KEYS: KeyTree = _keys(
     timers=_keys("", throughput=_keys("enabled synchronized")),
     compile=_keys(
         "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
-        "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log offload_parameters "
-        "sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors "
-        "keep_all_input_tensors passes"
+        "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log "
+        "offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather "
+        "keep_int_input_tensors keep_all_input_tensors passes"
     ),
 )
 """Every key that DeepSpeed 0.19 reads."""
@@ -155,5 +156,5 @@ def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...]) ->
             elif value is not None:
                 example = next(k for k in sorted(below) if f"{name}.{k}" not in OWNED_KEYS)
                 yield Fault(
-                    place, f"{shown}={value}: must be a mapping; for example {key}: {{{example}: ...}}"
+                    place, f"{shown}={show(value)}: must be a mapping; for example {key}: {{{example}: ...}}"
                 )

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipekit.config.base import Fault, Section, alternatives
+from pipekit.config.base import Fault, Section, alternatives, show
 from pipekit.config.model import CustomModelConfig, GPTConfig
 from pipekit.config.suggest import closest, suggest_key
 
-_MAX_SHOWN = 80
 _SWITCH_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
@@ -47,11 +46,11 @@ def section_faults(
         if detail["type"] == "missing" and len(detail["loc"]) == len(path):
             missing.append(path[-1])
         elif detail["type"] == "extra_forbidden":
-            faults[key] = Fault(
-                key, f"{'.'.join(key)}: unknown key; {_unknown_key_remedy(section, key, keys)}"
-            )
+            faults[key] = unknown_key_fault(section, key, keys)
         else:
             faults[key] = Fault(key, _value_message(key, field, value, detail))
+    if ("model", "preset") in faults:
+        missing = []  # the preset would have supplied them
     return [*_missing_faults(name, section, missing), *faults.values()]
 
 
@@ -69,29 +68,6 @@ def unknown_key_fault(
 def mapping_fault(name: str, value: object, example: str) -> Fault:
     """Return the fault of a section that is not a mapping."""
     return Fault((name,), f"{name}={show(value)}: must be a mapping of keys; for example {name}: {example}")
-
-
-def show(value: object) -> str:
-    """Return a value as one would type it on one line.
-
-    Example:
-        >>> show("ten"), show(True), show([1, 2]), show("two words")
-        ('ten', 'true', '[1, 2]', "'two words'")
-    """
-    text = _typed(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
-
-
-def _typed(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return value if value and not any(character.isspace() for character in value) else repr(value)
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_typed(item)}' for key, item in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_typed, value))}]"
-    return str(value)
 
 
 def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:

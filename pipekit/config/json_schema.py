@@ -20,7 +20,6 @@ def config_json_schema() -> dict[str, Any]:
     branches = model.pop("oneOf")
     model["anyOf"] = [{"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}, *branches]
     schema["properties"]["deepspeed"] |= _keys_schema(DEEPSPEED_KEYS, "")
-    # A section that is written without keys under it is null in YAML, and means its defaults.
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,

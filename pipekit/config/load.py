@@ -1,7 +1,7 @@
 """Reading a configuration: a YAML file, changes from the command line, or a dict.
 
-Every mistake is found before the first is reported, and each is shown with the file and line, or the argument of
-the command line, that it comes from.
+Every mistake is found before the first is reported, and each is shown with the file and line, or the argument
+of the command line, that it comes from.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipekit.config.base import Fault, Section, alternatives, config_error
-from pipekit.config.faults import mapping_fault, section_faults, show, unknown_key_fault
+from pipekit.config.base import Fault, Section, alternatives, config_error, show
+from pipekit.config.faults import mapping_fault, section_faults, unknown_key_fault
 from pipekit.config.model import PRESETS, CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config, WandbConfig
@@ -54,7 +54,8 @@ class _Draft:
 
     def add(self, fault: Fault) -> None:
         """Note a fault at the place of its key."""
-        place = self.place_of(fault.key)
+        given = [key for key in (fault.key, *fault.partners) if key in self.places]
+        place = self.place_of(given[0] if given else fault.key)
         message = fault.message
         dotted = ".".join(fault.key)
         if place.override and place.override.startswith(f"{dotted}=") and message.startswith(f"{dotted}: "):
@@ -70,6 +71,7 @@ class _Draft:
                 below = {"builder": below}
             if not isinstance(below, dict):
                 below = {}
+                self.places[key[:depth]] = place
             node[part] = below = dict(below)
             node = below
         node[key[-1]] = value
@@ -88,8 +90,8 @@ class _Draft:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Return the configuration of a YAML file.
 
-    Paths inside it are relative to the working directory, not to the file. `run.dir` is `runs/<name of the file>`
-    where neither the file nor an override gives it.
+    Paths inside it are relative to the working directory, not to the file. `run.dir` is
+    `runs/<name of the file>` where neither the file nor an override gives it.
 
     Args:
         path: the YAML file.
@@ -120,7 +122,10 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
         128
     """
     draft = _Draft()
-    draft.values = dict(values)
+    draft.values = {
+        name: section.model_dump() if isinstance(section, Section) else section
+        for name, section in values.items()
+    }
     for override in overrides:
         _apply_override(draft, override)
     return _finish(draft, default_dir=None)
@@ -252,10 +257,18 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
         draft.add(Fault((name,), f"model: missing; for example {example}"))
         return None
     values = {} if values is None else values
-    if isinstance(values, Section):
-        values = values.model_dump()
     section = _section_class(name, values)
     if name == "model" and isinstance(values, str):
+        if ":" not in values:
+            preset = closest(values, PRESETS) or "tiny"
+            draft.add(
+                Fault(
+                    (name,),
+                    f"model={show(values)}: must be a mapping, or package.module:function; for a preset write "
+                    f"model: {{preset: {preset}}}",
+                )
+            )
+            return None
         values = {"builder": values}
     if not isinstance(values, dict):
         draft.add(mapping_fault(name, values, _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"))
@@ -289,15 +302,17 @@ def _section_class(name: str, values: object) -> type[Section] | None:
 
 
 def _idle_preset(draft: _Draft, values: dict[str, Any]) -> Fault | None:
-    """Return a fault where a preset from the command line would change nothing, since the file gives every size."""
+    """Return a fault where a preset from the command line changes nothing, since every size is given."""
     key = ("model", "preset")
     if draft.place_of(key).override is None:
         return None
     sizes = list(PRESETS["tiny"])
     if not all(size in values and draft.place_of(("model", size)).override is None for size in sizes):
         return None
+    given = alternatives((f"model.{size}" for size in sizes), last="and")
+    owner = draft.label or "the configuration"
     return Fault(
         key,
-        f"model.preset={show(values['preset'])}: changes nothing, since {draft.label or 'the configuration'} gives "
-        f"{alternatives((f'model.{size}' for size in sizes), last='and')}; remove them there, or change them one by one",
+        f"model.preset={show(values['preset'])}: changes nothing, since {owner} gives {given}; "
+        "remove them there, or change them one by one",
     )

@@ -35,7 +35,7 @@ PRESETS: dict[PresetName, dict[str, int | str]] = {
 
 
 class GPTConfig(Section):
-    """A GPT of a built-in family. A preset fills the sizes that are not given, and every size is then present.
+    """A GPT of a built-in family. A preset fills the sizes that are not given, so that all are present.
 
     Example:
         >>> GPTConfig(preset="tiny", num_layers=2).ffn_size
@@ -158,7 +158,7 @@ ModelConfig = GPTConfig | CustomModelConfig
 
 
 def model_class_of(values: object) -> type[GPTConfig] | type[CustomModelConfig] | None:
-    """Return the class that reads the model section: text, or a mapping with `builder`, is the user's own model."""
+    """Return the class that reads the model section: text, or a mapping with `builder`, is the user's own."""
     if isinstance(values, (GPTConfig, CustomModelConfig)):
         return type(values)
     if isinstance(values, str):

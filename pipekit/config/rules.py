@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pipekit.config.base import Fault, alternatives, dotted_fault
+from pipekit.config.base import Fault, alternatives, rule_fault
 from pipekit.config.deepspeed_keys import check_deepspeed_keys
 
 if TYPE_CHECKING:
@@ -37,29 +37,29 @@ def sequence_fits_positions(model: ModelConfig, train: TrainConfig) -> Iterator[
     """A built-in model has a position embedding for every token of a sequence."""
     max_positions = getattr(model, "max_positions", None)
     if max_positions is not None and train.sequence_length > max_positions:
-        yield dotted_fault(
-            "train.sequence_length",
-            f"train.sequence_length={train.sequence_length} is longer than model.max_positions={max_positions}"
-            f"; try train.sequence_length={max_positions}, or model.max_positions={train.sequence_length}",
+        yield rule_fault(
+            "train.sequence_length model.max_positions",
+            f"train.sequence_length={train.sequence_length} is longer than "
+            f"model.max_positions={max_positions}; try train.sequence_length={max_positions}, "
+            f"or model.max_positions={train.sequence_length}",
         )
 
 
 def degrees_are_available(parallel: ParallelConfig) -> Iterator[Fault]:
     """Tensor parallelism and ZeRO 2 and 3 are not built yet; ZeRO 2 and 3 cannot join a pipeline at all."""
     if parallel.tp > 1:
-        yield dotted_fault(
+        yield rule_fault(
             "parallel.tp",
             f"parallel.tp={parallel.tp}: tensor parallelism is not available yet; parallel.tp must be 1",
         )
     if parallel.zero >= 2 and parallel.pp > 1:
-        yield dotted_fault(
-            "parallel.zero",
-            f"parallel.zero={parallel.zero} does not go with parallel.pp={parallel.pp}: it shards gradients after "
-            "every micro-batch, and a pipeline adds them up over all of them; try parallel.zero=1, or parallel.pp=1 "
-            "with parallel.zero=1 until ZeRO 2 and 3 are available",
+        yield rule_fault(
+            "parallel.zero parallel.pp",
+            f"parallel.zero={parallel.zero} does not go with parallel.pp={parallel.pp}: it shards gradients "
+            "after every micro-batch, and a pipeline adds them up over all of them; try parallel.zero=1",
         )
     elif parallel.zero >= 2:
-        yield dotted_fault(
+        yield rule_fault(
             "parallel.zero",
             f"parallel.zero={parallel.zero}: not available yet; use 0 or 1, for example parallel.zero=1",
         )
@@ -69,10 +69,10 @@ def stages_have_layers(model: ModelConfig, parallel: ParallelConfig) -> Iterator
     """Every stage needs a layer of its own."""
     num_layers = model.num_layer_specs
     if num_layers is not None and parallel.pp > num_layers:
-        yield dotted_fault(
-            "parallel.pp",
+        yield rule_fault(
+            "parallel.pp model.num_layers",
             f"parallel.pp={parallel.pp} stages are more than the model's {num_layers} layers (2 for each of "
-            f"model.num_layers={num_layers // 2 - 2}, and 4); try parallel.pp={num_layers} or less",
+            f"model.num_layers={num_layers // 2 - 2}, and 4 more); try parallel.pp={num_layers} or less",
         )
 
 
@@ -88,7 +88,7 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
     remedy = f"; for example parallel.boundaries={example}" if example else ""
     if boundaries is None:
         if parallel.partition == "manual":
-            yield dotted_fault(
+            yield rule_fault(
                 "parallel.partition",
                 "parallel.partition=manual needs parallel.boundaries, where the stages begin and end"
                 + (remedy or "; for example parallel.boundaries=[0, 6, 12] for parallel.pp=2 and 12 layers"),
@@ -96,10 +96,10 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
         return
     shown = list(boundaries)
     if parallel.partition != "manual":
-        yield dotted_fault(
+        yield rule_fault(
             "parallel.boundaries",
-            f"parallel.boundaries={shown} is only for parallel.partition=manual, and it is {parallel.partition}"
-            "; remove it, or set parallel.partition=manual",
+            f"parallel.boundaries={shown} is only for parallel.partition=manual, and it is "
+            f"{parallel.partition}; remove it, or set parallel.partition=manual",
         )
         return
     broken = None
@@ -113,7 +113,7 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
     elif num_layers is not None and shown[-1] != num_layers:
         broken = f"must end with {num_layers}, the number of layers, and ends with {shown[-1]}"
     if broken:
-        yield dotted_fault("parallel.boundaries", f"parallel.boundaries={shown} {broken}{remedy}")
+        yield rule_fault("parallel.boundaries", f"parallel.boundaries={shown} {broken}{remedy}")
 
 
 def even_boundaries(num_layers: int, pp: int) -> list[int]:
@@ -148,8 +148,8 @@ def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
             size for size in range(1, min(per_rank, train.micro_batch_size) + 1) if per_rank % size == 0
         )
         remedy += f", or train.micro_batch_size={micro}"
-    return dotted_fault(
-        "train.global_batch_size",
+    return rule_fault(
+        "train.global_batch_size train.micro_batch_size parallel.dp",
         f"train.global_batch_size={train.global_batch_size} is not a multiple of "
         f"train.micro_batch_size={train.micro_batch_size}{product}; {remedy}",
     )
@@ -162,8 +162,8 @@ def warmup_ends_before_decay(train: TrainConfig, scheduler: SchedulerConfig) -> 
         end = (
             f"scheduler.decay_steps={decay_steps}" if scheduler.decay_steps else f"train.steps={decay_steps}"
         )
-        yield dotted_fault(
-            "scheduler.warmup_steps",
+        yield rule_fault(
+            "scheduler.warmup_steps scheduler.decay_steps train.steps",
             f"scheduler.warmup_steps={scheduler.warmup_steps} is more than {end}; "
             f"try scheduler.warmup_steps={decay_steps // 10}",
         )
@@ -172,20 +172,21 @@ def warmup_ends_before_decay(train: TrainConfig, scheduler: SchedulerConfig) -> 
 def momentum_is_for_sgd(optimizer: OptimizerConfig) -> Iterator[Fault]:
     """Adam has betas in place of a momentum."""
     if optimizer.momentum and optimizer.type != "sgd":
-        yield dotted_fault(
+        yield rule_fault(
             "optimizer.momentum",
-            f"optimizer.momentum={optimizer.momentum} is only for optimizer.type=sgd, and it is {optimizer.type}"
-            f"; try optimizer.betas=[{optimizer.momentum}, {optimizer.betas[1]}]",
+            f"optimizer.momentum={optimizer.momentum} is only for optimizer.type=sgd, and it is "
+            f"{optimizer.type}; try optimizer.betas=[{optimizer.momentum}, {optimizer.betas[1]}]",
         )
 
 
 def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
     """Evaluation reads the text that is held out."""
     if train.eval_interval is not None and data.validation_fraction == 0:
-        yield dotted_fault(
-            "train.eval_interval",
-            f"train.eval_interval={train.eval_interval} needs text to evaluate on, and data.validation_fraction=0 "
-            "holds none out; try data.validation_fraction=0.05, or train.eval_interval=null",
+        yield rule_fault(
+            "train.eval_interval data.validation_fraction",
+            f"train.eval_interval={train.eval_interval} needs text to evaluate on, and "
+            "data.validation_fraction=0 holds none out; "
+            "try data.validation_fraction=0.05, or train.eval_interval=null",
         )
 
 

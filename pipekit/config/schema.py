@@ -214,8 +214,8 @@ class CheckpointConfig(Section):
     resume: str = Field(
         default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"]
     )
-    """`auto` goes on from the newest checkpoint of the run folder, `never` starts anew, and anything else is the
-    path of a checkpoint folder."""
+    """`auto` goes on from the newest checkpoint of the run folder, `never` starts anew, and anything else is
+    the path of a checkpoint folder."""
 
     keep: PositiveInt | None = Field(default=2, examples=[2])
     """How many of the newest checkpoints stay; null keeps all."""
@@ -239,6 +239,8 @@ class WandbConfig(Section):
 
 def _wandb_switch(value: Any) -> Any:
     """Turn `true` into the defaults and `false` into None."""
+    if not isinstance(value, (bool, dict, WandbConfig, type(None))):
+        raise ValueError(f"must be true, false, or a mapping of {', '.join(WandbConfig.model_fields)}")
     return {} if value is True else None if value is False else value
 
 
@@ -303,8 +305,8 @@ class Config(Section):
     def updated(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with some keys changed, such as `{"train.steps": 5}`, checked again as a whole.
 
-        Sizes that came from a preset, and a feed-forward width that came from `hidden_size`, follow when those
-        change.
+        Sizes that came from a preset, and a feed-forward width that came from `hidden_size`, follow when
+        those change.
 
         Raises:
             ConfigError: with every mistake.

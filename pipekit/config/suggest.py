@@ -85,6 +85,6 @@ def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Itera
         return f"here it is {SYNONYMS[key]}"
     everything = {k: path for path, keys in sections.items() if path not in ("", prefix) for k in keys}
     match = closest(key, everything)
-    if match and len(key) > 3:
+    if match and parents and len(key) > 3:
         return f"did you mean '{everything[match]}.{match}'?"
     return f"{f'{prefix} has' if prefix else 'the sections are'} {', '.join(own)}"

@@ -234,7 +234,7 @@ def _read_file(file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tupl
 
 
 def _cut(stream: TextIO, max_chars: int) -> Iterator[tuple[str, bool]]:
-    """Yield `(part, is_last)`: parts of `max_chars` to twice as many, cut at line ends where there are any."""
+    """Yield `(part, is_last)`: parts of `max_chars` to twice as many, cut at line ends if there are any."""
 
     def read_part() -> str:
         part = stream.read(max_chars)

@@ -22,11 +22,12 @@ class MapDataset(Protocol):
 class BatchLoader:
     """Give each data-parallel rank its share of every global batch.
 
-    The global batch of a step is the next `global_batch_size` positions of the order after `consumed_samples`.
-    It is divided in order into micro-batches of `b = micro_batch_size` samples: micro-batch `g` holds the
-    samples `[g*b, (g+1)*b)` of the batch, and rank `r` takes the `n` micro-batches `[r*n, (r+1)*n)`. So the
-    batch itself depends neither on the layout nor on the micro-batch size, and the loader has no state to save
-    but the number that it is given. Past the last sample of an epoch a batch goes on with the next epoch.
+    The global batch of a step is the next `global_batch_size` positions of the order after
+    `consumed_samples`. It is divided in order into micro-batches of `b = micro_batch_size` samples:
+    micro-batch `g` holds the samples `[g*b, (g+1)*b)` of the batch, and rank `r` takes the `n` micro-batches
+    `[r*n, (r+1)*n)`. So the batch itself depends neither on the layout nor on the micro-batch size, and the
+    loader has no state to save but the number that it is given. Past the last sample of an epoch a batch goes
+    on with the next epoch.
 
     Args:
         dataset: map-style; its samples are pairs `(inputs, labels)` that `torch.utils.data.default_collate`

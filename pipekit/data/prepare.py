@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from pipekit.config.schema import DataConfig
+from pipekit.config import DataConfig
 from pipekit.data.corpus import Corpus, Passage, find_corpus, read_passages
 from pipekit.data.tokenizer import (
     SIDE_FILES,

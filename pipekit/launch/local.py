@@ -177,7 +177,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def _signals_noted() -> Iterator[_Signals]:
-    """Note the signals that ask for the end, and do not act on them; those ignored, as under nohup, stay so."""
+    """Note the signals that ask for the end, and do not act on them; ignored ones, as by nohup, stay so."""
     signals = _Signals()
     previous = {}
     try:
@@ -216,6 +216,7 @@ def _run_job(job: _Job, signals: _Signals, *, grace_s: float) -> RankFailure | N
 def _start(job: _Job, rank: int) -> _Worker:
     job.error_file(rank).unlink(missing_ok=True)
     with job.log(rank).open("ab") as log:
+        log_start = log.tell()
         try:
             process = subprocess.Popen(
                 job.command,
@@ -229,7 +230,7 @@ def _start(job: _Job, rank: int) -> _Worker:
             raise LaunchError(
                 f"rank {rank} could not be started: {job.command[0]}: {error.strerror}"
             ) from None
-        return _Worker(rank, process, job.log(rank), log.tell(), job.error_file(rank))
+        return _Worker(rank, process, job.log(rank), log_start, job.error_file(rank))
 
 
 def _wait(workers: Sequence[_Worker], signals: _Signals) -> None:

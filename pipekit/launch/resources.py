@@ -78,7 +78,9 @@ def num_accelerators(
 
 
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:
-    """Return how many devices `CUDA_VISIBLE_DEVICES` leaves: those before the first that does not exist, as CUDA counts.
+    """Return how many devices `CUDA_VISIBLE_DEVICES` leaves.
+
+    As CUDA counts: those named before the first that does not exist.
 
     Example:
         >>> num_visible("2,3", 8)

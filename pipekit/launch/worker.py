@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own
 # sources.
-_PEER_LOST = re.compile(r"gloo/|connection (closed|reset|refused)|broken pipe|socket timeout", re.IGNORECASE)
+_GLOO_SOURCE = "gloo/"
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
@@ -79,10 +79,8 @@ def failure_kind(error: BaseException) -> FailureKind:
     if _PORT_TAKEN.search(str(error)):
         return "crash"
     names = {cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] == "torch"}
-    lost_peer = (
-        isinstance(error, RuntimeError | ConnectionError) and _PEER_LOST.search(str(error)) is not None
-    )
-    return "peer" if "DistError" in names or lost_peer else "crash"
+    from_gloo = type(error) is RuntimeError and _GLOO_SOURCE in str(error)
+    return "peer" if "DistError" in names or from_gloo else "crash"
 
 
 def tie_to_parent(environ: Mapping[str, str]) -> None:

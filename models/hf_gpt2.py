@@ -1,0 +1,99 @@
+"""GPT-2 between our names and those of Hugging Face `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pipekit.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class TensorRename:
+    """One tensor under both names.
+
+    Attributes:
+        ours: logical name.
+        theirs: name in `GPT2LMHeadModel`.
+        transpose: whether theirs is `(in, out)` where ours is `(out, in)`: their Conv1D.
+    """
+
+    ours: str
+    theirs: str
+    transpose: bool = False
+
+
+def plan_renames(config: GPTConfig) -> list[TensorRename]:
+    """Return every tensor's two names."""
+    renames = [
+        TensorRename("embed.weight", "transformer.wte.weight"),
+        TensorRename("position.weight", "transformer.wpe.weight"),
+        TensorRename("final_norm.weight", "transformer.ln_f.weight"),
+        TensorRename("final_norm.bias", "transformer.ln_f.bias"),
+    ]
+    if not config.tied_embedding:
+        renames.append(TensorRename("head.weight", "lm_head.weight"))
+    halves = {
+        "attention.norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj",
+        "mlp.norm": "ln_2",
+        "mlp.expand": "mlp.c_fc",
+        "mlp.contract": "mlp.c_proj",
+    }
+    for block in range(config.num_layers):
+        for ours, theirs in halves.items():
+            our_name, their_name = f"blocks.{block}.{ours}", f"transformer.h.{block}.{theirs}"
+            transpose = not ours.endswith("norm")
+            renames.append(TensorRename(f"{our_name}.weight", f"{their_name}.weight", transpose))
+            renames.append(TensorRename(f"{our_name}.bias", f"{their_name}.bias"))
+    return renames
+
+
+def to_hf(config: GPTConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor under their name and in their orientation."""
+    for rename in plan_renames(config):
+        tensor = tensors[rename.ours]
+        yield rename.theirs, tensor.T.contiguous() if rename.transpose else tensor
+
+
+def from_hf(config: GPTConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor under our name and in our orientation."""
+    for rename in plan_renames(config):
+        tensor = tensors[rename.theirs]
+        yield rename.ours, tensor.T.contiguous() if rename.transpose else tensor
+
+
+def plan_hf_config(config: GPTConfig, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
+    """Return `config.json` of the exported model.
+
+    Args:
+        config: the model.
+        end_token_id: id of the token that ends a document; None where the model was not trained on text.
+        dtype: of the exported tensors, such as `float32`.
+    """
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_positions,
+        "n_ctx": config.max_positions,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.ffn_size,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "initializer_range": config.init_std,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": config.tied_embedding,
+        "bos_token_id": end_token_id,
+        "eos_token_id": end_token_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }

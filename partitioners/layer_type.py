@@ -1,0 +1,31 @@
+"""Stages of equally many layers of one type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pipekit.errors import LayoutError
+from pipekit.partitioners.minmax import minmax_boundaries
+
+
+def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) -> list[int]:
+    """Return boundaries that share out the layers whose class name matches.
+
+    Args:
+        type_names: class name of each layer.
+        pattern: regular expression, searched for anywhere in the name, upper and lower case alike.
+        num_stages: how many stages.
+
+    Raises:
+        LayoutError: if no layer matches, or there are fewer layers than stages.
+
+    Example:
+        >>> partition_by_type(["Embed", "Block", "Block", "Head"], "block", num_stages=2)
+        [0, 2, 4]
+    """
+    matches = [int(re.search(pattern, name, re.IGNORECASE) is not None) for name in type_names]
+    if not any(matches):
+        names = ", ".join(dict.fromkeys(type_names))
+        raise LayoutError(f"parallel.partition=type:{pattern} matches no layer; the layers' types are {names}")
+    return minmax_boundaries(matches, num_stages)

@@ -1,0 +1,63 @@
+"""A list of layer specs as one module in one process: the reference for the engine, and what generation runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipekit.errors import CheckpointError
+from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, layer_names
+
+
+class SequentialModel(nn.Module):
+    """All layers of a model, one after the other; tied layers share one module.
+
+    Args:
+        specs: the model.
+        seed: of the initial weights, which equal those of a pipeline of any layout.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], *, seed: int = 1234) -> None:
+        super().__init__()
+        self.names = layer_names(specs)
+        self._steps: list[Any] = []
+        modules: dict[str, nn.Module] = {}
+        for spec, name in zip(specs, self.names, strict=True):
+            if name not in modules:
+                modules[name] = build_layer(spec, name=name, seed=seed)
+            module = modules[name]
+            forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
+            self._steps.append(partial(forward_fn, module) if forward_fn else module)
+        # Logical names have dots, which module names must not.
+        self._module_names = list(modules)
+        self.layers = nn.ModuleList(modules.values())
+
+    def forward(self, inputs: Any) -> Any:
+        for step in self._steps:
+            inputs = step(inputs)
+        return inputs
+
+    def logical_tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and persistent buffer under its logical name, tied ones once."""
+        return {
+            f"{layer_name}.{name}": tensor
+            for layer_name, layer in zip(self._module_names, self.layers, strict=True)
+            for name, tensor in layer.state_dict(keep_vars=True).items()
+        }
+
+    def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Set every parameter and buffer.
+
+        Raises:
+            CheckpointError: if one is missing, or has another shape; `where` names the source.
+        """
+        for name, own in self.logical_tensors().items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                found = "is missing" if name not in tensors else f"is {tuple(tensors[name].shape)}"
+                raise CheckpointError(f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another model")
+            with torch.no_grad():
+                own.copy_(tensors[name])

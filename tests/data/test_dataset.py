@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipekit.data.dataset import TokenDataset
+from pipekit.data.tokens import TokenFileWriter
+from pipekit.errors import DataError
+
+
+def write_counting_tokens(path: Path, num_tokens: int, vocab_size: int = 1000) -> Path:
+    with TokenFileWriter(path, vocab_size=vocab_size) as writer:
+        writer.write(np.arange(num_tokens, dtype=np.int64))
+    return path
+
+
+@pytest.mark.parametrize(("num_tokens", "num_samples"), [(5, 1), (8, 1), (9, 2), (12, 2), (13, 3)])
+def test_windows_follow_each_other_and_labels_are_one_further(
+    tmp_path: Path, num_tokens: int, num_samples: int
+) -> None:
+    dataset = TokenDataset(write_counting_tokens(tmp_path / "train.bin", num_tokens), sequence_length=4)
+    assert len(dataset) == num_samples
+    for index in range(num_samples):
+        inputs, labels = dataset[index]
+        assert inputs.tolist() == list(range(4 * index, 4 * index + 4))
+        assert labels.tolist() == list(range(4 * index + 1, 4 * index + 5))
+        assert inputs.dtype == labels.dtype == torch.int64
+    with pytest.raises(IndexError):
+        dataset[num_samples]
+
+
+def test_wide_tokens_are_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    with TokenFileWriter(path, vocab_size=200_000) as writer:
+        writer.write(np.array([199_999, 65_536, 7], dtype=np.int64))
+    assert TokenDataset(path, 2)[0][0].tolist() == [199_999, 65_536]
+
+
+def test_a_pickled_dataset_is_small_and_equal(tmp_path: Path) -> None:
+    dataset = TokenDataset(write_counting_tokens(tmp_path / "train.bin", 50_000, 50_000), sequence_length=8)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled)[100][0], dataset[100][0])
+
+
+def test_less_than_one_window_is_refused(tmp_path: Path) -> None:
+    path = write_counting_tokens(tmp_path / "train.bin", 4)
+    with pytest.raises(DataError, match=r"holds 4 tokens, .*sequence_length=4 needs 5"):
+        TokenDataset(path, sequence_length=4)
