@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pipekit.config import GPTConfig
+from pipekit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,27 @@ def plan_hf_config(config: GPTConfig, *, end_token_id: int | None, dtype: str) -
         "torch_dtype": dtype,
         "use_cache": True,
     }
+
+
+def read_hf_config(stored: Mapping[str, Any], *, where: str) -> GPTConfig:
+    """Return the model that a `config.json` describes.
+
+    Raises:
+        ConfigError: if it is no GPT-2 that these layers compute.
+    """
+    expected = {"model_type": "gpt2", "activation_function": "gelu_new"}
+    for key, value in expected.items():
+        if stored.get(key, value) != value:
+            raise ConfigError(f"{where}/config.json: {key}={stored[key]!r}; only {value!r} is known")
+    return GPTConfig(
+        vocab_size=stored["vocab_size"],
+        hidden_size=stored["n_embd"],
+        num_layers=stored["n_layer"],
+        num_heads=stored["n_head"],
+        ffn_size=stored.get("n_inner") or 4 * stored["n_embd"],
+        max_positions=stored["n_positions"],
+        dropout=stored.get("resid_pdrop", 0.0),
+        tied_embedding=stored.get("tie_word_embeddings", True),
+        layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5),
+        init_std=stored.get("initializer_range", 0.02),
+    )

@@ -21,7 +21,7 @@ def _keys(names: str, **sections: KeyTree) -> KeyTree:
 
 DEEPSPEED_KEYS: KeyTree = _keys(
     # Batch, optimizer, precision: pipekit sets these (see OWNED_KEYS).
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+    "bfloat16 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
     "managed_gradient_accumulation optimizer scheduler gradient_clipping steps_per_print pipeline "
     "tensor_parallel expert_parallel wandb tensorboard "
     # Plain values.
@@ -104,6 +104,7 @@ OWNED_KEYS: dict[str, str] = {
     "wandb": "logging.wandb",
     "tensorboard": "logging.tensorboard",
     "zero_optimization.stage": "parallel.zero",
+    "bfloat16": "train.precision=bf16",
     "fp16.enabled": "train.precision=fp16",
     "bf16.enabled": "train.precision=bf16",
     "torch_autocast": "train.precision",

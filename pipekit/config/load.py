@@ -25,6 +25,7 @@ from pipekit.errors import ConfigError
 Key = tuple[str, ...]
 
 _EXAMPLES = {"model": "{preset: tiny}", "train": "{steps: 300}", "deepspeed": "{wall_clock_breakdown: true}"}
+_BUILDER = "my_package.my_model:build_layers"
 
 
 @dataclass(frozen=True)
@@ -252,27 +253,15 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
 def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:
     """Return the checked section, or None after noting what is wrong with it."""
     values = draft.values.get(name)
-    if values is None and name == "model":
-        example = "model: {preset: tiny}, or model: my_package.my_model:build_layers"
-        draft.add(Fault((name,), f"model: missing; for example {example}"))
+    if name == "model" and (shape := _model_shape_fault(values)):
+        draft.add(shape)
         return None
+    values = {"builder": values} if isinstance(values, str) and name == "model" else values
     values = {} if values is None else values
-    section = _section_class(name, values)
-    if name == "model" and isinstance(values, str):
-        if ":" not in values:
-            preset = closest(values, PRESETS) or "tiny"
-            draft.add(
-                Fault(
-                    (name,),
-                    f"model={show(values)}: must be a mapping, or package.module:function; for a preset write "
-                    f"model: {{preset: {preset}}}",
-                )
-            )
-            return None
-        values = {"builder": values}
     if not isinstance(values, dict):
         draft.add(mapping_fault(name, values, _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"))
         return None
+    section = _section_class(name, values)
     if section is None:
         return values
     if name == "run" and values.get("dir") is None:
@@ -291,6 +280,18 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
         for fault in section_faults(name, section, values, error, keys):
             draft.add(fault)
         return None
+
+
+def _model_shape_fault(values: object) -> Fault | None:
+    """Return a fault where the model section is neither a mapping nor the name of a function."""
+    key = ("model",)
+    if values is None:
+        return Fault(key, f"model: missing; for example model: {_EXAMPLES['model']}, or model: {_BUILDER}")
+    if isinstance(values, str) and ":" not in values:
+        preset = closest(values, PRESETS) or "tiny"
+        rule = "must be a mapping, or package.module:function"
+        return Fault(key, f"model={show(values)}: {rule}; for a preset write model: {{preset: {preset}}}")
+    return None
 
 
 def _section_class(name: str, values: object) -> type[Section] | None:

@@ -46,6 +46,9 @@ class RunConfig(Section):
     threads_per_process: PositiveInt | Literal["auto"] = Field(default="auto", examples=[4])
     """CPU threads of each process; `auto` shares out the cores."""
 
+    trial: str | None = Field(default=None, min_length=1, examples=["my_package.my_trial:MyTrial"])
+    """`package.module:Class` of your own `pipekit.Trial`; null trains a language model."""
+
 
 class ParallelConfig(Section):
     """How the ranks are laid out: `pp * dp * tp` is the number of processes."""

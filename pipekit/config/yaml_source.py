@@ -25,6 +25,9 @@ _RESOLVERS: tuple[tuple[str, re.Pattern[str], str], ...] = (
 )
 
 
+_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 class YamlLoader(yaml.SafeLoader):
     """A safe loader that reads plain words as YAML 1.2 does."""
 
@@ -126,6 +129,9 @@ def _construct(
         source.faults.append((node.start_mark.line + 1, "an alias that contains itself; write the value out"))
         return None
     above = (*above, node)
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTION_TAGS:
+        source.faults.append((node.start_mark.line + 1, f"the tag {node.tag} is not read here; remove it"))
+        return None
     if isinstance(node, yaml.MappingNode):
         return _construct_mapping(loader, node, path, source, above)
     if isinstance(node, yaml.SequenceNode):

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor, nn
 
-from pipekit.engine.executor import Executor, MicroBatch
+from pipekit.engine.executor import Executor, MicroBatch, Observer
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.engine.optimizers import view_optimizer
@@ -66,7 +66,6 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         self.view = view_optimizer(self.optimizer, mpu)
         self.executor = Executor(module, mpu, device=self.device, after_backward=self.view.accumulate)
         self._plan_schedule = plan_schedule
-        self._clip_coefficient_norm: Tensor | None = None
 
     def train_batch(self, data_iter: Iterator[MicroBatch] | None = None) -> Tensor:
         """Train on one global batch.
@@ -94,14 +93,26 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         self._update()
         return self._mean_loss(losses)
 
-    def eval_batch(self, data_iter: Iterator[MicroBatch], num_micro_batches: int | None = None) -> Tensor:  # type: ignore[override]
-        """Return the mean loss of one global batch, in fp32, on every rank, without training on it."""
+    def eval_batch(
+        self,
+        data_iter: Iterator[MicroBatch] | None,
+        num_micro_batches: int | None = None,
+        *,
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """Return the mean loss of one global batch, in fp32, on every rank, without training on it.
+
+        Args:
+            data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage.
+            num_micro_batches: as many as in training, unless given.
+            observe: called on the last stage with each micro-batch's outputs and labels.
+        """
         self.module.eval()
         schedule = plan_forward_only(
             num_stages=self.num_stages, num_micro_batches=num_micro_batches or self.micro_batches
         )
         with torch.no_grad():
-            return self._mean_loss(self.executor.run(schedule, data_iter))
+            return self._mean_loss(self.executor.run(schedule, data_iter, observe=observe))
 
     @property
     def grad_norm(self) -> float:

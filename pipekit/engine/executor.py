@@ -18,6 +18,9 @@ from pipekit.schedules import Action, Schedule
 MicroBatch = tuple[Any, Any]
 """The inputs and the labels of one micro-batch."""
 
+Observer = Callable[[Any, Any], None]
+"""Called with the last layer's outputs and the labels of a micro-batch."""
+
 
 @dataclass
 class _InFlight:
@@ -80,6 +83,7 @@ class Executor:
         *,
         loss_scale: float = 1.0,
         dropout_step: int | None = None,
+        observe: Observer | None = None,
     ) -> list[Tensor]:
         """Do this rank's actions of `schedule`, and return each micro-batch's loss on the last stage.
 
@@ -89,8 +93,9 @@ class Executor:
             loss_scale: multiplies the loss before its backward; the gradients are those of the mean over micro-batches
                 times this.
             dropout_step: the step that seeds dropout; None in evaluation.
+            observe: called on the last stage with each micro-batch's outputs and labels.
         """
-        run = _Run(self, schedule, data, loss_scale, dropout_step)
+        run = _Run(self, schedule, data, loss_scale, dropout_step, observe)
         actions = schedule.ranks[self._mpu.pipe_rank]
         run.start(actions)
         for action in actions:
@@ -114,6 +119,7 @@ class _Run:
         data: Iterator[MicroBatch] | None,
         loss_scale: float,
         dropout_step: int | None,
+        observe: Observer | None,
     ) -> None:
         self._module = executor._module
         self._mpu = executor._mpu
@@ -127,6 +133,7 @@ class _Run:
         self._data = data if self._mpu.should_build_data_loader else None
         self._backward_scale = loss_scale / schedule.num_micro_batches
         self._dropout_step = dropout_step
+        self._observe = observe
         self._in_flight: dict[int, _InFlight] = {}
         self.losses: list[Tensor] = []
 
@@ -204,7 +211,9 @@ class _Run:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise PipekitError(f"the loss of {action} is {what}; the loss function must return a scalar tensor")
-        self.losses.append(loss.detach().float())
+        self.losses.append(loss.detach().float().reshape(()))
+        if self._observe is not None:
+            self._observe(outputs, labels)
         return loss
 
     def _dropout_path(self, action: Action) -> tuple[int, int] | None:

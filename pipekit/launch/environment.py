@@ -47,12 +47,14 @@ class RankEnvironment:
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(
                 f"{self.launcher} gave rank {self.rank} in a world of {self.world_size}: a rank must be at "
-                f"least 0 and below the number of processes; unset the variables left over from an earlier launch"
+                f"least 0 and below the number of processes; unset the variables left over from an earlier "
+                f"launch"
             )
         if self.local_world_size is not None and not 0 <= self.local_rank < self.local_world_size:
             raise LaunchError(
-                f"{self.launcher} gave local rank {self.local_rank} of {self.local_world_size} on this machine: "
-                f"it must be at least 0 and below that; unset the variables left over from an earlier launch"
+                f"{self.launcher} gave local rank {self.local_rank} of {self.local_world_size} on this "
+                f"machine: it must be at least 0 and below that; unset the variables left over from an "
+                f"earlier launch"
             )
 
     def as_environ(self) -> dict[str, str]:
@@ -226,8 +228,8 @@ def _mpi_master(environ: Environ, how_to_pass: str, *, one_machine: bool) -> str
     if "SLURM_JOB_NODELIST" in environ:
         return first_host(environ["SLURM_JOB_NODELIST"])
     raise LaunchError(
-        "MASTER_ADDR is not set, and MPI does not tell on which machine rank 0 runs: ranks on several machines "
-        f"need it; type {how_to_pass} MASTER_ADDR=<host of rank 0>"
+        "MASTER_ADDR is not set, and MPI does not tell on which machine rank 0 runs: ranks on several "
+        f"machines need it; type {how_to_pass} MASTER_ADDR=<host of rank 0>"
     )
 
 
@@ -247,8 +249,9 @@ def _require(launcher: str, environ: Environ, names: Sequence[str]) -> None:
     if missing:
         hint = " ".join(name for name in names if name in environ) or " ".join(names)
         raise LaunchError(
-            f"not set: {', '.join(missing)}, though this process seems to be started by {launcher}, which sets "
-            f"all of {', '.join(names)}; set what is missing, or unset {hint} to start without a launcher"
+            f"not set: {', '.join(missing)}, though this process seems to be started by {launcher}, which "
+            f"sets all of {', '.join(names)}; set what is missing, or unset {hint} to start without a "
+            f"launcher"
         )
 
 

@@ -54,7 +54,7 @@ def extensions_dir(environ: Mapping[str, str]) -> Path:
 
 
 def guard_extension_builds(
-    environ: Mapping[str, str], *, stale_after_s: float = 1800.0, limit_s: float = 900.0
+    environ: Mapping[str, str], *, stale_after_s: float = 900.0, limit_s: float = 1200.0
 ) -> list[str]:
     """Remove the locks of builds whose process is gone, and wait for builds that are under way.
 
@@ -187,9 +187,9 @@ def _remove(lock: Path) -> None:
         lock.unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(
-            f"{lock} is left over from a build that was ended, and cannot be removed ({error.strerror}): a run "
-            f"would wait for it without end; ask its owner to remove it, or set TORCH_EXTENSIONS_DIR to a folder "
-            f"of your own"
+            f"{lock} is left over from a build that was ended, and cannot be removed ({error.strerror}): a "
+            f"run would wait for it without end; ask its owner to remove it, or set TORCH_EXTENSIONS_DIR to "
+            f"a folder of your own"
         ) from None
 
 
@@ -197,10 +197,12 @@ def _still_locked(lock: Path, state: _LockState, limit_s: float) -> str:
     remove = f"rm {shlex.quote(str(lock))}"
     if state.holder_pid is not None:
         return (
-            f"{lock} is held by process {state.holder_pid}, which has been compiling for more than {limit_s:g} s: "
-            f"only one process may compile an extension; wait for it, or type: kill {state.holder_pid}; {remove}"
+            f"{lock} is held by process {state.holder_pid}, which has been compiling for more than "
+            f"{limit_s:g} s: only one process may compile an extension; wait for it, or type: kill "
+            f"{state.holder_pid}; {remove}"
         )
     return (
-        f"{lock} has been there for more than {limit_s:g} s, and whether its build is still running cannot be "
-        f"seen from here: a run would wait for it without end; if no other run is compiling, type: {remove}"
+        f"{lock} has been there for more than {limit_s:g} s, and whether its build is still running cannot "
+        f"be seen from here: a run would wait for it without end; if no other run is compiling, type: "
+        f"{remove}"
     )

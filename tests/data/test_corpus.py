@@ -1,4 +1,5 @@
 from __future__ import annotations
+import __future__
 
 import json
 import os
@@ -32,15 +33,8 @@ def test_stdlib_holds_modules_and_no_tests() -> None:
 
 def test_stdlib_text_is_the_source_of_the_modules() -> None:
     texts = read_texts("python-stdlib", max_bytes=500_000)
-    assert Path(ast_path()).read_text(encoding="utf-8") in texts
+    assert Path(__future__.__file__).read_text(encoding="utf-8") in texts
     assert sum(len(text.encode()) for text in texts) <= 500_000
-
-
-def ast_path() -> str:
-    import abc
-
-    assert abc.__file__ is not None
-    return abc.__file__
 
 
 def test_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
@@ -66,7 +60,9 @@ def test_long_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path, num_lin
     assert "".join(passage.text for passage in passages) == text
     assert [passage.num_bytes for passage in passages] == [len(passage.text.encode()) for passage in passages]
     assert all(passage.text.endswith("\n") for passage in passages)
-    assert [passage.ends_document for passage in passages] == [False] * (len(passages) - 1) + [True] * bool(text)
+    assert [passage.ends_document for passage in passages] == [False] * (len(passages) - 1) + [True] * bool(
+        text
+    )
     assert (len(passages) > 20) == (num_lines == 5000)
 
 
@@ -122,7 +118,9 @@ def test_bad_jsonl_line_is_named_by_file_and_line(tmp_path: Path, line: bytes, w
 
 
 def test_missing_source_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.source=.*no such file or folder.*'python-stdlib', a text file"):
+    with pytest.raises(
+        DataError, match=r"data\.source=.*no such file or folder.*'python-stdlib', a text file"
+    ):
         find_corpus(str(tmp_path / "missing.txt"))
     with pytest.raises(DataError, match="did you mean 'python-stdlib'"):
         find_corpus("python_stdlib")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -46,9 +47,12 @@ def test_tokens_cannot_be_changed_through_the_map(tmp_path: Path) -> None:
 
 
 def test_writing_that_breaks_off_leaves_no_readable_file(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), TokenFileWriter(tmp_path / "train.bin", vocab_size=300) as writer:
-        writer.write(np.arange(10))
-        raise RuntimeError
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        TokenFileWriter(tmp_path / "train.bin", vocab_size=9) as writer,
+    ):
+        writer.write(np.arange(5))
+        raise KeyboardInterrupt
     with pytest.raises(DataError, match="no such token file"):
         load_tokens(tmp_path / "train.bin")
 
@@ -57,11 +61,15 @@ def test_a_file_of_another_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
     write_tokens(path, [1, 2, 3], 300)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"5 bytes, but the header says 3 tokens of 2 bytes; delete the folder"):
+    with pytest.raises(
+        DataError, match=r"5 bytes, but the header says 3 tokens of 2 bytes; delete the folder"
+    ):
         load_tokens(path)
 
 
-@pytest.mark.parametrize("change", [{"version": 99}, {"format": "other"}, {"dtype": "float32"}, {"num_tokens": None}])
+@pytest.mark.parametrize(
+    "change", [{"version": 99}, {"format": "other"}, {"dtype": "float32"}, {"num_tokens": None}]
+)
 def test_a_foreign_header_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "train.bin"
     write_tokens(path, [1, 2, 3], 300)

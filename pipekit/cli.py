@@ -1,0 +1,132 @@
+"""The command line. Each command imports what it needs when it runs, so that help and mistakes are answered at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+app = typer.Typer(
+    name="pipekit",
+    help="Build GPT-style models as lists of layer specs, and train them across pipeline, tensor and ZeRO data parallelism.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_Device = Literal["auto", "cpu", "cuda"]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer reads annotations at run time, on Python 3.10 too)
+        typer.Argument(help="Changes, such as train.steps=20 parallel.pp=1.", show_default=False),
+    ] = None,
+) -> None:
+    """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
+    from pipekit.launch.train import train as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the exported tensors.")
+    ] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
+    from pipekit.checkpoint.export import export_checkpoint
+
+    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite)
+    typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
+    typer.echo(
+        f"checked against {check.reference}: {check.num_logits:,} logits, at most {check.max_logit_difference:.2g} apart "
+        f"(limit {check.tolerance:.2g})"
+    )
+
+
+@app.command()
+def generate(
+    source: Annotated[
+        Path, typer.Argument(help="A run's folder, one of its checkpoints, or an export.", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among so many of the likeliest; 0 among all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Annotated[_Device, typer.Option(help="What to compute on.")] = "auto",
+) -> None:
+    """Sample text from a trained model."""
+    from pipekit.sampling import stream_text
+
+    for piece in stream_text(
+        source,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        seed=seed,
+        device=device,
+    ):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def schema(
+    out: Annotated[Optional[Path], typer.Argument(help="File to write; stdout if left out.", show_default=False)] = None,  # noqa: UP045
+) -> None:
+    """Print the JSON schema of a configuration, with which editors complete and check it."""
+    from pipekit.config import config_json_schema
+
+    text = json.dumps(config_json_schema(), indent=2) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(installed_version("pipekit"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is one message and exit code 2."""
+    from pipekit.errors import PipekitError
+
+    try:
+        app()
+    except PipekitError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has gone.
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The plan of a run: everything that is decided before any process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from pipekit.config import BatchPlan, Config, plan_batch, resolve_layout
+from pipekit.errors import ConfigError
+from pipekit.layout import Layout
+from pipekit.parameters import count_layer_parameters, count_parameters
+from pipekit.partitioners import LayerFacts, partition
+from pipekit.schedules import Schedule, plan_1f1b
+from pipekit.specs import LayerSpec, layer_names
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, the same on every rank.
+
+    Attributes:
+        config: the resolved configuration.
+        device: what it computes on.
+        precision: of weights and activations.
+        layout: the grid of ranks.
+        batch: how a step's sequences are shared out.
+        layer_names: logical name of each layer.
+        layer_parameters: trainable parameters of each layer; a tied layer's wherever it occurs.
+        num_parameters: trainable parameters of the model, tied ones once.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        schedule: the pipeline's table.
+    """
+
+    config: Config
+    device: Device
+    precision: Precision
+    layout: Layout
+    batch: BatchPlan
+    layer_names: Sequence[str]
+    layer_parameters: Sequence[int]
+    num_parameters: int
+    boundaries: Sequence[int]
+    schedule: Schedule
+
+    @property
+    def stages(self) -> list[range]:
+        """The layers of each stage."""
+        return [range(start, end) for start, end in pairwise(self.boundaries)]
+
+
+def plan_run(
+    config: Config, specs: Sequence[LayerSpec], *, world_size: int | None, num_devices: int | None
+) -> Plan:
+    """Decide everything that can be decided without a process group.
+
+    Args:
+        config: the configuration, with every size known.
+        specs: the model.
+        world_size: the number of processes, where a launcher has already started them.
+        num_devices: the number of GPUs present; None where there are none.
+
+    Raises:
+        PipekitError: if something does not fit; it says what to type instead.
+    """
+    device = plan_device(config, num_devices)
+    layout = resolve_layout(config, world_size=world_size, num_devices=num_devices if device == "cuda" else None)
+    batch = plan_batch(config, layout.dp)
+    boundaries = partition(
+        config.parallel.partition,
+        LayerFacts([spec.type_name for spec in specs], lambda: count_layer_parameters(specs)),
+        layout.pp,
+        boundaries=config.parallel.boundaries,
+    )
+    return Plan(
+        config=config,
+        device=device,
+        precision=plan_precision(config, device),
+        layout=layout,
+        batch=batch,
+        layer_names=layer_names(specs),
+        layer_parameters=count_layer_parameters(specs),
+        num_parameters=count_parameters(specs),
+        boundaries=boundaries,
+        schedule=plan_1f1b(num_stages=layout.pp, num_micro_batches=batch.num_micro_batches),
+    )
+
+
+def plan_device(config: Config, num_devices: int | None) -> Device:
+    """Return what a run computes on.
+
+    Raises:
+        ConfigError: if the configuration asks for GPUs and there are none.
+    """
+    if config.run.device == "auto":
+        return "cuda" if num_devices else "cpu"
+    if config.run.device == "cuda" and not num_devices:
+        raise ConfigError("run.device=cuda: no GPU is present; use run.device=auto or run.device=cpu")
+    return config.run.device
+
+
+def plan_precision(config: Config, device: Device) -> Precision:
+    """Return the number format: what is configured, or bf16 on GPUs and fp32 on CPUs.
+
+    Raises:
+        ConfigError: if the device cannot compute in it.
+    """
+    precision = config.train.precision
+    if precision == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    if precision == "fp16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError(
+            "train.precision=fp16: this CPU does not compute in fp16, and no GPU is used; try train.precision=bf16 or fp32"
+        )
+    return precision

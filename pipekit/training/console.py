@@ -1,0 +1,236 @@
+"""What one sees of a run: a table of the plan, a live line or plain ones, and where everything is at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from io import TextIOWrapper
+from itertools import groupby
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipekit.plan import Plan
+from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.training.run_folder import RunFolder
+
+_PLAIN_WIDTH = 120
+
+
+def make_console(stream: TextIO | None = None) -> Console:
+    """Return a console on `stream`, or on stdout; plain and of a fixed width where there is no terminal."""
+    stream = stream or sys.stdout
+    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else _PLAIN_WIDTH)
+
+
+@contextlib.contextmanager
+def chatter_to(log: Path) -> Iterator[TextIO]:
+    """Send all that this process writes to stdout and stderr into `log`, and yield the stdout that was.
+
+    Libraries print and log as they please; so do programs that they start.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file, TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True) as terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            terminal.flush()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+
+
+def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
+    """Print the table of a run: model, layout, and a row for each stage with its layers."""
+    config = plan.config
+    model = getattr(config.model, "preset", None) or getattr(config.model, "builder", None) or "gpt2"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold cyan", no_wrap=True)
+    facts.add_column()
+    facts.add_row("model", f"{model}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers")
+    facts.add_row("layout", f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO {config.parallel.zero}")
+    facts.add_row("device", f"{plan.device}, {plan.precision}")
+    batch = plan.batch
+    facts.add_row(
+        "batch",
+        f"{batch.global_batch_size} sequences of {config.train.sequence_length} tokens: {batch.num_micro_batches} micro-"
+        f"{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
+        f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
+    )
+    facts.add_row("steps", f"{start_step} to {config.train.steps}" if start_step else f"{config.train.steps}")
+    facts.add_row("folder", config.run.dir)
+    stages = Table(box=None, padding=(0, 2), header_style="bold")
+    stages.add_column("stage", justify="right")
+    stages.add_column("parameters", justify="right")
+    stages.add_column("layers", overflow="fold")
+    for stage, layers in enumerate(plan.stages):
+        num_parameters = sum(plan.layer_parameters[layer_idx] for layer_idx in layers)
+        stages.add_row(str(stage), f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers]))
+    console.print()
+    console.print(facts)
+    console.print()
+    console.print(stages)
+    console.print()
+
+
+def _show_layers(names: list[str]) -> str:
+    """Return layer names with whole blocks in a row drawn together.
+
+    Example:
+        >>> _show_layers(["embed", "blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp", "blocks.2.mlp"])
+        'embed, blocks.0-1, blocks.2.mlp'
+    """
+    shown: list[str] = []
+    blocks: list[tuple[str, int]] = []
+    for prefix, members in groupby(names, key=lambda name: name.rpartition(".")[0] or name):
+        parts = list(members)
+        stem, _, number = prefix.rpartition(".")
+        if len(parts) > 1 and number.isdigit():
+            blocks.append((stem, int(number)))
+            continue
+        shown += _show_blocks(blocks) + parts
+        blocks = []
+    return ", ".join(shown + _show_blocks(blocks))
+
+
+def _show_blocks(blocks: list[tuple[str, int]]) -> list[str]:
+    if not blocks:
+        return []
+    (stem, first), (_, last) = blocks[0], blocks[-1]
+    return [f"{stem}.{first}" if first == last else f"{stem}.{first}-{last}"]
+
+
+def _plural(count: int, noun: str) -> str:
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return noun if count == 1 else noun + ending
+
+
+class _RemainingColumn(ProgressColumn):
+    """Time until the end at the pace of the last steps."""
+
+    def render(self, task: Task) -> Text:
+        remaining = task.time_remaining
+        return Text("ETA --:--" if remaining is None else f"ETA {_show_time(remaining)}", style="cyan")
+
+
+class ConsoleProgress(Callback):
+    """Shows each step: a progress bar on a terminal, plain lines elsewhere, and a summary at the end.
+
+    Args:
+        console: where to.
+        interval: steps between plain lines.
+    """
+
+    def __init__(self, console: Console, *, interval: int) -> None:
+        self._console = console
+        self._interval = interval
+        self._val_loss: float | None = None
+        self._progress: Progress | None = None
+        self._mean_step_s: float | None = None
+
+    def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
+        self._plan, self._folder = plan, folder
+        self._num_steps = plan.config.train.steps
+        self._width = len(str(self._num_steps))
+        if start_step:
+            self._console.print(f"going on after step {start_step}")
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[metrics]}"),
+                _RemainingColumn(),
+                TimeElapsedColumn(),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._progress.add_task("train", total=self._num_steps, completed=start_step, metrics="")
+            self._progress.start()
+
+    def on_evaluation_start(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, metrics="evaluating")
+
+    def on_step_end(self, metrics: StepMetrics) -> None:
+        evaluated = metrics.val_loss is not None
+        self._val_loss = metrics.val_loss if evaluated else self._val_loss
+        if metrics.step_time_s is not None:
+            mean = self._mean_step_s
+            self._mean_step_s = metrics.step_time_s if mean is None else 0.9 * mean + 0.1 * metrics.step_time_s
+        text = self._describe(metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=metrics.step, metrics=text)
+        elif evaluated or metrics.step % self._interval == 0 or metrics.step in (1, self._num_steps):
+            line = f"step {metrics.step:>{self._width}}/{self._num_steps}  {text}"
+            if self._mean_step_s is not None:
+                line += f"  ETA {_show_time(self._mean_step_s * (self._num_steps - metrics.step))}"
+            self._console.print(line)
+
+    def _describe(self, metrics: StepMetrics) -> str:
+        parts = []
+        if metrics.loss is not None:
+            parts += [f"loss {metrics.loss:.4f}", f"lr {metrics.lr:.2e}", f"{metrics.tokens_per_s:,.0f} tokens/s"]
+        if self._val_loss is not None:
+            parts.append(f"val loss {self._val_loss:.4f}")
+        return "  ".join(parts)
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        if self._progress is None:
+            self._console.print(f"step {step:>{self._width}}/{self._num_steps}  saved {path}")
+
+    def on_train_end(self, result: RunResult) -> None:
+        self.close()
+        run = shlex.quote(str(self._folder.path))
+        self._console.print()
+        ended = f"Trained {result.step} steps in {_show_time(result.time_s)}"
+        if result.first_val_loss is not None and result.last.val_loss is not None:
+            ended += f": validation loss {result.first_val_loss:.3f} → {result.last.val_loss:.3f}"
+        self._console.print(f"[bold green]{ended}[/]")
+        files = Table.grid(padding=(0, 2))
+        files.add_column(style="bold cyan", no_wrap=True)
+        files.add_column()
+        files.add_row("checkpoint", str(result.checkpoint))
+        files.add_row("metrics", str(self._folder.metrics))
+        files.add_row("logs", str(self._folder.logs))
+        self._console.print(files)
+        self._console.print("\nWhat next:")
+        next_steps = Table.grid(padding=(0, 2))
+        next_steps.add_column(no_wrap=True)
+        next_steps.add_column(style="dim")
+        next_steps.add_row(f"  pipekit generate {run} --prompt 'def '", "sample from it")
+        next_steps.add_row(f"  pipekit export {run} {run}/export", "a Hugging Face folder, its logits checked")
+        next_steps.add_row(
+            f"  pipekit train {run}/config.yaml train.steps={2 * result.step}", "go on, under any layout"
+        )
+        self._console.print(next_steps)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _show_time(seconds: float) -> str:
+    """Return a duration for people.
+
+    Example:
+        >>> _show_time(75), _show_time(3700)
+        ('1:15', '1:01:40')
+    """
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

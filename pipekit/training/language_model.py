@@ -1,0 +1,81 @@
+"""The shipped trial: a language model on text."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipekit.config import Config, GPTConfig
+from pipekit.data.dataset import TokenDataset
+from pipekit.data.loader import MapDataset
+from pipekit.data.prepare import PreparedData, prepare_data
+from pipekit.errors import ConfigError
+from pipekit.models import build_layers, language_model_loss
+from pipekit.specs import LayerSpec
+from pipekit.training.trial import ProgressCallback, Trial
+
+
+class LanguageModelTrial(Trial):
+    """Trains the configuration's model to predict the next token of the configuration's text."""
+
+    @classmethod
+    def resolve(cls, config: Config, on_progress: ProgressCallback | None = None) -> Config:
+        """Prepare the text, and settle the size of the vocabulary."""
+        data = _prepare(config, on_progress)
+        if not isinstance(config.model, GPTConfig):
+            return config
+        if config.model.vocab_size == "auto":
+            return config.updated({"model.vocab_size": data.vocab_size})
+        if config.model.vocab_size < data.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} tokens "
+                f"({data.tokenizer_path}), and every token needs a row; try model.vocab_size={data.vocab_size} or auto, or a "
+                "smaller data.vocab_size"
+            )
+        return config
+
+    @classmethod
+    def build_layers(cls, config: Config) -> list[LayerSpec]:
+        return build_layers(config)
+
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        if outputs.shape[-1] < self.data.vocab_size:
+            raise ConfigError(
+                f"the model's last layer scores {outputs.shape[-1]} tokens and the tokenizer has {self.data.vocab_size}; widen "
+                "it, or lower data.vocab_size"
+            )
+        return language_model_loss(outputs, labels)
+
+    def build_train_dataset(self) -> MapDataset:
+        return TokenDataset(self.data.train_path, self.context.config.train.sequence_length)
+
+    def build_validation_dataset(self) -> MapDataset | None:
+        if self.data.validation_path is None:
+            return None
+        return TokenDataset(self.data.validation_path, self.context.config.train.sequence_length)
+
+    @cached_property
+    def data(self) -> PreparedData:
+        """The prepared text, from the cache that `resolve` filled."""
+        return _prepare(self.context.config)
+
+    @property
+    def data_fingerprint(self) -> str:
+        return self.data.fingerprint
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer, which checkpoints carry along."""
+        return self.data.tokenizer_path
+
+
+def _prepare(config: Config, on_progress: ProgressCallback | None = None) -> PreparedData:
+    return prepare_data(
+        config.data,
+        sequence_length=config.train.sequence_length,
+        timeout_s=config.run.timeout_s,
+        on_progress=on_progress,
+    )

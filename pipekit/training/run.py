@@ -1,0 +1,123 @@
+"""One rank's part of a run, from joining the others to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from pathlib import Path
+
+from pipekit.config import Config
+from pipekit.engine.distributed import join_processes, leave_processes, raise_together
+from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.models import load_object
+from pipekit.plan import Plan, plan_run
+from pipekit.training.callbacks import Callback, MetricsFile, RunResult
+from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
+from pipekit.training.context import TrialContext
+from pipekit.training.language_model import LanguageModelTrial
+from pipekit.training.loggers import TensorBoardLogger, WandbLogger
+from pipekit.training.run_folder import RunFolder, find_start, write_config
+from pipekit.training.trainer import Trainer
+from pipekit.training.trial import ProgressCallback, Trial
+from pipekit.errors import ConfigError
+
+
+def load_trial(config: Config) -> type[Trial]:
+    """Return the trial that the configuration names, or the shipped one.
+
+    Raises:
+        ConfigError: if it cannot be imported, or is no `Trial`.
+    """
+    if config.run.trial is None:
+        return LanguageModelTrial
+    trial = load_object(config.run.trial, key="run.trial")
+    if not (isinstance(trial, type) and issubclass(trial, Trial)):
+        raise ConfigError(f"run.trial={config.run.trial}: must be a subclass of pipekit.Trial")
+    return trial
+
+
+def plan_trial(
+    config: Config,
+    *,
+    world_size: int | None,
+    num_devices: int | None,
+    on_progress: ProgressCallback | None = None,
+) -> Plan:
+    """Return the plan of a configuration's trial, after doing what the trial does once before training.
+
+    Raises:
+        PipekitError: if something does not fit.
+    """
+    trial = load_trial(config)
+    config = trial.resolve(config, on_progress)
+    return plan_run(config, trial.build_layers(config), world_size=world_size, num_devices=num_devices)
+
+
+def run_rank(
+    config: Config,
+    *,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    num_devices: int | None,
+    num_threads: int,
+    plan_shown: bool,
+) -> RunResult:
+    """Train as one rank of a run; the environment says how to find the others.
+
+    Args:
+        config: the configuration.
+        rank: global rank.
+        local_rank: rank among the processes of this machine.
+        world_size: number of processes.
+        num_devices: GPUs of this machine; None where there are none.
+        num_threads: CPU threads of this process.
+        plan_shown: whether the user has already seen the table of the run.
+
+    Raises:
+        PipekitError: if the run cannot be started, or cannot go on.
+    """
+    import torch
+
+    torch.set_num_threads(num_threads)
+    folder = RunFolder(Path(config.run.dir))
+    with chatter_to(folder.logs / f"rank-{rank}.log") as terminal:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        warnings.simplefilter("default")
+        plan = plan_trial(config, world_size=world_size, num_devices=num_devices)
+        start = find_start(config)
+        device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
+        context = TrialContext(plan, ModelParallelUnit(plan.layout), device, folder, start)
+        console = make_console(terminal)
+        error: Exception | None = None
+        callbacks: list[Callback] = []
+        if rank == 0:
+            try:
+                write_config(folder, resumable(plan.config))
+                callbacks = _build_callbacks(plan.config)
+            except (OSError, ConfigError) as failure:
+                error = failure
+            if not plan_shown:
+                show_plan(plan, console)
+            callbacks.append(ConsoleProgress(console, interval=config.logging.interval))
+        raise_together(error)
+        trainer = Trainer(load_trial(config)(context), callbacks)
+        result = trainer.fit()
+        with contextlib.suppress(RuntimeError):
+            leave_processes()
+        return result
+
+
+def resumable(config: Config) -> Config:
+    """Return the configuration as it is stored in its run folder: trained again, it goes on from the newest checkpoint."""
+    return config.updated({"checkpoint.resume": "auto"})
+
+
+def _build_callbacks(config: Config) -> list[Callback]:
+    callbacks: list[Callback] = [MetricsFile()]
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardLogger())
+    if config.logging.wandb is not None:
+        callbacks.append(WandbLogger(config.logging.wandb))
+    return callbacks

@@ -1,0 +1,141 @@
+"""The folder of a run: what lies where, and whether a configuration may go on in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipekit.checkpoint.manifest import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    find_latest,
+    list_checkpoints,
+    load_manifest,
+    resolve_checkpoint,
+    write_atomically,
+)
+from pipekit.config import Config, conflicting_keys, load_config
+from pipekit.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its files.
+
+    Attributes:
+        path: the folder, `run.dir`.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, which itself trains."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints, and `latest`, which names the newest."""
+        return self.path / CHECKPOINTS_FOLDER
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What each rank had to say beside metrics: `rank-<rank>.log`."""
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+
+def find_start(config: Config) -> Path | None:
+    """Return the checkpoint that a run goes on from, or None where it starts anew. Reads, and writes nothing.
+
+    Raises:
+        ConfigError: if the run folder holds a run of another model or other data, or one that `checkpoint.resume=never`
+            would overwrite.
+        CheckpointError: if the checkpoint to go on from is missing or cut short.
+    """
+    folder = RunFolder(Path(config.run.dir))
+    resume = config.checkpoint.resume
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder, or a name that is free")
+    if folder.config.is_file():
+        _check_same_run(folder.config, config, f"run.dir={config.run.dir} holds a run of another configuration")
+    existing = list_checkpoints(folder.checkpoints)
+    if resume == "never":
+        if existing:
+            raise ConfigError(
+                f"checkpoint.resume=never would overwrite the {len(existing)} checkpoints in {folder.checkpoints}; give "
+                "another run.dir, or go on from them with checkpoint.resume=auto"
+            )
+        return None
+    checkpoint = find_latest(folder.checkpoints) if resume == "auto" else resolve_checkpoint(Path(resume))
+    if checkpoint is None:
+        return None
+    load_manifest(checkpoint)
+    if resume != "auto":
+        _check_same_run(
+            checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration"
+        )
+    return checkpoint
+
+
+def check_data(checkpoint: Path, fingerprint: str) -> None:
+    """Check that the data are those that the checkpoint's position counts.
+
+    Raises:
+        CheckpointError: if they are not.
+    """
+    stored = load_manifest(checkpoint).training.data_fingerprint
+    if stored and stored != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: was trained on other data: the tokens of data.source have changed since (another text, tokenizer or "
+            "Python version), and its position in them means nothing now; restore them, or start anew with another run.dir"
+        )
+
+
+def write_config(folder: RunFolder, config: Config) -> None:
+    """Write the resolved configuration into the run folder."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder.config, config.to_yaml())
+
+
+def trim_metrics(path: Path, last_step: int) -> None:
+    """Drop the metrics of steps after `last_step`, which a run that goes on from there does again."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= last_step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a `metrics.jsonl`, in order of steps."""
+    return [record for line in path.read_text().splitlines() if (record := _parse(line))]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    # The last line of a killed run may be cut short.
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record
+
+
+def _check_same_run(saved: Path, config: Config, what: str) -> None:
+    keys = conflicting_keys(load_config(saved), config)
+    if keys:
+        shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        raise ConfigError(
+            f"{what}: {shown} differ{'s' if len(keys) == 1 else ''} from {saved}; give another run.dir to start a new run, or "
+            "set them as they are there to go on"
+        )

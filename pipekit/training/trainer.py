@@ -1,0 +1,234 @@
+"""The training loop: steps, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pipekit.checkpoint.load import load_checkpoint
+from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.checkpoint.save import save_checkpoint
+from pipekit.data.loader import BatchLoader, MapDataset
+from pipekit.data.order import sample_order
+from pipekit.engine.deepspeed_config import plan_deepspeed_config
+from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.executor import MicroBatch
+from pipekit.engine.module import PipelineModule
+from pipekit.errors import PipekitError
+from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.training.context import TrialContext
+from pipekit.training.run_folder import check_data
+from pipekit.training.trial import Trial
+
+# A loss that stays infinite or not a number will not come back by itself.
+_MAX_SKIPPED_IN_A_ROW = 20
+# What fp16's dynamic loss scale consists of, in DeepSpeed.
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Trainer:
+    """Trains a trial as its context's plan says. Every rank builds one and calls `fit`.
+
+    Args:
+        trial: what to train.
+        callbacks: called on the rank that reports.
+    """
+
+    def __init__(self, trial: Trial, callbacks: Sequence[Callback] = ()) -> None:
+        self.trial = trial
+        self.context = trial.context
+        self.config = self.context.config
+        reports = self.context.unit.should_report_metrics
+        self._callbacks = [*callbacks, *trial.build_callbacks()] if reports else []
+        self.engine = self._build_engine()
+        self._train_loader = self._build_loader(trial.build_train_dataset, shuffle=self.config.data.shuffle)
+        evaluates = self.config.train.eval_interval is not None
+        self._validation_loader = (
+            self._build_loader(trial.build_validation_dataset, shuffle=False) if evaluates else None
+        )
+        self.step = 0
+        self.consumed_samples = 0
+        self._metrics = StepMetrics(step=0)
+
+    def fit(self) -> RunResult:
+        """Train until `train.steps` updates are made, from the checkpoint to go on from, if there is one.
+
+        Raises:
+            PipekitError: if training cannot go on; the callbacks are closed all the same.
+        """
+        try:
+            return self._fit()
+        finally:
+            for callback in self._callbacks:
+                callback.close()
+
+    def _fit(self) -> RunResult:
+        context, train = self.context, self.config.train
+        checkpoint = context.start
+        if checkpoint is not None:
+            self._resume()
+        self._each(lambda callback: callback.on_train_start(context.plan, context.folder, self.step))
+        started_s = time.perf_counter()
+        first_val_loss = None
+        if train.eval_interval is not None and self.step == 0:
+            self._metrics = self._evaluate(StepMetrics(step=0))
+            first_val_loss = self._metrics.val_loss
+            self._each(lambda callback: callback.on_step_end(self._metrics))
+        skipped_in_a_row = 0
+        while self.step < train.steps:
+            metrics = self._train_step()
+            last = self.step == train.steps
+            if train.eval_interval is not None and (self.step % train.eval_interval == 0 or last):
+                metrics = self._evaluate(metrics)
+                first_val_loss = metrics.val_loss if first_val_loss is None else first_val_loss
+            self._metrics = metrics
+            self._each(lambda callback, metrics=metrics: callback.on_step_end(metrics))
+            skipped_in_a_row = 0 if math.isfinite(metrics.grad_norm or 0.0) else skipped_in_a_row + 1
+            if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+                raise PipekitError(
+                    f"step {self.step}: the gradient has not been finite for {skipped_in_a_row} steps in a row (loss "
+                    f"{metrics.loss}), and none of them changed the weights; lower optimizer.lr={self.config.optimizer.lr:g}, "
+                    "lengthen scheduler.warmup_steps, or train in bf16 or fp32"
+                )
+            interval = self.config.checkpoint.interval
+            if last or (interval is not None and self.step % interval == 0):
+                checkpoint = self._save()
+        result = RunResult(self.step, checkpoint, first_val_loss, self._metrics, time.perf_counter() - started_s)
+        self._each(lambda callback: callback.on_train_end(result))
+        return result
+
+    def _train_step(self) -> StepMetrics:
+        train = self.config.train
+        lr = self.trial.learning_rate(self.step)
+        self.engine.set_lr(lr)
+        started_s = time.perf_counter()
+        loss = float(self.engine.train_batch(self._batches(self._train_loader, self.consumed_samples)))
+        step_time_s = time.perf_counter() - started_s
+        self.step += 1
+        self.consumed_samples += train.global_batch_size
+        return StepMetrics(
+            step=self.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=self.engine.grad_norm,
+            tokens_per_s=train.global_batch_size * train.sequence_length / step_time_s,
+            step_time_s=step_time_s,
+        )
+
+    def _evaluate(self, metrics: StepMetrics) -> StepMetrics:
+        """Return the metrics with the held-out loss added: the same batches every time, whatever the layout."""
+        self._each(lambda callback: callback.on_evaluation_start(self.step))
+        train = self.config.train
+        extra_metrics = self.trial.validation_metrics()
+        sums = dict.fromkeys(extra_metrics, 0.0)
+
+        def observe(outputs: Any, labels: Any) -> None:
+            for name, metric in extra_metrics.items():
+                sums[name] += float(metric(outputs, labels))
+
+        losses = [
+            float(
+                self.engine.eval_batch(
+                    self._batches(self._validation_loader, batch * train.global_batch_size), observe=observe
+                )
+            )
+            for batch in range(train.eval_batches)
+        ]
+        num_micro_batches = train.eval_batches * self.context.plan.batch.num_micro_batches
+        extra = {
+            f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()
+        }
+        return StepMetrics(**{**vars(metrics), "val_loss": sum(losses) / len(losses), "extra": extra or None})
+
+    def _build_engine(self) -> PipelineEngine:
+        plan, unit = self.context.plan, self.context.unit
+        module = PipelineModule(
+            self.trial.build_layers(self.config),
+            mpu=unit,
+            boundaries=plan.boundaries,
+            loss_fn=self.trial.loss,
+            seed=self.config.train.seed,
+            activation_checkpointing=self.config.train.activation_checkpointing,
+            device=self.context.device,
+        )
+        return PipelineEngine(
+            module,
+            mpu=unit,
+            build_optimizer=self.trial.build_optimizer,
+            deepspeed_config=plan_deepspeed_config(
+                micro_batch_size=plan.batch.micro_batch_size,
+                num_micro_batches=plan.batch.num_micro_batches,
+                precision=plan.precision,
+                zero=self.config.parallel.zero,
+                gradient_clipping=self.config.train.gradient_clipping,
+                extra=self.config.deepspeed,
+            ),
+        )
+
+    def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> BatchLoader | None:
+        if not self.context.unit.should_build_data_loader:
+            return None
+        dataset = build_dataset()
+        if dataset is None:
+            raise PipekitError(
+                f"train.eval_interval={self.config.train.eval_interval}: {type(self.trial).__name__} has no validation data; set "
+                "it to null, or return a dataset from build_validation_dataset"
+            )
+        batch = self.context.plan.batch
+        return BatchLoader(
+            dataset,
+            sample_order(len(dataset), self.config.train.seed, shuffle=shuffle),
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=batch.micro_batch_size,
+            dp_rank=self.context.unit.data_parallel_rank,
+            dp=batch.dp,
+        )
+
+    @staticmethod
+    def _batches(loader: BatchLoader | None, consumed_samples: int) -> Iterator[MicroBatch] | None:
+        return None if loader is None else iter(loader.step_batches(consumed_samples))
+
+    def _resume(self) -> None:
+        assert self.context.start is not None
+        check_data(self.context.start, self.trial.data_fingerprint)
+        training = load_checkpoint(self.engine, CheckpointReader(self.context.start))
+        self.step, self.consumed_samples = training.step, training.consumed_samples
+        self._metrics = StepMetrics(step=training.step)
+
+    def _save(self) -> Any:
+        view = self.engine.view
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        training = TrainingState(
+            step=self.step,
+            consumed_samples=self.consumed_samples,
+            seed=self.config.train.seed,
+            lr=self._metrics.lr or 0.0,
+            optimizer={
+                "type": self.config.optimizer.type,
+                "step": view.step_count(),
+                "states": view.state_names(),
+            },
+            loss_scaler={
+                name: float(getattr(scaler, name)) for name in _LOSS_SCALER_STATE if hasattr(scaler, name)
+            },
+            data_fingerprint=self.trial.data_fingerprint,
+            metrics={key: value for key, value in self._metrics.as_record().items() if math.isfinite(value)},
+        )
+        tokenizer = getattr(self.trial, "tokenizer_file", None)
+        path = save_checkpoint(
+            self.engine,
+            self.context.folder.checkpoints,
+            training=training,
+            config_yaml=self.config.to_yaml(),
+            extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else {},
+            keep=self.config.checkpoint.keep,
+        )
+        self._each(lambda callback: callback.on_checkpoint(self.step, path))
+        return path
+
+    def _each(self, call: Callable[[Callback], None]) -> None:
+        for callback in self._callbacks:
+            call(callback)

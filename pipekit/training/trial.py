@@ -1,0 +1,93 @@
+"""A trial: what is trained, on what, and how. The shipped one trains a language model; subclass it, or `Trial`, for yours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipekit.config import Config
+from pipekit.data.loader import MapDataset
+from pipekit.specs import LayerSpec
+from pipekit.training.callbacks import Callback
+from pipekit.training.context import TrialContext
+from pipekit.training.lr import learning_rate
+from pipekit.training.optimizer import build_optimizer
+
+Metric = Callable[[Any, Any], Tensor]
+"""Called as `metric(outputs, labels)` on one micro-batch of an evaluation; returns a scalar."""
+
+
+class ProgressCallback(Protocol):
+    """Called with what is being done, and the fraction done, where it is known."""
+
+    def __call__(self, message: str, fraction: float | None) -> None: ...
+
+
+class Trial:
+    """What is trained, on what, and how.
+
+    `resolve` and `build_layers` run before any process starts and again on every rank; everything else on the ranks.
+
+    Args:
+        context: this rank's view of the run.
+    """
+
+    def __init__(self, context: TrialContext) -> None:
+        self.context = context
+
+    @classmethod
+    def resolve(cls, config: Config, on_progress: ProgressCallback | None = None) -> Config:
+        """Do what must be done once before training, such as preparing data, and return the configuration with it.
+
+        Several processes may call this at the same time.
+        """
+        return config
+
+    @classmethod
+    def build_layers(cls, config: Config) -> list[LayerSpec]:
+        """Return the model."""
+        raise NotImplementedError(f"{cls.__name__}.build_layers must return the model's list of LayerSpec")
+
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        """Return the scalar loss of the last layer's outputs, on the last stage."""
+        raise NotImplementedError(f"{type(self).__name__}.loss must return a scalar tensor")
+
+    def build_train_dataset(self) -> MapDataset:
+        """Return the training samples: pairs of inputs and labels. Called on the first and the last stage."""
+        raise NotImplementedError(f"{type(self).__name__}.build_train_dataset must return a map-style dataset")
+
+    def build_validation_dataset(self) -> MapDataset | None:
+        """Return the held-out samples, or None where there are none."""
+        return None
+
+    def build_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the torch optimizer of this stage's parameters."""
+        return build_optimizer(self.context.config.optimizer, parameters)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update after `step` updates."""
+        config = self.context.config
+        return learning_rate(
+            step,
+            peak=config.optimizer.lr,
+            shape=config.scheduler.type,
+            warmup_steps=config.scheduler.warmup_steps,
+            decay_steps=config.decay_steps,
+            min_ratio=config.scheduler.min_lr_ratio,
+        )
+
+    def validation_metrics(self) -> Mapping[str, Metric]:
+        """Return what to evaluate beside the loss; each is averaged and reported as `val_<name>`."""
+        return {}
+
+    def build_callbacks(self) -> list[Callback]:
+        """Return callbacks beside the shipped ones."""
+        return []
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Identifies the training data, so that a resumed run can tell that they are the same; empty if unknown."""
+        return ""

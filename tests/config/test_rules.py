@@ -1,0 +1,126 @@
+"""Values that contradict each other are refused with the numbers and what to type instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipekit.config import parse_config
+from pipekit.config.rules import even_boundaries
+from pipekit.errors import ConfigError
+
+BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 300}}
+
+BROKEN = {
+    ("train.sequence_length=300",): (
+        "train.sequence_length=300 is longer than model.max_positions=256; "
+        "try train.sequence_length=256, or model.max_positions=300"
+    ),
+    ("parallel.tp=2",): (
+        "parallel.tp=2: tensor parallelism is not available yet; parallel.tp must be 1"
+    ),
+    ("parallel.zero=2", "parallel.pp=2"): (
+        "parallel.zero=2 does not go with parallel.pp=2: it shards gradients after every micro-batch, and a "
+        "pipeline adds them up over all of them; try parallel.zero=1"
+    ),
+    ("parallel.zero=3",): "parallel.zero=3: not available yet; use 0 or 1, for example parallel.zero=1",
+    ("parallel.pp=13",): (
+        "parallel.pp=13 stages are more than the model's 12 layers (2 for each of model.num_layers=4, "
+        "and 4 more); try parallel.pp=12 or less"
+    ),
+    ("parallel.partition=manual", "parallel.pp=2"): (
+        "parallel.partition=manual needs parallel.boundaries, where the stages begin and end; "
+        "for example parallel.boundaries=[0, 6, 12]"
+    ),
+    ("parallel.pp=2", "parallel.boundaries=[0,6,12]"): (
+        "parallel.boundaries=[0, 6, 12] is only for parallel.partition=manual, and it is parameters; "
+        "remove it, or set parallel.partition=manual"
+    ),
+    ("parallel.partition=manual", "parallel.boundaries=[0,6,12]"): (
+        "parallel.boundaries=[0, 6, 12] must have 2 entries, one more than parallel.pp=1, and has 3; "
+        "for example parallel.boundaries=[0, 12]"
+    ),
+    ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[1,6,12]"): (
+        "parallel.boundaries=[1, 6, 12] must start with 0, and starts with 1; "
+        "for example parallel.boundaries=[0, 6, 12]"
+    ),
+    ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[0,12,12]"): (
+        "parallel.boundaries=[0, 12, 12] must grow from entry to entry, since every stage needs a layer; "
+        "for example parallel.boundaries=[0, 6, 12]"
+    ),
+    ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[0,6,13]"): (
+        "parallel.boundaries=[0, 6, 13] must end with 12, the number of layers, and ends with 13; "
+        "for example parallel.boundaries=[0, 6, 12]"
+    ),
+    ("train.micro_batch_size=3",): (
+        "train.global_batch_size=8 is not a multiple of train.micro_batch_size=3; "
+        "try train.global_batch_size=6 or 9, or train.micro_batch_size=2"
+    ),
+    ("train.micro_batch_size=4", "parallel.dp=4"): (
+        "train.global_batch_size=8 is not a multiple of train.micro_batch_size=4 x dp=4, which is 16; "
+        "try train.global_batch_size=16, or train.micro_batch_size=2"
+    ),
+    ("parallel.dp=3",): (
+        "train.global_batch_size=8 is not a multiple of train.micro_batch_size=1 x dp=3, which is 3; "
+        "try train.global_batch_size=6 or 9"
+    ),
+    ("scheduler.warmup_steps=301",): (
+        "scheduler.warmup_steps=301 is more than train.steps=300; try scheduler.warmup_steps=30"
+    ),
+    ("scheduler.warmup_steps=101", "scheduler.decay_steps=100"): (
+        "scheduler.warmup_steps=101 is more than scheduler.decay_steps=100; try scheduler.warmup_steps=10"
+    ),
+    ("optimizer.momentum=0.9",): (
+        "optimizer.momentum=0.9 is only for optimizer.type=sgd, and it is adamw; "
+        "try optimizer.betas=[0.9, 0.95]"
+    ),
+    ("train.eval_interval=5", "data.validation_fraction=0"): (
+        "train.eval_interval=5 needs text to evaluate on, and data.validation_fraction=0 holds none out; "
+        "try data.validation_fraction=0.05, or train.eval_interval=null"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
+def test_a_broken_rule_says_what_to_type(overrides: tuple[str, ...]):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(BASE, overrides)
+    text = str(caught.value)
+    assert BROKEN[overrides] in text
+    assert text.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.sequence_length=256",),
+        ("parallel.pp=12",),
+        ("parallel.zero=0", "parallel.pp=2"),
+        ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[0,1,12]"),
+        ("parallel.partition=type:Attention|MLP",),
+        ("train.micro_batch_size=2", "parallel.dp=4"),
+        ("scheduler.warmup_steps=300",),
+        ("optimizer.type=sgd", "optimizer.momentum=0.9"),
+        ("data.validation_fraction=0",),
+    ],
+    ids=" ".join,
+)
+def test_the_edge_of_a_rule_is_allowed(overrides: tuple[str, ...]):
+    parse_config(BASE, overrides)
+
+
+def test_the_number_of_layers_of_a_users_model_is_not_guessed():
+    own = {"model": "a.b:c", "train": {"steps": 3}}
+    parse_config(own, ["parallel.pp=40", "train.sequence_length=9999"])
+    parse_config(own, ["parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[0,3,5]"])
+    with pytest.raises(ConfigError, match=r"for example parallel.boundaries=\[0, 6, 12\] for parallel.pp=2"):
+        parse_config(own, ["parallel.partition=manual"])
+
+
+@pytest.mark.parametrize("pp", range(1, 13))
+def test_suggested_boundaries_are_accepted(pp: int):
+    boundaries = even_boundaries(12, pp)
+    parse_config(
+        BASE, ["parallel.partition=manual", f"parallel.pp={pp}", f"parallel.boundaries={boundaries}"]
+    )

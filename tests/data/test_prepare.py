@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from pipekit.config import DataConfig
+from pipekit.data.prepare import PreparedData, is_held_out, prepare_data
+from pipekit.data.tokenizer import load_tokenizer
+from pipekit.data.tokens import load_tokens
+from pipekit.errors import DataError
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> list[str]:
+    """Forty texts in `tmp_path / "text"`, each of which tells which one it is."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    texts = [f"document {index} " + f"says {index} again and again. " * 20 for index in range(40)]
+    for index, text in enumerate(texts):
+        (folder / f"{index:02}.txt").write_text(text)
+    return texts
+
+
+def make_config(tmp_path: Path, **values: Any) -> DataConfig:
+    defaults = {"source": str(tmp_path / "text"), "vocab_size": 300, "cache_dir": str(tmp_path / "cache")}
+    return DataConfig(**{**defaults, "validation_fraction": 0.1, **values})
+
+
+def read_split(prepared: PreparedData, path: Path | None) -> list[str]:
+    """Return the documents of a split: its tokens, divided at the end token and decoded."""
+    assert path is not None
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    tokens = load_tokens(path)
+    ends = np.flatnonzero(tokens == tokenizer.end_token_id)
+    assert ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+def list_cache(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache" / "data").iterdir())
+
+
+def test_both_splits_together_hold_every_document_once(tmp_path: Path, documents: list[str]) -> None:
+    prepared = prepare_data(make_config(tmp_path), sequence_length=16)
+    train, held_out = (read_split(prepared, path) for path in (prepared.train_path, prepared.validation_path))
+    assert sorted(train + held_out) == sorted(documents)
+    assert len(held_out) == 4
+    assert train == [text for text in documents if text in train], "out of order"
+    assert prepared.num_train_tokens == len(load_tokens(prepared.train_path))
+    assert prepared.vocab_size == load_tokenizer(prepared.tokenizer_path).vocab_size <= 300
+
+
+def test_without_validation_all_text_is_for_training(tmp_path: Path, documents: list[str]) -> None:
+    prepared = prepare_data(make_config(tmp_path, validation_fraction=0), sequence_length=16)
+    assert read_split(prepared, prepared.train_path) == documents
+    assert (prepared.validation_path, prepared.num_validation_tokens) == (None, 0)
+
+
+def test_one_long_file_is_divided_as_well(tmp_path: Path) -> None:
+    lines = [f"{index} of many lines\n" for index in range(4000)]
+    (tmp_path / "text").write_text("".join(lines))
+    prepared = prepare_data(make_config(tmp_path), sequence_length=16)
+    train, held_out = (read_split(prepared, path) for path in (prepared.train_path, prepared.validation_path))
+    read = [part.splitlines(keepends=True) for part in train + held_out]
+    assert sorted(line for part in read for line in part) == sorted(lines)
+    # Text that does not follow in the file is never joined without an end token between.
+    for part in read:
+        first = int(part[0].split()[0])
+        assert part == lines[first : first + len(part)]
+    share = prepared.num_validation_tokens / (prepared.num_train_tokens + prepared.num_validation_tokens)
+    assert 0.05 < share < 0.15
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.05, 1 / 3, 0.5, 0.9])
+def test_held_out_share_is_near_the_fraction_everywhere(fraction: float) -> None:
+    chosen = np.array([is_held_out(index, fraction) for index in range(3000)])
+    assert chosen.mean() == pytest.approx(fraction, abs=0.01 + 0.1 * min(fraction, 1 - fraction))
+    if 0 < fraction < 0.5:
+        longest_gap = np.diff(np.flatnonzero(chosen)).max()
+        assert longest_gap <= 2 / fraction + 1
+        assert len(set(np.diff(np.flatnonzero(chosen)))) > 1, "a fixed period could follow one in the text"
+
+
+def test_second_call_reads_the_cache(tmp_path: Path, documents: list[str]) -> None:
+    first = prepare_data(make_config(tmp_path), sequence_length=16)
+    modified = first.train_path.stat().st_mtime_ns
+    messages: list[str] = []
+    second = prepare_data(
+        make_config(tmp_path), sequence_length=64, on_progress=lambda message, _: messages.append(message)
+    )
+    assert second == first
+    assert messages == []
+    assert first.train_path.stat().st_mtime_ns == modified
+
+
+def test_the_same_settings_elsewhere_give_the_same_tokens(tmp_path: Path, documents: list[str]) -> None:
+    first = prepare_data(make_config(tmp_path), sequence_length=16)
+    second = prepare_data(make_config(tmp_path, cache_dir=str(tmp_path / "other")), sequence_length=16)
+    assert second.train_path != first.train_path
+    assert second.train_path.read_bytes() == first.train_path.read_bytes()
+    assert second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 280}, {"validation_fraction": 0.2}, {"max_bytes": 9000}, {"source": ["text"]}]
+)
+def test_other_settings_give_other_tokens(
+    tmp_path: Path, documents: list[str], change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = prepare_data(make_config(tmp_path), sequence_length=16)
+    second = prepare_data(make_config(tmp_path, **change), sequence_length=16)
+    if change == {"source": ["text"]}:  # another spelling of the same folder
+        assert second == first
+    else:
+        assert second.fingerprint != first.fingerprint
+        assert second.train_path != first.train_path
+
+
+def test_changed_text_is_prepared_anew(tmp_path: Path, documents: list[str]) -> None:
+    first = prepare_data(make_config(tmp_path), sequence_length=16)
+    (tmp_path / "text" / "07.txt").write_text("something else")
+    second = prepare_data(make_config(tmp_path), sequence_length=16)
+    assert second.fingerprint != first.fingerprint
+    assert "something else" in read_split(second, second.train_path) + read_split(
+        second, second.validation_path
+    )
+
+
+def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, documents: list[str]) -> None:
+    trained = prepare_data(make_config(tmp_path), sequence_length=16)
+    path = tmp_path / "mine.json"
+    path.write_bytes(trained.tokenizer_path.read_bytes())
+    given = prepare_data(make_config(tmp_path, tokenizer=str(path)), sequence_length=16)
+    assert given.tokenizer_path.read_bytes() == path.read_bytes()
+    assert given.train_path != trained.train_path
+    assert given.fingerprint == trained.fingerprint  # the same tokens by another way
+    with pytest.raises(DataError, match=r"data\.tokenizer='none\.json': no such file"):
+        prepare_data(make_config(tmp_path, tokenizer="none.json"), sequence_length=16)
+
+
+def test_a_broken_tokenizer_is_named_by_its_own_path(tmp_path: Path, documents: list[str]) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("{}")
+    with pytest.raises(DataError) as caught:
+        prepare_data(make_config(tmp_path, tokenizer=str(path)), sequence_length=16)
+    assert str(path) in str(caught.value)
+    assert list_cache(tmp_path) == [name for name in list_cache(tmp_path) if name.endswith(".lock")]
+
+
+@pytest.mark.parametrize(
+    "broken", ["train.bin", "train.json", "validation.bin", "tokenizer.json", "meta.json"]
+)
+@pytest.mark.parametrize("how", ["cut", "deleted"])
+def test_a_broken_cache_is_made_again(
+    tmp_path: Path, documents: list[str], broken: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = prepare_data(make_config(tmp_path), sequence_length=16)
+    path = first.train_path.with_name(broken)
+    whole = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(whole[:-3])
+    else:
+        path.unlink()
+    assert prepare_data(make_config(tmp_path), sequence_length=16) == first
+    assert path.read_bytes() == whole
+    assert "is broken and is made again" in caplog.text
+
+
+def test_progress_goes_up_to_one(tmp_path: Path) -> None:
+    reports: list[tuple[str, float | None]] = []
+    prepare_data(
+        make_config(tmp_path, source="python-stdlib", max_bytes=3_000_000),
+        sequence_length=64,
+        on_progress=lambda message, fraction: reports.append((message, fraction)),
+    )
+    assert reports[0] == ("training the tokenizer", None)
+    fractions = [fraction for message, fraction in reports if message == "encoding the text"]
+    assert len(fractions) > 2
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    assert fractions == sorted(fractions, key=lambda fraction: fraction or 0.0)
+
+
+def test_too_little_text_is_refused_with_numbers(tmp_path: Path, documents: list[str]) -> None:
+    config = make_config(tmp_path, validation_fraction=0.05)
+    prepared = prepare_data(config, sequence_length=16)
+    num_train, num_held_out = prepared.num_train_tokens, prepared.num_validation_tokens
+    # Each remedy that a message names works, to the last token.
+    with pytest.raises(
+        DataError, match=rf"holds out {num_held_out} of .*sequence_length to {num_held_out - 1} or less"
+    ):
+        prepare_data(config, sequence_length=num_held_out)
+    prepare_data(config, sequence_length=num_held_out - 1)
+    with pytest.raises(
+        DataError, match=rf"gives {num_train} training tokens, .*to {num_train - 1} or less, or give"
+    ):
+        prepare_data(config, sequence_length=num_train)
+    with pytest.raises(DataError, match=r"raise data\.max_bytes=100"):
+        prepare_data(make_config(tmp_path, max_bytes=100), sequence_length=10_000)
+
+
+def test_empty_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        prepare_data(make_config(tmp_path), sequence_length=16)
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, documents: list[str]) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(DataError, match=r"data\.cache_dir: cannot write under .*; set data\.cache_dir"):
+        prepare_data(make_config(tmp_path), sequence_length=16)
+
+
+# The program of another process: it prints what it does, and can be told to die while it builds.
+PROGRAM = """
+import os, signal, sys
+from pipekit.config import DataConfig
+from pipekit.data.prepare import prepare_data
+source, cache_dir, die_at = sys.argv[1:]
+def report(message, fraction):
+    print(message, flush=True)
+    if message == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+config = DataConfig(source=source, cache_dir=cache_dir, vocab_size=300, validation_fraction=0.1)
+print(prepare_data(config, sequence_length=16, timeout_s=60, on_progress=report).fingerprint)
+"""
+
+
+def start_process(tmp_path: Path, die_at: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "text"), str(tmp_path / "cache"), die_at]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def find_lock(tmp_path: Path) -> Path:
+    """Return the lock of `make_config(tmp_path)`, by making and deleting what it guards."""
+    folder = prepare_data(make_config(tmp_path), sequence_length=16).train_path.parent
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path, documents: list[str]) -> None:
+    with FileLock(find_lock(tmp_path)):  # held until all three wait for it
+        processes = [start_process(tmp_path) for _ in range(3)]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("waiting for another process to prepare the data (")
+    outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sum("training the tokenizer" in output for output in outputs) == 1
+    assert len({output[-1] for output in outputs}) == 1
+    assert not [name for name in list_cache(tmp_path) if "building" in name]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_builder_that_was_killed_leaves_nothing_behind(tmp_path: Path, documents: list[str]) -> None:
+    killed = start_process(tmp_path, die_at="encoding the text")
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert [name for name in list_cache(tmp_path) if "building" in name], "it was killed too late"
+    prepared = prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)
+    key = prepared.train_path.parent.name
+    assert list_cache(tmp_path) == [key, f"{key}.lock"]
+
+
+def test_a_wait_that_lasts_too_long_ends_in_one_error(tmp_path: Path, documents: list[str]) -> None:
+    lock_path = find_lock(tmp_path)
+    with FileLock(lock_path), pytest.raises(DataError) as caught:
+        prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=0.2)
+    assert str(lock_path) in str(caught.value)
+    assert "waited 0.2 s for another process to prepare the data" in str(caught.value)
+
+
+def test_an_error_while_building_leaves_nothing_behind(tmp_path: Path, documents: list[str]) -> None:
+    def interrupt(message: str, fraction: float | None) -> None:
+        if message == "encoding the text":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(make_config(tmp_path), sequence_length=16, on_progress=interrupt)
+    assert [name for name in list_cache(tmp_path) if not name.endswith(".lock")] == []
+    prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)
+
+
+def test_meta_says_what_the_folder_holds(tmp_path: Path, documents: list[str]) -> None:
+    prepared = prepare_data(make_config(tmp_path), sequence_length=16)
+    meta = json.loads((prepared.train_path.parent / "meta.json").read_text())
+    assert meta["num_documents"] == 40
+    assert meta["num_text_bytes"] == sum(map(len, documents))
+    assert meta["source"] == os.fspath(tmp_path / "text")
