@@ -28,8 +28,9 @@ MAX_PASSAGE_CHARS = 64 * 1024
 MIN_PASSAGE_CHARS = 1024
 MIN_NUM_PASSAGES = 64
 
+# Beside tests and other people's packages, tables that programs have written: they are not prose of any kind.
 _STDLIB_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
 _WHAT_TO_GIVE = (
     f"'{STDLIB_SOURCE}', a text file, a .jsonl file, "

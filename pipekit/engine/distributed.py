@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from datetime import timedelta
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -25,14 +26,14 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
         CommunicationError: if the others do not come within `timeout_s`.
     """
     import deepspeed
-    import deepspeed.comm.torch as deepspeed_torch
 
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     else:
         # DeepSpeed would compile a shared-memory collective at its first use, which takes most of a minute and which a run
         # that is killed meanwhile leaves locked. It serves inference; training does not call it.
-        deepspeed_torch.build_shm_op = lambda: None
+        # (The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.)
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,10 +53,12 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
 
 
 def leave_processes() -> None:
-    """Take down the process groups."""
+    """Take down the process groups, and what DeepSpeed keeps of them, so that this process can join others."""
+    import deepspeed.comm
+
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+            deepspeed.comm.destroy_process_group()
 
 
 def raise_together(error: Exception | None) -> None:

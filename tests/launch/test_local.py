@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,7 @@ def eventually(condition: Callable[[], bool], *, timeout_s: float = 20) -> bool:
 def assert_nothing_left(folder: Path, *, num_pids: int) -> None:
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
     assert len(pids) == num_pids
-    assert [pid for pid in pids if is_running(pid)] == []
+    assert eventually(lambda: not any(is_running(pid) for pid in pids), timeout_s=5)
     assert all(re.fullmatch(r"rank-\d+\.log", path.name) for path in (folder / "logs").iterdir())
 
 
@@ -250,27 +250,37 @@ def test_a_requested_port_is_tried_once(tmp_path: Path) -> None:
     assert (tmp_path / "tried").read_text() == "\n"
 
 
-def start_launcher(folder: Path, body: str, *, grace_s: float = 10) -> subprocess.Popen[str]:
-    """Start a launcher in a process of its own, and return when its ranks say that they are ready."""
-    write_rank(folder, body)
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(folder), str(grace_s)], stderr=subprocess.PIPE, text=True
-    )
-    ready = eventually(lambda: all((folder / f"ready-{rank}").exists() for rank in range(2)))
-    if not ready:
+StartLauncher = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
+    """A function that starts a launcher as a process, and returns when its two ranks say they are ready."""
+    launchers: list[subprocess.Popen[str]] = []
+
+    def start(body: str, *, grace_s: float = 10) -> subprocess.Popen[str]:
+        write_rank(tmp_path, body)
+        command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(grace_s)]
+        launchers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        assert eventually(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
+        return launchers[-1]
+
+    yield start
+    for launcher in launchers:
         launcher.kill()
         launcher.communicate()
-    assert ready
-    return launcher
+    for path in tmp_path.glob("pid-*"):  # of a test that failed
+        if is_running(int(path.read_text())):
+            os.kill(int(path.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
     ("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_to_the_launcher_ends_all_ranks(
-    tmp_path: Path, signum: signal.Signals, exit_code: int
+    tmp_path: Path, start_launcher: StartLauncher, signum: signal.Signals, exit_code: int
 ) -> None:
-    launcher = start_launcher(tmp_path, "say(f'ready-{rank}')\ntime.sleep(300)")
+    launcher = start_launcher("say(f'ready-{rank}')\ntime.sleep(300)")
     launcher.send_signal(signum)
     _, errors = launcher.communicate(timeout=30)
     assert launcher.returncode == exit_code
@@ -278,14 +288,14 @@ def test_a_signal_to_the_launcher_ends_all_ranks(
     assert_nothing_left(tmp_path, num_pids=2)
 
 
-def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+def test_a_second_signal_does_not_wait(tmp_path: Path, start_launcher: StartLauncher) -> None:
     body = """
     signal.signal(signal.SIGTERM, lambda *_: say(f"asked-{rank}"))
     say(f"ready-{rank}")
     while True:
         time.sleep(1)
     """
-    launcher = start_launcher(tmp_path, body, grace_s=300)
+    launcher = start_launcher(body, grace_s=300)
     launcher.send_signal(signal.SIGINT)
     assert eventually(lambda: all((tmp_path / f"asked-{rank}").exists() for rank in range(2)))
     launcher.send_signal(signal.SIGINT)
@@ -295,7 +305,9 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "by the watcher alone"])
-def test_the_ranks_of_a_killed_launcher_end(tmp_path: Path, tied: bool) -> None:
+def test_the_ranks_of_a_killed_launcher_end(
+    tmp_path: Path, start_launcher: StartLauncher, tied: bool
+) -> None:
     body = """
     child = subprocess.Popen(["sleep", "300"])
     say(f"pid-child-{rank}", str(child.pid))
@@ -306,7 +318,7 @@ def test_the_ranks_of_a_killed_launcher_end(tmp_path: Path, tied: bool) -> None:
     """
     if not tied:
         body = "import ctypes\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n" + textwrap.dedent(body)
-    launcher = start_launcher(tmp_path, body)
+    launcher = start_launcher(body)
     launcher.kill()
     launcher.communicate(timeout=30)
     pids = [int(path.read_text()) for path in tmp_path.glob("pid-*")]

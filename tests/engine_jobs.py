@@ -1,0 +1,182 @@
+"""What the ranks of engine tests do, and the single process that they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipekit.config import GPTConfig
+from pipekit.models import build_gpt2, language_model_loss
+from pipekit.sequential import SequentialModel
+from pipekit.specs import LayerSpec
+
+VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the test model."""
+
+    pp: int = 1
+    dp: int = 1
+    zero: int = 1
+    micro_batch_size: int = 1
+    precision: str = "fp32"
+    tied: bool = True
+    dropout: float = 0.0
+    clip: float = 0.5
+    checkpointing: bool = False
+    steps: int = 20
+    optimizer: str = "adamw"
+    boundaries: tuple[int, ...] | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp
+
+
+def model_specs(case: Case) -> list[LayerSpec]:
+    config = GPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        max_positions=SEQUENCE,
+        tied_embedding=case.tied,
+        dropout=case.dropout,
+        init_std=0.1,
+    )
+    return build_gpt2(config)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randint(VOCAB, (GLOBAL_BATCH, SEQUENCE), generator=generator)
+    return inputs, (inputs * 3 + 1) % VOCAB
+
+
+def micro_batches(step: int, case: Case, dp_rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    inputs, labels = batch(step)
+    share = GLOBAL_BATCH // case.dp
+    for first in range(dp_rank * share, (dp_rank + 1) * share, case.micro_batch_size):
+        chosen = slice(first, first + case.micro_batch_size)
+        yield inputs[chosen], labels[chosen]
+
+
+def make_optimizer(case: Case, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if case.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=5e-3)
+
+
+def reference_run(case: Case) -> dict[str, Any]:
+    """Train in one process with nothing but torch: whole batch at once, `clip_grad_norm_`, the optimizer's own step."""
+    model = SequentialModel(model_specs(case), seed=1)
+    optimizer = make_optimizer(case, list(model.parameters()))
+    losses, norms = [], []
+    for step in range(case.steps):
+        inputs, labels = batch(step)
+        logits = model(inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(float(norm))
+    weights = {name: tensor.detach().clone() for name, tensor in model.logical_tensors().items()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def build_engine(case: Case, specs: list[LayerSpec] | None = None, loss_fn: Any = language_model_loss) -> Any:
+    from pipekit.engine.deepspeed_config import plan_deepspeed_config
+    from pipekit.engine.engine import PipelineEngine
+    from pipekit.engine.module import PipelineModule
+    from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.layout import Layout
+    from pipekit.partitioners import partition_uniform
+
+    if case.precision == "fp16":
+        # DeepSpeed refuses fp16 on processors without fp16 instructions; torch computes it all the same.
+        from deepspeed.accelerator import get_accelerator
+
+        type(get_accelerator()).is_fp16_supported = lambda self: True
+    specs = specs or model_specs(case)
+    unit = ModelParallelUnit(Layout(pp=case.pp, dp=case.dp))
+    module = PipelineModule(
+        specs,
+        mpu=unit,
+        boundaries=case.boundaries or partition_uniform(len(specs), case.pp),
+        loss_fn=loss_fn,
+        seed=1,
+        activation_checkpointing=case.checkpointing,
+    )
+    return PipelineEngine(
+        module,
+        mpu=unit,
+        build_optimizer=lambda parameters: make_optimizer(case, parameters),
+        deepspeed_config=plan_deepspeed_config(
+            micro_batch_size=case.micro_batch_size,
+            num_micro_batches=GLOBAL_BATCH // (case.micro_batch_size * case.dp),
+            precision=case.precision,  # type: ignore[arg-type]
+            zero=case.zero,
+            gradient_clipping=case.clip,
+            extra={},
+        ),
+    )
+
+
+def train(
+    rank: int, case: Case, *, save: str | None = None, save_after: int = 10, load: str | None = None
+) -> dict[str, Any]:
+    """Train, and return losses, gradient norms, an evaluation, and this stage's fp32 weights."""
+    from pipekit.checkpoint.load import load_checkpoint
+    from pipekit.checkpoint.reader import CheckpointReader
+
+    engine = build_engine(case)
+    start = load_checkpoint(engine, CheckpointReader(Path(load))).step if load else 0
+    losses, norms = [], []
+    for step in range(start, case.steps):
+        data = micro_batches(step, case, engine.unit.data_parallel_rank)
+        losses.append(float(engine.train_batch(data)))
+        norms.append(engine.grad_norm)
+        if save is not None and step + 1 == save_after:
+            save_engine(engine, Path(save), step + 1)
+    evaluation = float(engine.eval_batch(micro_batches(10_000, case, engine.unit.data_parallel_rank)))
+    weights = {
+        name: engine.view.full_master(parameter).clone()
+        for name, parameter, _ in engine.module.named_logical_parameters()
+    }
+    return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights}
+
+
+def train_job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    return train(rank, case, **options)
+
+
+def save_engine(engine: Any, folder: Path, step: int) -> Path:
+    from pipekit.checkpoint.manifest import TrainingState
+    from pipekit.checkpoint.save import save_checkpoint
+
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    state = TrainingState(
+        step=step,
+        consumed_samples=step * GLOBAL_BATCH,
+        seed=1,
+        lr=5e-3,
+        optimizer={"type": "adamw", "step": engine.view.step_count(), "states": engine.view.state_names()},
+        loss_scaler={name: float(getattr(scaler, name)) for name in names if hasattr(scaler, name)},
+    )
+    return save_checkpoint(engine, folder, training=state, config_yaml="model: {preset: tiny}\n", keep=2)
