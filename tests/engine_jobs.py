@@ -169,14 +169,12 @@ def save_engine(engine: Any, folder: Path, step: int) -> Path:
     from pipekit.checkpoint.manifest import TrainingState
     from pipekit.checkpoint.save import save_checkpoint
 
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     state = TrainingState(
         step=step,
         consumed_samples=step * GLOBAL_BATCH,
         seed=1,
         lr=5e-3,
         optimizer={"type": "adamw", "step": engine.view.step_count(), "states": engine.view.state_names()},
-        loss_scaler={name: float(getattr(scaler, name)) for name in names if hasattr(scaler, name)},
+        loss_scaler=engine.view.loss_scaler_state(),
     )
     return save_checkpoint(engine, folder, training=state, config_yaml="model: {preset: tiny}\n", keep=2)

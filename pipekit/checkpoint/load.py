@@ -46,9 +46,7 @@ def load_checkpoint(engine: PipelineEngine, reader: CheckpointReader) -> Trainin
 
     engine.global_steps = training.step
     engine.global_samples = training.consumed_samples
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for attribute, value in training.loss_scaler.items():
-        setattr(scaler, attribute, value)
+    view.load_loss_scaler_state(training.loss_scaler)
     return training
 
 

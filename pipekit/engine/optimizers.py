@@ -7,7 +7,7 @@ data-parallel ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from pipekit.engine.mpu import ModelParallelUnit
+
+# What fp16's dynamic loss scale consists of, in DeepSpeed.
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class OptimizerView:
@@ -54,6 +57,13 @@ class OptimizerView:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the accumulated gradient of a parameter, not yet reduced over data-parallel ranks."""
         return parameter.grad
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Return the state of fp16's dynamic loss scale; empty in other precisions."""
+        return {}
+
+    def load_loss_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Set the state of fp16's dynamic loss scale; other precisions have none, and ignore it."""
 
     def state_names(self) -> list[str]:
         """Return the names of the per-element optimizer states, such as `exp_avg`; empty before the first step."""
@@ -180,6 +190,15 @@ class ZeroOptimizerView(FlatOptimizerView):
     @property
     def loss_scale(self) -> float:
         return float(self.optimizer.loss_scale)
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        scaler = self.optimizer.loss_scaler
+        return {name: float(getattr(scaler, name)) for name in _LOSS_SCALER_STATE} if scaler.dynamic else {}
+
+    def load_loss_scaler_state(self, state: Mapping[str, float]) -> None:
+        if self.optimizer.loss_scaler.dynamic:
+            for name, value in state.items():
+                setattr(self.optimizer.loss_scaler, name, value)
 
     def accumulate(self) -> None:
         if self.optimizer.use_grad_accum_attribute:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipekit.config import Config, load_config
@@ -63,7 +64,7 @@ def start(config: Config) -> None:
     environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
     if plan.device == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
-    guard_extension_builds({**os.environ, **environ}, stale_after_s=600.0)
+    _guard_builds({**os.environ, **environ})
     resume = [] if checkpoint is None else [f"checkpoint.resume={checkpoint}"]
     console.print(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...")
     run_local(
@@ -76,8 +77,11 @@ def start(config: Config) -> None:
 
 def join(config: Config, ranks: RankEnvironment, *, plan_shown: bool) -> None:
     """Be one rank of a run that a launcher has started."""
-    local_world_size = ranks.local_world_size or 1
+    local_world_size = ranks.local_world_size or ranks.world_size
     os.environ.update(ranks.as_environ())
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
+    if ranks.local_rank == 0 and ranks.launcher != "pipekit":
+        _guard_builds(os.environ)
     os.environ.update(thread_environ(config.run.threads_per_process, local_world_size, os.environ))
     num_devices = None if config.run.device == "cpu" else num_accelerators(os.environ)
     if not num_devices:
@@ -102,6 +106,11 @@ def rank_main(arguments: list[str]) -> None:
         ranks = detect_ranks(os.environ)
         assert ranks is not None, "pipekit.launch.rank is started by pipekit train"
         join(load_config(arguments[0], arguments[1:]), ranks, plan_shown=True)
+
+
+def _guard_builds(environ: Mapping[str, str]) -> None:
+    for note in guard_extension_builds(environ):
+        sys.stderr.write(f"{note}\n")
 
 
 class _Progress:

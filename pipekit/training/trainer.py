@@ -25,8 +25,6 @@ from pipekit.training.trial import Trial
 
 # A loss that stays infinite or not a number will not come back by itself.
 _MAX_SKIPPED_IN_A_ROW = 20
-# What fp16's dynamic loss scale consists of, in DeepSpeed.
-_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Trainer:
@@ -200,7 +198,6 @@ class Trainer:
 
     def _save(self) -> Any:
         view = self.engine.view
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         training = TrainingState(
             step=self.step,
             consumed_samples=self.consumed_samples,
@@ -211,9 +208,7 @@ class Trainer:
                 "step": view.step_count(),
                 "states": view.state_names(),
             },
-            loss_scaler={
-                name: float(getattr(scaler, name)) for name in _LOSS_SCALER_STATE if hasattr(scaler, name)
-            },
+            loss_scaler=view.loss_scaler_state(),
             data_fingerprint=self.trial.data_fingerprint,
             metrics={key: value for key, value in self._metrics.as_record().items() if math.isfinite(value)},
         )

@@ -1,0 +1,171 @@
+"""Saving under one layout and going on under another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, train_job
+from gloo_workers import GlooWorkers
+from safetensors import safe_open
+
+from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.errors import CheckpointError
+
+pytestmark = pytest.mark.distributed
+
+
+def run(gloo: GlooWorkers, case: Case, **options: Any) -> list[dict[str, Any]]:
+    return gloo.run(case.world_size, train_job, case, options)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(pp=1, zero=0), Case(pp=2, zero=1), Case(pp=2, dp=2, zero=1), Case(pp=2, precision="bf16"), Case(precision="fp16")],
+    ids=lambda case: f"pp{case.pp}dp{case.dp}zero{case.zero}{case.precision}",
+)
+def test_same_layout_goes_on_bit_for_bit(gloo: GlooWorkers, tmp_path: Path, case: Case) -> None:
+    whole = run(gloo, case, save=str(tmp_path))
+    resumed = run(gloo, case, load=str(tmp_path / "step-00000010"))
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["losses"] == before["losses"][10:]
+        assert after["norms"] == before["norms"][10:]
+        for name, weights in before["weights"].items():
+            assert torch.equal(weights, after["weights"][name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_layout_goes_on_from_any_other(gloo: GlooWorkers, tmp_path: Path, tied: bool) -> None:
+    layouts = [
+        Case(pp=1, zero=0, tied=tied),
+        Case(pp=4, zero=1, tied=tied),
+        Case(pp=2, dp=2, zero=1, tied=tied),
+        Case(pp=1, dp=2, zero=1, tied=tied),
+    ]
+    expected = reference_run(layouts[0])
+    for writer in layouts:
+        folder = tmp_path / f"pp{writer.pp}dp{writer.dp}"
+        run(gloo, writer, save=str(folder))
+        for reader in layouts:
+            if reader != writer:
+                losses = run(gloo, reader, load=str(folder / "step-00000010"))[0]["losses"]
+                assert losses == pytest.approx(expected["losses"][10:], rel=1e-4)
+
+
+def test_fp32_at_another_pp_is_the_same_to_1e5(gloo: GlooWorkers, tmp_path: Path) -> None:
+    whole = run(gloo, Case(pp=2), save=str(tmp_path))[0]
+    resumed = run(gloo, Case(pp=1), load=str(tmp_path / "step-00000010"))[0]
+    assert resumed["losses"] == pytest.approx(whole["losses"][10:], rel=1e-5)
+
+
+def test_a_checkpoint_knows_no_layout(gloo: GlooWorkers, tmp_path: Path) -> None:
+    contents = []
+    for case in (Case(pp=1, zero=0, steps=10), Case(pp=2, dp=2, steps=10)):
+        folder = tmp_path / f"pp{case.pp}"
+        run(gloo, case, save=str(folder))
+        reader = CheckpointReader(folder / "step-00000010")
+        contents.append({name: (reader.tensor(name), reader.tensor(name, "exp_avg")) for name in reader.manifest.tensors})
+    one, other = contents
+    assert one.keys() == other.keys()
+    assert sum(name.startswith("embed") for name in one) == 1
+    for name in one:
+        for ours, theirs in zip(one[name], other[name], strict=True):
+            if not name.endswith("qkv.bias"):
+                torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=1e-4)
+
+
+def test_each_tensor_is_written_once_and_by_all_replicas(gloo: GlooWorkers, tmp_path: Path) -> None:
+    run(gloo, Case(pp=2, dp=2, steps=10), save=str(tmp_path))
+    checkpoint = tmp_path / "step-00000010"
+    files = sorted(checkpoint.glob("weights-*.safetensors"))
+    assert len(files) == 4
+    keys = [list(safe_open(file, framework="pt").keys()) for file in files]
+    assert all(keys)
+    flat = list(chain.from_iterable(keys))
+    assert len(flat) == len(set(flat)) == len(load_manifest(checkpoint).tensors)
+
+
+def test_nothing_but_tensors_and_text_is_stored(gloo: GlooWorkers, tmp_path: Path) -> None:
+    run(gloo, Case(pp=2, steps=10), save=str(tmp_path))
+    checkpoint = tmp_path / "step-00000010"
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json", ".yaml"}
+    json.loads((checkpoint / "manifest.json").read_text())
+    assert (tmp_path / "latest").read_text().strip() == checkpoint.name
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_only_the_newest_are_kept(gloo: GlooWorkers, tmp_path: Path) -> None:
+    gloo.run(2, save_three_times, str(tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert find_latest(tmp_path) == tmp_path / "step-00000003"
+
+
+def save_three_times(rank: int, folder: str) -> None:
+    case = Case(pp=2)
+    engine = build_engine(case)
+    for step in range(3):
+        engine.train_batch(micro_batches(step, case, 0))
+        save_engine(engine, Path(folder), step + 1)
+
+
+def test_another_model_is_refused_on_every_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
+    run(gloo, Case(pp=1, steps=10, tied=True), save=str(tmp_path))
+    messages = gloo.run(2, load_as_untied, str(tmp_path / "step-00000010"))
+    assert messages[0] == messages[1]
+    assert "head.weight is not in it" in messages[0]
+
+
+def load_as_untied(rank: int, checkpoint: str) -> str:
+    from pipekit.checkpoint.load import load_checkpoint
+
+    engine = build_engine(Case(pp=2, tied=False))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(engine, CheckpointReader(Path(checkpoint)))
+    return str(caught.value)
+
+
+def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(gloo: GlooWorkers, tmp_path: Path) -> None:
+    messages = gloo.run(2, fail_to_write, str(tmp_path))
+    assert all("no space left" in message for message in messages)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    load_manifest(tmp_path / "step-00000001")
+
+
+def fail_to_write(rank: int, folder: str) -> str:
+    import pipekit.checkpoint.save as save
+
+    engine = build_engine(Case(pp=2))
+    engine.train_batch(micro_batches(0, Case(pp=2), 0))
+    save_engine(engine, Path(folder), 1)
+    original = save.save_file
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "no space left")
+
+    if rank == 1:
+        save.save_file = full_disk
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            save_engine(engine, Path(folder), 2)
+    finally:
+        save.save_file = original
+    return str(caught.value)
+
+
+def test_a_cut_file_is_named(gloo: GlooWorkers, tmp_path: Path) -> None:
+    gloo.run(2, save_three_times, str(tmp_path))
+    file = next((tmp_path / "step-00000003").glob("weights-0001*"))
+    size = file.stat().st_size
+    with file.open("rb+") as stream:
+        stream.truncate(size // 2)
+    with pytest.raises(CheckpointError, match=rf"{size // 2:,} bytes of {size:,}.*resume=.*step-00000002"):
+        CheckpointReader(tmp_path / "step-00000003")
+    shutil.rmtree(tmp_path / "step-00000002")
+    with pytest.raises(CheckpointError, match="cut short$"):
+        CheckpointReader(tmp_path / "step-00000003")
