@@ -155,16 +155,13 @@ def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
     )
 
 
-def warmup_ends_before_decay(train: TrainConfig, scheduler: SchedulerConfig) -> Iterator[Fault]:
-    """The warm-up is the first part of the decay steps."""
-    decay_steps = scheduler.decay_steps or train.steps
-    if scheduler.warmup_steps > decay_steps:
-        end = (
-            f"scheduler.decay_steps={decay_steps}" if scheduler.decay_steps else f"train.steps={decay_steps}"
-        )
-        yield rule_fault(
-            "scheduler.warmup_steps scheduler.decay_steps train.steps",
-            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than {end}; "
+def warmup_ends_before_decay(scheduler: SchedulerConfig) -> Iterator[Fault]:
+    """The warm-up is the first part of the decay steps. A run may well be shorter than both: a first try often is."""
+    decay_steps = scheduler.decay_steps
+    if decay_steps is not None and scheduler.warmup_steps > decay_steps:
+        yield Fault(
+            ("scheduler", "warmup_steps"),
+            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than scheduler.decay_steps={decay_steps}; "
             f"try scheduler.warmup_steps={decay_steps // 10}",
         )
 
@@ -196,7 +193,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "parallel"), stages_have_layers),
     (("model", "parallel"), boundaries_cover_the_model),
     (("train", "parallel"), batch_divides),
-    (("train", "scheduler"), warmup_ends_before_decay),
+    (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),
     (("train", "data"), evaluation_has_text),
     (("deepspeed",), check_deepspeed_keys),

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from pipekit.errors import CommunicationError, PipekitError
+from pipekit.errors import CommunicationError, LaunchError, PipekitError
 
 
 def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_rank: int) -> torch.device:
@@ -24,6 +24,7 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
 
     Raises:
         CommunicationError: if the others do not come within `timeout_s`.
+        LaunchError: if rank 0's port is in use.
     """
     import deepspeed
 
@@ -45,6 +46,11 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             )
     except (RuntimeError, dist.DistStoreError) as error:
         first_line = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in first_line:
+            raise LaunchError(
+                f"rank 0 cannot listen for the other processes, since another program uses its port: {first_line}; set "
+                "MASTER_PORT to a free one for all of them"
+            ) from error
         raise CommunicationError(
             f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of them "
             "were started, with the same MASTER_ADDR and MASTER_PORT"

@@ -1,0 +1,253 @@
+"""`pipekit train` from end to end, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+METRIC_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "step_time_s"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a configuration and a cache, shared by the module."""
+    folder = tmp_path_factory.mktemp("train")
+    words = ["def", "return", "class", "import", "for", "in", "range", "print", "yield", "while", "None", "self"]
+    lines = [" ".join(words[(i * j + i // 3) % len(words)] for j in range(1, 9)) for i in range(3000)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    config = {
+        "run": {"dir": "runs/base", "timeout_s": 60},
+        "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 32, "dropout": 0.1},
+        "parallel": {"pp": 2},
+        "train": {
+            "steps": 12,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "sequence_length": 32,
+            "precision": "fp32",
+            "eval_interval": 6,
+            "eval_batches": 2,
+        },
+        "optimizer": {"lr": 3e-3},
+        "scheduler": {"warmup_steps": 3},
+        "data": {"source": "text.txt", "vocab_size": 300, "cache_dir": "cache"},
+        "checkpoint": {"interval": 4, "keep": None},
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def pipekit(
+    workspace: Path, *arguments: str, environ: dict[str, str] | None = None, timeout_s: float = 180
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipekit", *arguments],
+        cwd=workspace,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def metrics(workspace: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workspace / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workspace: Path, run: str) -> list[float]:
+    return [record["loss"] for record in metrics(workspace, run) if "loss" in record]
+
+
+def ranks_of(run: str) -> list[str]:
+    """The processes that train in a run folder."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listing.splitlines() if "pipekit.launch.rank" in line and f"{run}/config.yaml" in line]
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what} did not happen within {timeout_s:g} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def base_run(workspace: Path) -> str:
+    """The output of a whole run in `runs/base`."""
+    done = pipekit(workspace, "train", "c.yaml", "logging.tensorboard=true", "logging.wandb=true")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_leaves_what_it_promises(workspace: Path, base_run: str) -> None:
+    folder = workspace / "runs/base"
+    records = metrics(workspace, "runs/base")
+    assert [record["step"] for record in records] == list(range(13))
+    assert all(set(record) - {"val_loss"} == METRIC_KEYS for record in records[1:])
+    assert [record["step"] for record in records if "val_loss" in record] == [0, 6, 12]
+    assert records[12]["val_loss"] < records[0]["val_loss"]
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
+    assert list((folder / "tensorboard").glob("events*"))
+    assert list((folder / "wandb").glob("offline-run-*"))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["vocab_size"] == 300
+    assert ranks_of("runs/base") == []
+
+
+def test_the_console_shows_the_plan_progress_and_what_next(base_run: str) -> None:
+    for text in (
+        "parameters, 8 layers",
+        "pp=2 x dp=1 x tp=1, 2 processes",
+        "cpu, fp32",
+        "embed, position, blocks.0",
+        "step 12/12  loss",
+        "tokens/s  val loss",
+        "checkpoint  runs/base/checkpoints/step-00000012",
+        "pipekit generate runs/base",
+        "pipekit export runs/base",
+    ):
+        assert text in base_run
+    assert "DeepSpeed" not in base_run
+    assert "Warning" not in base_run
+
+
+def test_the_saved_configuration_trains_and_goes_on(workspace: Path, base_run: str) -> None:
+    shutil.copytree(workspace / "runs/base", workspace / "runs/longer")
+    done = pipekit(workspace, "train", "runs/base/config.yaml", "run.dir=runs/longer", "train.steps=14", "parallel.pp=1")
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 12" in done.stdout
+    assert [record["step"] for record in metrics(workspace, "runs/longer")] == list(range(15))
+    again = pipekit(workspace, "train", "runs/base/config.yaml", "run.dir=runs/longer", "train.steps=14")
+    assert again.returncode == 0
+    assert "has trained 14 of 14 steps already" in again.stdout
+
+
+def test_export_and_generate(workspace: Path, base_run: str) -> None:
+    exported = pipekit(workspace, "export", "runs/base", "out")
+    assert exported.returncode == 0, exported.stderr
+    assert "checked against transformers" in exported.stdout
+    check = json.loads((workspace / "out/export_check.json").read_text())
+    assert check["max_logit_difference"] <= 1e-5
+    assert check["num_logits"] > 0
+    options = ("--prompt", "def return", "--max-new-tokens", "12", "--seed", "3")
+    texts = [pipekit(workspace, "generate", source, *options).stdout for source in ("runs/base", "out")]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def return")
+    assert len(texts[0]) > len("def return\n")
+
+
+def test_killed_and_started_again_it_gives_the_same_losses(workspace: Path, base_run: str) -> None:
+    command = [sys.executable, "-m", "pipekit", "train", "c.yaml", "run.dir=runs/killed", "train.steps=2000"]
+    command += ["scheduler.decay_steps=12"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        command, cwd=workspace, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    path = workspace / "runs/killed/metrics.jsonl"
+    try:
+        wait_for(lambda: path.is_file() and path.read_text().count("\n") > 7, "step 6 of the run to be killed")
+    finally:
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+    wait_for(lambda: not ranks_of("runs/killed"), "the end of the killed launcher's ranks", timeout_s=20)
+    shutil.copytree(workspace / "runs/killed", workspace / "runs/killed-pp1")
+
+    steps = max(12, 4 + 4 * (len(losses(workspace, "runs/killed")) // 4))
+    reference = losses(workspace, "runs/base")
+    if steps > 12:
+        # The machine was quick: compare with an uninterrupted run of as many steps.
+        whole = pipekit(workspace, "train", "c.yaml", "run.dir=runs/whole", f"train.steps={steps}", "scheduler.decay_steps=12")
+        assert whole.returncode == 0, whole.stderr
+        reference = losses(workspace, "runs/whole")
+    overrides = (f"train.steps={steps}", "scheduler.decay_steps=12")
+    again = pipekit(workspace, "train", "c.yaml", "run.dir=runs/killed", *overrides)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
+    assert losses(workspace, "runs/killed") == reference
+    other = pipekit(workspace, "train", "c.yaml", "run.dir=runs/killed-pp1", "parallel.pp=1", *overrides)
+    assert other.returncode == 0, other.stderr
+    assert losses(workspace, "runs/killed-pp1") == pytest.approx(reference, rel=1e-5)
+
+
+def test_under_torchrun_it_joins(workspace: Path, base_run: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "pipekit"]
+        + ["train", "c.yaml", "run.dir=runs/torchrun"],
+        cwd=workspace,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(workspace, "runs/torchrun") == losses(workspace, "runs/base")
+    assert done.stdout.count("Trained 12 steps") == 1
+    assert "embed, position, blocks.0" in done.stdout
+
+
+FAILING_TRIAL = """
+import os, signal
+from pipekit.training.language_model import LanguageModelTrial
+
+class Failing(LanguageModelTrial):
+    calls = 0
+
+    def loss(self, outputs, labels):
+        Failing.calls += 1
+        if self.context.unit.is_last_stage and Failing.calls > 2 * 4:
+            self.fail()
+        return super().loss(outputs, labels)
+
+class Raises(Failing):
+    def fail(self):
+        raise ZeroDivisionError("the third step divides by zero")
+
+class Dies(Failing):
+    def fail(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("trial", "message"),
+    [("Raises", "rank 1 failed: ZeroDivisionError: the third step divides by zero"), ("Dies", "rank 1 was killed by SIGKILL")],
+)
+def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, trial: str, message: str) -> None:
+    (workspace / "failing.py").write_text(FAILING_TRIAL)
+    run = f"runs/{trial}"
+    overrides = (f"run.trial=failing:{trial}", f"run.dir={run}", "train.eval_interval=null")
+    done = pipekit(workspace, "train", "c.yaml", *overrides)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert ranks_of(run) == []
+    assert [record["step"] for record in metrics(workspace, run)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
+def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
+    overrides = ["train.steps=2", "data.max_bytes=1500000", f"data.cache_dir={tmp_path / 'cache'}", "train.eval_batches=1"]
+    done = pipekit(ROOT, "train", f"examples/{name}", *overrides, f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "Trained 2 steps" in done.stdout
