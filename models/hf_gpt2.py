@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from pipekit.config import GPTConfig
-from pipekit.errors import ConfigError
+from pipekit.errors import CheckpointError, ConfigError
+
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+"""Settings that change what GPT-2 computes, with the values that these layers compute; the default first."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,22 @@ def to_hf(config: GPTConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
 
 
 def from_hf(config: GPTConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor under our name and in our orientation."""
+    """Yield each tensor under our name and in our orientation.
+
+    The names may lack `transformer.` in front, as in the released GPT-2 files, which hold the bare
+    `GPT2Model`.
+
+    Raises:
+        CheckpointError: if a tensor is missing.
+    """
     for rename in plan_renames(config):
-        tensor = tensors[rename.theirs]
+        bare = rename.theirs.removeprefix("transformer.")
+        theirs = rename.theirs if rename.theirs in tensors else bare
+        if theirs not in tensors:
+            raise CheckpointError(
+                f"{rename.theirs} is missing: the file does not hold the GPT-2 of its config.json"
+            )
+        tensor = tensors[theirs]
         yield rename.ours, tensor.T.contiguous() if rename.transpose else tensor
 
 
@@ -106,10 +128,13 @@ def read_hf_config(stored: Mapping[str, Any], *, where: str) -> GPTConfig:
     Raises:
         ConfigError: if it is no GPT-2 that these layers compute.
     """
-    expected = {"model_type": "gpt2", "activation_function": "gelu_new"}
-    for key, value in expected.items():
-        if stored.get(key, value) != value:
-            raise ConfigError(f"{where}/config.json: {key}={stored[key]!r}; only {value!r} is known")
+    for key, values in _KNOWN.items():
+        if stored.get(key, values[0]) not in values:
+            known = " or ".join(map(repr, values))
+            raise ConfigError(f"{where}/config.json: {key}={stored[key]!r}; only {known} is known")
+    sizes = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+    if missing := [key for key in sizes if key not in stored]:
+        raise ConfigError(f"{where}/config.json: has no {', '.join(missing)}; it describes no GPT-2")
     return GPTConfig(
         vocab_size=stored["vocab_size"],
         hidden_size=stored["n_embd"],

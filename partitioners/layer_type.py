@@ -12,20 +12,29 @@ from pipekit.partitioners.minmax import minmax_boundaries
 def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) -> list[int]:
     """Return boundaries that share out the layers whose class name matches.
 
+    Other layers stay with the matching layer before them, as far as no stage is empty.
+
     Args:
         type_names: class name of each layer.
         pattern: regular expression, searched for anywhere in the name, upper and lower case alike.
         num_stages: how many stages.
 
     Raises:
-        LayoutError: if no layer matches, or there are fewer layers than stages.
+        LayoutError: if no layer matches, the pattern is no regular expression, or there are fewer layers than
+            stages.
 
     Example:
         >>> partition_by_type(["Embed", "Block", "Block", "Head"], "block", num_stages=2)
         [0, 2, 4]
     """
-    matches = [int(re.search(pattern, name, re.IGNORECASE) is not None) for name in type_names]
+    try:
+        expression = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise LayoutError(f"parallel.partition=type:{pattern} is no regular expression: {error}") from None
+    matches = [int(expression.search(name) is not None) for name in type_names]
     if not any(matches):
         names = ", ".join(dict.fromkeys(type_names))
-        raise LayoutError(f"parallel.partition=type:{pattern} matches no layer; the layers' types are {names}")
+        raise LayoutError(
+            f"parallel.partition=type:{pattern} matches no layer; the layers' types are {names}"
+        )
     return minmax_boundaries(matches, num_stages)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipekit.errors import ConfigError
+
 
 @torch.no_grad()
 def generate_tokens(
@@ -29,11 +31,16 @@ def generate_tokens(
         max_new_tokens: how many to draw at most.
         max_positions: how many tokens the model sees; older ones are forgotten.
         temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: draw among the `top_k` likeliest only; None among all.
+        top_k: draw among the `top_k` likeliest only, and all that are as likely as the last of them; None
+            among all.
         seed: of the draws.
         end_token_id: stops before this token.
         device: where the model is.
+
+    Raises:
+        ConfigError: before the first token, if the prompt is empty or a number is out of range.
     """
+    _check(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
@@ -46,11 +53,27 @@ def generate_tokens(
         yield token
 
 
+def _check(prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    if not prompt:
+        raise ConfigError(
+            "the prompt is empty; give one token at least, such as the one that ends a document"
+        )
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(
+            f"temperature={temperature} must be at least 0; 0 takes the likeliest token each time"
+        )
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k} must be at least 1; leave it out to draw among all tokens")
+
+
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None and top_k < logits.numel():
         threshold = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    # In fp64 and from the largest down, so that no temperature overflows.
+    probabilities = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,6 +1,7 @@
 """Layout arithmetic: which rank stands where in pipeline x data x tensor parallelism.
 
-Everything here is computed from three numbers, without a process group, so that a layout can be printed and tested anywhere.
+Everything here is computed from three numbers, without a process group, so that a layout can be printed and
+tested anywhere.
 """
 
 from __future__ import annotations
@@ -64,7 +65,13 @@ class Layout:
         return Coordinate(pipe=pipe, data=data, tensor=tensor)
 
     def rank(self, *, pipe: int = 0, data: int = 0, tensor: int = 0) -> int:
-        """Return the rank that stands at a coordinate."""
+        """Return the rank that stands at a coordinate.
+
+        Raises:
+            LayoutError: if the layout has no such place.
+        """
+        if not (0 <= pipe < self.pp and 0 <= data < self.dp and 0 <= tensor < self.tp):
+            raise LayoutError(f"{Coordinate(pipe, data, tensor)} is outside the layout {self}")
         return (pipe * self.dp + data) * self.tp + tensor
 
     def groups(self, *axes: Axis) -> list[list[int]]:
@@ -85,7 +92,12 @@ class Layout:
 
 
 def plan_layout(
-    *, pp: int, tp: int, dp: int | Literal["auto"], world_size: int | None = None, num_devices: int | None = None
+    *,
+    pp: int,
+    tp: int,
+    dp: int | Literal["auto"],
+    world_size: int | None = None,
+    num_devices: int | None = None,
 ) -> Layout:
     """Return the layout for `world_size` ranks, or, where that is not given, for the devices present.
 
@@ -110,15 +122,16 @@ def plan_layout(
         if ranks % (pp * tp) != 0 or ranks < pp * tp:
             what = "processes were started" if world_size is not None else "devices are present"
             raise LayoutError(
-                f"parallel.pp={pp} x parallel.tp={tp} does not divide {ranks}: {ranks} {what}, and pp*tp*dp must equal "
-                f"that; {_suggest_pp(ranks, tp)}"
+                f"parallel.pp={pp} x parallel.tp={tp} does not divide {ranks}: {ranks} {what}, and pp*tp*dp "
+                f"must equal that; {_suggest_pp(ranks, tp)}"
             )
         return Layout(pp=pp, dp=ranks // (pp * tp), tp=tp)
     layout = Layout(pp=pp, dp=dp, tp=tp)
     if world_size is not None and layout.world_size != world_size:
         raise LayoutError(
-            f"parallel.pp={pp} x parallel.tp={tp} x parallel.dp={dp} is {layout.world_size}, but {world_size} processes "
-            f"were started: pp*tp*dp must equal that; start {layout.world_size}, or set parallel.dp=auto"
+            f"parallel.pp={pp} x parallel.tp={tp} x parallel.dp={dp} is {layout.world_size}, but "
+            f"{world_size} processes were started: pp*tp*dp must equal that; start {layout.world_size}, or "
+            "set parallel.dp=auto"
         )
     if world_size is None and num_devices is not None and layout.world_size > num_devices:
         raise LayoutError(
@@ -132,4 +145,5 @@ def _suggest_pp(ranks: int, tp: int) -> str:
     choices = [str(pp) for pp in range(1, ranks // tp + 1) if ranks % (pp * tp) == 0]
     if not choices:
         return f"no parallel.pp fits parallel.tp={tp}; try parallel.tp=1"
-    return f"try parallel.pp={' or '.join(choices[-1:] if len(choices) == 1 else [', '.join(choices[:-1]), choices[-1]])}"
+    *others, last = choices
+    return f"try parallel.pp={', '.join(others) + ' or ' if others else ''}{last}"

@@ -8,8 +8,9 @@ import hashlib
 def fold_seed(seed: int, *path: int | str) -> int:
     """Return a 63-bit seed for one use of randomness, named by `path`.
 
-    The same seed and path give the same result on every rank and under every layout, and different paths give independent
-    ones. Initial weights use `("init", layer name)`, dropout `("layer", step, micro-batch, layer index)`.
+    The same seed and path give the same result on every rank and under every layout, and different paths give
+    independent ones. Initial weights use `("init", layer name)`, dropout `("layer", step, micro-batch, layer
+    index)`.
 
     Example:
         >>> fold_seed(1, "init", "head") == fold_seed(1, "init", "head")

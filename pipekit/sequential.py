@@ -1,4 +1,4 @@
-"""A list of layer specs as one module in one process: the reference for the engine, and what generation runs."""
+"""A list of layer specs as one module in one process, to check exports against and to generate with."""
 
 from __future__ import annotations
 
@@ -53,11 +53,21 @@ class SequentialModel(nn.Module):
         """Set every parameter and buffer.
 
         Raises:
-            CheckpointError: if one is missing, or has another shape; `where` names the source.
+            CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the
+                source.
         """
-        for name, own in self.logical_tensors().items():
+        own_tensors = self.logical_tensors()
+        for name in tensors:
+            if name not in own_tensors:
+                raise CheckpointError(
+                    f"{where}: holds {name}, which the model has not; it belongs to another model"
+                )
+        for name, own in own_tensors.items():
             if name not in tensors or tensors[name].shape != own.shape:
                 found = "is missing" if name not in tensors else f"is {tuple(tensors[name].shape)}"
-                raise CheckpointError(f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another model")
+                raise CheckpointError(
+                    f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another "
+                    "model"
+                )
             with torch.no_grad():
                 own.copy_(tensors[name])

@@ -1,11 +1,12 @@
 """Layer specs: a model as plain data.
 
-A model is a list of specs. A spec names a module class and its arguments; nothing is allocated until the rank that owns the
-layer calls `build`. Listing a trillion-parameter model costs nothing.
+A model is a list of specs. A spec names a module class and its arguments; nothing is allocated until the rank
+that owns the layer calls `build`. Listing a trillion-parameter model costs nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ class LayerSpec:
     Args:
         typename: an `nn.Module` class, or any callable that returns one.
         *args: positional arguments of `typename`.
-        name: logical name of the layer; its parameters are called `<name>.<parameter>` in checkpoints and exports.
-            Defaults to `layers.<index in the list>`.
+        name: logical name of the layer; its parameters are called `<name>.<parameter>` in checkpoints and
+            exports. Defaults to `layers.<index in the list>`.
         **kwargs: keyword arguments of `typename`.
 
     Example:
@@ -36,7 +37,14 @@ class LayerSpec:
         self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any
     ) -> None:
         if not callable(typename):
-            raise ConfigError(f"LayerSpec takes an nn.Module class, not {typename!r}; write LayerSpec(nn.Linear, 4, 2)")
+            raise ConfigError(
+                f"LayerSpec takes an nn.Module class, not {typename!r}; write LayerSpec(nn.Linear, 4, 2)"
+            )
+        if isinstance(typename, nn.Module):
+            raise ConfigError(
+                f"LayerSpec takes an nn.Module class and its arguments, and {type(typename).__name__}(...) "
+                f"is built already; write LayerSpec({type(typename).__name__}, ...)"
+            )
         self.typename = typename
         self.module_args = args
         self.module_kwargs = kwargs
@@ -62,16 +70,18 @@ class LayerSpec:
 class TiedLayerSpec(LayerSpec):
     """A layer that shares its module with every other spec of the same `key`.
 
-    Stages that hold the same key keep one copy each, with equal weights: their gradients are summed before every step.
+    Stages that hold the same key keep one copy each, with equal weights: their gradients are summed before
+    every step.
 
     Args:
         key: names the shared module.
         typename: an `nn.Module` class, or any callable that returns one.
         *args: positional arguments of `typename`.
         forward_fn: called as `forward_fn(module, inputs)` in place of `module(inputs)`.
-        tied_weight_attr: the shared parameters, as attribute paths; everything else of the module must not be trained by
-            more than one stage.
-        name: logical name of the shared module; defaults to `key`.
+        tied_weight_attr: the shared parameters, as attribute paths; everything else of the module must not be
+            trained by more than one stage.
+        name: logical name of the shared module; defaults to the one that another spec of the key gives, or
+            `key`.
         **kwargs: keyword arguments of `typename`.
     """
 
@@ -88,39 +98,109 @@ class TiedLayerSpec(LayerSpec):
         super().__init__(typename, *args, name=name, **kwargs)
         self.key = key
         self.forward_fn = forward_fn
-        self.tied_weight_attr = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        attrs = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        self.tied_weight_attr = attrs
 
 
 def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
     """Allocate a layer on the CPU, with initial weights that depend on `seed` and `name` alone.
 
-    The generators' state is left as it was.
+    Torch's generators are left as they were.
+
+    Raises:
+        ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold_seed(seed, "init", name))
-        return spec.build()
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPUs' generators too, and those are not forked.
+        torch.default_generator.manual_seed(fold_seed(seed, "init", name))
+        return _build(spec, name)
+
+
+def build_on_meta(spec: LayerSpec, *, name: str) -> nn.Module:
+    """Return a layer that has shapes and no storage, to be counted or described.
+
+    A layer that cannot be built so, because its constructor reads tensor values, is built on the CPU.
+
+    Raises:
+        ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
+    """
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return _build(spec, name)
+    except (RuntimeError, TypeError):
+        return build_layer(spec, name=name, seed=0)
+
+
+def _build(spec: LayerSpec, name: str) -> nn.Module:
+    try:
+        layer = spec.build()
+    except TypeError as error:
+        if _accepts(spec):
+            raise
+        raise ConfigError(f"layer {name!r} cannot be built from {spec!r}: {error}") from None
+    if not isinstance(layer, nn.Module):
+        raise ConfigError(
+            f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is no nn.Module; wrap it in one"
+        )
+    return layer
+
+
+def _accepts(spec: LayerSpec) -> bool:
+    """Return whether the arguments fit the signature, so that a TypeError comes from further inside."""
+    try:
+        inspect.signature(spec.typename).bind(*spec.module_args, **spec.module_kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # a class of an extension module, which tells no signature
+        return True
+    return True
 
 
 def layer_names(specs: Sequence[LayerSpec]) -> list[str]:
     """Return the logical name of each layer: its own, a tied layer's key, or `layers.<index>`.
 
     Raises:
-        ConfigError: if two layers that are not tied share a name.
+        ConfigError: if two layers that are not tied share a name, or two of one tied key differ.
 
     Example:
         >>> layer_names([LayerSpec(nn.Linear, 4, 4), LayerSpec(nn.Linear, 4, 2, name="head")])
         ['layers.0', 'head']
     """
+    tied_names = _tied_names(specs)
     names: list[str] = []
     owner: dict[str, int | str] = {}
     for layer_idx, spec in enumerate(specs):
-        tied = isinstance(spec, TiedLayerSpec)
-        name = spec.name or (spec.key if isinstance(spec, TiedLayerSpec) else f"layers.{layer_idx}")
-        identity: int | str = f"tied:{spec.key}" if isinstance(spec, TiedLayerSpec) else layer_idx
+        key = spec.key if isinstance(spec, TiedLayerSpec) else None
+        name = tied_names[key] if key is not None else spec.name or f"layers.{layer_idx}"
+        identity = f"tied:{key}" if key is not None else layer_idx
         if owner.setdefault(name, identity) != identity:
             raise ConfigError(
-                f"layer {layer_idx} ({spec.type_name}) is named {name!r}, and so is another layer; names must differ, "
-                f"since checkpoints are keyed by them; pass another name=... to its {'Tied' if tied else ''}LayerSpec"
+                f"layer {layer_idx} ({spec.type_name}) is named {name!r}, and so is another layer; names "
+                "must differ, since checkpoints are keyed by them; pass another name=... to its "
+                f"{type(spec).__name__}"
             )
         names.append(name)
     return names
+
+
+def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
+    """Return the logical name of each tied key, which is the same on every stage that holds it."""
+    first: dict[str, TiedLayerSpec] = {}
+    given: dict[str, str] = {}
+    for layer_idx, spec in enumerate(specs):
+        if not isinstance(spec, TiedLayerSpec):
+            continue
+        earlier = first.setdefault(spec.key, spec)
+        if isinstance(spec.typename, type) and earlier.typename is not spec.typename:
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and builds {spec.type_name}, and an earlier "
+                f"layer of that key builds {earlier.type_name}; layers of one key share one module: "
+                "give both the same class and arguments, and tell them apart by forward_fn"
+            )
+        if spec.name is not None and given.setdefault(spec.key, spec.name) != spec.name:
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and named {spec.name!r}, and an earlier "
+                f"layer of that key is named {given[spec.key]!r}; they share one module, which has one name: "
+                "give it once"
+            )
+    return {key: given.get(key, key) for key in first}

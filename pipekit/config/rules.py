@@ -159,8 +159,8 @@ def warmup_ends_before_decay(scheduler: SchedulerConfig) -> Iterator[Fault]:
     """The warm-up is the first part of the decay steps. A run may well be shorter than both: a first try often is."""
     decay_steps = scheduler.decay_steps
     if decay_steps is not None and scheduler.warmup_steps > decay_steps:
-        yield Fault(
-            ("scheduler", "warmup_steps"),
+        yield rule_fault(
+            "scheduler.warmup_steps",
             f"scheduler.warmup_steps={scheduler.warmup_steps} is more than scheduler.decay_steps={decay_steps}; "
             f"try scheduler.warmup_steps={decay_steps // 10}",
         )

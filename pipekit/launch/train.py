@@ -52,7 +52,7 @@ def start(config: Config) -> None:
             f"higher to go on, or run.dir to start another run"
         )
         return
-    from pipekit.training.run import plan_trial, resumable
+    from pipekit.training.planning import plan_trial, resumable
     from pipekit.training.run_folder import write_config
 
     plan = plan_trial(config, world_size=None, num_devices=num_devices, on_progress=_Progress(console))

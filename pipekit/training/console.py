@@ -27,7 +27,10 @@ _PLAIN_WIDTH = 120
 def make_console(stream: TextIO | None = None) -> Console:
     """Return a console on `stream`, or on stdout; plain and of a fixed width where there is no terminal."""
     stream = stream or sys.stdout
-    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else _PLAIN_WIDTH)
+    if not stream.isatty():
+        return Console(file=stream, highlight=False, soft_wrap=True, width=_PLAIN_WIDTH)
+    # A rank's own stdout is its log by then; the width is that of the terminal it writes to.
+    return Console(file=stream, highlight=False, width=os.get_terminal_size(stream.fileno()).columns or None)
 
 
 @contextlib.contextmanager
@@ -151,12 +154,11 @@ class ConsoleProgress(Callback):
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=24),
                 TextColumn("{task.fields[metrics]}"),
                 _RemainingColumn(),
                 TimeElapsedColumn(),
                 console=self._console,
-                expand=True,
             )
             self._task = self._progress.add_task("train", total=self._num_steps, completed=start_step, metrics="")
             self._progress.start()

@@ -7,51 +7,19 @@ import logging
 import warnings
 from pathlib import Path
 
+import torch
+
 from pipekit.config import Config
 from pipekit.engine.distributed import join_processes, leave_processes, raise_together
 from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.models import load_object
-from pipekit.plan import Plan, plan_run
+from pipekit.errors import ConfigError
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.context import TrialContext
-from pipekit.training.language_model import LanguageModelTrial
 from pipekit.training.loggers import TensorBoardLogger, WandbLogger
+from pipekit.training.planning import load_trial, plan_trial, resumable
 from pipekit.training.run_folder import RunFolder, find_start, write_config
 from pipekit.training.trainer import Trainer
-from pipekit.training.trial import ProgressCallback, Trial
-from pipekit.errors import ConfigError
-
-
-def load_trial(config: Config) -> type[Trial]:
-    """Return the trial that the configuration names, or the shipped one.
-
-    Raises:
-        ConfigError: if it cannot be imported, or is no `Trial`.
-    """
-    if config.run.trial is None:
-        return LanguageModelTrial
-    trial = load_object(config.run.trial, key="run.trial")
-    if not (isinstance(trial, type) and issubclass(trial, Trial)):
-        raise ConfigError(f"run.trial={config.run.trial}: must be a subclass of pipekit.Trial")
-    return trial
-
-
-def plan_trial(
-    config: Config,
-    *,
-    world_size: int | None,
-    num_devices: int | None,
-    on_progress: ProgressCallback | None = None,
-) -> Plan:
-    """Return the plan of a configuration's trial, after doing what the trial does once before training.
-
-    Raises:
-        PipekitError: if something does not fit.
-    """
-    trial = load_trial(config)
-    config = trial.resolve(config, on_progress)
-    return plan_run(config, trial.build_layers(config), world_size=world_size, num_devices=num_devices)
 
 
 def run_rank(
@@ -78,8 +46,6 @@ def run_rank(
     Raises:
         PipekitError: if the run cannot be started, or cannot go on.
     """
-    import torch
-
     torch.set_num_threads(num_threads)
     folder = RunFolder(Path(config.run.dir))
     with chatter_to(folder.logs / f"rank-{rank}.log") as terminal:
@@ -107,11 +73,6 @@ def run_rank(
         with contextlib.suppress(RuntimeError):
             leave_processes()
         return result
-
-
-def resumable(config: Config) -> Config:
-    """Return the configuration as it is stored in its run folder: trained again, it goes on from the newest checkpoint."""
-    return config.updated({"checkpoint.resume": "auto"})
 
 
 def _build_callbacks(config: Config) -> list[Callback]:
