@@ -63,9 +63,7 @@ def build_custom(config: Config) -> list[LayerSpec]:
     where = f"model.builder={config.model.builder}"
     builder: Callable[[Config], Any] = load_object(config.model.builder, key="model.builder")
     if not callable(builder):
-        raise ConfigError(
-            f"{where}: is {_describe(builder)}, and must be a function that takes the configuration"
-        )
+        raise ConfigError(f"{where}: is {_describe(builder)}, and must be a function that takes the configuration")
     if not _takes_one_argument(builder):
         raise ConfigError(
             f"{where}: is called with one argument, the configuration, and takes "
@@ -108,9 +106,7 @@ def _takes_one_argument(function: Callable[..., Any]) -> bool:
 def _describe(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return (
-        "None" if value is None else f"{value!r}" if isinstance(value, (str, int)) else type(value).__name__
-    )
+    return "None" if value is None else f"{value!r}" if isinstance(value, (str, int)) else type(value).__name__
 
 
 def _instead_of(layer: object) -> str:
@@ -118,16 +114,12 @@ def _instead_of(layer: object) -> str:
     kinds = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("deepspeed.")}
     for name in ("TiedLayerSpec", "LayerSpec"):
         if name in kinds:
-            return (
-                f"it is DeepSpeed's {name}: write from pipekit import {name}, which takes the same arguments"
-            )
+            return f"it is DeepSpeed's {name}: write from pipekit import {name}, which takes the same arguments"
     if isinstance(layer, type) and issubclass(layer, nn.Module):
         return f"write LayerSpec({layer.__name__}, ...) with its arguments"
     if isinstance(layer, nn.Module):
         name = type(layer).__name__
-        return (
-            f"it is built already: write LayerSpec({name}, ...), so that only the rank that owns it builds it"
-        )
+        return f"it is built already: write LayerSpec({name}, ...), so that only the rank that owns it builds it"
     if callable(layer):
         return "put the function in the forward of an nn.Module, and write LayerSpec(TheModule)"
     return "write LayerSpec(nn.Linear, 4, 2), the class and its arguments"

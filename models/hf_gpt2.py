@@ -83,9 +83,7 @@ def from_hf(config: GPTConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[
         bare = rename.theirs.removeprefix("transformer.")
         theirs = rename.theirs if rename.theirs in tensors else bare
         if theirs not in tensors:
-            raise CheckpointError(
-                f"{rename.theirs} is missing: the file does not hold the GPT-2 of its config.json"
-            )
+            raise CheckpointError(f"{rename.theirs} is missing: the file does not hold the GPT-2 of its config.json")
         tensor = tensors[theirs]
         yield rename.ours, tensor.T.contiguous() if rename.transpose else tensor
 

@@ -83,9 +83,7 @@ def _as_small_numbers(prefix: Sequence[int]) -> Indices:
     return np.array([value * _LARGEST_TOTAL // prefix[-1] for value in prefix], dtype=np.int64)
 
 
-def _best_starts(
-    least: Indices, costs_before: Indices, ends: Indices, *, first: Indices, last: Indices
-) -> Indices:
+def _best_starts(least: Indices, costs_before: Indices, ends: Indices, *, first: Indices, last: Indices) -> Indices:
     """Return, for each end, the latest of the best starts in `[first, last]` of the stage before it."""
     num_ends = len(ends)
     # One entry more at either side, where the search is not narrowed yet.
@@ -99,9 +97,7 @@ def _best_starts(
         lengths = high - low + 1
         stops = np.cumsum(lengths)
         starts = np.arange(stops[-1]) + np.repeat(high + 1 - stops, lengths)
-        sums = (
-            least[starts] + (np.repeat(costs_before[ends[entries - 1]], lengths) - costs_before[starts]) ** 2
-        )
+        sums = least[starts] + (np.repeat(costs_before[ends[entries - 1]], lengths) - costs_before[starts]) ** 2
         smallest = np.repeat(np.minimum.reduceat(sums, stops - lengths), lengths)
         hits = np.flatnonzero(sums == smallest)
         found[entries] = starts[hits[np.searchsorted(hits, stops) - 1]]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pipekit.errors import LayoutError
 from pipekit.partitioners.minmax import minmax_boundaries
+
+from pipekit.errors import LayoutError
 
 
 def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) -> list[int]:
@@ -34,7 +35,5 @@ def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) 
     matches = [int(expression.search(name) is not None) for name in type_names]
     if not any(matches):
         names = ", ".join(dict.fromkeys(type_names))
-        raise LayoutError(
-            f"parallel.partition=type:{pattern} matches no layer; the layers' types are {names}"
-        )
+        raise LayoutError(f"parallel.partition=type:{pattern} matches no layer; the layers' types are {names}")
     return minmax_boundaries(matches, num_stages)

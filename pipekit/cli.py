@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     name="pipekit",
-    help="Build GPT-style models as lists of layer specs, and train them across pipeline, tensor and ZeRO data parallelism.",
+    help="Build GPT-style models as lists of layer specs, and train them across pipeline and ZeRO data parallelism.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,8 +50,8 @@ def export(
     check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite)
     typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
     typer.echo(
-        f"checked against {check.reference}: {check.num_logits:,} logits, at most {check.max_logit_difference:.2g} apart "
-        f"(limit {check.tolerance:.2g})"
+        f"checked against {check.reference}: {check.num_logits:,} logits, "
+        f"at most {check.max_logit_difference:.2g} apart (limit {check.tolerance:.2g})"
     )
 
 
@@ -86,7 +86,7 @@ def generate(
 
 @app.command()
 def schema(
-    out: Annotated[Optional[Path], typer.Argument(help="File to write; stdout if left out.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Argument(help="File to write; stdout if left out.", show_default=False)] = None,
 ) -> None:
     """Print the JSON schema of a configuration, with which editors complete and check it."""
     from pipekit.config import config_json_schema

@@ -1,7 +1,7 @@
 """The errors that pipekit raises for its users.
 
-Each message says where the fault is, the value, the rule that it breaks and what to type instead. The command line shows the
-message alone, without a traceback, and ends with exit code 2.
+Each message says where the fault is, the value, the rule that it breaks and what to type instead. The command line
+shows the message alone, without a traceback, and ends with exit code 2.
 """
 
 from __future__ import annotations

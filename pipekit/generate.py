@@ -55,15 +55,11 @@ def generate_tokens(
 
 def _check(prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     if not prompt:
-        raise ConfigError(
-            "the prompt is empty; give one token at least, such as the one that ends a document"
-        )
+        raise ConfigError("the prompt is empty; give one token at least, such as the one that ends a document")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
     if not 0 <= temperature < float("inf"):
-        raise ConfigError(
-            f"temperature={temperature} must be at least 0; 0 takes the likeliest token each time"
-        )
+        raise ConfigError(f"temperature={temperature} must be at least 0; 0 takes the likeliest token each time")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k={top_k} must be at least 1; leave it out to draw among all tokens")
 

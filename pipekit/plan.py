@@ -55,9 +55,7 @@ class Plan:
         return [range(start, end) for start, end in pairwise(self.boundaries)]
 
 
-def plan_run(
-    config: Config, specs: Sequence[LayerSpec], *, world_size: int | None, num_devices: int | None
-) -> Plan:
+def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | None, num_devices: int | None) -> Plan:
     """Decide everything that can be decided without a process group.
 
     Args:
@@ -116,6 +114,7 @@ def plan_precision(config: Config, device: Device) -> Precision:
         return "bf16" if device == "cuda" else "fp32"
     if precision == "fp16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise ConfigError(
-            "train.precision=fp16: this CPU does not compute in fp16, and no GPU is used; try train.precision=bf16 or fp32"
+            "train.precision=fp16: this CPU does not compute in fp16, and no GPU is used; try train.precision=bf16 or "
+            "fp32"
         )
     return precision

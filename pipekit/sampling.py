@@ -83,9 +83,7 @@ def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
     checkpoint = resolve_checkpoint(source)
     model, run_config = load_model(checkpoint)
     max_positions = (
-        run_config.model.max_positions
-        if isinstance(run_config.model, GPTConfig)
-        else run_config.train.sequence_length
+        run_config.model.max_positions if isinstance(run_config.model, GPTConfig) else run_config.train.sequence_length
     )
     return model, _load_tokenizer(checkpoint), max_positions
 

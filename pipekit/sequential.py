@@ -59,15 +59,12 @@ class SequentialModel(nn.Module):
         own_tensors = self.logical_tensors()
         for name in tensors:
             if name not in own_tensors:
-                raise CheckpointError(
-                    f"{where}: holds {name}, which the model has not; it belongs to another model"
-                )
+                raise CheckpointError(f"{where}: holds {name}, which the model has not; it belongs to another model")
         for name, own in own_tensors.items():
             if name not in tensors or tensors[name].shape != own.shape:
                 found = "is missing" if name not in tensors else f"is {tuple(tensors[name].shape)}"
                 raise CheckpointError(
-                    f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another "
-                    "model"
+                    f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another model"
                 )
             with torch.no_grad():
                 own.copy_(tensors[name])

@@ -33,13 +33,9 @@ class LayerSpec:
         LayerSpec(Linear, 4, 2, name='head')
     """
 
-    def __init__(
-        self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any) -> None:
         if not callable(typename):
-            raise ConfigError(
-                f"LayerSpec takes an nn.Module class, not {typename!r}; write LayerSpec(nn.Linear, 4, 2)"
-            )
+            raise ConfigError(f"LayerSpec takes an nn.Module class, not {typename!r}; write LayerSpec(nn.Linear, 4, 2)")
         if isinstance(typename, nn.Module):
             raise ConfigError(
                 f"LayerSpec takes an nn.Module class and its arguments, and {type(typename).__name__}(...) "

@@ -132,7 +132,9 @@ def test_the_console_shows_the_plan_progress_and_what_next(base_run: str) -> Non
 
 def test_the_saved_configuration_trains_and_goes_on(workspace: Path, base_run: str) -> None:
     shutil.copytree(workspace / "runs/base", workspace / "runs/longer")
-    done = pipekit(workspace, "train", "runs/base/config.yaml", "run.dir=runs/longer", "train.steps=14", "parallel.pp=1")
+    done = pipekit(
+        workspace, "train", "runs/base/config.yaml", "run.dir=runs/longer", "train.steps=14", "parallel.pp=1"
+    )
     assert done.returncode == 0, done.stderr
     assert "going on after step 12" in done.stdout
     assert [record["step"] for record in metrics(workspace, "runs/longer")] == list(range(15))
@@ -160,7 +162,12 @@ def test_killed_and_started_again_it_gives_the_same_losses(workspace: Path, base
     command += ["scheduler.decay_steps=12"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(
-        command, cwd=workspace, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=workspace,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     path = workspace / "runs/killed/metrics.jsonl"
     try:
@@ -175,7 +182,9 @@ def test_killed_and_started_again_it_gives_the_same_losses(workspace: Path, base
     reference = losses(workspace, "runs/base")
     if steps > 12:
         # The machine was quick: compare with an uninterrupted run of as many steps.
-        whole = pipekit(workspace, "train", "c.yaml", "run.dir=runs/whole", f"train.steps={steps}", "scheduler.decay_steps=12")
+        whole = pipekit(
+            workspace, "train", "c.yaml", "run.dir=runs/whole", f"train.steps={steps}", "scheduler.decay_steps=12"
+        )
         assert whole.returncode == 0, whole.stderr
         reference = losses(workspace, "runs/whole")
     overrides = (f"train.steps={steps}", "scheduler.decay_steps=12")
@@ -192,8 +201,10 @@ def test_under_torchrun_it_joins(workspace: Path, base_run: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "pipekit"]
-        + ["train", "c.yaml", "run.dir=runs/torchrun"],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"),
+            *("-m", "pipekit", "train", "c.yaml", "run.dir=runs/torchrun"),
+        ],
         cwd=workspace,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -232,7 +243,10 @@ class Dies(Failing):
 
 @pytest.mark.parametrize(
     ("trial", "message"),
-    [("Raises", "rank 1 failed: ZeroDivisionError: the third step divides by zero"), ("Dies", "rank 1 was killed by SIGKILL")],
+    [
+        ("Raises", "rank 1 failed: ZeroDivisionError: the third step divides by zero"),
+        ("Dies", "rank 1 was killed by SIGKILL"),
+    ],
 )
 def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, trial: str, message: str) -> None:
     (workspace / "failing.py").write_text(FAILING_TRIAL)
@@ -247,7 +261,12 @@ def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, tria
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
 def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
-    overrides = ["train.steps=2", "data.max_bytes=1500000", f"data.cache_dir={tmp_path / 'cache'}", "train.eval_batches=1"]
+    overrides = [
+        "train.steps=2",
+        "data.max_bytes=1500000",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "train.eval_batches=1",
+    ]
     done = pipekit(ROOT, "train", f"examples/{name}", *overrides, f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps" in done.stdout

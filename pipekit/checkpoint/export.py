@@ -68,7 +68,9 @@ def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
     return model.eval(), config
 
 
-def export_checkpoint(source: Path, out: Path, *, dtype: ExportDtype = "float32", overwrite: bool = False) -> ExportCheck:
+def export_checkpoint(
+    source: Path, out: Path, *, dtype: ExportDtype = "float32", overwrite: bool = False
+) -> ExportCheck:
     """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
 
     The folder holds `model.safetensors`, `config.json`, `generation_config.json`, the tokenizer's files, and
@@ -88,11 +90,14 @@ def export_checkpoint(source: Path, out: Path, *, dtype: ExportDtype = "float32"
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
         raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
     if overwrite and out.exists() and not (out / "config.json").is_file():
-        raise PipekitError(f"{out}: is no earlier export (it has no config.json), and is not replaced; give another folder")
+        raise PipekitError(
+            f"{out}: is no earlier export (it has no config.json), and is not replaced; give another folder"
+        )
     model, config = load_model(checkpoint)
     if not isinstance(config.model, GPTConfig):
         raise CheckpointError(
-            f"{checkpoint}: its model is built by {config.model.builder}, which has no counterpart in transformers; read its "
+            f"{checkpoint}: its model is built by {config.model.builder}, which has no counterpart in transformers; "
+            f"read its "
             f"tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
         )
     temporary = out.with_name(f".{out.name}.tmp")
@@ -113,11 +118,11 @@ def export_checkpoint(source: Path, out: Path, *, dtype: ExportDtype = "float32"
     return check
 
 
-def _write_folder(folder: Path, model: SequentialModel, config: GPTConfig, checkpoint: Path, dtype: ExportDtype) -> None:
+def _write_folder(
+    folder: Path, model: SequentialModel, config: GPTConfig, checkpoint: Path, dtype: ExportDtype
+) -> None:
     tensors: Mapping[str, Tensor] = model.logical_tensors()
-    exported = {
-        name: tensor.detach().to(getattr(torch, dtype)).contiguous() for name, tensor in to_hf(config, tensors)
-    }
+    exported = {name: tensor.detach().to(getattr(torch, dtype)).contiguous() for name, tensor in to_hf(config, tensors)}
     save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
     end_token_id = None
     tokenizer_file = checkpoint / TOKENIZER_FILE
@@ -125,7 +130,13 @@ def _write_folder(folder: Path, model: SequentialModel, config: GPTConfig, check
         end_token_id = load_tokenizer(tokenizer_file).end_token_id
         write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
     hf_config = plan_hf_config(config, end_token_id=end_token_id, dtype=dtype)
-    generation = {"bos_token_id": end_token_id, "eos_token_id": end_token_id, "do_sample": True, "temperature": 1.0, "top_k": 50}
+    generation = {
+        "bos_token_id": end_token_id,
+        "eos_token_id": end_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 50,
+    }
     for name, content in (("config.json", hf_config), ("generation_config.json", generation)):
         write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
 
@@ -147,7 +158,8 @@ def _compare(
     tolerance = _TOLERANCE * max(1.0, float(ours.abs().max()))
     if not difference <= tolerance:
         raise PipekitError(
-            f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains {tolerance:.2g} at most; the "
+            f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains {tolerance:.2g} at "
+            f"most; the "
             "export was not written"
         )
     return ExportCheck(reference, difference, tolerance, ours.numel(), checkpoint, step, dtype)

@@ -66,7 +66,8 @@ def _check_fit(engine: PipelineEngine, reader: CheckpointReader) -> None:
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise CheckpointError(
-            f"{reader.path}: belongs to another model: {shown}; use the model section of its config.yaml, or start a new run "
+            f"{reader.path}: belongs to another model: {shown}; use the model section of its config.yaml, or start a "
+            f"new run "
             "with another run.dir"
         )
 
@@ -78,5 +79,3 @@ def _on(parameter: nn.Parameter, value: Tensor) -> Tensor:
 def _copy(target: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         target.copy_(value)
-
-

@@ -57,8 +57,8 @@ class TrainingState:
     Attributes:
         step: optimizer steps done.
         consumed_samples: position in the data: samples read so far, over all epochs.
-        seed: of initial weights, dropout and data order. Random numbers are drawn from seeds that are folded from it with the
-            step, micro-batch and layer, so that it and the step are the whole state of the generators.
+        seed: of initial weights, dropout and data order. Random numbers are drawn from seeds that are folded from it
+            with the step, micro-batch and layer, so that it and the step are the whole state of the generators.
         lr: learning rate of the last step.
         optimizer: class name, number of updates, and names of the states.
         loss_scaler: state of fp16's dynamic loss scale; empty otherwise.
@@ -102,7 +102,8 @@ class Manifest:
                 raise CheckpointError(f"{where}: not a pipekit checkpoint (format is {stored.get('format')!r})")
             if stored["version"] > VERSION:
                 raise CheckpointError(
-                    f"{where}: written as version {stored['version']}, and this pipekit reads up to {VERSION}; upgrade pipekit"
+                    f"{where}: written as version {stored['version']}, and this pipekit reads up to {VERSION}; upgrade "
+                    f"pipekit"
                 )
             tensors = {
                 name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["files"], entry["trainable"])
@@ -129,7 +130,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a `checkpoints` folder, oldest first. Folders still being written are not among them."""
+    """Return the checkpoints in a `checkpoints` folder, oldest first, without any that is still being written."""
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST_FILE).is_file())
 
 
@@ -207,6 +208,9 @@ def _instead(folder: Path, bad_name: str) -> str:
             manifest = Manifest.from_json((other / MANIFEST_FILE).read_text(), where=str(other))
         except (CheckpointError, OSError):
             continue
-        if all((other / name).is_file() and (other / name).stat().st_size == size for name, size in manifest.file_bytes.items()):
+        if all(
+            (other / name).is_file() and (other / name).stat().st_size == size
+            for name, size in manifest.file_bytes.items()
+        ):
             return f"go on from the one before it with checkpoint.resume={other}"
     return ""

@@ -40,8 +40,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint into `folder` and return its path. Every rank calls this together.
 
-    The replicas of a stage share its tensors out among themselves, so that all ranks write at once. The folder appears under
-    its name when it is whole, and `latest` names it after that.
+    The replicas of a stage share its tensors out among themselves, so that all ranks write at once. The folder appears
+    under its name when it is whole, and `latest` names it after that.
 
     Args:
         engine: what to save.
@@ -88,7 +88,9 @@ def save_checkpoint(
     return final
 
 
-def _gather_share(engine: PipelineEngine, *, writer: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorEntry]]:
+def _gather_share(
+    engine: PipelineEngine, *, writer: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorEntry]]:
     """Return the tensors that this rank writes, by file, and their entries. Gathers from the stage's other replicas."""
     unit, view = engine.unit, engine.view
     states = view.state_names()

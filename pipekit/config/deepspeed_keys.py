@@ -58,10 +58,7 @@ DEEPSPEED_KEYS: KeyTree = _keys(
         "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
         "consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads"
     ),
-    bf16=_keys(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads "
-        "bf16_optimizer_states"
-    ),
+    bf16=_keys("enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"),
     torch_autocast=_keys("enabled dtype lower_precision_safe_modules"),
     data_types=_keys("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
     activation_checkpointing=_keys(
@@ -69,13 +66,9 @@ DEEPSPEED_KEYS: KeyTree = _keys(
         "synchronize_checkpoint_boundary profile"
     ),
     comms_logger=_keys("enabled prof_all prof_ops verbose debug"),
-    flops_profiler=_keys(
-        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
-    ),
+    flops_profiler=_keys("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
     csv_monitor=_keys("enabled output_path job_name"),
-    comet=_keys(
-        "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
-    ),
+    comet=_keys("enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"),
     checkpoint=_keys(
         "tag_validation checkpoint_serialization writer load_universal use_node_local_storage parallel_write"
     ),
@@ -156,6 +149,4 @@ def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...]) ->
                 yield from _check(value, below, path)
             elif value is not None:
                 example = next(k for k in sorted(below) if f"{name}.{k}" not in OWNED_KEYS)
-                yield Fault(
-                    place, f"{shown}={show(value)}: must be a mapping; for example {key}: {{{example}: ...}}"
-                )
+                yield Fault(place, f"{shown}={show(value)}: must be a mapping; for example {key}: {{{example}: ...}}")

@@ -54,9 +54,7 @@ def section_faults(
     return [*_missing_faults(name, section, missing), *faults.values()]
 
 
-def unknown_key_fault(
-    section: type[Section], key: tuple[str, ...], keys: Mapping[str, Iterable[str]]
-) -> Fault:
+def unknown_key_fault(section: type[Section], key: tuple[str, ...], keys: Mapping[str, Iterable[str]]) -> Fault:
     """Return the fault of a key that its section does not have."""
     if section is CustomModelConfig and key[-1] in GPTConfig.model_fields:
         remedy = f"the settings of your own model stand under model.args, as model.args.{key[-1]}"
@@ -101,9 +99,7 @@ def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def _flatten(metadata: Iterable[Any]) -> list[Any]:
-    return [
-        item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
-    ]
+    return [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
 
 
 def _limits(constraints: Iterable[Any]) -> str:

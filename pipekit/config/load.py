@@ -124,8 +124,7 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
     """
     draft = _Draft()
     draft.values = {
-        name: section.model_dump() if isinstance(section, Section) else section
-        for name, section in values.items()
+        name: section.model_dump() if isinstance(section, Section) else section for name, section in values.items()
     }
     for override in overrides:
         _apply_override(draft, override)
@@ -189,9 +188,7 @@ def _read_file(draft: _Draft, path: Path) -> None:
     if draft.faults and source.value is None:
         raise draft.error()
     if source.value is None:
-        raise ConfigError(
-            f"{path}: is empty; it needs at least\n  model: {{preset: tiny}}\n  train: {{steps: 300}}"
-        )
+        raise ConfigError(f"{path}: is empty; it needs at least\n  model: {{preset: tiny}}\n  train: {{steps: 300}}")
     if not isinstance(source.value, dict):
         raise ConfigError(
             f"{path}: must be a mapping of sections, not {show(source.value)}; it needs at least\n"
@@ -225,9 +222,7 @@ def _apply_override(draft: _Draft, override: str) -> None:
         return
     source = read_yaml(text)
     if source.faults:
-        draft.faults.append(
-            (place, f"{override}: the value is not valid YAML; try {dotted}='\"...\"', with quotes")
-        )
+        draft.faults.append((place, f"{override}: the value is not valid YAML; try {dotted}='\"...\"', with quotes"))
         return
     draft.set(key, source.value, place)
 

@@ -115,9 +115,7 @@ class GPTConfig(Section):
     def _heads_divide_width(self) -> GPTConfig:
         if self.hidden_size % self.num_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            near = [n for n in divisors if n < self.num_heads][-3:] + [
-                n for n in divisors if n > self.num_heads
-            ][:1]
+            near = [n for n in divisors if n < self.num_heads][-3:] + [n for n in divisors if n > self.num_heads][:1]
             text = f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}"
             text += f"; try {alternatives(near)}"
             raise PydanticCustomError("rule", "{text}", {"key": "num_heads", "text": text})
@@ -148,8 +146,7 @@ class CustomModelConfig(Section):
     def _names_a_function(cls, builder: str) -> str:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", builder):
             raise ValueError(
-                "must name a function as package.module:function; "
-                "for example builder: my_package.my_model:build_layers"
+                "must name a function as package.module:function; for example builder: my_package.my_model:build_layers"
             )
         return builder
 

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from pipekit.config.schema import Config
 
 
-def resolve_layout(
-    config: Config, *, world_size: int | None = None, num_devices: int | None = None
-) -> Layout:
+def resolve_layout(config: Config, *, world_size: int | None = None, num_devices: int | None = None) -> Layout:
     """Return the layout that the parallel section asks for.
 
     Args:
@@ -24,6 +22,4 @@ def resolve_layout(
         LayoutError: if the degrees do not fit the processes or the devices.
     """
     parallel = config.parallel
-    return plan_layout(
-        pp=parallel.pp, tp=parallel.tp, dp=parallel.dp, world_size=world_size, num_devices=num_devices
-    )
+    return plan_layout(pp=parallel.pp, tp=parallel.tp, dp=parallel.dp, world_size=world_size, num_devices=num_devices)

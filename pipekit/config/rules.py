@@ -80,11 +80,7 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
     """Manual boundaries are given exactly when they are used, and give every stage a layer."""
     num_layers = model.num_layer_specs
     boundaries = parallel.boundaries
-    example = (
-        even_boundaries(num_layers, parallel.pp)
-        if num_layers is not None and parallel.pp <= num_layers
-        else None
-    )
+    example = even_boundaries(num_layers, parallel.pp) if num_layers is not None and parallel.pp <= num_layers else None
     remedy = f"; for example parallel.boundaries={example}" if example else ""
     if boundaries is None:
         if parallel.partition == "manual":
@@ -144,9 +140,7 @@ def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
     remedy = f"try train.global_batch_size={alternatives(sizes)}"
     if train.global_batch_size % dp == 0:
         per_rank = train.global_batch_size // dp
-        micro = max(
-            size for size in range(1, min(per_rank, train.micro_batch_size) + 1) if per_rank % size == 0
-        )
+        micro = max(size for size in range(1, min(per_rank, train.micro_batch_size) + 1) if per_rank % size == 0)
         remedy += f", or train.micro_batch_size={micro}"
     return rule_fault(
         "train.global_batch_size train.micro_batch_size parallel.dp",

@@ -66,9 +66,7 @@ class ParallelConfig(Section):
     """ZeRO stage: 1 shards the optimizer states over the data-parallel ranks, 0 shards nothing; 2 and 3 are
     not available yet."""
 
-    partition: str = Field(
-        default="parameters", examples=["parameters", "uniform", "type:Attention", "manual"]
-    )
+    partition: str = Field(default="parameters", examples=["parameters", "uniform", "type:Attention", "manual"])
     """How layers are shared out among stages: `parameters` balances their parameters, `uniform` their number,
     `type:<regex>` the number of layers whose class name matches, `manual` takes `boundaries`."""
 
@@ -214,9 +212,7 @@ class CheckpointConfig(Section):
     interval: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checkpoints; null saves only at the end."""
 
-    resume: str = Field(
-        default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"]
-    )
+    resume: str = Field(default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"])
     """`auto` goes on from the newest checkpoint of the run folder, `never` starts anew, and anything else is
     the path of a checkpoint folder."""
 
@@ -270,9 +266,7 @@ class Config(Section):
 
     model: Annotated[
         Annotated[GPTConfig, Tag("gpt")] | Annotated[CustomModelConfig, Tag("custom")],
-        Discriminator(
-            lambda values: {GPTConfig: "gpt", CustomModelConfig: "custom"}.get(model_class_of(values))
-        ),
+        Discriminator(lambda values: {GPTConfig: "gpt", CustomModelConfig: "custom"}.get(model_class_of(values))),
     ] = Field(default=..., examples=[{"preset": "tiny"}])
     """What is trained: a preset, sizes, or `package.module:function` of your own list of layer specs."""
 

@@ -135,10 +135,7 @@ def _construct(
     if isinstance(node, yaml.MappingNode):
         return _construct_mapping(loader, node, path, source, above)
     if isinstance(node, yaml.SequenceNode):
-        return [
-            _construct(loader, item, (*path, str(index)), source, above)
-            for index, item in enumerate(node.value)
-        ]
+        return [_construct(loader, item, (*path, str(index)), source, above) for index, item in enumerate(node.value)]
     try:
         return loader.construct_object(node)
     except ValueError as error:
@@ -186,9 +183,7 @@ def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     if "'\\t'" in problem:
         return "not valid YAML: a tab; indent with spaces"
     if "mapping values are not allowed" in problem:
-        return (
-            "not valid YAML: a second ':' in the line, or a wrong indentation; write one 'key: value' a line"
-        )
+        return "not valid YAML: a second ':' in the line, or a wrong indentation; write one 'key: value' a line"
     if "but found another document" in problem:
         return "not valid YAML here: a second document begins; keep one document a file"
     context = f" ({error.context})" if error.context and error.problem else ""

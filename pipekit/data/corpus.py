@@ -33,8 +33,7 @@ _STDLIB_SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
 _WHAT_TO_GIVE = (
-    f"'{STDLIB_SOURCE}', a text file, a .jsonl file, "
-    f"a folder of {', '.join(FOLDER_SUFFIXES)} files, or a list of those"
+    f"'{STDLIB_SOURCE}', a text file, a .jsonl file, a folder of {', '.join(FOLDER_SUFFIXES)} files, or a list of those"
 )
 
 
@@ -100,9 +99,7 @@ def find_corpus(source: str | Sequence[str]) -> Corpus:
     return Corpus(files=tuple(file for entry in sources for file in _find_files(entry)))
 
 
-def read_passages(
-    corpus: Corpus, *, text_key: str = "text", max_bytes: int | None = None
-) -> Iterator[Passage]:
+def read_passages(corpus: Corpus, *, text_key: str = "text", max_bytes: int | None = None) -> Iterator[Passage]:
     """Yield the documents of `corpus` in order, long ones in several parts; empty ones are left out.
 
     Args:
@@ -114,9 +111,7 @@ def read_passages(
         DataError: if a file cannot be read, a named file is not UTF-8, or a `.jsonl` line has no text under
             `text_key`.
     """
-    max_chars = plan_passage_chars(
-        corpus.num_bytes if max_bytes is None else min(corpus.num_bytes, max_bytes)
-    )
+    max_chars = plan_passage_chars(corpus.num_bytes if max_bytes is None else min(corpus.num_bytes, max_bytes))
     num_bytes_left = max_bytes
     for file in corpus.files:
         for text, ends_document in _read_file(file, text_key, max_chars):
@@ -181,23 +176,15 @@ def _find_stdlib_files() -> list[CorpusFile]:
         for path in _walk(root, (".py",), skipped_folders=_STDLIB_SKIPPED_FOLDERS)
     ]
     if not files:
-        raise DataError(
-            f"data.source='{STDLIB_SOURCE}': no .py files under {root}; give a text file or folder"
-        )
+        raise DataError(f"data.source='{STDLIB_SOURCE}': no .py files under {root}; give a text file or folder")
     return files
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()) -> list[Path]:
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and name not in skipped_folders
-        ]
-        found += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(suffixes)
-        ]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped_folders]
+        found += [Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(suffixes)]
     return sorted(
         (path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix()
     )  # a broken link is no file
@@ -268,8 +255,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             if text_key not in row:
                 keys = ", ".join(repr(key) for key in list(row)[:8]) or "no key"
                 raise DataError(
-                    f"{place}: no key {text_key!r} (the line has {keys}); "
-                    "set data.text_key to the one with the text"
+                    f"{place}: no key {text_key!r} (the line has {keys}); set data.text_key to the one with the text"
                 )
             text = row[text_key]
             if not isinstance(text, str):

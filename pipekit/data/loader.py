@@ -54,10 +54,7 @@ class BatchLoader:
         dp_rank: int = 0,
         dp: int = 1,
     ) -> None:
-        if (
-            min(global_batch_size, micro_batch_size, dp) < 1
-            or global_batch_size % (micro_batch_size * dp) != 0
-        ):
+        if min(global_batch_size, micro_batch_size, dp) < 1 or global_batch_size % (micro_batch_size * dp) != 0:
             raise ConfigError(
                 f"train.global_batch_size={global_batch_size} is not a multiple of "
                 f"train.micro_batch_size={micro_batch_size} x dp={dp}; try "

@@ -78,9 +78,7 @@ class ShuffledOrder:
             walking = walking[values[walking] >= self.num_samples]
         return values.astype(np.int64)
 
-    def _permute_grid(
-        self, values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.uint64]:
+    def _permute_grid(self, values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         num_rows = math.isqrt(self.num_samples - 1) + 1
         num_columns = -(-self.num_samples // num_rows)
         rows, columns = np.divmod(values, np.uint64(num_columns))

@@ -170,9 +170,7 @@ def _build(folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCal
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _build_tokenizer(
-    folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCallback
-) -> TextTokenizer:
+def _build_tokenizer(folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCallback) -> TextTokenizer:
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         copy_tokenizer(config.tokenizer, folder)
@@ -206,9 +204,7 @@ def _write_splits(
         train = stack.enter_context(TokenFileWriter(folder / _TRAIN_FILE, vocab_size=vocab_size))
         validation = train
         if config.validation_fraction > 0:
-            validation = stack.enter_context(
-                TokenFileWriter(folder / _VALIDATION_FILE, vocab_size=vocab_size)
-            )
+            validation = stack.enter_context(TokenFileWriter(folder / _VALIDATION_FILE, vocab_size=vocab_size))
         unfinished: TokenFileWriter | None = None
         for batch in _batches(_read_splits(config, corpus)):
             report("encoding the text", min(1.0, num_bytes / num_corpus_bytes))
@@ -224,9 +220,7 @@ def _write_splits(
                 num_bytes += passage.num_bytes
                 num_documents += passage.ends_document
         if num_documents == 0:
-            raise DataError(
-                f"data.source={_show(config.source)} holds no text; give files that are not empty"
-            )
+            raise DataError(f"data.source={_show(config.source)} holds no text; give files that are not empty")
         report("encoding the text", 1.0)
         return {
             "version": _FORMAT_VERSION,

@@ -170,9 +170,7 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: str | Path, max_lengt
     settings["model_max_length"] = max_length
     copy_tokenizer(tokenizer_path, folder)
     special = {
-        name: settings[name]
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if settings.get(name)
+        name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if settings.get(name)
     }
     _write_json(folder / "tokenizer_config.json", settings)
     if not (folder / "special_tokens_map.json").is_file():

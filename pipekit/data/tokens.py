@@ -93,11 +93,7 @@ def load_tokens(path: str | Path) -> TokenArray:
     try:
         header: dict[str, Any] = json.loads(header_path.read_text(encoding="utf-8"))
         num_bytes = path.stat().st_size
-        if (
-            header["format"] != _FORMAT
-            or header["version"] != _VERSION
-            or header["dtype"] not in ("uint16", "uint32")
-        ):
+        if header["format"] != _FORMAT or header["version"] != _VERSION or header["dtype"] not in ("uint16", "uint32"):
             raise DataError(f"{header_path}: not the header of a token file of this version; {remedy}")
         num_tokens, dtype = int(header["num_tokens"]), np.dtype(header["dtype"]).newbyteorder("<")
     except OSError as error:
@@ -106,8 +102,7 @@ def load_tokens(path: str | Path) -> TokenArray:
         raise DataError(f"{header_path}: not the header of a token file; {remedy}") from error
     if num_bytes != num_tokens * dtype.itemsize:
         raise DataError(
-            f"{path}: {num_bytes} bytes, but the header says {num_tokens} tokens of {dtype.itemsize} bytes; "
-            f"{remedy}"
+            f"{path}: {num_bytes} bytes, but the header says {num_tokens} tokens of {dtype.itemsize} bytes; {remedy}"
         )
     if num_tokens == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype=dtype)

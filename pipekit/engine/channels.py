@@ -1,7 +1,7 @@
 """Channels between neighbouring stages: receives posted early, sends that do not wait.
 
-Activations flow over one process group and gradients over another, so that on NCCL, where the operations of a communicator
-run in order, a receive posted early never stands in the way of a send. Shapes travel over a CPU group.
+Activations flow over one process group and gradients over another, so that on NCCL, where the operations of a
+communicator run in order, a receive posted early never stands in the way of a send. Shapes travel over a CPU group.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _encode(metas: tuple[TensorMeta, ...]) -> Tensor:
         numbers += [_DTYPE_CODE[meta.dtype], int(meta.requires_grad), len(meta.shape), *meta.shape]
     if len(numbers) > _HEADER_LENGTH:
         raise PipekitError(
-            f"a stage passes {len(metas)} tensors on, and their shapes take {len(numbers)} numbers where {_HEADER_LENGTH} "
+            f"a stage passes {len(metas)} tensors on, and their shapes take {len(numbers)} numbers where "
+            f"{_HEADER_LENGTH} "
             "fit; pass fewer tensors between layers"
         )
     return torch.tensor(numbers + [0] * (_HEADER_LENGTH - len(numbers)), dtype=torch.int64)
@@ -87,9 +88,7 @@ class Sender:
         header_group: a CPU group that carries the shapes; None where the receiver already knows them.
     """
 
-    def __init__(
-        self, *, peer: int, group: dist.ProcessGroup, header_group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, *, peer: int, group: dist.ProcessGroup, header_group: dist.ProcessGroup | None = None) -> None:
         self._peer = peer
         self._group = group
         self._header_group = header_group
@@ -118,7 +117,8 @@ class Sender:
             elif metas != self._metas:
                 raise PipekitError(
                     f"{what} is {', '.join(map(str, metas))}, but the step's first micro-batch was "
-                    f"{', '.join(map(str, self._metas))}; all micro-batches of a step must have one shape: pad the short "
+                    f"{', '.join(map(str, self._metas))}; all micro-batches of a step must have one shape: pad the "
+                    f"short "
                     "ones or drop the last"
                 )
         works += [dist.isend(buffer, self._peer, group=self._group) for buffer in buffers[: len(tensors)]]

@@ -23,8 +23,8 @@ def plan_deepspeed_config(
         micro_batch_size: sequences of one micro-batch.
         num_micro_batches: micro-batches of one step on one pipeline.
         precision: of weights and activations.
-        zero: ZeRO stage. Under 16-bit precision DeepSpeed's optimizers always shard the fp32 masters and the moments over the
-            data-parallel ranks, so 0 is 1 there.
+        zero: ZeRO stage. Under 16-bit precision DeepSpeed's optimizers always shard the fp32 masters and the moments
+            over the data-parallel ranks, so 0 is 1 there.
         gradient_clipping: largest gradient norm; 0 does not clip.
         extra: the user's `deepspeed` section, merged over the defaults.
 

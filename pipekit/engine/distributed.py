@@ -15,7 +15,8 @@ from pipekit.errors import CommunicationError, LaunchError, PipekitError
 
 
 def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_rank: int) -> torch.device:
-    """Join the run that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...), and return this rank's device.
+    """Join the run that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...), and return this rank's
+    device.
 
     Args:
         device: `cuda` talks over NCCL, `cpu` over gloo.
@@ -31,8 +32,8 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     else:
-        # DeepSpeed would compile a shared-memory collective at its first use, which takes most of a minute and which a run
-        # that is killed meanwhile leaves locked. It serves inference; training does not call it.
+        # DeepSpeed would compile a shared-memory collective at its first use, which takes most of a minute and which a
+        # run that is killed meanwhile leaves locked. It serves inference; training does not call it.
         # (The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.)
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     try:
@@ -52,7 +53,8 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
                 "MASTER_PORT to a free one for all of them"
             ) from error
         raise CommunicationError(
-            f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of them "
+            f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of "
+            f"them "
             "were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")

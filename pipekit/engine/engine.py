@@ -24,9 +24,9 @@ OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
     """Trains a `PipelineModule`.
 
-    It is DeepSpeed's engine with its own execution: actions come from a schedule's table, messages are asynchronous, tied and
-    replicated gradients are reduced and counted once under every optimizer, and a step whose gradients are not finite is
-    skipped and counted.
+    It is DeepSpeed's engine with its own execution: actions come from a schedule's table, messages are asynchronous,
+    tied and replicated gradients are reduced and counted once under every optimizer, and a step whose gradients are not
+    finite is skipped and counted.
 
     Args:
         module: this rank's stage.

@@ -67,9 +67,7 @@ class Executor:
         stage = self._mpu.pipe_rank
         if not self._mpu.is_first_stage:
             previous = self._mpu.stage_rank(stage - 1)
-            self._activations_in = Receiver(
-                peer=previous, group=activations, device=self._device, header_group=headers
-            )
+            self._activations_in = Receiver(peer=previous, group=activations, device=self._device, header_group=headers)
             self._gradients_out = Sender(peer=previous, group=gradients)
         if not self._mpu.is_last_stage:
             following = self._mpu.stage_rank(stage + 1)
@@ -228,7 +226,8 @@ def _as_tuple(activations: Any, action: Action) -> tuple[Tensor, ...]:
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise PipekitError(
-                f"a layer of stage {action.stage} takes or returns {type(tensor).__name__}; what passes between layers must "
+                f"a layer of stage {action.stage} takes or returns {type(tensor).__name__}; what passes between layers "
+                f"must "
                 "be a tensor or a tuple of tensors"
             )
     return tensors

@@ -25,11 +25,11 @@ LossFunction = Callable[[Any, Any], Tensor]
 class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     """The stage of a model that this rank holds.
 
-    Only the layers of this stage are built. Each starts from weights that depend on the seed and the layer's name alone, so
-    they are the same under every layout.
+    Only the layers of this stage are built. Each starts from weights that depend on the seed and the layer's name
+    alone, so they are the same under every layout.
 
-    It is a DeepSpeed `PipelineModule` to DeepSpeed's engine, but does not run that class's constructor, which would make
-    groups, partition, build every layer on every rank to count it, and move, all in one.
+    It is a DeepSpeed `PipelineModule` to DeepSpeed's engine, but does not run that class's constructor, which would
+    make groups, partition, build every layer on every rank to count it, and move, all in one.
 
     Args:
         layers: the whole model.
@@ -133,8 +133,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
 
         Args:
             inputs: what the previous stage returned, or the micro-batch's inputs on the first.
-            dropout_path: the step and the index of the micro-batch in the global batch, which together with a layer's index
-                seed what that layer draws; None draws from the current generator state.
+            dropout_path: the step and the index of the micro-batch in the global batch, which together with a layer's
+                index seed what that layer draws; None draws from the current generator state.
         """
         for layer_idx, layer in zip(self.layer_range, self.forward_funcs, strict=True):
             seed = None if dropout_path is None else fold_seed(self.seed, "layer", *dropout_path, layer_idx)

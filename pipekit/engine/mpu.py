@@ -50,9 +50,10 @@ def build_group(rank_lists: Sequence[Sequence[int]], backend: str | None = None)
 class ModelParallelUnit:
     """Who talks to whom, made from a layout.
 
-    It answers what a training loop asks (`data_parallel_rank`, `should_report_metrics`, `should_build_data_loader`) and,
-    under the names that DeepSpeed uses for its `mpu` and `grid`, what DeepSpeed asks. There, "model parallel" means all
-    ranks that together hold one copy of the model (pipeline x tensor), and "slice parallel" means tensor parallel.
+    It answers what a training loop asks (`data_parallel_rank`, `should_report_metrics`, `should_build_data_loader`)
+    and, under the names that DeepSpeed uses for its `mpu` and `grid`, what DeepSpeed asks. There, "model parallel"
+    means all ranks that together hold one copy of the model (pipeline x tensor), and "slice parallel" means tensor
+    parallel.
 
     Args:
         layout: the layout of the world; its world size is that of the default process group.

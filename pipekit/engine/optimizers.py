@@ -1,8 +1,8 @@
 """One view of DeepSpeed's optimizers: where gradients accumulate, what their norm is, where masters and moments lie.
 
-Three of them occur under a pipeline. In fp32 without ZeRO it is the plain torch optimizer; in fp32 with ZeRO-1, and in fp16,
-`DeepSpeedZeroOptimizer`; in bf16 `BF16_Optimizer`. Both of the latter flatten parameters and shard the fp32 masters over the
-data-parallel ranks.
+Three of them occur under a pipeline. In fp32 without ZeRO it is the plain torch optimizer; in fp32 with ZeRO-1, and in
+fp16, `DeepSpeedZeroOptimizer`; in bf16 `BF16_Optimizer`. Both of the latter flatten parameters and shard the fp32
+masters over the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class BF16OptimizerView(FlatOptimizerView):
         return gradient
 
     def _nonempty_grads_for_norm(self, for_clipping: bool = False) -> Any:
-        """A stage that owns none of its parameters, a tied head alone, adds nothing to the norm; DeepSpeed would stop."""
+        """Let a stage that owns none of its parameters, a tied head alone, add nothing; DeepSpeed would stop."""
         gradients = self._get_grads_for_norm(for_clipping=for_clipping)
         if for_clipping:
             return gradients

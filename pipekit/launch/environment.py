@@ -124,9 +124,7 @@ def first_host(nodelist: str) -> str:
     """
     match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if match is None:
-        raise LaunchError(
-            f"SLURM_JOB_NODELIST={nodelist!r} names no host; set MASTER_ADDR to the host of rank 0"
-        )
+        raise LaunchError(f"SLURM_JOB_NODELIST={nodelist!r} names no host; set MASTER_ADDR to the host of rank 0")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
@@ -237,9 +235,7 @@ def _master_port(environ: Environ) -> int:
     """Return a port that every rank of a job computes alike, and two jobs on one machine rarely share."""
     if "MASTER_PORT" in environ:
         return _integer(environ, "MASTER_PORT")
-    names = (
-        ("SLURM_JOB_ID", "SLURM_STEP_ID") if "SLURM_JOB_ID" in environ else ("PMIX_NAMESPACE", "PBS_JOBID")
-    )
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID") if "SLURM_JOB_ID" in environ else ("PMIX_NAMESPACE", "PBS_JOBID")
     job = ".".join(environ.get(name, "") for name in names)
     return _FIRST_PORT + zlib.crc32(job.encode()) % _NUM_PORTS
 
@@ -259,9 +255,7 @@ def _integer(environ: Environ, name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise LaunchError(
-            f"{name}={environ[name]!r} must be a whole number; unset it or correct it"
-        ) from None
+        raise LaunchError(f"{name}={environ[name]!r} must be a whole number; unset it or correct it") from None
 
 
 def _first_integer(environ: Environ, names: Sequence[str]) -> int | None:

@@ -227,9 +227,7 @@ def _start(job: _Job, rank: int) -> _Worker:
                 start_new_session=True,
             )
         except OSError as error:
-            raise LaunchError(
-                f"rank {rank} could not be started: {job.command[0]}: {error.strerror}"
-            ) from None
+            raise LaunchError(f"rank {rank} could not be started: {job.command[0]}: {error.strerror}") from None
         return _Worker(rank, process, job.log(rank), log_start, job.error_file(rank))
 
 

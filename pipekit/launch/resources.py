@@ -31,9 +31,7 @@ def threads_per_process(setting: Literal["auto"] | int, num_local_ranks: int, nu
     return max(1, num_cpus // num_local_ranks) if setting == "auto" else setting
 
 
-def thread_environ(
-    setting: Literal["auto"] | int, num_local_ranks: int, environ: Mapping[str, str]
-) -> dict[str, str]:
+def thread_environ(setting: Literal["auto"] | int, num_local_ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that hold numerical libraries to their share of the cores.
 
     An `OMP_NUM_THREADS` of the user's own wins over "auto", and a configured number wins over both.
@@ -57,9 +55,7 @@ def num_usable_cpus(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return num_cpus
 
 
-def num_accelerators(
-    environ: Mapping[str, str], driver_dir: Path = Path("/proc/driver/nvidia/gpus")
-) -> int | None:
+def num_accelerators(environ: Mapping[str, str], driver_dir: Path = Path("/proc/driver/nvidia/gpus")) -> int | None:
     """Return the number of CUDA devices that a process would see, or None where there is none.
 
     Asks the NVIDIA driver, not torch: it takes milliseconds, and holds no memory on any device.
@@ -105,9 +101,7 @@ def _num_present(environ: Mapping[str, str], driver_dir: Path) -> int:
         count = 0
     if count > 0:
         return count
-    program = shutil.which(
-        "nvidia-smi", path=environ.get("PATH")
-    )  # under WSL the driver has no /proc entries
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))  # under WSL the driver has no /proc entries
     if program is None:
         return 0
     try:

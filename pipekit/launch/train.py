@@ -18,8 +18,8 @@ from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 def train(path: Path, overrides: list[str]) -> None:
     """Train the configuration at `path`.
 
-    On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under torchrun,
-    deepspeed, srun or mpirun, this process is one of the ranks.
+    On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under
+    torchrun, deepspeed, srun or mpirun, this process is one of the ranks.
 
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.

@@ -38,9 +38,7 @@ class Action:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ConfigError(
-                f"{text!r} is not an action; write stage, kind (F, B, I or W) and micro-batch, as in 0F3"
-            )
+            raise ConfigError(f"{text!r} is not an action; write stage, kind (F, B, I or W) and micro-batch, as in 0F3")
         stage, kind, micro_batch = match.groups()
         return cls(int(stage), cast(ActionKind, kind), int(micro_batch))
 

@@ -8,8 +8,8 @@ from pipekit.schedules.action import Action, Schedule
 def plan_1f1b(*, num_stages: int, num_micro_batches: int) -> Schedule:
     """Return the 1F1B table, one stage a rank.
 
-    A rank first runs as many forwards as there are stages behind it, then forward and backward in turn, then the backwards
-    that are left. Stage `s` of `S` holds at most `S - s` micro-batches in flight.
+    A rank first runs as many forwards as there are stages behind it, then forward and backward in turn, then the
+    backwards that are left. Stage `s` of `S` holds at most `S - s` micro-batches in flight.
 
     Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
     section 2.2 (PipeDream-Flush).

@@ -43,7 +43,10 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("ab") as file, TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True) as terminal:
+    with (
+        log.open("ab") as file,
+        TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True) as terminal,
+    ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -65,12 +68,17 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     facts.add_column(style="bold cyan", no_wrap=True)
     facts.add_column()
     facts.add_row("model", f"{model}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers")
-    facts.add_row("layout", f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO {config.parallel.zero}")
+    facts.add_row(
+        "layout",
+        f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO "
+        f"{config.parallel.zero}",
+    )
     facts.add_row("device", f"{plan.device}, {plan.precision}")
     batch = plan.batch
     facts.add_row(
         "batch",
-        f"{batch.global_batch_size} sequences of {config.train.sequence_length} tokens: {batch.num_micro_batches} micro-"
+        f"{batch.global_batch_size} sequences of {config.train.sequence_length} tokens: {batch.num_micro_batches} "
+        f"micro-"
         f"{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
         f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
     )
@@ -82,7 +90,9 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     stages.add_column("layers", overflow="fold")
     for stage, layers in enumerate(plan.stages):
         num_parameters = sum(plan.layer_parameters[layer_idx] for layer_idx in layers)
-        stages.add_row(str(stage), f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers]))
+        stages.add_row(
+            str(stage), f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers])
+        )
     console.print()
     console.print(facts)
     console.print()
@@ -94,8 +104,8 @@ def _show_layers(names: list[str]) -> str:
     """Return layer names with whole blocks in a row drawn together.
 
     Example:
-        >>> _show_layers(["embed", "blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp", "blocks.2.mlp"])
-        'embed, blocks.0-1, blocks.2.mlp'
+        >>> _show_layers(["embed", "blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp",
+        "blocks.2.mlp"]) 'embed, blocks.0-1, blocks.2.mlp'
     """
     shown: list[str] = []
     blocks: list[tuple[str, int]] = []

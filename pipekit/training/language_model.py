@@ -32,7 +32,8 @@ class LanguageModelTrial(Trial):
         if config.model.vocab_size < data.vocab_size:
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} tokens "
-                f"({data.tokenizer_path}), and every token needs a row; try model.vocab_size={data.vocab_size} or auto, or a "
+                f"({data.tokenizer_path}), and every token needs a row; try model.vocab_size={data.vocab_size} or "
+                f"auto, or a "
                 "smaller data.vocab_size"
             )
         return config
@@ -44,7 +45,8 @@ class LanguageModelTrial(Trial):
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         if outputs.shape[-1] < self.data.vocab_size:
             raise ConfigError(
-                f"the model's last layer scores {outputs.shape[-1]} tokens and the tokenizer has {self.data.vocab_size}; widen "
+                f"the model's last layer scores {outputs.shape[-1]} tokens and the tokenizer has "
+                f"{self.data.vocab_size}; widen "
                 "it, or lower data.vocab_size"
             )
         return language_model_loss(outputs, labels)

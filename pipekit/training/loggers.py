@@ -58,7 +58,8 @@ class TensorBoardLogger(Callback):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
-                "logging.tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or set it to "
+                "logging.tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or "
+                "set it to "
                 "false"
             ) from None
         self._writer_type = SummaryWriter

@@ -21,8 +21,8 @@ def learning_rate(
     `min_ratio * peak` at `decay_steps`, and stays there.
 
     Example:
-        >>> rate = lambda step: learning_rate(step, peak=1.0, shape="cosine", warmup_steps=2, decay_steps=10, min_ratio=0.1)
-        >>> [round(rate(step), 3) for step in (0, 1, 2, 6, 10, 99)]
+        >>> settings = {"peak": 1.0, "shape": "cosine", "warmup_steps": 2, "decay_steps": 10, "min_ratio": 0.1}
+        >>> [round(learning_rate(step, **settings), 3) for step in (0, 1, 2, 6, 10, 99)]
         [0.5, 1.0, 1.0, 0.55, 0.1, 0.1]
     """
     if step < warmup_steps:

@@ -42,5 +42,5 @@ def plan_trial(
 
 
 def resumable(config: Config) -> Config:
-    """Return the configuration as it is stored in its run folder: trained again, it goes on from the newest checkpoint."""
+    """Return the configuration as its run folder stores it: trained again, it goes on from the newest checkpoint."""
     return config.updated({"checkpoint.resume": "auto"})

@@ -74,7 +74,8 @@ def find_start(config: Config) -> Path | None:
     if resume == "never":
         if existing:
             raise ConfigError(
-                f"checkpoint.resume=never would overwrite the {len(existing)} checkpoints in {folder.checkpoints}; give "
+                f"checkpoint.resume=never would overwrite the {len(existing)} checkpoints in {folder.checkpoints}; "
+                f"give "
                 "another run.dir, or go on from them with checkpoint.resume=auto"
             )
         return None
@@ -83,9 +84,7 @@ def find_start(config: Config) -> Path | None:
         return None
     load_manifest(checkpoint)
     if resume != "auto":
-        _check_same_run(
-            checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration"
-        )
+        _check_same_run(checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration")
     return checkpoint
 
 
@@ -98,8 +97,10 @@ def check_data(checkpoint: Path, fingerprint: str) -> None:
     stored = load_manifest(checkpoint).training.data_fingerprint
     if stored and stored != fingerprint:
         raise CheckpointError(
-            f"{checkpoint}: was trained on other data: the tokens of data.source have changed since (another text, tokenizer or "
-            "Python version), and its position in them means nothing now; restore them, or start anew with another run.dir"
+            f"{checkpoint}: was trained on other data: the tokens of data.source have changed since (another text, "
+            f"tokenizer or "
+            "Python version), and its position in them means nothing now; restore them, or start anew with another "
+            "run.dir"
         )
 
 
@@ -136,6 +137,7 @@ def _check_same_run(saved: Path, config: Config, what: str) -> None:
     if keys:
         shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
         raise ConfigError(
-            f"{what}: {shown} differ{'s' if len(keys) == 1 else ''} from {saved}; give another run.dir to start a new run, or "
+            f"{what}: {shown} differ{'s' if len(keys) == 1 else ''} from {saved}; give another run.dir to start a new "
+            f"run, or "
             "set them as they are there to go on"
         )

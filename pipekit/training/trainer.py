@@ -19,7 +19,6 @@ from pipekit.engine.executor import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.errors import PipekitError
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
-from pipekit.training.context import TrialContext
 from pipekit.training.run_folder import check_data
 from pipekit.training.trial import Trial
 
@@ -88,7 +87,8 @@ class Trainer:
             if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
                 raise PipekitError(
                     f"step {self.step}: the gradient has not been finite for {skipped_in_a_row} steps in a row (loss "
-                    f"{metrics.loss}), and none of them changed the weights; lower optimizer.lr={self.config.optimizer.lr:g}, "
+                    f"{metrics.loss}), and none of them changed the weights; lower "
+                    f"optimizer.lr={self.config.optimizer.lr:g}, "
                     "lengthen scheduler.warmup_steps, or train in bf16 or fp32"
                 )
             interval = self.config.checkpoint.interval
@@ -136,9 +136,7 @@ class Trainer:
             for batch in range(train.eval_batches)
         ]
         num_micro_batches = train.eval_batches * self.context.plan.batch.num_micro_batches
-        extra = {
-            f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()
-        }
+        extra = {f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
         return StepMetrics(**{**vars(metrics), "val_loss": sum(losses) / len(losses), "extra": extra or None})
 
     def _build_engine(self) -> PipelineEngine:
@@ -172,7 +170,8 @@ class Trainer:
         dataset = build_dataset()
         if dataset is None:
             raise PipekitError(
-                f"train.eval_interval={self.config.train.eval_interval}: {type(self.trial).__name__} has no validation data; set "
+                f"train.eval_interval={self.config.train.eval_interval}: {type(self.trial).__name__} has no validation "
+                f"data; set "
                 "it to null, or return a dataset from build_validation_dataset"
             )
         batch = self.context.plan.batch

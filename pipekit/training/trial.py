@@ -1,4 +1,4 @@
-"""A trial: what is trained, on what, and how. The shipped one trains a language model; subclass it, or `Trial`, for yours."""
+"""A trial: what is trained, on what, and how. The shipped one trains a language model; subclass it or `Trial`."""
 
 from __future__ import annotations
 

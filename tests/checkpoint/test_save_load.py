@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, train_job
-from gloo_workers import GlooWorkers
 from safetensors import safe_open
 
+from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, train_job
+from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.errors import CheckpointError
@@ -27,7 +27,13 @@ def run(gloo: GlooWorkers, case: Case, **options: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(pp=1, zero=0), Case(pp=2, zero=1), Case(pp=2, dp=2, zero=1), Case(pp=2, precision="bf16"), Case(precision="fp16")],
+    [
+        Case(pp=1, zero=0),
+        Case(pp=2, zero=1),
+        Case(pp=2, dp=2, zero=1),
+        Case(pp=2, precision="bf16"),
+        Case(precision="fp16"),
+    ],
     ids=lambda case: f"pp{case.pp}dp{case.dp}zero{case.zero}{case.precision}",
 )
 def test_same_layout_goes_on_bit_for_bit(gloo: GlooWorkers, tmp_path: Path, case: Case) -> None:
@@ -70,7 +76,9 @@ def test_a_checkpoint_knows_no_layout(gloo: GlooWorkers, tmp_path: Path) -> None
         folder = tmp_path / f"pp{case.pp}"
         run(gloo, case, save=str(folder))
         reader = CheckpointReader(folder / "step-00000010")
-        contents.append({name: (reader.tensor(name), reader.tensor(name, "exp_avg")) for name in reader.manifest.tensors})
+        contents.append(
+            {name: (reader.tensor(name), reader.tensor(name, "exp_avg")) for name in reader.manifest.tensors}
+        )
     one, other = contents
     assert one.keys() == other.keys()
     assert sum(name.startswith("embed") for name in one) == 1
@@ -167,5 +175,5 @@ def test_a_cut_file_is_named(gloo: GlooWorkers, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{size // 2:,} bytes of {size:,}.*resume=.*step-00000002"):
         CheckpointReader(tmp_path / "step-00000003")
     shutil.rmtree(tmp_path / "step-00000002")
-    with pytest.raises(CheckpointError, match="cut short$"):
+    with pytest.raises(CheckpointError, match=r"cut short$"):
         CheckpointReader(tmp_path / "step-00000003")

@@ -111,9 +111,7 @@ def test_keys_of_a_section_are_the_fields_of_its_model(section: str):
 def test_every_nested_section_of_the_table_is_compared_above():
     def nested(tree: KeyTree, prefix: str = "") -> set[str]:
         here = {f"{prefix}{key}" for key, below in tree.items() if below is not None}
-        return here.union(
-            *(nested(below, f"{prefix}{key}.") for key, below in tree.items() if below is not None)
-        )
+        return here.union(*(nested(below, f"{prefix}{key}.") for key, below in tree.items() if below is not None))
 
     assert nested(DEEPSPEED_KEYS) == {*MODELS, *READ_BY_HAND}
 
@@ -159,8 +157,7 @@ def test_owned_and_unsupported_keys_are_keys_of_deepspeed():
         ({"fp16": True}, "deepspeed.fp16=true: must be a mapping; for example fp16: {auto_cast: ...}"),
         (
             {"expert_parallel": {}},
-            "deepspeed.expert_parallel: has no effect here, since expert parallelism is not "
-            "available yet; remove it",
+            "deepspeed.expert_parallel: has no effect here, since expert parallelism is not available yet; remove it",
         ),
         (
             {"data_types": {"zzz": 1}},

@@ -24,9 +24,7 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
     checks = {
         "anyOf": lambda options: any(accepts(option, value) for option in options),
         "oneOf": lambda options: sum(accepts(option, value) for option in options) == 1,
-        "type": lambda names: any(
-            is_type(value, name) for name in ([names] if isinstance(names, str) else names)
-        ),
+        "type": lambda names: any(is_type(value, name) for name in ([names] if isinstance(names, str) else names)),
         "enum": lambda choices: value in choices,
         "const": lambda choice: value == choice,
         "minimum": lambda bound: not is_type(value, "number") or value >= bound,
@@ -38,15 +36,12 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
         "maxItems": lambda length: not isinstance(value, (list, tuple)) or len(value) <= length,
         "required": lambda keys: not isinstance(value, dict) or set(keys) <= set(value),
         "properties": lambda known: (
-            not isinstance(value, dict)
-            or all(accepts(known[key], item) for key, item in value.items() if key in known)
+            not isinstance(value, dict) or all(accepts(known[key], item) for key, item in value.items() if key in known)
         ),
         "additionalProperties": lambda allowed: (
             not isinstance(value, dict) or allowed is True or set(value) <= set(schema.get("properties", {}))
         ),
-        "items": lambda item: (
-            not isinstance(value, (list, tuple)) or all(accepts(item, entry) for entry in value)
-        ),
+        "items": lambda item: not isinstance(value, (list, tuple)) or all(accepts(item, entry) for entry in value),
         "prefixItems": lambda items: (
             not isinstance(value, (list, tuple))
             or all(accepts(item, entry) for item, entry in zip(items, value, strict=False))

@@ -159,8 +159,7 @@ REFUSED = {
     ),
     "required section missing": (
         TRAIN,
-        "c.yaml: model: missing; for example model: {preset: tiny}, "
-        "or model: my_package.my_model:build_layers",
+        "c.yaml: model: missing; for example model: {preset: tiny}, or model: my_package.my_model:build_layers",
     ),
     "sizes missing": (
         "model: {hidden_size: 64, num_layers: 2}\n" + TRAIN,
@@ -174,8 +173,7 @@ REFUSED = {
     ),
     "preset in the place of a function": (
         "model: mini\n" + TRAIN,
-        "c.yaml:1: model=mini: must be a mapping, or package.module:function; "
-        "for a preset write model: {preset: mini}",
+        "c.yaml:1: model=mini: must be a mapping, or package.module:function; for a preset write model: {preset: mini}",
     ),
     "no function name": (
         "model: 'my.module:'\n" + TRAIN,
@@ -203,8 +201,7 @@ REFUSED = {
     ),
     "two colons": (
         "model: preset: tiny\n",
-        "c.yaml:1: not valid YAML: a second ':' in the line, or a wrong indentation; "
-        "write one 'key: value' a line",
+        "c.yaml:1: not valid YAML: a second ':' in the line, or a wrong indentation; write one 'key: value' a line",
     ),
     "tab": ("model:\n\tpreset: tiny\n", "c.yaml:2: not valid YAML: a tab; indent with spaces"),
     "two documents": (
@@ -245,9 +242,7 @@ def test_a_python_object_in_the_file_is_not_built(write):
 
 
 def test_an_alias_that_contains_itself_ends(write):
-    assert "c.yaml:1: an alias that contains itself" in refusal(
-        write("model: &x {args: *x, builder: 'a:b'}\n")
-    )
+    assert "c.yaml:1: an alias that contains itself" in refusal(write("model: &x {args: *x, builder: 'a:b'}\n"))
 
 
 def test_a_merge_key_fills_in_what_is_not_given(write):
@@ -299,9 +294,7 @@ class TestOverrides:
         assert refusal(write(MODEL + TRAIN), override) == message
 
     def test_a_rule_is_broken_at_the_key_that_was_given(self, write):
-        assert refusal(write(MODEL + TRAIN), "train.micro_batch_size=3").startswith(
-            "command line: train.global"
-        )
+        assert refusal(write(MODEL + TRAIN), "train.micro_batch_size=3").startswith("command line: train.global")
 
     def test_a_preset_that_changes_nothing_is_refused(self, write):
         path = write(load_config(write(MODEL + TRAIN)).to_yaml(), "saved.yaml")
@@ -382,9 +375,7 @@ def test_loading_needs_neither_torch_nor_deepspeed(write):
         "print(sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
     )
     write(MODEL + TRAIN)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 

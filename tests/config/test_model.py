@@ -57,9 +57,7 @@ def test_a_preset_is_not_needed():
 def test_heads_divide_the_width(heads: int, width: int, choices: str):
     message = f"model.num_heads={heads} does not divide model.hidden_size={width}; try {choices}"
     with pytest.raises(ConfigError) as caught:
-        parse_config(
-            {"model": {"preset": "tiny", "num_heads": heads, "hidden_size": width}, "train": {"steps": 1}}
-        )
+        parse_config({"model": {"preset": "tiny", "num_heads": heads, "hidden_size": width}, "train": {"steps": 1}})
     assert str(caught.value) == message
     with pytest.raises(ValidationError, match="does not divide"):
         GPTConfig(preset="tiny", num_heads=heads, hidden_size=width)

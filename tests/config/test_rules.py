@@ -118,6 +118,4 @@ def test_the_number_of_layers_of_a_users_model_is_not_guessed():
 @pytest.mark.parametrize("pp", range(1, 13))
 def test_suggested_boundaries_are_accepted(pp: int):
     boundaries = even_boundaries(12, pp)
-    parse_config(
-        BASE, ["parallel.partition=manual", f"parallel.pp={pp}", f"parallel.boundaries={boundaries}"]
-    )
+    parse_config(BASE, ["parallel.partition=manual", f"parallel.pp={pp}", f"parallel.boundaries={boundaries}"])

@@ -34,9 +34,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             "tied_embedding": st.booleans(),
         },
     ).map(lambda model: {**model, "hidden_size": 8 * heads, "num_layers": 3, "num_heads": heads})
-    args = st.dictionaries(
-        words, st.integers() | words | st.booleans() | st.lists(positive, max_size=3), max_size=3
-    )
+    args = st.dictionaries(words, st.integers() | words | st.booleans() | st.lists(positive, max_size=3), max_size=3)
     own = st.fixed_dictionaries({"builder": st.just("a.b:c"), "args": args})
     return {
         "run": {
@@ -58,9 +56,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         },
         "data": {"source": draw(words | st.lists(words, min_size=1, max_size=3)), "text_key": draw(words)},
         "logging": {
-            "wandb": draw(
-                st.booleans() | st.fixed_dictionaries({}, optional={"project": words, "name": words})
-            )
+            "wandb": draw(st.booleans() | st.fixed_dictionaries({}, optional={"project": words, "name": words}))
         },
         "deepspeed": draw(st.sampled_from([{}, {"zero_optimization": {"reduce_bucket_size": 5e8}}])),
     }
@@ -125,9 +121,7 @@ def test_decay_ends_with_the_run_unless_said_otherwise():
     assert config.updated({"scheduler.decay_steps": 20}).decay_steps == 20
 
 
-@pytest.mark.parametrize(
-    ("value", "logs"), [(True, True), (False, False), (None, False), ({"project": "p"}, True)]
-)
+@pytest.mark.parametrize(("value", "logs"), [(True, True), (False, False), (None, False), ({"project": "p"}, True)])
 def test_wandb_is_a_switch_or_a_mapping(value: object, logs: bool):
     values = {"model": {"preset": "tiny"}, "train": {"steps": 3}, "logging": {"wandb": value}}
     assert (parse_config(values).logging.wandb is not None) == logs

@@ -27,9 +27,7 @@ def test_then_the_name_that_others_use():
 
 
 def test_then_a_similar_name_elsewhere():
-    assert (
-        suggest_key("warmup_step", ("optimizer",), section_keys()) == "did you mean 'scheduler.warmup_steps'?"
-    )
+    assert suggest_key("warmup_step", ("optimizer",), section_keys()) == "did you mean 'scheduler.warmup_steps'?"
 
 
 def test_else_everything_that_there_is():

@@ -20,9 +20,7 @@ plain = st.recursive(
     | st.sampled_from(
         ["on", "no", "1e3", "3e-4", "0x1f", "010", "2024-01-01", "1:30", "null", "~", "", "<<", "=", "- a"]
     ),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3),
     max_leaves=8,
 )
 

@@ -60,9 +60,7 @@ def test_long_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path, num_lin
     assert "".join(passage.text for passage in passages) == text
     assert [passage.num_bytes for passage in passages] == [len(passage.text.encode()) for passage in passages]
     assert all(passage.text.endswith("\n") for passage in passages)
-    assert [passage.ends_document for passage in passages] == [False] * (len(passages) - 1) + [True] * bool(
-        text
-    )
+    assert [passage.ends_document for passage in passages] == [False] * (len(passages) - 1) + [True] * bool(text)
     assert (len(passages) > 20) == (num_lines == 5000)
 
 
@@ -118,9 +116,7 @@ def test_bad_jsonl_line_is_named_by_file_and_line(tmp_path: Path, line: bytes, w
 
 
 def test_missing_source_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"data\.source=.*no such file or folder.*'python-stdlib', a text file"
-    ):
+    with pytest.raises(DataError, match=r"data\.source=.*no such file or folder.*'python-stdlib', a text file"):
         find_corpus(str(tmp_path / "missing.txt"))
     with pytest.raises(DataError, match="did you mean 'python-stdlib'"):
         find_corpus("python_stdlib")

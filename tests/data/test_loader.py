@@ -69,13 +69,9 @@ def test_all_ranks_together_read_the_global_batch_in_order(
 @settings(max_examples=50, deadline=None)
 @given(
     num_samples=st.integers(1, 100),
-    steps=st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=6
-    ),
+    steps=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=6),
 )
-def test_changing_the_layout_loses_and_repeats_nothing(
-    num_samples: int, steps: list[tuple[int, int, int]]
-) -> None:
+def test_changing_the_layout_loses_and_repeats_nothing(num_samples: int, steps: list[tuple[int, int, int]]) -> None:
     numbers: list[int] = []
     for dp, micro_batch_size, num_micro_batches in steps:
         step, _ = read_step(
@@ -109,9 +105,7 @@ class NumpyPairs:
 
 
 def test_a_users_own_dataset_is_stacked() -> None:
-    loader = BatchLoader(
-        NumpyPairs(), sample_order(3, 0, shuffle=False), global_batch_size=3, micro_batch_size=3
-    )
+    loader = BatchLoader(NumpyPairs(), sample_order(3, 0, shuffle=False), global_batch_size=3, micro_batch_size=3)
     ((inputs, labels),) = loader.step_batches(0)
     assert inputs.tolist() == [[0, 0], [1, 1], [2, 2]]
     assert inputs.dtype == torch.float32
@@ -136,8 +130,6 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size=10 .*micro_batch_size=2 x dp=3; try .*=12"):
         BatchLoader(numbered_dataset(9), sample_order(9, 0), global_batch_size=10, micro_batch_size=2, dp=3)
     with pytest.raises(ConfigError, match="dp_rank=2"):
-        BatchLoader(
-            numbered_dataset(9), sample_order(9, 0), global_batch_size=4, micro_batch_size=2, dp_rank=2, dp=2
-        )
+        BatchLoader(numbered_dataset(9), sample_order(9, 0), global_batch_size=4, micro_batch_size=2, dp_rank=2, dp=2)
     with pytest.raises(DataError, match="for 8 samples and the dataset has 9"):
         BatchLoader(numbered_dataset(9), sample_order(8, 0), global_batch_size=2, micro_batch_size=2)

@@ -131,9 +131,7 @@ def test_changed_text_is_prepared_anew(tmp_path: Path, documents: list[str]) -> 
     (tmp_path / "text" / "07.txt").write_text("something else")
     second = prepare_data(make_config(tmp_path), sequence_length=16)
     assert second.fingerprint != first.fingerprint
-    assert "something else" in read_split(second, second.train_path) + read_split(
-        second, second.validation_path
-    )
+    assert "something else" in read_split(second, second.train_path) + read_split(second, second.validation_path)
 
 
 def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, documents: list[str]) -> None:
@@ -157,9 +155,7 @@ def test_a_broken_tokenizer_is_named_by_its_own_path(tmp_path: Path, documents: 
     assert list_cache(tmp_path) == [name for name in list_cache(tmp_path) if name.endswith(".lock")]
 
 
-@pytest.mark.parametrize(
-    "broken", ["train.bin", "train.json", "validation.bin", "tokenizer.json", "meta.json"]
-)
+@pytest.mark.parametrize("broken", ["train.bin", "train.json", "validation.bin", "tokenizer.json", "meta.json"])
 @pytest.mark.parametrize("how", ["cut", "deleted"])
 def test_a_broken_cache_is_made_again(
     tmp_path: Path, documents: list[str], broken: str, how: str, caplog: pytest.LogCaptureFixture
@@ -200,9 +196,7 @@ def test_too_little_text_is_refused_with_numbers(tmp_path: Path, documents: list
     ):
         prepare_data(config, sequence_length=num_held_out)
     prepare_data(config, sequence_length=num_held_out - 1)
-    with pytest.raises(
-        DataError, match=rf"gives {num_train} training tokens, .*to {num_train - 1} or less, or give"
-    ):
+    with pytest.raises(DataError, match=rf"gives {num_train} training tokens, .*to {num_train - 1} or less, or give"):
         prepare_data(config, sequence_length=num_train)
     with pytest.raises(DataError, match=r"raise data\.max_bytes=100"):
         prepare_data(make_config(tmp_path, max_bytes=100), sequence_length=10_000)

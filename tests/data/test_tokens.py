@@ -61,15 +61,11 @@ def test_a_file_of_another_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
     write_tokens(path, [1, 2, 3], 300)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        DataError, match=r"5 bytes, but the header says 3 tokens of 2 bytes; delete the folder"
-    ):
+    with pytest.raises(DataError, match=r"5 bytes, but the header says 3 tokens of 2 bytes; delete the folder"):
         load_tokens(path)
 
 
-@pytest.mark.parametrize(
-    "change", [{"version": 99}, {"format": "other"}, {"dtype": "float32"}, {"num_tokens": None}]
-)
+@pytest.mark.parametrize("change", [{"version": 99}, {"format": "other"}, {"dtype": "float32"}, {"num_tokens": None}])
 def test_a_foreign_header_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "train.bin"
     write_tokens(path, [1, 2, 3], 300)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from engine_jobs import Case, reference_run, train_job
 from gloo_workers import GlooWorkers
 

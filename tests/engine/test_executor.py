@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, Case, build_engine, micro_batches
-from gloo_workers import GlooWorkers, RankError
 from torch import Tensor, nn
 
+from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, Case, build_engine, micro_batches
+from gloo_workers import GlooWorkers, RankError
 from pipekit.errors import PipekitError
 from pipekit.specs import LayerSpec, TiedLayerSpec
 
@@ -174,9 +174,7 @@ def skip_a_step(rank: int, zero: int, precision: str) -> tuple[list[float], int,
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
-def test_a_step_with_infinite_gradients_is_skipped_on_every_stage(
-    gloo: GlooWorkers, zero: int, precision: str
-) -> None:
+def test_a_step_with_infinite_gradients_is_skipped_on_every_stage(gloo: GlooWorkers, zero: int, precision: str) -> None:
     for norms, skipped, unchanged in gloo.run(2, skip_a_step, zero, precision):
         assert skipped == 1
         assert norms[1] == float("inf")

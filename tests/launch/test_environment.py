@@ -50,12 +50,8 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
             *("torchrun", 5, 8, 1, 4, "10.0.0.7"),
             id="deepspeed",
         ),
-        pytest.param(
-            without(TORCHRUN, "LOCAL_WORLD_SIZE"), "torchrun", 5, 8, 1, None, "10.0.0.7", id="set by hand"
-        ),
-        pytest.param(
-            OPEN_MPI | {"MASTER_ADDR": "head"}, "mpirun", 3, 4, 1, 2, "head", id="mpirun on two machines"
-        ),
+        pytest.param(without(TORCHRUN, "LOCAL_WORLD_SIZE"), "torchrun", 5, 8, 1, None, "10.0.0.7", id="set by hand"),
+        pytest.param(OPEN_MPI | {"MASTER_ADDR": "head"}, "mpirun", 3, 4, 1, 2, "head", id="mpirun on two machines"),
         pytest.param(
             OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
             *("mpirun", 3, 4, 3, 4, "127.0.0.1"),
@@ -73,17 +69,13 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
             id="mpiexec whose helpers srun started",
         ),
         pytest.param(SRUN, "srun", 8, 9, 0, 1, "node02", id="srun"),
-        pytest.param(
-            SRUN | {"PMI_RANK": "8", "PMI_SIZE": "9"}, "srun", 8, 9, 0, 1, "node02", id="srun with PMI"
-        ),
+        pytest.param(SRUN | {"PMI_RANK": "8", "PMI_SIZE": "9"}, "srun", 8, 9, 0, 1, "node02", id="srun with PMI"),
         pytest.param(
             SRUN | {"MASTER_ADDR": "node03", "MASTER_PORT": "1234", "WORLD_SIZE": "9"},
             *("srun", 8, 9, 0, 1, "node03"),
             id="srun with a master of the user's",
         ),
-        pytest.param(
-            SRUN | TORCHRUN, "torchrun", 5, 8, 1, 4, "10.0.0.7", id="torchrun under srun, one a node"
-        ),
+        pytest.param(SRUN | TORCHRUN, "torchrun", 5, 8, 1, 4, "10.0.0.7", id="torchrun under srun, one a node"),
     ],
 )
 def test_launchers(
@@ -98,9 +90,7 @@ def test_launchers(
     found = detect_ranks(environ)
     assert found is not None
     port = found.master_port
-    assert found == RankEnvironment(
-        launcher, rank, world_size, local_rank, local_world_size, master_addr, port
-    )
+    assert found == RankEnvironment(launcher, rank, world_size, local_rank, local_world_size, master_addr, port)
     assert port == int(environ["MASTER_PORT"]) if "MASTER_PORT" in environ else 20_000 <= port < 32_000
     # What it writes for torch is what it reads from torchrun.
     again = detect_ranks(found.as_environ())
@@ -113,9 +103,7 @@ def test_launchers(
     [
         pytest.param({}, id="nothing"),
         pytest.param({"MASTER_ADDR": "node01", "MASTER_PORT": "29500"}, id="only a master"),
-        pytest.param(
-            without(SRUN, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"), id="batch script of a SLURM job"
-        ),
+        pytest.param(without(SRUN, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"), id="batch script of a SLURM job"),
         pytest.param(without(SRUN, "SLURM_PROCID"), id="no SLURM_PROCID"),
         pytest.param(
             SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},

@@ -74,9 +74,7 @@ def test_nothing_to_do(tmp_path: Path, lock: Path) -> None:
 
 
 @pytest.mark.usefixtures("everything_is_seen")
-def test_the_lock_of_a_killed_build_is_removed_however_young(
-    lock: Path, builders: list[subprocess.Popen[str]]
-) -> None:
+def test_the_lock_of_a_killed_build_is_removed_however_young(lock: Path, builders: list[subprocess.Popen[str]]) -> None:
     start_builder(lock, builders, seconds=300)
     builders[0].kill()
     builders[0].wait()
@@ -88,9 +86,7 @@ def test_the_lock_of_a_killed_build_is_removed_however_young(
 
 
 @pytest.mark.usefixtures("everything_is_seen")
-def test_the_lock_of_a_live_build_is_kept_however_old(
-    lock: Path, builders: list[subprocess.Popen[str]]
-) -> None:
+def test_the_lock_of_a_live_build_is_kept_however_old(lock: Path, builders: list[subprocess.Popen[str]]) -> None:
     pid = start_builder(lock, builders, seconds=300)
     os.utime(lock, (0, 0))
     started_s = time.monotonic()
@@ -119,9 +115,7 @@ def test_a_ninja_that_outlived_its_builder_is_waited_for(
     ninja.chmod(0o755)
     # A script's process bears the script's name; a shell that merely stands in the folder holds nothing.
     builders.append(subprocess.Popen([str(ninja)], cwd=lock.parent, stdout=subprocess.PIPE, text=True))
-    builders.append(
-        subprocess.Popen(["/bin/sleep", "300"], cwd=lock.parent, stdout=subprocess.PIPE, text=True)
-    )
+    builders.append(subprocess.Popen(["/bin/sleep", "300"], cwd=lock.parent, stdout=subprocess.PIPE, text=True))
     assert builders[0].stdout is not None
     assert builders[0].stdout.readline() == "started\n"
     assert len(guard(lock, limit_s=60)) == 1

@@ -28,14 +28,10 @@ def failed(
     ("failures", "blamed"),
     [
         pytest.param([failed(0, 2, kind="crash"), failed(1, 1, kind="user")], 1, id="the earliest"),
-        pytest.param(
-            [failed(0, 1, kind="peer"), failed(1, 5, kind="crash")], 1, id="a peer's loss is no cause"
-        ),
+        pytest.param([failed(0, 1, kind="peer"), failed(1, 5, kind="crash")], 1, id="a peer's loss is no cause"),
         pytest.param([failed(0, 1, kind="peer"), failed(1, 5, returncode=-9)], 1, id="nor before a kill"),
         pytest.param([failed(0, 2, kind="peer"), failed(1, 1, kind="peer")], 1, id="the earliest of peers"),
-        pytest.param(
-            [failed(0, 1, kind="user"), failed(1, 3, returncode=-6)], 0, id="an abort that followed"
-        ),
+        pytest.param([failed(0, 1, kind="user"), failed(1, 3, returncode=-6)], 0, id="an abort that followed"),
     ],
 )
 def test_first_failure(failures: list[RankFailure], blamed: int) -> None:

@@ -63,13 +63,9 @@ def write_rank(folder: Path, body: str) -> list[str]:
     return [sys.executable, str(folder / "rank.py"), str(folder)]
 
 
-def run(
-    folder: Path, body: str, *, world_size: int = 3, grace_s: float = 10, port: int | None = None
-) -> None:
+def run(folder: Path, body: str, *, world_size: int = 3, grace_s: float = 10, port: int | None = None) -> None:
     command = write_rank(folder, body)
-    run_local(
-        command, world_size=world_size, log_dir=folder / "logs", env={"X": "x"}, grace_s=grace_s, port=port
-    )
+    run_local(command, world_size=world_size, log_dir=folder / "logs", env={"X": "x"}, grace_s=grace_s, port=port)
 
 
 def is_running(pid: int) -> bool:
@@ -159,19 +155,13 @@ def test_a_killed_rank_is_blamed_and_not_those_that_lost_it(tmp_path: Path) -> N
             """,
         )
     message = str(caught.value)
-    assert message.startswith(
-        "rank 2 was killed by SIGKILL; out of memory?\nthe last it wrote:\nallocating\n"
-    )
+    assert message.startswith("rank 2 was killed by SIGKILL; out of memory?\nthe last it wrote:\nallocating\n")
     assert_nothing_left(tmp_path, num_pids=3)
 
 
-def test_a_lost_peer_is_told_when_no_rank_failed_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_peer_is_told_when_no_rank_failed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "_SETTLE_S", 0.3)
-    with pytest.raises(
-        LaunchError, match=r"^rank 0 lost contact with another rank: rank 1 does not answer\n"
-    ):
+    with pytest.raises(LaunchError, match=r"^rank 0 lost contact with another rank: rank 1 does not answer\n"):
         run(tmp_path, "if rank == 0: raise CommunicationError('rank 1 does not answer')\ntime.sleep(300)")
     assert_nothing_left(tmp_path, num_pids=3)
 
@@ -274,9 +264,7 @@ def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
             os.kill(int(path.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_launcher_ends_all_ranks(
     tmp_path: Path, start_launcher: StartLauncher, signum: signal.Signals, exit_code: int
 ) -> None:
@@ -305,9 +293,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path, start_launcher: StartLaun
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "by the watcher alone"])
-def test_the_ranks_of_a_killed_launcher_end(
-    tmp_path: Path, start_launcher: StartLauncher, tied: bool
-) -> None:
+def test_the_ranks_of_a_killed_launcher_end(tmp_path: Path, start_launcher: StartLauncher, tied: bool) -> None:
     body = """
     child = subprocess.Popen(["sleep", "300"])
     say(f"pid-child-{rank}", str(child.pid))

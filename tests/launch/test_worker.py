@@ -41,9 +41,7 @@ def run_block(block: str, error_file: Path | None) -> subprocess.CompletedProces
         ("sys.exit('no')", "crash", "SystemExit: no", 1),
     ],
 )
-def test_a_failure_is_written_down(
-    tmp_path: Path, block: str, kind: str, message: str | None, exit_code: int
-) -> None:
+def test_a_failure_is_written_down(tmp_path: Path, block: str, kind: str, message: str | None, exit_code: int) -> None:
     error_file = tmp_path / "rank-0.error.json"
     before_s = time.time()
     ended = run_block(block, error_file)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
 from deepspeed.pipe import TiedLayerSpec as DeepSpeedTiedLayerSpec
+from pipekit.models import build_layers, load_object
+from pipekit.models.custom import check_specs
 from torch import nn
 
 from pipekit.config import parse_config
 from pipekit.errors import ConfigError
-from pipekit.models import build_layers, load_object
-from pipekit.models.custom import check_specs
 from pipekit.specs import LayerSpec
 
 _numbers = count()
@@ -109,7 +109,10 @@ def test_a_path_that_names_nothing_is_refused(path: str) -> None:
     ("body", "message"),
     [
         ("layers = 3", "is 3, and must be a function that takes the configuration"),
-        ("def layers(): return []", r"is called with one argument, the configuration, and takes \(\); write def layers"),
+        (
+            "def layers(): return []",
+            r"is called with one argument, the configuration, and takes \(\); write def layers",
+        ),
         ("def layers(config): return None", "it returned None, and must return a list of LayerSpec"),
         ("def layers(config): return []", "it returned an empty list, and must return"),
         ("def layers(config): yield 1", "it returned generator, and must return"),

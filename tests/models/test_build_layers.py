@@ -1,0 +1,13 @@
+"""The model of a configuration."""
+
+from __future__ import annotations
+
+from pipekit.models import build_gpt2, build_layers
+
+from pipekit.config import GPTConfig, parse_config
+
+
+def test_a_family_is_built_from_its_sizes() -> None:
+    sizes = {"preset": "tiny", "vocab_size": 300, "num_layers": 2}
+    specs = build_layers(parse_config({"model": sizes, "train": {"steps": 1}}))
+    assert list(map(repr, specs)) == list(map(repr, build_gpt2(GPTConfig(preset="tiny", vocab_size=300, num_layers=2))))
