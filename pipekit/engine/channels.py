@@ -79,6 +79,18 @@ def wait(work: dist.Work, what: str) -> None:
         raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
+def _send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
+    work = dist.isend(tensor, peer, group=group)
+    assert work is not None, f"rank {dist.get_rank()} is not in the group"
+    return work
+
+
+def _receive(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
+    work = dist.irecv(tensor, peer, group=group)
+    assert work is not None, f"rank {dist.get_rank()} is not in the group"
+    return work
+
+
 class Sender:
     """The sending end of a channel.
 
@@ -111,7 +123,7 @@ class Sender:
             metas = tuple(TensorMeta.of(tensor) for tensor in tensors)
             if self._metas is None:
                 header = _encode(metas)
-                works.append(dist.isend(header, self._peer, group=self._header_group))
+                works.append(_send(header, self._peer, self._header_group))
                 buffers = (*buffers, header)
                 self._metas = metas
             elif metas != self._metas:
@@ -121,7 +133,7 @@ class Sender:
                     f"short "
                     "ones or drop the last"
                 )
-        works += [dist.isend(buffer, self._peer, group=self._group) for buffer in buffers[: len(tensors)]]
+        works += [_send(buffer, self._peer, self._group) for buffer in buffers[: len(tensors)]]
         # A buffer must outlive its send.
         self._pending.append((works, buffers, what))
         while self._pending and all(work.is_completed() for work in self._pending[0][0]):
@@ -184,7 +196,7 @@ class Receiver:
             return
         self._num_to_post -= 1
         buffers = tuple(meta.empty(self._device) for meta in self._metas)
-        works = [dist.irecv(buffer, self._peer, group=self._group) for buffer in buffers]
+        works = [_receive(buffer, self._peer, self._group) for buffer in buffers]
         self._posted.append((works, buffers))
 
     def receive(self, what: str) -> tuple[Tensor, ...]:
@@ -192,7 +204,7 @@ class Receiver:
         if self._metas is None:
             assert self._header_group is not None, "neither end knows the shapes"
             header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-            work = dist.irecv(header, self._peer, group=self._header_group)
+            work = _receive(header, self._peer, self._header_group)
             wait(work, f"the shape of {what} from rank {self._peer}")
             self._metas = _decode(header)
             self._post()

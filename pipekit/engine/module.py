@@ -165,13 +165,13 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         seen: set[str] = set()
         for layer_idx in self.layer_range:
             spec, layer_name = self.layer_specs[layer_idx], self.layer_names[layer_idx]
-            tied = isinstance(spec, TiedLayerSpec)
             if layer_name in seen:
                 continue
             seen.add(layer_name)
-            module = self.tied_modules[spec.key] if tied else self._modules[str(layer_idx)]
-            assert module is not None
-            owned = not tied or self.layer_names.index(layer_name) in self.layer_range
+            if isinstance(spec, TiedLayerSpec):
+                module, owned = self.tied_modules[spec.key], self.layer_names.index(layer_name) in self.layer_range
+            else:
+                module, owned = self.get_submodule(str(layer_idx)), True
             for name, tensor in named(module):
                 yield f"{layer_name}.{name}", tensor, owned
 

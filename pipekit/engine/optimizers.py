@@ -165,7 +165,7 @@ class FlatOptimizerView(OptimizerView):
         with torch.no_grad():
             for parameter, value in masters:
                 parameter.copy_(value)
-                _copy_fragment(parameter, value, parameter._hp_mapping and parameter._hp_mapping.get_hp_fragment())
+                _copy_fragment(parameter, value, state=None)
 
     def prepare_states(self, names: Sequence[str], step: int) -> None:
         super().prepare_states(names, step)
@@ -174,7 +174,7 @@ class FlatOptimizerView(OptimizerView):
 
     def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         with torch.no_grad():
-            _copy_fragment(parameter, value, parameter._hp_mapping and parameter._hp_mapping.get_hp_fragment(name))
+            _copy_fragment(parameter, value, state=name)
 
 
 class ZeroOptimizerView(FlatOptimizerView):
@@ -256,9 +256,9 @@ def _device(param_groups: Sequence[dict[str, Any]]) -> torch.device:
     return device
 
 
-def _copy_fragment(parameter: nn.Parameter, value: Tensor, fragment: Tensor | None) -> None:
-    """Copy into this rank's shard the part of `value` that falls on it."""
-    if fragment is None:
-        return
-    address = parameter._hp_mapping.lp_fragment_address  # type: ignore[attr-defined]
-    fragment.copy_(value.flatten().narrow(0, address.start, address.numel))
+def _copy_fragment(parameter: nn.Parameter, value: Tensor, *, state: str | None) -> None:
+    """Copy the part of `value` that falls on this rank into its shard of the masters, or of an optimizer state."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is not None:
+        address = mapping.lp_fragment_address
+        mapping.get_hp_fragment(state).copy_(value.flatten().narrow(0, address.start, address.numel))

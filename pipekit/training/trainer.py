@@ -82,7 +82,7 @@ class Trainer:
                 metrics = self._evaluate(metrics)
                 first_val_loss = metrics.val_loss if first_val_loss is None else first_val_loss
             self._metrics = metrics
-            self._each(lambda callback, metrics=metrics: callback.on_step_end(metrics))
+            self._each(lambda callback: callback.on_step_end(self._metrics))
             skipped_in_a_row = 0 if math.isfinite(metrics.grad_norm or 0.0) else skipped_in_a_row + 1
             if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
                 raise PipekitError(

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
 from deepspeed.pipe import TiedLayerSpec as DeepSpeedTiedLayerSpec
-from pipekit.models import build_layers, load_object
-from pipekit.models.custom import check_specs
 from torch import nn
 
 from pipekit.config import parse_config
 from pipekit.errors import ConfigError
+from pipekit.models import build_layers, load_object
+from pipekit.models.custom import check_specs
 from pipekit.specs import LayerSpec
 
 _numbers = count()
@@ -76,7 +76,8 @@ def test_a_missing_module_is_named_with_the_directory(write: Write, tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         build("no_such_package.model:layers")
     assert str(caught.value) == (
-        "model.builder=no_such_package.model:layers: no module named 'no_such_package' in the working directory "
+        "model.builder=no_such_package.model:layers: no module named 'no_such_package' in the working "
+        "directory "
         f"({tmp_path}) or the environment; start pipekit where the module lies, or install its package"
     )
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipekit.partitioners import minmax_boundaries, stage_costs
 
 from pipekit.errors import LayoutError
+from pipekit.partitioners import minmax_boundaries, stage_costs
 
 
 def every_partition(num_layers: int, num_stages: int) -> Iterator[list[int]]:
@@ -111,7 +111,8 @@ def test_fewer_layers_than_stages_is_refused_with_what_to_type() -> None:
     with pytest.raises(LayoutError) as caught:
         minmax_boundaries([1] * 8, 9)
     assert str(caught.value) == (
-        "parallel.pp=9 stages are more than the model's 8 layers, and a stage must not be empty; try parallel.pp=8 "
+        "parallel.pp=9 stages are more than the model's 8 layers, and a stage must not be empty; try "
+        "parallel.pp=8 "
         "or lower"
     )
 
