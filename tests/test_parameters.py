@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from pipekit.models import build_gpt2
 from torch import nn
 
 from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError
-from pipekit.models import build_gpt2
 from pipekit.parameters import count_layer_parameters, count_parameters
 from pipekit.specs import LayerSpec, TiedLayerSpec
 
@@ -80,7 +80,7 @@ def test_each_distinct_spec_is_built_once() -> None:
             built.append((size, options))
             self.weight = nn.Parameter(torch.empty(size))
 
-    specs = [LayerSpec(Counted, size, options=dict(deep=[size])) for size in (1, 2, 1, 2, 1)]
+    specs = [LayerSpec(Counted, size, options={"deep": [size]}) for size in (1, 2, 1, 2, 1)]
     assert count_layer_parameters(specs) == [1, 2, 1, 2, 1]
     assert built == [(1, {"deep": [1]}), (2, {"deep": [2]})]
 

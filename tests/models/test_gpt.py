@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from pipekit.models.gpt import AttentionHalf, PositionEmbedding, build_gpt2
 from torch import nn
 
 from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError
-from pipekit.models.gpt import PositionEmbedding, build_gpt2
 from pipekit.sequential import SequentialModel
 from pipekit.specs import TiedLayerSpec, layer_names
 
@@ -120,6 +120,17 @@ def test_every_layer_with_dropout_drops(layer_idx: int) -> None:
     layer = build_gpt2(small(dropout=0.5, init_std=0.3))[layer_idx].build()
     x = torch.randn(1, 8, 24)
     assert not torch.equal(layer(x), layer(x))
+
+
+def test_attention_drops_what_a_token_looks_at() -> None:
+    attention = AttentionHalf(24, 3, dropout=0.5, eps=1e-5, init_std=0.0, residual_std=0.0)
+    with torch.no_grad():
+        attention.qkv.bias[48:] = 1  # every value is 1, so each output is the sum of the weights that are left
+        attention.projection.weight.copy_(torch.eye(24))
+    x = torch.zeros(1, 10, 24)
+    dropped = attention(x)[0]
+    assert dropped[dropped != 0].unique().numel() > 2, "dropout after the projection alone leaves one value"
+    torch.testing.assert_close(attention.eval()(x), torch.ones(1, 10, 24))
 
 
 def test_half_blocks_add_to_their_input() -> None:

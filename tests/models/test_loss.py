@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from pipekit.models.loss import language_model_loss
 
 
