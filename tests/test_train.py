@@ -218,6 +218,32 @@ def test_under_torchrun_it_joins(workspace: Path, base_run: str) -> None:
     assert "embed, position, blocks.0" in done.stdout
 
 
+MEASURING_TRIAL = """
+from pipekit import LanguageModelTrial
+
+class Measuring(LanguageModelTrial):
+    def validation_metrics(self):
+        return {
+            "accuracy": lambda logits, labels: (logits.argmax(-1) == labels).float().mean(),
+            "replica": lambda logits, labels: labels.float().mean() * 0 + self.context.unit.data_parallel_rank,
+        }
+"""
+
+
+def test_a_trial_of_ones_own_adds_metrics_that_are_right_under_every_layout(workspace: Path, base_run: str) -> None:
+    (workspace / "measuring.py").write_text(MEASURING_TRIAL)
+    accuracies = []
+    for name, layout in (("one", ["parallel.pp=1"]), ("four", ["parallel.pp=2", "parallel.dp=2"])):
+        overrides = ("run.trial=measuring:Measuring", f"run.dir=runs/{name}", "train.steps=6", *layout)
+        done = pipekit(workspace, "train", "c.yaml", *overrides)
+        assert done.returncode == 0, done.stderr
+        last = metrics(workspace, f"runs/{name}")[-1]
+        accuracies.append(last["val_accuracy"])
+        assert last["val_replica"] == (0.5 if name == "four" else 0.0)
+    assert 0 < accuracies[0] < 1
+    assert accuracies[1] == pytest.approx(accuracies[0], rel=1e-3)
+
+
 FAILING_TRIAL = """
 import os, signal
 from pipekit.training.language_model import LanguageModelTrial

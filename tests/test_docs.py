@@ -1,0 +1,284 @@
+"""What the documentation says is true: commands, configurations, links, tables and examples."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import io
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+import pipekit
+from pipekit.cli import app
+from pipekit.config import PRESETS, config_json_schema, load_config, parse_config
+from pipekit.config.deepspeed_keys import OWNED_KEYS
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+README_LINES = [
+    "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/pipekit train examples/gpt_stdlib.yaml",
+    'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/pytest',
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    """Return the fenced blocks of all pages in some languages."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+            if match[1] in languages:
+                line = text[: match.start()].count("\n") + 1
+                found.append(Block(str(page.relative_to(ROOT)), line, match[1], match[2]))
+    return found
+
+
+def shell_lines() -> Iterator[tuple[str, str]]:
+    """Yield `(place, line)` for each command in the pages: in blocks, after a `$` in transcripts, and in backticks."""
+    for block in blocks("sh", "console"):
+        for line in block.text.splitlines():
+            if block.language == "sh" or line.startswith("$ "):
+                yield str(block), line.removeprefix("$ ")
+    for page in PAGES:
+        for line in re.findall(r"`(pipekit [^`\n]+)`", page.read_text(encoding="utf-8")):
+            yield page.name, line
+
+
+def pipekit_commands() -> Iterator[tuple[str, list[str]]]:
+    """Yield `(place, arguments)` for each use of the `pipekit` command in the pages."""
+    for place, line in shell_lines():
+        for part in line.split(" && "):
+            words = shlex.split(part, comments=True)
+            for index, word in enumerate(words):
+                if Path(word).name == "pipekit":
+                    yield place, words[index + 1 :]
+                    break
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(EXAMPLES) >= 2
+    assert len(PAGES) >= 10
+    assert len(list(pipekit_commands())) >= 15
+    assert {arguments[0] for _, arguments in pipekit_commands()} >= {"train", "export", "generate", "schema"}
+    assert len(blocks("yaml")) >= 8
+    assert len(blocks("python")) >= 6
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.dir == f"runs/{path.stem}"
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(("place", "arguments"), pipekit_commands(), ids=lambda value: str(value))
+def test_every_command_parses(place: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if arguments[0] in ("--help", "--version"):
+        return
+    command = COMMANDS[arguments[0]]
+    context = command.make_context(arguments[0], arguments[1:])
+    if arguments[0] != "train":
+        return
+    monkeypatch.chdir(ROOT)
+    path = context.params["config"]
+    if path == Path("runs/gpt_stdlib/config.yaml"):
+        path = Path("examples/gpt_stdlib.yaml")
+    if path.parts[0] == "examples":
+        load_config(path, context.params["overrides"] or ())
+
+
+def test_every_command_of_the_command_line_is_documented() -> None:
+    assert {arguments[0] for _, arguments in pipekit_commands()} >= set(COMMANDS)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_every_yaml_block_loads(block: Block) -> None:
+    sections = yaml.safe_load(block.text)
+    parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}, **sections})
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_every_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(compile(block.text, str(block), "exec"), {"__name__": "docs"})
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pipekit":
+            getattr(pipekit, node.attr)
+
+
+@pytest.mark.distributed
+def test_the_trial_of_the_docs_trains(tmp_path: Path) -> None:
+    page = "docs/custom-models.md"
+    (trial,) = (block.text for block in blocks("python") if block.page == page and "WaveTrial" in block.text)
+    (config,) = (block.text for block in blocks("yaml") if block.page == page and "WaveTrial" in block.text)
+    (tmp_path / "my_trial.py").write_text(trial)
+    (tmp_path / "c.yaml").write_text(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipekit", "train", "c.yaml", "train.steps=60"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [yaml.safe_load(line) for line in (tmp_path / "runs/c/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["val_loss"] < 0.2 * records[0]["val_loss"]
+    assert records[-1]["val_max_error"] > 0
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def test_every_page_of_the_docs_is_reached_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme
+
+
+def test_the_readme_and_ci_run_the_same_lines() -> None:
+    readme = [line for block in blocks("sh") if block.page == "README.md" for line in block.text.splitlines()]
+    assert [line for line in readme if "venv" in line] == README_LINES
+    ci = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
+    assert [line for line in ci if line.startswith("python3 -m venv")] == README_LINES
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_readme_shows_the_plan_of_the_example() -> None:
+    from pipekit.models import build_layers
+    from rich.console import Console
+
+    from pipekit.plan import plan_run
+    from pipekit.training.console import show_plan
+
+    config = load_config(ROOT / "examples/gpt_stdlib.yaml", ["run.device=cpu"])
+    config = config.updated({"model.vocab_size": config.data.vocab_size})
+    plan = plan_run(config, build_layers(config), world_size=None, num_devices=None)
+    shown = io.StringIO()
+    show_plan(plan, Console(file=shown, width=120, highlight=False))
+    lines = [line.rstrip() for line in shown.getvalue().splitlines()]
+    transcript = next(block.text for block in blocks("text") if "starting 2 processes" in block.text)
+    assert "\n".join(lines).strip() in transcript
+
+
+def page_tables(page: str) -> dict[str, dict[str, list[str]]]:
+    """Return the rows of a page's tables by section heading and by first cell, without backticks."""
+    tables: dict[str, dict[str, list[str]]] = {}
+    heading = ""
+    for line in (ROOT / page).read_text().splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ").strip("`")
+        elif line.startswith("| ") and not line.startswith("|---"):
+            first, *rest = [cell.strip() for cell in line.strip("|").split(" | ")]
+            tables.setdefault(heading, {})[first.strip("` ")] = [cell.strip("` ") for cell in rest]
+    return tables
+
+
+def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each section of the JSON schema that has keys of its own, with its properties."""
+    schema = config_json_schema()
+    for name, section in schema["properties"].items():
+        for definition in re.findall(r"#/\$defs/(\w+)", str(section)):
+            yield name, schema["$defs"][definition]["properties"]
+    yield "logging", schema["$defs"]["WandbConfig"]["properties"]
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"), documented_sections(), ids=lambda value: value if value == str(value) else ""
+)
+def test_every_key_is_documented_with_its_default(section: str, keys: dict[str, Any]) -> None:
+    rows = page_tables("docs/configuration.md")[section]
+    for key, facts in keys.items():
+        assert key in rows, f"docs/configuration.md: section {section} has no row for {key}"
+        documented = rows[key][0]
+        if "default" not in facts:
+            assert documented.startswith(("required", "of the preset", "4 x")), key
+        elif (section, key) not in {("run", "dir"), ("model", "vocab_size")}:
+            # YAML reads 1e-08 as text; the configuration takes it for a number.
+            expected = facts["default"]
+            read = float(documented) if isinstance(expected, float) else yaml.safe_load(documented)
+            assert read == (list(expected) if isinstance(expected, tuple) else expected), f"{section}.{key}"
+
+
+def test_no_key_is_documented_that_is_not_there() -> None:
+    tables = page_tables("docs/configuration.md")
+    known: dict[str, set[str]] = {}
+    for section, keys in documented_sections():
+        known.setdefault(section, set()).update(keys)
+    for section, keys in known.items():
+        rows = set(tables[section]) - {"key"}
+        assert rows - set(PRESETS) - {"preset"} == keys - {"preset"}, section
+
+
+def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
+    tables = page_tables("docs/configuration.md")
+    for name, sizes in PRESETS.items():
+        assert tables["model"][name] == [str(size) for size in sizes.values()]
+    refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}
+    assert refused == OWNED_KEYS
+
+
+def importable_modules() -> list[str]:
+    return ["pipekit", *(found.name for found in pkgutil.walk_packages(pipekit.__path__, "pipekit."))]
+
+
+@pytest.mark.parametrize("name", importable_modules())
+def test_docstring_examples(name: str) -> None:
+    if name.endswith((".__main__", ".launch.rank")):
+        return
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_docstring_examples_are_found() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    names = ("pipekit.layout", "pipekit.partitioners.minmax", "pipekit.models.gpt", "pipekit.engine.deepspeed_config")
+    for name in names:
+        module = importlib.import_module(name)
+        assert any(test.examples for test in finder.find(module)), name

@@ -1,0 +1,240 @@
+"""Imports go downward only, and each dependency stays where it belongs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS: dict[str, int] = {
+    # 0: pure.
+    "pipekit.errors": 0,
+    "pipekit.rng": 0,
+    "pipekit.layout": 0,
+    "pipekit.config": 0,
+    "pipekit.schedules": 0,
+    "pipekit.partitioners": 0,
+    "pipekit.checkpoint": 0,
+    "pipekit.checkpoint.manifest": 0,
+    "pipekit.training.lr": 0,
+    "pipekit.training.run_folder": 0,
+    "pipekit.data": 0,
+    "pipekit.data.order": 0,
+    # 1: torch, no processes.
+    "pipekit.specs": 1,
+    "pipekit.parameters": 1,
+    "pipekit.sequential": 1,
+    "pipekit.generate": 1,
+    "pipekit.sampling": 1,
+    "pipekit.plan": 1,
+    "pipekit.models": 1,
+    "pipekit.data.*": 1,
+    "pipekit.checkpoint.reader": 1,
+    "pipekit.checkpoint.export": 1,
+    # 2: processes.
+    "pipekit.engine": 2,
+    "pipekit.checkpoint.save": 2,
+    "pipekit.checkpoint.load": 2,
+    "pipekit.training": 0,
+    "pipekit.training.*": 2,
+    # 3: face.
+    "pipekit.launch": 3,
+    "pipekit.cli": 3,
+    "pipekit.__main__": 3,
+    "pipekit": 3,
+}
+"""The floor of each module, or of each package with all that is in it; `package.*` is what is in it, without itself."""
+
+# What a floor may import beside the standard library, pipekit, and what the floors below it may.
+LIBRARIES: dict[int, set[str]] = {
+    0: {"numpy", "pydantic", "pydantic_core", "yaml"},
+    1: {"torch", "einops", "safetensors", "tokenizers", "transformers", "filelock"},
+    2: {"deepspeed", "rich", "wandb"},
+    3: {"typer"},
+}
+
+# The tokenizers library is told in no other way that a later fork is safe.
+MAY_READ_ENVIRONMENT = {"pipekit.data.tokenizer"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement, of `name`, in a module."""
+
+    module: str
+    name: str
+    line: int
+    only_for_types: bool
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.name}"
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Return the files of the library by import name."""
+    found = {}
+    for folder, prefix in (
+        ("pipekit", "pipekit"),
+        ("models", "pipekit.models"),
+        ("partitioners", "pipekit.partitioners"),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([prefix, *parts])
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+def floor_of(module: str) -> int:
+    """Return the floor of a module: that of the longest entry which covers it."""
+    if module in FLOORS:
+        return FLOORS[module]
+    parts = module.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        package = ".".join(parts[:length])
+        for entry in (f"{package}.*", package):
+            # What is directly in pipekit has an entry of its own.
+            if entry in FLOORS and package != "pipekit":
+                return FLOORS[entry]
+    raise AssertionError(f"{module} stands on no floor: add it to FLOORS in {Path(__file__).name}")
+
+
+def imports(module: str) -> Iterator[Import]:
+    """Yield what a module imports, at its top and inside functions; a name taken from a package is its submodule."""
+    for_types = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for_types |= {id(below) for statement in node.body for below in ast.walk(statement)}
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            assert node.module is not None
+            joined = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules() or name == "torch.distributed" else node.module for name in joined]
+        else:
+            continue
+        for name in names:
+            yield Import(module, name, node.lineno, id(node) in for_types)
+
+
+def all_imports() -> list[Import]:
+    return [found for module in modules() for found in imports(module)]
+
+
+def test_the_floors_are_about_modules_that_exist() -> None:
+    assert len(modules()) > 50
+    for entry in FLOORS:
+        assert entry.removesuffix(".*") in modules(), entry
+    assert len(all_imports()) > 300
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_imports_from_its_own_floor_and_those_below(module: str) -> None:
+    floor = floor_of(module)
+    for found in imports(module):
+        if found.only_for_types:
+            continue
+        root = found.name.partition(".")[0]
+        if root == "pipekit":
+            assert found.name in modules(), f"{found}, which is not there"
+            assert floor_of(found.name) <= floor, f"{found}: floor {floor} imports floor {floor_of(found.name)}"
+        elif root not in sys.stdlib_module_names:
+            allowed = set().union(*(LIBRARIES[level] for level in range(floor + 1)))
+            assert root in allowed, f"{found}: not allowed on floor {floor}"
+
+
+def test_deepspeed_is_imported_in_the_engine_alone() -> None:
+    users = {found.module for found in all_imports() if found.name.partition(".")[0] == "deepspeed"}
+    assert users
+    assert {user for user in users if not user.startswith("pipekit.engine.")} == set()
+
+
+def test_torch_distributed_is_used_on_floor_2_alone() -> None:
+    users = {found.module for found in all_imports() if found.name.startswith("torch.distributed")}
+    for module in modules():
+        users |= {module for node in ast.walk(tree(module)) if ast.unparse(node) == "torch.distributed"}
+    assert users
+    assert {user for user in users if floor_of(user) != 2} == set()
+
+
+def test_models_and_partitioners_are_imported_under_pipekit() -> None:
+    bare = [str(found) for found in all_imports() if found.name.partition(".")[0] in ("models", "partitioners")]
+    for path in sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            bare += [f"{path.name}: {name}" for name in names if name.partition(".")[0] in ("models", "partitioners")]
+    assert bare == []
+
+
+def test_the_environment_is_read_by_the_launcher_alone() -> None:
+    readers = set()
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            by_attribute = isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "os.environ",
+                "os.getenv",
+                "os.putenv",
+                "os.unsetenv",
+            )
+            by_name = isinstance(node, ast.ImportFrom) and node.module == "os"
+            if by_attribute or by_name:
+                readers.add(module)
+    readers = {reader for reader in readers if not reader.startswith("pipekit.launch.")}
+    assert readers == MAY_READ_ENVIRONMENT
+
+
+def test_the_library_does_not_print() -> None:
+    prints = [
+        f"{module}:{node.lineno}"
+        for module in modules()
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert prints == []
+
+
+def imported_by(code: str) -> set[str]:
+    """Return the top-level modules that a fresh process has imported after running `code`."""
+    report = "import sys; sys.stdout.write(' '.join({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import pipekit", HEAVY | {"pydantic", "yaml", "typer", "rich"}),
+        ("import pipekit.cli", HEAVY | {"pydantic", "yaml"}),
+        ("import pipekit; pipekit.load_config('examples/gpt_stdlib.yaml')", HEAVY),
+        ("import pipekit; pipekit.Layout(pp=2).groups('pipe')", HEAVY | {"pydantic"}),
+        ("import pipekit.launch.train", HEAVY),
+        ("import pipekit.schedules, pipekit.training.run_folder, pipekit.training.lr", {"torch", "deepspeed"}),
+        ("import pipekit.partitioners, pipekit.checkpoint.manifest, pipekit.data.order", {"torch", "deepspeed"}),
+        ("import pipekit.plan, pipekit.sampling, pipekit.models, pipekit.training.trial", {"deepspeed"}),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(code: str, absent: set[str]) -> None:
+    assert imported_by(code) & absent == set()
