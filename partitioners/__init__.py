@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipekit.errors import LayoutError
 from pipekit.partitioners.layer_type import partition_by_type
 from pipekit.partitioners.manual import partition_manually
 from pipekit.partitioners.minmax import minmax_boundaries, stage_costs
 from pipekit.partitioners.parameters import partition_by_parameters
 from pipekit.partitioners.uniform import partition_uniform
-
-from pipekit.errors import LayoutError
 
 __all__ = [
     "LayerFacts",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pipekit.partitioners.minmax import minmax_boundaries
-
 from pipekit.errors import LayoutError
+from pipekit.partitioners.minmax import minmax_boundaries
 
 
 def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) -> list[int]:

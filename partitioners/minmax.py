@@ -8,9 +8,8 @@ from itertools import accumulate, pairwise
 from numbers import Integral
 from typing import SupportsFloat
 
-from pipekit.partitioners.even import most_even_boundaries
-
 from pipekit.errors import LayoutError
+from pipekit.partitioners.even import most_even_boundaries
 
 
 def minmax_boundaries(costs: Sequence[float], num_stages: int) -> list[int]:

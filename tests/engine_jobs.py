@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pipekit.models import build_gpt2, language_model_loss
 from torch import Tensor, nn
 
 from pipekit.config import GPTConfig
+from pipekit.models import build_gpt2, language_model_loss
 from pipekit.sequential import SequentialModel
 from pipekit.specs import LayerSpec
 
@@ -100,13 +100,12 @@ def reference_run(case: Case) -> dict[str, Any]:
 
 
 def build_engine(case: Case, specs: list[LayerSpec] | None = None, loss_fn: Any = language_model_loss) -> Any:
-    from pipekit.partitioners import partition_uniform
-
     from pipekit.engine.deepspeed_config import plan_deepspeed_config
     from pipekit.engine.engine import PipelineEngine
     from pipekit.engine.module import PipelineModule
     from pipekit.engine.mpu import ModelParallelUnit
     from pipekit.layout import Layout
+    from pipekit.partitioners import partition_uniform
 
     if case.precision == "fp16":
         # DeepSpeed refuses fp16 on processors without fp16 instructions; torch computes it all the same.

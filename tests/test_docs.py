@@ -100,11 +100,13 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
-@pytest.mark.parametrize(("place", "arguments"), pipekit_commands(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("place", "arguments"), list(pipekit_commands()), ids=str)
 def test_every_command_parses(place: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if arguments[0] in ("--help", "--version"):
         return
     command = COMMANDS[arguments[0]]
+    if len(arguments) == 1:  # the command is only spoken of
+        return
     context = command.make_context(arguments[0], arguments[1:])
     if arguments[0] != "train":
         return
@@ -190,9 +192,9 @@ def test_the_readme_and_ci_run_the_same_lines() -> None:
 
 
 def test_the_readme_shows_the_plan_of_the_example() -> None:
-    from pipekit.models import build_layers
     from rich.console import Console
 
+    from pipekit.models import build_layers
     from pipekit.plan import plan_run
     from pipekit.training.console import show_plan
 
@@ -229,7 +231,7 @@ def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("section", "keys"), documented_sections(), ids=lambda value: value if value == str(value) else ""
+    ("section", "keys"), list(documented_sections()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_every_key_is_documented_with_its_default(section: str, keys: dict[str, Any]) -> None:
     rows = page_tables("docs/configuration.md")[section]
@@ -252,19 +254,24 @@ def test_no_key_is_documented_that_is_not_there() -> None:
         known.setdefault(section, set()).update(keys)
     for section, keys in known.items():
         rows = set(tables[section]) - {"key"}
-        assert rows - set(PRESETS) - {"preset"} == keys - {"preset"}, section
+        assert rows == keys, section
 
 
 def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
     tables = page_tables("docs/configuration.md")
     for name, sizes in PRESETS.items():
-        assert tables["model"][name] == [str(size) for size in sizes.values()]
+        assert tables["Presets"][name] == [str(size) for size in sizes.values()]
     refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}
     assert refused == OWNED_KEYS
 
 
 def importable_modules() -> list[str]:
-    return ["pipekit", *(found.name for found in pkgutil.walk_packages(pipekit.__path__, "pipekit."))]
+    """Return the names of all modules; `models` and `partitioners` lie in folders of their own."""
+    packages = [importlib.import_module(f"pipekit{below}") for below in ("", ".models", ".partitioners")]
+    found = [
+        info.name for package in packages for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    return sorted({*(package.__name__ for package in packages), *found})
 
 
 @pytest.mark.parametrize("name", importable_modules())
@@ -277,6 +284,7 @@ def test_docstring_examples(name: str) -> None:
 
 
 def test_docstring_examples_are_found() -> None:
+    assert len(importable_modules()) > 60
     finder = doctest.DocTestFinder(exclude_empty=True)
     names = ("pipekit.layout", "pipekit.partitioners.minmax", "pipekit.models.gpt", "pipekit.engine.deepspeed_config")
     for name in names:

@@ -81,12 +81,9 @@ class Import:
 @cache
 def modules() -> dict[str, Path]:
     """Return the files of the library by import name."""
+    folders = {"pipekit": "pipekit", "models": "pipekit.models", "partitioners": "pipekit.partitioners"}
     found = {}
-    for folder, prefix in (
-        ("pipekit", "pipekit"),
-        ("models", "pipekit.models"),
-        ("partitioners", "pipekit.partitioners"),
-    ):
+    for folder, prefix in folders.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             name = ".".join([prefix, *parts])

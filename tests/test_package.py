@@ -69,9 +69,8 @@ def test_the_version_is_one() -> None:
     )
     assert done.stdout.strip() == version[1]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(
-        rf"^## \[{re.escape(version[1])}\]|^What {re.escape(version[1])} will hold", changelog, re.MULTILINE
-    )
+    known = rf"^## \[{re.escape(version[1])}\]|^What {re.escape(version[1])} will hold"
+    assert re.search(known, changelog, flags=re.MULTILINE)
 
 
 def test_the_command_is_installed() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pipekit.models import build_layers
 
 from pipekit.config import Config, parse_config
 from pipekit.errors import ConfigError, LayoutError
+from pipekit.models import build_layers
 from pipekit.plan import Plan, plan_precision, plan_run
 
 

@@ -19,10 +19,10 @@ def choose_port(requested: int | None) -> int:
     """
     if requested is None:
         return _bind(0)
+    if not 1 <= requested <= 65535:
+        raise LaunchError(f"port {requested} must be between 1 and 65535; try 29500")
     try:
         return _bind(requested)
-    except OverflowError:
-        raise LaunchError(f"port {requested} must be between 1 and 65535; try 29500") from None
     except OSError as error:
         why = "another process listens on it" if error.errno == errno.EADDRINUSE else error.strerror
         raise LaunchError(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipekit.models import build_layers, hf_gpt2
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +16,7 @@ from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
 from pipekit.config import Config, parse_config
 from pipekit.data.tokenizer import train_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
+from pipekit.models import build_layers, hf_gpt2
 from pipekit.sampling import stream_text
 from pipekit.sequential import SequentialModel
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pipekit.models import build_gpt2, build_layers
-
 from pipekit.config import GPTConfig, parse_config
+from pipekit.models import build_gpt2, build_layers
 
 
 def test_a_family_is_built_from_its_sizes() -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
 from deepspeed.pipe import TiedLayerSpec as DeepSpeedTiedLayerSpec
-from pipekit.models import build_layers, load_object
-from pipekit.models.custom import check_specs
 from torch import nn
 
 from pipekit.config import parse_config
 from pipekit.errors import ConfigError
+from pipekit.models import build_layers, load_object
+from pipekit.models.custom import check_specs
 from pipekit.specs import LayerSpec
 
 _numbers = count()

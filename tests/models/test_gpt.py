@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipekit.models.gpt import AttentionHalf, PositionEmbedding, build_gpt2
 from torch import nn
 
 from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError
+from pipekit.models.gpt import AttentionHalf, PositionEmbedding, build_gpt2
 from pipekit.sequential import SequentialModel
 from pipekit.specs import TiedLayerSpec, layer_names
 

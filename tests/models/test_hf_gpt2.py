@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pipekit.models.gpt import build_gpt2
-from pipekit.models.hf_gpt2 import from_hf, plan_hf_config, plan_renames, read_hf_config, to_hf
-from pipekit.models.loss import language_model_loss
 from torch import Tensor
 
 from pipekit.config import GPTConfig
 from pipekit.errors import CheckpointError, ConfigError
+from pipekit.models.gpt import build_gpt2
+from pipekit.models.hf_gpt2 import from_hf, plan_hf_config, plan_renames, read_hf_config, to_hf
+from pipekit.models.loss import language_model_loss
 from pipekit.sequential import SequentialModel
 
 TOLERANCE = 1e-5  # of logits near 1, in fp32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from pipekit.models.loss import language_model_loss
 
 

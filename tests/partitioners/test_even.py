@@ -8,6 +8,7 @@ from itertools import accumulate, combinations, pairwise
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
 from pipekit.partitioners.even import most_even_boundaries
 
 

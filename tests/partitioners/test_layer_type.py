@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from pipekit.models import build_gpt2
-from pipekit.partitioners import partition_by_type
 
 from pipekit.config import GPTConfig
 from pipekit.errors import LayoutError
+from pipekit.models import build_gpt2
+from pipekit.partitioners import partition_by_type
 
 GPT2 = [spec.type_name for spec in build_gpt2(GPTConfig(preset="gpt2"))]
 

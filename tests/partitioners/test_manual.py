@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from pipekit.partitioners import partition_manually
 
 from pipekit.errors import LayoutError
+from pipekit.partitioners import partition_manually
 
 
 def test_sound_boundaries_are_taken_as_they_are() -> None:

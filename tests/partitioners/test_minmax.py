@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipekit.partitioners import minmax_boundaries, stage_costs
 
 from pipekit.errors import LayoutError
+from pipekit.partitioners import minmax_boundaries, stage_costs
 
 
 def every_partition(num_layers: int, num_stages: int) -> Iterator[list[int]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from pipekit.models import build_gpt2
-from pipekit.partitioners import partition_by_parameters, stage_costs
 
 from pipekit.config import GPTConfig
 from pipekit.errors import LayoutError
+from pipekit.models import build_gpt2
 from pipekit.parameters import count_layer_parameters
+from pipekit.partitioners import partition_by_parameters, stage_costs
 
 
 def test_gpt2_is_cut_between_its_halves() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from pipekit.partitioners import LayerFacts, partition
 
 from pipekit.errors import LayoutError
+from pipekit.partitioners import LayerFacts, partition
 
 TYPES = ["Embed", "Block", "Block", "Block", "Head"]
 PARAMETERS = [100, 10, 10, 10, 100]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from pipekit.partitioners import partition_uniform
 
 from pipekit.errors import LayoutError
+from pipekit.partitioners import partition_uniform
 
 
 @pytest.mark.parametrize("num_layers", range(1, 30))
