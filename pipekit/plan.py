@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from pipekit.layout import Layout
 from pipekit.parameters import count_layer_parameters, count_parameters
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.schedules import Schedule, plan_1f1b
-from pipekit.specs import LayerSpec, layer_names
+from pipekit.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -67,6 +68,8 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
     Raises:
         PipekitError: if something does not fit; it says what to type instead.
     """
+    names = layer_names(specs)
+    check_tied_parameters(specs, names)
     device = plan_device(config, num_devices)
     layout = resolve_layout(config, world_size=world_size, num_devices=num_devices if device == "cuda" else None)
     batch = plan_batch(config, layout.dp)
@@ -82,12 +85,33 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
         precision=plan_precision(config, device),
         layout=layout,
         batch=batch,
-        layer_names=layer_names(specs),
+        layer_names=names,
         layer_parameters=count_layer_parameters(specs),
         num_parameters=count_parameters(specs),
         boundaries=boundaries,
         schedule=plan_1f1b(num_stages=layout.pp, num_micro_batches=batch.num_micro_batches),
     )
+
+
+def check_tied_parameters(specs: Sequence[LayerSpec], names: Sequence[str]) -> None:
+    """Check that what tied layers say they share is there.
+
+    Raises:
+        ConfigError: if a `tied_weight_attr` is no parameter of its layer.
+    """
+    seen: set[str] = set()
+    for spec, name in zip(specs, names, strict=True):
+        if not isinstance(spec, TiedLayerSpec) or spec.key in seen:
+            continue
+        seen.add(spec.key)
+        parameters = [parameter for parameter, _ in build_on_meta(spec, name=name).named_parameters()]
+        for attr in spec.tied_weight_attr:
+            if attr not in parameters:
+                close = difflib.get_close_matches(attr, parameters, n=1) or parameters[:1]
+                raise ConfigError(
+                    f"layer {name!r} is tied by {attr!r}, and {spec.type_name} has no such parameter; its parameters are "
+                    f"{', '.join(parameters) or 'none'}" + (f"; try tied_weight_attr={close[0]!r}" if close else "")
+                )
 
 
 def plan_device(config: Config, num_devices: int | None) -> Device:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from pipekit.config import Config, parse_config
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.models import build_layers
 from pipekit.plan import Plan, plan_precision, plan_run
+from pipekit.specs import TiedLayerSpec
 
 
 def config_of(*overrides: str) -> Config:
@@ -48,6 +50,15 @@ def test_gpus_are_taken_where_they_are() -> None:
 def test_gpus_that_are_not_there_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"run\.device=cuda: no GPU"):
         plan("run.device=cuda")
+
+
+def test_a_tie_by_a_parameter_that_is_not_there_is_refused() -> None:
+    specs = [
+        TiedLayerSpec("embed", nn.Embedding, 4, 4, tied_weight_attr="wieght"),
+        TiedLayerSpec("embed", nn.Embedding, 4, 4, tied_weight_attr="wieght"),
+    ]
+    with pytest.raises(ConfigError, match=r"layer 'embed' is tied by 'wieght'.*try tied_weight_attr='weight'"):
+        plan_run(config_of(), specs, world_size=None, num_devices=None)
 
 
 def test_boundaries_by_hand() -> None:

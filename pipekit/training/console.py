@@ -104,8 +104,8 @@ def _show_layers(names: list[str]) -> str:
     """Return layer names with whole blocks in a row drawn together.
 
     Example:
-        >>> _show_layers(["embed", "blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp",
-        "blocks.2.mlp"]) 'embed, blocks.0-1, blocks.2.mlp'
+        >>> _show_layers(["embed", "blocks.0.attention", "blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp", "head"])
+        'embed, blocks.0-1, head'
     """
     shown: list[str] = []
     blocks: list[tuple[str, int]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipekit.config import Config
 from pipekit.errors import ConfigError
 from pipekit.models import load_object
+from pipekit.models.custom import check_specs
 from pipekit.plan import Plan, plan_run
 from pipekit.training.language_model import LanguageModelTrial
 from pipekit.training.trial import ProgressCallback, Trial
@@ -38,7 +39,9 @@ def plan_trial(
     """
     trial = load_trial(config)
     config = trial.resolve(config, on_progress)
-    return plan_run(config, trial.build_layers(config), world_size=world_size, num_devices=num_devices)
+    specs = trial.build_layers(config)
+    check_specs(specs, where=f"{trial.__name__}.build_layers")
+    return plan_run(config, specs, world_size=world_size, num_devices=num_devices)
 
 
 def resumable(config: Config) -> Config:
