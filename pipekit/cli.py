@@ -101,6 +101,8 @@ def schema(
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    # DeepSpeed's launcher adds this to the command; the environment says the same.
+    local_rank: Annotated[Optional[int], typer.Option("--local_rank", hidden=True)] = None,  # noqa: UP045
 ) -> None:
     if show:
         from importlib.metadata import version as installed_version

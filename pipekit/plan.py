@@ -109,7 +109,7 @@ def check_tied_parameters(specs: Sequence[LayerSpec], names: Sequence[str]) -> N
             if attr not in parameters:
                 close = difflib.get_close_matches(attr, parameters, n=1) or parameters[:1]
                 raise ConfigError(
-                    f"layer {name!r} is tied by {attr!r}, and {spec.type_name} has no such parameter; its parameters are "
+                    f"layer {name!r} is tied by {attr!r}, and {spec.type_name} has no such parameter; it has "
                     f"{', '.join(parameters) or 'none'}" + (f"; try tied_weight_attr={close[0]!r}" if close else "")
                 )
 

@@ -197,13 +197,21 @@ def test_killed_and_started_again_it_gives_the_same_losses(workspace: Path, base
     assert losses(workspace, "runs/killed-pp1") == pytest.approx(reference, rel=1e-5)
 
 
-def test_under_torchrun_it_joins(workspace: Path, base_run: str) -> None:
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port={port}", "-m"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators=2", "--master_port={port}", "--module"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_under_another_launcher_it_joins(workspace: Path, base_run: str, launcher: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    run = f"runs/{launcher}"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"),
-            *("-m", "pipekit", "train", "c.yaml", "run.dir=runs/torchrun"),
+            *(sys.executable, *(argument.format(port=port) for argument in LAUNCHERS[launcher])),
+            *("pipekit", "train", "c.yaml", f"run.dir={run}"),
         ],
         cwd=workspace,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -213,7 +221,7 @@ def test_under_torchrun_it_joins(workspace: Path, base_run: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert losses(workspace, "runs/torchrun") == losses(workspace, "runs/base")
+    assert losses(workspace, run) == losses(workspace, "runs/base")
     assert done.stdout.count("Trained 12 steps") == 1
     assert "embed, position, blocks.0" in done.stdout
 
