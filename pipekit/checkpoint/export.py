@@ -97,8 +97,7 @@ def export_checkpoint(
     if not isinstance(config.model, GPTConfig):
         raise CheckpointError(
             f"{checkpoint}: its model is built by {config.model.builder}, which has no counterpart in transformers; "
-            f"read its "
-            f"tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
+            f"read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
         )
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -159,8 +158,7 @@ def _compare(
     if not difference <= tolerance:
         raise PipekitError(
             f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains {tolerance:.2g} at "
-            f"most; the "
-            "export was not written"
+            "most; the export was not written"
         )
     return ExportCheck(reference, difference, tolerance, ours.numel(), checkpoint, step, dtype)
 

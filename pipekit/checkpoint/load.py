@@ -67,8 +67,7 @@ def _check_fit(engine: PipelineEngine, reader: CheckpointReader) -> None:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise CheckpointError(
             f"{reader.path}: belongs to another model: {shown}; use the model section of its config.yaml, or start a "
-            f"new run "
-            "with another run.dir"
+            "new run with another run.dir"
         )
 
 

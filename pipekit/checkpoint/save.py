@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -150,7 +150,7 @@ def _finish(
     for name, source in extra_files.items():
         shutil.copyfile(source, temporary / name)
     write_atomically(temporary / CONFIG_FILE, config_yaml)
-    versions = {"torch": torch.__version__}
+    versions = {name: version(name) for name in ("pipekit", "torch", "deepspeed")}
     manifest = Manifest(training=training, tensors=tensors, file_bytes=file_bytes, written_by=versions)
     write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
     if final.exists():

@@ -130,8 +130,7 @@ class Sender:
                 raise PipekitError(
                     f"{what} is {', '.join(map(str, metas))}, but the step's first micro-batch was "
                     f"{', '.join(map(str, self._metas))}; all micro-batches of a step must have one shape: pad the "
-                    f"short "
-                    "ones or drop the last"
+                    "short ones or drop the last"
                 )
         works += [_send(buffer, self._peer, self._group) for buffer in buffers[: len(tensors)]]
         # A buffer must outlive its send.

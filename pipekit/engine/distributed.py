@@ -54,8 +54,7 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             ) from error
         raise CommunicationError(
             f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of "
-            f"them "
-            "were started, with the same MASTER_ADDR and MASTER_PORT"
+            "them were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
 

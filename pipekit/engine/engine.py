@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not parameters:
             # DeepSpeed refuses a stage without parameters; an idle one keeps every rank in step.
-            idle = nn.Parameter(torch.zeros(1, device=mpu_device(mpu)))
+            idle = nn.Parameter(torch.zeros(1, device=get_accelerator().current_device_name()))
             idle.ds_pipe_replicated = True  # type: ignore[attr-defined]
             module.register_parameter("idle", idle)
             parameters = [idle]
@@ -169,10 +170,3 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         if self.unit.layout.pp > 1:
             dist.broadcast(mean, src=self.unit.stage_rank(self.num_stages - 1), group=self.unit.pipe.process_group)
         return mean
-
-
-def mpu_device(mpu: ModelParallelUnit) -> torch.device:
-    """Return the device that this process computes on."""
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())

@@ -227,8 +227,7 @@ def _as_tuple(activations: Any, action: Action) -> tuple[Tensor, ...]:
         if not isinstance(tensor, Tensor):
             raise PipekitError(
                 f"a layer of stage {action.stage} takes or returns {type(tensor).__name__}; what passes between layers "
-                f"must "
-                "be a tensor or a tuple of tensors"
+                "must be a tensor or a tuple of tensors"
             )
     return tensors
 

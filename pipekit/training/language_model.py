@@ -33,8 +33,7 @@ class LanguageModelTrial(Trial):
             raise ConfigError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} tokens "
                 f"({data.tokenizer_path}), and every token needs a row; try model.vocab_size={data.vocab_size} or "
-                f"auto, or a "
-                "smaller data.vocab_size"
+                "auto, or a smaller data.vocab_size"
             )
         return config
 

@@ -59,8 +59,7 @@ class TensorBoardLogger(Callback):
         except ImportError:
             raise ConfigError(
                 "logging.tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or "
-                "set it to "
-                "false"
+                "set it to false"
             ) from None
         self._writer_type = SummaryWriter
         self._writer: Any = None

@@ -75,8 +75,7 @@ def find_start(config: Config) -> Path | None:
         if existing:
             raise ConfigError(
                 f"checkpoint.resume=never would overwrite the {len(existing)} checkpoints in {folder.checkpoints}; "
-                f"give "
-                "another run.dir, or go on from them with checkpoint.resume=auto"
+                "give another run.dir, or go on from them with checkpoint.resume=auto"
             )
         return None
     checkpoint = find_latest(folder.checkpoints) if resume == "auto" else resolve_checkpoint(Path(resume))
@@ -98,9 +97,8 @@ def check_data(checkpoint: Path, fingerprint: str) -> None:
     if stored and stored != fingerprint:
         raise CheckpointError(
             f"{checkpoint}: was trained on other data: the tokens of data.source have changed since (another text, "
-            f"tokenizer or "
-            "Python version), and its position in them means nothing now; restore them, or start anew with another "
-            "run.dir"
+            "tokenizer or Python version), and its position in them means nothing now; restore them, or start anew "
+            "with another run.dir"
         )
 
 
@@ -138,6 +136,5 @@ def _check_same_run(saved: Path, config: Config, what: str) -> None:
         shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
         raise ConfigError(
             f"{what}: {shown} differ{'s' if len(keys) == 1 else ''} from {saved}; give another run.dir to start a new "
-            f"run, or "
-            "set them as they are there to go on"
+            "run, or set them as they are there to go on"
         )

@@ -171,8 +171,7 @@ class Trainer:
         if dataset is None:
             raise PipekitError(
                 f"train.eval_interval={self.config.train.eval_interval}: {type(self.trial).__name__} has no validation "
-                f"data; set "
-                "it to null, or return a dataset from build_validation_dataset"
+                "data; set it to null, or return a dataset from build_validation_dataset"
             )
         batch = self.context.plan.batch
         return BatchLoader(
