@@ -99,7 +99,9 @@ def reference_run(case: Case) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def build_engine(case: Case, specs: list[LayerSpec] | None = None, loss_fn: Any = language_model_loss) -> Any:
+def build_engine(
+    case: Case, specs: list[LayerSpec] | None = None, loss_fn: Any = language_model_loss, unit: Any = None
+) -> Any:
     from pipekit.engine.deepspeed_config import plan_deepspeed_config
     from pipekit.engine.engine import PipelineEngine
     from pipekit.engine.module import PipelineModule
@@ -113,7 +115,7 @@ def build_engine(case: Case, specs: list[LayerSpec] | None = None, loss_fn: Any 
 
         type(get_accelerator()).is_fp16_supported = lambda self: True
     specs = specs or model_specs(case)
-    unit = ModelParallelUnit(Layout(pp=case.pp, dp=case.dp))
+    unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp))
     module = PipelineModule(
         specs,
         mpu=unit,

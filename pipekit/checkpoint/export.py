@@ -69,7 +69,7 @@ def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
 
 
 def export_checkpoint(
-    source: Path, out: Path, *, dtype: ExportDtype = "float32", overwrite: bool = False
+    source: str | Path, out: str | Path, *, dtype: ExportDtype = "float32", overwrite: bool = False
 ) -> ExportCheck:
     """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
 
@@ -86,7 +86,7 @@ def export_checkpoint(
         CheckpointError: if there is no checkpoint, or its model has no Hugging Face counterpart.
         PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
     """
-    checkpoint = resolve_checkpoint(source)
+    checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
         raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
     if overwrite and out.exists() and not (out / "config.json").is_file():

@@ -12,10 +12,17 @@ from pipekit.engine.engine import PipelineEngine
 from pipekit.errors import CheckpointError
 
 
-def load_checkpoint(engine: PipelineEngine, reader: CheckpointReader) -> TrainingState:
+def load_checkpoint(
+    engine: PipelineEngine, reader: CheckpointReader, *, optimizer_states: bool = True
+) -> TrainingState:
     """Set the engine's weights, fp32 masters, optimizer states and counters, and return where training stands.
 
     Each rank reads the tensors of its own stage, and no others. Every rank calls this together.
+
+    Args:
+        engine: what to set.
+        reader: the checkpoint.
+        optimizer_states: False where the optimizer is of another kind now; its states then begin anew.
 
     Raises:
         CheckpointError: on every rank, if the checkpoint does not fit the model; nothing has been changed then.
@@ -29,7 +36,7 @@ def load_checkpoint(engine: PipelineEngine, reader: CheckpointReader) -> Trainin
     raise_together(error)
 
     view = engine.view
-    states: list[str] = list(training.optimizer.get("states", []))
+    states: list[str] = list(training.optimizer.get("states", [])) if optimizer_states else []
     view.prepare_states(states, int(training.optimizer.get("step", 0)))
     trainable: list[tuple[str, nn.Parameter]] = []
     for name, parameter, _ in engine.module.named_logical_parameters():

@@ -112,7 +112,7 @@ class TrainConfig(Section):
     """Tokens per sequence."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the computation; `auto` is bf16 where the device has it, and fp32 otherwise."""
+    """Number format of the computation; `auto` is bf16 on GPUs, and fp32 on CPUs."""
 
     seed: NonNegativeInt = Field(default=1234, examples=[1234])
     """Seeds the initial weights, dropout and the order of the data."""
@@ -161,7 +161,7 @@ class SchedulerConfig(Section):
     """Shape of the decay after the warm-up."""
 
     warmup_steps: NonNegativeInt = Field(default=0, examples=[20])
-    """Steps over which the rate rises linearly from 0 to its peak."""
+    """Steps over which the rate rises linearly to its peak."""
 
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(default=0.1, examples=[0.1])
     """Rate at the end of the decay, as a fraction of the peak."""

@@ -30,6 +30,8 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
     import deepspeed
 
     if device == "cuda":
+        # Some launchers show each process its own GPU only.
+        local_rank %= torch.cuda.device_count()
         torch.cuda.set_device(local_rank)
     else:
         # DeepSpeed would compile a shared-memory collective at its first use, which takes most of a minute and which a

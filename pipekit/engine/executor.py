@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipekit.engine.channels import Receiver, Sender, TensorMeta
 from pipekit.engine.module import Activations, PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit, build_group
+from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Schedule
 
@@ -61,9 +61,8 @@ class Executor:
 
     def _open_channels(self) -> None:
         pipelines = self._mpu.layout.groups("pipe")
-        activations, gradients, headers = (
-            build_group(pipelines, backend).process_group for backend in (None, None, "gloo")
-        )
+        groups = [self._mpu.build_group(pipelines, backend) for backend in (None, None, "gloo")]
+        activations, gradients, headers = (group.process_group for group in groups if group is not None)
         stage = self._mpu.pipe_rank
         if not self._mpu.is_first_stage:
             previous = self._mpu.stage_rank(stage - 1)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as deepspeed_checkpointing
 from deepspeed.runtime.pipe.module import PipelineModule as DeepSpeedPipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -114,18 +113,26 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         for key, stages in sorted(stages_of_key.items()):
             if len(stages) == 1:
                 continue
-            for data in range(mpu.layout.dp):
-                for tensor in range(mpu.layout.tp):
-                    ranks = [mpu.layout.rank(pipe=stage, data=data, tensor=tensor) for stage in sorted(stages)]
-                    group = dist.new_group(ranks=ranks)
-                    if mpu.global_rank not in ranks:
-                        continue
-                    module, attrs = self.tied_modules[key], self.tied_weight_attrs[key]
-                    comms[key] = {"ranks": ranks, "group": group, "weight_attr": attrs, "module": module}
-                    if mpu.global_rank != ranks[0]:
-                        # The gradient norm counts a shared parameter once: on the first stage that holds it.
-                        for attr in attrs:
-                            self._recursive_getattr(module, attr).ds_pipe_replicated = True
+            group = mpu.build_group(
+                [
+                    [mpu.layout.rank(pipe=stage, data=data, tensor=tensor) for stage in sorted(stages)]
+                    for data in range(mpu.layout.dp)
+                    for tensor in range(mpu.layout.tp)
+                ]
+            )
+            if group is None:
+                continue
+            module, attrs = self.tied_modules[key], self.tied_weight_attrs[key]
+            comms[key] = {
+                "ranks": group.ranks,
+                "group": group.process_group,
+                "weight_attr": attrs,
+                "module": module,
+            }
+            if mpu.global_rank != group.ranks[0]:
+                # The gradient norm counts a shared parameter once: on the first stage that holds it.
+                for attr in attrs:
+                    self._recursive_getattr(module, attr).ds_pipe_replicated = True
         return comms
 
     def forward_stage(self, inputs: Activations, *, dropout_path: tuple[int, int] | None = None) -> Activations:

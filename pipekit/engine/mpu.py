@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -33,20 +34,6 @@ class RankGroup:
         return self.ranks.index(dist.get_rank())
 
 
-def build_group(rank_lists: Sequence[Sequence[int]], backend: str | None = None) -> RankGroup:
-    """Create one process group for each rank list and return the one that this rank is in.
-
-    Every rank of the world calls this with the same lists, which cover each rank once.
-    """
-    own: RankGroup | None = None
-    for ranks in rank_lists:
-        group = dist.new_group(ranks=list(ranks), backend=backend)
-        if dist.get_rank() in ranks:
-            own = RankGroup(list(ranks), group)
-    assert own is not None, f"rank {dist.get_rank()} is in none of {rank_lists}"
-    return own
-
-
 class ModelParallelUnit:
     """Who talks to whom, made from a layout.
 
@@ -57,10 +44,12 @@ class ModelParallelUnit:
 
     Args:
         layout: the layout of the world; its world size is that of the default process group.
+        timeout_s: no wait in one of its groups lasts longer.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, timeout_s: float = 600.0) -> None:
         self.layout = layout
+        self._timeout = timedelta(seconds=timeout_s)
         self.global_rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.global_rank)
         self.pipe = self._build("pipe")
@@ -78,7 +67,25 @@ class ModelParallelUnit:
         self.pp_group = self.pipe.ranks
 
     def _build(self, *axes: Axis) -> RankGroup:
-        return build_group(self.layout.groups(*axes))
+        group = self.build_group(self.layout.groups(*axes))
+        assert group is not None, f"rank {self.global_rank} is in no group along {axes}"
+        return group
+
+    def build_group(self, rank_lists: Sequence[Sequence[int]], backend: str | None = None) -> RankGroup | None:
+        """Create one process group for each rank list, and return the one that this rank is in, if any.
+
+        Every rank of the world calls this with the same lists.
+
+        Args:
+            rank_lists: global ranks of each group; no rank is in two.
+            backend: of the groups; that of the world unless given.
+        """
+        own: RankGroup | None = None
+        for ranks in rank_lists:
+            group = dist.new_group(ranks=list(ranks), backend=backend, timeout=self._timeout)
+            if self.global_rank in ranks:
+                own = RankGroup(list(ranks), group)
+        return own
 
     # What a training loop asks.
 

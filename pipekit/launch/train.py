@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipekit.config import Config, load_config
@@ -15,7 +15,7 @@ from pipekit.launch.resources import num_accelerators, num_usable_cpus, thread_e
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
 
-def train(path: Path, overrides: list[str]) -> None:
+def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Train the configuration at `path`.
 
     On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under

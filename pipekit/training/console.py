@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from pipekit.config import CustomModelConfig, ModelConfig
 from pipekit.plan import Plan
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.run_folder import RunFolder
@@ -63,11 +64,12 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
 def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     """Print the table of a run: model, layout, and a row for each stage with its layers."""
     config = plan.config
-    model = getattr(config.model, "preset", None) or getattr(config.model, "builder", None) or "gpt2"
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold cyan", no_wrap=True)
     facts.add_column()
-    facts.add_row("model", f"{model}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers")
+    facts.add_row(
+        "model", f"{_show_model(config.model)}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers"
+    )
     facts.add_row(
         "layout",
         f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO "
@@ -93,11 +95,26 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
         stages.add_row(
             str(stage), f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers])
         )
+    for table in (facts, stages):
+        console.print()
+        _print_table(table, console)
     console.print()
-    console.print(facts)
-    console.print()
-    console.print(stages)
-    console.print()
+
+
+def _print_table(table: Table, console: Console) -> None:
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    # Where lines are kept, the padding of the last column is only in the way.
+    console.print("\n".join(line.rstrip() for line in capture.get().splitlines()), markup=False)
+
+
+def _show_model(model: ModelConfig) -> str:
+    if isinstance(model, CustomModelConfig):
+        return model.builder
+    return model.preset or f"{model.family} {model.hidden_size} wide"
 
 
 def _show_layers(names: list[str]) -> str:
@@ -156,7 +173,7 @@ class ConsoleProgress(Callback):
         self._mean_step_s: float | None = None
 
     def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
-        self._plan, self._folder = plan, folder
+        self._folder, self._start_step = folder, start_step
         self._num_steps = plan.config.train.steps
         self._width = len(str(self._num_steps))
         if start_step:
@@ -208,7 +225,8 @@ class ConsoleProgress(Callback):
         self.close()
         run = shlex.quote(str(self._folder.path))
         self._console.print()
-        ended = f"Trained {result.step} steps in {_show_time(result.time_s)}"
+        what = f"steps {self._start_step + 1} to {result.step}" if self._start_step else f"{result.step} steps"
+        ended = f"Trained {what} in {_show_time(result.time_s)}"
         if result.first_val_loss is not None and result.last.val_loss is not None:
             ended += f": validation loss {result.first_val_loss:.3f} → {result.last.val_loss:.3f}"
         self._console.print(f"[bold green]{ended}[/]")
@@ -218,7 +236,7 @@ class ConsoleProgress(Callback):
         files.add_row("checkpoint", str(result.checkpoint))
         files.add_row("metrics", str(self._folder.metrics))
         files.add_row("logs", str(self._folder.logs))
-        self._console.print(files)
+        _print_table(files, self._console)
         self._console.print("\nWhat next:")
         next_steps = Table.grid(padding=(0, 2))
         next_steps.add_column(no_wrap=True)
@@ -228,7 +246,7 @@ class ConsoleProgress(Callback):
         next_steps.add_row(
             f"  pipekit train {run}/config.yaml train.steps={2 * result.step}", "go on, under any layout"
         )
-        self._console.print(next_steps)
+        _print_table(next_steps, self._console)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -54,7 +54,9 @@ def run_rank(
         plan = plan_trial(config, world_size=world_size, num_devices=num_devices)
         start = find_start(config)
         device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
-        context = TrialContext(plan, ModelParallelUnit(plan.layout), device, folder, start)
+        context = TrialContext(
+            plan, ModelParallelUnit(plan.layout, timeout_s=config.run.timeout_s), device, folder, start
+        )
         console = make_console(terminal)
         error: Exception | None = None
         callbacks: list[Callback] = []

@@ -190,7 +190,10 @@ class Trainer:
     def _resume(self) -> None:
         assert self.context.start is not None
         check_data(self.context.start, self.trial.data_fingerprint)
-        training = load_checkpoint(self.engine, CheckpointReader(self.context.start))
+        reader = CheckpointReader(self.context.start)
+        kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
+        same_states = len(kinds) == 1 or kinds == {"adam", "adamw"}
+        training = load_checkpoint(self.engine, reader, optimizer_states=same_states)
         self.step, self.consumed_samples = training.step, training.consumed_samples
         self._metrics = StepMetrics(step=training.step)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, Case, build_engine, micro_batches
 from gloo_workers import GlooWorkers, RankError
-from pipekit.errors import PipekitError
+from pipekit.errors import CommunicationError, PipekitError
 from pipekit.specs import LayerSpec, TiedLayerSpec
 
 pytestmark = pytest.mark.distributed
@@ -203,3 +203,26 @@ def unused_tie(rank: int) -> None:
 def test_a_tied_layer_that_leaves_its_weight_unused_is_named(gloo: GlooWorkers) -> None:
     with pytest.raises(RankError, match="tied parameter received no gradient"):
         gloo.run(2, unused_tie)
+
+
+def wait_in_vain(rank: int) -> str:
+    import time
+
+    from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.layout import Layout
+
+    case = Case(pp=2)
+    unit = ModelParallelUnit(Layout(pp=2), timeout_s=2.0)
+    engine = build_engine(case, unit=unit)
+    if rank == 0:
+        time.sleep(6)
+        return ""
+    with pytest.raises(CommunicationError) as caught:
+        engine.train_batch(micro_batches(0, case, 0))
+    return str(caught.value)
+
+
+def test_a_wait_for_another_stage_ends_at_the_limit_and_says_what_for(gloo: GlooWorkers) -> None:
+    message = gloo.run(2, wait_in_vain)[1]
+    assert message.startswith("rank 1 failed while waiting for the shape of the activations of 1F0 from rank 0: ")
+    assert "2000ms" in message

@@ -51,6 +51,8 @@ LAUNCHER = """
 import pathlib, signal, sys
 from pipekit.launch.local import run_local
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for signum in (signal.SIGTERM, signal.SIGHUP):  # a shell may have them ignored
+    signal.signal(signum, signal.SIG_DFL)
 folder = pathlib.Path(sys.argv[1])
 command = [sys.executable, str(folder / "rank.py"), str(folder)]
 run_local(command, world_size=2, log_dir=folder / "logs", env={}, grace_s=float(sys.argv[2]))
