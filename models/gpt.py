@@ -3,13 +3,11 @@
 The attention half and the MLP half of a block are layers of their own, so that a partition can cut a block in
 two. Each layer takes one tensor and returns one.
 
-Shapes: B sequences, S tokens, D hidden size, H heads, E head size (D = H * E), F feed-forward size, V
-    vocabulary
-size, P positions.
+Shapes: B sequences, S tokens, D hidden size, H heads, E head size (D = H * E), F feed-forward size, V vocabulary size,
+P positions.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; layer norm before each
-    half,
-learned positions, tanh-approximated GELU, residual projections initialised smaller with depth.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; layer norm before each half, learned
+positions, tanh-approximated GELU, residual projections initialised smaller with depth.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, PipekitError
 
 
 @torch.no_grad()
@@ -39,6 +39,7 @@ def generate_tokens(
 
     Raises:
         ConfigError: before the first token, if the prompt is empty or a number is out of range.
+        PipekitError: if the model's logits are not numbers.
     """
     _check(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     generator = torch.Generator().manual_seed(seed)
@@ -46,6 +47,8 @@ def generate_tokens(
     for _ in range(max_new_tokens):
         context = torch.tensor([tokens[-max_positions:]], dtype=torch.int64, device=device)
         logits = model(context)[0, -1].float().cpu()  # (V,)
+        if logits.isnan().any():
+            raise PipekitError("the model's logits are nan: its training diverged; try an earlier checkpoint")
         token = _draw(logits, temperature, top_k, generator)
         if token == end_token_id:
             return

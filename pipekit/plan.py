@@ -73,9 +73,10 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
     device = plan_device(config, num_devices)
     layout = resolve_layout(config, world_size=world_size, num_devices=num_devices if device == "cuda" else None)
     batch = plan_batch(config, layout.dp)
+    layer_parameters = count_layer_parameters(specs)
     boundaries = partition(
         config.parallel.partition,
-        LayerFacts([spec.type_name for spec in specs], lambda: count_layer_parameters(specs)),
+        LayerFacts([spec.type_name for spec in specs], lambda: layer_parameters),
         layout.pp,
         boundaries=config.parallel.boundaries,
     )
@@ -86,7 +87,7 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
         layout=layout,
         batch=batch,
         layer_names=names,
-        layer_parameters=count_layer_parameters(specs),
+        layer_parameters=layer_parameters,
         num_parameters=count_parameters(specs),
         boundaries=boundaries,
         schedule=plan_1f1b(num_stages=layout.pp, num_micro_batches=batch.num_micro_batches),
@@ -136,9 +137,14 @@ def plan_precision(config: Config, device: Device) -> Precision:
     precision = config.train.precision
     if precision == "auto":
         return "bf16" if device == "cuda" else "fp32"
-    if precision == "fp16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if precision == "fp16" and device == "cpu" and not _cpu_has_fp16():
         raise ConfigError(
             "train.precision=fp16: this CPU does not compute in fp16, and no GPU is used; try train.precision=bf16 or "
             "fp32"
         )
     return precision
+
+
+def _cpu_has_fp16() -> bool:
+    # A torch without mkldnn has not even the question.
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -19,4 +19,4 @@ def fold_seed(seed: int, *path: int | str) -> int:
         False
     """
     text = "/".join([str(seed), *(f"{type(part).__name__}:{part}" for part in path)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipekit.checkpoint.export import MODEL_FILE, load_model
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
 from pipekit.config import GPTConfig
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
-from pipekit.errors import PipekitError
+from pipekit.errors import CheckpointError, PipekitError
 from pipekit.generate import generate_tokens
 from pipekit.models.gpt import build_gpt2
 from pipekit.models.hf_gpt2 import from_hf, read_hf_config
@@ -52,8 +53,9 @@ def stream_text(
     model.to(place)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_token_id]
     yield prompt
-    token_ids: list[int] = []
-    shown = ""
+    # The prompt is decoded along: a tokenizer may write a first token otherwise than one that follows another.
+    token_ids = list(prompt_ids)
+    shown = tokenizer.decode(token_ids)
     for token_id in generate_tokens(
         model,
         prompt_ids,
@@ -66,18 +68,24 @@ def stream_text(
         device=place,
     ):
         token_ids.append(token_id)
-        text = tokenizer.decode(token_ids)
-        # A character of several bytes may come in several tokens.
-        if not text.endswith("�"):
+        # A character of several bytes may come in several tokens; what there is of the last one waits for the rest.
+        text = tokenizer.decode(token_ids).rstrip("�")
+        if len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
 
 
 def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
     if (source / "config.json").is_file() and (source / MODEL_FILE).is_file():
-        config = read_hf_config(json.loads((source / "config.json").read_text()), where=str(source))
+        try:
+            stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(stored, dict):
+                raise ValueError("config.json holds no mapping")
+            tensors = load_file(source / MODEL_FILE)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"{source}: cut short or damaged ({error}); export it again") from None
+        config = read_hf_config(stored, where=str(source))
         model = SequentialModel(build_gpt2(config))
-        tensors = load_file(source / MODEL_FILE)
         model.load_logical_tensors(dict(from_hf(config, tensors)), where=str(source))
         return model.eval(), _load_tokenizer(source), config.max_positions
     checkpoint = resolve_checkpoint(source)

@@ -42,12 +42,18 @@ class SequentialModel(nn.Module):
         return inputs
 
     def logical_tensors(self) -> dict[str, Tensor]:
-        """Return every parameter and persistent buffer under its logical name, tied ones once."""
-        return {
-            f"{layer_name}.{name}": tensor
-            for layer_name, layer in zip(self._module_names, self.layers, strict=True)
-            for name, tensor in layer.state_dict(keep_vars=True).items()
-        }
+        """Return every parameter and persistent buffer under its logical name.
+
+        Tied ones come once, and so does a parameter that a layer holds under several names: under the first.
+        """
+        tensors: dict[str, Tensor] = {}
+        for layer_name, layer in zip(self._module_names, self.layers, strict=True):
+            parameters = dict(layer.named_parameters())
+            repeated = dict(layer.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
+            for name, tensor in layer.state_dict(keep_vars=True).items():
+                if name not in repeated:
+                    tensors[f"{layer_name}.{name}"] = tensor
+        return tensors
 
     def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
         """Set every parameter and buffer.

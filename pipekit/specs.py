@@ -193,6 +193,20 @@ def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
                 f"layer of that key builds {earlier.type_name}; layers of one key share one module: "
                 "give both the same class and arguments, and tell them apart by forward_fn"
             )
+        if _plain(spec.module_args) != _plain(earlier.module_args) or _plain(spec.module_kwargs) != _plain(
+            earlier.module_kwargs
+        ):
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and is {spec!r}, and an earlier layer of that key is "
+                f"{earlier!r}; layers of one key share one module: give both the same arguments, written in the same "
+                "way, and tell them apart by forward_fn"
+            )
+        if set(spec.tied_weight_attr) != set(earlier.tied_weight_attr):
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and shares {', '.join(spec.tied_weight_attr)}, and an "
+                f"earlier layer of that key shares {', '.join(earlier.tied_weight_attr)}; give both the same "
+                "tied_weight_attr"
+            )
         if spec.name is not None and given.setdefault(spec.key, spec.name) != spec.name:
             raise ConfigError(
                 f"layer {layer_idx} is tied by key={spec.key!r} and named {spec.name!r}, and an earlier "
@@ -200,3 +214,12 @@ def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
                 "give it once"
             )
     return {key: given.get(key, key) for key in first}
+
+
+def _plain(value: object) -> object:
+    """Return an argument for comparing: numbers, texts and what holds them as they are, anything else as equal."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else ...

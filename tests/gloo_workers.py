@@ -41,7 +41,10 @@ class GlooWorkers:
             if not connection.poll(TIMEOUT_S):
                 errors.append(f"rank {rank} did not answer within {TIMEOUT_S:g} s")
                 break
-            ok, value = connection.recv()
+            try:
+                ok, value = connection.recv()
+            except EOFError:
+                ok, value = False, f"rank {rank} ended without a word"
             (results if ok else errors).append(value)
         if errors:
             self.close()

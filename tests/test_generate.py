@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.generate import generate_tokens
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
@@ -109,3 +110,40 @@ def test_no_token_is_drawn_where_none_is_asked_for() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         draw(**options)
+
+
+def their_gpt2() -> Any:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+    settings = {"initializer_range": 0.5, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": None}
+    config = transformers.GPT2Config(**sizes, **settings)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("prompt", [(5,), (1, 2, 3)])
+def test_the_likeliest_tokens_are_those_that_transformers_takes(prompt: tuple[int, ...]) -> None:
+    model, tokens = their_gpt2(), torch.tensor([prompt])
+    mask = torch.ones_like(tokens)
+    expected = model.generate(tokens, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    ours = draw(lambda x: model(x).logits, prompt, max_new_tokens=12, max_positions=16, temperature=0)
+    assert ours == expected[0, len(prompt) :].tolist()
+    assert len(set(ours)) > 3, "a model that says one thing would hide a mix-up"
+
+
+def test_beyond_its_positions_a_model_sees_a_window() -> None:
+    model = their_gpt2()
+    tokens = [7]
+    with torch.no_grad():
+        for _ in range(40):
+            tokens.append(int(model(torch.tensor([tokens[-16:]])).logits[0, -1].argmax()))
+    drawn = draw(lambda x: model(x).logits, (7,), max_new_tokens=40, max_positions=16, temperature=0)
+    assert drawn == tokens[1:]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_told(temperature: float) -> None:
+    def diverged(tokens: Tensor) -> Tensor:
+        return torch.full((*tokens.shape, 4), float("nan"))
+
+    with pytest.raises(PipekitError, match="logits are nan: its training diverged"):
+        draw(diverged, temperature=temperature)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError
 from pipekit.models import build_gpt2
+from pipekit.models.hf_gpt2 import plan_hf_config
 from pipekit.parameters import count_layer_parameters, count_parameters
 from pipekit.specs import LayerSpec, TiedLayerSpec
 
@@ -19,7 +21,6 @@ from pipekit.specs import LayerSpec, TiedLayerSpec
 @pytest.mark.parametrize(
     ("preset", "expected"),
     [
-        # As `GPT2LMHeadModel(...).num_parameters()` of transformers counts the released models.
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
@@ -27,7 +28,12 @@ from pipekit.specs import LayerSpec, TiedLayerSpec
     ],
 )
 def test_the_released_models_have_their_known_sizes(preset: Any, expected: int) -> None:
-    assert count_parameters(build_gpt2(GPTConfig(preset=preset))) == expected
+    config = GPTConfig(preset=preset)
+    assert count_parameters(build_gpt2(config)) == expected
+    stored = plan_hf_config(config, end_token_id=0, dtype="float32")
+    with torch.device("meta"):
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(stored))
+    assert theirs.num_parameters() == expected
 
 
 def test_a_tied_layer_counts_once_in_the_model_and_on_each_stage_that_holds_it() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from pipekit.config import Config, parse_config
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.models import build_layers
-from pipekit.plan import Plan, plan_precision, plan_run
-from pipekit.specs import TiedLayerSpec
+from pipekit.partitioners import partition_by_parameters, partition_uniform
+from pipekit.plan import Plan, plan_device, plan_precision, plan_run
+from pipekit.schedules import plan_1f1b
+from pipekit.sequential import SequentialModel
+from pipekit.specs import LayerSpec, TiedLayerSpec
+
+NAMES = ["embed", "position", *(f"blocks.{i}.{half}" for i in range(4) for half in ("attention", "mlp")), "final_norm"]
 
 
 def config_of(*overrides: str) -> Config:
@@ -29,13 +35,36 @@ def test_everything_is_decided() -> None:
     made = plan("parallel.pp=3", world_size=6)
     assert (made.layout.pp, made.layout.dp, made.layout.tp) == (3, 2, 1)
     assert made.batch.num_micro_batches == 4
-    assert made.schedule.num_micro_batches == 4
-    assert len(made.schedule.ranks) == 3
-    assert [len(stage) for stage in made.stages] == [stage.stop - stage.start for stage in made.stages]
+    assert made.schedule == plan_1f1b(num_stages=3, num_micro_batches=4)
+    assert made.layer_names == [*NAMES, "embed"]
+    assert made.boundaries == partition_by_parameters(made.layer_parameters, 3)
     assert [layer for stage in made.stages for layer in stage] == list(range(12))
-    tied_twice = sum(made.layer_parameters) - 500 * 128
-    assert made.num_parameters == tied_twice
+    assert [stage.start for stage in made.stages] == list(made.boundaries[:-1])
     assert (made.device, made.precision) == ("cpu", "fp32")
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    made = plan()
+    model = SequentialModel(build_layers(config_of()))
+    assert made.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(made.layer_parameters) == made.num_parameters + 500 * 128, "the embedding is held twice"
+
+
+def test_each_partitioner_is_used() -> None:
+    assert list(plan("parallel.pp=5", "parallel.partition=uniform").boundaries) == partition_uniform(12, 5)
+    by_type = plan("parallel.pp=4", "parallel.partition=type:attention")
+    assert all(
+        sum(made.endswith("attention") for made in by_type.layer_names[s.start : s.stop]) == 1 for s in by_type.stages
+    )
+    by_hand = plan("parallel.pp=2", "parallel.partition=manual", "parallel.boundaries=[0, 5, 12]")
+    assert by_hand.boundaries == [0, 5, 12]
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    specs = [LayerSpec(nn.Linear, 2, 2)] * 3
+    config = parse_config({"model": "my_model:build", "train": {"steps": 1}, "parallel": {"pp": 4}})
+    with pytest.raises(LayoutError, match=r"parallel\.pp=4 stages are more than the model's 3 layers"):
+        plan_run(config, specs, world_size=4, num_devices=None)
 
 
 def test_gpus_are_taken_where_they_are() -> None:
@@ -47,9 +76,47 @@ def test_gpus_are_taken_where_they_are() -> None:
         plan("parallel.pp=12", "parallel.dp=1", num_devices=8)
 
 
-def test_gpus_that_are_not_there_are_refused() -> None:
+def test_a_launcher_has_the_last_word_on_the_number_of_processes() -> None:
+    assert plan("parallel.pp=2", world_size=4, num_devices=8).layout.dp == 2
+    with pytest.raises(LayoutError, match="4 processes were started"):
+        plan("parallel.pp=2", "parallel.dp=1", world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_devices", "expected"),
+    [("auto", None, "cpu"), ("auto", 0, "cpu"), ("auto", 1, "cuda"), ("cpu", 1, "cpu"), ("cuda", 1, "cuda")],
+)
+def test_the_device(asked: str, num_devices: int | None, expected: str) -> None:
+    assert plan_device(config_of(f"run.device={asked}"), num_devices) == expected
+
+
+@pytest.mark.parametrize("num_devices", [None, 0])
+def test_gpus_that_are_not_there_are_refused(num_devices: int | None) -> None:
     with pytest.raises(ConfigError, match=r"run\.device=cuda: no GPU"):
-        plan("run.device=cuda")
+        plan("run.device=cuda", num_devices=num_devices)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_precision_that_is_given_is_taken(precision: str, device: str) -> None:
+    assert plan_precision(config_of(f"train.precision={precision}"), device) == precision  # type: ignore[arg-type]
+
+
+def test_fp16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("train.precision=fp16")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    assert plan_precision(config, "cpu") == "fp16"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert plan_precision(config, "cuda") == "fp16"
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16.*try train\.precision=bf16"):
+        plan_precision(config, "cpu")
+
+
+def test_a_torch_without_mkldnn_has_no_fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16: this CPU does not"):
+        plan_precision(config_of("train.precision=fp16"), "cpu")
 
 
 def test_a_tie_by_a_parameter_that_is_not_there_is_refused() -> None:
@@ -61,16 +128,16 @@ def test_a_tie_by_a_parameter_that_is_not_there_is_refused() -> None:
         plan_run(config_of(), specs, world_size=None, num_devices=None)
 
 
-def test_boundaries_by_hand() -> None:
-    made = plan("parallel.pp=2", "parallel.partition=manual", "parallel.boundaries=[0, 5, 12]")
-    assert list(made.boundaries) == [0, 5, 12]
+def test_a_tie_of_a_layer_without_parameters_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"layer 'act' is tied by 'weight', and GELU has no such parameter; it has none$"
+    ):
+        plan_run(config_of(), [TiedLayerSpec("act", nn.GELU)], world_size=None, num_devices=None)
 
 
-def test_fp16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    config = config_of("train.precision=fp16")
-    assert plan_precision(config, "cuda") == "fp16"
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match=r"train\.precision=fp16.*try train\.precision=bf16"):
-        plan_precision(config, "cpu")
+def test_each_tied_key_is_looked_at() -> None:
+    specs = [TiedLayerSpec("a", nn.Linear, 2, 2), TiedLayerSpec("b", nn.Linear, 2, 2, tied_weight_attr=("weight", "x"))]
+    with pytest.raises(
+        ConfigError, match=r"layer 'b' is tied by 'x', and Linear has no such parameter; it has weight, bias"
+    ):
+        plan_run(config_of(), specs, world_size=None, num_devices=None)

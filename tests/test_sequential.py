@@ -93,3 +93,24 @@ def test_tensors_of_another_model_are_refused(change: dict[str, Tensor | None], 
     tensors = {**model.logical_tensors(), **change}
     with pytest.raises(CheckpointError, match=message + "; it belongs to another model$"):
         model.load_logical_tensors({k: v for k, v in tensors.items() if v is not None}, where="run")
+
+
+class Shared(nn.Module):
+    """Two halves with one weight, and a buffer that is not stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))  # type: ignore[no-any-return]
+
+
+def test_a_parameter_that_a_layer_holds_twice_has_its_first_name() -> None:
+    source, target = (SequentialModel([LayerSpec(Shared, name="s")], seed=seed) for seed in (1, 2))
+    assert list(source.logical_tensors()) == ["s.first.weight", "s.first.bias", "s.second.bias"]
+    target.load_logical_tensors(source.logical_tensors(), where="run")
+    x = torch.randn(4, 3)
+    assert torch.equal(source(x), target(x))

@@ -174,3 +174,42 @@ def test_one_key_with_two_classes_is_refused() -> None:
     specs = [TiedLayerSpec("k", nn.Embedding, 2, 2), TiedLayerSpec("k", nn.Linear, 2, 2)]
     with pytest.raises(ConfigError, match=r"layer 1 is tied by key='k' and builds Linear, .* builds Embedding"):
         layer_names(specs)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (TiedLayerSpec("k", nn.Linear, 2, 2), TiedLayerSpec("k", nn.Linear, 2, 3)),
+        (TiedLayerSpec("k", nn.Linear, 2, 2), TiedLayerSpec("k", nn.Linear, 2, 2, bias=False)),
+        (TiedLayerSpec("k", nn.Linear, 2, 2, bias=True), TiedLayerSpec("k", nn.Linear, 2, 2, bias=False)),
+        (TiedLayerSpec("k", nn.Linear, 2, 2), TiedLayerSpec("k", nn.Linear, 2)),
+        (TiedLayerSpec("k", nn.LayerNorm, [2, 3]), TiedLayerSpec("k", nn.LayerNorm, [2, 4])),
+    ],
+)
+def test_one_key_with_other_arguments_is_refused(one: TiedLayerSpec, other: TiedLayerSpec) -> None:
+    with pytest.raises(ConfigError) as caught:
+        layer_names([one, other])
+    assert f"layer 1 is tied by key='k' and is {other!r}, and an earlier layer of that key is {one!r}" in str(
+        caught.value
+    )
+
+
+def test_arguments_that_cannot_be_compared_are_taken_for_equal() -> None:
+    specs = [TiedLayerSpec("k", Weighted, torch.zeros(2), init=lambda weight: weight) for _ in range(2)]
+    assert layer_names(specs) == ["k", "k"]
+
+
+class Weighted(nn.Module):
+    def __init__(self, weight: torch.Tensor, init: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def test_one_key_that_shares_other_parameters_is_refused() -> None:
+    both = TiedLayerSpec("k", nn.Linear, 2, 2, tied_weight_attr=["weight", "bias"])
+    with pytest.raises(
+        ConfigError, match=r"layer 1 .* shares weight, and an earlier .* shares weight, bias; give both"
+    ):
+        layer_names([both, TiedLayerSpec("k", nn.Linear, 2, 2)])
+    turned = TiedLayerSpec("k", nn.Linear, 2, 2, tied_weight_attr=["bias", "weight"])
+    assert layer_names([both, turned]) == ["k", "k"]

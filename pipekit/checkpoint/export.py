@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,19 +88,17 @@ def export_checkpoint(
         PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
     """
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
-    if overwrite and out.exists() and not (out / "config.json").is_file():
-        raise PipekitError(
-            f"{out}: is no earlier export (it has no config.json), and is not replaced; give another folder"
-        )
-    model, config = load_model(checkpoint)
-    if not isinstance(config.model, GPTConfig):
+    _check_free(out, overwrite=overwrite)
+    builder = load_config(checkpoint / CONFIG_FILE).model
+    if not isinstance(builder, GPTConfig):
         raise CheckpointError(
-            f"{checkpoint}: its model is built by {config.model.builder}, which has no counterpart in transformers; "
+            f"{checkpoint}: its model is built by {builder.builder}, which has no counterpart in transformers; "
             f"read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
         )
-    temporary = out.with_name(f".{out.name}.tmp")
+    model, config = load_model(checkpoint)
+    assert isinstance(config.model, GPTConfig)
+    final = out.resolve()
+    temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -107,14 +106,26 @@ def export_checkpoint(
         step = CheckpointReader(checkpoint).manifest.training.step
         check = _compare(temporary, model, config.model, checkpoint=str(checkpoint), step=step, dtype=dtype)
         write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    except OSError as error:
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return check
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / PROOF_FILE).is_file():
+        raise PipekitError(
+            f"{out}: is there already and is no earlier export (it has no {PROOF_FILE}), so it is not replaced; give "
+            "another folder"
+        )
+    if not overwrite:
+        raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
 
 
 def _write_folder(

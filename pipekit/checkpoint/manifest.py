@@ -180,7 +180,7 @@ def load_manifest(checkpoint: Path) -> Manifest:
     path = checkpoint / MANIFEST_FILE
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no {MANIFEST_FILE}, so it is not a checkpoint")
-    manifest = Manifest.from_json(path.read_text(), where=str(path))
+    manifest = _read_manifest(path)
     for name, num_bytes in manifest.file_bytes.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
@@ -189,6 +189,11 @@ def load_manifest(checkpoint: Path) -> Manifest:
             instead = _instead(checkpoint.parent, checkpoint.name)
             raise CheckpointError(f"{file}: {fault}: the checkpoint is cut short{'; ' + instead if instead else ''}")
     return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
+    # Bytes that are no text make no JSON either.
+    return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -205,12 +210,12 @@ def _instead(folder: Path, bad_name: str) -> str:
     others: Iterable[Path] = (path for path in reversed(list_checkpoints(folder)) if path.name != bad_name)
     for other in others:
         try:
-            manifest = Manifest.from_json((other / MANIFEST_FILE).read_text(), where=str(other))
+            manifest = _read_manifest(other / MANIFEST_FILE)
         except (CheckpointError, OSError):
             continue
         if all(
             (other / name).is_file() and (other / name).stat().st_size == size
             for name, size in manifest.file_bytes.items()
         ):
-            return f"go on from the one before it with checkpoint.resume={other}"
+            return f"go on from one that is whole with checkpoint.resume={other}"
     return ""

@@ -8,61 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hand_made import TEXT, random_gpt2, write_checkpoint
+from pipekit.checkpoint import export
 from pipekit.checkpoint.export import export_checkpoint, load_model
-from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
-from pipekit.config import Config, parse_config
-from pipekit.data.tokenizer import train_tokenizer
+from pipekit.config import parse_config
 from pipekit.errors import CheckpointError, PipekitError
-from pipekit.models import build_layers, hf_gpt2
-from pipekit.sampling import stream_text
-from pipekit.sequential import SequentialModel
-
-TEXT = "def function(argument):\n    return argument + 1\n"
-
-
-def config_of(*, tied: bool) -> Config:
-    return parse_config(
-        {
-            "model": {
-                "vocab_size": 301,
-                "hidden_size": 32,
-                "num_layers": 2,
-                "num_heads": 4,
-                "ffn_size": 48,
-                "max_positions": 24,
-                "tied_embedding": tied,
-                "init_std": 0.3,
-            },
-            "train": {"steps": 1, "sequence_length": 24},
-        }
-    )
+from pipekit.models import hf_gpt2
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A checkpoint of a random model, written without the code that writes checkpoints."""
-    config = config_of(tied=request.param)
-    folder = tmp_path / "run/checkpoints/step-00000005"
-    folder.mkdir(parents=True)
-    tensors = {name: t.detach().clone() for name, t in SequentialModel(build_layers(config)).logical_tensors().items()}
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if tensor.ndim == 1:  # norms and biases that are all ones or zeros would hide a mix-up
-            tensors[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, folder / "weights-0000.safetensors")
-    entries = {
-        name: TensorEntry(tuple(t.shape), "float32", {"weights": "weights-0000.safetensors"})
-        for name, t in tensors.items()
-    }
-    state = TrainingState(step=5, consumed_samples=40, seed=1, lr=0.1, optimizer={})
-    sizes = {"weights-0000.safetensors": (folder / "weights-0000.safetensors").stat().st_size}
-    (folder / "manifest.json").write_text(Manifest(state, entries, sizes).to_json())
-    (folder / "config.yaml").write_text(config.to_yaml())
-    train_tokenizer([TEXT] * 20, vocab_size=300).backend.save(str(folder / "tokenizer.json"))
-    return folder
+    """A checkpoint of a random model."""
+    config, tensors = random_gpt2(tied=request.param)
+    return write_checkpoint(tmp_path / "run", config, tensors)
 
 
 def test_transformers_computes_the_same_logits(checkpoint: Path, tmp_path: Path) -> None:
@@ -112,36 +73,70 @@ def test_a_wrong_export_is_caught_and_not_left_behind(
 
 def test_an_earlier_export_is_replaced_only_on_demand(checkpoint: Path, tmp_path: Path) -> None:
     export_checkpoint(checkpoint, tmp_path / "out")
-    with pytest.raises(PipekitError, match="--overwrite"):
+    (tmp_path / "out/stale").write_text("of the earlier one")
+    with pytest.raises(PipekitError, match=r"is there already; .*--overwrite"):
         export_checkpoint(checkpoint, tmp_path / "out")
     export_checkpoint(checkpoint, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/stale").exists()
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "config.json"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_no_export_is_never_replaced(
+    checkpoint: Path, tmp_path: Path, file: str, overwrite: bool
+) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("precious")
-    with pytest.raises(PipekitError, match="no earlier export"):
-        export_checkpoint(checkpoint, tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine/notes.txt").read_text() == "precious"
+    (tmp_path / "mine" / file).write_text("precious")
+    for place in (tmp_path / "mine", tmp_path / "mine" / file):
+        with pytest.raises(PipekitError, match=r"no earlier export.*give another folder"):
+            export_checkpoint(checkpoint, place, overwrite=overwrite)
+    assert (tmp_path / "mine" / file).read_text() == "precious"
 
 
-def test_a_model_without_a_counterpart_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    config = parse_config({"model": "my_model:build", "train": {"steps": 1}})
-    (checkpoint / "config.yaml").write_text(config.to_yaml())
-    (tmp_path / "my_model.py").write_text("def build(config): raise NotImplementedError")
-    with pytest.raises((CheckpointError, PipekitError), match="my_model"):
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_empty_folder_is_filled(checkpoint: Path, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").mkdir()
+    export_checkpoint(checkpoint, tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out/config.json").is_file()
+
+
+def test_the_working_directory_can_be_filled(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export_checkpoint(checkpoint, Path("."))
+    assert (tmp_path / "out/config.json").is_file()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(PipekitError, match=r"out: could not be written: .*No space left"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_model_trained_without_text_has_no_tokenizer(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "run", *random_gpt2(), tokenizer=None)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] is None
+
+
+def test_a_model_without_a_counterpart_is_refused_and_not_built(tmp_path: Path) -> None:
+    config = parse_config({"model": "no_such_module:build", "train": {"steps": 1}})
+    checkpoint = write_checkpoint(tmp_path / "run", config, {"a.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"no_such_module:build, which has no counterpart .*weights-\*\.safe"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_run_checkpoint_and_export_say_the_same(checkpoint: Path, tmp_path: Path) -> None:
-    export_checkpoint(checkpoint, tmp_path / "out")
-    options = {"max_new_tokens": 30, "temperature": 0.0, "top_k": None, "seed": 0}
-    texts = [
-        "".join(stream_text(source, "def f", **options))  # type: ignore[arg-type]
-        for source in (checkpoint.parents[1], checkpoint, tmp_path / "out")
-    ]
-    assert texts[0] == texts[1] == texts[2]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    prompt = tokenizer("def f", return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
-    reference = tokenizer.decode(ids, skip_special_tokens=True)
-    assert texts[0].startswith(reference.rstrip("�")[:40])
+def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    _, tensors = random_gpt2(tied=True)
+    untied, _ = random_gpt2(tied=False)
+    checkpoint = write_checkpoint(tmp_path / "run", untied, tensors)
+    with pytest.raises(CheckpointError, match=r"head\.weight is missing, and the model has \(301, 32\)"):
+        load_model(checkpoint)

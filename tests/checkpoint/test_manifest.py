@@ -102,3 +102,65 @@ def test_a_run_its_checkpoints_and_a_checkpoint_all_name_it(tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         resolve_checkpoint(tmp_path / "empty")
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    training = TrainingState(
+        step=3,
+        consumed_samples=24,
+        seed=9,
+        lr=1e-5,
+        optimizer={"type": "AdamW", "step": 3, "states": ["exp_avg", "exp_avg_sq"]},
+        loss_scaler={"cur_scale": 65536.0},
+        data_fingerprint="f00d",
+        metrics={"loss": 1.25},
+    )
+    entry = TensorEntry((), "int64", {"weights": "w"}, trainable=False)
+    manifest = Manifest(training, {"ü": entry}, {"w": 2**40}, written_by={"torch": "2"})
+    assert Manifest.from_json(manifest.to_json(), where="x") == manifest
+    stored = json.loads(manifest.to_json())
+    assert (stored["format"], stored["version"]) == ("pipekit-checkpoint", 1)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x00" * 100, b""])
+def test_a_manifest_that_is_no_text(tmp_path: Path, content: bytes) -> None:
+    write_checkpoint(tmp_path, 1)
+    damaged = write_checkpoint(tmp_path, 2)
+    (damaged / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000002/manifest\.json: cut short or damaged"):
+        load_manifest(damaged)
+    cut = write_checkpoint(tmp_path, 3, content=b"1")
+    with pytest.raises(CheckpointError, match=r"resume=.*step-00000001$"):
+        load_manifest(cut)
+
+
+def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, so it is not a checkpoint"):
+        load_manifest(tmp_path)
+
+
+def test_the_newest_whole_one_is_suggested_wherever_it_stands(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    cut = write_checkpoint(tmp_path, 2, content=b"123")
+    write_checkpoint(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=r"has 3 bytes of 8: .*one that is whole with .*step-00000003$"):
+        load_manifest(cut)
+
+
+def test_without_any_other_the_latest_file_is_the_one_to_remove(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "latest", "step-00000009\n")
+    with pytest.raises(CheckpointError, match=r"names 'step-00000009', which is not there; remove .*latest to start"):
+        find_latest(tmp_path)
+
+
+def test_names_sort_as_steps_do(tmp_path: Path) -> None:
+    written = [write_checkpoint(tmp_path, step) for step in (100, 9, 99_999_999, 10)]
+    assert list_checkpoints(tmp_path) == [written[1], written[3], written[0], written[2]]
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "latest"
+    for text in ("first", "ü\n"):
+        write_atomically(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]

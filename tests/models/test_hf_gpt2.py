@@ -169,3 +169,24 @@ def test_a_missing_tensor_is_named() -> None:
     del tensors["transformer.h.1.mlp.c_fc.bias"]
     with pytest.raises(CheckpointError, match=r"transformer\.h\.1\.mlp\.c_fc\.bias is missing"):
         dict(from_hf(config, tensors))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"n_head": 7}, "model.num_heads=7 does not divide model.hidden_size=48; try 3, 4, 6 or 8"),
+        ({"n_layer": "three"}, "num_layers: Input should be a valid integer"),
+        ({"n_layer": 0, "n_positions": -1}, "num_layers: .*greater than 0; max_positions: .*greater than 0"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(change: dict[str, Any], fault: str) -> None:
+    stored = {**plan_hf_config(small(tied=True), end_token_id=0, dtype="float32"), **change}
+    with pytest.raises(ConfigError, match=rf"^out/config\.json: describes no GPT-2: {fault}$"):
+        read_hf_config(stored, where="out")
+
+
+def test_dropout_of_theirs_is_ours() -> None:
+    config = small(tied=True).model_copy(update={"dropout": 0.25})
+    stored = plan_hf_config(config, end_token_id=0, dtype="float32")
+    assert {stored[key] for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")} == {0.25}
+    assert read_hf_config(stored, where="out").dropout == 0.25

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipekit.training.lr import learning_rate
 
@@ -44,3 +46,31 @@ def test_warm_up_rises_from_the_first_step_and_meets_the_decay() -> None:
 def test_constant_stays() -> None:
     rates = {learning_rate(step, **settings(shape="constant")) for step in (0, 25, 99)}  # type: ignore[arg-type]
     assert rates == {0.5}
+
+
+@given(
+    st.integers(0, 200),
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.integers(0, 50),
+    st.integers(1, 100),
+    st.floats(0, 1),
+)
+def test_it_is_positive_and_below_the_peak_whatever_the_settings(
+    step: int, shape: str, warmup_steps: int, decay_steps: int, min_ratio: float
+) -> None:
+    rate = learning_rate(
+        step,
+        peak=0.5,
+        shape=shape,  # type: ignore[arg-type]
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        min_ratio=min_ratio,
+    )
+    lowest = 0.5 / warmup_steps if step < warmup_steps else 0.5 * min_ratio
+    assert lowest * (1 - 1e-12) <= rate <= 0.5 * (1 + 1e-12)
+
+
+def test_a_warm_up_longer_than_the_decay_ends_at_the_floor() -> None:
+    rates = [learning_rate(step, **settings(warmup_steps=80)) for step in range(83)]  # type: ignore[arg-type]
+    assert rates[79:81] == pytest.approx([0.5, 0.5])
+    assert rates[81:] == pytest.approx([0.05, 0.05])

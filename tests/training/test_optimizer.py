@@ -40,3 +40,24 @@ def test_sgd_has_momentum() -> None:
         parameter.grad = torch.ones(2, 2)
         optimizer.step()
     assert parameter[0, 0].item() == pytest.approx(-2.5)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("adamw", "AdamW"), ("adam", "Adam"), ("sgd", "SGD")])
+def test_each_name_is_the_optimizer_of_torch(kind: str, expected: str) -> None:
+    config = OptimizerConfig(type=kind, lr=0.3)  # type: ignore[arg-type]
+    assert type(build_optimizer(config, [nn.Parameter(torch.ones(2, 2))])).__name__ == expected
+
+
+def test_parameters_are_grouped_by_whether_they_decay() -> None:
+    layers = nn.ModuleList([nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(4, 4, 2)])
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.3), list(layers.parameters()))
+    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    expected = {
+        f"{i}.{kind}": 0.3 if kind == "weight" and i != 1 else 0.0 for i in range(3) for kind in ("weight", "bias")
+    }
+    assert {name: decay[id(parameter)] for name, parameter in layers.named_parameters()} == expected
+
+
+def test_a_stage_with_norms_alone_has_one_group() -> None:
+    optimizer = build_optimizer(OptimizerConfig(), list(nn.LayerNorm(3).parameters()))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]

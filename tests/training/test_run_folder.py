@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipekit.checkpoint.manifest import Manifest, TrainingState
-from pipekit.config import Config, parse_config
+from pipekit.config import Config, load_config, parse_config
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.training.run_folder import RunFolder, check_data, find_start, read_metrics, trim_metrics, write_config
 
@@ -90,3 +90,56 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
     trim_metrics(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_named_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    other = add_checkpoint(RunFolder(tmp_path / "other"), 1)
+    (other / "config.yaml").write_text(config_in(tmp_path, "model.num_layers=3").to_yaml())
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.resume=.* is of another configuration: model\.num_layers differs"
+    ):
+        find_start(config_in(tmp_path, f"checkpoint.resume={other}"))
+
+
+def test_a_run_can_be_named_and_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    other = RunFolder(tmp_path / "other")
+    add_checkpoint(other, 1)
+    newest = add_checkpoint(other, 2)
+    (newest / "config.yaml").write_text(config_in(tmp_path).to_yaml())
+    assert find_start(config_in(tmp_path, f"checkpoint.resume={other.path}")) == newest
+
+
+def test_what_differs_is_listed_and_long_lists_are_cut(tmp_path: Path) -> None:
+    write_config(RunFolder(tmp_path / "run"), config_in(tmp_path))
+    changes = ("model.num_layers=3", "model.dropout=0.1", "model.init_std=0.1", "train.seed=5", "data.vocab_size=512")
+    with pytest.raises(ConfigError, match=r"num_layers, .* and 1 more differ from .*config\.yaml; give another"):
+        find_start(config_in(tmp_path, *changes))
+
+
+def test_a_cut_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    state = TrainingState(step=3, consumed_samples=3, seed=1, lr=0.1, optimizer={})
+    newest = add_checkpoint(folder, 3)
+    (newest / "manifest.json").write_text(Manifest(state, {}, {"weights-0000.safetensors": 10}).to_json())
+    with pytest.raises(CheckpointError, match="is missing: the checkpoint is cut short"):
+        find_start(config_in(tmp_path))
+
+
+def test_the_newest_by_name_is_not_taken_where_latest_names_another(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    older = add_checkpoint(folder, 3)
+    add_checkpoint(folder, 6)
+    (folder.checkpoints / "latest").write_text("step-00000003\n")
+    assert find_start(config_in(tmp_path)) == older
+
+
+def test_data_without_a_fingerprint_are_not_compared(tmp_path: Path) -> None:
+    check_data(add_checkpoint(RunFolder(tmp_path / "run"), 3, fingerprint=""), "abc")
+
+
+def test_the_written_configuration_loads_back(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "train.steps=7")
+    folder = RunFolder(tmp_path / "deep/run")
+    write_config(folder, config)
+    assert load_config(folder.config) == config
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]

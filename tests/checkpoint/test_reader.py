@@ -1,0 +1,81 @@
+"""Reading a checkpoint's tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.errors import CheckpointError
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.tensor([7.0])}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two tensors that two ranks wrote, the first with an optimizer state."""
+    save_file({"a.weight": WEIGHTS["a.weight"]}, tmp_path / "weights-0000.safetensors")
+    save_file({"b.bias": WEIGHTS["b.bias"]}, tmp_path / "weights-0001.safetensors")
+    save_file({"a.weight": -WEIGHTS["a.weight"]}, tmp_path / "exp_avg-0000.safetensors")
+    entries = {
+        "a.weight": TensorEntry(
+            (2, 3), "float32", {"weights": "weights-0000.safetensors", "exp_avg": "exp_avg-0000.safetensors"}
+        ),
+        "b.bias": TensorEntry((1,), "float32", {"weights": "weights-0001.safetensors"}, trainable=False),
+    }
+    state = TrainingState(step=1, consumed_samples=8, seed=1, lr=0.1, optimizer={})
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    (tmp_path / "manifest.json").write_text(Manifest(state, entries, sizes).to_json())
+    return tmp_path
+
+
+def test_weights_come_by_name_from_whatever_file_holds_them(checkpoint: Path) -> None:
+    weights = dict(CheckpointReader(checkpoint).weights())
+    assert list(weights) == list(WEIGHTS)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in WEIGHTS.items())
+
+
+def test_states_come_by_kind(checkpoint: Path) -> None:
+    reader = CheckpointReader(checkpoint)
+    assert torch.equal(reader.tensor("a.weight", "exp_avg"), -WEIGHTS["a.weight"])
+    assert torch.equal(reader.tensor("a.weight"), WEIGHTS["a.weight"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("c.weight", "weights"), ("b.bias", "exp_avg")])
+def test_what_it_does_not_hold_is_named(checkpoint: Path, name: str, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=f"holds no {kind} of '{name}'"):
+        CheckpointReader(checkpoint).tensor(name, kind)
+
+
+def test_a_cut_file_is_found_before_anything_is_read(checkpoint: Path) -> None:
+    (checkpoint / "exp_avg-0000.safetensors").write_bytes(b"12345")
+    with pytest.raises(CheckpointError, match=r"exp_avg-0000\.safetensors: has 5 bytes of "):
+        CheckpointReader(checkpoint)
+
+
+def test_a_file_of_the_right_size_that_is_damaged_is_named(checkpoint: Path) -> None:
+    file = checkpoint / "weights-0001.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    reader = CheckpointReader(checkpoint)
+    assert torch.equal(reader.tensor("a.weight"), WEIGHTS["a.weight"])
+    with pytest.raises(CheckpointError, match=r"weights-0001\.safetensors: damaged"):
+        reader.tensor("b.bias")
+
+
+def test_a_file_without_the_tensor_that_the_manifest_promises_is_damaged(checkpoint: Path) -> None:
+    manifest = CheckpointReader(checkpoint).manifest
+    entry = replace(manifest.tensors["b.bias"], files={"weights": "weights-0000.safetensors"})
+    changed = replace(manifest, tensors={**manifest.tensors, "b.bias": entry})
+    (checkpoint / "manifest.json").write_text(changed.to_json())
+    with pytest.raises(CheckpointError, match=r"weights-0000\.safetensors: damaged .*b\.bias"):
+        CheckpointReader(checkpoint).tensor("b.bias")
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, so it is not a checkpoint"):
+        CheckpointReader(tmp_path)

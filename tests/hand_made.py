@@ -1,0 +1,62 @@
+"""Checkpoints made by hand, without processes and without the code that writes them in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
+from pipekit.config import Config, parse_config
+from pipekit.data.tokenizer import train_tokenizer
+from pipekit.models import build_layers
+from pipekit.sequential import SequentialModel
+
+TEXT = "def function(argument):\n    return argument + 1\n"
+
+
+def small_tokenizer() -> Tokenizer:
+    """Return a tokenizer of less than 300 tokens."""
+    return train_tokenizer([TEXT] * 20, vocab_size=300).backend
+
+
+def random_gpt2(*, tied: bool = True) -> tuple[Config, dict[str, Tensor]]:
+    """Return a small GPT-2 whose logits are far from zero, as a configuration and its logical tensors."""
+    sizes = {"vocab_size": 301, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48, "max_positions": 24}
+    model = {**sizes, "tied_embedding": tied, "init_std": 0.3}
+    config = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 24}})
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in SequentialModel(build_layers(config)).logical_tensors().items():
+        tensors[name] = tensor.detach().clone()
+        if tensor.ndim == 1:  # norms and biases that are all ones or zeros would hide a mix-up
+            tensors[name] += 0.1 * torch.randn(tensor.shape, generator=generator)
+    return config, tensors
+
+
+def write_checkpoint(
+    run: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int = 5,
+    tokenizer: Tokenizer | Literal["small"] | None = "small",
+) -> Path:
+    """Write a checkpoint of one file into a run's folder, and return its path."""
+    folder = run / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True)
+    file = "weights-0000.safetensors"
+    save_file(dict(tensors), folder / file)
+    entries = {name: TensorEntry(tuple(t.shape), "float32", {"weights": file}) for name, t in tensors.items()}
+    state = TrainingState(step=step, consumed_samples=8 * step, seed=1, lr=0.1, optimizer={})
+    manifest = Manifest(state, entries, {file: (folder / file).stat().st_size})
+    (folder / "manifest.json").write_text(manifest.to_json())
+    (folder / "config.yaml").write_text(config.to_yaml())
+    if tokenizer is not None:
+        (small_tokenizer() if tokenizer == "small" else tokenizer).save(str(folder / "tokenizer.json"))
+    return folder
