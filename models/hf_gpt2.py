@@ -134,22 +134,23 @@ def read_hf_config(stored: Mapping[str, Any], *, where: str) -> GPTConfig:
     sizes = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
     if missing := [key for key in sizes if key not in stored]:
         raise ConfigError(f"{where}/config.json: has no {', '.join(missing)}; it describes no GPT-2")
+    settings: dict[str, Any] = {
+        "vocab_size": stored["vocab_size"],
+        "hidden_size": stored["n_embd"],
+        "num_layers": stored["n_layer"],
+        "num_heads": stored["n_head"],
+        "ffn_size": stored.get("n_inner"),
+        "max_positions": stored["n_positions"],
+        "dropout": stored.get("resid_pdrop", 0.0),
+        "tied_embedding": stored.get("tie_word_embeddings", True),
+        "layer_norm_eps": stored.get("layer_norm_epsilon", 1e-5),
+        "init_std": stored.get("initializer_range", 0.02),
+    }
     try:
-        return GPTConfig(
-            vocab_size=stored["vocab_size"],
-            hidden_size=stored["n_embd"],
-            num_layers=stored["n_layer"],
-            num_heads=stored["n_head"],
-            ffn_size=stored.get("n_inner"),
-            max_positions=stored["n_positions"],
-            dropout=stored.get("resid_pdrop", 0.0),
-            tied_embedding=stored.get("tie_word_embeddings", True),
-            layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5),
-            init_std=stored.get("initializer_range", 0.02),
-        )
+        return GPTConfig(**settings)
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc']))}{': ' if fault['loc'] else ''}{fault['msg']}"
-            for fault in error.errors(include_url=False)
+            for fault in error.errors()
         )
         raise ConfigError(f"{where}/config.json: describes no GPT-2: {faults}") from None

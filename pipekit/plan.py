@@ -146,5 +146,5 @@ def plan_precision(config: Config, device: Device) -> Precision:
 
 
 def _cpu_has_fp16() -> bool:
-    # A torch without mkldnn has not even the question.
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    mkldnn = torch.ops.mkldnn
+    return hasattr(mkldnn, "_is_mkldnn_fp16_supported") and bool(mkldnn._is_mkldnn_fp16_supported())

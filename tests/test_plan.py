@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -104,7 +106,6 @@ def test_a_precision_that_is_given_is_taken(precision: str, device: str) -> None
 
 def test_fp16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("train.precision=fp16")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
     assert plan_precision(config, "cpu") == "fp16"
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
@@ -114,7 +115,7 @@ def test_fp16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_torch_without_mkldnn_has_no_fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     with pytest.raises(ConfigError, match=r"train\.precision=fp16: this CPU does not"):
         plan_precision(config_of("train.precision=fp16"), "cpu")
 

@@ -134,7 +134,7 @@ def test_a_character_of_several_tokens_comes_whole(says: Says) -> None:
     words = "a€é\U0001d11e!"
     tokens = tokenizer.encode(words).ids
     assert len(tokens) == 1 + 3 + 2 + 4 + 1
-    source = says(tokenizer, [*tokens, tokenizer.token_to_id(END)])
+    source = says(tokenizer, [*tokens, tokenizer.get_vocab()[END]])
     assert pieces(source, "a") == ["a", "€", "é", "\U0001d11e", "!"], "it stops before the end of the document"
     assert pieces(source, "a", max_new_tokens=4) == ["a", "€"], "half a character is not shown"
 
@@ -162,7 +162,7 @@ def test_a_space_that_the_tokenizer_writes_before_words_is_kept(says: Says) -> N
 
 def test_ones_own_model_sees_as_much_as_it_was_trained_on(says: Says) -> None:
     tokenizer = small_tokenizer()
-    tokens = [tokenizer.token_to_id(letter) for letter in "qwertyuiop"]
+    tokens = [tokenizer.get_vocab()[letter] for letter in "qwertyuiop"]
     assert text(says(tokenizer, tokens), "qwerty", max_new_tokens=4) == "qwertyuiop"
 
 

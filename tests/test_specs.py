@@ -81,7 +81,7 @@ def test_weights_are_those_of_torch_after_seeding() -> None:
 
 def test_the_generators_are_left_as_they_were() -> None:
     torch.manual_seed(3)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index]
     build_layer(LayerSpec(nn.Linear, 5, 5), name="a", seed=1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
