@@ -33,3 +33,7 @@ class LaunchError(PipekitError):
 
 class CommunicationError(PipekitError):
     """A wait for another rank failed or lasted longer than the limit."""
+
+
+class ScheduleError(ConfigError):
+    """A pipeline schedule cannot be run."""

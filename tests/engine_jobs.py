@@ -35,6 +35,7 @@ class Case:
     steps: int = 20
     optimizer: str = "adamw"
     boundaries: tuple[int, ...] | None = None
+    schedule: str = "1f1b"
 
     @property
     def world_size(self) -> int:
@@ -108,6 +109,7 @@ def build_engine(
     from pipekit.engine.mpu import ModelParallelUnit
     from pipekit.layout import Layout
     from pipekit.partitioners import partition_uniform
+    from pipekit.schedules import default_stages_per_rank, plan_schedule, schedule_placement
 
     if case.precision == "fp16":
         # DeepSpeed refuses fp16 on processors without fp16 instructions; torch computes it all the same.
@@ -115,11 +117,14 @@ def build_engine(
 
         type(get_accelerator()).is_fp16_supported = lambda self: True
     specs = specs or model_specs(case)
-    unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp))
+    placement = schedule_placement(
+        case.schedule, pp=case.pp, stages_per_rank=default_stages_per_rank(case.schedule)
+    )
+    unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp), placement=placement)
     module = PipelineModule(
         specs,
         mpu=unit,
-        boundaries=case.boundaries or partition_uniform(len(specs), case.pp),
+        boundaries=case.boundaries or partition_uniform(len(specs), len(placement)),
         loss_fn=loss_fn,
         seed=1,
         activation_checkpointing=case.checkpointing,
@@ -135,6 +140,9 @@ def build_engine(
             zero=case.zero,
             gradient_clipping=case.clip,
             extra={},
+        ),
+        plan_schedule=lambda num_micro_batches: plan_schedule(
+            case.schedule, pp=case.pp, num_micro_batches=num_micro_batches
         ),
     )
 

@@ -1,26 +1,37 @@
-"""Channels between neighbouring stages: receives posted early, sends that do not wait.
+"""Channels between pipeline ranks: receives posted early, sends that do not wait.
 
-Activations flow over one process group and gradients over another, so that on NCCL, where the operations of a
-communicator run in order, a receive posted early never stands in the way of a send. Shapes travel over a CPU group.
+A channel carries all messages of one rank to one other, activations and gradients, in the order in which the sender's
+row of the schedule makes them, which the receiver knows from the table. Messages to higher ranks and to lower ones flow
+over process groups of their own, so that on NCCL, where the operations of a pair run in order, a receive posted early
+never stands in the way of a send.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.errors import CommunicationError, PipekitError
+from pipekit.nested import Structure
+from pipekit.schedules import Action
 
-_DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
-)  # fmt: skip
-_DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_HEADER_LENGTH = 128
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.complex64, torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+_HEADER_BYTES = 16_384
+# Receives asked for ahead of their use: one that is on its way, and one that waits for its turn.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -44,26 +55,43 @@ class TensorMeta:
         return f"{tuple(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-def _encode(metas: tuple[TensorMeta, ...]) -> Tensor:
-    numbers = [len(metas)]
-    for meta in metas:
-        numbers += [_DTYPE_CODE[meta.dtype], int(meta.requires_grad), len(meta.shape), *meta.shape]
-    if len(numbers) > _HEADER_LENGTH:
+@dataclass(frozen=True)
+class MessageMeta:
+    """What a receiver must know of a message before it arrives: its tensors, and how they hang together."""
+
+    tensors: tuple[TensorMeta, ...]
+    structure: Structure
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.tensors)) or "no tensor"
+
+
+def encode_meta(meta: MessageMeta) -> Tensor:
+    """Return a message's description as a tensor of bytes, of one length for every message.
+
+    Raises:
+        PipekitError: if it is too long, or holds a dtype that cannot be sent.
+    """
+    tensors = []
+    for tensor in meta.tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise PipekitError(f"a stage passes a tensor of {tensor.dtype} on, which cannot be sent; convert it")
+        tensors.append([dtype, tensor.requires_grad, *tensor.shape])
+    text = json.dumps([tensors, meta.structure]).encode()
+    if len(text) > _HEADER_BYTES:
         raise PipekitError(
-            f"a stage passes {len(metas)} tensors on, and their shapes take {len(numbers)} numbers where "
-            f"{_HEADER_LENGTH} "
-            "fit; pass fewer tensors between layers"
+            f"a stage passes {len(meta.tensors)} tensors on, and their description takes {len(text)} bytes where "
+            f"{_HEADER_BYTES} fit; pass fewer tensors between layers"
         )
-    return torch.tensor(numbers + [0] * (_HEADER_LENGTH - len(numbers)), dtype=torch.int64)
+    return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES)), dtype=torch.uint8)
 
 
-def _decode(header: Tensor) -> tuple[TensorMeta, ...]:
-    numbers = iter(header.tolist())
-    metas = []
-    for _ in range(next(numbers)):
-        dtype, requires_grad, num_dims = _DTYPES[next(numbers)], bool(next(numbers)), next(numbers)
-        metas.append(TensorMeta(tuple(next(numbers) for _ in range(num_dims)), dtype, requires_grad))
-    return tuple(metas)
+def decode_meta(header: Tensor) -> MessageMeta:
+    """Return what `encode_meta` was given."""
+    tensors, structure = json.loads(header.numpy().tobytes())
+    metas = tuple(TensorMeta(tuple(shape), _DTYPES[dtype], grad) for dtype, grad, *shape in tensors)
+    return MessageMeta(metas, structure)
 
 
 def wait(work: dist.Work, what: str) -> None:
@@ -79,14 +107,7 @@ def wait(work: dist.Work, what: str) -> None:
         raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
-def _send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
-    work = dist.isend(tensor, peer, group=group)
-    assert work is not None, f"rank {dist.get_rank()} is not in the group"
-    return work
-
-
-def _receive(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
-    work = dist.irecv(tensor, peer, group=group)
+def _member(work: dist.Work | None) -> dist.Work:
     assert work is not None, f"rank {dist.get_rank()} is not in the group"
     return work
 
@@ -97,44 +118,24 @@ class Sender:
     Args:
         peer: global rank of the receiver.
         group: carries the tensors.
-        header_group: a CPU group that carries the shapes; None where the receiver already knows them.
+        header_group: a CPU group that carries the descriptions.
     """
 
-    def __init__(self, *, peer: int, group: dist.ProcessGroup, header_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, *, peer: int, group: dist.ProcessGroup, header_group: dist.ProcessGroup) -> None:
         self._peer = peer
         self._group = group
         self._header_group = header_group
-        self._metas: tuple[TensorMeta, ...] | None = None
         self._pending: deque[tuple[list[dist.Work], tuple[Tensor, ...], str]] = deque()
 
-    def start(self) -> None:
-        """Begin a step: the next message says its shapes."""
-        self._metas = None
-
-    def send(self, tensors: tuple[Tensor, ...], what: str) -> None:
-        """Send `tensors` without waiting for them to arrive.
-
-        Raises:
-            PipekitError: if their shapes differ from those of the step's first message.
-        """
-        works: list[dist.Work] = []
-        buffers: tuple[Tensor, ...] = tuple(tensor.detach().contiguous() for tensor in tensors)
-        if self._header_group is not None:
-            metas = tuple(TensorMeta.of(tensor) for tensor in tensors)
-            if self._metas is None:
-                header = _encode(metas)
-                works.append(_send(header, self._peer, self._header_group))
-                buffers = (*buffers, header)
-                self._metas = metas
-            elif metas != self._metas:
-                raise PipekitError(
-                    f"{what} is {', '.join(map(str, metas))}, but the step's first micro-batch was "
-                    f"{', '.join(map(str, self._metas))}; all micro-batches of a step must have one shape: pad the "
-                    "short ones or drop the last"
-                )
-        works += [_send(buffer, self._peer, self._group) for buffer in buffers[: len(tensors)]]
+    def send(self, tensors: Sequence[Tensor], what: str, *, header: Tensor | None = None) -> None:
+        """Send `tensors` without waiting for them to arrive, after their description where the receiver lacks it."""
+        buffers = tuple(tensor.detach().contiguous() for tensor in tensors)
+        works = []
+        if header is not None:
+            works.append(_member(dist.isend(header, self._peer, group=self._header_group)))
+        works += [_member(dist.isend(buffer, self._peer, group=self._group)) for buffer in buffers]
         # A buffer must outlive its send.
-        self._pending.append((works, buffers, what))
+        self._pending.append((works, buffers if header is None else (*buffers, header), what))
         while self._pending and all(work.is_completed() for work in self._pending[0][0]):
             self._pending.popleft()
 
@@ -147,13 +148,15 @@ class Sender:
 
 
 class Receiver:
-    """The receiving end of a channel: one message is always asked for ahead of its use.
+    """The receiving end of a channel: messages are asked for ahead of their use, in the order of the sender.
 
     Args:
         peer: global rank of the sender.
         group: carries the tensors.
+        header_group: a CPU group that carries the descriptions.
         device: where the tensors go.
-        header_group: a CPU group that carries the shapes; None where `start` is told them.
+        find_meta: returns the description of an action's result, or None where the sender is going to tell it.
+        learn_meta: called with what the sender told.
     """
 
     def __init__(
@@ -161,54 +164,52 @@ class Receiver:
         *,
         peer: int,
         group: dist.ProcessGroup,
+        header_group: dist.ProcessGroup,
         device: torch.device,
-        header_group: dist.ProcessGroup | None = None,
+        find_meta: Callable[[Action], MessageMeta | None],
+        learn_meta: Callable[[Action, MessageMeta], Any],
     ) -> None:
         self._peer = peer
         self._group = group
-        self._device = device
         self._header_group = header_group
-        self._metas: tuple[TensorMeta, ...] | None = None
-        self._num_to_post = 0
-        self._posted: deque[tuple[list[dist.Work], tuple[Tensor, ...]]] = deque()
+        self._device = device
+        self._find_meta = find_meta
+        self._learn_meta = learn_meta
+        self._unposted: deque[Action] = deque()
+        self._posted: dict[Action, tuple[list[dist.Work], tuple[Tensor, ...]]] = {}
 
-    def start(self, num_messages: int, metas: tuple[TensorMeta, ...] | None = None) -> None:
-        """Begin a step of `num_messages` messages; `metas` are their shapes, unless the sender tells."""
-        self._num_to_post = num_messages
-        self._metas = metas
-        self._post()
+    def start(self, messages: Sequence[Action]) -> None:
+        """Begin a step in which the sender sends the results of these actions, in this order."""
+        assert not self._posted, "the step before was left in the middle"
+        self._unposted = deque(messages)
+        self._post_ahead()
 
-    @property
-    def metas(self) -> tuple[TensorMeta, ...]:
-        """The shapes of this step's messages."""
-        assert self._metas is not None, "the first message has not been received"
-        return self._metas
-
-    def expect(self, metas: tuple[TensorMeta, ...]) -> None:
-        """Say what the messages of this step look like."""
-        if self._metas is None:
-            self._metas = metas
-            self._post()
-
-    def _post(self) -> None:
-        if self._metas is None or self._num_to_post == 0 or self._posted:
-            return
-        self._num_to_post -= 1
-        buffers = tuple(meta.empty(self._device) for meta in self._metas)
-        works = [_receive(buffer, self._peer, self._group) for buffer in buffers]
-        self._posted.append((works, buffers))
-
-    def receive(self, what: str) -> tuple[Tensor, ...]:
-        """Return the next message's tensors, and ask for the one after it."""
-        if self._metas is None:
-            assert self._header_group is not None, "neither end knows the shapes"
-            header = torch.empty(_HEADER_LENGTH, dtype=torch.int64)
-            work = _receive(header, self._peer, self._header_group)
-            wait(work, f"the shape of {what} from rank {self._peer}")
-            self._metas = _decode(header)
-            self._post()
-        works, buffers = self._posted.popleft()
+    def receive(self, action: Action, what: str) -> tuple[Tensor, ...]:
+        """Return the tensors of an action's result, and ask for those to come."""
+        while action not in self._posted:
+            following = self._unposted[0]
+            meta = self._find_meta(following)
+            if meta is None:
+                header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+                work = _member(dist.irecv(header, self._peer, group=self._header_group))
+                wait(work, f"the shape of {what} from rank {self._peer}")
+                meta = decode_meta(header)
+                self._learn_meta(following, meta)
+            self._post(meta)
+        works, buffers = self._posted.pop(action)
+        self._post_ahead()
         for work in works:
             wait(work, f"{what} from rank {self._peer}")
-        self._post()
         return buffers
+
+    def _post_ahead(self) -> None:
+        while self._unposted and len(self._posted) < _AHEAD:
+            meta = self._find_meta(self._unposted[0])
+            if meta is None:
+                return
+            self._post(meta)
+
+    def _post(self, meta: MessageMeta) -> None:
+        buffers = tuple(tensor.empty(self._device) for tensor in meta.tensors)
+        works = [_member(dist.irecv(buffer, self._peer, group=self._group)) for buffer in buffers]
+        self._posted[self._unposted.popleft()] = works, buffers

@@ -1,28 +1,32 @@
-"""The executor: does the actions of a schedule on this rank's stage, in the table's order."""
+"""The executor: does the actions of a schedule on this rank's stages, in the table's order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipekit.engine.channels import Receiver, Sender, TensorMeta
-from pipekit.engine.module import Activations, PipelineModule
+from pipekit.engine.channels import MessageMeta, Receiver, Sender, TensorMeta, encode_meta
+from pipekit.engine.micro_batches import MicroBatchReader, StepData, to_device
+from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.engine.optimizers import OptimizerView
+from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
+from pipekit.nested import flatten, unflatten
 from pipekit.schedules import Action, Schedule
-
-MicroBatch = tuple[Any, Any]
-"""The inputs and the labels of one micro-batch."""
+from pipekit.schedules.messages import destination, plan_messages
+from pipekit.weight_gradients import WeightGradients, deferring
 
 Observer = Callable[[Any, Any], None]
 """Called with the last layer's outputs and the labels of a micro-batch."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _InFlight:
     """What a stage keeps of a micro-batch between its forward and its backward."""
 
@@ -30,14 +34,26 @@ class _InFlight:
     outputs: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class _Table:
+    """What this rank reads off a schedule."""
+
+    schedule: Schedule
+    actions: tuple[Action, ...]
+    received_from: dict[int, tuple[Action, ...]]
+    gradient_of: dict[tuple[int, int], Action]
+    last_of_stage: frozenset[Action]
+
+
 class Executor:
-    """Runs schedules on one stage: receives, computes, sends.
+    """Runs schedules on this rank's stages: receives, computes, sends.
 
     Args:
-        module: this rank's stage.
+        module: this rank's stages.
         mpu: the process groups.
-        device: where the stage computes.
-        after_backward: called after each backward; where the optimizer accumulates gradients itself, it does so here.
+        view: where gradients accumulate.
+        device: where the stages compute.
+        on_stage_done: called with a stage as soon as its last gradient of a step is there.
     """
 
     def __init__(
@@ -45,39 +61,35 @@ class Executor:
         module: PipelineModule,
         mpu: ModelParallelUnit,
         *,
+        view: OptimizerView,
         device: torch.device,
-        after_backward: Callable[[], None],
+        on_stage_done: Callable[[int], None] = lambda stage: None,
     ) -> None:
         self._module = module
         self._mpu = mpu
+        self._view = view
         self._device = device
-        self._after_backward = after_backward
-        self._activations_in: Receiver | None = None
-        self._activations_out: Sender | None = None
-        self._gradients_in: Receiver | None = None
-        self._gradients_out: Sender | None = None
+        self._on_stage_done = on_stage_done
+        self._senders: dict[int, Sender] = {}
+        self._receivers: dict[int, Receiver] = {}
+        self._table: _Table | None = None
+        # What each stage passes on, by whether gradients are computed and the class of the micro-batch's shapes.
+        self._metas: dict[tuple[bool, int, int], MessageMeta] = {}
+        self._shape_classes: list[int] = []
+        pipe = None
         if mpu.layout.pp > 1:
-            self._open_channels()
-
-    def _open_channels(self) -> None:
-        pipelines = self._mpu.layout.groups("pipe")
-        groups = [self._mpu.build_group(pipelines, backend) for backend in (None, None, "gloo")]
-        activations, gradients, headers = (group.process_group for group in groups if group is not None)
-        stage = self._mpu.pipe_rank
-        if not self._mpu.is_first_stage:
-            previous = self._mpu.stage_rank(stage - 1)
-            self._activations_in = Receiver(peer=previous, group=activations, device=self._device, header_group=headers)
-            self._gradients_out = Sender(peer=previous, group=gradients)
-        if not self._mpu.is_last_stage:
-            following = self._mpu.stage_rank(stage + 1)
-            self._activations_out = Sender(peer=following, group=activations, header_group=headers)
-            self._gradients_in = Receiver(peer=following, group=gradients, device=self._device)
+            pipelines = mpu.layout.groups("pipe")
+            self._upward, self._downward = (mpu.build_group(pipelines) for _ in range(2))
+            pipe = self._headers = mpu.build_group(pipelines, "gloo")
+        self.reader = MicroBatchReader(mpu, pipe)
+        self.stopwatch: Stopwatch | None = None
 
     def run(
         self,
         schedule: Schedule,
-        data: Iterator[MicroBatch] | None,
+        data: Iterator[Any] | None,
         *,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
         loss_scale: float = 1.0,
         dropout_step: int | None = None,
         observe: Observer | None = None,
@@ -87,23 +99,108 @@ class Executor:
         Args:
             schedule: the table.
             data: yields the micro-batches on the first and the last stage; not read on others.
+            loss_fn: called as `loss_fn(outputs, labels)` on the last stage; None where the outputs are the loss.
             loss_scale: multiplies the loss before its backward; the gradients are those of the mean over micro-batches
                 times this.
             dropout_step: the step that seeds dropout; None in evaluation.
             observe: called on the last stage with each micro-batch's outputs and labels.
+
+        Raises:
+            PipekitError: if the data end too soon, or a layer returns what cannot be passed on.
         """
-        run = _Run(self, schedule, data, loss_scale, dropout_step, observe)
-        actions = schedule.ranks[self._mpu.pipe_rank]
-        run.start(actions)
-        for action in actions:
+        table = self._read_table(schedule)
+        step_data = self.reader.read(data, schedule.num_micro_batches)
+        self._shape_classes = step_data.shape_classes
+        for peer, messages in table.received_from.items():
+            self._receiver(peer).start(messages)
+        run = _Run(self, table, step_data, loss_fn, loss_scale, dropout_step, observe)
+        if self.stopwatch is not None:
+            self.stopwatch.begin()
+        for action in table.actions:
             if action.kind == "F":
                 run.forward(action)
-            elif action.kind == "B":
-                run.backward(action)
+            elif action.kind == "W":
+                run.weight_gradients(action)
             else:
-                raise PipekitError(f"the executor does not know how to do {action}: F and B are what it can do")
+                run.backward(action)
+            if action in table.last_of_stage:
+                self._on_stage_done(action.stage)
         run.finish()
+        for sender in self._senders.values():
+            sender.drain()
         return run.losses
+
+    def _read_table(self, schedule: Schedule) -> _Table:
+        if self._table is not None and self._table.schedule is schedule:
+            return self._table
+        if schedule.placement != self._mpu.placement:
+            raise PipekitError(
+                f"the schedule {schedule.name} puts its stages on the ranks {schedule.placement}, and the model's are "
+                f"on {self._mpu.placement}; build both for the same number of stages and the same placement"
+            )
+        rank = self._mpu.pipe_rank
+        actions = schedule.ranks[rank]
+        last = {action.stage: action for action in actions if action.kind in "BW"}
+        received = {source: sent for (source, target), sent in plan_messages(schedule).items() if target == rank}
+        # Whether another rank's backward is whole or split decides which of its actions sends the gradient.
+        gradients = {
+            (action.stage - 1, action.micro_batch): action
+            for sent in received.values()
+            for action in sent
+            if action.kind != "F"
+        }
+        self._table = _Table(schedule, actions, received, gradients, frozenset(last.values()))
+        return self._table
+
+    def _groups(self, source: int, target: int) -> dict[str, Any]:
+        group = self._upward if source < target else self._downward
+        assert group is not None
+        assert self._headers is not None
+        return {"group": group.process_group, "header_group": self._headers.process_group}
+
+    def _sender(self, peer: int) -> Sender:
+        if peer not in self._senders:
+            groups = self._groups(self._mpu.pipe_rank, peer)
+            self._senders[peer] = Sender(peer=self._mpu.pipe.ranks[peer], **groups)
+        return self._senders[peer]
+
+    def _receiver(self, peer: int) -> Receiver:
+        if peer not in self._receivers:
+            self._receivers[peer] = Receiver(
+                peer=self._mpu.pipe.ranks[peer],
+                device=self._device,
+                find_meta=self._find_meta,
+                learn_meta=self._learn_meta,
+                **self._groups(peer, self._mpu.pipe_rank),
+            )
+        return self._receivers[peer]
+
+    def _meta_key(self, stage: int, micro_batch: int) -> tuple[bool, int, int]:
+        return torch.is_grad_enabled(), self._shape_classes[micro_batch], stage
+
+    def _find_meta(self, action: Action) -> MessageMeta | None:
+        """Return what an action's result looks like: what the stage passes on, or the gradients of what it was passed."""
+        if action.kind == "F":
+            return self._metas.get(self._meta_key(action.stage, action.micro_batch))
+        # A gradient arrives after the activation that it belongs to was sent from here.
+        activation = self._metas.get(self._meta_key(action.stage - 1, action.micro_batch))
+        if activation is None:
+            return None
+        return MessageMeta(tuple(tensor for tensor in activation.tensors if tensor.requires_grad), None)
+
+    def _learn_meta(self, action: Action, meta: MessageMeta) -> None:
+        self._metas[self._meta_key(action.stage, action.micro_batch)] = meta
+
+    def _send_activations(self, action: Action, tensors: tuple[Tensor, ...], structure: Any, target: int) -> None:
+        meta = MessageMeta(tuple(TensorMeta.of(tensor) for tensor in tensors), structure)
+        known = self._metas.setdefault(self._meta_key(action.stage, action.micro_batch), meta)
+        if known != meta:
+            raise PipekitError(
+                f"the output of {action} is {meta}, and that of another micro-batch with inputs of the same shape was "
+                f"{known}; what a stage passes on must follow from the shapes of the inputs alone: pad it"
+            )
+        header = encode_meta(meta) if known is meta else None
+        self._sender(target).send(tensors, f"the output of {action}", header=header)
 
 
 class _Run:
@@ -112,103 +209,125 @@ class _Run:
     def __init__(
         self,
         executor: Executor,
-        schedule: Schedule,
-        data: Iterator[MicroBatch] | None,
+        table: _Table,
+        data: StepData,
+        loss_fn: Callable[[Any, Any], Any] | None,
         loss_scale: float,
         dropout_step: int | None,
         observe: Observer | None,
     ) -> None:
+        self._executor = executor
+        self._schedule = table.schedule
+        self._gradient_of = table.gradient_of
         self._module = executor._module
         self._mpu = executor._mpu
+        self._view = executor._view
         self._device = executor._device
-        self._after_backward = executor._after_backward
-        self._activations_in = executor._activations_in
-        self._activations_out = executor._activations_out
-        self._gradients_in = executor._gradients_in
-        self._gradients_out = executor._gradients_out
-        self._num_micro_batches = schedule.num_micro_batches
-        self._data = data if self._mpu.should_build_data_loader else None
-        self._backward_scale = loss_scale / schedule.num_micro_batches
+        self._stopwatch = executor.stopwatch
+        self._data = data
+        self._loss_fn = loss_fn
+        self._backward_scale = loss_scale / table.schedule.num_micro_batches
         self._dropout_step = dropout_step
         self._observe = observe
-        self._in_flight: dict[int, _InFlight] = {}
+        self._splits = bool(table.schedule.split_backwards)
+        self._in_flight: dict[tuple[int, int], _InFlight] = {}
+        self._deferred: dict[tuple[int, int], WeightGradients] = {}
+        # What passes between two stages of this rank, by the stage that it is for: no copy, no message.
+        self._handed_up: dict[tuple[int, int], Any] = {}
+        self._handed_down: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self.losses: list[Tensor] = []
 
-    def start(self, actions: Sequence[Action]) -> None:
-        num_forwards = sum(action.kind == "F" for action in actions)
-        num_backwards = len(actions) - num_forwards
-        for sender in (self._activations_out, self._gradients_out):
-            if sender is not None:
-                sender.start()
-        if self._activations_in is not None:
-            self._activations_in.start(num_forwards)
-        if self._gradients_in is not None:
-            self._gradients_in.start(num_backwards)
-
     def finish(self) -> None:
-        assert not self._in_flight or not torch.is_grad_enabled(), "a forward was left without its backward"
-        for sender in (self._activations_out, self._gradients_out):
-            if sender is not None:
-                sender.drain()
+        assert not self._in_flight, "a forward was left without its backward"
+        assert not self._deferred, "an input gradient was left without its weight gradient"
 
     def forward(self, action: Action) -> None:
-        inputs, labels = self._load(action)
-        if self._activations_in is not None:
-            received = self._activations_in.receive(f"the activations of {action}")
-            for tensor, meta in zip(received, self._activations_in.metas, strict=True):
-                tensor.requires_grad_(meta.requires_grad and torch.is_grad_enabled())
-            inputs = received[0] if len(received) == 1 else received
-        outputs = self._module.forward_stage(inputs, dropout_path=self._dropout_path(action))
-        if self._mpu.is_last_stage:
-            outputs = self._loss(outputs, labels, action)
-        tensors = _as_tuple(outputs, action)
+        inputs = self._receive_activations(action)
+        self._start(action)
+        is_last = action.stage == self._schedule.num_stages - 1
+        outputs = self._module.forward_stage(
+            action.stage, inputs, dropout_path=self._dropout_path(action), split_backward=self._splits
+        )
+        if is_last:
+            outputs = self._loss(outputs, action)
+        tensors, structure = flatten(outputs, f"the output of {action}")
+        self._stop(action)
         if torch.is_grad_enabled():
-            self._in_flight[action.micro_batch] = _InFlight(_as_tuple(inputs, action), tensors)
-        if self._activations_out is not None:
-            self._activations_out.send(tensors, f"the output of {action}")
-            if self._gradients_in is not None:
-                self._gradients_in.expect(tuple(TensorMeta.of(tensor) for tensor in tensors if tensor.requires_grad))
+            leaves, _ = flatten(inputs, f"the input of {action}")
+            self._in_flight[action.stage, action.micro_batch] = _InFlight(
+                tuple(leaf for leaf in leaves if leaf.requires_grad),
+                tuple(tensor for tensor in tensors if tensor.requires_grad),
+            )
+        if is_last:
+            return
+        target = self._schedule.placement[action.stage + 1]
+        if target == self._mpu.pipe_rank:
+            passed = [_leaf(tensor.detach(), tensor.requires_grad) for tensor in tensors]
+            self._handed_up[action.stage + 1, action.micro_batch] = unflatten(passed, structure)
+        else:
+            self._executor._send_activations(action, tensors, structure, target)
+
+    def _receive_activations(self, action: Action) -> Any:
+        stage, micro_batch = action.stage, action.micro_batch
+        if stage == 0:
+            return to_device(self._data.micro_batches[micro_batch][0], self._device)
+        source = self._schedule.placement[stage - 1]
+        if source == self._mpu.pipe_rank:
+            return self._handed_up.pop((stage, micro_batch))
+        result_of = Action(stage - 1, "F", micro_batch)
+        tensors = self._executor._receiver(source).receive(result_of, f"the activations of {action}")
+        meta = self._executor._find_meta(result_of)
+        assert meta is not None
+        received = [_leaf(tensor, described.requires_grad) for tensor, described in zip(tensors, meta.tensors, strict=True)]
+        return unflatten(received, meta.structure)
 
     def backward(self, action: Action) -> None:
-        flight = self._in_flight.pop(action.micro_batch)
-        outputs = tuple(tensor for tensor in flight.outputs if tensor.requires_grad)
-        if self._gradients_in is not None:
-            gradients: tuple[Tensor, ...] = self._gradients_in.receive(f"the gradients of {action}")
+        flight = self._in_flight[action.stage, action.micro_batch]
+        gradients = self._receive_gradients(action, flight)
+        self._start(action)
+        with deferring() if action.kind == "I" else nullcontext() as deferred:
+            if flight.outputs:
+                torch.autograd.backward(flight.outputs, gradients)
+        if deferred is not None:
+            self._deferred[action.stage, action.micro_batch] = deferred
+        self._view.accumulate()
+        self._stop(action)
+        del self._in_flight[action.stage, action.micro_batch]
+        stage = destination(action, self._schedule)
+        if stage is None:
+            return
+        # A layer may leave an input unused; the stage before waits for its gradient all the same.
+        needed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in flight.inputs)
+        target = self._schedule.placement[stage]
+        if target == self._mpu.pipe_rank:
+            self._handed_down[stage, action.micro_batch] = needed
         else:
-            gradients = tuple(torch.full_like(tensor, self._backward_scale) for tensor in outputs)
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
-        self._after_backward()
-        if self._gradients_out is not None:
-            needed = (tensor for tensor in flight.inputs if tensor.requires_grad)
-            self._gradients_out.send(
-                tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in needed),
-                f"the input gradient of {action}",
-            )
+            self._executor._sender(target).send(needed, f"the input gradient of {action}")
 
-    def _load(self, action: Action) -> MicroBatch:
-        if not self._mpu.should_build_data_loader:
-            return None, None
-        if self._data is None:
-            raise PipekitError("the first and the last stage read batches, and were given no data iterator")
-        try:
-            inputs, labels = next(self._data)
-        except StopIteration:
-            raise PipekitError(
-                f"the data ended at micro-batch {action.micro_batch} of {self._num_micro_batches}; a step reads "
-                f"{self._num_micro_batches} micro-batches from its iterator: wrap a finite loader so that it repeats"
-            ) from None
-        return (
-            _to_device(inputs, self._device) if self._mpu.is_first_stage else None,
-            _to_device(labels, self._device) if self._mpu.is_last_stage else None,
-        )
+    def _receive_gradients(self, action: Action, flight: _InFlight) -> tuple[Tensor, ...]:
+        stage = action.stage
+        if stage == self._schedule.num_stages - 1:
+            return tuple(torch.full_like(tensor, self._backward_scale) for tensor in flight.outputs)
+        source = self._schedule.placement[stage + 1]
+        if source == self._mpu.pipe_rank:
+            return self._handed_down.pop((stage, action.micro_batch))
+        result_of = self._gradient_of[stage, action.micro_batch]
+        return self._executor._receiver(source).receive(result_of, f"the gradients of {action}")
 
-    def _loss(self, outputs: Activations, labels: Any, action: Action) -> Tensor:
-        loss = outputs if self._module.loss_fn is None else self._module.loss_fn(outputs, labels)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+    def weight_gradients(self, action: Action) -> None:
+        self._start(action)
+        with torch.no_grad():
+            self._deferred.pop((action.stage, action.micro_batch)).compute(self._view.add)
+        self._stop(action)
+
+    def _loss(self, outputs: Any, action: Action) -> Tensor:
+        labels = to_device(self._data.micro_batches[action.micro_batch][1], self._device)
+        loss = outputs if self._loss_fn is None else self._loss_fn(outputs, labels)
+        if torch.is_grad_enabled() and (not isinstance(loss, Tensor) or loss.numel() != 1):
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise PipekitError(f"the loss of {action} is {what}; the loss function must return a scalar tensor")
-        self.losses.append(loss.detach().float().reshape(()))
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.losses.append(loss.detach().float().reshape(()))
         if self._observe is not None:
             self._observe(outputs, labels)
         return loss
@@ -217,23 +336,16 @@ class _Run:
         if self._dropout_step is None:
             return None
         # The index within the global batch: the same micro-batch draws the same masks under every layout.
-        return self._dropout_step, self._mpu.data_parallel_rank * self._num_micro_batches + action.micro_batch
+        return self._dropout_step, self._mpu.data_parallel_rank * self._schedule.num_micro_batches + action.micro_batch
+
+    def _start(self, action: Action) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.start(action)
+
+    def _stop(self, action: Action) -> None:
+        if self._stopwatch is not None:
+            self._stopwatch.stop(action)
 
 
-def _as_tuple(activations: Any, action: Action) -> tuple[Tensor, ...]:
-    tensors = activations if isinstance(activations, tuple) else (activations,)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise PipekitError(
-                f"a layer of stage {action.stage} takes or returns {type(tensor).__name__}; what passes between layers "
-                "must be a tensor or a tuple of tensors"
-            )
-    return tensors
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, (tuple, list)):
-        return tuple(_to_device(part, device) for part in batch)
-    return batch
+def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
+    return tensor.requires_grad_(requires_grad and torch.is_grad_enabled())

@@ -44,11 +44,15 @@ class ModelParallelUnit:
 
     Args:
         layout: the layout of the world; its world size is that of the default process group.
+        placement: the pipeline rank of each stage; one stage a rank unless given.
         timeout_s: no wait in one of its groups lasts longer.
     """
 
-    def __init__(self, layout: Layout, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float = 600.0
+    ) -> None:
         self.layout = layout
+        self.placement = tuple(range(layout.pp)) if placement is None else tuple(placement)
         self._timeout = timedelta(seconds=timeout_s)
         self.global_rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.global_rank)
@@ -91,8 +95,18 @@ class ModelParallelUnit:
 
     @property
     def pipe_rank(self) -> int:
-        """The pipeline rank of this process: the index of its stage."""
+        """The pipeline rank of this process."""
         return self.coordinate.pipe
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages that the model is cut into."""
+        return len(self.placement)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages that this process holds."""
+        return tuple(stage for stage, pipe_rank in enumerate(self.placement) if pipe_rank == self.coordinate.pipe)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -107,12 +121,12 @@ class ModelParallelUnit:
     @property
     def is_first_stage(self) -> bool:
         """Whether this process holds the first stage, which reads the inputs."""
-        return self.coordinate.pipe == 0
+        return self.placement[0] == self.coordinate.pipe
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this process holds the last stage, which reads the labels and has the loss."""
-        return self.coordinate.pipe == self.layout.pp - 1
+        return self.placement[-1] == self.coordinate.pipe
 
     @property
     def should_build_data_loader(self) -> bool:
@@ -126,7 +140,8 @@ class ModelParallelUnit:
 
     def stage_rank(self, stage: int) -> int:
         """Return the global rank that holds `stage` in this process's pipeline."""
-        return self.layout.rank(pipe=stage, data=self.coordinate.data, tensor=self.coordinate.tensor)
+        pipe_rank = self.placement[stage]
+        return self.layout.rank(pipe=pipe_rank, data=self.coordinate.data, tensor=self.coordinate.tensor)
 
     # What DeepSpeed asks, under its names.
 
@@ -140,7 +155,8 @@ class ModelParallelUnit:
         return self.coordinate.data
 
     def stage_to_global(self, stage_id: int, **_: int) -> int:
-        return self.stage_rank(stage_id)
+        # DeepSpeed knows one stage a rank, and means the rank.
+        return self.pipe.ranks[stage_id]
 
     def get_pipe_parallel_rank(self) -> int:
         return self.coordinate.pipe

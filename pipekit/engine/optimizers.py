@@ -18,6 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.weight_gradients import Compute
 
 # What fp16's dynamic loss scale consists of, in DeepSpeed.
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -55,8 +56,28 @@ class OptimizerView:
         """Take up the gradients of a backward that has just ended."""
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the accumulated gradient of a parameter, not yet reduced over data-parallel ranks."""
+        """Return the accumulated gradient of a parameter."""
         return parameter.grad
+
+    def gradient_or_zeros(self, parameter: nn.Parameter) -> Tensor:
+        """Return the accumulated gradient of a parameter, which is zero from now on if there was none."""
+        if self.gradient(parameter) is None:
+            self.add(parameter, lambda: torch.zeros_like(parameter))
+        gradient = self.gradient(parameter)
+        assert gradient is not None
+        return gradient
+
+    def add(self, parameter: Tensor, compute: Compute) -> None:
+        """Add to the accumulated gradient of a parameter what `compute` returns."""
+        if parameter.grad is None:
+            parameter.grad = compute()
+        elif hasattr(compute, "add_to"):
+            compute.add_to(parameter.grad)
+        else:
+            parameter.grad += compute()
+
+    def hand_over_gradients(self) -> None:
+        """Give the gradients, which are now those of the whole step and of all replicas, to the optimizer."""
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return the state of fp16's dynamic loss scale; empty in other precisions."""
@@ -208,6 +229,36 @@ class ZeroOptimizerView(FlatOptimizerView):
         gradient: Tensor | None = self.optimizer.get_param_gradient_attribute(parameter)
         return gradient
 
+    def add(self, parameter: Tensor, compute: Compute) -> None:
+        super().add(parameter, compute)
+        if self.optimizer.use_grad_accum_attribute:
+            self.optimizer._fill_param_grad_accum_attribute(parameter)
+
+    def hand_over_gradients(self) -> None:
+        # What DeepSpeed does after its own reduction: each rank picks the part of the gradients that it updates.
+        zero = self.optimizer
+        zero.set_gradient_accumulation_boundary(True)
+        if zero.cpu_offload:
+            zero.reduce_gradients(pipeline_parallel=True)
+            return
+        for group, parameters in enumerate(zero.params_in_partition):
+            zero.all_grad_tensors[group] = [self.gradient_or_zeros(parameter) for parameter in parameters]
+            zero.averaged_gradients[group] = zero.get_flat_partition(
+                parameters,
+                zero.first_offset[group],
+                zero.partition_size[group],
+                dtype=zero.gradient_accumulation_dtype,
+                device=_device(self.param_groups),
+                param_group_idx=group,
+                return_tensor_list=True,
+            )
+            zero.all_grad_tensors[group] = None
+        for parameters in zero.bit16_groups:
+            for parameter in parameters:
+                parameter.grad = None
+                if zero.use_grad_accum_attribute:
+                    parameter.grad_accum = None
+
     def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         gradients: list[Tensor] = []
         for group, parameters in enumerate(self.optimizer.params_in_partition):
@@ -224,9 +275,21 @@ class BF16OptimizerView(FlatOptimizerView):
         self._get_grads_for_norm = optimizer.get_grads_for_norm
         optimizer.get_grads_for_norm = self._nonempty_grads_for_norm
 
+        self._address = {
+            parameter: (group, index)
+            for group, parameters in enumerate(optimizer.bf16_groups)
+            for index, parameter in enumerate(parameters)
+        }
+
     def accumulate(self) -> None:
         self.optimizer.update_hp_grads(clear_lp_grads=False)
         self.optimizer.clear_lp_grads(set_to_none=True)
+
+    def add(self, parameter: Tensor, compute: Compute) -> None:
+        parameter.grad = compute()
+        with torch.no_grad():
+            self.optimizer._update_hp_grad(parameter, *self._address[parameter], clear_lp_grads=False)
+        parameter.grad = None
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         gradient: Tensor | None = getattr(parameter, "_hp_grad", None)

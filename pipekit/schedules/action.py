@@ -44,37 +44,3 @@ class Action:
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.micro_batch}"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """For each pipeline rank, the ordered list of its actions.
-
-    Attributes:
-        name: what the configuration calls it.
-        num_micro_batches: micro-batches of one step on one pipeline.
-        ranks: the actions of each pipeline rank.
-    """
-
-    name: str
-    num_micro_batches: int
-    ranks: tuple[tuple[Action, ...], ...]
-
-    def peak_in_flight(self, pipe_rank: int) -> int:
-        """Return how many micro-batches' activations a rank holds at most.
-
-        A forward takes up one; a whole backward, or a weight gradient, gives one back.
-
-        Example:
-            >>> from pipekit.schedules import plan_1f1b
-            >>> [plan_1f1b(num_stages=4, num_micro_batches=8).peak_in_flight(rank) for rank in range(4)]
-            [4, 3, 2, 1]
-        """
-        held = peak = 0
-        for action in self.ranks[pipe_rank]:
-            held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-            peak = max(peak, held)
-        return peak
-
-    def __str__(self) -> str:
-        return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pipekit.schedules.action import Action, Schedule
+from collections.abc import Sequence
+
+from pipekit.schedules.action import Action
+from pipekit.schedules.schedule import Schedule
 
 
 def plan_1f1b(*, num_stages: int, num_micro_batches: int) -> Schedule:
@@ -32,7 +35,9 @@ def plan_1f1b(*, num_stages: int, num_micro_batches: int) -> Schedule:
     return Schedule("1f1b", num_micro_batches, tuple(ranks))
 
 
-def plan_forward_only(*, num_stages: int, num_micro_batches: int) -> Schedule:
+def plan_forward_only(
+    *, num_stages: int, num_micro_batches: int, placement: Sequence[int] | None = None
+) -> Schedule:
     """Return the table of an evaluation: every stage forwards every micro-batch in turn.
 
     Example:
@@ -40,8 +45,10 @@ def plan_forward_only(*, num_stages: int, num_micro_batches: int) -> Schedule:
         0F0 0F1
         1F0 1F1
     """
-    ranks = tuple(
-        tuple(Action(stage, "F", micro_batch) for micro_batch in range(num_micro_batches))
-        for stage in range(num_stages)
-    )
-    return Schedule("forward-only", num_micro_batches, ranks)
+    placement = range(num_stages) if placement is None else placement
+    ranks: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
+    # A whole pass of a micro-batch before the next: whatever the placement, no rank waits for one that waits for it.
+    for micro_batch in range(num_micro_batches):
+        for stage, rank in enumerate(placement):
+            ranks[rank].append(Action(stage, "F", micro_batch))
+    return Schedule("forward-only", num_micro_batches, tuple(map(tuple, ranks)))

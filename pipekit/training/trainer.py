@@ -15,7 +15,7 @@ from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
 from pipekit.engine.deepspeed_config import plan_deepspeed_config
 from pipekit.engine.engine import PipelineEngine
-from pipekit.engine.executor import MicroBatch
+from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.errors import PipekitError
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics

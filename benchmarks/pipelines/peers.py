@@ -1,0 +1,53 @@
+"""The peers' pipelines, raw DeepSpeed's and torch's, each built as its own documentation builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
+from deepspeed.pipe import PipelineModule as DeepSpeedPipelineModule
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+from pipelines.turns import Step
+from pipelines.workload import Workload
+
+
+def build_deepspeed(workload: Workload, *, partition_method: str) -> Step:
+    """Return a step of DeepSpeed's own pipeline engine, whose schedule is 1F1B."""
+    module = DeepSpeedPipelineModule(
+        [DeepSpeedLayerSpec(spec.typename, *spec.module_args, **spec.module_kwargs) for spec in workload.specs],
+        num_stages=workload.pp,
+        loss_fn=workload.loss_fn,
+        partition_method=partition_method,
+    )
+    parameters = list(module.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=workload.build_optimizer(parameters),
+        model_parameters=parameters,
+        config=workload.deepspeed_config(),
+    )
+    return lambda: float(engine.train_batch(workload.micro_batches()))
+
+
+def build_torch(workload: Workload, *, boundaries: Sequence[int]) -> Step:
+    """Return a step of torch's 1F1B; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`."""
+    rank, last = dist.get_rank(), workload.pp - 1
+    layers = workload.build_stage(boundaries, rank)
+    stage = PipelineStage(layers, stage_index=rank, num_stages=workload.pp, device=torch.device("cpu"))
+    schedule = Schedule1F1B(stage, workload.num_micro_batches, loss_fn=workload.loss_fn)
+    optimizer = workload.build_optimizer(list(layers.parameters()))
+
+    def step() -> float | None:
+        inputs = (workload.inputs,) if rank == 0 else ()
+        losses: list[torch.Tensor] = []
+        labels = workload.labels if rank == last else None
+        schedule.step(*inputs, target=labels, losses=losses if rank == last else None, return_outputs=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(torch.stack(losses).mean()) if losses else None
+
+    return step

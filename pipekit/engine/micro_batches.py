@@ -1,0 +1,187 @@
+"""The micro-batches of a step: read by the ranks that hold the first and the last stage, agreed on by all.
+
+Before a step's first action all ranks of a pipeline learn, in one small collective, whether the data lasted, whether
+the first and the last stage read the same, and which micro-batches have shapes that were seen before. So data that end
+stop every rank with one error, and shapes may change at any micro-batch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipekit.engine.channels import wait
+from pipekit.engine.mpu import ModelParallelUnit, RankGroup
+from pipekit.errors import DataError
+
+MicroBatch = tuple[Any, Any]
+"""The inputs and the labels of one micro-batch: tensors, or tuples, lists and dicts of them."""
+
+BatchFunction = Callable[[Any], MicroBatch]
+"""Makes inputs and labels of what a data iterator yields."""
+
+_OK, _NO_ITERATOR, _FAILED = 0, -1, -2
+# A position of a sample's checksum: more would cost time and find nothing more.
+_SAMPLED_ELEMENTS = 1024
+
+
+@dataclass(frozen=True)
+class StepData:
+    """The micro-batches of one step.
+
+    Attributes:
+        micro_batches: inputs and labels, in order; empty on ranks that hold neither the first nor the last stage.
+        shape_classes: for each micro-batch a number that stands for the shapes and dtypes of its inputs, the same on
+            every rank of the pipeline.
+    """
+
+    micro_batches: list[MicroBatch]
+    shape_classes: list[int]
+
+
+class MicroBatchReader:
+    """Reads each step's micro-batches, and lets the ranks of a pipeline agree on them.
+
+    Args:
+        mpu: the process groups.
+        group: a CPU group of the pipeline's ranks; None where there is one.
+    """
+
+    def __init__(self, mpu: ModelParallelUnit, group: RankGroup | None) -> None:
+        self._mpu = mpu
+        self._group = group
+        self._classes: dict[Any, int] = {}
+        self.batch_fn: BatchFunction | None = None
+
+    def read(self, data: Iterator[Any] | None, num_micro_batches: int) -> StepData:
+        """Return the next `num_micro_batches` micro-batches. All ranks of the pipeline call this together.
+
+        Raises:
+            DataError: on every rank, if the data end too soon, are missing, or differ between the first and the last
+                stage.
+        """
+        mpu = self._mpu
+        status, micro_batches, failure = _OK, [], None
+        if mpu.should_build_data_loader:
+            try:
+                status, micro_batches = self._read(data, num_micro_batches)
+            except Exception as error:
+                status, failure = _FAILED, error
+        head = torch.zeros(4 + num_micro_batches, dtype=torch.int64)
+        if status == _OK and mpu.is_first_stage:
+            head[4:] = torch.tensor([self._class_of(inputs) for inputs, _ in micro_batches])
+        if mpu.is_first_stage:
+            head[0], head[1] = status, _checksum(micro_batches)
+        if mpu.is_last_stage:
+            head[2], head[3] = status, _checksum(micro_batches)
+        if self._group is not None:
+            work = dist.all_reduce(head, group=self._group.process_group, async_op=True)
+            assert work is not None
+            wait(work, "the other stages to begin the step")
+        if failure is not None:
+            raise failure
+        first_status, first_sum, last_status, last_sum, *classes = head.tolist()
+        for stage, outcome in (("first", first_status), ("last", last_status)):
+            if outcome != _OK:
+                raise DataError(_complaint(outcome, stage, num_micro_batches))
+        if first_sum and last_sum and first_sum != last_sum:
+            raise DataError(
+                "the first and the last stage read different batches, so that inputs would meet other labels: give "
+                "every rank of a pipeline an iterator in the same order (seed a shuffle by the data-parallel rank, "
+                "mpu.data_parallel_rank, never by the global rank)"
+            )
+        return StepData(micro_batches, classes)
+
+    def _read(self, data: Iterator[Any] | None, num_micro_batches: int) -> tuple[int, list[MicroBatch]]:
+        if data is None:
+            return _NO_ITERATOR, []
+        micro_batches: list[MicroBatch] = []
+        for _ in range(num_micro_batches):
+            try:
+                batch = next(data)
+            except StopIteration:
+                return 1 + len(micro_batches), []
+            micro_batches.append(self._split(batch))
+        return _OK, micro_batches
+
+    def _split(self, batch: Any) -> MicroBatch:
+        if self.batch_fn is not None:
+            batch = self.batch_fn(batch)
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[0], batch[1]
+        if isinstance(batch, dict) and set(batch) == {"inputs", "labels"}:
+            return batch["inputs"], batch["labels"]
+        what = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
+        raise DataError(
+            f"a micro-batch must be a pair of inputs and labels, and the iterator gave {what}; tell how to make a pair "
+            'of it, for example engine.set_batch_fn(lambda batch: (batch["input_ids"], batch["labels"]))'
+        )
+
+    def _class_of(self, inputs: Any) -> int:
+        return self._classes.setdefault(_shapes(inputs), len(self._classes))
+
+
+def _complaint(status: int, stage: str, num_micro_batches: int) -> str:
+    if status == _NO_ITERATOR:
+        return f"the {stage} stage reads batches, and was given no data iterator"
+    if status == _FAILED:
+        return f"the {stage} stage could not read its data; see that rank's error"
+    return (
+        f"the data of the {stage} stage ended at micro-batch {status - 1} of {num_micro_batches}; a step reads "
+        f"{num_micro_batches} micro-batches from its iterator: wrap a finite loader so that it repeats"
+    )
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, (tuple, list)):
+        return tuple(_shapes(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _shapes(part)) for key, part in value.items())
+    return type(value).__name__
+
+
+def _checksum(micro_batches: list[MicroBatch]) -> int:
+    """Return a checksum of inputs and labels; 0 where a rank has only one of them, or they are on a GPU."""
+    total = 1
+    for micro_batch in micro_batches:
+        for part in micro_batch:
+            tensors = list(_tensors(part))
+            if not tensors or any(tensor.is_cuda for tensor in tensors):
+                return 0
+            for tensor in tensors:
+                flat = tensor.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)].contiguous().view(torch.uint8)
+                total = zlib.crc32(sample.numpy(), total)
+    return total if micro_batches else 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return `batch` with its tensors on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, (tuple, list)):
+        return tuple(to_device(part, device) for part in batch)
+    if isinstance(batch, dict):
+        return {key: to_device(part, device) for key, part in batch.items()}
+    return batch
+
+

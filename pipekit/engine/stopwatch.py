@@ -1,0 +1,70 @@
+"""Times the actions of a step, on CPUs by the clock and on GPUs by events of the stream."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipekit.schedules import Action
+
+
+@dataclass(frozen=True)
+class ActionTime:
+    """When an action ran, in seconds since its rank began the step."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+class Stopwatch:
+    """Times the actions of one step on one rank; waiting for another rank does not count.
+
+    Args:
+        device: what the actions run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._begun: float | torch.cuda.Event = 0.0
+        self._marks: list[tuple[Action, float | torch.cuda.Event]] = []
+
+    def begin(self) -> None:
+        """Begin a step, and forget the one before."""
+        self._marks = []
+        self._begun = self._now()
+
+    def start(self, action: Action) -> None:
+        """Note that an action starts."""
+        self._marks.append((action, self._now()))
+
+    def stop(self, action: Action) -> None:
+        """Note that the action that started last has ended."""
+        assert self._marks[-1][0] == action
+        self._marks.append((action, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _since(self, mark: float | torch.cuda.Event) -> float:
+        if isinstance(mark, float):
+            assert isinstance(self._begun, float)
+            return mark - self._begun
+        assert isinstance(self._begun, torch.cuda.Event)
+        return self._begun.elapsed_time(mark) / 1000
+
+    def times(self) -> list[ActionTime]:
+        """Return the times of the last step's actions, in order."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        starts, stops = self._marks[::2], self._marks[1::2]
+        return [
+            ActionTime(action, self._since(start), self._since(stop))
+            for (action, start), (_, stop) in zip(starts, stops, strict=True)
+        ]

@@ -1,0 +1,74 @@
+"""Nested tuples, lists and dicts of tensors, as a flat list and a structure that can be written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pipekit.errors import PipekitError
+
+Structure = Any
+"""`"*"` for a tensor, None for None, `["tuple", ...]`, `["list", ...]`, or a dict of structures."""
+
+
+def flatten(value: Any, what: str) -> tuple[tuple[Tensor, ...], Structure]:
+    """Return the tensors of `value`, in order, and how they hang together.
+
+    Args:
+        value: a tensor, None, or a tuple, list or dict (with text keys) of such.
+        what: names the value in an error.
+
+    Raises:
+        PipekitError: if there is something else in it.
+
+    Example:
+        >>> import torch
+        >>> tensors, structure = flatten({"x": torch.ones(2), "mask": None, "pair": (torch.ones(1),)}, "an output")
+        >>> len(tensors), structure
+        (2, {'x': '*', 'mask': None, 'pair': ['tuple', '*']})
+    """
+    tensors: list[Tensor] = []
+    structure = _flatten(value, tensors, what)
+    return tuple(tensors), structure
+
+
+def _flatten(value: Any, tensors: list[Tensor], what: str) -> Structure:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return "*"
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return [kind, *(_flatten(part, tensors, what) for part in value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _flatten(part, tensors, what) for key, part in value.items()}
+    raise PipekitError(
+        f"{what} holds a {type(value).__name__}; what passes between layers must be tensors, None, or tuples, lists "
+        "and dicts (with text keys) of them: make a number a tensor, or keep it in the layer"
+    )
+
+
+def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Any:
+    """Put the tensors of `flatten` together again.
+
+    Example:
+        >>> import torch
+        >>> unflatten([torch.tensor(1), torch.tensor(2)], ["tuple", "*", None, ["list", "*"]])
+        (tensor(1), None, [tensor(2)])
+    """
+    return _unflatten(iter(tensors), structure)
+
+
+def _unflatten(tensors: Iterator[Tensor], structure: Structure) -> Any:
+    if structure == "*":
+        return next(tensors)
+    if structure is None:
+        return None
+    if isinstance(structure, dict):
+        return {key: _unflatten(tensors, part) for key, part in structure.items()}
+    kind, *parts = structure
+    values = (_unflatten(tensors, part) for part in parts)
+    return tuple(values) if kind == "tuple" else list(values)

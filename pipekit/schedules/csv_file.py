@@ -1,0 +1,57 @@
+"""Tables as CSV files: one row a rank, one action a cell."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from pipekit.errors import ConfigError, ScheduleError
+from pipekit.schedules.action import Action
+from pipekit.schedules.schedule import Schedule
+from pipekit.schedules.validate import validate
+
+
+def write_csv(schedule: Schedule, path: str | Path) -> None:
+    """Write a table that `read_csv` reads back."""
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([str(action) for action in row] for row in schedule.ranks)
+
+
+def read_csv(path: str | Path) -> Schedule:
+    """Return the table of a file, proved to run.
+
+    One row a rank and one action a cell, in order; empty cells and lines that begin with `#` do not count. The number of
+    micro-batches is one more than the highest.
+
+    Raises:
+        ScheduleError: with file, line and column, if a cell is no action; or if the table cannot be run.
+    """
+    rows: list[tuple[Action, ...]] = []
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file)
+            for cells in reader:
+                if not cells or cells[0].lstrip().startswith("#"):
+                    continue
+                rows.append(_read_row(cells, f"{path}:{reader.line_num}"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ScheduleError(f"{path}: cannot be read as a schedule: {reason}") from None
+    if not any(rows):
+        raise ScheduleError(f"{path}: holds no action; write one row for each pipeline rank, as in 0F0,0F1,0B0,0B1")
+    num_micro_batches = 1 + max(action.micro_batch for row in rows for action in row)
+    schedule = Schedule(str(path), num_micro_batches, tuple(rows))
+    validate(schedule)
+    return schedule
+
+
+def _read_row(cells: list[str], where: str) -> tuple[Action, ...]:
+    actions = []
+    for column, cell in enumerate(cells, start=1):
+        if not cell.strip():
+            continue
+        try:
+            actions.append(Action.parse(cell))
+        except ConfigError as error:
+            raise ScheduleError(f"{where}: column {column}: {error}") from None
+    return tuple(actions)

@@ -1,0 +1,26 @@
+"""Which pipeline rank each stage lives on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+PlacementKind = Literal["looped", "v"]
+
+
+def plan_placement(kind: PlacementKind, *, pp: int, stages_per_rank: int = 1) -> tuple[int, ...]:
+    """Return the pipeline rank of each of `pp * stages_per_rank` stages.
+
+    `looped` starts again at the first rank after the last one; `v` turns round at the ends, so that neighbouring stages
+    meet on one rank there. With one stage a rank they are the same.
+
+    Example:
+        >>> plan_placement("looped", pp=3, stages_per_rank=2)
+        (0, 1, 2, 0, 1, 2)
+        >>> plan_placement("v", pp=3, stages_per_rank=2)
+        (0, 1, 2, 2, 1, 0)
+    """
+    placement: list[int] = []
+    for turn in range(stages_per_rank):
+        down = kind == "looped" or turn % 2 == 0
+        placement += range(pp) if down else range(pp - 1, -1, -1)
+    return tuple(placement)

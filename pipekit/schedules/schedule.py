@@ -1,0 +1,64 @@
+"""The table of a schedule: for each pipeline rank, the ordered list of its actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipekit.schedules.action import Action
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """For each pipeline rank, the ordered list of its actions.
+
+    Attributes:
+        name: what the configuration calls it.
+        num_micro_batches: micro-batches of one step on one pipeline.
+        ranks: the actions of each pipeline rank.
+    """
+
+    name: str
+    num_micro_batches: int
+    ranks: tuple[tuple[Action, ...], ...]
+
+    @cached_property
+    def placement(self) -> tuple[int, ...]:
+        """The pipeline rank of each stage."""
+        rank_of = {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
+        return tuple(rank_of[stage] for stage in sorted(rank_of))
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages, over all ranks."""
+        return len(self.placement)
+
+    def stages_of(self, pipe_rank: int) -> tuple[int, ...]:
+        """Return the stages that live on a rank."""
+        return tuple(stage for stage, rank in enumerate(self.placement) if rank == pipe_rank)
+
+    @cached_property
+    def split_backwards(self) -> frozenset[tuple[int, int]]:
+        """The stage and the micro-batch of every backward that is split into an input and a weight gradient."""
+        return frozenset(
+            (action.stage, action.micro_batch) for actions in self.ranks for action in actions if action.kind == "I"
+        )
+
+    def peak_in_flight(self, pipe_rank: int) -> int:
+        """Return how many activations of a stage for a micro-batch a rank holds at most.
+
+        A forward takes up one; a whole backward, or a weight gradient, gives one back.
+
+        Example:
+            >>> from pipekit.schedules import plan_1f1b
+            >>> [plan_1f1b(num_stages=4, num_micro_batches=8).peak_in_flight(rank) for rank in range(4)]
+            [4, 3, 2, 1]
+        """
+        held = peak = 0
+        for action in self.ranks[pipe_rank]:
+            held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            peak = max(peak, held)
+        return peak
+
+    def __str__(self) -> str:
+        return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)

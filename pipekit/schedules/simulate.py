@@ -1,0 +1,170 @@
+"""The simulator: when each action of a table runs, given what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pipekit.schedules.action import Action
+from pipekit.schedules.dependencies import carry_out, needs
+from pipekit.schedules.schedule import Schedule
+from pipekit.schedules.validate import validate
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the actions of a step cost.
+
+    Attributes:
+        forward_s: seconds of each stage's forward for one micro-batch, as are the next two.
+        input_gradient_s: of each stage's input gradient.
+        weight_gradient_s: of each stage's weight gradient; a whole backward takes both.
+        transfer_s: seconds until an activation or a gradient has reached another rank; no rank computes less meanwhile.
+        overhead_s: seconds that a rank spends on every action beside computing it.
+        activation_bytes: what each stage holds of a micro-batch from its forward to the end of its backward; 1 for each
+            stage unless given.
+    """
+
+    forward_s: Sequence[float]
+    input_gradient_s: Sequence[float]
+    weight_gradient_s: Sequence[float]
+    transfer_s: float = 0.0
+    overhead_s: float = 0.0
+    activation_bytes: Sequence[float] | None = None
+
+    @classmethod
+    def uniform(
+        cls,
+        num_stages: int,
+        *,
+        forward_s: float = 1.0,
+        input_gradient_s: float = 1.0,
+        weight_gradient_s: float = 1.0,
+        transfer_s: float = 0.0,
+        overhead_s: float = 0.0,
+    ) -> Costs:
+        """Return costs that are the same for every stage."""
+        stages = ([seconds] * num_stages for seconds in (forward_s, input_gradient_s, weight_gradient_s))
+        return cls(*stages, transfer_s=transfer_s, overhead_s=overhead_s)
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages that the costs are for."""
+        return len(self.forward_s)
+
+    def of(self, action: Action) -> float:
+        """Return the seconds that a rank spends on an action."""
+        stage = action.stage
+        seconds = {
+            "F": self.forward_s[stage],
+            "I": self.input_gradient_s[stage],
+            "W": self.weight_gradient_s[stage],
+            "B": self.input_gradient_s[stage] + self.weight_gradient_s[stage],
+        }
+        return seconds[action.kind] + self.overhead_s
+
+    def bytes_of(self, stage: int) -> float:
+        """Return what a stage holds of a micro-batch."""
+        return 1.0 if self.activation_bytes is None else self.activation_bytes[stage]
+
+
+@dataclass(frozen=True)
+class Span:
+    """When an action runs, in seconds since the step began."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each rank does what, simulated or measured.
+
+    Attributes:
+        schedule: the table.
+        spans: for each pipeline rank its actions, in order.
+        costs: what the simulation was given; None where the spans were measured.
+    """
+
+    schedule: Schedule
+    spans: tuple[tuple[Span, ...], ...]
+    costs: Costs | None = field(default=None, compare=False)
+
+    @cached_property
+    def step_time_s(self) -> float:
+        """Seconds from the step's begin to the end of its last action."""
+        return max((spans[-1].end_s for spans in self.spans if spans), default=0.0)
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The share of all ranks' time in which they compute nothing."""
+        if not self.step_time_s:
+            return 0.0
+        busy_s = sum(span.end_s - span.start_s for spans in self.spans for span in spans)
+        return 1 - busy_s / (len(self.spans) * self.step_time_s)
+
+    @property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """What each rank holds of activations at most; in stage activations where no sizes were given."""
+        costs = self.costs or Costs.uniform(self.schedule.num_stages)
+        peaks = []
+        for actions in self.schedule.ranks:
+            held = peak = 0.0
+            for action in actions:
+                held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind] * costs.bytes_of(action.stage)
+                peak = max(peak, held)
+            peaks.append(peak)
+        return tuple(peaks)
+
+
+def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+    """Return when each action runs: as soon as its rank is free and what it needs has arrived.
+
+    Raises:
+        ScheduleError: if the table is no schedule, or ranks wait for each other for ever.
+
+    Example:
+        >>> from pipekit.schedules import plan_1f1b
+        >>> timeline = simulate(plan_1f1b(num_stages=4, num_micro_batches=8), Costs.uniform(4))
+        >>> timeline.step_time_s, round(timeline.bubble_fraction, 3)
+        (33.0, 0.273)
+    """
+    order, stuck = carry_out(schedule)
+    if stuck:
+        validate(schedule)
+    ends: dict[Action, float] = {}
+    spans: list[list[Span]] = [[] for _ in schedule.ranks]
+    for rank, action in order:
+        start_s = spans[rank][-1].end_s if spans[rank] else 0.0
+        for other in needs(action, schedule):
+            crosses = schedule.placement[other.stage] != rank
+            start_s = max(start_s, ends[other] + (costs.transfer_s if crosses else 0.0))
+        ends[action] = start_s + costs.of(action)
+        spans[rank].append(Span(action, start_s, ends[action]))
+    return Timeline(schedule, tuple(map(tuple, spans)), costs)
+
+
+def median_costs(timelines: Sequence[Timeline], *, transfer_s: float = 0.0) -> Costs:
+    """Return what the actions of each stage cost in measured timelines: the median of each kind.
+
+    A stage that ran whole backwards only is taken to spend half of them on the weight gradient.
+    """
+    times: dict[tuple[int, str], list[float]] = {}
+    for timeline in timelines:
+        for spans in timeline.spans:
+            for span in spans:
+                times.setdefault((span.action.stage, span.action.kind), []).append(span.end_s - span.start_s)
+    return _costs_of({key: sorted(values)[len(values) // 2] for key, values in times.items()}, transfer_s)
+
+
+def _costs_of(medians: Mapping[tuple[int, str], float], transfer_s: float) -> Costs:
+    stages = sorted({stage for stage, _ in medians})
+    forward, inputs, weights = [], [], []
+    for stage in stages:
+        half = medians.get((stage, "B"), 0.0) / 2
+        forward.append(medians[stage, "F"])
+        inputs.append(medians.get((stage, "I"), half))
+        weights.append(medians.get((stage, "W"), half))
+    return Costs(forward, inputs, weights, transfer_s=transfer_s)

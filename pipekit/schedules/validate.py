@@ -1,0 +1,196 @@
+"""The proof that a table can be run, before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from pipekit.errors import ScheduleError
+from pipekit.schedules.action import Action
+from pipekit.schedules.dependencies import carry_out, needs
+from pipekit.schedules.messages import plan_messages
+from pipekit.schedules.schedule import Schedule
+
+Channels = Literal["buffered", "blocking"]
+
+# Cells shown on each side of a faulty one, and ranks above and below its row.
+_SHOWN_CELLS, _SHOWN_RANKS = 6, 8
+
+
+def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
+    """Prove that a table trains every micro-batch on every stage, and comes to an end.
+
+    Every stage lives on one rank; every micro-batch passes every stage once forward and once backward, whole or split
+    into input and weight gradient, each after what it needs; and no rank waits for ever.
+
+    Args:
+        schedule: the table.
+        channels: `buffered` where a send does not wait for its receiver, as in pipekit's executor; `blocking` where a
+            rank sends after each action and waits until the receiver comes to the action that takes it.
+
+    Raises:
+        ScheduleError: with the rule that is broken, and the table with the faulty cell between `>` and `<`.
+
+    Example:
+        >>> from pipekit.schedules import plan_gpipe, plan_1f1b
+        >>> validate(plan_1f1b(num_stages=4, num_micro_batches=8))
+        >>> validate(plan_gpipe(num_stages=4, num_micro_batches=8), channels="blocking")
+    """
+    _check_cells(schedule)
+    _check_stages(schedule)
+    _check_complete(schedule)
+    _check_order(schedule)
+    _, stuck = carry_out(schedule)
+    if stuck:
+        _refuse_deadlock(schedule, stuck, "every send is buffered")
+    if channels == "blocking":
+        _check_blocking(schedule)
+
+
+def _check_cells(schedule: Schedule) -> None:
+    if not any(schedule.ranks):
+        raise ScheduleError(f"schedule {schedule.name}: the table is empty")
+    seen: dict[Action, tuple[int, int]] = {}
+    for rank, actions in enumerate(schedule.ranks):
+        for position, action in enumerate(actions):
+            if not 0 <= action.micro_batch < schedule.num_micro_batches:
+                rule = f"a step has the micro-batches 0 to {schedule.num_micro_batches - 1}"
+                raise _fault(schedule, rule, rank, position)
+            if action in seen:
+                raise _fault(schedule, f"{action} is done twice, first on rank {seen[action][0]}", rank, position)
+            seen[action] = rank, position
+
+
+def _check_stages(schedule: Schedule) -> None:
+    rank_of: dict[int, int] = {}
+    for rank, actions in enumerate(schedule.ranks):
+        if not actions:
+            raise ScheduleError(f"schedule {schedule.name}: rank {rank} has no action; every rank needs a stage")
+        for position, action in enumerate(actions):
+            if rank_of.setdefault(action.stage, rank) != rank:
+                rule = f"stage {action.stage} lives on rank {rank_of[action.stage]}, and a stage lives on one rank"
+                raise _fault(schedule, rule, rank, position)
+    missing = set(range(max(rank_of) + 1)) - set(rank_of)
+    if missing:
+        raise ScheduleError(
+            f"schedule {schedule.name}: there is no stage {min(missing)}; stages are numbered from 0 to {max(rank_of)} "
+            f"without a gap\n{show_grid(schedule)}"
+        )
+
+
+def _check_complete(schedule: Schedule) -> None:
+    rank_of = schedule.placement
+    kinds: dict[tuple[int, int], Counter[str]] = {
+        (stage, micro_batch): Counter()
+        for stage in range(len(rank_of))
+        for micro_batch in range(schedule.num_micro_batches)
+    }
+    for actions in schedule.ranks:
+        for action in actions:
+            kinds[action.stage, action.micro_batch][action.kind] += 1
+    for (stage, micro_batch), count in kinds.items():
+        found = "".join(sorted(count.elements()))
+        if found in ("BF", "FIW"):
+            continue
+        what = f"micro-batch {micro_batch} passes stage {stage} (rank {rank_of[stage]})"
+        has = f"it has {', '.join(found)}" if found else "it has none of them"
+        positions = [
+            position
+            for position, action in enumerate(schedule.ranks[rank_of[stage]])
+            if (action.stage, action.micro_batch) == (stage, micro_batch)
+        ]
+        rule = f"{what} once with F, and then with either B, or I and W; {has}"
+        raise _fault(schedule, rule, rank_of[stage], positions[-1] if positions else None)
+
+
+def _check_order(schedule: Schedule) -> None:
+    for rank, actions in enumerate(schedule.ranks):
+        at = {action: position for position, action in enumerate(actions)}
+        for position, action in enumerate(actions):
+            for other in needs(action, schedule):
+                if at.get(other, -1) > position:
+                    raise _fault(schedule, f"{action} needs {other}, which the rank does later", rank, position)
+
+
+def _check_blocking(schedule: Schedule) -> None:
+    """Carry the table out where a send and its receive wait for each other."""
+    target_of = {action: target for (_, target), sent in plan_messages(schedule).items() for action in sent}
+    # Each row as what a rank does one after the other: receive what an action needs, do it, send its result.
+    rows: list[list[tuple[str, Action, int]]] = []
+    for rank, actions in enumerate(schedule.ranks):
+        row: list[tuple[str, Action, int]] = []
+        for action in actions:
+            for other in needs(action, schedule):
+                if schedule.placement[other.stage] != rank:
+                    row.append(("receive", other, schedule.placement[other.stage]))
+            if action in target_of:
+                row.append(("send", action, target_of[action]))
+        rows.append(row)
+    heads = [0] * len(rows)
+    ready = list(range(len(rows)))
+    while ready:
+        rank = ready.pop()
+        while heads[rank] < len(rows[rank]):
+            _, action, peer = rows[rank][heads[rank]]
+            if heads[peer] == len(rows[peer]) or rows[peer][heads[peer]][1:] != (action, rank):
+                break
+            heads[rank] += 1
+            heads[peer] += 1
+            ready.append(peer)
+    stuck = {rank: rows[rank][head] for rank, head in enumerate(heads) if head < len(rows[rank])}
+    if stuck:
+        waits = [
+            f"rank {rank} waits for rank {peer} to {'receive' if kind == 'send' else 'send'} the result of {action}"
+            for rank, (kind, action, peer) in sorted(stuck.items())
+        ]
+        raise ScheduleError(
+            f"schedule {schedule.name}: the ranks wait for each other for ever where every send waits for its "
+            f"receiver: {'; '.join(waits[:4])}\n{show_grid(schedule)}"
+        )
+
+
+def _refuse_deadlock(schedule: Schedule, stuck: dict[int, Action], channels: str) -> None:
+    done = {action for _, action in carry_out(schedule)[0]}
+    waits, cell = [], None
+    for rank, missing in sorted(stuck.items()):
+        position = next(i for i, action in enumerate(schedule.ranks[rank]) if action not in done)
+        cell = cell or (rank, position)
+        action = schedule.ranks[rank][position]
+        waits.append(f"rank {rank} waits before {action} for {missing} of rank {schedule.placement[missing.stage]}")
+    assert cell is not None
+    rule = f"the ranks wait for each other for ever, though {channels}: {'; '.join(waits[:4])}"
+    raise _fault(schedule, rule, *cell)
+
+
+def _fault(schedule: Schedule, rule: str, rank: int, position: int | None) -> ScheduleError:
+    where = f"rank {rank}" if position is None else f"rank {rank}, position {position}"
+    cell = None if position is None else (rank, position)
+    return ScheduleError(f"schedule {schedule.name}: {where}: {rule}\n{show_grid(schedule, cell)}")
+
+
+def show_grid(schedule: Schedule, fault: tuple[int, int] | None = None) -> str:
+    """Return the table, a row for each rank, or the part of it around a faulty cell, which stands between `>` and `<`.
+
+    Example:
+        >>> from pipekit.schedules import plan_1f1b
+        >>> print(show_grid(plan_1f1b(num_stages=2, num_micro_batches=2), (1, 1)))
+        rank 0:   0F0    0F1    0B0    0B1
+        rank 1:   1F0   >1B0<   1F1    1B1
+    """
+    rank, position = fault or (0, 0)
+    ranks = range(max(0, rank - _SHOWN_RANKS), min(len(schedule.ranks), rank + _SHOWN_RANKS + 1))
+    first = max(0, position - _SHOWN_CELLS)
+    cells: list[Sequence[str]] = []
+    for row in ranks:
+        shown = schedule.ranks[row][first : position + _SHOWN_CELLS + 1]
+        cells.append([f">{a}<" if fault == (row, first + i) else f" {a} " for i, a in enumerate(shown)])
+    width = max((len(cell) for row in cells for cell in row), default=0)
+    digits = len(str(ranks[-1]))
+    lines = []
+    for row, shown_cells in zip(ranks, cells, strict=True):
+        before = "... " if first else ""
+        after = " ..." if len(schedule.ranks[row]) > first + len(shown_cells) else ""
+        joined = "  ".join(cell.ljust(width) for cell in shown_cells).rstrip()
+        lines.append(f"rank {row:{digits}}: {before} {joined}{after}")
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Weight gradients apart from input gradients: a backward that hands its weight gradients over, to be computed later.
+
+A schedule that splits the backward (`I` then `W`) needs the input gradient at once, since another stage waits for it,
+and the weight gradient at any time before the update. Under `split_linear` every `F.linear` on a parameter, that of a
+plain `nn.Linear` included, computes its weight gradient through `defer_weight_gradient`; an autograd function of your
+own can do the same.
+
+Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.overrides import TorchFunctionMode
+
+Compute = Callable[[], Tensor]
+"""Computes a weight gradient; one that also has `add_to(gradient)` can add it without holding it."""
+
+
+class WeightGradients:
+    """The weight gradients that one backward has handed over."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[Tensor, Compute]] = []
+
+    def append(self, weight: Tensor, compute: Compute) -> None:
+        """Take over the gradient of `weight`."""
+        self._pieces.append((weight, compute))
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def compute(self, add: Callable[[Tensor, Compute], None]) -> None:
+        """Give every weight and what computes its gradient to `add`, each freed as soon as it is done."""
+        while self._pieces:
+            add(*self._pieces.pop())
+
+
+# Autograd calls a backward on threads of its own where there are GPUs, so neither an argument nor a context variable
+# reaches it. One backward runs at a time in a process.
+_current: WeightGradients | None = None
+
+
+@contextmanager
+def deferring() -> Iterator[WeightGradients]:
+    """Collect the weight gradients of the backward that runs inside, in place of computing them."""
+    global _current
+    assert _current is None, "one backward runs at a time"
+    _current = collected = WeightGradients()
+    try:
+        yield collected
+    finally:
+        _current = None
+
+
+def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
+    """Return the gradient of `weight`, or None where it is handed over to be computed later.
+
+    Call it in the backward of an autograd function, and return what it returns in the place of the weight's gradient.
+    Nothing is handed over outside of a schedule that splits the backward, nor for a weight that is computed from others
+    or that has hooks.
+
+    Args:
+        weight: the parameter, as it was given to the function.
+        compute: computes the gradient, in the shape of `weight`; keep no more alive in it than that needs.
+
+    Example:
+        >>> class Scale(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x, weight):
+        ...         ctx.save_for_backward(x, weight)
+        ...         return x * weight
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         x, weight = ctx.saved_tensors
+        ...         return grad * weight, defer_weight_gradient(weight, lambda: (grad * x).sum().reshape(1))
+        >>> x, weight = torch.ones(3, requires_grad=True), torch.nn.Parameter(torch.full((1,), 2.0))
+        >>> with deferring() as later:
+        ...     Scale.apply(x, weight).sum().backward()
+        >>> x.grad.tolist(), weight.grad, len(later)
+        ([2.0, 2.0, 2.0], None, 1)
+        >>> later.compute(lambda weight, compute: print(compute().item()))
+        3.0
+    """
+    if _current is None or not weight.is_leaf or weight._backward_hooks:
+        return compute()
+    _current.append(weight, compute)
+    return None
+
+
+class _OuterProduct:
+    """The weight gradient of a linear layer: output gradients `(..., O)` and inputs `(..., I)` to `(O, I)`."""
+
+    def __init__(self, grad: Tensor, inputs: Tensor) -> None:
+        self._grad = grad
+        self._inputs = inputs
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self._grad.reshape(-1, self._grad.shape[-1]).t(), self._inputs.reshape(-1, self._inputs.shape[-1])
+
+    def __call__(self) -> Tensor:
+        return torch.mm(*self._factors())
+
+    def add_to(self, gradient: Tensor) -> None:
+        gradient.addmm_(*self._factors())
+
+
+class _SumOverRows:
+    """The bias gradient of a linear layer: output gradients `(..., O)` to `(O)`."""
+
+    def __init__(self, grad: Tensor) -> None:
+        self._grad = grad
+
+    def __call__(self) -> Tensor:
+        return self._grad.reshape(-1, self._grad.shape[-1]).sum(0)
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear` that can hand its weight gradient over."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(inputs, weight, bias)
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+        return (
+            grad.matmul(weight) if needs_inputs else None,
+            defer_weight_gradient(weight, _OuterProduct(grad, inputs)) if needs_weight else None,
+            defer_weight_gradient(bias, _SumOverRows(grad)) if needs_bias else None,
+        )
+
+
+class _SplitLinear(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _split(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _split(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    deferrable = weight.is_leaf and weight.requires_grad and not torch.is_autocast_enabled(input.device.type)
+    if not deferrable or type(input) is not Tensor:
+        return F.linear(input, weight, bias)
+    output: Tensor = _Linear.apply(input, weight, bias)
+    return output
+
+
+split_linear = _SplitLinear
+"""Context manager: every `F.linear` inside can hand its weight gradient over in the backward."""
