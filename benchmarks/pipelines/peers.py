@@ -9,19 +9,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
 from deepspeed.pipe import PipelineModule as DeepSpeedPipelineModule
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from pipelines.turns import Step
 from pipelines.workload import Workload
 
 
-def build_deepspeed(workload: Workload, *, partition_method: str) -> Step:
-    """Return a step of DeepSpeed's own pipeline engine, whose schedule is 1F1B."""
+def build_deepspeed(workload: Workload, *, partition: str) -> Step:
+    """Return a step of DeepSpeed's own pipeline engine; its schedule is 1F1B, `partition` its `partition_method`."""
     module = DeepSpeedPipelineModule(
         [DeepSpeedLayerSpec(spec.typename, *spec.module_args, **spec.module_kwargs) for spec in workload.specs],
         num_stages=workload.pp,
         loss_fn=workload.loss_fn,
-        partition_method=partition_method,
+        partition_method=partition,
     )
     parameters = list(module.parameters())
     engine, *_ = deepspeed.initialize(
@@ -34,7 +35,7 @@ def build_deepspeed(workload: Workload, *, partition_method: str) -> Step:
 
 
 def build_torch(workload: Workload, *, boundaries: Sequence[int]) -> Step:
-    """Return a step of torch's 1F1B; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`."""
+    """Return a step of torch's 1F1B."""
     rank, last = dist.get_rank(), workload.pp - 1
     layers = workload.build_stage(boundaries, rank)
     stage = PipelineStage(layers, stage_index=rank, num_stages=workload.pp, device=torch.device("cpu"))
@@ -42,10 +43,13 @@ def build_torch(workload: Workload, *, boundaries: Sequence[int]) -> Step:
     optimizer = workload.build_optimizer(list(layers.parameters()))
 
     def step() -> float | None:
-        inputs = (workload.inputs,) if rank == 0 else ()
-        losses: list[torch.Tensor] = []
-        labels = workload.labels if rank == last else None
-        schedule.step(*inputs, target=labels, losses=losses if rank == last else None, return_outputs=False)
+        losses: list[Tensor] = []
+        if rank == 0:
+            schedule.step(workload.inputs, return_outputs=False)
+        elif rank == last:
+            schedule.step(target=workload.labels, losses=losses, return_outputs=False)
+        else:
+            schedule.step(return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
         return float(torch.stack(losses).mean()) if losses else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
+from pipekit.schedules import Schedule
 from pipelines.ranks import Say
 
 System = Literal["DeepSpeed", "torch", "pipekit", "limit"]
@@ -19,20 +20,25 @@ Step = Callable[[], float | None]
 
 @dataclass(frozen=True)
 class Contender:
-    """What is measured.
+    """One way to train the model.
 
     Attributes:
         system: whose pipeline.
-        schedule: its schedule.
-        cut: how the layers are divided: a partitioner's name, or the first layer of each stage but the first.
+        schedule: the name of its schedule.
+        partition: how the layers are cut: DeepSpeed's name of it, or the first layer of each stage but the first.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`; empty for DeepSpeed, which has
+            partitions of its own.
+        table: of our schedule.
     """
 
     system: System
-    schedule: str
-    cut: str = ""
+    schedule: str = ""
+    partition: str = ""
+    boundaries: tuple[int, ...] = ()
+    table: Schedule | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.system, self.schedule, self.cut and f"cut {self.cut}") if part)
+        return " ".join(part for part in (self.system, self.schedule, self.partition and f"cut {self.partition}") if part)
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Turns:
         loss: of the last step, on the ranks that know it.
     """
 
-    spans_s: list[tuple[float, float]]
+    spans_s: list[tuple[float, float]] = field(default_factory=list)
     loss: float | None = None
 
 
@@ -55,12 +61,12 @@ def take_turns(steps: Mapping[Contender, Step], rounds: int, say: Say) -> dict[C
     """
     import torch.distributed as dist
 
-    order = list(steps)
-    turns = {contender: Turns([]) for contender in order}
     for contender, step in steps.items():
         say(f"warm-up of {contender}")
         dist.barrier()
         step()
+    order = list(steps)
+    turns = {contender: Turns() for contender in order}
     for index in range(rounds):
         first = index % len(order)
         for contender in order[first:] + order[:first]:
@@ -73,17 +79,35 @@ def take_turns(steps: Mapping[Contender, Step], rounds: int, say: Say) -> dict[C
     return turns
 
 
-def step_times_s(ranks: Sequence[Mapping[Contender, Turns]], contender: Contender) -> list[float]:
-    """Return how long each round's step took: from the first rank's begin to the last rank's end."""
-    rounds = zip(*(rank[contender].spans_s for rank in ranks), strict=True)
-    return [max(end for _, end in spans) - min(begin for begin, _ in spans) for spans in rounds]
+@dataclass(frozen=True)
+class Result:
+    """What a contender was measured at.
+
+    Attributes:
+        steps_s: how long the step of each round took: from the first rank's begin to the last rank's end.
+        ranks_s: each rank's own time, the median over the rounds.
+        loss: of the last step; None where no rank knows it.
+    """
+
+    steps_s: list[float]
+    ranks_s: list[float]
+    loss: float | None
+
+    @property
+    def step_s(self) -> float:
+        """The median over the rounds."""
+        return median(self.steps_s)
 
 
-def rank_times_s(ranks: Sequence[Mapping[Contender, Turns]], contender: Contender) -> list[float]:
-    """Return the median over the rounds of each rank's own time."""
-    return [median(end - begin for begin, end in rank[contender].spans_s) for rank in ranks]
-
-
-def last_loss(ranks: Sequence[Mapping[Contender, Turns]], contender: Contender) -> float | None:
-    """Return the loss of the last step, from a rank that knows it."""
-    return next((rank[contender].loss for rank in ranks if rank[contender].loss is not None), None)
+def combine(ranks: Sequence[Mapping[Contender, Turns]]) -> dict[Contender, Result]:
+    """Return each contender's result from what each rank saw."""
+    results = {}
+    for contender in ranks[0]:
+        seen = [rank[contender] for rank in ranks]
+        rounds = list(zip(*(turns.spans_s for turns in seen), strict=True))
+        results[contender] = Result(
+            steps_s=[max(end for _, end in spans) - min(begin for begin, _ in spans) for spans in rounds],
+            ranks_s=[median(end - begin for begin, end in turns.spans_s) for turns in seen],
+            loss=next((turns.loss for turns in seen if turns.loss is not None), None),
+        )
+    return results

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipekit.engine.deepspeed_config import plan_deepspeed_config
 from pipekit.specs import LayerSpec, build_layer
-
-Precision = Literal["fp32", "bf16"]
+from pipelines.settings import Precision
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,11 @@ class Workload:
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs and the labels of each micro-batch."""
+        """Return an iterator over the inputs and the labels of each micro-batch."""
         return zip(self.inputs.split(self.micro_batch_size), self.labels.split(self.micro_batch_size), strict=True)
 
     def build_stage(self, boundaries: Sequence[int], stage: int) -> nn.Sequential:
-        """Allocate the layers of one stage in plain torch.
+        """Return the layers of one stage in plain torch.
 
         Args:
             boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
@@ -67,7 +66,7 @@ class Workload:
         return nn.Sequential(*built).to(self.dtype)
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """Return what a DeepSpeed engine is configured with, ours and the peer's alike."""
+        """Return what DeepSpeed's engine is configured with, the peer's and ours alike."""
         return plan_deepspeed_config(
             micro_batch_size=self.micro_batch_size,
             num_micro_batches=self.num_micro_batches,

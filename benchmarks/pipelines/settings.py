@@ -1,0 +1,168 @@
+"""What is measured: the emulated pipelines and the GPT, with everybody who takes part in each.
+
+Nothing here needs torch, so that the command answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pipekit.partitioners import partition_uniform
+from pipekit.schedules import Costs, Schedule, default_stages_per_rank, plan_schedule, simulate
+from pipelines.turns import Contender
+
+if TYPE_CHECKING:
+    from pipelines.workload import Workload
+
+Precision = Literal["fp32", "bf16"]
+
+
+def _plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs | None = None) -> Schedule:
+    """Return the table of one of our schedules, written `name` or `name:stages on each rank`."""
+    name, stages_per_rank = _parse(schedule)
+    return plan_schedule(
+        name, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank, costs=costs
+    )
+
+
+def _parse(schedule: str) -> tuple[str, int]:
+    name, _, stages_per_rank = schedule.partition(":")
+    return name, int(stages_per_rank) if stages_per_rank else default_stages_per_rank(name)
+
+
+@dataclass(frozen=True)
+class EmulatedSetting:
+    """Layers that sleep in place of computing, so that many ranks measure truly on a few cores.
+
+    The model has two equal layers for each rank. Schedules of one stage a rank put both into it, those of two stages
+    one into each.
+
+    Attributes:
+        pp: number of ranks.
+        num_micro_batches: micro-batches of a step.
+        forward_s: of a rank's layers for one micro-batch; the input gradient and the weight gradient take as long each.
+    """
+
+    pp: int
+    num_micro_batches: int
+    forward_s: float
+
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
+        return f"pp{self.pp}-{1000 * self.forward_s:.0f}ms"
+
+    def __str__(self) -> str:
+        forward_ms = 1000 * self.forward_s
+        return f"pp={self.pp}, {self.num_micro_batches} micro-batches, {forward_ms:.0f}/{2 * forward_ms:.0f} ms"
+
+    @property
+    def work_s(self) -> float:
+        """Seconds for which each rank sleeps in a step, whatever the schedule."""
+        return self.num_micro_batches * 3 * self.forward_s
+
+    def contenders(self, schedules: Sequence[str]) -> list[Contender]:
+        """Return raw DeepSpeed, torch, and ours with each of `schedules`."""
+        num_layers = 2 * self.pp
+        boundaries = tuple(partition_uniform(num_layers, self.pp))
+        found = [
+            Contender("DeepSpeed", "1f1b", "uniform"),
+            Contender("torch", "1f1b", boundaries=boundaries),
+        ]
+        for schedule in schedules:
+            _, stages_per_rank = _parse(schedule)
+            num_stages = self.pp * stages_per_rank
+            table = _plan_table(
+                schedule, pp=self.pp, num_micro_batches=self.num_micro_batches, costs=self._costs(num_stages)
+            )
+            boundaries = tuple(partition_uniform(num_layers, num_stages))
+            found.append(Contender("pipekit", schedule, boundaries=boundaries, table=table))
+        return found
+
+    def simulated_s(self, table: Schedule) -> float:
+        """Return the step time that our simulator gives, from the layers' times alone."""
+        return simulate(table, self._costs(table.num_stages)).step_time_s
+
+    def _costs(self, num_stages: int) -> Costs:
+        seconds = self.forward_s * self.pp / num_stages
+        return Costs.uniform(num_stages, forward_s=seconds, input_gradient_s=seconds, weight_gradient_s=seconds)
+
+    def build_workload(self) -> Workload:
+        """Build the layers and the batch; needs torch."""
+        from pipelines.sleeping import build_sleeping_workload
+
+        return build_sleeping_workload(self)
+
+
+EMULATED_SETTINGS = tuple(
+    EmulatedSetting(pp, num_micro_batches, forward_s)
+    for pp, num_micro_batches in ((4, 8), (8, 16))
+    for forward_s in (0.02, 0.05)
+)
+
+
+@dataclass(frozen=True)
+class GPTSetting:
+    """A GPT of eight blocks on two ranks, one thread each: ZeRO-1 and AdamW, torch with its plain AdamW.
+
+    Its layers are token embedding 0, position embedding 1, attention and MLP half of the blocks 2 to 17, final norm 18,
+    head 19.
+
+    Attributes:
+        precision: of weights and activations; in bf16 DeepSpeed and ours update fp32 weights, torch its bf16 ones.
+    """
+
+    precision: Precision
+
+    pp = 2
+    num_micro_batches = 8
+    micro_batch_size = 4
+    num_blocks = 8
+    hidden_size = 384
+    num_heads = 6
+    vocab_size = 4096
+    sequence_length = 256
+
+    halves = ((10,), (11,), (12,))
+    """Cuts into two stages: the layer that the second begins with."""
+
+    quarters = ((6, 11, 15), (6, 11, 16), (6, 10, 15))
+    """Cuts into four stages, for schedules that put two on each rank."""
+
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
+        return f"gpt-{self.precision}"
+
+    def __str__(self) -> str:
+        return f"GPT, pp={self.pp}, {self.num_micro_batches} micro-batches, {self.precision}"
+
+    def contenders(self, schedules: Sequence[str], *, num_cuts: int | None = None) -> list[Contender]:
+        """Return raw DeepSpeed with each partition, and torch, ours and the limit with each of the first cuts."""
+        found = [Contender("DeepSpeed", "1f1b", partition) for partition in ("parameters", "uniform")]
+        halves, quarters = self.halves[:num_cuts], self.quarters[:num_cuts]
+        found += [self._cut("torch", "1f1b", cut) for cut in halves]
+        for schedule in schedules:
+            _, stages_per_rank = _parse(schedule)
+            table = _plan_table(schedule, pp=self.pp, num_micro_batches=self.num_micro_batches)
+            found += [
+                self._cut("pipekit", schedule, cut, table) for cut in (halves if stages_per_rank == 1 else quarters)
+            ]
+        return found + [self._cut("limit", "", cut) for cut in halves]
+
+    def _cut(
+        self, system: Literal["torch", "pipekit", "limit"], schedule: str, cut: tuple[int, ...], table: Schedule | None = None
+    ) -> Contender:
+        boundaries = (0, *cut, 2 * self.num_blocks + 4)
+        return Contender(system, schedule, ",".join(map(str, cut)), boundaries, table)
+
+    def build_workload(self) -> Workload:
+        """Build the specs and the batch; needs torch."""
+        from pipelines.gpt import build_gpt_workload
+
+        return build_gpt_workload(self)
+
+
+GPT_SETTINGS = (GPTSetting("fp32"), GPTSetting("bf16"))

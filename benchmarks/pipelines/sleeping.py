@@ -1,0 +1,67 @@
+"""Layers that sleep where real ones compute."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipekit import LayerSpec, defer_weight_gradient
+from pipelines.settings import EmulatedSetting
+from pipelines.workload import Workload
+
+
+class _Scale(torch.autograd.Function):
+    """Multiplies by a weight, and sleeps for `seconds` in each of forward, input gradient and weight gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        seconds = ctx.seconds
+
+        def weight_gradient() -> Tensor:
+            time.sleep(seconds)
+            return (grad * x).sum().reshape(1)
+
+        # The very first layer sleeps as well, though nobody asks for its input gradient: all ranks cost the same.
+        time.sleep(seconds)
+        # Only a schedule that splits the backward puts this off; elsewhere it is computed here and now.
+        return grad * weight, defer_weight_gradient(weight, weight_gradient), None
+
+
+class SleepingLayer(nn.Module):
+    """Scales `(B, 1)` by its one weight, and takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = _Scale.apply(x, self.weight, self.seconds)
+        return scaled
+
+
+def build_sleeping_workload(setting: EmulatedSetting) -> Workload:
+    """Return two sleeping layers for each rank, one sequence a micro-batch, and plain SGD."""
+    return Workload(
+        specs=[LayerSpec(SleepingLayer, setting.forward_s / 2) for _ in range(2 * setting.pp)],
+        pp=setting.pp,
+        num_micro_batches=setting.num_micro_batches,
+        precision="fp32",
+        zero=0,
+        loss_fn=F.mse_loss,
+        build_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        inputs=torch.ones(setting.num_micro_batches, 1),
+        labels=torch.zeros(setting.num_micro_batches, 1),
+    )
