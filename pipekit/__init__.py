@@ -14,22 +14,25 @@ if TYPE_CHECKING:
     from pipekit.checkpoint.export import export_checkpoint
     from pipekit.config import Config, load_config, parse_config
     from pipekit.engine.engine import PipelineEngine
+    from pipekit.engine.initialize import initialize
     from pipekit.engine.module import PipelineModule
     from pipekit.engine.mpu import ModelParallelUnit
     from pipekit.errors import PipekitError
     from pipekit.launch.train import train
     from pipekit.layout import Layout
-    from pipekit.schedules import Action, Schedule
+    from pipekit.schedules import Action, Costs, Schedule, Timeline, plan_schedule, simulate
     from pipekit.specs import LayerSpec, TiedLayerSpec
     from pipekit.training.callbacks import Callback, StepMetrics
     from pipekit.training.language_model import LanguageModelTrial
     from pipekit.training.trainer import Trainer
     from pipekit.training.trial import Trial
+    from pipekit.weight_gradients import defer_weight_gradient
 
 _HOMES = {
     "Action": "pipekit.schedules",
     "Callback": "pipekit.training.callbacks",
     "Config": "pipekit.config",
+    "Costs": "pipekit.schedules",
     "LanguageModelTrial": "pipekit.training.language_model",
     "LayerSpec": "pipekit.specs",
     "Layout": "pipekit.layout",
@@ -40,11 +43,16 @@ _HOMES = {
     "Schedule": "pipekit.schedules",
     "StepMetrics": "pipekit.training.callbacks",
     "TiedLayerSpec": "pipekit.specs",
+    "Timeline": "pipekit.schedules",
     "Trainer": "pipekit.training.trainer",
     "Trial": "pipekit.training.trial",
+    "defer_weight_gradient": "pipekit.weight_gradients",
     "export_checkpoint": "pipekit.checkpoint.export",
+    "initialize": "pipekit.engine.initialize",
     "load_config": "pipekit.config",
     "parse_config": "pipekit.config",
+    "plan_schedule": "pipekit.schedules",
+    "simulate": "pipekit.schedules",
     "train": "pipekit.launch.train",
 }
 
@@ -52,6 +60,7 @@ __all__ = [
     "Action",
     "Callback",
     "Config",
+    "Costs",
     "LanguageModelTrial",
     "LayerSpec",
     "Layout",
@@ -62,11 +71,16 @@ __all__ = [
     "Schedule",
     "StepMetrics",
     "TiedLayerSpec",
+    "Timeline",
     "Trainer",
     "Trial",
+    "defer_weight_gradient",
     "export_checkpoint",
+    "initialize",
     "load_config",
     "parse_config",
+    "plan_schedule",
+    "simulate",
     "train",
 ]
 

@@ -15,7 +15,7 @@ from pipekit.errors import ConfigError
 from pipekit.layout import Layout
 from pipekit.parameters import count_layer_parameters, count_parameters
 from pipekit.partitioners import LayerFacts, partition
-from pipekit.schedules import Schedule, plan_1f1b
+from pipekit.schedules import Schedule, plan_schedule
 from pipekit.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 
 Device = Literal["cpu", "cuda"]
@@ -36,7 +36,7 @@ class Plan:
         layer_parameters: trainable parameters of each layer; a tied layer's wherever it occurs.
         num_parameters: trainable parameters of the model, tied ones once.
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
-        schedule: the pipeline's table.
+        schedule: the pipeline's table; under `auto` the one for equal costs, with which a run begins.
     """
 
     config: Config
@@ -49,6 +49,11 @@ class Plan:
     num_parameters: int
     boundaries: Sequence[int]
     schedule: Schedule
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The pipeline rank of each stage."""
+        return self.schedule.placement
 
     @property
     def stages(self) -> list[range]:
@@ -73,12 +78,20 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
     device = plan_device(config, num_devices)
     layout = resolve_layout(config, world_size=world_size, num_devices=num_devices if device == "cuda" else None)
     batch = plan_batch(config, layout.dp)
+    parallel = config.parallel
+    schedule = plan_schedule(
+        parallel.schedule,
+        pp=layout.pp,
+        num_micro_batches=batch.num_micro_batches,
+        stages_per_rank=parallel.stages_per_rank,
+        max_in_flight=parallel.max_in_flight,
+    )
     layer_parameters = count_layer_parameters(specs)
     boundaries = partition(
-        config.parallel.partition,
+        parallel.partition,
         LayerFacts([spec.type_name for spec in specs], lambda: layer_parameters),
-        layout.pp,
-        boundaries=config.parallel.boundaries,
+        schedule.num_stages,
+        boundaries=parallel.boundaries,
     )
     return Plan(
         config=config,
@@ -90,7 +103,7 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
         layer_parameters=layer_parameters,
         num_parameters=count_parameters(specs),
         boundaries=boundaries,
-        schedule=plan_1f1b(num_stages=layout.pp, num_micro_batches=batch.num_micro_batches),
+        schedule=schedule,
     )
 
 

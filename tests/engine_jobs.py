@@ -117,17 +117,15 @@ def build_engine(
 
         type(get_accelerator()).is_fp16_supported = lambda self: True
     specs = specs or model_specs(case)
-    placement = schedule_placement(
-        case.schedule, pp=case.pp, stages_per_rank=default_stages_per_rank(case.schedule)
-    )
+    placement = schedule_placement(case.schedule, pp=case.pp, stages_per_rank=default_stages_per_rank(case.schedule))
     unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp), placement=placement)
     module = PipelineModule(
         specs,
         mpu=unit,
         boundaries=case.boundaries or partition_uniform(len(specs), len(placement)),
         loss_fn=loss_fn,
-        seed=1,
-        activation_checkpointing=case.checkpointing,
+        base_seed=1,
+        activation_checkpoint_interval=int(case.checkpointing),
     )
     return PipelineEngine(
         module,
@@ -141,9 +139,10 @@ def build_engine(
             gradient_clipping=case.clip,
             extra={},
         ),
-        plan_schedule=lambda num_micro_batches: plan_schedule(
-            case.schedule, pp=case.pp, num_micro_batches=num_micro_batches
+        plan_schedule=lambda num_micro_batches, costs: plan_schedule(
+            case.schedule, pp=case.pp, num_micro_batches=num_micro_batches, costs=costs
         ),
+        measure_costs=case.schedule == "auto",
     )
 
 

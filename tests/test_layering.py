@@ -30,6 +30,8 @@ FLOORS: dict[str, int] = {
     "pipekit.data.order": 0,
     # 1: torch, no processes.
     "pipekit.specs": 1,
+    "pipekit.nested": 1,
+    "pipekit.weight_gradients": 1,
     "pipekit.parameters": 1,
     "pipekit.sequential": 1,
     "pipekit.generate": 1,
@@ -43,6 +45,7 @@ FLOORS: dict[str, int] = {
     "pipekit.engine": 2,
     "pipekit.checkpoint.save": 2,
     "pipekit.checkpoint.load": 2,
+    "pipekit.checkpoint.engine_state": 2,
     "pipekit.training": 0,
     "pipekit.training.*": 2,
     # 3: face.

@@ -22,9 +22,7 @@ Precision = Literal["fp32", "bf16"]
 def _plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs | None = None) -> Schedule:
     """Return the table of one of our schedules, written `name` or `name:stages on each rank`."""
     name, stages_per_rank = _parse(schedule)
-    return plan_schedule(
-        name, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank, costs=costs
-    )
+    return plan_schedule(name, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank, costs=costs)
 
 
 def _parse(schedule: str) -> tuple[str, int]:
@@ -153,7 +151,11 @@ class GPTSetting:
         return found + [self._cut("limit", "", cut) for cut in halves]
 
     def _cut(
-        self, system: Literal["torch", "pipekit", "limit"], schedule: str, cut: tuple[int, ...], table: Schedule | None = None
+        self,
+        system: Literal["torch", "pipekit", "limit"],
+        schedule: str,
+        cut: tuple[int, ...],
+        table: Schedule | None = None,
     ) -> Contender:
         boundaries = (0, *cut, 2 * self.num_blocks + 4)
         return Contender(system, schedule, ",".join(map(str, cut)), boundaries, table)

@@ -38,7 +38,9 @@ class Contender:
     table: Schedule | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.system, self.schedule, self.partition and f"cut {self.partition}") if part)
+        return " ".join(
+            part for part in (self.system, self.schedule, self.partition and f"cut {self.partition}") if part
+        )
 
 
 @dataclass

@@ -64,6 +64,7 @@ class TrainingState:
         loss_scaler: state of fp16's dynamic loss scale; empty otherwise.
         data_fingerprint: identifies the tokenized data that `consumed_samples` counts.
         metrics: the last known, for people.
+        client_state: what a training loop of one's own asked to be kept.
     """
 
     step: int
@@ -74,6 +75,7 @@ class TrainingState:
     loss_scaler: Mapping[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    client_state: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def save_checkpoint(
     config_yaml: str,
     extra_files: Mapping[str, Path] | None = None,
     keep: int | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a checkpoint into `folder` and return its path. Every rank calls this together.
 
@@ -50,11 +51,12 @@ def save_checkpoint(
         config_yaml: the resolved configuration.
         extra_files: files to copy in, by name.
         keep: how many checkpoints to keep in `folder`; None keeps all.
+        name: of the checkpoint; follows from the step unless given.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; nothing is left behind.
     """
-    name = checkpoint_name(training.step)
+    name = name or checkpoint_name(training.step)
     final, temporary = folder / name, folder / f".{name}.tmp"
     rank = dist.get_rank()
     if rank == 0:

@@ -116,28 +116,41 @@ UNSUPPORTED_KEYS: dict[str, str] = {
 
 def check_deepspeed_keys(section: dict[str, Any]) -> Iterator[Fault]:
     """Yield a fault for each key that DeepSpeed does not know, or that pipekit sets itself."""
-    yield from _check(section, DEEPSPEED_KEYS, ())
+    yield from _check(section, DEEPSPEED_KEYS, (), owner="deepspeed.")
 
 
-def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...]) -> Iterator[Fault]:
+def unknown_deepspeed_keys(config: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with each key of a configuration of DeepSpeed's own that DeepSpeed does not know.
+
+    Example:
+        >>> list(unknown_deepspeed_keys({"zero_optimisation": {"stage": 1}}))
+        ["zero_optimisation: unknown key; did you mean 'zero_optimization'?"]
+    """
+    for fault in _check(config, DEEPSPEED_KEYS, (), owner=""):
+        yield fault.message
+
+
+def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...], *, owner: str) -> Iterator[Fault]:
+    """Yield the faults of a section; `owner` stands before its keys where they are part of pipekit's configuration."""
+    owned, unsupported = (OWNED_KEYS, UNSUPPORTED_KEYS) if owner else ({}, {})
     for key, value in section.items():
         path = (*parents, key)
         name = ".".join(path)
-        shown = f"deepspeed.{name}"
+        shown = f"{owner}{name}"
         place = ("deepspeed", *path)
-        if name in OWNED_KEYS:
-            yield Fault(place, f"{shown}: pipekit sets this itself; use {OWNED_KEYS[name]} instead")
-        elif name in UNSUPPORTED_KEYS:
-            yield Fault(place, f"{shown}: has no effect here, since {UNSUPPORTED_KEYS[name]}; remove it")
+        if name in owned:
+            yield Fault(place, f"{shown}: pipekit sets this itself; use {owned[name]} instead")
+        elif name in unsupported:
+            yield Fault(place, f"{shown}: has no effect here, since {unsupported[name]}; remove it")
         elif key not in known:
             match = closest(key, known)
             meant = ".".join((*parents, match or ""))
-            if meant in OWNED_KEYS:
-                remedy = f"use {OWNED_KEYS[meant]} instead"
+            if meant in owned:
+                remedy = f"use {owned[meant]} instead"
             elif match:
-                remedy = f"did you mean 'deepspeed.{meant}'?"
+                remedy = f"did you mean '{owner}{meant}'?"
             elif parents:
-                remedy = f"deepspeed.{'.'.join(parents)} has {alternatives(sorted(known), last='and')}"
+                remedy = f"{owner}{'.'.join(parents)} has {alternatives(sorted(known), last='and')}"
             else:
                 remedy = "see https://www.deepspeed.ai/docs/config-json/ for the keys of DeepSpeed"
             yield Fault(place, f"{shown}: unknown key; {remedy}")
@@ -146,7 +159,7 @@ def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...]) ->
             if below is None:
                 continue
             if isinstance(value, dict):
-                yield from _check(value, below, path)
+                yield from _check(value, below, path, owner=owner)
             elif value is not None:
-                example = next(k for k in sorted(below) if f"{name}.{k}" not in OWNED_KEYS)
+                example = next(k for k in sorted(below) if f"{name}.{k}" not in owned)
                 yield Fault(place, f"{shown}={show(value)}: must be a mapping; for example {key}: {{{example}: ...}}")

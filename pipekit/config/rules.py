@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipekit.config.base import Fault, alternatives, rule_fault
 from pipekit.config.deepspeed_keys import check_deepspeed_keys
+from pipekit.errors import ConfigError
+from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
 
 if TYPE_CHECKING:
     from pipekit.config.model import ModelConfig
@@ -67,20 +69,64 @@ def degrees_are_available(parallel: ParallelConfig) -> Iterator[Fault]:
 
 def stages_have_layers(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
     """Every stage needs a layer of its own."""
-    num_layers = model.num_layer_specs
-    if num_layers is not None and parallel.pp > num_layers:
+    num_layers, num_stages = model.num_layer_specs, _num_stages(parallel)
+    if num_layers is not None and num_stages is not None and num_stages > num_layers:
+        per_rank = num_stages // parallel.pp
+        product = f" x {per_rank} on each rank, {num_stages}" if per_rank > 1 else ""
         yield rule_fault(
             "parallel.pp model.num_layers",
-            f"parallel.pp={parallel.pp} stages are more than the model's {num_layers} layers (2 for each of "
-            f"model.num_layers={num_layers // 2 - 2}, and 4 more); try parallel.pp={num_layers} or less",
+            f"parallel.pp={parallel.pp}{product} stages are more than the model's {num_layers} layers (2 for each of "
+            f"model.num_layers={num_layers // 2 - 2}, and 4 more); try parallel.pp={num_layers // per_rank} or less",
         )
+
+
+def schedule_fits(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
+    """A schedule can run the stages on each rank, and the micro-batches of a step."""
+    try:
+        check_stages_per_rank(parallel.schedule, parallel.stages_per_rank)
+    except ConfigError as error:
+        yield rule_fault("parallel.stages_per_rank parallel.schedule", str(error))
+        return
+    if parallel.max_in_flight is not None and parallel.schedule != "auto":
+        yield rule_fault(
+            "parallel.max_in_flight parallel.schedule",
+            f"parallel.max_in_flight={parallel.max_in_flight} is only for parallel.schedule=auto, and it is "
+            f"{parallel.schedule}, which holds what it holds; remove it, or set parallel.schedule=auto",
+        )
+    if parallel.stages_per_rank is not None and is_file(parallel.schedule):
+        yield rule_fault(
+            "parallel.stages_per_rank parallel.schedule",
+            f"parallel.stages_per_rank={parallel.stages_per_rank}: the table of parallel.schedule={parallel.schedule} "
+            "says which stages each rank has; remove it",
+        )
+        return
+    dp = 1 if parallel.dp == "auto" else parallel.dp
+    if batch_fault(train, dp) or (parallel.dp == "auto" and not is_file(parallel.schedule)):
+        return
+    num_micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
+    try:
+        if is_file(parallel.schedule):
+            schedule_placement(parallel.schedule, pp=parallel.pp)
+        else:
+            check_micro_batches(parallel.schedule, pp=parallel.pp, num_micro_batches=num_micro_batches)
+    except ConfigError as error:
+        yield rule_fault("parallel.schedule parallel.pp train.global_batch_size", str(error))
+
+
+def _num_stages(parallel: ParallelConfig) -> int | None:
+    try:
+        return parallel.num_stages
+    except ConfigError:  # Another rule says what is wrong with the file.
+        return None
 
 
 def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
     """Manual boundaries are given exactly when they are used, and give every stage a layer."""
-    num_layers = model.num_layer_specs
+    num_layers, num_stages = model.num_layer_specs, _num_stages(parallel)
     boundaries = parallel.boundaries
-    example = even_boundaries(num_layers, parallel.pp) if num_layers is not None and parallel.pp <= num_layers else None
+    if num_stages is None:
+        return
+    example = even_boundaries(num_layers, num_stages) if num_layers is not None and num_stages <= num_layers else None
     remedy = f"; for example parallel.boundaries={example}" if example else ""
     if boundaries is None:
         if parallel.partition == "manual":
@@ -99,8 +145,11 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
         )
         return
     broken = None
-    if len(shown) != parallel.pp + 1:
-        entries = f"must have {parallel.pp + 1} entries, one more than parallel.pp={parallel.pp}"
+    if len(shown) != num_stages + 1:
+        stages = f"parallel.pp={parallel.pp}"
+        if num_stages != parallel.pp:
+            stages = f"the {num_stages} stages of parallel.schedule={parallel.schedule} on {stages} ranks"
+        entries = f"must have {num_stages + 1} entries, one more than {stages}"
         broken = f"{entries}, and has {len(shown)}"
     elif shown[0] != 0:
         broken = f"must start with 0, and starts with {shown[0]}"
@@ -112,14 +161,14 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
         yield rule_fault("parallel.boundaries", f"parallel.boundaries={shown} {broken}{remedy}")
 
 
-def even_boundaries(num_layers: int, pp: int) -> list[int]:
+def even_boundaries(num_layers: int, num_stages: int) -> list[int]:
     """Return boundaries of stages that differ by one layer at most.
 
     Example:
         >>> even_boundaries(12, 2)
         [0, 6, 12]
     """
-    return [stage * num_layers // pp for stage in range(pp + 1)]
+    return [stage * num_layers // num_stages for stage in range(num_stages + 1)]
 
 
 def batch_divides(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
@@ -186,6 +235,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("parallel",), degrees_are_available),
     (("model", "parallel"), stages_have_layers),
     (("model", "parallel"), boundaries_cover_the_model),
+    (("parallel", "train"), schedule_fits),
     (("train", "parallel"), batch_divides),
     (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),

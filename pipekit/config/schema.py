@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -25,9 +26,7 @@ from pipekit.config.model import CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.config.yaml_source import write_yaml
 from pipekit.errors import ConfigError
-
-ScheduleName = Literal["1f1b"]
-"""The pipeline schedules; to add one, add its name here."""
+from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
 
 
 class RunConfig(Section):
@@ -54,7 +53,7 @@ class ParallelConfig(Section):
     """How the ranks are laid out: `pp * dp * tp` is the number of processes."""
 
     pp: PositiveInt = Field(default=1, examples=[2])
-    """Pipeline-parallel degree: the number of stages."""
+    """Pipeline-parallel degree: the number of ranks that a model is spread over."""
 
     tp: PositiveInt = Field(default=1, examples=[1])
     """Tensor-parallel degree; 1 for now."""
@@ -74,10 +73,39 @@ class ParallelConfig(Section):
         default=None, examples=[[0, 6, 12]]
     )
     """For `partition: manual`: stage i holds the layers from `boundaries[i]` up to, not including,
-    `boundaries[i+1]`. Starts with 0, ends with the number of layers, and has one more entry than `pp`."""
+    `boundaries[i+1]`. Starts with 0, ends with the number of layers, and has one more entry than there are
+    stages."""
 
-    schedule: ScheduleName = "1f1b"
-    """Order of forward and backward passes in the pipeline."""
+    schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
+    """Which rank does what when: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
+    steps and plans the best for them, or a CSV file with a table of your own."""
+
+    stages_per_rank: PositiveInt | None = Field(default=None, examples=[2])
+    """Stages on each pipeline rank; null is what the schedule is made for: 2 under `interleaved-1f1b` and `zb-v`, and
+    1 under the others."""
+
+    max_in_flight: PositiveInt | None = Field(default=None, examples=[8])
+    """For `schedule: auto`: of how many micro-batches a rank may hold activations, each stage counted by itself; null
+    is as many as there are stages, which is what 1F1B's first rank holds."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, schedule: str) -> str:
+        if schedule not in SCHEDULE_NAMES and not is_file(schedule):
+            close = difflib.get_close_matches(schedule, SCHEDULE_NAMES, n=1) or ["1f1b"]
+            raise ValueError(
+                f"must be {', '.join(SCHEDULE_NAMES)}, or the path of a .csv file with a table; for example {close[0]}"
+            )
+        return schedule
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages that the model is cut into.
+
+        Raises:
+            ScheduleError: if the schedule is a file that holds none.
+        """
+        return self.pp * (self.stages_per_rank or default_stages_per_rank(self.schedule))
 
     @field_validator("partition")
     @classmethod
@@ -253,6 +281,10 @@ class LoggingConfig(Section):
         WandbConfig | None, BeforeValidator(_wandb_switch, json_schema_input_type=bool | WandbConfig | None)
     ] = Field(default=None, examples=[True])
     """Log to Weights & Biases: true, false, or a mapping of settings."""
+
+    profile: bool = False
+    """Whether to time every action of the pipeline, and to draw them, under what the simulator says, into the run
+    folder."""
 
     tensorboard: bool = False
     """Whether to write TensorBoard event files into the run folder."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch.utils.data import default_collate
 
 from pipekit.data.order import SampleOrder
@@ -37,6 +37,7 @@ class BatchLoader:
         micro_batch_size: samples of one forward pass on one rank.
         dp_rank: this rank's index along the data axis.
         dp: the data-parallel degree.
+        collate: makes a micro-batch of a list of samples; stacks pairs of inputs and labels unless given.
 
     Raises:
         ConfigError: if `micro_batch_size * dp` does not divide `global_batch_size`, or `dp_rank` is not in
@@ -53,6 +54,7 @@ class BatchLoader:
         micro_batch_size: int,
         dp_rank: int = 0,
         dp: int = 1,
+        collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         if min(global_batch_size, micro_batch_size, dp) < 1 or global_batch_size % (micro_batch_size * dp) != 0:
             raise ConfigError(
@@ -73,15 +75,17 @@ class BatchLoader:
         self.micro_batch_size = micro_batch_size
         self.dp_rank = dp_rank
         self.dp = dp
+        self.collate = collate
         self.num_micro_batches = global_batch_size // (micro_batch_size * dp)
 
-    def step_batches(self, consumed_samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def step_batches(self, consumed_samples: int) -> list[Any]:
         """Return this rank's micro-batches of the step that starts after `consumed_samples` samples.
 
         The next step starts after `consumed_samples + global_batch_size`.
 
         Returns:
-            `num_micro_batches` pairs of inputs `(b, ...)` and labels `(b, ...)`, with `b = micro_batch_size`.
+            `num_micro_batches` pairs of inputs `(b, ...)` and labels `(b, ...)`, with `b = micro_batch_size`; or what
+            `collate` makes.
 
         Raises:
             DataError: if a sample is not a pair.
@@ -93,8 +97,10 @@ class BatchLoader:
             for first in range(0, num_samples, self.micro_batch_size)
         ]
 
-    def _collate(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _collate(self, indices: list[int]) -> Any:
         samples = [self.dataset[index] for index in indices]
+        if self.collate is not None:
+            return self.collate(samples)
         for index, sample in zip(indices, samples, strict=True):
             if not isinstance(sample, tuple | list) or len(sample) != 2:
                 raise DataError(

@@ -39,20 +39,33 @@ def plan_deepspeed_config(
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": gradient_clipping,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": max(zero, 1) if precision != "fp32" else zero,
-            # The default of 5e8 elements allocates gigabytes in every step; this is as fast.
-            "reduce_bucket_size": 50_000_000,
-            "contiguous_gradients": False,
-        },
+        "zero_optimization": {"stage": zero},
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
+    return complete_deepspeed_config(_merge(config, extra))
+
+
+def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration of DeepSpeed with what a pipeline needs, where it does not say otherwise.
+
+    Example:
+        >>> complete_deepspeed_config({"bf16": {"enabled": True}})["zero_optimization"]["stage"]
+        1
+    """
+    zero: dict[str, Any] = {
+        # The default of 5e8 elements allocates gigabytes in every step; this is as fast.
+        "reduce_bucket_size": 50_000_000,
+        "contiguous_gradients": False,
+    }
+    completed = _merge({"zero_allow_untested_optimizer": True, "zero_optimization": zero}, config)
+    if any(completed.get(precision, {}).get("enabled") for precision in ("fp16", "bf16", "bfloat16")):
         # Gradients of many micro-batches are lost in 16 bits, accumulated or summed over replicas.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"
-    return _merge(config, extra)
+        low_precision = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        completed = _merge(low_precision, completed)
+        stage = completed["zero_optimization"].get("stage", 0)
+        completed["zero_optimization"]["stage"] = max(stage, 1)
+    return completed
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

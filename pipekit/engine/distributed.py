@@ -34,10 +34,7 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
         local_rank %= torch.cuda.device_count()
         torch.cuda.set_device(local_rank)
     else:
-        # DeepSpeed would compile a shared-memory collective at its first use, which takes most of a minute and which a
-        # run that is killed meanwhile leaves locked. It serves inference; training does not call it.
-        # (The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.)
-        import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        _leave_shm_op_out()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,6 +56,27 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             "them were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def _leave_shm_op_out() -> None:
+    """Keep DeepSpeed from compiling a shared-memory collective for CPUs at its first use.
+
+    That takes most of a minute, and a run that is killed meanwhile leaves it locked. It serves inference; training does
+    not call it.
+    """
+    # The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def join_as_deepspeed() -> None:
+    """Join the other processes as a DeepSpeed script does, where that has not been done yet."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        _leave_shm_op_out()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(verbose=False)
 
 
 def leave_processes() -> None:

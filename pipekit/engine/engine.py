@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor, nn
 
+from pipekit.data.loader import BatchLoader, MapDataset
+from pipekit.data.order import sample_order
+from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
-from pipekit.engine.micro_batches import BatchFunction
+from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.engine.optimizers import view_optimizer
 from pipekit.engine.reduction import GradientReducer
+from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
-from pipekit.schedules import Schedule, plan_1f1b, plan_forward_only
+from pipekit.nested import flatten, unflatten
+from pipekit.schedules import Costs, Schedule, Timeline, median_costs, plan_1f1b, plan_forward_only
 
 OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulePlanner = Callable[[int], Schedule]
-"""Returns the table of a step of so many micro-batches."""
+SchedulePlanner = Callable[[int, Costs | None], Schedule]
+"""Returns the table of a step of so many micro-batches; with what the stages' actions cost, once that is known."""
+
+# Steps whose actions are timed before a table is planned for them; the first does much that is never done again.
+_MEASURED_STEPS = 3
 
 
 class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
@@ -39,7 +47,9 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         build_optimizer: called with the rank's trainable parameters; returns a torch optimizer. None where DeepSpeed's
             configuration names one.
         deepspeed_config: DeepSpeed's configuration.
-        plan_schedule: returns the table of a step; 1F1B where there is one stage a rank, unless given.
+        plan_schedule: returns the table of a step; 1F1B unless given.
+        measure_costs: whether to time the actions of the first steps, and then to plan the table anew for them.
+        profile: whether to time every step's actions, for `gather_timeline`.
         **deepspeed_args: what else DeepSpeed's engine is given.
     """
 
@@ -51,15 +61,11 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         build_optimizer: OptimizerBuilder | None,
         deepspeed_config: Mapping[str, Any],
         plan_schedule: SchedulePlanner | None = None,
+        measure_costs: bool = False,
+        profile: bool = False,
         **deepspeed_args: Any,
     ) -> None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not parameters:
-            # DeepSpeed refuses a rank without parameters; an idle one keeps every rank in step.
-            idle = nn.Parameter(torch.zeros(1, device=get_accelerator().current_device_name()))
-            idle.ds_pipe_replicated = True  # type: ignore[attr-defined]
-            module.register_parameter("idle", idle)
-            parameters = [idle]
         config = dict(deepspeed_config)
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
@@ -83,10 +89,17 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         self._reducer = GradientReducer(self.view, mpu.data)
         self._stages_left: set[int] = set()
         self._plan_schedule = plan_schedule or self._plan_1f1b
+        self._diagnostics = Diagnostics(self)
+        self._costs: Costs | None = None
+        self._timelines: list[Timeline] = []
+        self._measure_costs = measure_costs and mpu.layout.pp > 1
+        self._profile = profile
+        if profile or self._measure_costs:
+            self.executor.stopwatch = Stopwatch(self.device)
         self._schedules: dict[tuple[str, int], Schedule] = {}
         self._is_built = True
 
-    def _plan_1f1b(self, num_micro_batches: int) -> Schedule:
+    def _plan_1f1b(self, num_micro_batches: int, costs: Costs | None) -> Schedule:
         return plan_1f1b(num_stages=self.unit.num_stages, num_micro_batches=num_micro_batches)
 
     @property
@@ -94,7 +107,7 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         """The table of a training step."""
         key = ("train", self.micro_batches)
         if key not in self._schedules:
-            self._schedules[key] = self._plan_schedule(self.micro_batches)
+            self._schedules[key] = self._plan_schedule(self.micro_batches, self._costs)
         return self._schedules[key]
 
     def _evaluation_schedule(self, num_micro_batches: int) -> Schedule:
@@ -117,6 +130,27 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         """Whether this process holds the last stage."""
         return self.unit.is_last_stage if self._is_built else super().is_last_stage()
 
+    def set_training_data(self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None = None) -> None:
+        """Train on a dataset where `train_batch` is given no iterator: shuffled, every sample once an epoch.
+
+        The order follows from the module's seed, and the position is `global_samples`, which checkpoints hold.
+
+        Args:
+            dataset: map-style; its samples are pairs of inputs and labels.
+            collate: makes a micro-batch of a list of samples; stacks pairs of inputs and labels unless given.
+        """
+        loader = BatchLoader(
+            dataset,
+            sample_order(len(dataset), self.module.seed, shuffle=True),
+            global_batch_size=self.train_batch_size(),
+            micro_batch_size=self.micro_batch_size,
+            dp_rank=self.unit.data_parallel_rank,
+            dp=self.unit.layout.dp,
+            collate=collate,
+        )
+        self.training_dataloader = TrainingData(loader, lambda: int(self.global_samples))
+        self.set_dataiterator(iter(self.training_dataloader) if self.unit.should_build_data_loader else None)
+
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one global batch.
 
@@ -129,46 +163,115 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         """
         if not torch.is_grad_enabled():
             raise PipekitError("train_batch needs gradients; call it outside torch.no_grad(), or use eval_batch")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
         self.module.train()
         self._stages_left = set(self.unit.stages)
         # DeepSpeed's gradient hooks take a backward outside its own `backward` for a mistake.
         self._running_engine_backward = True
         try:
-            losses = self.executor.run(
-                self.schedule,
-                self.data_iterator if data_iter is None else data_iter,
-                loss_fn=self.module.loss_fn,
-                loss_scale=self.view.loss_scale,
-                dropout_step=self.global_steps,
-            )
+            with self._diagnostics.watch(self.global_steps):
+                losses = self.executor.run(
+                    self.schedule,
+                    self.data_iterator,
+                    loss_fn=self.module.loss_fn,
+                    loss_scale=self.view.loss_scale,
+                    dropout_step=self.global_steps,
+                )
         finally:
             self._running_engine_backward = False
         self._reducer.finish()
         self._reduce_tied_gradients()
         self.view.hand_over_gradients()
         self._update()
+        if self._measure_costs:
+            self._learn_costs()
         return self._mean_loss(losses)
+
+    def gather_timeline(self) -> Timeline:
+        """Return when each rank of this pipeline did what in the last step. All ranks call this together.
+
+        The engine must have been built with `profile=True`.
+        """
+        assert self.executor.stopwatch is not None, "the engine was built without profile=True"
+        mine = tuple(self.executor.stopwatch.spans())
+        spans: list[Any] = [mine]
+        if self.unit.layout.pp > 1:
+            spans *= self.unit.layout.pp
+            dist.all_gather_object(spans, mine, group=self.unit.pipe.process_group)
+        return Timeline(self.schedule, tuple(spans))
+
+    def _learn_costs(self) -> None:
+        """Time the step that has just ended; after the last to be timed, plan the table for what the actions cost."""
+        self._timelines.append(self.gather_timeline())
+        if len(self._timelines) < _MEASURED_STEPS:
+            return
+        # Every pipeline takes the times of the first, so that all run one table.
+        costs = [median_costs(self._timelines[1:])]
+        dist.broadcast_object_list(costs, src=0)
+        self._costs = costs[0]
+        self._measure_costs, self._timelines = False, []
+        if not self._profile:
+            self.executor.stopwatch = None
+        self._schedules = {key: schedule for key, schedule in self._schedules.items() if key[0] == "eval"}
 
     def eval_batch(
         self,
         data_iter: Iterator[Any] | None,
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: Literal["avg"] | None = "avg",
+        bcast_loss: bool = True,
         num_micro_batches: int | None = None,
         *,
         observe: Observer | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Return the mean loss of one global batch, in fp32, on every rank, without training on it.
 
         Args:
             data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage.
+            return_logits: whether to return a pair: the above, and the last layer's outputs for the whole batch on this
+                pipeline, joined along their first dimension (None on ranks without the last stage).
+            compute_loss: False takes the last layer's outputs in place of losses.
+            reduce_output: None returns a list, one entry a micro-batch of this pipeline, in place of the mean.
+            bcast_loss: whether ranks without the last stage return the losses too, rather than None.
             num_micro_batches: as many as in training, unless given.
             observe: called on the last stage with each micro-batch's outputs and labels.
         """
         self.module.eval()
         schedule = self._evaluation_schedule(num_micro_batches or self.micro_batches)
+        collected: list[Any] = []
+
+        def collect(outputs: Any, labels: Any) -> None:
+            if return_logits or not compute_loss:
+                collected.append(outputs)
+            if observe is not None:
+                observe(outputs, labels)
+
+        loss_fn = self.module.loss_fn if compute_loss else _take_outputs
         with torch.no_grad():
-            return self._mean_loss(
-                self.executor.run(schedule, data_iter, loss_fn=self.module.loss_fn, observe=observe)
-            )
+            losses = self.executor.run(schedule, data_iter, loss_fn=loss_fn, observe=collect)
+            if not compute_loss:
+                result = self._mean_outputs(collected) if reduce_output else collected
+            elif reduce_output:
+                result = self._mean_loss(losses) if bcast_loss else self._mean_of_replicas(losses)
+            else:
+                result = self._spread(losses, schedule.num_micro_batches) if bcast_loss else losses
+            if not (self.unit.is_last_stage or (compute_loss and bcast_loss)):
+                result = None
+            if return_logits:
+                return result, join_batches(collected)
+        return result
+
+    def _mean_outputs(self, outputs: list[Any]) -> Any:
+        if not self.unit.is_last_stage:
+            return None
+        tensors = [flatten(output, "the last layer's output")[0] for output in outputs]
+        _, structure = flatten(outputs[0], "the last layer's output")
+        means = [torch.stack([tensor.float() for tensor in parts]).mean(0) for parts in zip(*tensors, strict=True)]
+        for mean in means:
+            self._average_over_replicas(mean)
+        return unflatten(means, structure)
 
     @property
     def grad_norm(self) -> float:
@@ -184,9 +287,7 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         """Begin to reduce the gradients of a stage that is done, except what a stage yet to come shares with it."""
         self._stages_left.discard(stage)
         awaited = {parameter for other in self._stages_left for parameter in self.module.stage_parameters(other)}
-        self._reducer.start(
-            parameter for parameter in self.module.stage_parameters(stage) if parameter not in awaited
-        )
+        self._reducer.start(parameter for parameter in self.module.stage_parameters(stage) if parameter not in awaited)
 
     def _reduce_tied_gradients(self) -> None:
         for weight, group in self.module.get_tied_weights_and_groups():
@@ -224,14 +325,88 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
             torch._foreach_mul_(gradients, coefficient)
 
     def _mean_loss(self, losses: list[Tensor]) -> Tensor:
-        if self.unit.is_last_stage:
-            mean = torch.stack(losses).mean()
-            if self.unit.layout.dp > 1:
-                dist.all_reduce(mean, group=self.unit.data.process_group)
-                mean /= self.unit.layout.dp
-        else:
-            mean = torch.zeros((), dtype=torch.float32, device=self.device)
+        return self._broadcast_from_last(self._mean_of_replicas(losses))
+
+    def _mean_of_replicas(self, losses: list[Tensor]) -> Tensor:
+        if not self.unit.is_last_stage:
+            return torch.zeros((), dtype=torch.float32, device=self.device)
+        mean = torch.stack(losses).mean()
+        self._average_over_replicas(mean)
+        return mean
+
+    def _average_over_replicas(self, value: Tensor) -> None:
+        if self.unit.layout.dp > 1:
+            dist.all_reduce(value, group=self.unit.data.process_group)
+            value /= self.unit.layout.dp
+
+    def _spread(self, losses: list[Tensor], num_micro_batches: int) -> list[Tensor]:
+        stacked = torch.stack(losses) if losses else torch.zeros(num_micro_batches, device=self.device)
+        return list(self._broadcast_from_last(stacked))
+
+    def _broadcast_from_last(self, value: Tensor) -> Tensor:
         if self.unit.layout.pp > 1:
             last = self.unit.stage_rank(self.unit.num_stages - 1)
-            dist.broadcast(mean, src=last, group=self.unit.pipe.process_group)
-        return mean
+            dist.broadcast(value, src=last, group=self.unit.pipe.process_group)
+        return value
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write a checkpoint into a folder; every rank calls this together. Any layout reads it.
+
+        Args:
+            save_dir: the folder, which every rank sees.
+            tag: name of the checkpoint; follows from the step unless given.
+            client_state: what else to keep: numbers, texts, lists and dicts.
+            save_latest: accepted; `latest` always names the newest.
+            exclude_frozen_parameters: accepted; frozen parameters are always written.
+        """
+        from pipekit.checkpoint.engine_state import save_engine
+
+        save_engine(self, Path(save_dir), name=tag, client_state=client_state or {})
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Read a checkpoint that `save_checkpoint` or a run wrote, whatever layout wrote it.
+
+        Args:
+            load_dir: the folder that it was saved into.
+            tag: name of the checkpoint; the newest unless given.
+            load_module_strict: accepted; a checkpoint of another model is always refused.
+            load_optimizer_states: whether to read the optimizer's states.
+            load_lr_scheduler_states: whether to read the learning-rate scheduler's state.
+            load_module_only: whether to read weights alone.
+            custom_load_fn: not taken.
+
+        Returns:
+            The checkpoint's path and the `client_state` it holds; None and None where the folder holds no checkpoint.
+        """
+        from pipekit.checkpoint.engine_state import load_engine
+
+        if custom_load_fn is not None:
+            raise PipekitError("load_checkpoint takes no custom_load_fn; change the weights after loading")
+        return load_engine(
+            self,
+            Path(load_dir),
+            name=tag,
+            optimizer_states=load_optimizer_states and not load_module_only,
+            scheduler_state=load_lr_scheduler_states and not load_module_only,
+        )
+
+
+def _take_outputs(outputs: Any, labels: Any) -> Any:
+    return outputs

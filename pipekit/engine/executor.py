@@ -278,7 +278,9 @@ class _Run:
         tensors = self._executor._receiver(source).receive(result_of, f"the activations of {action}")
         meta = self._executor._find_meta(result_of)
         assert meta is not None
-        received = [_leaf(tensor, described.requires_grad) for tensor, described in zip(tensors, meta.tensors, strict=True)]
+        received = [
+            _leaf(tensor, described.requires_grad) for tensor, described in zip(tensors, meta.tensors, strict=True)
+        ]
         return unflatten(received, meta.structure)
 
     def backward(self, action: Action) -> None:

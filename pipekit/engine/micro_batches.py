@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipekit.data.loader import BatchLoader
 from pipekit.engine.channels import wait
 from pipekit.engine.mpu import ModelParallelUnit, RankGroup
 from pipekit.errors import DataError
+from pipekit.nested import flatten, unflatten
 
 MicroBatch = tuple[Any, Any]
 """The inputs and the labels of one micro-batch: tensors, or tuples, lists and dicts of them."""
@@ -127,6 +129,40 @@ class MicroBatchReader:
         return self._classes.setdefault(_shapes(inputs), len(self._classes))
 
 
+class TrainingData:
+    """An endless iterable of micro-batches that goes on where training stands.
+
+    Args:
+        loader: gives the micro-batches of a step.
+        position: returns how many samples have been trained on, over all replicas.
+    """
+
+    def __init__(self, loader: BatchLoader, position: Callable[[], int]) -> None:
+        self.loader = loader
+        self._position = position
+
+    def __len__(self) -> int:
+        """The number of micro-batches of an epoch, on one replica; the last step of an epoch may reach into the next."""
+        steps = -(-self.loader.order.num_samples // self.loader.global_batch_size)
+        return steps * self.loader.num_micro_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.loader.step_batches(self._position())
+
+
+def join_batches(outputs: list[Any]) -> Any:
+    """Return the outputs of micro-batches as one of all of them, joined along their first dimension; None of none."""
+    if not outputs:
+        return None
+    flat = [flatten(output, "the last layer's output") for output in outputs]
+    _, structure = flat[0]
+    parts = zip(*(tensors for tensors, _ in flat), strict=True)
+    return unflatten(
+        [torch.cat([tensor[None] if tensor.ndim == 0 else tensor for tensor in part]) for part in parts], structure
+    )
+
+
 def _complaint(status: int, stage: str, num_micro_batches: int) -> str:
     if status == _NO_ITERATOR:
         return f"the {stage} stage reads batches, and was given no data iterator"
@@ -183,5 +219,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {key: to_device(part, device) for key, part in batch.items()}
     return batch
-
-

@@ -8,15 +8,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing as deepspeed_checkpointing
 from deepspeed.runtime.pipe.module import PipelineModule as DeepSpeedPipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipekit.engine.adoption import adopt_layers, build_unit
 from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.parameters import count_layer_parameters
+from pipekit.partitioners import LayerFacts, partition
 from pipekit.rng import fold_seed
-from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, layer_names
+from pipekit.schedules import Schedule
+from pipekit.specs import TiedLayerSpec, build_layer, layer_names
 from pipekit.weight_gradients import split_linear
 
 Activations = Any
@@ -34,40 +39,85 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     It is a DeepSpeed `PipelineModule` to DeepSpeed's engine, but does not run that class's constructor, which would
     make groups, partition, build every layer on every rank to count it, and move, all in one.
 
+    It takes what DeepSpeed's takes: without `mpu` it makes the layout from `num_stages`, or `topology`, and the number
+    of processes, and cuts the model by `partition_method`.
+
     Args:
-        layers: the whole model.
+        layers: the whole model: specs of pipekit or DeepSpeed, modules, or functions.
+        num_stages: the pipeline-parallel degree, where there is neither `topology` nor `mpu`.
+        topology: DeepSpeed's process topology.
+        loss_fn: called on the last stage as `loss_fn(outputs, labels)`; returns a scalar. None where the last layer
+            returns the loss.
+        seed_layers: accepted, and always so: what a layer starts from, and what it draws, follows from the seed and the
+            layer alone.
+        seed_fn: called with a layer's seed before each layer is built and run, in place of `torch.manual_seed`.
+        base_seed: of the initial weights and of dropout.
+        partition_method: `parameters`, `uniform` or `type:<regex>`.
+        activation_checkpoint_interval: keep only the input of every so many layers, and recompute the rest in the
+            backward; 0 keeps everything.
+        activation_checkpoint_func: accepted; checkpointing is torch's own, which takes any inputs and outputs.
+        checkpointable_layers: class names of layers to checkpoint; all unless given.
+        dynamic_shape: accepted, and always so.
+        schedule: what the engine runs: a name, the path of a CSV file, or a table.
+        stages_per_rank: stages on each rank; as many as the schedule is made for, unless given.
         mpu: the process groups.
         boundaries: one more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
-        loss_fn: called on the last stage as `loss_fn(outputs, labels)`; returns a scalar.
-        seed: of the initial weights and of dropout.
-        activation_checkpointing: keep only the input of each layer, or of every so many, and recompute the rest in the
-            backward.
-        device: where the layers live.
+            Cut by `partition_method` unless given.
+        device: where the layers live; the accelerator of this process unless given.
+
+    Raises:
+        PipekitError: if layers, degrees and processes do not fit together.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerSpec],
+        layers: Sequence[Any],
+        num_stages: int | None = None,
+        topology: ProcessTopology | None = None,
+        loss_fn: LossFunction | None = None,
+        seed_layers: bool = True,
+        seed_fn: Callable[[int], Any] | None = None,
+        base_seed: int = 1234,
+        partition_method: str = "parameters",
+        activation_checkpoint_interval: int = 0,
+        activation_checkpoint_func: Callable[..., Any] | None = None,
+        checkpointable_layers: Sequence[str] | None = None,
+        dynamic_shape: bool = True,
         *,
-        mpu: ModelParallelUnit,
-        boundaries: Sequence[int],
-        loss_fn: LossFunction | None,
-        seed: int = 1234,
-        activation_checkpointing: bool | int = False,
-        device: torch.device | str = "cpu",
+        schedule: str | Schedule = "1f1b",
+        stages_per_rank: int | None = None,
+        mpu: ModelParallelUnit | None = None,
+        boundaries: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.layer_specs = list(layers)
-        self.layer_names = layer_names(layers)
+        self.layer_specs = adopt_layers(layers)
+        self.layer_names = layer_names(self.layer_specs)
         self.loss_fn = loss_fn
-        self.seed = seed
-        self.activation_checkpointing = activation_checkpointing
-        self.boundaries = list(boundaries)
+        self.seed = base_seed
+        self.seed_fn = seed_fn or torch.manual_seed
+        self.activation_checkpointing = activation_checkpoint_interval
+        self.checkpointable_layers = None if checkpointable_layers is None else set(checkpointable_layers)
+        self.schedule = schedule
+        self.stages_per_rank = stages_per_rank
+        if mpu is None:
+            mpu = build_unit(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
+        self.boundaries = list(boundaries or self._cut(partition_method, mpu.num_stages))
         self.stages = mpu.stages
         self._present_to_deepspeed(mpu)
         self._build_stages()
-        self.to(device)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            # Neither DeepSpeed nor torch's optimizers take a rank without parameters; an idle one keeps it in step.
+            self.register_parameter("idle", nn.Parameter(torch.zeros(1)))
+            self.idle.ds_pipe_replicated = True
+        self.to(get_accelerator().current_device_name() if device is None else device)
         self.tied_comms = self._build_tied_groups(mpu)
+
+    def _cut(self, method: str, num_stages: int) -> list[int]:
+        facts = LayerFacts(
+            [spec.type_name for spec in self.layer_specs], lambda: count_layer_parameters(self.layer_specs)
+        )
+        return partition(method, facts, num_stages)
 
     def _present_to_deepspeed(self, mpu: ModelParallelUnit) -> None:
         """Set the attributes that DeepSpeed's engine reads from its own module."""
@@ -86,7 +136,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.tied_weight_attrs: dict[str, list[str]] = {}
         self.activation_checkpoint_interval = 0
         self.activation_checkpoint_func = deepspeed_checkpointing.checkpoint
-        self.dynamic_shape = False
+        self.dynamic_shape = True
 
     def layers_of(self, stage: int) -> range:
         """The indices of the layers that a stage holds."""
@@ -168,15 +218,20 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             split_backward: whether the backward may hand the weight gradients of linear layers over.
         """
         layers = self.layers_of(stage)
-        interval = int(self.activation_checkpointing) if torch.is_grad_enabled() else 0
-        for first in layers[:: interval or len(layers)]:
-            run = partial(self._run_layers, layers[first - layers.start :][: interval or None], dropout_path, split_backward)
-            if interval:
+        interval = self.activation_checkpointing if torch.is_grad_enabled() else 0
+        for start in range(layers.start, layers.stop, interval or len(layers)):
+            chosen = range(start, min(start + (interval or len(layers)), layers.stop))
+            run = partial(self._run_layers, chosen, dropout_path, split_backward)
+            if interval and self._is_checkpointable(chosen):
                 # The seeds are set again inside the recomputation, so the generator's state need not be kept.
                 inputs = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=dropout_path is None)
             else:
                 inputs = run(inputs)
         return inputs
+
+    def _is_checkpointable(self, layers: range) -> bool:
+        names = self.checkpointable_layers
+        return names is None or all(type(self._module_of(layer_idx)).__name__ in names for layer_idx in layers)
 
     def _run_layers(
         self, layers: range, dropout_path: tuple[int, int] | None, split_backward: bool, inputs: Activations
@@ -184,7 +239,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         with split_linear() if split_backward else nullcontext():
             for layer_idx in layers:
                 if dropout_path is not None:
-                    torch.manual_seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
+                    self.seed_fn(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
                 inputs = self._layers[layer_idx](inputs)
         return inputs
 

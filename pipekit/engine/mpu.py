@@ -48,9 +48,7 @@ class ModelParallelUnit:
         timeout_s: no wait in one of its groups lasts longer.
     """
 
-    def __init__(
-        self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float = 600.0
-    ) -> None:
+    def __init__(self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float = 600.0) -> None:
         self.layout = layout
         self.placement = tuple(range(layout.pp)) if placement is None else tuple(placement)
         self._timeout = timedelta(seconds=timeout_s)

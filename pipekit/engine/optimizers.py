@@ -88,13 +88,13 @@ class OptimizerView:
 
     def state_names(self) -> list[str]:
         """Return the names of the per-element optimizer states, such as `exp_avg`; empty before the first step."""
-        for state in self._torch_optimizer.state.values():
+        for state in self.torch_optimizer.state.values():
             return sorted(key for key, value in state.items() if isinstance(value, Tensor) and key != "step")
         return []
 
     def step_count(self) -> int:
         """Return how many updates the optimizer has made."""
-        for state in self._torch_optimizer.state.values():
+        for state in self.torch_optimizer.state.values():
             if "step" in state:
                 return int(state["step"])
         return 0
@@ -116,9 +116,9 @@ class OptimizerView:
 
     def prepare_states(self, names: Sequence[str], step: int) -> None:
         """Create optimizer states filled with zeros, as if `step` updates had been made."""
-        for group in self._torch_optimizer.param_groups:
+        for group in self.torch_optimizer.param_groups:
             for parameter in group["params"]:
-                state = self._torch_optimizer.state[parameter]
+                state = self.torch_optimizer.state[parameter]
                 for name in names:
                     state[name] = torch.zeros_like(parameter)
                 if names:
@@ -131,7 +131,7 @@ class OptimizerView:
         self.optimizer.state[parameter][name].copy_(value)
 
     @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
+    def torch_optimizer(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
@@ -158,7 +158,7 @@ class FlatOptimizerView(OptimizerView):
     """What `DeepSpeedZeroOptimizer` and `BF16_Optimizer` have in common: flat fp32 masters, sharded over dp."""
 
     @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
+    def torch_optimizer(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.optimizer.optimizer
         return optimizer
 

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
-from pipekit.schedules import Action
-
-
-@dataclass(frozen=True)
-class ActionTime:
-    """When an action ran, in seconds since its rank began the step."""
-
-    action: Action
-    start_s: float
-    end_s: float
+from pipekit.schedules import Action, Span
 
 
 class Stopwatch:
@@ -59,12 +49,12 @@ class Stopwatch:
         assert isinstance(self._begun, torch.cuda.Event)
         return self._begun.elapsed_time(mark) / 1000
 
-    def times(self) -> list[ActionTime]:
-        """Return the times of the last step's actions, in order."""
+    def spans(self) -> list[Span]:
+        """Return when the last step's actions ran, in seconds since it began, in order."""
         if self._cuda:
             torch.cuda.synchronize()
         starts, stops = self._marks[::2], self._marks[1::2]
         return [
-            ActionTime(action, self._since(start), self._since(stop))
+            Span(action, self._since(start), self._since(stop))
             for (action, start), (_, stop) in zip(starts, stops, strict=True)
         ]

@@ -83,8 +83,6 @@ def _fixed(placement: tuple[int, ...], num_micro_batches: int) -> Iterator[Sched
             yield plan(num_stages=pp, num_micro_batches=num_micro_batches)
     elif placement == plan_placement("looped", pp=pp, stages_per_rank=stages_per_rank):
         if num_micro_batches % pp == 0:
-            yield plan_interleaved_1f1b(
-                pp=pp, stages_per_rank=stages_per_rank, num_micro_batches=num_micro_batches
-            )
+            yield plan_interleaved_1f1b(pp=pp, stages_per_rank=stages_per_rank, num_micro_batches=num_micro_batches)
     if placement == plan_placement("v", pp=pp, stages_per_rank=2):
         yield plan_zb_v(pp=pp, num_micro_batches=num_micro_batches)

@@ -35,9 +35,7 @@ def plan_1f1b(*, num_stages: int, num_micro_batches: int) -> Schedule:
     return Schedule("1f1b", num_micro_batches, tuple(ranks))
 
 
-def plan_forward_only(
-    *, num_stages: int, num_micro_batches: int, placement: Sequence[int] | None = None
-) -> Schedule:
+def plan_forward_only(*, num_stages: int, num_micro_batches: int, placement: Sequence[int] | None = None) -> Schedule:
     """Return the table of an evaluation: every stage forwards every micro-batch in turn.
 
     Example:

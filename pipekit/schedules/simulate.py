@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 
 from pipekit.schedules.action import Action
 from pipekit.schedules.dependencies import carry_out, needs
@@ -146,25 +147,38 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     return Timeline(schedule, tuple(map(tuple, spans)), costs)
 
 
-def median_costs(timelines: Sequence[Timeline], *, transfer_s: float = 0.0) -> Costs:
-    """Return what the actions of each stage cost in measured timelines: the median of each kind.
+def median_costs(timelines: Sequence[Timeline]) -> Costs:
+    """Return what measured actions cost: for each stage the median of each kind, and of the transfers that were waited for.
 
     A stage that ran whole backwards only is taken to spend half of them on the weight gradient.
+
+    Example:
+        >>> from pipekit.schedules import plan_1f1b
+        >>> costs = Costs([1, 2], [1, 2], [1, 2], transfer_s=0.25)
+        >>> median_costs([simulate(plan_1f1b(num_stages=2, num_micro_batches=4), costs)]) == costs
+        True
     """
     times: dict[tuple[int, str], list[float]] = {}
+    transfers: list[float] = []
     for timeline in timelines:
-        for spans in timeline.spans:
-            for span in spans:
-                times.setdefault((span.action.stage, span.action.kind), []).append(span.end_s - span.start_s)
-    return _costs_of({key: sorted(values)[len(values) // 2] for key, values in times.items()}, transfer_s)
-
-
-def _costs_of(medians: Mapping[tuple[int, str], float], transfer_s: float) -> Costs:
+        spans = {span.action: span for row in timeline.spans for span in row}
+        for rank, row in enumerate(timeline.spans):
+            for before, span in zip((None, *row), row, strict=False):
+                action = span.action
+                times.setdefault((action.stage, action.kind), []).append(span.end_s - span.start_s)
+                sent = [
+                    spans[other].end_s
+                    for other in needs(action, timeline.schedule)
+                    if timeline.schedule.placement[other.stage] != rank
+                ]
+                if sent and max(sent) > (before.end_s if before else 0.0):
+                    transfers.append(max(0.0, span.start_s - max(sent)))
+    medians = {key: median(values) for key, values in times.items()}
     stages = sorted({stage for stage, _ in medians})
-    forward, inputs, weights = [], [], []
-    for stage in stages:
-        half = medians.get((stage, "B"), 0.0) / 2
-        forward.append(medians[stage, "F"])
-        inputs.append(medians.get((stage, "I"), half))
-        weights.append(medians.get((stage, "W"), half))
-    return Costs(forward, inputs, weights, transfer_s=transfer_s)
+    halves = {stage: medians.get((stage, "B"), 0.0) / 2 for stage in stages}
+    return Costs(
+        [medians[stage, "F"] for stage in stages],
+        [medians.get((stage, "I"), halves[stage]) for stage in stages],
+        [medians.get((stage, "W"), halves[stage]) for stage in stages],
+        transfer_s=median(transfers) if transfers else 0.0,
+    )

@@ -55,7 +55,11 @@ def run_rank(
         start = find_start(config)
         device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
         context = TrialContext(
-            plan, ModelParallelUnit(plan.layout, timeout_s=config.run.timeout_s), device, folder, start
+            plan,
+            ModelParallelUnit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s),
+            device,
+            folder,
+            start,
         )
         console = make_console(terminal)
         error: Exception | None = None

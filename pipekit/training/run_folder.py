@@ -51,6 +51,16 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def profile(self) -> Path:
+        """Pictures of what each rank of the pipeline does when."""
+        return self.path / "profile"
+
+    @property
+    def schedule(self) -> Path:
+        """The pipeline's table, as a CSV file."""
+        return self.path / "schedule.csv"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's event files."""
         return self.path / "tensorboard"

@@ -18,12 +18,16 @@ from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.errors import PipekitError
+from pipekit.schedules import Costs, Schedule, plan_schedule
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.training.profile import save_profile
 from pipekit.training.run_folder import check_data
 from pipekit.training.trial import Trial
 
 # A loss that stays infinite or not a number will not come back by itself.
 _MAX_SKIPPED_IN_A_ROW = 20
+# Beside the last step, one is drawn early, when everything has run a few times.
+_PROFILED_STEP = 10
 
 
 class Trainer:
@@ -83,6 +87,8 @@ class Trainer:
                 first_val_loss = metrics.val_loss if first_val_loss is None else first_val_loss
             self._metrics = metrics
             self._each(lambda callback: callback.on_step_end(self._metrics))
+            if self.config.logging.profile and (last or self.step == _PROFILED_STEP):
+                self._draw_profile()
             skipped_in_a_row = 0 if math.isfinite(metrics.grad_norm or 0.0) else skipped_in_a_row + 1
             if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
                 raise PipekitError(
@@ -116,6 +122,12 @@ class Trainer:
             step_time_s=step_time_s,
         )
 
+    def _draw_profile(self) -> None:
+        """Draw what the pipeline of the first replica did in the last step under what the simulator says of it."""
+        timeline = self.engine.gather_timeline()
+        if self.context.unit.should_report_metrics:
+            save_profile(timeline, self.context.folder.profile / f"step-{self.step:08d}")
+
     def _evaluate(self, metrics: StepMetrics) -> StepMetrics:
         """Return the metrics with the held-out loss added: the same batches every time, whatever the layout."""
         self._each(lambda callback: callback.on_evaluation_start(self.step))
@@ -146,8 +158,8 @@ class Trainer:
             mpu=unit,
             boundaries=plan.boundaries,
             loss_fn=self.trial.loss,
-            seed=self.config.train.seed,
-            activation_checkpointing=self.config.train.activation_checkpointing,
+            base_seed=self.config.train.seed,
+            activation_checkpoint_interval=int(self.config.train.activation_checkpointing),
             device=self.context.device,
         )
         return PipelineEngine(
@@ -162,6 +174,22 @@ class Trainer:
                 gradient_clipping=self.config.train.gradient_clipping,
                 extra=self.config.deepspeed,
             ),
+            plan_schedule=self._plan_schedule,
+            measure_costs=self.config.parallel.schedule == "auto",
+            profile=self.config.logging.profile,
+        )
+
+    def _plan_schedule(self, num_micro_batches: int, costs: Costs | None) -> Schedule:
+        plan, parallel = self.context.plan, self.config.parallel
+        if costs is None:
+            return plan.schedule
+        return plan_schedule(
+            parallel.schedule,
+            pp=plan.layout.pp,
+            num_micro_batches=num_micro_batches,
+            stages_per_rank=parallel.stages_per_rank,
+            costs=costs,
+            max_in_flight=parallel.max_in_flight,
         )
 
     def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> BatchLoader | None:

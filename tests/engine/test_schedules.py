@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from engine_jobs import Case, reference_run, train_job
 from gloo_workers import GlooWorkers

@@ -1,0 +1,147 @@
+"""`initialize`: what `deepspeed.initialize` is to DeepSpeed's pipeline module, for pipekit's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
+from pipekit.data.loader import MapDataset
+from pipekit.engine.deepspeed_config import complete_deepspeed_config
+from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.module import PipelineModule
+from pipekit.errors import ConfigError
+from pipekit.schedules import Costs, Schedule, plan_schedule
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: MapDataset | None = None,
+    lr_scheduler: Any = None,
+    *,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: str | Mapping[str, Any] | None = None,
+    config_params: str | Mapping[str, Any] | None = None,
+    profile: bool = False,
+    **others: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Return an engine for a `pipekit.PipelineModule`, as `deepspeed.initialize` does for DeepSpeed's.
+
+    Any other model is handed on to DeepSpeed.
+
+    Args:
+        args: has `deepspeed_config`, the path of a configuration, where `config` is not given.
+        model: the module.
+        optimizer: a torch optimizer, or a function of the parameters that returns one; DeepSpeed's configuration names
+            one otherwise.
+        model_parameters: what to train; all parameters of the module that need a gradient, unless given.
+        training_data: a map-style dataset of pairs of inputs and labels; shuffled anew in every epoch, with an order
+            that follows from the module's seed, and a position that checkpoints hold.
+        lr_scheduler: steps after every update.
+        mpu: for other models; a pipeline module has its own.
+        dist_init_required: for other models; a pipeline module has joined the processes.
+        collate_fn: makes a micro-batch of a list of samples.
+        config: DeepSpeed's configuration, or the path of its JSON file.
+        config_params: another name of `config`.
+        profile: whether to time every action; see `PipelineEngine.gather_timeline`.
+        **others: for other models.
+
+    Returns:
+        The engine, its optimizer, the loader of `training_data`, and the learning-rate scheduler; None for what there
+        is not.
+
+    Raises:
+        ConfigError: if the configuration cannot be read, has a key that DeepSpeed does not know, or cannot run.
+    """
+    if config is None:
+        config = config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    if not isinstance(model, PipelineModule):
+        import deepspeed
+
+        result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+            args, model, optimizer, model_parameters, training_data, lr_scheduler,
+            mpu=mpu, dist_init_required=dist_init_required, collate_fn=collate_fn, config=config, **others,
+        )  # fmt: skip
+        return result
+    settings = _read_config(config)
+    unit = model.mpu()
+    if optimizer is None and "optimizer" not in settings:
+        raise ConfigError(
+            'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
+            '"params": {"lr": 1e-4}} in the configuration'
+        )
+    interval = settings.get("pipeline", {}).pop("activation_checkpoint_interval", 0)
+    model.activation_checkpointing = interval or model.activation_checkpointing
+    schedule = model.schedule
+
+    def plan(num_micro_batches: int, costs: Costs | None) -> Schedule:
+        if isinstance(schedule, Schedule):
+            if schedule.num_micro_batches != num_micro_batches:
+                raise ConfigError(
+                    f"schedule {schedule.name} is for {schedule.num_micro_batches} micro-batches, and a step has "
+                    f"{num_micro_batches} (gradient_accumulation_steps)"
+                )
+            return schedule
+        return plan_schedule(
+            schedule,
+            pp=unit.layout.pp,
+            num_micro_batches=num_micro_batches,
+            stages_per_rank=model.stages_per_rank,
+            costs=costs,
+        )
+
+    if model_parameters is None:
+        model_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine = PipelineEngine(
+        model,
+        mpu=unit,
+        build_optimizer=None,
+        deepspeed_config=complete_deepspeed_config(settings),
+        plan_schedule=plan,
+        measure_costs=schedule == "auto",
+        profile=profile,
+        optimizer=optimizer,
+        model_parameters=list(model_parameters),
+        lr_scheduler=lr_scheduler,
+    )
+    # A schedule that cannot run is refused here, not in the first step.
+    plan(engine.micro_batches, None)
+    if training_data is not None:
+        engine.set_training_data(training_data, collate_fn)
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _read_config(config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        raise ConfigError("no configuration: give config=, a dict or the path of a JSON file")
+    where = "config"
+    if not isinstance(config, Mapping):
+        where = str(config)
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{where}: cannot be read as a DeepSpeed configuration: {error}") from None
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"{where}: must be a mapping, and is {type(config).__name__}")
+    settings = json.loads(json.dumps(config))
+    faults = list(unknown_deepspeed_keys(settings))
+    if faults:
+        raise ConfigError("\n  ".join(f"{where}: {fault}" for fault in faults))
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage >= 2:
+        raise ConfigError(
+            f"{where}: zero_optimization.stage={stage} does not go with a pipeline: it shards gradients after every "
+            "micro-batch, and a pipeline adds them up over all of them; try 1"
+        )
+    result: dict[str, Any] = settings
+    return result

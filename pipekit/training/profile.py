@@ -1,0 +1,39 @@
+"""What the pipeline did in a step, beside what the simulator says: as text, as a picture, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from pipekit.errors import PipekitError
+from pipekit.schedules import Timeline, median_costs, simulate
+from pipekit.schedules.draw import draw_picture, draw_text
+
+_logger = logging.getLogger(__name__)
+
+
+def save_profile(measured: Timeline, path: Path) -> None:
+    """Write `path` with the endings `.txt`, `.svg` and `.json`: a measured step under the simulated one.
+
+    The simulation takes the median of what each kind of action took on each stage. Without matplotlib there is no
+    picture.
+    """
+    simulated = simulate(measured.schedule, median_costs([measured]))
+    both = {"simulated": simulated, "measured": measured}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(f"{name}\n{draw_text(timeline)}" for name, timeline in both.items())
+    path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    record = {
+        name: {
+            "step_time_s": timeline.step_time_s,
+            "bubble_fraction": timeline.bubble_fraction,
+            "ranks": [[[str(span.action), span.start_s, span.end_s] for span in spans] for spans in timeline.spans],
+        }
+        for name, timeline in both.items()
+    }
+    path.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    try:
+        draw_picture(path.with_suffix(".svg"), both)
+    except PipekitError as error:
+        _logger.warning("%s", error)
