@@ -126,13 +126,13 @@ class _Linear(torch.autograd.Function):
     """`F.linear` that can hand its weight gradient over."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight, bias)
         return F.linear(inputs, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
         needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
         return (
@@ -155,7 +155,7 @@ def _split(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     deferrable = weight.is_leaf and weight.requires_grad and not torch.is_autocast_enabled(input.device.type)
     if not deferrable or type(input) is not Tensor:
         return F.linear(input, weight, bias)
-    output: Tensor = _Linear.apply(input, weight, bias)
+    output: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return output
 
 

@@ -1,5 +1,6 @@
 """The parts of `benchmarks/schedules.py`.
 
-`settings` says what is measured, `turns` who takes part and how they take turns, `ranks` starts the processes. In those,
-`workload` is what everybody trains (`sleeping` layers or a GPT), `peers`, `ours` and `limit` are who trains it.
+`settings` says what is measured, `turns` who takes part and how they take turns, `ranks` starts the processes, `jobs`
+is what those do. There, `workload` is what everybody trains, `sleeping` layers or a `gpt`; `peers`, `ours` and `limit`
+are who trains it. `requirements` and `report` say what came of it.
 """

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from pipelines.ranks import Say
-from pipelines.settings import EmulatedSetting, GPTSetting
+from pipelines.settings import Setting, plan_table
 from pipelines.turns import Contender, Step, Turns, take_turns
 
 
-def measure(
-    say: Say, setting: EmulatedSetting | GPTSetting, contenders: Sequence[Contender], rounds: int
-) -> dict[Contender, Turns]:
+def measure(say: Say, setting: Setting, contenders: Sequence[Contender], rounds: int) -> dict[Contender, Turns]:
     """Return what this rank saw of each contender."""
     steps = {}
     for contender in contenders:
@@ -20,7 +19,7 @@ def measure(
     return take_turns(steps, rounds, say)
 
 
-def _build(setting: EmulatedSetting | GPTSetting, contender: Contender) -> Step:
+def _build(setting: Setting, contender: Contender) -> Step:
     # Imported here, in the ranks: the command itself needs neither torch nor DeepSpeed.
     from pipelines.limit import build_limit
     from pipelines.ours import build_ours
@@ -34,4 +33,10 @@ def _build(setting: EmulatedSetting | GPTSetting, contender: Contender) -> Step:
     if contender.system == "limit":
         return build_limit(workload, boundaries=contender.boundaries)
     assert contender.table is not None
-    return build_ours(workload, table=contender.table, boundaries=contender.boundaries)
+    plan = partial(plan_table, contender.schedule, pp=setting.pp, num_micro_batches=setting.num_micro_batches)
+    return build_ours(
+        workload,
+        table=contender.table,
+        boundaries=contender.boundaries,
+        replan=(lambda costs: plan(costs=costs)) if contender.measures_costs else None,
+    )

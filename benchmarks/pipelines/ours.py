@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.layout import Layout
-from pipekit.schedules import Schedule
-from pipelines.ranks import LIMIT_S
+from pipekit.schedules import Costs, Schedule
+from pipelines.ranks import WAIT_LIMIT_S
 from pipelines.turns import Step
 from pipelines.workload import Workload
 
+MEASURED_STEPS = 3
+"""Steps that the engine times before it plans a table for what they cost."""
 
-def build_ours(workload: Workload, *, table: Schedule, boundaries: Sequence[int]) -> Step:
-    """Return a step of our engine, which does what `table` says."""
-    unit = ModelParallelUnit(Layout(pp=workload.pp), placement=table.placement, timeout_s=LIMIT_S)
+
+def build_ours(
+    workload: Workload,
+    *,
+    table: Schedule,
+    boundaries: Sequence[int],
+    replan: Callable[[Costs], Schedule] | None = None,
+) -> Step:
+    """Return a step of our engine.
+
+    Args:
+        workload: what is trained.
+        table: what the engine does.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        replan: returns a table for what the layers cost in the first steps, which are run here with `table`.
+    """
+    unit = ModelParallelUnit(Layout(pp=workload.pp), placement=table.placement, timeout_s=WAIT_LIMIT_S)
     module = PipelineModule(workload.specs, mpu=unit, boundaries=boundaries, loss_fn=workload.loss_fn)
     engine = PipelineEngine(
         module,
         mpu=unit,
         build_optimizer=workload.build_optimizer,
         deepspeed_config=workload.deepspeed_config(),
-        plan_schedule=lambda num_micro_batches: table,
+        plan_schedule=lambda _, costs: table if costs is None or replan is None else replan(costs),
+        measure_costs=replan is not None,
     )
-    return lambda: float(engine.train_batch(workload.micro_batches()))
+
+    def step() -> float:
+        return float(engine.train_batch(workload.micro_batches()))
+
+    if replan is not None:
+        for _ in range(MEASURED_STEPS):
+            step()
+    return step

@@ -22,8 +22,11 @@ Say = Callable[[str], None]
 
 Result = TypeVar("Result")
 
+WAIT_LIMIT_S = 120.0
+"""No rank waits longer for another."""
+
 LIMIT_S = 180.0
-"""No rank may take longer over one thing that it says it does."""
+"""No rank may take longer over one thing that it says it does; long enough for a rank that waits in vain to say so."""
 
 
 class RankError(RuntimeError):
@@ -96,9 +99,13 @@ class RankPool:
             for connection in wait(list(waiting), timeout=1.0):
                 assert isinstance(connection, Connection)
                 self._receive(waiting[connection], results)
-            for index, rank in enumerate(team):
-                if index not in results and rank.is_overdue:
-                    raise RankError(f"rank {index} did not finish within {LIMIT_S:g} s: {rank.doing}")
+            late = [
+                f"rank {index}: {rank.doing}"
+                for index, rank in enumerate(team)
+                if index not in results and rank.is_overdue
+            ]
+            if late:
+                raise RankError("\n".join([f"not finished within {LIMIT_S:g} s:", *late]))
         return [results[index] for index in range(world_size)]
 
     def _start(self) -> None:
@@ -170,7 +177,7 @@ def _run_joined(rank: int, job: Callable[..., Result], say: Say, args: tuple[Any
     from pipekit.engine.distributed import join_processes, leave_processes
 
     torch.set_num_threads(1)
-    join_processes(device="cpu", timeout_s=LIMIT_S, local_rank=rank)
+    join_processes(device="cpu", timeout_s=WAIT_LIMIT_S, local_rank=rank)
     result = job(say, *args)
     torch.distributed.barrier()
     leave_processes()

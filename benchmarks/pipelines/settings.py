@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 
 
-def _plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs | None = None) -> Schedule:
+def plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs | None = None) -> Schedule:
     """Return the table of one of our schedules, written `name` or `name:stages on each rank`."""
     name, stages_per_rank = _parse(schedule)
     return plan_schedule(name, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank, costs=costs)
@@ -72,16 +72,17 @@ class EmulatedSetting:
         for schedule in schedules:
             _, stages_per_rank = _parse(schedule)
             num_stages = self.pp * stages_per_rank
-            table = _plan_table(
+            table = plan_table(
                 schedule, pp=self.pp, num_micro_batches=self.num_micro_batches, costs=self._costs(num_stages)
             )
             boundaries = tuple(partition_uniform(num_layers, num_stages))
             found.append(Contender("pipekit", schedule, boundaries=boundaries, table=table))
         return found
 
-    def simulated_s(self, table: Schedule) -> float:
-        """Return the step time that our simulator gives, from the layers' times alone."""
-        return simulate(table, self._costs(table.num_stages)).step_time_s
+    def simulated_s(self, contender: Contender) -> float:
+        """Return the step time that our simulator gives for one of ours, from the layers' times alone."""
+        assert contender.table is not None
+        return simulate(contender.table, self._costs(contender.table.num_stages)).step_time_s
 
     def _costs(self, num_stages: int) -> Costs:
         seconds = self.forward_s * self.pp / num_stages
@@ -123,11 +124,11 @@ class GPTSetting:
     vocab_size = 4096
     sequence_length = 256
 
-    halves = ((10,), (11,), (12,))
-    """Cuts into two stages: the layer that the second begins with."""
+    halves = ((11,), (10,), (12,))
+    """Cuts into two stages, the most even one first: the layer that the second begins with."""
 
-    quarters = ((6, 11, 15), (6, 11, 16), (6, 10, 15))
-    """Cuts into four stages, for schedules that put two on each rank."""
+    quarters = ((7, 12, 16), (7, 11, 16), (6, 11, 15))
+    """Cuts into four stages, for schedules that put two on each rank; the first is even whichever two those are."""
 
     @property
     def name(self) -> str:
@@ -141,24 +142,17 @@ class GPTSetting:
         """Return raw DeepSpeed with each partition, and torch, ours and the limit with each of the first cuts."""
         found = [Contender("DeepSpeed", "1f1b", partition) for partition in ("parameters", "uniform")]
         halves, quarters = self.halves[:num_cuts], self.quarters[:num_cuts]
-        found += [self._cut("torch", "1f1b", cut) for cut in halves]
+        found += [Contender("torch", "1f1b", *self._cut(cut)) for cut in halves]
         for schedule in schedules:
-            _, stages_per_rank = _parse(schedule)
-            table = _plan_table(schedule, pp=self.pp, num_micro_batches=self.num_micro_batches)
-            found += [
-                self._cut("pipekit", schedule, cut, table) for cut in (halves if stages_per_rank == 1 else quarters)
-            ]
-        return found + [self._cut("limit", "", cut) for cut in halves]
+            name, stages_per_rank = _parse(schedule)
+            table = plan_table(schedule, pp=self.pp, num_micro_batches=self.num_micro_batches)
+            for cut in halves if stages_per_rank == 1 else quarters:
+                found.append(Contender("pipekit", schedule, *self._cut(cut), table, measures_costs=name == "auto"))
+        return found + [Contender("limit", "", *self._cut(cut)) for cut in halves]
 
-    def _cut(
-        self,
-        system: Literal["torch", "pipekit", "limit"],
-        schedule: str,
-        cut: tuple[int, ...],
-        table: Schedule | None = None,
-    ) -> Contender:
-        boundaries = (0, *cut, 2 * self.num_blocks + 4)
-        return Contender(system, schedule, ",".join(map(str, cut)), boundaries, table)
+    def _cut(self, cut: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """Return what a cut is called, and its boundaries."""
+        return ",".join(map(str, cut)), (0, *cut, 2 * self.num_blocks + 4)
 
     def build_workload(self) -> Workload:
         """Build the specs and the batch; needs torch."""
@@ -168,3 +162,6 @@ class GPTSetting:
 
 
 GPT_SETTINGS = (GPTSetting("fp32"), GPTSetting("bf16"))
+
+Setting = EmulatedSetting | GPTSetting
+SETTINGS: tuple[Setting, ...] = (*EMULATED_SETTINGS, *GPT_SETTINGS)

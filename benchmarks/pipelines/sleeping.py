@@ -18,14 +18,14 @@ class _Scale(torch.autograd.Function):
     """Multiplies by a weight, and sleeps for `seconds` in each of forward, input gradient and weight gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.seconds = seconds
         time.sleep(seconds)
         return x * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         seconds = ctx.seconds
 

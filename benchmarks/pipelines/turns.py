@@ -29,6 +29,7 @@ class Contender:
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`; empty for DeepSpeed, which has
             partitions of its own.
         table: of our schedule.
+        measures_costs: whether our table is planned anew for what the layers cost in the first steps.
     """
 
     system: System
@@ -36,6 +37,7 @@ class Contender:
     partition: str = ""
     boundaries: tuple[int, ...] = ()
     table: Schedule | None = field(default=None, compare=False, repr=False)
+    measures_costs: bool = False
 
     def __str__(self) -> str:
         return " ".join(
@@ -101,9 +103,12 @@ class Result:
         return median(self.steps_s)
 
 
-def combine(ranks: Sequence[Mapping[Contender, Turns]]) -> dict[Contender, Result]:
+Results = dict[Contender, Result]
+
+
+def combine(ranks: Sequence[Mapping[Contender, Turns]]) -> Results:
     """Return each contender's result from what each rank saw."""
-    results = {}
+    results: Results = {}
     for contender in ranks[0]:
         seen = [rank[contender] for rank in ranks]
         rounds = list(zip(*(turns.spans_s for turns in seen), strict=True))
@@ -113,3 +118,13 @@ def combine(ranks: Sequence[Mapping[Contender, Turns]]) -> dict[Contender, Resul
             loss=next((turns.loss for turns in seen if turns.loss is not None), None),
         )
     return results
+
+
+def of_system(results: Results, system: System) -> Results:
+    """Return the results of one system."""
+    return {contender: result for contender, result in results.items() if contender.system == system}
+
+
+def fastest(results: Results) -> tuple[Contender, Result]:
+    """Return who has the shortest step."""
+    return min(results.items(), key=lambda item: item[1].step_s)

@@ -76,7 +76,8 @@ def _adopt(layer: Any, layer_idx: int) -> LayerSpec:
         return LayerSpec(Function, layer)
     what = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
     raise ConfigError(
-        f"layer {layer_idx} is {what}; a layer is a LayerSpec, a module, or a function: write LayerSpec(nn.Linear, 4, 2)"
+        f"layer {layer_idx} is {what}; a layer is a LayerSpec, a module, or a function: write "
+        "LayerSpec(nn.Linear, 4, 2)"
     )
 
 
@@ -126,8 +127,8 @@ def _plan_layout(num_stages: int | None, topology: ProcessTopology | None, world
     axes = [axis for axis in topology.get_axis_names() if topology.get_dim(axis) > 1]
     if axes != [axis for axis in ("pipe", "data", "model") if axis in axes]:
         raise LayoutError(
-            f"the topology's axes are {', '.join(topology.get_axis_names())}; pipekit lays ranks out as pipe, data, model: "
-            "use PipeDataParallelTopology or PipeModelDataParallelTopology"
+            f"the topology's axes are {', '.join(topology.get_axis_names())}; pipekit lays ranks out as "
+            "pipe, data, model: use PipeDataParallelTopology or PipeModelDataParallelTopology"
         )
     if "model" in axes:
         raise LayoutError("the topology has a tensor-parallel axis, which is not available yet; give it a degree of 1")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
+from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
@@ -180,13 +181,17 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
                 )
         finally:
             self._running_engine_backward = False
+        loss = self._mean_of_replicas(losses)
+        loss_sent = self._begin_broadcast(loss)
         self._reducer.finish()
         self._reduce_tied_gradients()
         self.view.hand_over_gradients()
         self._update()
         if self._measure_costs:
             self._learn_costs()
-        return self._mean_loss(losses)
+        if loss_sent is not None:
+            wait(loss_sent, "the loss of the last stage")
+        return loss
 
     def gather_timeline(self) -> Timeline:
         """Return when each rank of this pipeline did what in the last step. All ranks call this together.
@@ -344,10 +349,16 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         return list(self._broadcast_from_last(stacked))
 
     def _broadcast_from_last(self, value: Tensor) -> Tensor:
-        if self.unit.layout.pp > 1:
-            last = self.unit.stage_rank(self.unit.num_stages - 1)
-            dist.broadcast(value, src=last, group=self.unit.pipe.process_group)
+        work = self._begin_broadcast(value)
+        if work is not None:
+            wait(work, "what the last stage computed")
         return value
+
+    def _begin_broadcast(self, value: Tensor) -> dist.Work | None:
+        if self.unit.layout.pp == 1:
+            return None
+        last = self.unit.stage_rank(self.unit.num_stages - 1)
+        return dist.broadcast(value, src=last, group=self.unit.pipe.process_group, async_op=True)
 
     def save_checkpoint(
         self,

@@ -116,7 +116,11 @@ class Executor:
         run = _Run(self, table, step_data, loss_fn, loss_scale, dropout_step, observe)
         if self.stopwatch is not None:
             self.stopwatch.begin()
+        confirmed = False
         for action in table.actions:
+            if action.kind != "F" and not confirmed:
+                step_data.confirm()
+                confirmed = True
             if action.kind == "F":
                 run.forward(action)
             elif action.kind == "W":
@@ -125,6 +129,8 @@ class Executor:
                 run.backward(action)
             if action in table.last_of_stage:
                 self._on_stage_done(action.stage)
+        if not confirmed:
+            step_data.confirm()
         run.finish()
         for sender in self._senders.values():
             sender.drain()
@@ -179,7 +185,7 @@ class Executor:
         return torch.is_grad_enabled(), self._shape_classes[micro_batch], stage
 
     def _find_meta(self, action: Action) -> MessageMeta | None:
-        """Return what an action's result looks like: what the stage passes on, or the gradients of what it was passed."""
+        """Return what an action's result looks like: what a stage passes on, or the gradients of what it was passed."""
         if action.kind == "F":
             return self._metas.get(self._meta_key(action.stage, action.micro_batch))
         # A gradient arrives after the activation that it belongs to was sent from here.
@@ -322,7 +328,7 @@ class _Run:
             self._deferred.pop((action.stage, action.micro_batch)).compute(self._view.add)
         self._stop(action)
 
-    def _loss(self, outputs: Any, action: Action) -> Tensor:
+    def _loss(self, outputs: Any, action: Action) -> Any:
         labels = to_device(self._data.micro_batches[action.micro_batch][1], self._device)
         loss = outputs if self._loss_fn is None else self._loss_fn(outputs, labels)
         if torch.is_grad_enabled() and (not isinstance(loss, Tensor) or loss.numel() != 1):
@@ -350,4 +356,5 @@ class _Run:
 
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
-    return tensor.requires_grad_(requires_grad and torch.is_grad_enabled())
+    leaf: Tensor = tensor.requires_grad_(requires_grad and torch.is_grad_enabled())
+    return leaf

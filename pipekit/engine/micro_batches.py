@@ -1,8 +1,9 @@
 """The micro-batches of a step: read by the ranks that hold the first and the last stage, agreed on by all.
 
-Before a step's first action all ranks of a pipeline learn, in one small collective, whether the data lasted, whether
-the first and the last stage read the same, and which micro-batches have shapes that were seen before. So data that end
-stop every rank with one error, and shapes may change at any micro-batch.
+The rank of the first stage and that of the last tell all others what they read: whether the data lasted, a checksum, and
+which micro-batches have shapes that were seen before. So data that end stop every rank with one error, a first and a last
+stage that read other batches are found out, and shapes may change at any micro-batch. The messages travel behind the first
+forwards.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _OK, _NO_ITERATOR, _FAILED = 0, -1, -2
 _SAMPLED_ELEMENTS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepData:
     """The micro-batches of one step.
 
@@ -41,10 +42,13 @@ class StepData:
         micro_batches: inputs and labels, in order; empty on ranks that hold neither the first nor the last stage.
         shape_classes: for each micro-batch a number that stands for the shapes and dtypes of its inputs, the same on
             every rank of the pipeline.
+        confirm: to be called before the step's first backward: waits until the last stage has told what it read, and
+            raises a DataError if that does not fit.
     """
 
     micro_batches: list[MicroBatch]
     shape_classes: list[int]
+    confirm: Callable[[], None]
 
 
 class MicroBatchReader:
@@ -69,36 +73,36 @@ class MicroBatchReader:
                 stage.
         """
         mpu = self._mpu
-        status, micro_batches, failure = _OK, [], None
+        first, last = mpu.placement[0], mpu.placement[-1]
+        report = torch.zeros(2 + num_micro_batches, dtype=torch.int64)
+        micro_batches: list[MicroBatch] = []
+        failure = None
         if mpu.should_build_data_loader:
             try:
-                status, micro_batches = self._read(data, num_micro_batches)
+                report[0], micro_batches = self._read(data, num_micro_batches)
+                report[1] = _checksum(micro_batches)
             except Exception as error:
-                status, failure = _FAILED, error
-        head = torch.zeros(4 + num_micro_batches, dtype=torch.int64)
-        if status == _OK and mpu.is_first_stage:
-            head[4:] = torch.tensor([self._class_of(inputs) for inputs, _ in micro_batches])
-        if mpu.is_first_stage:
-            head[0], head[1] = status, _checksum(micro_batches)
-        if mpu.is_last_stage:
-            head[2], head[3] = status, _checksum(micro_batches)
-        if self._group is not None:
-            work = dist.all_reduce(head, group=self._group.process_group, async_op=True)
-            assert work is not None
-            wait(work, "the other stages to begin the step")
+                report[0], failure = _FAILED, error
+        if mpu.is_first_stage and report[0] == _OK:
+            report[2:] = torch.tensor([self._class_of(inputs) for inputs, _ in micro_batches])
+        reports = {source: _Report(report.clone(), self._mpu, self._group, source) for source in {first, last}}
         if failure is not None:
             raise failure
-        first_status, first_sum, last_status, last_sum, *classes = head.tolist()
-        for stage, outcome in (("first", first_status), ("last", last_status)):
-            if outcome != _OK:
-                raise DataError(_complaint(outcome, stage, num_micro_batches))
-        if first_sum and last_sum and first_sum != last_sum:
-            raise DataError(
-                "the first and the last stage read different batches, so that inputs would meet other labels: give "
-                "every rank of a pipeline an iterator in the same order (seed a shuffle by the data-parallel rank, "
-                "mpu.data_parallel_rank, never by the global rank)"
-            )
-        return StepData(micro_batches, classes)
+        # The first stage's report is needed at once, but on the first stage itself; the last's can wait.
+        heard = reports[first].receive()
+        _check(heard, "first", num_micro_batches)
+
+        def confirm() -> None:
+            told = reports[last].receive()
+            _check(told, "last", num_micro_batches)
+            if heard[1] and told[1] and heard[1] != told[1]:
+                raise DataError(
+                    "the first and the last stage read different batches, so that inputs would meet other labels: give "
+                    "every rank of a pipeline an iterator in the same order (seed a shuffle by the data-parallel rank, "
+                    "mpu.data_parallel_rank, never by the global rank)"
+                )
+
+        return StepData(micro_batches, heard[2:], confirm)
 
     def _read(self, data: Iterator[Any] | None, num_micro_batches: int) -> tuple[int, list[MicroBatch]]:
         if data is None:
@@ -142,7 +146,7 @@ class TrainingData:
         self._position = position
 
     def __len__(self) -> int:
-        """The number of micro-batches of an epoch, on one replica; the last step of an epoch may reach into the next."""
+        """The micro-batches of an epoch on one replica; an epoch's last step may reach into the next epoch."""
         steps = -(-self.loader.order.num_samples // self.loader.global_batch_size)
         return steps * self.loader.num_micro_batches
 
@@ -163,12 +167,50 @@ def join_batches(outputs: list[Any]) -> Any:
     )
 
 
-def _complaint(status: int, stage: str, num_micro_batches: int) -> str:
+class _Report:
+    """What a rank has read, on its way to all others of the pipeline.
+
+    Args:
+        report: what this rank has to say, if it is the source.
+        mpu: the process groups.
+        group: a CPU group of the pipeline's ranks; None where there is one rank.
+        source: pipeline rank of the one that reports.
+    """
+
+    def __init__(self, report: Tensor, mpu: ModelParallelUnit, group: RankGroup | None, source: int) -> None:
+        self._report = report
+        self._works: list[dist.Work] = []
+        if group is None:
+            return
+        # Beside the descriptions of activations, which go by the tag 0; one tag for each of the two that report.
+        tag = 1 if source == mpu.placement[0] else 2
+        for peer in range(mpu.layout.pp):
+            if mpu.pipe_rank == source and peer != source:
+                work = dist.isend(report, mpu.pipe.ranks[peer], group=group.process_group, tag=tag)
+            elif mpu.pipe_rank == peer and peer != source:
+                work = dist.irecv(report, mpu.pipe.ranks[source], group=group.process_group, tag=tag)
+            else:
+                continue
+            assert work is not None
+            self._works.append(work)
+
+    def receive(self) -> list[int]:
+        """Return what the source has said."""
+        # A message of gloo can be waited for once.
+        while self._works:
+            wait(self._works.pop(), "the other stages to begin the step")
+        return self._report.tolist()
+
+
+def _check(report: list[int], stage: str, num_micro_batches: int) -> None:
+    status = report[0]
+    if status == _OK:
+        return
     if status == _NO_ITERATOR:
-        return f"the {stage} stage reads batches, and was given no data iterator"
+        raise DataError(f"the {stage} stage reads batches, and was given no data iterator")
     if status == _FAILED:
-        return f"the {stage} stage could not read its data; see that rank's error"
-    return (
+        raise DataError(f"the {stage} stage could not read its data; see that rank's error")
+    raise DataError(
         f"the data of the {stage} stage ended at micro-batch {status - 1} of {num_micro_batches}; a step reads "
         f"{num_micro_batches} micro-batches from its iterator: wrap a finite loader so that it repeats"
     )
@@ -195,7 +237,7 @@ def _checksum(micro_batches: list[MicroBatch]) -> int:
             for tensor in tensors:
                 flat = tensor.detach().flatten()
                 sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)].contiguous().view(torch.uint8)
-                total = zlib.crc32(sample.numpy(), total)
+                total = zlib.crc32(sample.numpy().tobytes(), total)
     return total if micro_batches else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -95,7 +95,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.layer_names = layer_names(self.layer_specs)
         self.loss_fn = loss_fn
         self.seed = base_seed
-        self.seed_fn = seed_fn or torch.manual_seed
+        self._seed = seed_fn or _seed_generators
         self.activation_checkpointing = activation_checkpoint_interval
         self.checkpointable_layers = None if checkpointable_layers is None else set(checkpointable_layers)
         self.schedule = schedule
@@ -239,7 +239,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         with split_linear() if split_backward else nullcontext():
             for layer_idx in layers:
                 if dropout_path is not None:
-                    self.seed_fn(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
+                    self._seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
                 inputs = self._layers[layer_idx](inputs)
         return inputs
 
@@ -252,8 +252,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     def _module_of(self, layer_idx: int) -> nn.Module:
         spec = self.layer_specs[layer_idx]
         if isinstance(spec, TiedLayerSpec):
-            return self.tied_modules[spec.key]
-        return self.get_submodule(str(layer_idx))
+            return cast(nn.Module, self.tied_modules[spec.key])
+        return cast(nn.Module, self.get_submodule(str(layer_idx)))
 
     def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Yield `(logical name, parameter, owned)` for each parameter of this rank.
@@ -281,6 +281,13 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             owned = self.layer_names.index(layer_name) in held
             for name, tensor in named(self._module_of(layer_idx)):
                 yield f"{layer_name}.{name}", tensor, owned
+
+
+def _seed_generators(seed: int) -> None:
+    # torch.manual_seed would also note the call for every GPU that is not in use yet, which takes a millisecond.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -50,7 +50,7 @@ class GradientReducer:
             self._reduce(waiting)
 
     def _reduce(self, gradients: list[Tensor]) -> None:
-        flat = _flatten_dense_tensors(gradients)
+        flat = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
         work = dist.all_reduce(flat, group=self._group.process_group, async_op=True)
         assert work is not None
         self._buckets.append(_Bucket(gradients, flat, work))
@@ -60,8 +60,7 @@ class GradientReducer:
         for bucket in self._buckets:
             wait(bucket.work, "the gradients of the other replicas")
             bucket.flat.div_(self._group.size)
-            for gradient, mean in zip(
-                bucket.gradients, _unflatten_dense_tensors(bucket.flat, bucket.gradients), strict=True
-            ):
+            means = _unflatten_dense_tensors(bucket.flat, bucket.gradients)  # type: ignore[no-untyped-call]
+            for gradient, mean in zip(bucket.gradients, means, strict=True):
                 gradient.copy_(mean)
         self._buckets = []

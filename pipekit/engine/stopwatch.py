@@ -38,7 +38,7 @@ class Stopwatch:
     def _now(self) -> float | torch.cuda.Event:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -47,7 +47,8 @@ class Stopwatch:
             assert isinstance(self._begun, float)
             return mark - self._begun
         assert isinstance(self._begun, torch.cuda.Event)
-        return self._begun.elapsed_time(mark) / 1000
+        elapsed_ms: float = self._begun.elapsed_time(mark)
+        return elapsed_ms / 1000
 
     def spans(self) -> list[Span]:
         """Return when the last step's actions ran, in seconds since it began, in order."""

@@ -38,10 +38,9 @@ def plan_auto(
     Example:
         >>> slow_last = Costs([1, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 2])
         >>> best = plan_auto(slow_last, placement=(0, 1, 2, 3), num_micro_batches=8)
-        >>> [simulate(plan(num_stages=4, num_micro_batches=8), slow_last).step_time_s for plan in (plan_1f1b, plan_zb_h1)]
-        [57.0, 52.0]
-        >>> simulate(best, slow_last).step_time_s
-        51.0
+        >>> tables = (plan_1f1b(num_stages=4, num_micro_batches=8), plan_zb_h1(num_stages=4, num_micro_batches=8), best)
+        >>> [simulate(table, slow_last).step_time_s for table in tables]
+        [57.0, 52.0, 51.0]
     """
     limit = len(placement) if max_in_flight is None else max_in_flight
     pp = max(placement) + 1
@@ -81,8 +80,8 @@ def _fixed(placement: tuple[int, ...], num_micro_batches: int) -> Iterator[Sched
     if placement == tuple(range(pp)):
         for plan in (plan_1f1b, plan_zb_h1, plan_gpipe):
             yield plan(num_stages=pp, num_micro_batches=num_micro_batches)
-    elif placement == plan_placement("looped", pp=pp, stages_per_rank=stages_per_rank):
-        if num_micro_batches % pp == 0:
-            yield plan_interleaved_1f1b(pp=pp, stages_per_rank=stages_per_rank, num_micro_batches=num_micro_batches)
+    is_looped = placement == plan_placement("looped", pp=pp, stages_per_rank=stages_per_rank)
+    if is_looped and stages_per_rank > 1 and num_micro_batches % pp == 0:
+        yield plan_interleaved_1f1b(pp=pp, stages_per_rank=stages_per_rank, num_micro_batches=num_micro_batches)
     if placement == plan_placement("v", pp=pp, stages_per_rank=2):
         yield plan_zb_v(pp=pp, num_micro_batches=num_micro_batches)

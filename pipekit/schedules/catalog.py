@@ -152,8 +152,8 @@ def _read_table(name: str, pp: int) -> Schedule:
     schedule = read_csv(name)
     if len(schedule.ranks) != pp:
         raise ConfigError(
-            f"parallel.schedule={name} has {len(schedule.ranks)} rows, one for each pipeline rank, and parallel.pp={pp}; "
-            f"try parallel.pp={len(schedule.ranks)}"
+            f"parallel.schedule={name} has {len(schedule.ranks)} rows, one for each pipeline rank, and "
+            f"parallel.pp={pp}; try parallel.pp={len(schedule.ranks)}"
         )
     return schedule
 

@@ -20,8 +20,8 @@ def write_csv(schedule: Schedule, path: str | Path) -> None:
 def read_csv(path: str | Path) -> Schedule:
     """Return the table of a file, proved to run.
 
-    One row a rank and one action a cell, in order; empty cells and lines that begin with `#` do not count. The number of
-    micro-batches is one more than the highest.
+    One row a rank and one action a cell, in order; empty cells and lines that begin with `#` do not count. The highest
+    micro-batch tells how many there are.
 
     Raises:
         ScheduleError: with file, line and column, if a cell is no action; or if the table cannot be run.

@@ -46,8 +46,8 @@ class Costs:
         overhead_s: float = 0.0,
     ) -> Costs:
         """Return costs that are the same for every stage."""
-        stages = ([seconds] * num_stages for seconds in (forward_s, input_gradient_s, weight_gradient_s))
-        return cls(*stages, transfer_s=transfer_s, overhead_s=overhead_s)
+        forward, inputs, weights = ([cost] * num_stages for cost in (forward_s, input_gradient_s, weight_gradient_s))
+        return cls(forward, inputs, weights, transfer_s=transfer_s, overhead_s=overhead_s)
 
     @property
     def num_stages(self) -> int:
@@ -148,9 +148,11 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 def median_costs(timelines: Sequence[Timeline]) -> Costs:
-    """Return what measured actions cost: for each stage the median of each kind, and of the transfers that were waited for.
+    """Return what measured actions cost: medians of each kind on each stage, of transfers, and of what lies between.
 
-    A stage that ran whole backwards only is taken to spend half of them on the weight gradient.
+    The time of a transfer is that between the end of an action and the begin of the one that waited for its result; the
+    overhead that between two actions of a rank of which the second had nothing to wait for. A stage that ran whole
+    backwards only is taken to spend half of them on the weight gradient.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -160,19 +162,22 @@ def median_costs(timelines: Sequence[Timeline]) -> Costs:
     """
     times: dict[tuple[int, str], list[float]] = {}
     transfers: list[float] = []
+    gaps: list[float] = []
     for timeline in timelines:
+        placement = timeline.schedule.placement
         spans = {span.action: span for row in timeline.spans for span in row}
         for rank, row in enumerate(timeline.spans):
-            for before, span in zip((None, *row), row, strict=False):
+            free_s = 0.0
+            for span in row:
                 action = span.action
                 times.setdefault((action.stage, action.kind), []).append(span.end_s - span.start_s)
-                sent = [
-                    spans[other].end_s
-                    for other in needs(action, timeline.schedule)
-                    if timeline.schedule.placement[other.stage] != rank
-                ]
-                if sent and max(sent) > (before.end_s if before else 0.0):
-                    transfers.append(max(0.0, span.start_s - max(sent)))
+                remote = (other for other in needs(action, timeline.schedule) if placement[other.stage] != rank)
+                sent_s = max((spans[other].end_s for other in remote), default=0.0)
+                if sent_s > free_s:
+                    transfers.append(max(0.0, span.start_s - sent_s))
+                elif span is not row[0]:
+                    gaps.append(max(0.0, span.start_s - free_s))
+                free_s = span.end_s
     medians = {key: median(values) for key, values in times.items()}
     stages = sorted({stage for stage, _ in medians})
     halves = {stage: medians.get((stage, "B"), 0.0) / 2 for stage in stages}
@@ -181,4 +186,5 @@ def median_costs(timelines: Sequence[Timeline]) -> Costs:
         [medians.get((stage, "I"), halves[stage]) for stage in stages],
         [medians.get((stage, "W"), halves[stage]) for stage in stages],
         transfer_s=median(transfers) if transfers else 0.0,
+        overhead_s=median(gaps) if gaps else 0.0,
     )

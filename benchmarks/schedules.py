@@ -1,0 +1,136 @@
+"""Pipeline schedules, measured: ours against DeepSpeed's `PipelineEngine` and `torch.distributed.pipelining`.
+
+    python benchmarks/schedules.py [--emulated] [--gpt] [--rounds N] [--settings NAME ...] [--schedules NAME ...]
+                                   [--quick] [--json PATH]
+
+`--emulated` runs pipelines of four and of eight ranks whose layers sleep for their time in place of computing it, so
+that they measure truly on a few cores. Efficiency is the share of the step in which a rank's layers sleep.
+
+`--gpt` trains a GPT on two ranks of one thread each. Efficiency is the share of the limit in the step, and the limit is
+what the same layers take when each rank does its stage's forwards and backwards beside the other, with nothing to send,
+nobody to wait for and no update: the mean over the ranks, for the cut that makes them most even.
+
+Without either, both are run. All contenders of a setting live in the same processes and take turns; a step takes from
+the first rank's begin to the last rank's end, and each figure is the median over the rounds. Prints tables and writes
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines.jobs import measure
+from pipelines.ranks import RankError, RankPool
+from pipelines.report import requirement_json, requirement_table, setting_json, setting_table
+from pipelines.requirements import Requirement, check
+from pipelines.settings import EMULATED_SETTINGS, GPT_SETTINGS, SETTINGS, EmulatedSetting, Setting
+from pipelines.turns import Contender, combine
+from rich.console import Console
+
+from pipekit.schedules import SCHEDULE_NAMES
+
+EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2")
+GPT_SCHEDULES = ("1f1b", "zb-h1", "zb-v", "auto")
+ROUNDS = 5
+QUICK_ROUNDS = 2
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    return {
+        "num_cpus": os.cpu_count(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def choose_settings(arguments: argparse.Namespace) -> list[Setting]:
+    """Return the settings that the options ask for."""
+    neither = not (arguments.emulated or arguments.gpt)
+    chosen: list[Setting] = []
+    if arguments.emulated or neither:
+        chosen += EMULATED_SETTINGS[:1] if arguments.quick else EMULATED_SETTINGS
+    if arguments.gpt or neither:
+        chosen += GPT_SETTINGS[:1] if arguments.quick else GPT_SETTINGS
+    if arguments.settings:
+        return [setting for setting in SETTINGS if setting.name in arguments.settings]
+    return chosen
+
+
+def choose_contenders(setting: Setting, arguments: argparse.Namespace) -> list[Contender]:
+    """Return who takes part in a setting."""
+    if isinstance(setting, EmulatedSetting):
+        return setting.contenders(arguments.schedules or EMULATED_SCHEDULES)
+    return setting.contenders(arguments.schedules or GPT_SCHEDULES, num_cuts=1 if arguments.quick else None)
+
+
+def parse_arguments() -> argparse.Namespace:
+    settings = [setting.name for setting in SETTINGS]
+    schedules = [*SCHEDULE_NAMES, "auto:2"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emulated", action="store_true", help="run the emulated devices only")
+    parser.add_argument("--gpt", action="store_true", help="run the GPT only")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"rounds of each setting; {ROUNDS} unless given")
+    parser.add_argument(
+        "--settings", nargs="+", choices=settings, metavar="NAME", help=f"run these only, of {', '.join(settings)}"
+    )
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=schedules,
+        metavar="NAME",
+        help=f"run ours with these only, of {', '.join(schedules)}; the last has two stages on each rank",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one setting of each kind, one cut, {QUICK_ROUNDS} rounds"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("schedules.json"), metavar="PATH", help="file to write; %(default)s"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    # The way out is through the pool, which ends its processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console()
+    report: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "settings": []}
+    requirements: list[Requirement] = []
+    try:
+        with (
+            tempfile.TemporaryDirectory() as logs,
+            console.status("start") as status,
+            RankPool(Path(logs), show=lambda doing: status.update(doing)) as pool,
+        ):
+            for setting in choose_settings(arguments):
+                status.update(f"{setting}")
+                ranks = pool.run(setting.pp, measure, setting, choose_contenders(setting, arguments), rounds)
+                results = combine(ranks)
+                console.print(setting_table(setting, results))
+                requirements += check(setting, results)
+                report["settings"].append(setting_json(setting, results))
+                report["requirements"] = [requirement_json(requirement) for requirement in requirements]
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    except RankError as error:
+        raise SystemExit(f"{setting}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    console.print(requirement_table(requirements))
+    console.print(f"{arguments.json} has the figures", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
