@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 Compute = Callable[[], Tensor]
@@ -64,22 +64,24 @@ def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
     """Return the gradient of `weight`, or None where it is handed over to be computed later.
 
     Call it in the backward of an autograd function, and return what it returns in the place of the weight's gradient.
-    Nothing is handed over outside of a schedule that splits the backward, nor for a weight that is computed from others
-    or that has hooks.
+    Nothing is handed over outside of a schedule that splits the backward, nor for a weight that is no parameter or that
+    has hooks.
 
     Args:
-        weight: the parameter, as it was given to the function.
+        weight: the parameter that was given to the function. Keep it by itself (`ctx.weight = weight`): under activation
+            checkpointing, what `save_for_backward` gives back is a copy, which is not put off.
         compute: computes the gradient, in the shape of `weight`; keep no more alive in it than that needs.
 
     Example:
         >>> class Scale(torch.autograd.Function):
         ...     @staticmethod
         ...     def forward(ctx, x, weight):
-        ...         ctx.save_for_backward(x, weight)
+        ...         ctx.save_for_backward(x)
+        ...         ctx.weight = weight
         ...         return x * weight
         ...     @staticmethod
         ...     def backward(ctx, grad):
-        ...         x, weight = ctx.saved_tensors
+        ...         (x,), weight = ctx.saved_tensors, ctx.weight
         ...         return grad * weight, defer_weight_gradient(weight, lambda: (grad * x).sum().reshape(1))
         >>> x, weight = torch.ones(3, requires_grad=True), torch.nn.Parameter(torch.full((1,), 2.0))
         >>> with deferring() as later:
@@ -89,7 +91,8 @@ def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
         >>> later.compute(lambda weight, compute: print(compute().item()))
         3.0
     """
-    if _current is None or not weight.is_leaf or weight._backward_hooks:
+    # What activation checkpointing gives back in place of a saved parameter is a tensor of its own.
+    if _current is None or not isinstance(weight, nn.Parameter) or weight._backward_hooks:
         return compute()
     _current.append(weight, compute)
     return None
@@ -127,14 +130,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight, bias)
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias = weight, bias
         return F.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
-        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             grad.matmul(weight) if needs_inputs else None,
             defer_weight_gradient(weight, _OuterProduct(grad, inputs)) if needs_weight else None,
@@ -152,8 +156,8 @@ class _SplitLinear(TorchFunctionMode):
 
 
 def _split(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    deferrable = weight.is_leaf and weight.requires_grad and not torch.is_autocast_enabled(input.device.type)
-    if not deferrable or type(input) is not Tensor:
+    trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+    if not trained or type(input) is not Tensor or torch.is_autocast_enabled(input.device.type):
         return F.linear(input, weight, bias)
     output: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return output

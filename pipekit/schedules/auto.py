@@ -40,7 +40,7 @@ def plan_auto(
         >>> best = plan_auto(slow_last, placement=(0, 1, 2, 3), num_micro_batches=8)
         >>> tables = (plan_1f1b(num_stages=4, num_micro_batches=8), plan_zb_h1(num_stages=4, num_micro_batches=8), best)
         >>> [simulate(table, slow_last).step_time_s for table in tables]
-        [57.0, 52.0, 51.0]
+        [57.0, 51.0, 51.0]
     """
     limit = len(placement) if max_in_flight is None else max_in_flight
     pp = max(placement) + 1
@@ -55,7 +55,7 @@ def plan_auto(
         for schedule in _fixed(tuple(placement), num_micro_batches)
         if all(schedule.peak_in_flight(rank) <= limit for rank in range(pp))
     ]
-    eagerness = sorted({0, 1, pp // 2, pp, limit})
+    eagerness = sorted({0, 1, pp // 2, pp - 1, pp, limit})
     for backward_first, late_stage_first, patience, eager_weights in product(
         (False, True), (True, False), (0.0, 0.5, 1.0), eagerness
     ):

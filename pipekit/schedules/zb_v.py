@@ -13,8 +13,8 @@ from pipekit.schedules.simulate import Costs, simulate
 def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
     """Return the ZB-V table: `2 * pp` stages, and the first and the last of them on the first rank.
 
-    The first rank has the loss, so that its backward starts at once, and a rank waits only for its first input: with
-    equal costs, and from `2 * pp` micro-batches on, the bubble is that of half a forward for each rank but one. No
+    The first rank has the loss, so that its backward starts at once, and a rank waits for little but its first input:
+    with equal costs and many micro-batches the bubble is that of one stage's forward for each rank but one. No
     rank holds more than `2 * pp` stage activations, which is what `pp` of 1F1B's stages, twice as long, hold.
 
     Found by list scheduling with equal costs under that limit.
@@ -30,7 +30,7 @@ def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
     placement = plan_placement("v", pp=pp, stages_per_rank=2)
     costs = Costs.uniform(2 * pp)
     best: tuple[float, Schedule] | None = None
-    for backward_first, eager_weights in product((False, True), (pp, pp // 2)):
+    for backward_first, eager_weights in product((False, True), (max(pp - 1, 0), pp, pp // 2)):
         schedule = list_schedule(
             placement=placement,
             num_micro_batches=num_micro_batches,

@@ -1,0 +1,158 @@
+"""The tables of the generators: literally where they are small, by what the literature claims where they are not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipekit.errors import ConfigError
+from pipekit.schedules import (
+    Costs,
+    Schedule,
+    default_stages_per_rank,
+    plan_1f1b,
+    plan_forward_only,
+    plan_gpipe,
+    plan_interleaved_1f1b,
+    plan_placement,
+    plan_schedule,
+    plan_zb_h1,
+    plan_zb_v,
+    read_csv,
+    schedule_placement,
+    simulate,
+    validate,
+    write_csv,
+)
+from schedules.tables import schedules
+
+degrees = st.integers(1, 8)
+micro_batches = st.integers(1, 24)
+
+
+def step_time(schedule: Schedule, stages_per_rank: int = 1) -> float:
+    """Return the step time where a rank's forward, input gradient and weight gradient take 1 each."""
+    cost = 1 / stages_per_rank
+    costs = Costs.uniform(schedule.num_stages, forward_s=cost, input_gradient_s=cost, weight_gradient_s=cost)
+    return simulate(schedule, costs).step_time_s
+
+
+def peaks(schedule: Schedule) -> list[int]:
+    return [schedule.peak_in_flight(rank) for rank in range(len(schedule.ranks))]
+
+
+@given(schedules)
+def test_every_table_can_be_run(schedule: Schedule) -> None:
+    validate(schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rows"),
+    [
+        (plan_gpipe(num_stages=2, num_micro_batches=2), ["0F0 0F1 0B0 0B1", "1F0 1F1 1B0 1B1"]),
+        (
+            plan_1f1b(num_stages=3, num_micro_batches=3),
+            ["0F0 0F1 0F2 0B0 0B1 0B2", "1F0 1F1 1B0 1F2 1B1 1B2", "2F0 2B0 2F1 2B1 2F2 2B2"],
+        ),
+        (
+            plan_zb_h1(num_stages=2, num_micro_batches=3),
+            ["0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2", "1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2"],
+        ),
+        (
+            plan_interleaved_1f1b(pp=2, stages_per_rank=2, num_micro_batches=2),
+            ["0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1", "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1"],
+        ),
+        (plan_zb_v(pp=2, num_micro_batches=1), ["0F0 3F0 3I0 3W0 0I0 0W0", "1F0 2F0 2I0 1I0 2W0 1W0"]),
+        (plan_forward_only(num_stages=4, num_micro_batches=1, placement=(0, 1, 1, 0)), ["0F0 3F0", "1F0 2F0"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Schedule) else "",
+)
+def test_small_tables(schedule: Schedule, rows: list[str]) -> None:
+    assert str(schedule).split("\n") == rows
+
+
+@given(degrees, micro_batches)
+def test_gpipe_and_1f1b_take_the_time_of_a_full_and_an_empty_pipeline(pp: int, m: int) -> None:
+    for plan in (plan_gpipe, plan_1f1b):
+        assert step_time(plan(num_stages=pp, num_micro_batches=m)) == 3 * (m + pp - 1)
+    assert peaks(plan_gpipe(num_stages=pp, num_micro_batches=m)) == [m] * pp
+    assert peaks(plan_1f1b(num_stages=pp, num_micro_batches=m)) == [min(pp - rank, m) for rank in range(pp)]
+
+
+@given(degrees, micro_batches)
+def test_zb_h1_has_a_third_of_the_bubble_at_the_same_peak(pp: int, m: int) -> None:
+    schedule = plan_zb_h1(num_stages=pp, num_micro_batches=m)
+    if m >= pp:
+        assert step_time(schedule) == 3 * m + pp - 1
+    assert max(peaks(schedule)) == min(pp, m)
+
+
+@given(degrees, st.integers(1, 4), st.integers(2, 4))
+def test_interleaving_shortens_the_bubble_by_the_number_of_stages_on_a_rank(pp: int, groups: int, v: int) -> None:
+    m = groups * pp
+    schedule = plan_interleaved_1f1b(pp=pp, stages_per_rank=v, num_micro_batches=m)
+    assert step_time(schedule, v) == pytest.approx(3 * m + 3 * (pp - 1) / v)
+
+
+@pytest.mark.parametrize(("pp", "m"), [(2, 8), (3, 6), (4, 8), (4, 16), (8, 8), (8, 32)])
+def test_zb_v_waits_for_half_a_forward_of_each_other_rank(pp: int, m: int) -> None:
+    schedule = plan_zb_v(pp=pp, num_micro_batches=m)
+    assert step_time(schedule, 2) == pytest.approx(3 * m + (pp - 1) / 2)
+    assert max(peaks(schedule)) <= 2 * pp
+
+
+def test_zb_v_is_at_most_one_forward_off_where_micro_batches_are_few() -> None:
+    assert step_time(plan_zb_v(pp=8, num_micro_batches=16), 2) <= 3 * 16 + 7 / 2 + 1 / 2
+
+
+@given(degrees, micro_batches)
+def test_zb_v_keeps_to_its_memory_and_beats_1f1b(pp: int, m: int) -> None:
+    schedule = plan_zb_v(pp=pp, num_micro_batches=m)
+    assert max(peaks(schedule)) <= 2 * pp
+    assert step_time(schedule, 2) <= 3 * (m + pp - 1)
+
+
+def test_placements() -> None:
+    assert plan_placement("looped", pp=3, stages_per_rank=2) == (0, 1, 2, 0, 1, 2)
+    assert plan_placement("v", pp=2, stages_per_rank=3) == (0, 1, 1, 0, 0, 1)
+    assert schedule_placement("zb-v", pp=3) == (0, 1, 2, 2, 1, 0)
+    assert schedule_placement("auto", pp=3) == (0, 1, 2)
+    assert schedule_placement("interleaved-1f1b", pp=2, stages_per_rank=3) == (0, 1, 0, 1, 0, 1)
+    assert [default_stages_per_rank(name) for name in ("1f1b", "zb-v", "interleaved-1f1b", "auto")] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        (
+            "interleaved-1f1b",
+            {"num_micro_batches": 6},
+            "parallel.schedule=interleaved-1f1b needs a multiple of parallel.pp=4 micro-batches, and a step has 6; "
+            "try 4 or 8",
+        ),
+        ("interleaved-1f1b", {"num_micro_batches": 2}, "a step has 2; try 4 "),
+        ("interleaved-1f1b", {"stages_per_rank": 1}, "needs 2 stages a rank or more, not parallel.stages_per_rank=1"),
+        ("zb-v", {"stages_per_rank": 3}, "parallel.schedule=zb-v runs 2 stages on each rank"),
+        ("zb-h1", {"stages_per_rank": 2}, "parallel.schedule=zb-h1 runs one stage on each rank"),
+        ("auto", {"max_in_flight": 1, "stages_per_rank": 2}, "parallel.max_in_flight=1 is less than the 2 stages"),
+        ("fifo", {}, "parallel.schedule=fifo is none of gpipe, 1f1b"),
+        ("no/such.csv", {}, "parallel.schedule=no/such.csv: there is no such file"),
+    ],
+)
+def test_what_a_schedule_cannot_run_is_refused(name: str, options: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_schedule(name, **{"pp": 4, "num_micro_batches": 8, **options})
+    assert says in str(caught.value)
+
+
+def test_a_file_must_fit_the_run(tmp_path) -> None:
+    path = tmp_path / "table.csv"
+    write_csv(plan_zb_v(pp=2, num_micro_batches=4), path)
+    assert plan_schedule(str(path), pp=2, num_micro_batches=4).ranks == read_csv(path).ranks
+    assert default_stages_per_rank(str(path)) == 2
+    assert schedule_placement(str(path), pp=2) == (0, 1, 1, 0)
+    with pytest.raises(ConfigError, match=r"has 2 rows, one for each pipeline rank, and parallel\.pp=4"):
+        plan_schedule(str(path), pp=4, num_micro_batches=4)
+    with pytest.raises(ConfigError, match="is for 4 micro-batches, and a step has 8"):
+        plan_schedule(str(path), pp=2, num_micro_batches=8)
