@@ -4,7 +4,8 @@
                                    [--quick] [--json PATH]
 
 `--emulated` runs pipelines of four and of eight ranks whose layers sleep for their time in place of computing it, so
-that they measure truly on a few cores. Efficiency is the share of the step in which a rank's layers sleep.
+that they measure truly on a few cores. Efficiency is the share of the step in which a rank's layers sleep. The simulator
+is given the times of the layers, and of a message and the overhead of an action, which are calibrated on 1F1B beforehand.
 
 `--gpt` trains a GPT on two ranks of one thread each. Efficiency is the share of the limit in the step, and the limit is
 what the same layers take when each rank does its stage's forwards and backwards beside the other, with nothing to send,
@@ -28,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.jobs import measure
+from pipelines.jobs import calibrate, measure
 from pipelines.ranks import RankError, RankPool
 from pipelines.report import requirement_json, requirement_table, setting_json, setting_table
 from pipelines.requirements import Requirement, check
@@ -38,7 +39,7 @@ from rich.console import Console
 
 from pipekit.schedules import SCHEDULE_NAMES
 
-EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2")
+EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2", "auto:2:2")
 GPT_SCHEDULES = ("1f1b", "zb-h1", "zb-v", "auto")
 ROUNDS = 5
 QUICK_ROUNDS = 2
@@ -77,7 +78,7 @@ def choose_contenders(setting: Setting, arguments: argparse.Namespace) -> list[C
 
 def parse_arguments() -> argparse.Namespace:
     settings = [setting.name for setting in SETTINGS]
-    schedules = [*SCHEDULE_NAMES, "auto:2"]
+    schedules = list(EMULATED_SCHEDULES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emulated", action="store_true", help="run the emulated devices only")
     parser.add_argument("--gpt", action="store_true", help="run the GPT only")
@@ -88,9 +89,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--schedules",
         nargs="+",
-        choices=schedules,
         metavar="NAME",
-        help=f"run ours with these only, of {', '.join(schedules)}; the last has two stages on each rank",
+        help=f"run ours with these only, of {', '.join(schedules)}; auto:2 puts two stages on each "
+        "rank, and auto:2:2 lets it hold twice the activations that 1F1B does",
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"one setting of each kind, one cut, {QUICK_ROUNDS} rounds"
@@ -106,7 +107,8 @@ def main() -> None:
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     # The way out is through the pool, which ends its processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    console = Console()
+    # Where nobody looks at a terminal, the tables are not to be cut at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 130)
     report: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "settings": []}
     requirements: list[Requirement] = []
     try:
@@ -117,6 +119,8 @@ def main() -> None:
         ):
             for setting in choose_settings(arguments):
                 status.update(f"{setting}")
+                if isinstance(setting, EmulatedSetting):
+                    setting = setting.calibrated(pool.run(setting.pp, calibrate, setting)[0])
                 ranks = pool.run(setting.pp, measure, setting, choose_contenders(setting, arguments), rounds)
                 results = combine(ranks)
                 console.print(setting_table(setting, results))

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from pipekit.schedules import Costs, median_costs
 from pipelines.ranks import Say
-from pipelines.settings import Setting, plan_table
+from pipelines.settings import EmulatedSetting, Setting, plan_table
 from pipelines.turns import Contender, Step, Turns, take_turns
+
+CALIBRATED_STEPS = 4
+"""Steps of 1F1B that are timed to learn what a message and an action cost; the first does not count."""
 
 
 def measure(say: Say, setting: Setting, contenders: Sequence[Contender], rounds: int) -> dict[Contender, Turns]:
@@ -17,6 +21,22 @@ def measure(say: Say, setting: Setting, contenders: Sequence[Contender], rounds:
         say(f"build of {contender}")
         steps[contender] = _build(setting, contender)
     return take_turns(steps, rounds, say)
+
+
+def calibrate(say: Say, setting: EmulatedSetting) -> Costs:
+    """Return what the actions of 1F1B cost on this machine, sleep, overhead and messages."""
+    from pipelines.ours import build_engine
+
+    say("calibration")
+    table = plan_table("1f1b", pp=setting.pp, num_micro_batches=setting.num_micro_batches)
+    boundaries = range(0, 2 * setting.pp + 1, 2)
+    workload = setting.build_workload()
+    engine = build_engine(workload, table=table, boundaries=boundaries, profile=True)
+    timelines = []
+    for _ in range(CALIBRATED_STEPS):
+        engine.train_batch(workload.micro_batches())
+        timelines.append(engine.gather_timeline())
+    return median_costs(timelines[1:])
 
 
 def _build(setting: Setting, contender: Contender) -> Step:

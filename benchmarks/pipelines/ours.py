@@ -17,6 +17,36 @@ MEASURED_STEPS = 3
 """Steps that the engine times before it plans a table for what they cost."""
 
 
+def build_engine(
+    workload: Workload,
+    *,
+    table: Schedule,
+    boundaries: Sequence[int],
+    replan: Callable[[Costs], Schedule] | None = None,
+    profile: bool = False,
+) -> PipelineEngine:
+    """Return our engine.
+
+    Args:
+        workload: what is trained.
+        table: what the engine does.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        replan: returns a table for what the layers cost in the first steps, which are run with `table`.
+        profile: whether to time every action.
+    """
+    unit = ModelParallelUnit(Layout(pp=workload.pp), placement=table.placement, timeout_s=WAIT_LIMIT_S)
+    module = PipelineModule(workload.specs, mpu=unit, boundaries=boundaries, loss_fn=workload.loss_fn)
+    return PipelineEngine(
+        module,
+        mpu=unit,
+        build_optimizer=workload.build_optimizer,
+        deepspeed_config=workload.deepspeed_config(),
+        plan_schedule=lambda _, costs: table if costs is None or replan is None else replan(costs),
+        measure_costs=replan is not None,
+        profile=profile,
+    )
+
+
 def build_ours(
     workload: Workload,
     *,
@@ -24,24 +54,8 @@ def build_ours(
     boundaries: Sequence[int],
     replan: Callable[[Costs], Schedule] | None = None,
 ) -> Step:
-    """Return a step of our engine.
-
-    Args:
-        workload: what is trained.
-        table: what the engine does.
-        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
-        replan: returns a table for what the layers cost in the first steps, which are run here with `table`.
-    """
-    unit = ModelParallelUnit(Layout(pp=workload.pp), placement=table.placement, timeout_s=WAIT_LIMIT_S)
-    module = PipelineModule(workload.specs, mpu=unit, boundaries=boundaries, loss_fn=workload.loss_fn)
-    engine = PipelineEngine(
-        module,
-        mpu=unit,
-        build_optimizer=workload.build_optimizer,
-        deepspeed_config=workload.deepspeed_config(),
-        plan_schedule=lambda _, costs: table if costs is None or replan is None else replan(costs),
-        measure_costs=replan is not None,
-    )
+    """Return a step of our engine; where there is a `replan`, the steps that it times have been done."""
+    engine = build_engine(workload, table=table, boundaries=boundaries, replan=replan)
 
     def step() -> float:
         return float(engine.train_batch(workload.micro_batches()))

@@ -6,7 +6,8 @@ Nothing here needs torch, so that the command answers at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 from pipekit.partitioners import partition_uniform
@@ -20,14 +21,25 @@ Precision = Literal["fp32", "bf16"]
 
 
 def plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs | None = None) -> Schedule:
-    """Return the table of one of our schedules, written `name` or `name:stages on each rank`."""
-    name, stages_per_rank = _parse(schedule)
-    return plan_schedule(name, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank, costs=costs)
+    """Return the table of one of our schedules, written `name`, `name:stages on each rank` or `name:stages:memory`.
+
+    The memory is that of the activations that a rank may hold, in those of 1F1B's first rank; `auto` alone takes it.
+    """
+    name, stages_per_rank, memory = _parse(schedule)
+    return plan_schedule(
+        name,
+        pp=pp,
+        num_micro_batches=num_micro_batches,
+        stages_per_rank=stages_per_rank,
+        costs=costs,
+        max_in_flight=round(memory * pp * stages_per_rank) if name == "auto" else None,
+    )
 
 
-def _parse(schedule: str) -> tuple[str, int]:
-    name, _, stages_per_rank = schedule.partition(":")
-    return name, int(stages_per_rank) if stages_per_rank else default_stages_per_rank(name)
+def _parse(schedule: str) -> tuple[str, int, float]:
+    name, *rest = schedule.split(":")
+    stages_per_rank = int(rest[0]) if rest else default_stages_per_rank(name)
+    return name, stages_per_rank, float(rest[1]) if len(rest) > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,15 @@ class EmulatedSetting:
         pp: number of ranks.
         num_micro_batches: micro-batches of a step.
         forward_s: of a rank's layers for one micro-batch; the input gradient and the weight gradient take as long each.
+        overhead_s: what a rank spends on an action beside sleeping, as calibrated on this machine.
+        transfer_s: how long a message takes from rank to rank, likewise.
     """
 
     pp: int
     num_micro_batches: int
     forward_s: float
+    overhead_s: float = 0.0
+    transfer_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -70,7 +86,7 @@ class EmulatedSetting:
             Contender("torch", "1f1b", boundaries=boundaries),
         ]
         for schedule in schedules:
-            _, stages_per_rank = _parse(schedule)
+            _, stages_per_rank, _ = _parse(schedule)
             num_stages = self.pp * stages_per_rank
             table = plan_table(
                 schedule, pp=self.pp, num_micro_batches=self.num_micro_batches, costs=self._costs(num_stages)
@@ -80,13 +96,28 @@ class EmulatedSetting:
         return found
 
     def simulated_s(self, contender: Contender) -> float:
-        """Return the step time that our simulator gives for one of ours, from the layers' times alone."""
+        """Return the step time that our simulator gives for one of ours.
+
+        It knows how long the layers sleep, and what was calibrated on another schedule.
+        """
         assert contender.table is not None
         return simulate(contender.table, self._costs(contender.table.num_stages)).step_time_s
 
     def _costs(self, num_stages: int) -> Costs:
         seconds = self.forward_s * self.pp / num_stages
-        return Costs.uniform(num_stages, forward_s=seconds, input_gradient_s=seconds, weight_gradient_s=seconds)
+        return Costs.uniform(
+            num_stages,
+            forward_s=seconds,
+            input_gradient_s=seconds,
+            weight_gradient_s=seconds,
+            overhead_s=self.overhead_s,
+            transfer_s=self.transfer_s,
+        )
+
+    def calibrated(self, measured: Costs) -> EmulatedSetting:
+        """Return the setting with the latencies of a machine on which 1F1B's actions were measured."""
+        beside_sleep_s = median(measured.forward_s) - self.forward_s
+        return replace(self, overhead_s=measured.overhead_s + beside_sleep_s, transfer_s=measured.transfer_s)
 
     def build_workload(self) -> Workload:
         """Build the layers and the batch; needs torch."""
@@ -144,7 +175,7 @@ class GPTSetting:
         halves, quarters = self.halves[:num_cuts], self.quarters[:num_cuts]
         found += [Contender("torch", "1f1b", *self._cut(cut)) for cut in halves]
         for schedule in schedules:
-            name, stages_per_rank = _parse(schedule)
+            name, stages_per_rank, _ = _parse(schedule)
             table = plan_table(schedule, pp=self.pp, num_micro_batches=self.num_micro_batches)
             for cut in halves if stages_per_rank == 1 else quarters:
                 found.append(Contender("pipekit", schedule, *self._cut(cut), table, measures_costs=name == "auto"))

@@ -107,18 +107,22 @@ def wait(work: dist.Work, what: str) -> None:
         raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
-def _member(work: dist.Work | None) -> dist.Work:
-    assert work is not None, f"rank {dist.get_rank()} is not in the group"
-    return work
+def _send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to send to a rank of the group; `dist.isend` does the same after checks that cost as much as the message."""
+    return group.send([torch.view_as_real(tensor) if tensor.is_complex() else tensor], peer, 0)
+
+
+def _receive(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
+    return group.recv([torch.view_as_real(tensor) if tensor.is_complex() else tensor], peer, 0)
 
 
 class Sender:
     """The sending end of a channel.
 
     Args:
-        peer: global rank of the receiver.
-        group: carries the tensors.
-        header_group: a CPU group that carries the descriptions.
+        peer: pipeline rank of the receiver.
+        group: the ranks of the pipeline, in order; carries the tensors.
+        header_group: the same ranks on CPUs; carries the descriptions.
     """
 
     def __init__(self, *, peer: int, group: dist.ProcessGroup, header_group: dist.ProcessGroup) -> None:
@@ -132,8 +136,8 @@ class Sender:
         buffers = tuple(tensor.detach().contiguous() for tensor in tensors)
         works = []
         if header is not None:
-            works.append(_member(dist.isend(header, self._peer, group=self._header_group)))
-        works += [_member(dist.isend(buffer, self._peer, group=self._group)) for buffer in buffers]
+            works.append(_send(header, self._peer, self._header_group))
+        works += [_send(buffer, self._peer, self._group) for buffer in buffers]
         # A buffer must outlive its send.
         self._pending.append((works, buffers if header is None else (*buffers, header), what))
         while self._pending and all(work.is_completed() for work in self._pending[0][0]):
@@ -144,16 +148,16 @@ class Sender:
         while self._pending:
             works, _, what = self._pending.popleft()
             for work in works:
-                wait(work, f"{what} to be received by rank {self._peer}")
+                wait(work, f"{what} to be received by pipeline rank {self._peer}")
 
 
 class Receiver:
     """The receiving end of a channel: messages are asked for ahead of their use, in the order of the sender.
 
     Args:
-        peer: global rank of the sender.
-        group: carries the tensors.
-        header_group: a CPU group that carries the descriptions.
+        peer: pipeline rank of the sender.
+        group: the ranks of the pipeline, in order; carries the tensors.
+        header_group: the same ranks on CPUs; carries the descriptions.
         device: where the tensors go.
         find_meta: returns the description of an action's result, or None where the sender is going to tell it.
         learn_meta: called with what the sender told.
@@ -191,15 +195,15 @@ class Receiver:
             meta = self._find_meta(following)
             if meta is None:
                 header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-                work = _member(dist.irecv(header, self._peer, group=self._header_group))
-                wait(work, f"the shape of {what} from rank {self._peer}")
+                work = _receive(header, self._peer, self._header_group)
+                wait(work, f"the shape of {what} from pipeline rank {self._peer}")
                 meta = decode_meta(header)
                 self._learn_meta(following, meta)
             self._post(meta)
         works, buffers = self._posted.pop(action)
         self._post_ahead()
         for work in works:
-            wait(work, f"{what} from rank {self._peer}")
+            wait(work, f"{what} from pipeline rank {self._peer}")
         return buffers
 
     def _post_ahead(self) -> None:
@@ -211,5 +215,5 @@ class Receiver:
 
     def _post(self, meta: MessageMeta) -> None:
         buffers = tuple(tensor.empty(self._device) for tensor in meta.tensors)
-        works = [_member(dist.irecv(buffer, self._peer, group=self._group)) for buffer in buffers]
+        works = [_receive(buffer, self._peer, self._group) for buffer in buffers]
         self._posted[self._unposted.popleft()] = works, buffers

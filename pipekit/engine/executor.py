@@ -167,13 +167,13 @@ class Executor:
     def _sender(self, peer: int) -> Sender:
         if peer not in self._senders:
             groups = self._groups(self._mpu.pipe_rank, peer)
-            self._senders[peer] = Sender(peer=self._mpu.pipe.ranks[peer], **groups)
+            self._senders[peer] = Sender(peer=peer, **groups)
         return self._senders[peer]
 
     def _receiver(self, peer: int) -> Receiver:
         if peer not in self._receivers:
             self._receivers[peer] = Receiver(
-                peer=self._mpu.pipe.ranks[peer],
+                peer=peer,
                 device=self._device,
                 find_meta=self._find_meta,
                 learn_meta=self._learn_meta,

@@ -57,7 +57,7 @@ def plan_auto(
     ]
     eagerness = sorted({0, 1, pp // 2, pp - 1, pp, limit})
     for backward_first, late_stage_first, patience, eager_weights in product(
-        (False, True), (True, False), (0.0, 0.5, 1.0), eagerness
+        (False, True), (True, False), (0.0, 0.25, 1.0), eagerness
     ):
         priorities = Priorities(backward_first, late_stage_first, patience, eager_weights)
         candidates.append(
