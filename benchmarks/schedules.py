@@ -40,7 +40,7 @@ from rich.console import Console
 from pipekit.schedules import SCHEDULE_NAMES
 
 EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2", "auto:2:2")
-GPT_SCHEDULES = ("1f1b", "zb-h1", "zb-v", "auto")
+GPT_SCHEDULES = ("1f1b", "zb-h1", "auto:1:2", "auto:2:2")
 ROUNDS = 5
 QUICK_ROUNDS = 2
 
@@ -78,7 +78,7 @@ def choose_contenders(setting: Setting, arguments: argparse.Namespace) -> list[C
 
 def parse_arguments() -> argparse.Namespace:
     settings = [setting.name for setting in SETTINGS]
-    schedules = list(EMULATED_SCHEDULES)
+    schedules = list(dict.fromkeys((*EMULATED_SCHEDULES, *GPT_SCHEDULES)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emulated", action="store_true", help="run the emulated devices only")
     parser.add_argument("--gpt", action="store_true", help="run the GPT only")

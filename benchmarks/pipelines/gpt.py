@@ -31,7 +31,7 @@ def build_gpt_workload(setting: GPTSetting) -> Workload:
         precision=setting.precision,
         zero=1,
         loss_fn=language_model_loss,
-        build_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+        build_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
         inputs=tokens,
         labels=tokens.roll(-1, dims=1),
     )

@@ -155,11 +155,11 @@ class GPTSetting:
     vocab_size = 4096
     sequence_length = 256
 
-    halves = ((11,), (10,), (12,))
+    halves = ((11,), (10,))
     """Cuts into two stages, the most even one first: the layer that the second begins with."""
 
-    quarters = ((7, 12, 16), (7, 11, 16), (6, 11, 15))
-    """Cuts into four stages, for schedules that put two on each rank; the first is even whichever two those are."""
+    quarters = ((5, 10, 14), (7, 12, 16))
+    """Cuts into four stages, for schedules that put two on each rank."""
 
     @property
     def name(self) -> str:

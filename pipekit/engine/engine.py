@@ -149,8 +149,9 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
             dp=self.unit.layout.dp,
             collate=collate,
         )
-        self.training_dataloader = TrainingData(loader, lambda: int(self.global_samples))
-        self.set_dataiterator(iter(self.training_dataloader) if self.unit.should_build_data_loader else None)
+        data = TrainingData(loader, lambda: int(self.global_samples))
+        self.set_dataiterator(iter(data) if self.unit.should_build_data_loader else None)
+        self.training_dataloader = data
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one global batch.

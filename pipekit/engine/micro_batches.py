@@ -86,14 +86,20 @@ class MicroBatchReader:
         if mpu.is_first_stage and report[0] == _OK:
             report[2:] = torch.tensor([self._class_of(inputs) for inputs, _ in micro_batches])
         reports = {source: _Report(report.clone(), self._mpu, self._group, source) for source in {first, last}}
-        if failure is not None:
-            raise failure
-        # The first stage's report is needed at once, but on the first stage itself; the last's can wait.
-        heard = reports[first].receive()
+        if report[0] != _OK:
+            # The others hear of it before this rank gives up.
+            for source in {first, last} & {mpu.pipe_rank}:
+                reports[source].receive()
+            if failure is not None:
+                raise failure
+            _check(report.tolist(), "first" if mpu.is_first_stage else "last", num_micro_batches)
+        # What the first stage has read is needed at once, but on the first stage itself; all else can wait.
+        heard = report.tolist() if mpu.is_first_stage else reports[first].receive()
         _check(heard, "first", num_micro_batches)
 
         def confirm() -> None:
             told = reports[last].receive()
+            reports[first].receive()
             _check(told, "last", num_micro_batches)
             if heard[1] and told[1] and heard[1] != told[1]:
                 raise DataError(

@@ -88,12 +88,16 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     facts.add_row("folder", config.run.dir)
     stages = Table(box=None, padding=(0, 2), header_style="bold")
     stages.add_column("stage", justify="right")
+    several = len(plan.placement) > plan.layout.pp
+    if several:
+        stages.add_column("rank", justify="right")
     stages.add_column("parameters", justify="right")
     stages.add_column("layers", overflow="fold")
     for stage, layers in enumerate(plan.stages):
         num_parameters = sum(plan.layer_parameters[layer_idx] for layer_idx in layers)
+        where = [str(stage), str(plan.placement[stage])] if several else [str(stage)]
         stages.add_row(
-            str(stage), f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers])
+            *where, f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers])
         )
     for table in (facts, stages):
         console.print()

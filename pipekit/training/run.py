@@ -13,6 +13,7 @@ from pipekit.config import Config
 from pipekit.engine.distributed import join_processes, leave_processes, raise_together
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.errors import ConfigError
+from pipekit.schedules import write_csv
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.context import TrialContext
@@ -67,6 +68,8 @@ def run_rank(
         if rank == 0:
             try:
                 write_config(folder, resumable(plan.config))
+                if plan.layout.pp > 1:
+                    write_csv(plan.schedule, folder.schedule)
                 callbacks = _build_callbacks(plan.config)
             except (OSError, ConfigError) as failure:
                 error = failure
