@@ -4,8 +4,9 @@
                                    [--quick] [--json PATH]
 
 `--emulated` runs pipelines of four and of eight ranks whose layers sleep for their time in place of computing it, so
-that they measure truly on a few cores. Efficiency is the share of the step in which a rank's layers sleep. The simulator
-is given the times of the layers, and of a message and the overhead of an action, which are calibrated on 1F1B beforehand.
+that they measure truly on a few cores. Efficiency is the share of the step in which a rank's layers sleep. The
+simulator is given the times of the layers, and those of a message and of what an action takes beside them, which are
+calibrated on 1F1B beforehand.
 
 `--gpt` trains a GPT on two ranks of one thread each. Efficiency is the share of the limit in the step, and the limit is
 what the same layers take when each rank does its stage's forwards and backwards beside the other, with nothing to send,
@@ -29,15 +30,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from pipekit.schedules import SCHEDULE_NAMES
 from pipelines.jobs import calibrate, measure
 from pipelines.ranks import RankError, RankPool
 from pipelines.report import requirement_json, requirement_table, setting_json, setting_table
 from pipelines.requirements import Requirement, check
 from pipelines.settings import EMULATED_SETTINGS, GPT_SETTINGS, SETTINGS, EmulatedSetting, Setting
 from pipelines.turns import Contender, combine
-from rich.console import Console
-
-from pipekit.schedules import SCHEDULE_NAMES
 
 EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2", "auto:2:2")
 GPT_SCHEDULES = ("1f1b", "zb-h1", "auto:1:2", "auto:2:2")

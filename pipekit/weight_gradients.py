@@ -68,8 +68,8 @@ def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
     has hooks.
 
     Args:
-        weight: the parameter that was given to the function. Keep it by itself (`ctx.weight = weight`): under activation
-            checkpointing, what `save_for_backward` gives back is a copy, which is not put off.
+        weight: the parameter that was given to the function. Keep it by itself (`ctx.weight = weight`): under
+            activation checkpointing, what `save_for_backward` gives back is a copy, which is not put off.
         compute: computes the gradient, in the shape of `weight`; keep no more alive in it than that needs.
 
     Example:

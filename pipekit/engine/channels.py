@@ -108,7 +108,7 @@ def wait(work: dist.Work, what: str) -> None:
 
 
 def _send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
-    """Begin to send to a rank of the group; `dist.isend` does the same after checks that cost as much as the message."""
+    """Begin to send to a rank of the group, as `dist.isend` does after checks that cost as much as a message."""
     return group.send([torch.view_as_real(tensor) if tensor.is_complex() else tensor], peer, 0)
 
 

@@ -359,7 +359,8 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         if self.unit.layout.pp == 1:
             return None
         last = self.unit.stage_rank(self.unit.num_stages - 1)
-        return dist.broadcast(value, src=last, group=self.unit.pipe.process_group, async_op=True)
+        work: dist.Work | None = dist.broadcast(value, src=last, group=self.unit.pipe.process_group, async_op=True)
+        return work
 
     def save_checkpoint(
         self,

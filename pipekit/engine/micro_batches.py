@@ -1,9 +1,9 @@
 """The micro-batches of a step: read by the ranks that hold the first and the last stage, agreed on by all.
 
-The rank of the first stage and that of the last tell all others what they read: whether the data lasted, a checksum, and
-which micro-batches have shapes that were seen before. So data that end stop every rank with one error, a first and a last
-stage that read other batches are found out, and shapes may change at any micro-batch. The messages travel behind the first
-forwards.
+The ranks of the first and of the last stage tell all others what they read: whether the data lasted, a checksum, and
+which micro-batches have shapes that were seen before. So data that end stop every rank with one error, a first and a
+last stage that read other batches are found out, and shapes may change at any micro-batch. The messages travel behind
+the first forwards.
 """
 
 from __future__ import annotations

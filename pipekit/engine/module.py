@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -252,8 +252,9 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     def _module_of(self, layer_idx: int) -> nn.Module:
         spec = self.layer_specs[layer_idx]
         if isinstance(spec, TiedLayerSpec):
-            return cast(nn.Module, self.tied_modules[spec.key])
-        return cast(nn.Module, self.get_submodule(str(layer_idx)))
+            return self.tied_modules[spec.key]
+        module: nn.Module = self.get_submodule(str(layer_idx))
+        return module
 
     def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Yield `(logical name, parameter, owned)` for each parameter of this rank.
@@ -286,7 +287,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
 def _seed_generators(seed: int) -> None:
     # torch.manual_seed would also note the call for every GPU that is not in use yet, which takes a millisecond.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
 
 

@@ -33,7 +33,7 @@ def plan_auto(
             1F1B's first rank holds.
 
     Raises:
-        ConfigError: if the limit is smaller than the number of stages on a rank.
+        ConfigError: if the limit is smaller than the number of stages on a rank, or the costs are of other stages.
 
     Example:
         >>> slow_last = Costs([1, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 2])
@@ -42,6 +42,8 @@ def plan_auto(
         >>> [simulate(table, slow_last).step_time_s for table in tables]
         [57.0, 51.0, 51.0]
     """
+    if costs.num_stages != len(placement):
+        raise ConfigError(f"costs of {costs.num_stages} stages were given, and the pipeline has {len(placement)}")
     limit = len(placement) if max_in_flight is None else max_in_flight
     pp = max(placement) + 1
     smallest = max(list(placement).count(rank) for rank in range(pp))

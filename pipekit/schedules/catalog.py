@@ -36,16 +36,20 @@ def default_stages_per_rank(name: str) -> int:
     """Return how many stages a rank holds under a schedule where nothing else is asked for.
 
     Raises:
-        ScheduleError: if it is a file that holds no schedule.
+        ConfigError: if there is no such schedule, or it is a file that holds none.
     """
     if is_file(name):
         schedule = read_csv(name)
         return schedule.num_stages // len(schedule.ranks)
+    _check_name(name)
     return 2 if name in _TWO_STAGES else 1
 
 
 def schedule_placement(name: str, *, pp: int, stages_per_rank: int | None = None) -> tuple[int, ...]:
     """Return the pipeline rank of each stage under a schedule.
+
+    Raises:
+        ConfigError: if there is no such schedule, or it cannot run so many stages on a rank.
 
     Example:
         >>> schedule_placement("zb-v", pp=2), schedule_placement("interleaved-1f1b", pp=2)
@@ -64,9 +68,12 @@ def check_stages_per_rank(name: str, stages_per_rank: int | None) -> None:
     Raises:
         ConfigError: if it cannot.
     """
-    if stages_per_rank is None or name == "auto" or is_file(name):
+    if stages_per_rank is None or is_file(name):
         return
+    _check_name(name)
     asked = f"parallel.stages_per_rank={stages_per_rank}"
+    if name == "auto" and stages_per_rank < 1:
+        raise ConfigError(f"parallel.schedule=auto needs a stage on each rank or more, not {asked}; try 1 or 2")
     if name in ("gpipe", "1f1b", "zb-h1") and stages_per_rank != 1:
         raise ConfigError(
             f"parallel.schedule={name} runs one stage on each rank, not {asked}; remove parallel.stages_per_rank, or "
@@ -105,6 +112,11 @@ def plan_schedule(
         0F0 0F1 0B0 0B1
         1F0 1B0 1F1 1B1
     """
+    if num_micro_batches < 1:
+        raise ConfigError(
+            f"parallel.schedule={name}: a step needs at least one micro-batch, and has {num_micro_batches} "
+            "(train.global_batch_size = train.micro_batch_size x micro-batches x dp)"
+        )
     if is_file(name):
         return _read_schedule(name, pp, num_micro_batches)
     check_stages_per_rank(name, stages_per_rank)
@@ -120,8 +132,6 @@ def plan_schedule(
     if name == "interleaved-1f1b":
         check_micro_batches(name, pp=pp, num_micro_batches=num_micro_batches)
         return plan_interleaved_1f1b(pp=pp, stages_per_rank=stages_per_rank, num_micro_batches=num_micro_batches)
-    if name != "auto":
-        raise ConfigError(f"parallel.schedule={name} is none of {', '.join(SCHEDULE_NAMES)}, nor a .csv file")
     placement = schedule_placement(name, pp=pp, stages_per_rank=stages_per_rank)
     return plan_auto(
         costs or Costs.uniform(len(placement)),
@@ -129,6 +139,11 @@ def plan_schedule(
         num_micro_batches=num_micro_batches,
         max_in_flight=max_in_flight,
     )
+
+
+def _check_name(name: str) -> None:
+    if name not in SCHEDULE_NAMES:
+        raise ConfigError(f"parallel.schedule={name} is none of {', '.join(SCHEDULE_NAMES)}, nor a .csv file")
 
 
 def check_micro_batches(name: str, *, pp: int, num_micro_batches: int) -> None:

@@ -20,24 +20,24 @@ def write_csv(schedule: Schedule, path: str | Path) -> None:
 def read_csv(path: str | Path) -> Schedule:
     """Return the table of a file, proved to run.
 
-    One row a rank and one action a cell, in order; empty cells and lines that begin with `#` do not count. The highest
-    micro-batch tells how many there are.
+    One row a rank and one action a cell, in order; empty cells, empty lines and lines that begin with `#` do not count.
+    The highest micro-batch tells how many there are.
 
     Raises:
         ScheduleError: with file, line and column, if a cell is no action; or if the table cannot be run.
     """
     rows: list[tuple[Action, ...]] = []
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            for cells in reader:
-                if not cells or cells[0].lstrip().startswith("#"):
-                    continue
-                rows.append(_read_row(cells, f"{path}:{reader.line_num}"))
+        # Spreadsheets begin a file with a byte order mark, and end it with lines of commas.
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                cells = next(csv.reader([line]), [])
+                if any(cell.strip() for cell in cells) and not line.lstrip().startswith("#"):
+                    rows.append(_read_row(cells, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ScheduleError(f"{path}: cannot be read as a schedule: {reason}") from None
-    if not any(rows):
+    if not rows:
         raise ScheduleError(f"{path}: holds no action; write one row for each pipeline rank, as in 0F0,0F1,0B0,0B1")
     num_micro_batches = 1 + max(action.micro_batch for row in rows for action in row)
     schedule = Schedule(str(path), num_micro_batches, tuple(rows))

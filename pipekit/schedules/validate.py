@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -71,26 +70,25 @@ def _check_stages(schedule: Schedule) -> None:
             if rank_of.setdefault(action.stage, rank) != rank:
                 rule = f"stage {action.stage} lives on rank {rank_of[action.stage]}, and a stage lives on one rank"
                 raise _fault(schedule, rule, rank, position)
-    missing = set(range(max(rank_of) + 1)) - set(rank_of)
-    if missing:
+    # Lazily: a slip of the pen may name the stage 100000000.
+    missing = next((stage for stage in range(max(rank_of)) if stage not in rank_of), None)
+    if missing is not None:
         raise ScheduleError(
-            f"schedule {schedule.name}: there is no stage {min(missing)}; stages are numbered from 0 to {max(rank_of)} "
+            f"schedule {schedule.name}: there is no stage {missing}; stages are numbered from 0 to {max(rank_of)} "
             f"without a gap\n{show_grid(schedule)}"
         )
 
 
 def _check_complete(schedule: Schedule) -> None:
     rank_of = schedule.placement
-    kinds: dict[tuple[int, int], Counter[str]] = {
-        (stage, micro_batch): Counter()
-        for stage in range(len(rank_of))
-        for micro_batch in range(schedule.num_micro_batches)
-    }
+    kinds: dict[tuple[int, int], str] = {}
     for actions in schedule.ranks:
         for action in actions:
-            kinds[action.stage, action.micro_batch][action.kind] += 1
-    for (stage, micro_batch), count in kinds.items():
-        found = "".join(sorted(count.elements()))
+            key = action.stage, action.micro_batch
+            kinds[key] = kinds.get(key, "") + action.kind
+    every = ((stage, micro) for stage in range(len(rank_of)) for micro in range(schedule.num_micro_batches))
+    for stage, micro_batch in every:
+        found = "".join(sorted(kinds.get((stage, micro_batch), "")))
         if found in ("BF", "FIW"):
             continue
         what = f"micro-batch {micro_batch} passes stage {stage} (rank {rank_of[stage]})"

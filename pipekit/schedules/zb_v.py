@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-from itertools import product
-
-from pipekit.schedules.list_scheduling import Priorities, list_schedule
-from pipekit.schedules.placement import plan_placement
+from pipekit.schedules.action import Action
 from pipekit.schedules.schedule import Schedule
-from pipekit.schedules.simulate import Costs, simulate
+from pipekit.schedules.simulate import Costs
+from pipekit.schedules.weight_filling import fill_weight_gradients
 
 
 def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
     """Return the ZB-V table: `2 * pp` stages, and the first and the last of them on the first rank.
 
     The first rank has the loss, so that its backward starts at once, and a rank waits for little but its first input:
-    with equal costs and many micro-batches the bubble is that of one stage's forward for each rank but one. No
+    with equal costs and `pp` micro-batches or more the bubble is that of one stage's forward for each rank but one. No
     rank holds more than `2 * pp` stage activations, which is what `pp` of 1F1B's stages, twice as long, hold.
 
-    Found by list scheduling with equal costs under that limit.
+    Every rank repeats a block of six actions: both forwards, both input gradients, and two weight gradients, which it
+    holds back as under ZB-H1. On the way up the V a message may take as long as four actions, and on the way down it
+    waits behind others in the beginning only, so that the table stands transfers and uneven costs.
 
     Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 6; Qi et al. 2024, "Pipeline Parallelism with
-    Controllable Memory".
+    Controllable Memory", whose method of repeated building blocks it follows.
 
     Example:
         >>> print(plan_zb_v(pp=2, num_micro_batches=1))
         0F0 3F0 3I0 3W0 0I0 0W0
         1F0 2F0 2I0 1I0 2W0 1W0
     """
-    placement = plan_placement("v", pp=pp, stages_per_rank=2)
-    costs = Costs.uniform(2 * pp)
-    best: tuple[float, Schedule] | None = None
-    for backward_first, eager_weights in product((False, True), (max(pp - 1, 0), pp, pp // 2)):
-        schedule = list_schedule(
-            placement=placement,
-            num_micro_batches=num_micro_batches,
-            costs=costs,
-            max_in_flight=[2 * pp] * pp,
-            priorities=Priorities(backward_first, late_stage_first=True, patience=0.0, eager_weights=eager_weights),
-            name="zb-v",
-        )
-        step_time_s = simulate(schedule, costs).step_time_s
-        if best is None or step_time_s < best[0]:
-            best = step_time_s, schedule
-    assert best is not None
-    return best[1]
+    order = Schedule("zb-v", num_micro_batches, tuple(_order(rank, pp, num_micro_batches) for rank in range(pp)))
+    schedule = fill_weight_gradients(
+        order,
+        Costs.uniform(2 * pp),
+        max_in_flight=2 * pp,
+        hold_back=range(pp),
+        patience=0.5,
+        name="zb-v",
+    )
+    assert schedule is not None, "the block keeps to the limit"
+    return schedule
+
+
+def _order(rank: int, pp: int, num_micro_batches: int) -> tuple[Action, ...]:
+    """Return a rank's forwards and input gradients in order of their time.
+
+    A micro-batch goes down the V by a rank in every unit of time, and up by a rank in every five; the next follows it
+    after six. So a rank has one of the four in each of the units `rank` to `rank + 3` of every six.
+    """
+    up = 5 * (pp - 1 - rank)
+    begins = {
+        (rank, "F"): rank,
+        (2 * pp - 1 - rank, "F"): pp + up,
+        (2 * pp - 1 - rank, "I"): 6 * pp - 4 + rank,
+        (rank, "I"): 7 * pp - 4 + up,
+    }
+    timed = [
+        (begin + 6 * micro_batch, stage, kind, micro_batch)
+        for (stage, kind), begin in begins.items()
+        for micro_batch in range(num_micro_batches)
+    ]
+    return tuple(Action(stage, "F" if kind == "F" else "I", micro_batch) for _, stage, kind, micro_batch in sorted(timed))

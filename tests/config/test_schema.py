@@ -148,6 +148,8 @@ def test_every_example_is_accepted():
         "boundaries": {"parallel.partition": "manual", "parallel.pp": 2},
         "partition": {"parallel.pp": 1},
         "momentum": {"optimizer.type": "sgd"},
+        "stages_per_rank": {"parallel.schedule": "zb-v"},
+        "max_in_flight": {"parallel.schedule": "auto"},
         "dp": {"train.global_batch_size": 8},
         "num_heads": {},
         "max_positions": {},

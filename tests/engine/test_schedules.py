@@ -210,7 +210,7 @@ def test_plain_modules_and_ones_own_functions_put_their_weight_gradients_off(glo
     alone, _ = gloo.run(1, train_own, "1f1b", 1)[0]
     for rank, (losses, handed) in enumerate(gloo.run(2, train_own, "zb-h1", 2)):
         assert losses == pytest.approx(alone, rel=1e-5)
-        # Rank 0: the scale, and weight and bias of the linear layer. Rank 1: those of three linear layers (the attention
+        # Rank 0: the scale, and weight and bias of the linear layer. Rank 1: those of three linear layers (attention
         # computes its first by itself, in an operator of its own), and the scale.
         assert min(handed) >= (3 if rank == 0 else 5)
 

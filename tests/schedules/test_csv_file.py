@@ -28,7 +28,7 @@ def test_what_is_written_is_read(folder: Path, schedule: Schedule) -> None:
 
 def test_blanks_and_comments_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("# mine\n0F0, ,0F1,,0B0,0B1\n\n, 1F0,1B0,1F1,1B1\n")
+    path.write_text('\ufeff#,"mine\n0F0, ,0F1,,0B0,0B1\n\n, 1F0,1B0,1F1,1B1\n,,\n', encoding="utf-8")
     assert str(read_csv(path)) == "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
 
 

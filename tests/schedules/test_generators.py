@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,17 +139,26 @@ def test_placements() -> None:
         ("zb-v", {"stages_per_rank": 3}, "parallel.schedule=zb-v runs 2 stages on each rank"),
         ("zb-h1", {"stages_per_rank": 2}, "parallel.schedule=zb-h1 runs one stage on each rank"),
         ("auto", {"max_in_flight": 1, "stages_per_rank": 2}, "parallel.max_in_flight=1 is less than the 2 stages"),
+        ("auto", {"stages_per_rank": 0}, "parallel.schedule=auto needs a stage on each rank or more"),
+        ("auto", {"costs": Costs.uniform(3)}, "costs of 3 stages were given, and the pipeline has 4"),
+        ("1f1b", {"num_micro_batches": 0}, "parallel.schedule=1f1b: a step needs at least one micro-batch, and has 0"),
         ("fifo", {}, "parallel.schedule=fifo is none of gpipe, 1f1b"),
         ("no/such.csv", {}, "parallel.schedule=no/such.csv: there is no such file"),
     ],
 )
-def test_what_a_schedule_cannot_run_is_refused(name: str, options: dict[str, int], says: str) -> None:
+def test_what_a_schedule_cannot_run_is_refused(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_schedule(name, **{"pp": 4, "num_micro_batches": 8, **options})
     assert says in str(caught.value)
 
 
-def test_a_file_must_fit_the_run(tmp_path) -> None:
+def test_a_name_that_is_none_has_no_stages() -> None:
+    for ask in (default_stages_per_rank, lambda name: schedule_placement(name, pp=2, stages_per_rank=1)):
+        with pytest.raises(ConfigError, match=r"parallel\.schedule=fifo is none of"):
+            ask("fifo")
+
+
+def test_a_file_must_fit_the_run(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     write_csv(plan_zb_v(pp=2, num_micro_batches=4), path)
     assert plan_schedule(str(path), pp=2, num_micro_batches=4).ranks == read_csv(path).ranks

@@ -91,7 +91,9 @@ def test_shuffled_rows_are_accepted_exactly_if_brute_force_gets_through(schedule
 
 FAULTS = {
     ("0F0 0F0 0B0", 1): "rank 0, position 1: 0F0 is done twice",
-    ("0F0 0B0 0F1", 2): "micro-batch 1 passes stage 0 (rank 0) once with F, and then with either B, or I and W; it has F",
+    ("0F0 0B0 0F1", 2): "1 passes stage 0 (rank 0) once with F, and then with either B, or I and W; it has F",
+    ("0F0 0B0 0F99999999 0B99999999", 100000000): "micro-batch 1 passes stage 0 (rank 0) once with F",
+    ("0F0 0B0/99999999F0 99999999B0", 1): "there is no stage 1",
     ("0F0 0I0", 1): "it has F, I",
     ("0F0 0B0 0W0", 1): "it has B, F, W",
     ("0B0 0F0", 1): "rank 0, position 0: 0B0 needs 0F0, which the rank does later",
