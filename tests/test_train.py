@@ -304,3 +304,36 @@ def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
     done = pipekit(ROOT, "train", f"examples/{name}", *overrides, f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps" in done.stdout
+
+
+def test_every_schedule_trains_from_the_configuration_and_is_drawn(workspace: Path) -> None:
+    curves = {}
+    for schedule in ("1f1b", "zb-v", "auto"):
+        run = f"runs/schedule-{schedule}"
+        done = pipekit(workspace, "train", "c.yaml", f"run.dir={run}", f"parallel.schedule={schedule}",
+                       "logging.profile=true", "checkpoint.interval=null")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        curves[schedule] = losses(workspace, run)
+        assert (workspace / run / "schedule.csv").read_text().count("\n") == 2
+        for step in (10, 12):
+            drawn = workspace / run / "profile" / f"step-{step:08d}"
+            measured = json.loads(drawn.with_suffix(".json").read_text())["measured"]
+            kinds = {action.lstrip("0123456789")[0] for rank in measured["ranks"] for action, _, _ in rank}
+            assert kinds == ({"F", "B"} if schedule == "1f1b" else {"F", "I", "W"})
+            assert drawn.with_suffix(".txt").read_text().startswith("simulated\nrank 0 ")
+            assert drawn.with_suffix(".svg").stat().st_size > 1000
+    assert len(curves["1f1b"]) == 12
+    assert curves["zb-v"] == pytest.approx(curves["1f1b"], rel=1e-4)
+    assert curves["auto"] == pytest.approx(curves["1f1b"], rel=1e-4)
+
+
+def test_a_run_goes_on_under_another_schedule(workspace: Path) -> None:
+    first = pipekit(workspace, "train", "c.yaml", "run.dir=runs/switch", "parallel.schedule=zb-v", "train.steps=6",
+                    "scheduler.decay_steps=12")  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    second = pipekit(workspace, "train", "runs/switch/config.yaml", "parallel.schedule=zb-h1", "train.steps=12")
+    assert second.returncode == 0, second.stderr
+    whole = pipekit(workspace, "train", "c.yaml", "run.dir=runs/unswitched", "scheduler.decay_steps=12")
+    assert whole.returncode == 0, whole.stderr
+
+    assert losses(workspace, "runs/switch") == pytest.approx(losses(workspace, "runs/unswitched"), rel=1e-4)

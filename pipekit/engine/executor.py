@@ -113,9 +113,11 @@ class Executor:
         self._shape_classes = step_data.shape_classes
         for peer, messages in table.received_from.items():
             self._receiver(peer).start(messages)
-        run = _Run(self, table, step_data, loss_fn, loss_scale, dropout_step, observe)
-        if self.stopwatch is not None:
-            self.stopwatch.begin()
+        # Evaluations are not timed: what was timed last is a training step.
+        stopwatch = self.stopwatch if torch.is_grad_enabled() else None
+        run = _Run(self, table, step_data, loss_fn, loss_scale, dropout_step, observe, stopwatch)
+        if stopwatch is not None:
+            stopwatch.begin()
         confirmed = False
         for action in table.actions:
             if action.kind != "F" and not confirmed:
@@ -221,6 +223,7 @@ class _Run:
         loss_scale: float,
         dropout_step: int | None,
         observe: Observer | None,
+        stopwatch: Stopwatch | None,
     ) -> None:
         self._executor = executor
         self._schedule = table.schedule
@@ -229,7 +232,7 @@ class _Run:
         self._mpu = executor._mpu
         self._view = executor._view
         self._device = executor._device
-        self._stopwatch = executor.stopwatch
+        self._stopwatch = stopwatch
         self._data = data
         self._loss_fn = loss_fn
         self._backward_scale = loss_scale / table.schedule.num_micro_batches

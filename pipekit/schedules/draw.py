@@ -123,11 +123,12 @@ def _draw_rows(axes: Axes, timeline: Timeline, scale: float, *, inches_per_s: fl
         stages = sorted({span.action.stage for span in spans})
         by_look = sorted(spans, key=lambda span: (span.action.kind, span.action.stage))
         for (kind, stage), alike in groupby(by_look, key=lambda span: (span.action.kind, span.action.stage)):
-            colour = _shade(_COLOURS[kind], stages.index(stage) / max(1, len(stages) - 1) if len(stages) > 1 else 0.0)
-            boxes = [(span.start_s * scale, (span.end_s - span.start_s) * scale) for span in alike]
+            colour = _shade(_COLOURS[kind], stages.index(stage) / max(1, len(stages) - 1))
+            boxed = list(alike)
+            boxes = [(span.start_s * scale, (span.end_s - span.start_s) * scale) for span in boxed]
             axes.broken_barh(boxes, (rank - 0.42, 0.84), facecolors=colour, edgecolors="white", linewidth=0.6)
-        for span in spans:
-            _label(axes, span, rank, scale, inches_per_s)
+            for span in boxed:
+                _label(axes, span, rank, scale, inches_per_s, ink=_ink(colour))
     axes.set_ylim(len(timeline.spans) - 0.45, -0.55)
     axes.set_yticks(range(len(timeline.spans)), [f"rank {rank}" for rank in range(len(timeline.spans))])
     axes.tick_params(length=0)
@@ -136,16 +137,23 @@ def _draw_rows(axes: Axes, timeline: Timeline, scale: float, *, inches_per_s: fl
         side.set_visible(False)
 
 
-def _label(axes: Axes, span: Span, rank: int, scale: float, inches_per_s: float) -> None:
+def _label(axes: Axes, span: Span, rank: int, scale: float, inches_per_s: float, *, ink: str) -> None:
     text = str(span.action.micro_batch)
     room_in = (span.end_s - span.start_s) * inches_per_s
     size_pt = min(9.0, 72 * room_in / (_CHARACTER_WIDTH * len(text) + 0.4))
     if size_pt >= 4.5:
         centre = (span.start_s + span.end_s) / 2 * scale
-        axes.text(centre, rank, text, ha="center", va="center", fontsize=size_pt, color="#1A1A1A", clip_on=True)
+        axes.text(centre, rank, text, ha="center", va="center", fontsize=size_pt, color=ink, clip_on=True)
 
 
 def _shade(colour: str, depth: float) -> str:
     """Return a colour, darker the nearer `depth` is to 1."""
     channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return "#" + "".join(f"{round(channel * (1 - 0.3 * depth)):02X}" for channel in channels)
+
+
+def _ink(colour: str) -> str:
+    """Return what stands out more on a colour, near-black or white, by its relative luminance as WCAG defines it."""
+    channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    luminance = sum(weight * channel**2.2 for weight, channel in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
+    return "#1A1A1A" if luminance > 0.2 else "white"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipekit.schedules.action import Action
+from pipekit.schedules.action import Action, ActionKind
 from pipekit.schedules.schedule import Schedule
 from pipekit.schedules.simulate import Costs
 from pipekit.schedules.weight_filling import fill_weight_gradients
@@ -16,8 +16,8 @@ def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
     rank holds more than `2 * pp` stage activations, which is what `pp` of 1F1B's stages, twice as long, hold.
 
     Every rank repeats a block of six actions: both forwards, both input gradients, and two weight gradients, which it
-    holds back as under ZB-H1. On the way up the V a message may take as long as four actions, and on the way down it
-    waits behind others in the beginning only, so that the table stands transfers and uneven costs.
+    holds back as under ZB-H1. On the way up the V a message has the time of four actions, so that short transfers make
+    a step longer by the same however many micro-batches it has.
 
     Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 6; Qi et al. 2024, "Pipeline Parallelism with
     Controllable Memory", whose method of repeated building blocks it follows.
@@ -47,7 +47,7 @@ def _order(rank: int, pp: int, num_micro_batches: int) -> tuple[Action, ...]:
     after six. So a rank has one of the four in each of the units `rank` to `rank + 3` of every six.
     """
     up = 5 * (pp - 1 - rank)
-    begins = {
+    begins: dict[tuple[int, ActionKind], int] = {
         (rank, "F"): rank,
         (2 * pp - 1 - rank, "F"): pp + up,
         (2 * pp - 1 - rank, "I"): 6 * pp - 4 + rank,
@@ -58,4 +58,4 @@ def _order(rank: int, pp: int, num_micro_batches: int) -> tuple[Action, ...]:
         for (stage, kind), begin in begins.items()
         for micro_batch in range(num_micro_batches)
     ]
-    return tuple(Action(stage, "F" if kind == "F" else "I", micro_batch) for _, stage, kind, micro_batch in sorted(timed))
+    return tuple(Action(stage, kind, micro_batch) for _, stage, kind, micro_batch in sorted(timed))

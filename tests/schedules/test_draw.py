@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from pipekit.errors import PipekitError
-from pipekit.schedules import Costs, plan_1f1b, plan_zb_v, simulate
-from pipekit.schedules.draw import draw_picture, draw_text
+from pipekit.schedules import Action, Costs, Schedule, Span, Timeline, plan_1f1b, plan_zb_v, simulate
+from pipekit.schedules.draw import _ink, draw_picture, draw_text
 
 TIMELINE = simulate(plan_1f1b(num_stages=2, num_micro_batches=3), Costs.uniform(2))
 V = simulate(plan_zb_v(pp=2, num_micro_batches=3), Costs.uniform(4))
@@ -50,6 +50,21 @@ def test_an_svg_holds_every_micro_batch(tmp_path: Path, monkeypatch: pytest.Monk
     assert [texts.count(str(micro_batch)) for micro_batch in range(3)][1:] == [16, 16]
     assert any("simulated: step" in (text or "") for text in texts)
     assert {"rank 0", "rank 1"} <= set(texts)
+
+
+def test_numbers_stand_out_on_their_boxes() -> None:
+    assert [_ink(colour) for colour in ("#56B4E9", "#009E73", "#3C7EA3", "#006F50")] == ["#1A1A1A"] * 2 + ["white"] * 2
+
+
+def test_numbers_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    spans = (Span(Action(0, "F", 77), 0.0, 0.001), Span(Action(0, "B", 77), 0.001, 10.0))
+    schedule = Schedule("mine", 78, (tuple(span.action for span in spans),))
+    draw_picture(tmp_path / "p.svg", {"measured": Timeline(schedule, (spans,))})
+    texts = [element.text for element in ElementTree.parse(tmp_path / "p.svg").iter() if element.tag.endswith("text")]
+    assert texts.count("77") == 1
 
 
 def test_a_png_is_a_png(tmp_path: Path) -> None:

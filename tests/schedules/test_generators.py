@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +99,40 @@ def test_interleaving_shortens_the_bubble_by_the_number_of_stages_on_a_rank(pp: 
     assert step_time(schedule, v) == pytest.approx(3 * m + 3 * (pp - 1) / v)
 
 
-@pytest.mark.parametrize(("pp", "m"), [(2, 8), (3, 6), (4, 8), (4, 16), (8, 8), (8, 32)])
+@given(st.integers(1, 16), st.integers(1, 48))
 def test_zb_v_waits_for_half_a_forward_of_each_other_rank(pp: int, m: int) -> None:
     schedule = plan_zb_v(pp=pp, num_micro_batches=m)
-    assert step_time(schedule, 2) == pytest.approx(3 * m + (pp - 1) / 2)
+    validate(schedule)
     assert max(peaks(schedule)) <= 2 * pp
+    # With fewer micro-batches than ranks it is the way of the first one up and down the V that takes longest.
+    expected = 3 * m + (pp - 1) / 2 if m >= pp else (3 * m + 4 * pp - 2) / 2
+    assert step_time(schedule, 2) == pytest.approx(expected)
 
 
-def test_zb_v_is_at_most_one_forward_off_where_micro_batches_are_few() -> None:
-    assert step_time(plan_zb_v(pp=8, num_micro_batches=16), 2) <= 3 * 16 + 7 / 2 + 1 / 2
+@pytest.mark.parametrize(("pp", "m"), [(2, 8), (4, 8), (8, 16), (8, 32)])
+@pytest.mark.parametrize("transfer_s", [0.05, 0.1, 0.2])
+def test_zb_v_stands_transfers_and_uneven_gradients(pp: int, m: int, transfer_s: float) -> None:
+    def seconds(schedule: Schedule, stages_per_rank: int) -> float:
+        forward_s, inputs_s, weights_s = (cost / stages_per_rank for cost in (1.0, 1.3, 0.7))
+        costs = Costs.uniform(
+            schedule.num_stages,
+            forward_s=forward_s,
+            input_gradient_s=inputs_s,
+            weight_gradient_s=weights_s,
+            transfer_s=transfer_s,
+        )
+        return simulate(schedule, costs).step_time_s
+
+    assert seconds(plan_zb_v(pp=pp, num_micro_batches=m), 2) < seconds(
+        plan_zb_h1(num_stages=pp, num_micro_batches=m), 1
+    )
 
 
-@given(degrees, micro_batches)
-def test_zb_v_keeps_to_its_memory_and_beats_1f1b(pp: int, m: int) -> None:
-    schedule = plan_zb_v(pp=pp, num_micro_batches=m)
-    assert max(peaks(schedule)) <= 2 * pp
-    assert step_time(schedule, 2) <= 3 * (m + pp - 1)
+def test_planning_sixteen_ranks_and_128_micro_batches_takes_no_longer_than_two_seconds() -> None:
+    for name in ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"):
+        began_s = time.process_time()
+        plan_schedule(name, pp=16, num_micro_batches=128)
+        assert time.process_time() - began_s < 2
 
 
 def test_placements() -> None:
