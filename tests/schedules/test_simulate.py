@@ -120,6 +120,18 @@ def test_auto_finds_what_fixed_schedules_do_not() -> None:
     assert simulate(best, uneven).step_time_s < 0.92 * min(simulate(table, uneven).step_time_s for table in fixed)
 
 
+@pytest.mark.parametrize(
+    ("name", "placement"), [("1f1b", (0, 1, 2, 3)), ("gpipe", (0, 1, 2, 3)), ("interleaved-1f1b", (0, 1, 0, 1))]
+)
+def test_auto_leaves_backwards_whole_where_every_action_costs_much(name: str, placement: tuple[int, ...]) -> None:
+    costs = Costs.uniform(4, overhead_s=5.0)
+    pp = max(placement) + 1
+    best = plan_auto(costs, placement=placement, num_micro_batches=8, max_in_flight=32)
+    assert not best.split_backwards
+    fixed = plan_schedule(name, pp=pp, num_micro_batches=8)
+    assert simulate(best, costs).step_time_s <= simulate(fixed, costs).step_time_s
+
+
 def test_auto_beats_zb_v_where_a_stage_is_slow() -> None:
     slow_last = Costs(*[[1, 1, 1, 1, 1, 2]] * 3, transfer_s=0.5)
     best = plan_auto(slow_last, placement=(0, 1, 2, 2, 1, 0), num_micro_batches=8)

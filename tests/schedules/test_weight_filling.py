@@ -84,3 +84,23 @@ def test_an_order_that_needs_more_room_gives_no_table() -> None:
         name="filled",
     )
     assert filled is None
+
+
+@pytest.mark.parametrize(
+    ("transfer_s", "rows"),
+    [
+        (0.0, ["0F0 0F1 0I0 0F2 0I1 0F3 0I2 0W0 0I3 0W1 0W2 0W3", "1F0 1I0 1F1 1I1 1F2 1I2 1F3 1I3 1W0 1W1 1W2 1W3"]),
+        # Rank 1 has done all it was sent, and 0F2 reaches it late: meanwhile it does two weight gradients.
+        (1.5, ["0F0 0F1 0I0 0F2 0I1 0F3 0W0 0W1 0I2 0W2 0I3 0W3", "1F0 1I0 1F1 1I1 1W0 1W1 1F2 1I2 1F3 1I3 1W2 1W3"]),
+    ],
+)
+def test_the_wait_for_a_message_is_filled(transfer_s: float, rows: list[str]) -> None:
+    filled = fill_weight_gradients(
+        plan_1f1b(num_stages=2, num_micro_batches=4),
+        Costs.uniform(2, transfer_s=transfer_s),
+        max_in_flight=4,
+        hold_back=(EVERYTHING, EVERYTHING),
+        patience=1.0,
+        name="filled",
+    )
+    assert str(filled).split("\n") == rows
