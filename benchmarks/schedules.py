@@ -10,11 +10,12 @@ calibrated on 1F1B beforehand.
 
 `--gpt` trains a GPT on two ranks of one thread each. Efficiency is the share of the limit in the step, and the limit is
 what the same layers take when each rank does its stage's forwards and backwards beside the other, with nothing to send,
-nobody to wait for and no update: the mean over the ranks, for the cut that makes them most even.
+nobody to wait for and no update: the mean over the ranks, for their most even cut.
 
-Without either, both are run. All contenders of a setting live in the same processes and take turns; a step takes from
-the first rank's begin to the last rank's end, and each figure is the median over the rounds. Prints tables and writes
-JSON.
+Without either, both are run. All contenders of a setting take turns, each with the machine for itself; a step takes
+from the first rank's begin to the last rank's end, and each figure is the median over the rounds. Those of the GPT that
+are not ours live in processes of their own: our engine sets how the C library of its process keeps memory, and theirs
+do not. The limit lives with ours. Prints tables and writes JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from pipelines.settings import EMULATED_SETTINGS, GPT_SETTINGS, SETTINGS, Emulat
 from pipelines.turns import Contender, combine
 
 EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2", "auto:2:2")
-GPT_SCHEDULES = ("1f1b", "zb-h1", "auto:1:2", "auto:2:2")
+GPT_SCHEDULES = ("zb-h1", "zb-v", "auto:1:2")
 ROUNDS = 5
 QUICK_ROUNDS = 2
 
@@ -122,8 +123,10 @@ def main() -> None:
                 status.update(f"{setting}")
                 if isinstance(setting, EmulatedSetting):
                     setting = setting.calibrated(pool.run(setting.pp, calibrate, setting)[0])
-                ranks = pool.run(setting.pp, measure, setting, choose_contenders(setting, arguments), rounds)
-                results = combine(ranks)
+                order = choose_contenders(setting, arguments)
+                turn = pool.barrier(setting.pp * len(setting.teams))
+                jobs = [(measure, setting, order, systems, rounds, turn) for systems in setting.teams]
+                results = combine(order, [rank for team in pool.run_teams(setting.pp, jobs) for rank in team])
                 console.print(setting_table(setting, results))
                 requirements += check(setting, results)
                 report["settings"].append(setting_json(setting, results))

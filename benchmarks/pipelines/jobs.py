@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from threading import Barrier
 
 from pipekit.schedules import Costs, median_costs
 from pipelines.ranks import Say
 from pipelines.settings import EmulatedSetting, Setting, plan_table
-from pipelines.turns import Contender, Step, Turns, take_turns
+from pipelines.turns import Contender, Step, System, Turns, take_turns
 
 CALIBRATED_STEPS = 4
 """Steps of 1F1B that are timed to learn what a message and an action cost; the first does not count."""
 
 
-def measure(say: Say, setting: Setting, contenders: Sequence[Contender], rounds: int) -> dict[Contender, Turns]:
-    """Return what this rank saw of each contender."""
-    steps = {}
-    for contender in contenders:
-        say(f"build of {contender}")
-        steps[contender] = _build(setting, contender)
-    return take_turns(steps, rounds, say)
+def measure(
+    say: Say, setting: Setting, order: Sequence[Contender], systems: Sequence[System], rounds: int, turn: Barrier
+) -> dict[Contender, Turns]:
+    """Return what this rank saw of the contenders of the systems that live in its team's processes."""
+
+    def build(contender: Contender) -> Step | None:
+        return _build(setting, contender) if contender.system in systems else None
+
+    return take_turns(order, build, rounds, turn, say)
 
 
 def calibrate(say: Say, setting: EmulatedSetting) -> Costs:

@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Barrier
 from typing import Any, TypeVar
 
 from pipekit.launch.ports import choose_port
@@ -27,6 +29,10 @@ WAIT_LIMIT_S = 120.0
 
 LIMIT_S = 180.0
 """No rank may take longer over one thing that it says it does; long enough for a rank that waits in vain to say so."""
+
+
+WAITING = "wait for"
+"""What a rank says begins with this where others are at work."""
 
 
 class RankError(RuntimeError):
@@ -64,6 +70,7 @@ class RankPool:
         self._show = show
         self._context = multiprocessing.get_context("spawn")
         self._ranks: list[_Rank] = []
+        self._manager: SyncManager | None = None
 
     def __enter__(self) -> RankPool:
         return self
@@ -74,6 +81,8 @@ class RankPool:
         for rank in self._ranks:
             rank.process.join()
             rank.connection.close()
+        if self._manager is not None:
+            self._manager.shutdown()
 
     def run(self, world_size: int, job: Callable[..., Result], *args: Any) -> list[Result]:
         """Run `job(say, *args)` on `world_size` ranks that have joined each other, and return what each returned.
@@ -86,27 +95,48 @@ class RankPool:
         Raises:
             RankError: if a rank fails, ends, or does not finish in time what it said it does.
         """
-        while len(self._ranks) < world_size:
+        return self.run_teams(world_size, [(job, *args)])[0]
+
+    def run_teams(self, world_size: int, jobs: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        """Run a job in each of several teams side by side, and return what each rank of each team returned.
+
+        Args:
+            world_size: number of ranks of a team; they have joined each other, and no other team's.
+            jobs: for each team what `run` takes: a function and its arguments.
+
+        Raises:
+            RankError: as `run`.
+        """
+        size = world_size * len(jobs)
+        while len(self._ranks) < size:
             self._start()
-        team = self._ranks[:world_size]
-        port = choose_port(None)
+        team = self._ranks[:size]
+        ports = [choose_port(None) for _ in jobs]
         for index, rank in enumerate(team):
+            number, own = divmod(index, world_size)
+            job, *args = jobs[number]
             rank.note("start of the process")
-            rank.connection.send((index, world_size, port, job, args))
-        results: dict[int, Result] = {}
-        while len(results) < world_size:
+            rank.connection.send((own, world_size, ports[number], job, tuple(args)))
+        results: dict[int, Any] = {}
+        while len(results) < size:
             waiting = {rank.connection: index for index, rank in enumerate(team) if index not in results}
             for connection in wait(list(waiting), timeout=1.0):
                 assert isinstance(connection, Connection)
                 self._receive(waiting[connection], results)
             late = [
-                f"rank {index}: {rank.doing}"
+                f"process {index}: {rank.doing}"
                 for index, rank in enumerate(team)
                 if index not in results and rank.is_overdue
             ]
             if late:
                 raise RankError("\n".join([f"not finished within {LIMIT_S:g} s:", *late]))
-        return [results[index] for index in range(world_size)]
+        return [[results[first + own] for own in range(world_size)] for first in range(0, size, world_size)]
+
+    def barrier(self, parties: int) -> Barrier:
+        """Return a barrier for so many ranks of any teams, to be passed to their jobs."""
+        if self._manager is None:
+            self._manager = self._context.Manager()
+        return self._manager.Barrier(parties, timeout=LIMIT_S)
 
     def _start(self) -> None:
         ours, theirs = self._context.Pipe()
@@ -122,14 +152,14 @@ class RankPool:
             kind, value = rank.connection.recv()
         except EOFError:
             last_words = rank.log.read_text(errors="replace")[-2000:] if rank.log.exists() else ""
-            raise RankError(f"rank {index} ended without a word, over: {rank.doing}\n{last_words}") from None
+            raise RankError(f"process {index} ended without a word, over: {rank.doing}\n{last_words}") from None
         if kind == "error":
-            raise RankError(f"rank {index} failed, over: {rank.doing}\n{value}")
+            raise RankError(f"process {index} failed, over: {rank.doing}\n{value}")
         if kind == "result":
             results[index] = value
             return
         rank.note(value)
-        if index == 0:
+        if not value.startswith(WAITING):
             self._show(value)
 
 

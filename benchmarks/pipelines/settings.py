@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pipekit.partitioners import partition_uniform
 from pipekit.schedules import Costs, Schedule, default_stages_per_rank, plan_schedule, simulate
-from pipelines.turns import Contender
+from pipelines.turns import Contender, System
 
 if TYPE_CHECKING:
     from pipelines.workload import Workload
@@ -62,6 +62,9 @@ class EmulatedSetting:
     forward_s: float
     overhead_s: float = 0.0
     transfer_s: float = 0.0
+
+    teams: ClassVar[tuple[tuple[System, ...], ...]] = (("DeepSpeed", "torch", "pipekit"),)
+    """The systems that share processes."""
 
     @property
     def name(self) -> str:
@@ -146,6 +149,7 @@ class GPTSetting:
 
     precision: Precision
 
+    teams: ClassVar[tuple[tuple[System, ...], ...]] = (("DeepSpeed", "torch"), ("pipekit", "limit"))
     pp = 2
     num_micro_batches = 8
     micro_batch_size = 4
@@ -155,11 +159,11 @@ class GPTSetting:
     vocab_size = 4096
     sequence_length = 256
 
-    halves = ((11,), (10,))
-    """Cuts into two stages, the most even one first: the layer that the second begins with."""
+    torch_cuts = ((11,), (10,))
+    """Cuts into two stages for torch, the most even one, which ours and the limit have too, first."""
 
-    quarters = ((5, 10, 14), (7, 12, 16))
-    """Cuts into four stages, for schedules that put two on each rank."""
+    quarters = (5, 10, 14)
+    """The cut into four stages, for schedules that put two on each rank."""
 
     @property
     def name(self) -> str:
@@ -170,16 +174,16 @@ class GPTSetting:
         return f"GPT, pp={self.pp}, {self.num_micro_batches} micro-batches, {self.precision}"
 
     def contenders(self, schedules: Sequence[str], *, num_cuts: int | None = None) -> list[Contender]:
-        """Return raw DeepSpeed with each partition, and torch, ours and the limit with each of the first cuts."""
+        """Return raw DeepSpeed with each partition, torch with the first of its cuts, ours, and the limit."""
         found = [Contender("DeepSpeed", "1f1b", partition) for partition in ("parameters", "uniform")]
-        halves, quarters = self.halves[:num_cuts], self.quarters[:num_cuts]
-        found += [Contender("torch", "1f1b", *self._cut(cut)) for cut in halves]
+        found += [Contender("torch", "1f1b", *self._cut(cut)) for cut in self.torch_cuts[:num_cuts]]
+        even = self.torch_cuts[0]
         for schedule in schedules:
             name, stages_per_rank, _ = _parse(schedule)
             table = plan_table(schedule, pp=self.pp, num_micro_batches=self.num_micro_batches)
-            for cut in halves if stages_per_rank == 1 else quarters:
-                found.append(Contender("pipekit", schedule, *self._cut(cut), table, measures_costs=name == "auto"))
-        return found + [Contender("limit", "", *self._cut(cut)) for cut in halves]
+            cut = self._cut(even if stages_per_rank == 1 else self.quarters)
+            found.append(Contender("pipekit", schedule, *cut, table, measures_costs=name == "auto"))
+        return [*found, Contender("limit", "", *self._cut(even))]
 
     def _cut(self, cut: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         """Return what a cut is called, and its boundaries."""

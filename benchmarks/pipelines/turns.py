@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from threading import Barrier
 from typing import Literal
 
 from pipekit.schedules import Schedule
-from pipelines.ranks import Say
+from pipelines.ranks import WAITING, Say
 
 System = Literal["DeepSpeed", "torch", "pipekit", "limit"]
 
@@ -58,28 +59,48 @@ class Turns:
     loss: float | None = None
 
 
-def take_turns(steps: Mapping[Contender, Step], rounds: int, say: Say) -> dict[Contender, Turns]:
-    """Run each contender once to warm up, then once in each round, beginning each round with the next of them.
+def take_turns(
+    order: Sequence[Contender], build: Callable[[Contender], Step | None], rounds: int, turn: Barrier, say: Say
+) -> dict[Contender, Turns]:
+    """Build each contender and run it once to warm up, then once in each round, beginning each with the next of them.
 
-    Every rank calls this with the same contenders in the same order.
+    Args:
+        order: all contenders; the same on every rank of every team.
+        build: returns the step of a contender; None where it lives in another team's processes, which have the machine
+            for themselves meanwhile.
+        rounds: how often each is timed.
+        turn: a barrier for the ranks of all teams.
+        say: called with what this rank does next.
     """
     import torch.distributed as dist
 
-    for contender, step in steps.items():
-        say(f"warm-up of {contender}")
-        dist.barrier()
-        step()
-    order = list(steps)
-    turns = {contender: Turns() for contender in order}
+    def begin(what: str, contender: Contender) -> None:
+        say(f"{WAITING} {what} {contender}")
+        turn.wait()
+
+    steps: dict[Contender, Step] = {}
+    for contender in order:
+        begin("the build of", contender)
+        say(f"build and warm-up of {contender}")
+        step = build(contender)
+        if step is not None:
+            steps[contender] = step
+            dist.barrier()
+            step()
+    turns = {contender: Turns() for contender in steps}
     for index in range(rounds):
         first = index % len(order)
-        for contender in order[first:] + order[:first]:
+        for contender in [*order[first:], *order[:first]]:
+            begin("the turn of", contender)
+            if contender not in steps:
+                continue
             say(f"round {index + 1} of {rounds}, {contender}")
             gc.collect()
             dist.barrier()
             begin_s = time.monotonic()
             turns[contender].loss = steps[contender]()
             turns[contender].spans_s.append((begin_s, time.monotonic()))
+    begin("the end of", order[-1])
     return turns
 
 
@@ -106,11 +127,11 @@ class Result:
 Results = dict[Contender, Result]
 
 
-def combine(ranks: Sequence[Mapping[Contender, Turns]]) -> Results:
-    """Return each contender's result from what each rank saw."""
+def combine(order: Sequence[Contender], ranks: Sequence[Mapping[Contender, Turns]]) -> Results:
+    """Return each contender's result from what each rank of its team saw, in the order given."""
     results: Results = {}
-    for contender in ranks[0]:
-        seen = [rank[contender] for rank in ranks]
+    for contender in order:
+        seen = [rank[contender] for rank in ranks if contender in rank]
         rounds = list(zip(*(turns.spans_s for turns in seen), strict=True))
         results[contender] = Result(
             steps_s=[max(end for _, end in spans) - min(begin for begin, _ in spans) for spans in rounds],

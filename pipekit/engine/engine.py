@@ -17,6 +17,7 @@ from pipekit.data.order import sample_order
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
+from pipekit.engine.host_memory import keep_freed_memory
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
@@ -68,6 +69,8 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
     ) -> None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         config = dict(deepspeed_config)
+        if next(iter(parameters), torch.empty(0)).device.type == "cpu":
+            keep_freed_memory()
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
         super().__init__(

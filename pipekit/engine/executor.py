@@ -238,7 +238,6 @@ class _Run:
         self._backward_scale = loss_scale / table.schedule.num_micro_batches
         self._dropout_step = dropout_step
         self._observe = observe
-        self._splits = bool(table.schedule.split_backwards)
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         self._deferred: dict[tuple[int, int], WeightGradients] = {}
         # What passes between two stages of this rank, by the stage that it is for: no copy, no message.
@@ -255,7 +254,10 @@ class _Run:
         self._start(action)
         is_last = action.stage == self._schedule.num_stages - 1
         outputs = self._module.forward_stage(
-            action.stage, inputs, dropout_path=self._dropout_path(action), split_backward=self._splits
+            action.stage,
+            inputs,
+            dropout_path=self._dropout_path(action),
+            split_backward=(action.stage, action.micro_batch) in self._schedule.split_backwards,
         )
         if is_last:
             outputs = self._loss(outputs, action)

@@ -91,7 +91,7 @@ def _candidates(costs: Costs, placement: tuple[int, ...], num_micro_batches: int
     yield from fixed
     orders = [schedule for schedule in fixed if schedule.name in ("zb-h1", "zb-v", "interleaved-1f1b")]
     if placement == tuple(range(pp)):
-        orders += [_more_ahead(pp, num_micro_batches, slope, limit) for slope in (1.5, 2.0)]
+        orders += [_more_ahead(pp, num_micro_batches, slope, limit) for slope in (1.5, 2.0, 3.0)]
     everything = [len(placement) * num_micro_batches] * pp
     for order, hold_back, patience in product(orders, (range(pp), everything), (0.0, 0.5, 1.0)):
         filled = fill_weight_gradients(

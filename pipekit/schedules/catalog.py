@@ -10,6 +10,7 @@ from pipekit.schedules.auto import plan_auto
 from pipekit.schedules.csv_file import read_csv
 from pipekit.schedules.gpipe import plan_gpipe
 from pipekit.schedules.interleaved import plan_interleaved_1f1b
+from pipekit.schedules.joining import join_backwards
 from pipekit.schedules.one_f_one_b import plan_1f1b
 from pipekit.schedules.placement import plan_placement
 from pipekit.schedules.schedule import Schedule
@@ -133,12 +134,14 @@ def plan_schedule(
         check_micro_batches(name, pp=pp, num_micro_batches=num_micro_batches)
         return plan_interleaved_1f1b(pp=pp, stages_per_rank=stages_per_rank, num_micro_batches=num_micro_batches)
     placement = schedule_placement(name, pp=pp, stages_per_rank=stages_per_rank)
-    return plan_auto(
+    schedule = plan_auto(
         costs or Costs.uniform(len(placement)),
         placement=placement,
         num_micro_batches=num_micro_batches,
         max_in_flight=max_in_flight,
     )
+    # What nobody has measured yet stays split, so that the halves can be timed.
+    return schedule if costs is None else join_backwards(schedule, costs)
 
 
 def _check_name(name: str) -> None:
