@@ -22,6 +22,7 @@ FLOORS: dict[str, int] = {
     "pipekit.config": 0,
     "pipekit.schedules": 0,
     "pipekit.partitioners": 0,
+    "pipekit.planner": 0,
     "pipekit.checkpoint": 0,
     "pipekit.checkpoint.manifest": 0,
     "pipekit.training.lr": 0,
