@@ -1,0 +1,274 @@
+"""What a rank holds at its peak, part by part, as DeepSpeed's optimizers lay it out and the schedule lets it pile up.
+
+Weights, gradients, masters and optimizer states are counted to the byte for AdamW, Adam and SGD under ZeRO 0 and 1, the
+padding of flattened groups included. Activations are as exact as what each layer is known to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import Literal
+
+from pipekit.config import OptimizerConfig
+from pipekit.errors import LayoutError
+from pipekit.planner.layer_costs import LayerCosts, stage_activation_bytes
+from pipekit.schedules import Action, Costs, Schedule, Timeline
+from pipekit.schedules.messages import plan_messages
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+Shape = tuple[int, ...]
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_FP32_BYTES = 4
+# DeepSpeed fills a flat group up to a multiple of this for each replica: 4 bytes in 16-bit elements.
+_ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class StageContents:
+    """What a stage is made of.
+
+    Attributes:
+        layers: what each of its layers costs for one micro-batch.
+        parameters: the shapes of its trainable parameters by logical name. A tied parameter is in every stage that uses
+            it, under one name.
+    """
+
+    layers: Sequence[LayerCosts]
+    parameters: Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """What one rank holds, in bytes.
+
+    Attributes:
+        weights: in the precision of the run.
+        gradients: accumulated in fp32; in bf16 also those of one backward, which are there until they are accumulated.
+        optimizer_states: moments and step counts.
+        masters: fp32 weights beside those of the run.
+        activations: what micro-batches under way hold; under checkpointing also the layer that is recomputed.
+        logits: what the loss takes for a moment: two gradients of the logits in fp32. Zero but on the last stage.
+        communication: messages that are received ahead, and gradients that are received and sent.
+        update: what the reduction over replicas and the update take beyond all but the next three; it is taken when
+            activations, logits and messages are gone.
+        is_estimate: whether the first four follow from a formula that no engine was held to: ZeRO 2 and 3.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    masters: int
+    activations: int
+    logits: int
+    communication: int
+    update: int
+    is_estimate: bool = False
+
+    @property
+    def total(self) -> int:
+        """What is held at most: the larger of the times before and after the last backward."""
+        standing = self.weights + self.gradients + self.optimizer_states + self.masters
+        return standing + max(self.activations + self.logits + self.communication, self.update)
+
+
+def cut_stages(
+    layers: Sequence[LayerCosts], parameters: Sequence[Mapping[str, Shape]], boundaries: Sequence[int]
+) -> list[StageContents]:
+    """Return what each stage is made of.
+
+    Args:
+        layers: what each layer of the model costs.
+        parameters: the shapes of each layer's trainable parameters by logical name.
+        boundaries: one more layer index than stages.
+    """
+    return [
+        StageContents(
+            layers[start:end], {name: shape for layer in parameters[start:end] for name, shape in layer.items()}
+        )
+        for start, end in pairwise(boundaries)
+    ]
+
+
+def memory_of_stages(
+    stages: Sequence[StageContents],
+    schedule: Schedule,
+    pipe_rank: int,
+    *,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    optimizer: OptimizerConfig | None = None,
+    checkpointing: bool = False,
+) -> MemoryParts:
+    """Return what a pipeline rank holds at most in a step, once the optimizer has its states.
+
+    Args:
+        stages: all stages of the model, in order.
+        schedule: the table of a step; it says which stages are the rank's.
+        pipe_rank: the rank along the pipeline; its replicas hold the same.
+        precision: of weights and activations.
+        zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
+        dp: replicas.
+        optimizer: AdamW unless given.
+        checkpointing: whether only the input of every layer is kept.
+
+    Raises:
+        LayoutError: if the schedule has another number of stages.
+
+    Source: `runtime/zero/stage_1_and_2.py` and `runtime/bf16_optimizer.py` of DeepSpeed 0.19.8.
+
+    Example:
+        >>> from pipekit.schedules import plan_1f1b
+        >>> layer = LayerCosts(20, 40, 40, 40, input_bytes=16, output_bytes=16, saved_bytes=0, keeps_input=True,
+        ...     keeps_output=False)
+        >>> stages = [StageContents([layer], {f"layers.{i}.weight": (5, 4)}) for i in range(2)]
+        >>> parts = memory_of_stages(stages, plan_1f1b(num_stages=2, num_micro_batches=4), 0, precision="fp32", zero=0,
+        ...     dp=1)
+        >>> parts.weights, parts.gradients, parts.optimizer_states, parts.activations
+        (80, 80, 164, 64)
+    """
+    if len(stages) != schedule.num_stages:
+        raise LayoutError(
+            f"{len(stages)} stages do not fit the schedule {schedule.name}, which has {schedule.num_stages}; cut the "
+            "layers into as many"
+        )
+    own = [stages[stage] for stage in schedule.stages_of(pipe_rank)]
+    standing = _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer or OptimizerConfig())
+    num_logits = stages[-1].layers[-1].output_bytes // _BYTES[precision]
+    return replace(
+        standing,
+        activations=_activations(stages, schedule, pipe_rank, num_logits=num_logits, checkpointing=checkpointing),
+        logits=2 * _FP32_BYTES * num_logits if schedule.placement[-1] == pipe_rank else 0,
+        communication=_communication(stages, schedule, pipe_rank),
+    )
+
+
+def recomputation_bytes(layers: Iterable[LayerCosts]) -> int:
+    """Return what the recomputation of one layer holds at most, beside the layer's input."""
+    return max(layer.saved_bytes + (layer.output_bytes if layer.keeps_output else 0) for layer in layers)
+
+
+def _standing(
+    own: Sequence[StageContents], *, precision: Precision, zero: int, dp: int, optimizer: OptimizerConfig
+) -> MemoryParts:
+    """Return what is there whatever the schedule, and the update; nothing of what passes."""
+    shapes = {name: shape for stage in own for name, shape in stage.parameters.items()}
+    num_gradients = sum(map(prod, shapes.values()))
+    groups = _group_sizes(shapes.values())
+    is_flat = zero > 0 or precision != "fp32"
+    if is_flat:
+        multiple = _ALIGNMENT * dp
+        flat = [-(-size // multiple) * multiple for size in groups]
+        num_tensors, num_shard = len(flat), sum(flat) // dp
+    else:
+        # A rank without parameters has an idle one.
+        flat, num_tensors = groups, max(1, len(shapes))
+        num_shard = sum(flat)
+    num_weights = num_shard if zero == 3 else sum(flat)
+    states, counts = {"adamw": (2, 1), "adam": (2, 1), "sgd": (int(optimizer.momentum > 0), 0)}[optimizer.type]
+
+    gradients, of_one_backward = _FP32_BYTES * num_gradients, 0
+    if zero > 1:
+        gradients = _FP32_BYTES * num_shard
+    elif precision == "bf16":
+        # A flat fp32 buffer, to which each backward's own gradients are added after it.
+        of_one_backward = _BYTES[precision] * max(sum(map(prod, stage.parameters.values())) for stage in own)
+        gradients = _FP32_BYTES * sum(flat) + of_one_backward
+    update = 0
+    if dp > 1 and zero < 2:
+        # All gradients once more, flattened to be summed over the replicas.
+        update = max(0, _FP32_BYTES * num_gradients - of_one_backward)
+    elif is_flat and precision != "bf16" and zero < 2:
+        # Each group's gradients are flattened and then freed; those of the groups before it are gone.
+        update = max(_FP32_BYTES * (size - sum(groups[:index])) for index, size in enumerate(flat))
+    return MemoryParts(
+        weights=_BYTES[precision] * num_weights,
+        gradients=gradients,
+        optimizer_states=_FP32_BYTES * (states * num_shard + counts * num_tensors),
+        masters=_FP32_BYTES * num_shard if is_flat else 0,
+        activations=0,
+        logits=0,
+        communication=0,
+        update=update,
+        is_estimate=zero > 1,
+    )
+
+
+def _group_sizes(shapes: Iterable[Shape]) -> list[int]:
+    """Return the elements of each of the optimizer's parameter groups: what decays and what does not."""
+    sizes = [0, 0]
+    for shape in shapes:
+        sizes[len(shape) < 2] += prod(shape)
+    # A rank without parameters has an idle one.
+    return [size for size in sizes if size] or [1]
+
+
+def _activations(
+    stages: Sequence[StageContents], schedule: Schedule, pipe_rank: int, *, num_logits: int, checkpointing: bool
+) -> int:
+    held = _held_of_one(stages, schedule, num_logits=num_logits, checkpointing=checkpointing)
+    peak = _peak_bytes(schedule, held, pipe_rank)
+    if not checkpointing:
+        return peak
+    # From an input gradient to its weight gradient linear layers keep their inputs and the gradients of their outputs:
+    # about as much as all layers keep without checkpointing.
+    recomputed = _held_of_one(stages, schedule, num_logits=num_logits, checkpointing=False)
+    more = [max(0, after - before) for after, before in zip(recomputed, held, strict=True)]
+    put_off = _peak_bytes(_between_halves(schedule), more, pipe_rank)
+    return peak + put_off + max(recomputation_bytes(stages[stage].layers) for stage in schedule.stages_of(pipe_rank))
+
+
+def _held_of_one(
+    stages: Sequence[StageContents], schedule: Schedule, *, num_logits: int, checkpointing: bool
+) -> list[int]:
+    """Return what each stage holds of one micro-batch from its forward to its backward."""
+    held = [stage_activation_bytes(stage.layers, checkpointing=checkpointing) for stage in stages]
+    # The loss keeps the logarithms of the probabilities in fp32, and the logits go.
+    held[-1] += _FP32_BYTES * num_logits - stages[-1].layers[-1].output_bytes
+    for stage, (before, rank) in enumerate(pairwise(schedule.placement), start=1):
+        if before == rank:
+            # What one stage passes on is what the next is passed: the same tensor.
+            held[stage] -= stages[stage].layers[0].input_bytes
+    return held
+
+
+def _peak_bytes(schedule: Schedule, held: Sequence[float], pipe_rank: int) -> int:
+    seconds = [0.0] * len(held)
+    costs = Costs(seconds, seconds, seconds, activation_bytes=held)
+    return int(Timeline(schedule, spans=(), costs=costs).peak_bytes[pipe_rank])
+
+
+def _between_halves(schedule: Schedule) -> Schedule:
+    """Return the table with split backwards alone, their first half in the place of the forward."""
+    ranks = tuple(
+        tuple(replace(action, kind="F") if action.kind == "I" else action for action in actions if action.kind in "IW")
+        for actions in schedule.ranks
+    )
+    return replace(schedule, ranks=ranks)
+
+
+# As many receives as a channel asks for ahead of their use; see pipekit/engine/channels.py.
+_AHEAD = 2
+
+
+def _communication(stages: Sequence[StageContents], schedule: Schedule, pipe_rank: int) -> int:
+    def size(action: Action) -> int:
+        # An activation is the input of the stage above; a gradient is that of its own stage's input.
+        stage = action.stage + 1 if action.kind == "F" else action.stage
+        return stages[stage].layers[0].input_bytes
+
+    ahead, received, sent = 0, [0], [0]
+    for (source, target), messages in plan_messages(schedule).items():
+        gradients = [size(action) for action in messages if action.kind != "F"]
+        if target == pipe_rank:
+            sizes = [size(action) for action in messages]
+            ahead += max(sum(sizes[first : first + _AHEAD]) for first in range(len(sizes)))
+            received += gradients
+        elif source == pipe_rank:
+            sent += gradients
+    return ahead + max(received) + max(sent)
