@@ -83,6 +83,9 @@ def leave_processes() -> None:
     """Take down the process groups, and what DeepSpeed keeps of them, so that this process can join others."""
     import deepspeed.comm
 
+    from pipekit.engine.mpu import forget_groups
+
+    forget_groups()
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             deepspeed.comm.destroy_process_group()

@@ -79,8 +79,8 @@ class Executor:
         pipe = None
         if mpu.layout.pp > 1:
             pipelines = mpu.layout.groups("pipe")
-            self._upward, self._downward = (mpu.build_group(pipelines) for _ in range(2))
-            pipe = self._headers = mpu.build_group(pipelines, "gloo")
+            self._upward, self._downward = (mpu.build_group(pipelines, purpose=way) for way in ("upward", "downward"))
+            pipe = self._headers = mpu.build_group(pipelines, "gloo", purpose="headers")
         self.reader = MicroBatchReader(mpu, pipe)
         self.stopwatch: Stopwatch | None = None
 

@@ -73,18 +73,22 @@ class ModelParallelUnit:
         assert group is not None, f"rank {self.global_rank} is in no group along {axes}"
         return group
 
-    def build_group(self, rank_lists: Sequence[Sequence[int]], backend: str | None = None) -> RankGroup | None:
-        """Create one process group for each rank list, and return the one that this rank is in, if any.
+    def build_group(
+        self, rank_lists: Sequence[Sequence[int]], backend: str | None = None, *, purpose: str = ""
+    ) -> RankGroup | None:
+        """Return the process group of the rank list that this rank is in, if any, after creating one for each list.
 
-        Every rank of the world calls this with the same lists.
+        Every rank of the world calls this with the same lists. The same ranks with the same backend and purpose share
+        a group, also with other units: under gloo every group costs a thread that wakes a hundred times a second.
 
         Args:
             rank_lists: global ranks of each group; no rank is in two.
             backend: of the groups; that of the world unless given.
+            purpose: of messages that must not mix with others between the same ranks.
         """
         own: RankGroup | None = None
         for ranks in rank_lists:
-            group = dist.new_group(ranks=list(ranks), backend=backend, timeout=self._timeout)
+            group = _find_group(tuple(ranks), backend, purpose, self._timeout)
             if self.global_rank in ranks:
                 own = RankGroup(list(ranks), group)
         return own
@@ -202,3 +206,27 @@ class ModelParallelUnit:
     get_tensor_model_parallel_rank = get_slice_parallel_rank
     get_tensor_model_parallel_world_size = get_slice_parallel_world_size
     get_tensor_model_parallel_group = get_slice_parallel_group
+
+
+_GroupKey = tuple[tuple[int, ...], str | None, str, timedelta]
+# The groups of one world; another one begins with none.
+_groups: dict[_GroupKey, dist.ProcessGroup] = {}
+_world: object = None
+
+
+def _find_group(ranks: tuple[int, ...], backend: str | None, purpose: str, timeout: timedelta) -> dist.ProcessGroup:
+    global _world
+    if _world is not dist.group.WORLD:
+        _world = dist.group.WORLD
+        _groups.clear()
+    key = (ranks, backend, purpose, timeout)
+    if key not in _groups:
+        _groups[key] = dist.new_group(ranks=list(ranks), backend=backend, timeout=timeout)
+    return _groups[key]
+
+
+def forget_groups() -> None:
+    """Let go of the groups of a world that has ended."""
+    global _world
+    _world = None
+    _groups.clear()
