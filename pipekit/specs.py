@@ -7,7 +7,7 @@ that owns the layer calls `build`. Listing a trillion-parameter model costs noth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipekit.errors import ConfigError
 from pipekit.rng import fold_seed
+from pipekit.shapes import ShapeRules
 
 
 class LayerSpec:
@@ -121,7 +122,7 @@ def build_on_meta(spec: LayerSpec, *, name: str) -> nn.Module:
         ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
     """
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), ShapeRules():
             return _build(spec, name)
     except (RuntimeError, TypeError):
         return build_layer(spec, name=name, seed=0)
@@ -150,6 +151,43 @@ def _accepts(spec: LayerSpec) -> bool:
     except ValueError:  # a class of an extension module, which tells no signature
         return True
     return True
+
+
+def spec_key(spec: LayerSpec) -> Hashable:
+    """Return what is equal for specs that build equal layers, apart from their weights.
+
+    Example:
+        >>> from torch import nn
+        >>> spec_key(LayerSpec(nn.Linear, 4, 2, name="a")) == spec_key(LayerSpec(nn.Linear, 4, 2, name="b"))
+        True
+    """
+    return _frozen(spec.typename), _frozen(spec.module_args), _frozen(spec.module_kwargs)
+
+
+def _frozen(value: object) -> Hashable:
+    """Return something hashable, equal for equal arguments; what cannot be hashed equals itself alone."""
+    if isinstance(value, dict):
+        return (dict, tuple((key, _frozen(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(map(_frozen, value)))
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return value
+
+
+class _Itself:
+    """Hashes and compares a value by identity."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value  # kept, so that no other value gets its id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def layer_names(specs: Sequence[LayerSpec]) -> list[str]:

@@ -30,8 +30,11 @@ FLOORS: dict[str, int] = {
     "pipekit.data": 0,
     "pipekit.data.order": 0,
     # 1: torch, no processes.
+    "pipekit.shapes": 1,
     "pipekit.specs": 1,
     "pipekit.nested": 1,
+    "pipekit.planner.observe": 1,
+    "pipekit.planner.describe": 1,
     "pipekit.weight_gradients": 1,
     "pipekit.parameters": 1,
     "pipekit.sequential": 1,

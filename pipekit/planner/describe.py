@@ -1,0 +1,152 @@
+"""What each layer costs, told from its code alone: nothing is allocated and nothing computed.
+
+Each distinct spec runs once for each distinct form of its inputs, on torch's meta device, so that a model of any depth
+takes no longer than its few kinds of layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipekit.errors import ConfigError, PipekitError
+from pipekit.nested import unflatten
+from pipekit.planner.layer_costs import LayerCosts
+from pipekit.planner.model_costs import ModelCosts
+from pipekit.planner.observe import Form, Observed, observe
+from pipekit.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names, spec_key
+
+LossFn = Callable[[Any, Any], Any]
+
+
+def describe_layers(
+    specs: Sequence[LayerSpec],
+    inputs: Any,
+    *,
+    dtype: torch.dtype,
+    loss_fn: LossFn | None = None,
+    labels: Any = None,
+) -> ModelCosts:
+    """Return what each layer costs for one micro-batch, and what the loss costs.
+
+    Operations are those of matrix products, convolutions and attention; nothing else is counted. Attention is taken to
+    be fused (see `pipekit.planner.observe`).
+
+    Args:
+        specs: the model.
+        inputs: what the first layer is given for one micro-batch: nested tensors on any device, of which shapes and
+            types count alone. Token ids are int64 `(B, S)`.
+        dtype: of weights and floating-point activations.
+        loss_fn: called as `loss_fn(outputs, labels)` behind the last layer; None where that returns the loss.
+        labels: what the loss function is given, nested tensors of which shapes and types count alone.
+
+    Raises:
+        ConfigError: if a layer does not fit its inputs, or cannot run without values; it names the layer.
+
+    Example:
+        >>> ids = torch.empty(2, 8, dtype=torch.int64, device="meta")
+        >>> specs = [LayerSpec(nn.Embedding, 100, 4), LayerSpec(nn.Linear, 4, 100, bias=False)]
+        >>> costs = describe_layers(specs, ids, dtype=torch.bfloat16)
+        >>> [(layer.parameters, layer.forward_flops, layer.input_gradient_flops) for layer in costs.layers]
+        [(400, 0, 0), (400, 12800, 12800)]
+    """
+    form = Form.of(inputs, "the input of the first layer", dtype=dtype)
+    described: dict[Hashable, Observed] = {}
+    layers: list[LayerCosts] = []
+    for spec, name in zip(specs, layer_names(specs), strict=True):
+        key = layer_key(spec, form)
+        if key not in described:
+            described[key] = describe_layer(spec, form, name=name, dtype=dtype)
+        layers.append(described[key].costs)
+        form = described[key].outputs
+    return ModelCosts(layers, None if loss_fn is None else describe_loss(loss_fn, form, labels))
+
+
+def layer_key(spec: LayerSpec, inputs: Form) -> Hashable:
+    """Return what layers of equal costs have in common."""
+    forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
+    return spec_key(spec), forward_fn, inputs.key
+
+
+def describe_layer(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dtype) -> Observed:
+    """Return what one layer costs, and the form of what it returns.
+
+    Args:
+        spec: the layer.
+        inputs: the form of what it is given.
+        name: its logical name, for errors.
+        dtype: of its weights.
+
+    Raises:
+        ConfigError: if it does not fit its inputs, or cannot run without values.
+    """
+    try:
+        layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
+        return observe_layer(layer, spec, leaves_of(inputs), inputs)
+    except PipekitError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"layer {name!r} ({spec.type_name}) cannot be described from {inputs}: {_first_line(error)}; if these are "
+            "not the shapes it is for, mend the layer before it; if it needs values, or tensors on a device of its "
+            "own, set parallel.partition=profile, which runs it"
+        ) from error
+
+
+def observe_layer(layer: nn.Module, spec: LayerSpec, leaves: Sequence[Tensor], inputs: Form) -> Observed:
+    """Run a built layer once on whatever device it is on, and return what it costs."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    held = [parameter for parameter in layer.parameters() if not parameter.requires_grad] + list(layer.buffers())
+    device = leaves[0].device if leaves else torch.device("meta")
+    with device:
+        return observe(apply_layer(layer, spec), leaves, inputs.structure, parameters=trained, held=held)
+
+
+def apply_layer(layer: nn.Module, spec: LayerSpec) -> Callable[[Any], Any]:
+    """Return what a stage calls with a layer's inputs."""
+    forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
+    return layer if forward_fn is None else lambda inputs: forward_fn(layer, inputs)
+
+
+def describe_loss(loss_fn: LossFn, outputs: Form, labels: Any) -> LayerCosts:
+    """Return what the loss costs, as if it were a layer whose input is what the last layer returns.
+
+    Args:
+        loss_fn: called as `loss_fn(outputs, labels)`.
+        outputs: the form of what the last layer returns.
+        labels: nested tensors of which shapes and types count alone.
+
+    Raises:
+        ConfigError: if the loss function does not fit what it is given, or cannot run without values.
+    """
+    label_form = Form.of(labels, "the labels")
+    try:
+        compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
+        given = unflatten(leaves_of(label_form), label_form.structure)
+        with torch.device("meta"):
+            return observe(lambda x: compute(x, given), leaves_of(outputs), outputs.structure).costs
+    except PipekitError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the loss function {getattr(loss_fn, '__name__', type(loss_fn).__name__)} cannot be described from "
+            f"{outputs} and the labels {label_form}: {_first_line(error)}; if these are not the shapes it is for, mend "
+            "the last layer or the labels; if it needs values, set parallel.partition=profile, which runs it"
+        ) from error
+
+
+def leaves_of(form: Form) -> list[Tensor]:
+    """Return meta tensors of a form."""
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+        for tensor in form.tensors
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
