@@ -1,21 +1,25 @@
-"""Among the partitions that keep every stage under a limit, one whose stages are as even as can be."""
+"""Among the partitions that keep every stage within bounds, one whose stages are as even as can be."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from math import gcd
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Indices: TypeAlias = NDArray[np.int64]
+from pipekit.partitioners.reach import Bound, Bounds, Indices, Sums, earliest_start, earliest_starts, farthest_end
 
 _LARGEST_TOTAL = 2**31  # its square, and a sum of squares, fit into int64
 
 
-def most_even_boundaries(prefix: Sequence[int], num_stages: int, *, limit: int) -> list[int]:
+def most_even_boundaries(
+    prefix: Sequence[int],
+    num_stages: int,
+    *,
+    limit: int,
+    stage_extras: Sequence[int] | None = None,
+    memory_bounds: Sequence[Bounds] | None = None,
+) -> list[int]:
     """Return the partition under `limit` with the least sum of squared stage costs and no empty stage.
 
     Of several such partitions it is the one whose boundaries come latest, from the last boundary to the
@@ -26,6 +30,8 @@ def most_even_boundaries(prefix: Sequence[int], num_stages: int, *, limit: int) 
         prefix: sums of the first 0, 1, ... costs.
         num_stages: between 1 and the number of layers.
         limit: largest cost of a stage; there must be a partition that keeps it.
+        stage_extras: what each stage costs beside its layers; nothing unless given.
+        memory_bounds: what else each stage must keep; nothing unless given.
 
     Source: the dynamic program of Jackson et al. 2005, "An algorithm for optimal partitioning of data on an
         interval", one row a stage; since the best last boundary never moves back as the end moves on, each
@@ -34,40 +40,49 @@ def most_even_boundaries(prefix: Sequence[int], num_stages: int, *, limit: int) 
     Example:
         >>> most_even_boundaries([0, 1, 2, 3, 12], 3, limit=9)
         [0, 2, 3, 4]
+        >>> most_even_boundaries([0, 1, 2, 3, 12], 3, limit=11, stage_extras=[9, 0, 0])
+        [0, 1, 3, 4]
     """
     num_layers = len(prefix) - 1
-    earliest, latest = _boundary_ranges(prefix, num_stages, limit)
-    earliest_start = np.array([bisect_left(prefix, end - limit) for end in prefix])
-    costs_before = _as_small_numbers(prefix)
-    least = np.zeros(num_layers + 1, dtype=np.int64)  # of the stages up to the current one, by their end
+    extras = stage_extras or [0] * num_stages
+    sums = Sums(prefix)
+    bounds = [
+        [Bound(sums, limit - extras[stage]), *(memory_bounds[stage] if memory_bounds else ())]
+        for stage in range(num_stages)
+    ]
+    earliest, latest = _boundary_ranges(bounds)
+    costs_before, small_extras = _as_small_numbers(prefix, extras)
+    reached = np.array([0])  # the boundaries that stages up to the current one can have, with the least squares to each
+    least = np.array([0])
     best_start = np.zeros((num_stages, num_layers + 1), dtype=np.int64)
     for stage in range(num_stages):
         ends = np.arange(earliest[stage + 1], latest[stage + 1] + 1)
-        starts = _best_starts(
-            least,
-            costs_before,
-            ends,
-            first=np.maximum(earliest_start[ends], earliest[stage]),
-            last=np.minimum(ends - 1, latest[stage]),
-        )
-        best_start[stage, ends] = starts
-        least[ends] = least[starts] + (costs_before[ends] - costs_before[starts]) ** 2
+        first = np.searchsorted(reached, earliest_starts(bounds[stage], ends))
+        last = np.searchsorted(reached, ends) - 1
+        possible = first <= last
+        ends, first, last = ends[possible], first[possible], last[possible]
+        assert len(ends), "no partition keeps the limit"
+        before_ends = costs_before[ends] + small_extras[stage]
+        picks = _best_starts(least, costs_before[reached], before_ends, first=first, last=last)
+        least = least[picks] + (before_ends - costs_before[reached[picks]]) ** 2
+        best_start[stage, ends] = reached[picks]
+        reached = ends
     boundaries = [num_layers]
     for stage in reversed(range(num_stages)):
         boundaries.append(int(best_start[stage, boundaries[-1]]))
     return boundaries[::-1]
 
 
-def _boundary_ranges(prefix: Sequence[int], num_stages: int, limit: int) -> tuple[list[int], list[int]]:
-    """Return the earliest and the latest layer at which each boundary can be, under the limit."""
-    num_layers = len(prefix) - 1
+def _boundary_ranges(stages: Sequence[Bounds]) -> tuple[list[int], list[int]]:
+    """Return the earliest and the latest layer at which each boundary can be, within the bounds."""
+    num_stages, num_layers = len(stages), stages[0][0].sums.num_layers
     latest = [0]
-    for num_left in reversed(range(num_stages)):
-        reach = bisect_right(prefix, prefix[latest[-1]] + limit) - 1
+    for num_left, bounds in zip(reversed(range(num_stages)), stages, strict=True):
+        reach = max(farthest_end(bounds, latest[-1]), latest[-1])
         latest.append(min(reach, num_layers - num_left))
     earliest = [num_layers]
-    for num_before in reversed(range(num_stages)):
-        reach = bisect_left(prefix, prefix[earliest[-1]] - limit)
+    for num_before, bounds in zip(reversed(range(num_stages)), reversed(stages), strict=True):
+        reach = min(earliest_start(bounds, earliest[-1]), earliest[-1])
         earliest.append(max(reach, num_before))
     earliest.reverse()
     assert earliest[0] == 0, "no partition keeps the limit"
@@ -75,19 +90,27 @@ def _boundary_ranges(prefix: Sequence[int], num_stages: int, limit: int) -> tupl
     return earliest, latest
 
 
-def _as_small_numbers(prefix: Sequence[int]) -> Indices:
-    unit = gcd(*prefix) or 1
-    total = prefix[-1] // unit
-    if total <= _LARGEST_TOTAL:
-        return np.array([value // unit for value in prefix], dtype=np.int64)
-    return np.array([value * _LARGEST_TOTAL // prefix[-1] for value in prefix], dtype=np.int64)
+def _as_small_numbers(prefix: Sequence[int], extras: Sequence[int]) -> tuple[Indices, Indices]:
+    unit = gcd(*prefix, *extras) or 1
+    total = prefix[-1] + sum(extras)
+    if total // unit <= _LARGEST_TOTAL:
+        small, small_extras = [value // unit for value in prefix], [value // unit for value in extras]
+    else:
+        small = [value * _LARGEST_TOTAL // total for value in prefix]
+        small_extras = [value * _LARGEST_TOTAL // total for value in extras]
+    return np.array(small, dtype=np.int64), np.array(small_extras, dtype=np.int64)
 
 
-def _best_starts(least: Indices, costs_before: Indices, ends: Indices, *, first: Indices, last: Indices) -> Indices:
-    """Return, for each end, the latest of the best starts in `[first, last]` of the stage before it."""
-    num_ends = len(ends)
+def _best_starts(
+    least: Indices, before_starts: Indices, before_ends: Indices, *, first: Indices, last: Indices
+) -> Indices:
+    """Return, for each end, the latest of the best starts in `[first, last]` of the stage before it.
+
+    Starts are numbered as `least`, the squares of the stages before them, and `before_starts`, their costs, are.
+    """
+    num_ends = len(before_ends)
     # One entry more at either side, where the search is not narrowed yet.
-    found = np.concatenate(([first[0]], np.zeros_like(ends), [last[-1]]))
+    found = np.concatenate(([first[0]], np.zeros_like(before_ends), [last[-1]]))
     step = 1 << num_ends.bit_length()
     while step := step // 2:
         # Entries half-way between those found: their best starts lie between those of their neighbours.
@@ -97,7 +120,7 @@ def _best_starts(least: Indices, costs_before: Indices, ends: Indices, *, first:
         lengths = high - low + 1
         stops = np.cumsum(lengths)
         starts = np.arange(stops[-1]) + np.repeat(high + 1 - stops, lengths)
-        sums = least[starts] + (np.repeat(costs_before[ends[entries - 1]], lengths) - costs_before[starts]) ** 2
+        sums = least[starts] + (np.repeat(before_ends[entries - 1], lengths) - before_starts[starts]) ** 2
         smallest = np.repeat(np.minimum.reduceat(sums, stops - lengths), lengths)
         hits = np.flatnonzero(sums == smallest)
         found[entries] = starts[hits[np.searchsorted(hits, stops) - 1]]

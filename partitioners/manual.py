@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 
 from pipekit.errors import LayoutError
 
 
-def partition_manually(boundaries: Sequence[int], num_layers: int, num_stages: int) -> list[int]:
+def partition_manually(
+    boundaries: Sequence[int], num_layers: int, num_stages: int, *, source: str = "parallel.boundaries="
+) -> list[int]:
     """Return the user's boundaries, checked.
+
+    Args:
+        boundaries: layer indices, one more than stages.
+        num_layers: of the model.
+        num_stages: how many stages there must be.
+        source: where the boundaries come from; errors begin with it.
 
     Raises:
         LayoutError: if they do not start with 0, grow, end with `num_layers`, and make `num_stages` stages.
@@ -18,7 +27,12 @@ def partition_manually(boundaries: Sequence[int], num_layers: int, num_stages: i
         >>> partition_manually([0, 1, 4], num_layers=4, num_stages=2)
         [0, 1, 4]
     """
-    given = [int(boundary) for boundary in boundaries]
+    try:
+        given = [index(boundary) for boundary in boundaries]
+    except TypeError:
+        raise LayoutError(
+            f"{source}{boundaries!r} must be a list of whole numbers{_instead(num_layers, num_stages)}"
+        ) from None
     fault = None
     if len(given) != num_stages + 1:
         fault = f"has {len(given)} entries, and parallel.pp={num_stages} needs {num_stages + 1}"
@@ -27,9 +41,11 @@ def partition_manually(boundaries: Sequence[int], num_layers: int, num_stages: i
     elif any(end <= start for start, end in pairwise(given)):
         fault = "must grow from entry to entry, since a stage must not be empty"
     if fault:
-        if num_stages > num_layers:
-            instead = f"try parallel.pp={num_layers} or lower"
-        else:
-            instead = f"try {[stage * num_layers // num_stages for stage in range(num_stages + 1)]}"
-        raise LayoutError(f"parallel.boundaries={given} {fault}; {instead}")
+        raise LayoutError(f"{source}{given} {fault}{_instead(num_layers, num_stages)}")
     return given
+
+
+def _instead(num_layers: int, num_stages: int) -> str:
+    if num_stages > num_layers:
+        return f"; try parallel.pp={num_layers} or lower"
+    return f"; try {[stage * num_layers // num_stages for stage in range(num_stages + 1)]}"

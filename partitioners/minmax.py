@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from numbers import Integral
 from typing import SupportsFloat
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners.even import most_even_boundaries
+from pipekit.partitioners.memory_limit import MemoryLimit
+from pipekit.partitioners.reach import Bound, Bounds, Sums, can_fill
 
 
-def minmax_boundaries(costs: Sequence[float], num_stages: int) -> list[int]:
+def minmax_boundaries(
+    costs: Sequence[float],
+    num_stages: int,
+    *,
+    stage_extras: Sequence[float] | None = None,
+    memory: MemoryLimit | None = None,
+) -> list[int]:
     """Return the boundaries of `num_stages` contiguous stages with the smallest possible largest cost.
 
     No stage is empty. Among the partitions with that largest cost, it is one with the least sum of squared
@@ -22,12 +29,15 @@ def minmax_boundaries(costs: Sequence[float], num_stages: int) -> list[int]:
     Args:
         costs: cost of each layer, finite and not negative, of any size; there is no rounding.
         num_stages: between 1 and the number of layers.
+        stage_extras: what each stage costs beside its layers; nothing unless given.
+        memory: what the stages, each on a rank of its own, must fit into; anything unless given.
 
     Returns:
         `num_stages + 1` layer indices; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
 
     Raises:
-        LayoutError: if there are fewer layers than stages, or a cost is negative or not finite.
+        LayoutError: if there are fewer layers than stages, a cost is negative or not finite, or the stages do not fit
+            into the memory.
 
     Source: the linear partitioning problem (Skiena, The Algorithm Design Manual, section 10.7), solved by
         searching for the smallest limit under which filling each stage to the brim needs no more than
@@ -36,43 +46,91 @@ def minmax_boundaries(costs: Sequence[float], num_stages: int) -> list[int]:
     Example:
         >>> minmax_boundaries([1, 1, 1, 1, 9], num_stages=3)
         [0, 2, 4, 5]
+        >>> minmax_boundaries([1, 1, 1, 1, 1, 1], num_stages=2, stage_extras=[0, 2])
+        [0, 4, 6]
     """
-    _check(costs, num_stages)
-    whole = _as_whole_numbers(costs)
-    if not any(whole):
-        whole = [1] * len(whole)
-    prefix = list(accumulate(whole, initial=0))
-    return most_even_boundaries(prefix, num_stages, limit=_smallest_limit(prefix, num_stages))
+    check_costs(costs, num_stages, stage_extras)
+    whole, extras = as_whole_numbers(costs, [0] * num_stages if stage_extras is None else stage_extras)
+    sums = Sums.of(whole)
+    memory_bounds: Sequence[Bounds] = [[]] * num_stages
+    if memory is not None:
+        memory.check(len(costs), num_stages)
+        memory_bounds = _memory_bounds(memory)(int(memory.limit_bytes))
+        if not can_fill(memory_bounds):
+            raise memory.error(_smallest_need(memory), num_stages)
+
+    def fits(limit: int) -> bool:
+        pairs = zip(extras, memory_bounds, strict=True)
+        return can_fill([[Bound(sums, limit - extra), *bounds] for extra, bounds in pairs])
+
+    low = max(max(whole) + min(extras), max(extras) + min(whole), -(-(sum(whole) + sum(extras)) // num_stages))
+    limit = smallest_whole_number(fits, low, sum(whole) + max(extras))
+    return most_even_boundaries(
+        sums.before, num_stages, limit=limit, stage_extras=extras, memory_bounds=memory_bounds if memory else None
+    )
 
 
-def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> list[float]:
+def stage_costs(
+    costs: Sequence[float], boundaries: Sequence[int], stage_extras: Sequence[float] | None = None
+) -> list[float]:
     """Return the cost of each stage.
 
     Example:
         >>> stage_costs([1, 2, 3], [0, 2, 3])
         [3, 3]
     """
-    return [sum(costs[start:end]) for start, end in pairwise(boundaries)]
+    extras = [0] * (len(boundaries) - 1) if stage_extras is None else stage_extras
+    return [sum(costs[start:end]) + extra for (start, end), extra in zip(pairwise(boundaries), extras, strict=True)]
 
 
-def _check(costs: Sequence[float], num_stages: int) -> None:
+def check_costs(
+    costs: Sequence[float], num_stages: int, stage_extras: Sequence[float] | None = None, *, stages_per_rank: int = 1
+) -> None:
+    """Check that there are layers enough for the stages, and that costs are costs.
+
+    Raises:
+        LayoutError: if not.
+    """
     if num_stages < 1:
         raise LayoutError(f"parallel.pp={num_stages} must be at least 1")
     if num_stages > len(costs):
+        pp = num_stages // stages_per_rank
+        product = f" x {stages_per_rank} on each rank, {num_stages}" if stages_per_rank > 1 else ""
+        instead = (
+            f"try parallel.pp={len(costs) // stages_per_rank} or lower"
+            if len(costs) >= stages_per_rank
+            else "try a schedule with fewer stages on each rank"
+        )
         raise LayoutError(
-            f"parallel.pp={num_stages} stages are more than the model's {len(costs)} layers, and a stage "
-            f"must not be empty; try parallel.pp={len(costs)} or lower"
+            f"parallel.pp={pp}{product} stages are more than the model's {len(costs)} layers, and a stage "
+            f"must not be empty; {instead}"
         )
     for layer_idx, cost in enumerate(costs):
         if not 0 <= cost < float("inf"):
             raise LayoutError(f"layer {layer_idx} has cost {cost}; costs must be finite and not negative")
+    if stage_extras is None:
+        return
+    if len(stage_extras) != num_stages:
+        raise LayoutError(
+            f"stage_extras has {len(stage_extras)} entries, and must have one for each of the {num_stages} stages"
+        )
+    for stage, extra in enumerate(stage_extras):
+        if not 0 <= extra < float("inf"):
+            raise LayoutError(f"stage {stage} has the extra cost {extra}; costs must be finite and not negative")
 
 
-def _as_whole_numbers(costs: Sequence[float]) -> list[int]:
-    """Return the costs times a common power of two: every float is a whole number of halves of halves."""
-    ratios = [_ratio(cost) for cost in costs]
+def as_whole_numbers(costs: Sequence[float], stage_extras: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Return costs and extras times a common power of two: every float is a whole number of halves of halves.
+
+    Where no layer costs anything, the extras alone decide what the largest cost is; then layers cost 1 and extras
+    nothing, so that the layers are shared out.
+    """
+    if not any(costs):
+        return [1] * len(costs), [0] * len(stage_extras)
+    ratios = [_ratio(cost) for cost in (*costs, *stage_extras)]
     scale = max(denominator for _, denominator in ratios)
-    return [numerator * (scale // denominator) for numerator, denominator in ratios]
+    whole = [numerator * (scale // denominator) for numerator, denominator in ratios]
+    return whole[: len(costs)], whole[len(costs) :]
 
 
 def _ratio(cost: object) -> tuple[int, int]:
@@ -83,22 +141,30 @@ def _ratio(cost: object) -> tuple[int, int]:
     return float(cost).as_integer_ratio()
 
 
-def _smallest_limit(prefix: Sequence[int], num_stages: int) -> int:
-    """Return the smallest largest stage cost, by bisection."""
-    largest, mean = max(end - start for start, end in pairwise(prefix)), -(-prefix[-1] // num_stages)
-    low, high = max(largest, mean), mean + largest  # each stage filled up to `high` holds at least the mean
+def smallest_whole_number(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the smallest number from `low` to `high` of which something holds, which then holds of all above it.
+
+    Example:
+        >>> smallest_whole_number(lambda number: number**2 >= 50, 0, 50)
+        8
+    """
     while low < high:
         middle = (low + high) // 2
-        if _fits(prefix, num_stages, middle):
+        if holds(middle):
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _fits(prefix: Sequence[int], num_stages: int, limit: int) -> bool:
-    """Return whether `num_stages` stages of at most `limit`, each filled to the brim, hold every layer."""
-    start = 0
-    for _ in range(num_stages):
-        start = bisect_right(prefix, prefix[start] + limit, lo=start) - 1
-    return start == len(prefix) - 1
+def _memory_bounds(memory: MemoryLimit) -> Callable[[int], list[Bounds]]:
+    """Return a function from a limit in bytes to what every stage, alone on its rank, must keep."""
+    sums, extras = memory.stage_sums(), [int(extra) for extra in memory.extra_bytes]
+    return lambda limit: [[Bound(held, limit - extra)] for held, extra in zip(sums, extras, strict=True)]
+
+
+def _smallest_need(memory: MemoryLimit) -> int:
+    """Return the least bytes of the largest stage, in any partition without an empty stage, beyond the limit."""
+    bounds = _memory_bounds(memory)
+    most = max(sums.before[-1] for sums in memory.stage_sums()) + max(map(int, memory.extra_bytes))
+    return smallest_whole_number(lambda limit: can_fill(bounds(limit)), int(memory.limit_bytes) + 1, most)

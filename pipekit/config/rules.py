@@ -136,7 +136,7 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
                 + (remedy or "; for example parallel.boundaries=[0, 6, 12] for parallel.pp=2 and 12 layers"),
             )
         return
-    shown = list(boundaries)
+    shown = boundaries if isinstance(boundaries, str) else list(boundaries)
     if parallel.partition != "manual":
         yield rule_fault(
             "parallel.boundaries",
@@ -145,10 +145,16 @@ def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> 
         )
         return
     broken = None
-    if len(shown) != num_stages + 1:
-        stages = f"parallel.pp={parallel.pp}"
-        if num_stages != parallel.pp:
-            stages = f"the {num_stages} stages of parallel.schedule={parallel.schedule} on {stages} ranks"
+    stages = f"parallel.pp={parallel.pp}"
+    if num_stages != parallel.pp:
+        stages = f"the {num_stages} stages of parallel.schedule={parallel.schedule} on {stages} ranks"
+    if isinstance(shown, str):
+        from pipekit.partitioners.layout_string import read_layout  # loads numpy, and is seldom asked
+
+        num_given = len(read_layout(shown))
+        if num_given != num_stages:
+            broken = f"must have {num_stages} stages, one for each of {stages}, and has {num_given}"
+    elif len(shown) != num_stages + 1:
         entries = f"must have {num_stages + 1} entries, one more than {stages}"
         broken = f"{entries}, and has {len(shown)}"
     elif shown[0] != 0:

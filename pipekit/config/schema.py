@@ -25,7 +25,7 @@ from pipekit.config.base import Section, config_error
 from pipekit.config.model import CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.config.yaml_source import write_yaml
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, LayoutError
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
 
 
@@ -65,16 +65,22 @@ class ParallelConfig(Section):
     """ZeRO stage: 1 shards the optimizer states over the data-parallel ranks, 0 shards nothing; 2 and 3 are
     not available yet."""
 
-    partition: str = Field(default="parameters", examples=["parameters", "uniform", "type:Attention", "manual"])
-    """How layers are shared out among stages: `parameters` balances their parameters, `uniform` their number,
-    `type:<regex>` the number of layers whose class name matches, `manual` takes `boundaries`."""
-
-    boundaries: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | None = Field(
-        default=None, examples=[[0, 6, 12]]
+    partition: str = Field(
+        default="parameters",
+        examples=["parameters", "uniform", "flops", "profile", "memory", "type:Attention", "manual"],
     )
-    """For `partition: manual`: stage i holds the layers from `boundaries[i]` up to, not including,
-    `boundaries[i+1]`. Starts with 0, ends with the number of layers, and has one more entry than there are
-    stages."""
+    """How layers are shared out among stages: `parameters` balances their parameters, `uniform` their number, `flops`
+    their counted operations, `profile` their measured seconds, `memory` their seconds or operations among the
+    partitions that fit into the devices, `type:<regex>` the number of layers whose class name matches, `manual` takes
+    `boundaries`; or the name of a partitioner that another package installs."""
+
+    boundaries: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | str | None = Field(
+        default=None, examples=[[0, 6, 12], "Et*2|t*2L"]
+    )
+    """For `partition: manual`: a list in which stage i holds the layers from `boundaries[i]` up to, not including,
+    `boundaries[i+1]`; it starts with 0, ends with the number of layers, and has one more entry than there are stages.
+    Or a layout in letters: `E` is what is before the first block, `t` a block, `h` one layer of a block, `L` what is
+    behind the last block, and `|` ends a stage; `*3` repeats what is before it, a letter or a group in parentheses."""
 
     schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
     """Which rank does what when: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
@@ -119,9 +125,25 @@ class ParallelConfig(Section):
                 ) from None
             if partition == "type:":
                 raise ValueError("must have a regular expression after 'type:'; for example type:Attention")
-        elif partition not in ("uniform", "parameters", "manual"):
-            raise ValueError("must be uniform, parameters, manual or type:<regex>; for example parameters")
+        elif partition not in ("parameters", "uniform", "flops", "profile", "memory", "manual"):
+            from pipekit.partitioners.installed import installed_partitioners  # loads numpy, and is seldom asked
+            from pipekit.partitioners.methods import known_methods
+
+            if partition not in installed_partitioners():
+                raise ValueError(f"must be {known_methods()}; for example parameters")
         return partition
+
+    @field_validator("boundaries")
+    @classmethod
+    def _readable_layout(cls, boundaries: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+        if isinstance(boundaries, str):
+            from pipekit.partitioners.layout_string import read_layout  # loads numpy, and is seldom asked
+
+            try:
+                read_layout(boundaries)
+            except LayoutError as error:
+                raise ValueError(str(error).removeprefix(f"parallel.boundaries={boundaries} ")) from None
+        return boundaries
 
 
 class TrainConfig(Section):

@@ -187,8 +187,8 @@ REFUSED = {
     ),
     "unknown partition": (
         MODEL + TRAIN + "parallel: {partition: best}\n",
-        "c.yaml:3: parallel.partition=best: must be uniform, parameters, manual or type:<regex>; "
-        "for example parameters",
+        "c.yaml:3: parallel.partition=best: must be parameters, uniform, flops, profile, memory, type:<regex>, "
+        "manual or one that you install (there are none); for example parameters",
     ),
     "broken regular expression": (
         MODEL + TRAIN + "parallel: {partition: 'type:['}\n",

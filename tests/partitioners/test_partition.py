@@ -35,5 +35,5 @@ def test_manual_without_boundaries_is_refused() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(LayoutError, match="use parameters, uniform, type:<regex> or manual"):
+    with pytest.raises(LayoutError, match="use parameters, uniform, flops, profile, memory, type:<regex>, manual or one"):
         partition("best", uncounted(), 3)

@@ -1,0 +1,135 @@
+"""Ranks of equal cost, whatever stages lie on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+
+import numpy as np
+
+from pipekit.errors import LayoutError
+from pipekit.partitioners.local_search import StageSums, improve_boundaries
+from pipekit.partitioners.memory_limit import MemoryLimit
+from pipekit.partitioners.minmax import as_whole_numbers, check_costs, minmax_boundaries
+from pipekit.partitioners.reach import Sums
+from pipekit.partitioners.two_stages import LARGEST_SUM, Measure, smallest_limit_boundaries
+
+_LARGEST_TOTAL = LARGEST_SUM // 2
+
+
+def balanced_boundaries(
+    costs: Sequence[float],
+    placement: Sequence[int],
+    *,
+    stage_extras: Sequence[float] | None = None,
+    memory: MemoryLimit | None = None,
+) -> list[int]:
+    """Return the boundaries of contiguous stages under which the rank with the largest cost has as little as it can.
+
+    No stage is empty. What a rank costs is the sum over its stages, with their extras.
+
+    - With one stage a rank, this is `minmax_boundaries`: exact, and the other ranks as even as they can be.
+    - With two stages a rank, placed as a V `(0, 1, 1, 0)` or looped `(0, 1, 0, 1)`, it is exact, with memory or
+      without; boundaries are then moved one at a time as long as that makes the ranks more even. Costs whose total is
+      beyond 2**60, in units of their greatest common divisor, are rounded down to 60 bits of the total, a hundredth of
+      what a float keeps.
+    - With more, or another placement, it is a local search, and not exact: from the smallest largest stage, boundaries
+      are moved one at a time as long as that makes the largest rank smaller, or the ranks more even. Under a memory
+      limit it may then fail to find a partition that fits.
+
+    Args:
+        costs: cost of each layer, finite and not negative.
+        placement: the pipeline rank of each stage, from 0.
+        stage_extras: what each stage costs beside its layers, such as the loss on the last; nothing unless given.
+        memory: what the ranks must fit into; anything unless given.
+
+    Returns:
+        One more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+
+    Raises:
+        LayoutError: if there are fewer layers than stages, a cost is negative or not finite, there is not a number for
+            each stage and layer, or the stages do not fit into the memory.
+
+    Example:
+        >>> balanced_boundaries([1, 1, 1, 1, 1, 1, 1, 5], (0, 1, 1, 0))
+        [0, 1, 5, 7, 8]
+        >>> balanced_boundaries([1, 1, 1, 1, 1, 1], (0, 1), stage_extras=[0, 2])
+        [0, 4, 6]
+    """
+    num_stages, pp = len(placement), len(set(placement))
+    if set(placement) != set(range(pp)):
+        raise LayoutError(
+            f"the placement {tuple(placement)} must hold every rank from 0 to {max(placement, default=0)}"
+        )
+    check_costs(costs, num_stages, stage_extras, stages_per_rank=max(1, num_stages // max(pp, 1)))
+    if num_stages == pp:
+        return minmax_boundaries(costs, num_stages, stage_extras=stage_extras, memory=memory)
+    whole, extras = as_whole_numbers(costs, [0] * num_stages if stage_extras is None else stage_extras)
+    cost_sums = StageSums([Sums.of(whole).before] * num_stages, extras)
+    limit: tuple[StageSums, int] | None = None
+    if memory is not None:
+        memory.check(len(costs), num_stages)
+        held = StageSums([sums.before for sums in memory.stage_sums()], [int(extra) for extra in memory.extra_bytes])
+        limit = held, int(memory.limit_bytes)
+    found = minmax_boundaries(costs, num_stages, stage_extras=stage_extras)
+    found = improve_boundaries(found, placement, cost_sums, memory=limit)
+    fits = limit is None or max(limit[0].ranks(found, placement)) <= limit[1]
+    nested = num_stages == 2 * pp and all(placement[stage] == placement[-1 - stage] for stage in range(pp))
+    looped = num_stages == 2 * pp and all(placement[stage] == placement[stage + pp] for stage in range(pp))
+    if nested or looped:
+        exact = _two_stages_a_rank(_in_60_bits(cost_sums), limit, nested=nested, incumbent=found if fits else None)
+        if exact is not None:
+            return improve_boundaries(exact, placement, cost_sums, memory=limit)
+    if limit is not None and not fits:
+        assert memory is not None
+        need = max(limit[0].ranks(found, placement))
+        if nested or looped:
+            least = _two_stages_a_rank(limit[0], None, nested=nested, incumbent=None)
+            assert least is not None
+            need = max(limit[0].ranks(least, placement))
+        raise memory.error(need, pp, is_least=nested or looped)
+    return found
+
+
+def _two_stages_a_rank(
+    sums: StageSums, limit: tuple[StageSums, int] | None, *, nested: bool, incumbent: Sequence[int] | None
+) -> list[int] | None:
+    """Return the boundaries under which the fullest rank holds as little as it can, within a limit of something else.
+
+    Args:
+        sums: what is held.
+        limit: the something else, and the most that a rank may hold of it.
+        nested: whether placed as a V.
+        incumbent: a partition from which to begin.
+
+    Returns:
+        The boundaries; None if there are none within the limit.
+    """
+    measure = _measure(sums)
+    least_total = sum(measure.extras) + min(int(before[-1]) for before in measure.before)
+    return smallest_limit_boundaries(
+        measure,
+        nested=nested,
+        low=-(-least_total // (len(measure.extras) // 2)),
+        incumbent=incumbent,
+        within=None if limit is None else (_measure(limit[0]), min(limit[1], LARGEST_SUM)),
+    )
+
+
+def _measure(sums: StageSums) -> Measure:
+    arrays = {id(before): np.array(before, dtype=np.int64) for before in sums.before}
+    return Measure([arrays[id(before)] for before in sums.before], sums.extras)
+
+
+def _in_60_bits(sums: StageSums) -> StageSums:
+    """Return sums that stand to one another as these do, as nearly as they can in 60 bits."""
+    (before,) = {id(before): before for before in sums.before}.values()
+    total = before[-1] + sum(sums.extras)
+    if total <= _LARGEST_TOTAL:
+        return sums
+    unit = gcd(*before, *sums.extras)
+
+    def small(value: int) -> int:
+        return value // unit if total // unit <= _LARGEST_TOTAL else value * _LARGEST_TOTAL // total
+
+    return StageSums([[small(value) for value in before]] * len(sums.before), [small(extra) for extra in sums.extras])

@@ -1,0 +1,72 @@
+"""Every way to cut a model, side by side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pipekit.errors import LayoutError
+from pipekit.partitioners.facts import LayerFacts
+from pipekit.partitioners.local_search import StageSums
+from pipekit.partitioners.methods import BALANCED_METHODS, partition
+from pipekit.partitioners.minmax import as_whole_numbers
+from pipekit.partitioners.reach import Sums
+
+
+class ComparedPartition(NamedTuple):
+    """What one method makes of a model.
+
+    Attributes:
+        method: the method.
+        boundaries: its stages.
+        imbalance: the largest cost of a rank over the mean, 1 where all are equal.
+    """
+
+    method: str
+    boundaries: list[int]
+    imbalance: float
+
+
+def compare_partitions(facts: LayerFacts, num_stages: int) -> list[ComparedPartition]:
+    """Return what each method makes of a model that it has the facts for, the most balanced first.
+
+    All are measured by the best costs known: the layers' seconds, or their operations, or their parameters. `memory` is
+    left out where nothing fits.
+
+    Raises:
+        LayoutError: if there are fewer layers than stages.
+
+    Example:
+        >>> facts = LayerFacts(["Embed", "Block", "Block"], lambda: [8, 4, 4], lambda: [0, 6, 6])
+        >>> for found in compare_partitions(facts, 2):
+        ...     (found.method, found.boundaries, found.imbalance)
+        ('flops', [0, 2, 3], 1.0)
+        ('uniform', [0, 2, 3], 1.0)
+        ('parameters', [0, 1, 3], 2.0)
+    """
+    methods = ["profile"] * (facts.measure_seconds is not None) + ["flops"] * (facts.count_flops is not None)
+    found = []
+    if facts.memory_limit is not None and methods:
+        methods.append("memory")
+    for method in (*methods, *(name for name in BALANCED_METHODS if name in ("parameters", "uniform"))):
+        try:
+            boundaries = partition(method, facts, num_stages)
+        except LayoutError:
+            if method != "memory":
+                raise
+            continue
+        found.append(ComparedPartition(method, boundaries, imbalance_of(boundaries, facts)))
+    return sorted(found, key=lambda compared: compared.imbalance)
+
+
+def imbalance_of(boundaries: list[int], facts: LayerFacts) -> float:
+    """Return the largest cost of a rank over the mean, by the best costs known; 1 where all are equal.
+
+    Example:
+        >>> imbalance_of([0, 1, 4], LayerFacts(["Layer"] * 4, lambda: [1, 1, 1, 1]))
+        1.5
+    """
+    num_stages = len(boundaries) - 1
+    method = facts.best_costs
+    costs, extras = as_whole_numbers(facts.costs(method), facts.extras(method) or [0] * num_stages)
+    ranks = StageSums([Sums.of(costs).before] * num_stages, extras).ranks(boundaries, facts.ranks_of(num_stages))
+    return max(ranks) * len(ranks) / sum(ranks)

@@ -1,0 +1,79 @@
+"""What a partitioner may know of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipekit.errors import LayoutError
+from pipekit.partitioners.memory_limit import MemoryLimit
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a partitioner may know of a model. What has to be computed is a function, called only by who asks.
+
+    Attributes:
+        type_names: class name of each layer.
+        count_parameters: returns the trainable parameters of each layer.
+        count_flops: returns the floating-point operations of each layer, forward and backward, for one micro-batch.
+        measure_seconds: returns the seconds that each layer takes for one micro-batch, forward and backward.
+        stage_extras: returns what each stage costs beside its layers in the unit of a method (`uniform`,
+            `parameters`, `flops` or `profile`), or None for nothing.
+        memory_limit: returns what the layers hold, and how much a rank may.
+        layer_names: logical name of each layer.
+        placement: the pipeline rank of each stage; None means that each has a rank of its own.
+    """
+
+    type_names: Sequence[str]
+    count_parameters: Callable[[], Sequence[int]]
+    count_flops: Callable[[], Sequence[float]] | None = None
+    measure_seconds: Callable[[], Sequence[float]] | None = None
+    stage_extras: Callable[[str], Sequence[float] | None] | None = None
+    memory_limit: Callable[[], MemoryLimit] | None = None
+    layer_names: Sequence[str] | None = None
+    placement: Sequence[int] | None = None
+
+    def costs(self, method: str) -> Sequence[float]:
+        """Return what each layer costs by `uniform`, `parameters`, `flops` or `profile`.
+
+        Raises:
+            LayoutError: if nobody can tell.
+        """
+        if method == "uniform":
+            return [1] * len(self.type_names)
+        if method == "parameters":
+            return self.count_parameters()
+        tell = {"flops": self.count_flops, "profile": self.measure_seconds}[method]
+        if tell is None:
+            missing = {"flops": "counted operations", "profile": "measured seconds"}[method]
+            raise LayoutError(
+                f"parallel.partition={method} needs the layers' {missing}, and there are none here; "
+                "try parallel.partition=parameters"
+            )
+        return tell()
+
+    def extras(self, method: str) -> Sequence[float] | None:
+        """Return what each stage costs beside its layers; None for nothing."""
+        return None if self.stage_extras is None else self.stage_extras(method)
+
+    @property
+    def best_costs(self) -> str:
+        """The method whose costs come nearest to time: seconds, operations, or parameters."""
+        if self.measure_seconds is not None:
+            return "profile"
+        return "parameters" if self.count_flops is None else "flops"
+
+    def ranks_of(self, num_stages: int) -> tuple[int, ...]:
+        """Return the pipeline rank of each stage.
+
+        Raises:
+            LayoutError: if `placement` is for another number of stages.
+        """
+        if self.placement is None:
+            return tuple(range(num_stages))
+        if len(self.placement) != num_stages:
+            raise LayoutError(
+                f"the placement {tuple(self.placement)} is for {len(self.placement)} stages, not {num_stages}"
+            )
+        return tuple(self.placement)

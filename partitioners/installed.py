@@ -1,0 +1,69 @@
+"""Partitioners that other packages bring along, by the entry-point group `pipekit.partitioners`.
+
+An entry point names a function `(facts: LayerFacts, num_stages: int) -> boundaries`. In the `pyproject.toml` of its
+package:
+
+    [project.entry-points."pipekit.partitioners"]
+    my-partitioner = "my_package.partitioning:my_partitioner"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from pipekit.errors import LayoutError
+from pipekit.partitioners.manual import partition_manually
+
+if TYPE_CHECKING:
+    from pipekit.partitioners.facts import LayerFacts
+
+GROUP = "pipekit.partitioners"
+
+Partitioner = Callable[["LayerFacts", int], Sequence[int]]
+
+
+def installed_partitioners() -> list[str]:
+    """Return the names of the partitioners that are installed, without importing them."""
+    return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def load_partitioner(name: str) -> Partitioner:
+    """Import the partitioner that is installed under a name.
+
+    Raises:
+        LayoutError: if there is none, there are several, or it cannot be imported.
+    """
+    points: list[EntryPoint] = []
+    for point in entry_points(group=GROUP, name=name):
+        if point.value not in [other.value for other in points]:
+            points.append(point)
+    if not points:
+        raise LayoutError(f"no partitioner named {name} is installed")
+    if len(points) > 1:
+        places = " and ".join(point.value for point in points)
+        raise LayoutError(f"parallel.partition={name} is installed more than once, as {places}; uninstall one of them")
+    try:
+        partitioner = points[0].load()
+    except (ImportError, AttributeError) as error:
+        raise LayoutError(
+            f"parallel.partition={name} is installed as {points[0].value}, and that cannot be imported: {error}"
+        ) from error
+    if not callable(partitioner):
+        raise LayoutError(
+            f"parallel.partition={name} is installed as {points[0].value}, which is no function but "
+            f"{partitioner!r}; name a function (facts, num_stages) that returns the boundaries"
+        )
+    function: Partitioner = partitioner
+    return function
+
+
+def partition_by_installed(name: str, facts: LayerFacts, num_stages: int) -> list[int]:
+    """Return the boundaries that an installed partitioner makes, checked as the user's own are.
+
+    Raises:
+        LayoutError: if it cannot be loaded, or its boundaries do not make `num_stages` stages of all layers.
+    """
+    made = load_partitioner(name)(facts, num_stages)
+    return partition_manually(made, len(facts.type_names), num_stages, source=f"parallel.partition={name}: its result ")

@@ -1,0 +1,235 @@
+"""Stages written as a string, such as `Et*3|(tt|)*2tL`.
+
+Source: the pipeline layout of Megatron-LM, `megatron/core/transformer/pipeline_parallel_layer_layout.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NoReturn
+
+from pipekit.errors import LayoutError
+
+_LETTERS = "Eth|L"
+_MAX_ITEMS = 100_000  # far beyond any model; a repeat of a repeat must not fill the memory
+
+
+@dataclass(frozen=True)
+class Item:
+    """A letter of a layout with its repeats written out.
+
+    Attributes:
+        letter: `E`, `t`, `h`, `L` or `|`.
+        position: where it stands in the string, from 1.
+    """
+
+    letter: str
+    position: int
+
+
+def read_layout(layout: str) -> list[list[Item]]:
+    """Return the letters of each stage, with every repeat written out.
+
+    `E` is all layers before the first block, `t` a block, `h` one layer of a block, `L` all layers behind the last
+    block; `|` ends a stage. `*` and a number repeat the letter, or the group in parentheses, before them. Commas and
+    blanks are passed over.
+
+    Raises:
+        LayoutError: if it cannot be read, or a stage has no letter.
+
+    Example:
+        >>> ["".join(item.letter for item in stage) for stage in read_layout("Et*3|(tt|)*2,tL")]
+        ['Ettt', 'tt', 'tt', 'tL']
+    """
+    stages: list[list[Item]] = [[]]
+    ends: list[Item] = []
+    for item in _expand(layout):
+        if item.letter == "|":
+            ends.append(item)
+            stages.append([])
+        else:
+            stages[-1].append(item)
+    for stage, items in enumerate(stages):
+        if not items:
+            position = ends[stage].position if stage < len(ends) else len(layout)
+            _refuse(layout, position, f"stage {stage} is empty; put a letter into it, or leave out a |")
+    return stages
+
+
+def layout_boundaries(layout: str, layer_names: Sequence[str], num_stages: int) -> list[int]:
+    """Return the stage boundaries that a layout stands for.
+
+    A block is made of the layers whose logical names begin with the same `<prefix>.<number>`, and of what stands
+    between them and the next block.
+
+    Args:
+        layout: see `read_layout`.
+        layer_names: logical name of each layer.
+        num_stages: how many stages there must be.
+
+    Raises:
+        LayoutError: if the layout cannot be read, or does not give every layer to one stage, in order.
+
+    Example:
+        >>> layout_boundaries("Eth|htL", ["embed", "h.0.a", "h.0.b", "h.1.a", "h.1.b", "h.2", "head"], 2)
+        [0, 4, 7]
+    """
+    stages = read_layout(layout)
+    starts = _block_starts(layer_names)
+    if len(starts) == 1:
+        raise LayoutError(
+            f"parallel.boundaries={layout} speaks of blocks, and no layer's name has a number in it, such as "
+            "blocks.0; give a list of layer indices"
+        )
+    instead = _example(starts, len(layer_names), num_stages)
+    if len(stages) != num_stages:
+        raise LayoutError(
+            f"parallel.boundaries={layout} has {len(stages)} stages, and there must be {num_stages}{instead}"
+        )
+    boundaries = [0]
+    for items in stages:
+        layer_idx = boundaries[-1]
+        for item in items:
+            try:
+                layer_idx = _advance(item.letter, layer_idx, starts, layer_names)
+            except LayoutError as fault:
+                _refuse(layout, item.position, f"{fault}{instead}")
+        boundaries.append(layer_idx)
+    if boundaries[-1] < len(layer_names):
+        if boundaries[-1] < starts[-1]:
+            fault = f"the layout ends {_progress(boundaries[-1], starts)}"
+        else:
+            fault = (
+                f"the layout must end with L, for what is behind the last block: {_named(layer_names[starts[-1] :])}"
+            )
+        _refuse(layout, len(layout), f"{fault}{instead}")
+    return boundaries
+
+
+def _advance(letter: str, layer_idx: int, starts: Sequence[int], layer_names: Sequence[str]) -> int:
+    """Return the layer behind those that a letter takes.
+
+    Args:
+        letter: `E`, `t`, `h` or `L`.
+        layer_idx: the first layer that is not taken yet.
+        starts: see `_block_starts`.
+        layer_names: logical name of each layer.
+
+    Raises:
+        LayoutError: if the letter cannot stand there; it says why, and not where.
+    """
+    before, behind = starts[0], starts[-1]
+    if letter == "E":
+        if not before:
+            raise LayoutError("E stands for the layers before the first block, and the model has none; leave it out")
+        if layer_idx:
+            raise LayoutError("E must come first, and once")
+        return before
+    if layer_idx < before:
+        raise LayoutError(
+            f"the layout must begin with E, for what is before the first block: {_named(layer_names[:before])}"
+        )
+    if letter == "L":
+        if behind == len(layer_names):
+            raise LayoutError("L stands for the layers behind the last block, and the model has none; leave it out")
+        if layer_idx != behind:
+            raise LayoutError(
+                "L must come last, and once" if layer_idx > behind else f"L comes {_progress(layer_idx, starts)}"
+            )
+        return len(layer_names)
+    if layer_idx >= behind:
+        raise LayoutError(f"the model has {len(starts) - 1} blocks, and all are taken")
+    if letter == "h":
+        return layer_idx + 1
+    if layer_idx not in starts:
+        left = min(start for start in starts if start > layer_idx) - layer_idx
+        raise LayoutError(f"a block is begun, and not ended; write h{f'*{left}' if left > 1 else ''} before this t")
+    return starts[starts.index(layer_idx) + 1]
+
+
+def _expand(layout: str) -> list[Item]:
+    """Return the letters with every repeat written out."""
+    groups: list[tuple[list[Item], int]] = [([], 0)]  # the groups that are open, with where they began
+    last: list[Item] | None = None  # what a repeat would repeat
+    position = 0
+    while position < len(layout):
+        character = layout[position]
+        position += 1
+        if character == "," or character.isspace():
+            continue
+        if character == "(":
+            groups.append(([], position))
+            last = None
+            continue
+        if character == "*":
+            number = re.match(r"\s*([0-9]{1,9})", layout[position:])
+            if last is None:
+                _refuse(layout, position, "* must follow a letter, | or a group in parentheses")
+            if number is None or not int(number[1]):
+                _refuse(layout, position, "* must be followed by how often, 1 or more; for example t*3")
+            times = int(number[1])
+            if (times - 1) * len(last) + len(groups[-1][0]) > _MAX_ITEMS:
+                _refuse(layout, position, f"this makes more than {_MAX_ITEMS} letters")
+            groups[-1][0].extend(last * (times - 1))
+            position += number.end()
+            last = None
+            continue
+        if character == ")":
+            if len(groups) == 1:
+                _refuse(layout, position, "there is no ( to this )")
+            last, _ = groups.pop()
+        elif character in _LETTERS:
+            last = [Item(character, position)]
+        else:
+            _refuse(layout, position, "no such letter; use E, t, h, L, |, * with a number, ( and )")
+        groups[-1][0].extend(last)
+    if len(groups) > 1:
+        _refuse(layout, groups[-1][1], "there is no ) to this (")
+    return groups[0][0]
+
+
+def _block_starts(layer_names: Sequence[str]) -> list[int]:
+    """Return the first layer of each block, and the first behind the last block.
+
+    Example:
+        >>> _block_starts(["embed", "h.0.a", "h.0.b", "h.1", "head"])
+        [1, 3, 4]
+    """
+    starts: list[int] = []
+    behind, current = len(layer_names), None
+    for layer_idx, name in enumerate(layer_names):
+        found = re.match(r"(.*?\.\d+)(?:\.|$)", name)
+        if found and found[1] != current:
+            starts.append(layer_idx)
+            current = found[1]
+        if found:
+            behind = layer_idx + 1
+    return [*starts, behind]
+
+
+def _progress(layer_idx: int, starts: Sequence[int]) -> str:
+    whole = sum(start <= layer_idx for start in starts) - 1
+    part = f" and {layer_idx - starts[whole]} layers of the next" if layer_idx > starts[whole] else ""
+    return f"after {whole}{part} of the model's {len(starts) - 1} blocks"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+
+
+def _example(starts: Sequence[int], num_layers: int, num_stages: int) -> str:
+    """Return what to type instead, where whole blocks are enough for every stage."""
+    num_blocks = len(starts) - 1
+    if num_blocks < num_stages:
+        return ""
+    cuts = [stage * num_blocks // num_stages for stage in range(num_stages + 1)]
+    stages = "|".join(f"t*{end - start}" if end - start > 1 else "t" for start, end in pairwise(cuts))
+    return f"; for example {'E' * (starts[0] > 0)}{stages}{'L' * (starts[-1] < num_layers)}"
+
+
+def _refuse(layout: str, position: int, fault: str) -> NoReturn:
+    character = f" ({layout[position - 1]})" if 0 < position <= len(layout) else ""
+    raise LayoutError(f"parallel.boundaries={layout} at position {position}{character}: {fault}")

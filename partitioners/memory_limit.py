@@ -1,0 +1,95 @@
+"""What fits into the memory of a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipekit.errors import LayoutError
+from pipekit.partitioners.reach import Sums
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What layers and stages hold, and how much a rank may.
+
+    A rank holds the sum over its stages of their layers' `state_bytes`, of `in_flight` times their layers'
+    `activation_bytes`, and of `extra_bytes`.
+
+    Attributes:
+        state_bytes: of each layer's parameters, gradients and optimizer states.
+        activation_bytes: what each layer holds of one micro-batch between its forward and its backward.
+        in_flight: of how many micro-batches each stage holds activations at once.
+        extra_bytes: what each stage holds beside its layers.
+        limit_bytes: the most that a rank may hold.
+
+    Example:
+        >>> limit = MemoryLimit([8, 8, 8], [1, 1, 1], in_flight=[2, 1], extra_bytes=[0, 4], limit_bytes=24)
+        >>> limit.rank_bytes([0, 2, 3], placement=(0, 1))
+        [20, 13]
+    """
+
+    state_bytes: Sequence[int]
+    activation_bytes: Sequence[int]
+    in_flight: Sequence[int]
+    extra_bytes: Sequence[int]
+    limit_bytes: int
+
+    def check(self, num_layers: int, num_stages: int) -> None:
+        """Check that there is a number for every layer and every stage.
+
+        Raises:
+            LayoutError: if there is not, or one of them is negative.
+        """
+        sizes = {"state_bytes": num_layers, "activation_bytes": num_layers}
+        sizes |= {"in_flight": num_stages, "extra_bytes": num_stages}
+        for name, size in sizes.items():
+            numbers = getattr(self, name)
+            if len(numbers) != size:
+                raise LayoutError(
+                    f"MemoryLimit.{name} has {len(numbers)} entries, and must have one for each of the {size} "
+                    f"{'layers' if size == num_layers and 'bytes' in name and name != 'extra_bytes' else 'stages'}"
+                )
+            if any(number < 0 for number in numbers):
+                raise LayoutError(f"MemoryLimit.{name} holds {min(numbers)}; its entries must not be negative")
+
+    def stage_sums(self) -> list[Sums]:
+        """Return, for each stage, sums over the first 0, 1, ... layers of the bytes that they would hold in it."""
+        made: dict[int, Sums] = {}
+        for in_flight in map(int, self.in_flight):
+            if in_flight not in made:
+                pairs = zip(self.state_bytes, self.activation_bytes, strict=True)
+                made[in_flight] = Sums.of(int(state) + in_flight * int(activation) for state, activation in pairs)
+        return [made[int(in_flight)] for in_flight in self.in_flight]
+
+    def rank_bytes(self, boundaries: Sequence[int], placement: Sequence[int]) -> list[int]:
+        """Return what every rank holds under a partition."""
+        held = [0] * (max(placement) + 1)
+        for stage, rank in enumerate(placement):
+            layers = slice(boundaries[stage], boundaries[stage + 1])
+            activations = sum(map(int, self.activation_bytes[layers]))
+            held[rank] += sum(map(int, self.state_bytes[layers])) + int(self.in_flight[stage]) * activations
+            held[rank] += int(self.extra_bytes[stage])
+        return held
+
+    def error(self, least_bytes: int, pp: int, *, is_least: bool = True) -> LayoutError:
+        """Return what to tell where no partition fits: by how much, and what to change.
+
+        Args:
+            least_bytes: the smallest that the largest rank needs.
+            pp: the number of pipeline ranks.
+            is_least: whether no partition needs less, rather than none that was tried.
+        """
+        least = "the smallest possible" if is_least else "the smallest found"
+        return LayoutError(
+            f"the layers do not fit into the memory of parallel.pp={pp} ranks: {least} need of the largest rank is "
+            f"{_shown(least_bytes)}, {_shown(least_bytes - self.limit_bytes)} more than the {_shown(self.limit_bytes)} "
+            f"that it has; try a parallel.pp greater than {pp}, train.activation_checkpointing=true, or a smaller "
+            "train.micro_batch_size"
+        )
+
+
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes} bytes" if num_bytes < 2**20 else f"{num_bytes / _GIB:.3f} GiB"

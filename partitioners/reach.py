@@ -1,0 +1,120 @@
+"""How far a stage reaches under limits on sums over its layers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices: TypeAlias = NDArray[np.int64]
+
+_LARGEST_IN_64_BITS = 2**62  # so that the sum of two stays below 2**63
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of the first 0, 1, ... layers' whole numbers, which are not negative."""
+
+    before: Sequence[int]
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> Sums:
+        """Return the sums of one number a layer."""
+        return cls(list(accumulate(values, initial=0)))
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers."""
+        return len(self.before) - 1
+
+    @cached_property
+    def array(self) -> NDArray[Any]:
+        """The sums as an array: of Python's numbers where 64 bits do not hold them."""
+        return np.array(self.before, dtype=np.int64 if self.before[-1] < _LARGEST_IN_64_BITS else object)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most that a stage's layers may sum up to; below 0, not even no layer fits."""
+
+    sums: Sums
+    most: int
+
+
+Bounds: TypeAlias = Sequence[Bound]
+"""Everything that one stage must keep."""
+
+
+def farthest_end(bounds: Bounds, start: int) -> int:
+    """Return the last end of a stage that begins at `start`; `start` or less where it can hold no layer.
+
+    Example:
+        >>> farthest_end([Bound(Sums.of([1, 2, 3, 4]), most=5)], 1)
+        3
+    """
+    return min(bisect_right(bound.sums.before, bound.sums.before[start] + bound.most) - 1 for bound in bounds)
+
+
+def earliest_start(bounds: Bounds, end: int) -> int:
+    """Return the first start of a stage that stops at `end`; `end` or more where it can hold no layer."""
+    return max(bisect_left(bound.sums.before, bound.sums.before[end] - bound.most) for bound in bounds)
+
+
+def farthest_ends(bounds: Bounds, starts: Indices) -> Indices:
+    """Return what `farthest_end` returns, for each of `starts`."""
+    ends = [
+        np.searchsorted(bound.sums.array, bound.sums.array[starts] + _clipped(bound), side="right") - 1
+        for bound in bounds
+    ]
+    return np.minimum.reduce(ends)
+
+
+def earliest_starts(bounds: Bounds, ends: Indices) -> Indices:
+    """Return what `earliest_start` returns, for each of `ends`."""
+    starts = [np.searchsorted(bound.sums.array, bound.sums.array[ends] - _clipped(bound)) for bound in bounds]
+    return np.maximum.reduce(starts)
+
+
+def _clipped(bound: Bound) -> int:
+    """Return what says the same of the layers, and fits into 64 bits wherever their sums do."""
+    return max(-1, min(bound.most, bound.sums.before[-1]))
+
+
+def can_fill(stages: Sequence[Bounds]) -> bool:
+    """Return whether stages of at least one layer each, within their bounds, can hold every layer.
+
+    The layers may be filled in to the brim, stage by stage, as long as every stage can take one. Where a stage cannot
+    take the layer that comes next, an earlier stop of the stages before it may help; then every boundary that can be
+    reached is followed.
+
+    Example:
+        >>> sums = Sums.of([4, 1, 5])
+        >>> can_fill([[Bound(sums, 4)], [Bound(sums, 6)]]), can_fill([[Bound(sums, 6)], [Bound(sums, 4)]])
+        (True, False)
+    """
+    num_layers = stages[0][0].sums.num_layers
+    start, stuck = 0, False
+    for num_left, bounds in zip(reversed(range(len(stages))), stages, strict=True):
+        end = min(farthest_end(bounds, start), num_layers - num_left)
+        stuck = stuck or end <= start
+        start = max(start, end)
+    if start < num_layers or not stuck:  # even with empty stages it does not hold all, or it does with none
+        return start == num_layers
+    starts = np.array([0])
+    for num_left, bounds in zip(reversed(range(len(stages))), stages, strict=True):
+        ends = np.minimum(farthest_ends(bounds, starts), num_layers - num_left)
+        opens = ends > starts
+        # Each start opens the ends behind it up to its farthest: count how many are open at each place.
+        change = np.zeros(num_layers + 2, dtype=np.int64)
+        np.add.at(change, starts[opens] + 1, 1)
+        np.add.at(change, ends[opens] + 1, -1)
+        starts = np.flatnonzero(np.cumsum(change))
+        if not len(starts):
+            return False
+    return bool(starts[-1] == num_layers)
