@@ -34,8 +34,8 @@ def balanced_boundaries(
       beyond 2**60, in units of their greatest common divisor, are rounded down to 60 bits of the total, a hundredth of
       what a float keeps.
     - With more, or another placement, it is a local search, and not exact: from the smallest largest stage, boundaries
-      are moved one at a time as long as that makes the largest rank smaller, or the ranks more even. Under a memory
-      limit it may then fail to find a partition that fits.
+      are moved, one at a time and neighbouring ones by a layer at once, as long as that makes the largest rank smaller,
+      or the ranks more even. Under a memory limit it may then fail to find a partition that fits.
 
     Args:
         costs: cost of each layer, finite and not negative.
@@ -72,10 +72,10 @@ def balanced_boundaries(
         held = StageSums([sums.before for sums in memory.stage_sums()], [int(extra) for extra in memory.extra_bytes])
         limit = held, int(memory.limit_bytes)
     found = minmax_boundaries(costs, num_stages, stage_extras=stage_extras)
-    found = improve_boundaries(found, placement, cost_sums, memory=limit)
-    fits = limit is None or max(limit[0].ranks(found, placement)) <= limit[1]
     nested = num_stages == 2 * pp and all(placement[stage] == placement[-1 - stage] for stage in range(pp))
     looped = num_stages == 2 * pp and all(placement[stage] == placement[stage + pp] for stage in range(pp))
+    found = improve_boundaries(found, placement, cost_sums, memory=limit, together=not (nested or looped))
+    fits = limit is None or max(limit[0].ranks(found, placement)) <= limit[1]
     if nested or looped:
         exact = _two_stages_a_rank(_in_60_bits(cost_sums), limit, nested=nested, incumbent=found if fits else None)
         if exact is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners.facts import LayerFacts
 from pipekit.partitioners.local_search import StageSums
-from pipekit.partitioners.methods import BALANCED_METHODS, partition
+from pipekit.partitioners.methods import partition
 from pipekit.partitioners.minmax import as_whole_numbers
 from pipekit.partitioners.reach import Sums
 
@@ -43,11 +45,12 @@ def compare_partitions(facts: LayerFacts, num_stages: int) -> list[ComparedParti
         ('uniform', [0, 2, 3], 1.0)
         ('parameters', [0, 1, 3], 2.0)
     """
+    facts = _remembering(facts)
     methods = ["profile"] * (facts.measure_seconds is not None) + ["flops"] * (facts.count_flops is not None)
     found = []
     if facts.memory_limit is not None and methods:
         methods.append("memory")
-    for method in (*methods, *(name for name in BALANCED_METHODS if name in ("parameters", "uniform"))):
+    for method in (*methods, "parameters", "uniform"):
         try:
             boundaries = partition(method, facts, num_stages)
         except LayoutError:
@@ -56,6 +59,17 @@ def compare_partitions(facts: LayerFacts, num_stages: int) -> list[ComparedParti
             continue
         found.append(ComparedPartition(method, boundaries, imbalance_of(boundaries, facts)))
     return sorted(found, key=lambda compared: compared.imbalance)
+
+
+def _remembering(facts: LayerFacts) -> LayerFacts:
+    """Return the same facts, each computed once at most: seconds take long to measure."""
+    return replace(
+        facts,
+        count_parameters=cache(facts.count_parameters),
+        count_flops=facts.count_flops and cache(facts.count_flops),
+        measure_seconds=facts.measure_seconds and cache(facts.measure_seconds),
+        memory_limit=facts.memory_limit and cache(facts.memory_limit),
+    )
 
 
 def imbalance_of(boundaries: list[int], facts: LayerFacts) -> float:

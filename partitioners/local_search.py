@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 _MAX_ROUNDS = 1000  # some tens are the most that was seen
 
@@ -39,8 +39,12 @@ def improve_boundaries(
     costs: StageSums,
     *,
     memory: tuple[StageSums, int] | None = None,
+    together: bool = False,
 ) -> list[int]:
     """Return boundaries of which no single one can be moved to advantage.
+
+    With `together`, nor can any neighbouring ones be moved by a layer at once, which hands a layer from one stage to
+    another over those between them.
 
     A partition is better if the ranks' bytes beyond the limit are fewer; then, if the largest cost of a rank is
     smaller; then, if the sum of the ranks' squared costs is.
@@ -50,6 +54,7 @@ def improve_boundaries(
         placement: the rank of each stage.
         costs: what stages cost.
         memory: their bytes, and the most that a rank may hold; nothing is limited unless given.
+        together: whether to move several at once too.
 
     Example:
         >>> costs = StageSums([range(9)] * 4, [0] * 4)
@@ -64,7 +69,10 @@ def improve_boundaries(
             changed = changed or best != cuts[stage]
             cuts[stage] = best
         if not changed:
-            break
+            handed = _hand_on_a_layer(cuts, placement, costs, memory) if together else None
+            if handed is None:
+                break
+            cuts = handed
     return cuts
 
 
@@ -104,3 +112,25 @@ def _best_cut(
 
     best = min(range(start + 1, end), key=badness)
     return best if badness(best) < badness(now) else now
+
+
+def _hand_on_a_layer(
+    cuts: Sequence[int], placement: Sequence[int], costs: StageSums, memory: tuple[StageSums, int] | None
+) -> list[int] | None:
+    """Return better boundaries, of which some neighbouring ones are moved by a layer; None if there are none."""
+
+    def badness(boundaries: Sequence[int]) -> tuple[int, int, int]:
+        loads = costs.ranks(boundaries, placement)
+        held = memory[0].ranks(boundaries, placement) if memory else []
+        excess = sum(max(0, size - memory[1]) for size in held) if memory else 0
+        return excess, max(loads), sum(load**2 for load in loads)
+
+    now = badness(cuts)
+    for first, last in combinations(range(len(placement)), 2):
+        # From stage `last` to stage `first`, and the other way.
+        for giver, step in ((last, 1), (first, -1)):
+            if cuts[giver + 1] - cuts[giver] > 1:
+                moved = [cut + step * (first < stage <= last) for stage, cut in enumerate(cuts)]
+                if badness(moved) < now:
+                    return moved
+    return None

@@ -48,9 +48,9 @@ class MemoryLimit:
         for name, size in sizes.items():
             numbers = getattr(self, name)
             if len(numbers) != size:
+                kind = "layers" if name in ("state_bytes", "activation_bytes") else "stages"
                 raise LayoutError(
-                    f"MemoryLimit.{name} has {len(numbers)} entries, and must have one for each of the {size} "
-                    f"{'layers' if size == num_layers and 'bytes' in name and name != 'extra_bytes' else 'stages'}"
+                    f"MemoryLimit.{name} has {len(numbers)} entries, and must have one for each of the {size} {kind}"
                 )
             if any(number < 0 for number in numbers):
                 raise LayoutError(f"MemoryLimit.{name} holds {min(numbers)}; its entries must not be negative")

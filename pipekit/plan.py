@@ -89,7 +89,7 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
     layer_parameters = count_layer_parameters(specs)
     boundaries = partition(
         parallel.partition,
-        LayerFacts([spec.type_name for spec in specs], lambda: layer_parameters),
+        LayerFacts([spec.type_name for spec in specs], lambda: layer_parameters, layer_names=names),
         schedule.num_stages,
         boundaries=parallel.boundaries,
     )

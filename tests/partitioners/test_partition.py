@@ -35,5 +35,7 @@ def test_manual_without_boundaries_is_refused() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(LayoutError, match="use parameters, uniform, flops, profile, memory, type:<regex>, manual or one"):
+    with pytest.raises(
+        LayoutError, match="use parameters, uniform, flops, profile, memory, type:<regex>, manual or one"
+    ):
         partition("best", uncounted(), 3)
