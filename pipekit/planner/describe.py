@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.errors import ConfigError, PipekitError
-from pipekit.nested import unflatten
+from pipekit.nested import Structure, unflatten
 from pipekit.planner.layer_costs import LayerCosts
 from pipekit.planner.model_costs import ModelCosts
 from pipekit.planner.observe import Form, Observed, observe
@@ -86,24 +86,34 @@ def describe_layer(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dty
     """
     try:
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
-        return observe_layer(layer, spec, leaves_of(inputs), inputs)
-    except PipekitError:
+        return observe_module(layer, apply_layer(layer, spec), leaves_of(inputs), inputs.structure)
+    except ConfigError:
         raise
+    except PipekitError as error:
+        raise ConfigError(f"layer {name!r} ({spec.type_name}): {error}") from None
     except Exception as error:
         raise ConfigError(
-            f"layer {name!r} ({spec.type_name}) cannot be described from {inputs}: {_first_line(error)}; if these are "
+            f"layer {name!r} ({spec.type_name}) cannot be described from {inputs}: {first_line(error)}; if these are "
             "not the shapes it is for, mend the layer before it; if it needs values, or tensors on a device of its "
             "own, set parallel.partition=profile, which runs it"
         ) from error
 
 
-def observe_layer(layer: nn.Module, spec: LayerSpec, leaves: Sequence[Tensor], inputs: Form) -> Observed:
-    """Run a built layer once on whatever device it is on, and return what it costs."""
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    held = [parameter for parameter in layer.parameters() if not parameter.requires_grad] + list(layer.buffers())
-    device = leaves[0].device if leaves else torch.device("meta")
-    with device:
-        return observe(apply_layer(layer, spec), leaves, inputs.structure, parameters=trained, held=held)
+def observe_module(
+    module: nn.Module, call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure
+) -> Observed:
+    """Run a built layer once, on whatever device it is, and return what it costs.
+
+    Args:
+        module: holds the layer's parameters and buffers.
+        call: what a stage calls with the layer's inputs.
+        leaves: the tensors that enter.
+        structure: how they hang together.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    held = [parameter for parameter in module.parameters() if not parameter.requires_grad] + list(module.buffers())
+    with leaves[0].device if leaves else torch.device("meta"):
+        return observe(call, leaves, structure, parameters=trained, held=held)
 
 
 def apply_layer(layer: nn.Module, spec: LayerSpec) -> Callable[[Any], Any]:
@@ -124,17 +134,20 @@ def describe_loss(loss_fn: LossFn, outputs: Form, labels: Any) -> LayerCosts:
         ConfigError: if the loss function does not fit what it is given, or cannot run without values.
     """
     label_form = Form.of(labels, "the labels")
+    loss_name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     try:
         compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
         given = unflatten(leaves_of(label_form), label_form.structure)
         with torch.device("meta"):
             return observe(lambda x: compute(x, given), leaves_of(outputs), outputs.structure).costs
-    except PipekitError:
+    except ConfigError:
         raise
+    except PipekitError as error:
+        raise ConfigError(f"the loss function {loss_name}: {error}") from None
     except Exception as error:
         raise ConfigError(
-            f"the loss function {getattr(loss_fn, '__name__', type(loss_fn).__name__)} cannot be described from "
-            f"{outputs} and the labels {label_form}: {_first_line(error)}; if these are not the shapes it is for, mend "
+            f"the loss function {loss_name} cannot be described from "
+            f"{outputs} and the labels {label_form}: {first_line(error)}; if these are not the shapes it is for, mend "
             "the last layer or the labels; if it needs values, set parallel.partition=profile, which runs it"
         ) from error
 
@@ -147,6 +160,7 @@ def leaves_of(form: Form) -> list[Tensor]:
     ]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what went wrong in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
