@@ -55,13 +55,13 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; font-size: .85rem; vertical-align: bottom; }
 td.text, th.text { text-align: left; }
-td.wide { white-space: normal; min-width: 14rem; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 tr.here td { background: var(--here); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .25rem 0 .75rem; padding: 0;
   font-size: .85rem; }
 .legend svg { width: .8rem; height: .8rem; margin-right: .35rem; vertical-align: -.08rem; }
-.memory { display: grid; grid-template: "rank bar total" / 4.5rem 1fr 15rem; gap: 0 .6rem; align-items: center;
+.memory { display: grid; grid-template: "rank bar total" / 4.5rem 1fr 17rem; gap: 0 .6rem; align-items: center;
   margin: .35rem 0; font-variant-numeric: tabular-nums; }
 .memory .rank { grid-area: rank; }
 .memory .total { grid-area: total; }
@@ -73,6 +73,7 @@ tr.here td { background: var(--here); font-weight: 600; }
 .timeline .tick { stroke: var(--line); }
 summary { cursor: pointer; color: var(--soft); margin: .25rem 0; }
 @media (max-width: 520px) { body { padding: .6rem; font-size: 14px; }
+  th, td { padding: .25rem .35rem; } th { white-space: normal; font-size: .75rem; }
   .memory { grid-template: "rank total" "bar bar" / auto 1fr; margin: .6rem 0; } .memory .total { text-align: right; } }
 @media print { body { max-width: none; } .scroll { overflow: visible; } }
 """
@@ -94,7 +95,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         >>> page = render_html({"parameters": 124e6, "layout": {"pp": 1}, "device": {"name": "h100", "memory_bytes":
         ...     80e9}, "step_time_s": 0.5, "tokens_per_s": 1e5, "tflops_per_device": 300.0, "bubble_fraction": 0.0,
         ...     "stages": []})
-        >>> "<dd>124 M</dd>" in page, "http" in page
+        >>> "<dd>124 M</dd>" in page, "<script" in page
         (True, False)
     """
     title = f"{_count(report['parameters'])} parameters on {report['device']['name']}, {_layout(report['layout'], 3)}"
@@ -139,14 +140,14 @@ def _stages(report: Mapping[str, Any]) -> str:
     rows = [
         [
             str(stage["rank"]),
-            "<br>".join(escape(_layer_range(*layers)) for layers in stage["layers"]),
             _shown(stage["parameters"], _count),
             _shown(stage["time_s"], _time),
             _size(stage["memory_bytes"]["total"]),
+            "<br>".join(escape(_layer_range(*layers)) for layers in stage["layers"]),
         ]
         for stage in report["stages"]
     ]
-    heads = ["rank", "layers", "parameters", "time", "memory"]
+    heads = ["rank", "parameters", "time", "memory", "layers"]
     return f"<h2>Stages</h2>\n{_table(heads, rows, texts={'layers'})}"
 
 
@@ -229,7 +230,7 @@ def _timeline(report: Mapping[str, Any]) -> str:
     total = report["layout"].get("num_micro_batches")
     if total and last + 1 < total:
         notes.append(f"Only the first {last + 1} of {total} micro-batches are shown.")
-    return f'<h2>Timeline of a step</h2>\n<p>{" ".join(notes)}</p>\n{legend}\n<div class="scroll">{picture}</div>'
+    return f"<h2>Timeline of a step</h2>\n<p>{' '.join(notes)}</p>\n{legend}\n{_scrolled(picture)}"
 
 
 def _rows(report: Mapping[str, Any]) -> Sequence[Sequence[Mapping[str, Any]]]:
@@ -281,12 +282,8 @@ def _rejected(report: Mapping[str, Any]) -> str:
     rejected = report.get("rejected") or []
     if not rejected:
         return ""
-    keys = _keys(entry["layout"] for entry in rejected)
-    rows = [
-        [*(escape(_value(entry["layout"].get(key))) for key in keys), escape(entry["reason"])] for entry in rejected
-    ]
-    heads = [*(_LAYOUT_KEYS.get(key, key) for key in keys), "reason"]
-    table = _table(heads, rows, texts={"schedule", "checkpointing", "reason"})
+    rows = [[escape(_layout(entry["layout"])), escape(entry["reason"])] for entry in rejected]
+    table = _table(["layout", "reason"], rows, texts={"layout", "reason"})
     opened = " open" if len(rejected) <= 20 else ""
     count = f"{len(rejected)} layout{'s' if len(rejected) > 1 else ''}, each with its reason"
     return f"<h2>Rejected layouts</h2>\n<details{opened}><summary>{count}</summary>\n{table}</details>"
@@ -302,7 +299,7 @@ def _table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], *, texts: set[str], here: set[int] | None = None
 ) -> str:
     """Return a table of cells that are HTML already; columns of `texts` stand left, rows of `here` are marked."""
-    looks = [f' class="text{" wide" if head == "reason" else ""}"' if head in texts else "" for head in heads]
+    looks = [' class="text"' if head in texts else "" for head in heads]
     top = "".join(f'<th scope="col"{look}>{escape(head)}</th>' for head, look in zip(heads, looks, strict=True))
     lines = []
     for index, row in enumerate(rows):
@@ -310,7 +307,12 @@ def _table(
         cells = "".join(f"<td{look}>{cell}</td>" for cell, look in zip(row, looks, strict=True))
         lines.append(f"<tr{mark}>{cells}</tr>")
     body = "\n".join(lines)
-    return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    return _scrolled(f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table>")
+
+
+def _scrolled(wide: str) -> str:
+    """Return what may be wider than the screen in a box that scrolls, by keys as well."""
+    return f'<div class="scroll" tabindex="0">{wide}</div>'
 
 
 def _legend(entries: Iterable[tuple[str, str]]) -> str:
