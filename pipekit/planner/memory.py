@@ -1,7 +1,8 @@
 """What a rank holds at its peak, part by part, as DeepSpeed's optimizers lay it out and the schedule lets it pile up.
 
 Weights, gradients, masters and optimizer states are counted to the byte for AdamW, Adam and SGD under ZeRO 0 and 1, the
-padding of flattened groups included. Activations are as exact as what each layer is known to keep.
+padding of flattened groups included. Activations are as exact as what each layer is known to keep, and within a tenth
+where split backwards meet checkpointing.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class MemoryParts:
         optimizer_states: moments and step counts.
         masters: fp32 weights beside those of the run.
         activations: what micro-batches under way hold; under checkpointing also the layer that is recomputed.
-        logits: what the loss takes for a moment: two gradients of the logits in fp32. Zero but on the last stage.
+        logits: what the loss takes for a moment beyond what its backward keeps: in a cross-entropy two gradients of the
+            logits in fp32. Zero on all ranks but the last stage's.
         communication: messages that are received ahead, and gradients that are received and sent.
         update: what the reduction over replicas and the update take beyond all but the next three; it is taken when
             activations, logits and messages are gone.
@@ -99,6 +101,7 @@ def memory_of_stages(
     schedule: Schedule,
     pipe_rank: int,
     *,
+    loss: LayerCosts | None,
     precision: Precision,
     zero: int,
     dp: int,
@@ -111,6 +114,7 @@ def memory_of_stages(
         stages: all stages of the model, in order.
         schedule: the table of a step; it says which stages are the rank's.
         pipe_rank: the rank along the pipeline; its replicas hold the same.
+        loss: what the loss costs, as if it were a layer behind the last; None where the last layer returns the loss.
         precision: of weights and activations.
         zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
         dp: replicas.
@@ -127,8 +131,8 @@ def memory_of_stages(
         >>> layer = LayerCosts(20, 40, 40, 40, input_bytes=16, output_bytes=16, saved_bytes=0, keeps_input=True,
         ...     keeps_output=False)
         >>> stages = [StageContents([layer], {f"layers.{i}.weight": (5, 4)}) for i in range(2)]
-        >>> parts = memory_of_stages(stages, plan_1f1b(num_stages=2, num_micro_batches=4), 0, precision="fp32", zero=0,
-        ...     dp=1)
+        >>> parts = memory_of_stages(stages, plan_1f1b(num_stages=2, num_micro_batches=4), 0, loss=None,
+        ...     precision="fp32", zero=0, dp=1)
         >>> parts.weights, parts.gradients, parts.optimizer_states, parts.activations
         (80, 80, 164, 64)
     """
@@ -139,11 +143,11 @@ def memory_of_stages(
         )
     own = [stages[stage] for stage in schedule.stages_of(pipe_rank)]
     standing = _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer or OptimizerConfig())
-    num_logits = stages[-1].layers[-1].output_bytes // _BYTES[precision]
     return replace(
         standing,
-        activations=_activations(stages, schedule, pipe_rank, num_logits=num_logits, checkpointing=checkpointing),
-        logits=2 * _FP32_BYTES * num_logits if schedule.placement[-1] == pipe_rank else 0,
+        activations=_activations(stages, schedule, pipe_rank, loss=loss, checkpointing=checkpointing),
+        # A gradient of what the loss keeps, and one of what it made that of.
+        logits=2 * loss.saved_bytes if loss is not None and schedule.placement[-1] == pipe_rank else 0,
         communication=_communication(stages, schedule, pipe_rank),
     )
 
@@ -166,9 +170,8 @@ def _standing(
         flat = [-(-size // multiple) * multiple for size in groups]
         num_tensors, num_shard = len(flat), sum(flat) // dp
     else:
-        # A rank without parameters has an idle one.
-        flat, num_tensors = groups, max(1, len(shapes))
-        num_shard = sum(flat)
+        # An idle parameter gets no gradient, and so no states.
+        flat, num_tensors, num_shard = groups, len(shapes), num_gradients
     num_weights = num_shard if zero == 3 else sum(flat)
     states, counts = {"adamw": (2, 1), "adam": (2, 1), "sgd": (int(optimizer.momentum > 0), 0)}[optimizer.type]
 
@@ -209,32 +212,42 @@ def _group_sizes(shapes: Iterable[Shape]) -> list[int]:
 
 
 def _activations(
-    stages: Sequence[StageContents], schedule: Schedule, pipe_rank: int, *, num_logits: int, checkpointing: bool
+    stages: Sequence[StageContents], schedule: Schedule, pipe_rank: int, *, loss: LayerCosts | None, checkpointing: bool
 ) -> int:
-    held = _held_of_one(stages, schedule, num_logits=num_logits, checkpointing=checkpointing)
-    peak = _peak_bytes(schedule, held, pipe_rank)
+    held = _held_of_one(stages, schedule, loss=loss, checkpointing=checkpointing)
     if not checkpointing:
-        return peak
+        return _peak_bytes(schedule, held, pipe_rank)
     # From an input gradient to its weight gradient linear layers keep their inputs and the gradients of their outputs:
     # about as much as all layers keep without checkpointing.
-    recomputed = _held_of_one(stages, schedule, num_logits=num_logits, checkpointing=False)
+    recomputed = _held_of_one(stages, schedule, loss=loss, checkpointing=False)
     more = [max(0, after - before) for after, before in zip(recomputed, held, strict=True)]
-    put_off = _peak_bytes(_between_halves(schedule), more, pipe_rank)
-    return peak + put_off + max(recomputation_bytes(stages[stage].layers) for stage in schedule.stages_of(pipe_rank))
+    peak = _peak_bytes(_count_halves(schedule), [*held, *more], pipe_rank)
+    return peak + max(recomputation_bytes(stages[stage].layers) for stage in schedule.stages_of(pipe_rank))
 
 
 def _held_of_one(
-    stages: Sequence[StageContents], schedule: Schedule, *, num_logits: int, checkpointing: bool
+    stages: Sequence[StageContents], schedule: Schedule, *, loss: LayerCosts | None, checkpointing: bool
 ) -> list[int]:
     """Return what each stage holds of one micro-batch from its forward to its backward."""
     held = [stage_activation_bytes(stage.layers, checkpointing=checkpointing) for stage in stages]
-    # The loss keeps the logarithms of the probabilities in fp32, and the logits go.
-    held[-1] += _FP32_BYTES * num_logits - stages[-1].layers[-1].output_bytes
+    if checkpointing:
+        for stage, contents in enumerate(stages):
+            # Where a layer's backward keeps nothing there is nothing to recompute, and its input is not kept either.
+            pairs = pairwise(contents.layers)
+            held[stage] -= sum(before.output_bytes for before, layer in pairs if not _keeps_anything(layer))
+    if loss is not None:
+        last = stages[-1].layers[-1]
+        is_kept = loss.keeps_input or (last.keeps_output and not checkpointing)
+        held[-1] += loss.saved_bytes + loss.output_bytes - (0 if is_kept else last.output_bytes)
     for stage, (before, rank) in enumerate(pairwise(schedule.placement), start=1):
         if before == rank:
             # What one stage passes on is what the next is passed: the same tensor.
             held[stage] -= stages[stage].layers[0].input_bytes
     return held
+
+
+def _keeps_anything(layer: LayerCosts) -> bool:
+    return layer.saved_bytes > 0 or layer.keeps_input or layer.keeps_output
 
 
 def _peak_bytes(schedule: Schedule, held: Sequence[float], pipe_rank: int) -> int:
@@ -243,13 +256,21 @@ def _peak_bytes(schedule: Schedule, held: Sequence[float], pipe_rank: int) -> in
     return int(Timeline(schedule, spans=(), costs=costs).peak_bytes[pipe_rank])
 
 
-def _between_halves(schedule: Schedule) -> Schedule:
-    """Return the table with split backwards alone, their first half in the place of the forward."""
-    ranks = tuple(
-        tuple(replace(action, kind="F") if action.kind == "I" else action for action in actions if action.kind in "IW")
-        for actions in schedule.ranks
-    )
-    return replace(schedule, ranks=ranks)
+def _count_halves(schedule: Schedule) -> Schedule:
+    """Return the table with a second stage for each that splits its backwards, held from one half to the other."""
+    rows: list[tuple[Action, ...]] = []
+    for actions in schedule.ranks:
+        row: list[Action] = []
+        for action in actions:
+            second = action.stage + schedule.num_stages
+            if action.kind == "I":
+                row.append(Action(second, "F", action.micro_batch))
+            else:
+                row.append(action)
+                if action.kind == "W":
+                    row.append(Action(second, "W", action.micro_batch))
+        rows.append(tuple(row))
+    return replace(schedule, ranks=tuple(rows))
 
 
 # As many receives as a channel asks for ahead of their use; see pipekit/engine/channels.py.

@@ -9,29 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine_jobs import GLOBAL_BATCH, Case, batch, build_engine, micro_batches, model_specs
 from gloo_workers import GlooWorkers
 from pipekit.config import OptimizerConfig
 from pipekit.errors import LayoutError
+from pipekit.models import language_model_loss
 from pipekit.partitioners import partition_uniform
 from pipekit.planner.layer_costs import LayerCosts
 from pipekit.planner.memory import (
     _AHEAD,
     MemoryParts,
     Precision,
-    Shape,
     StageContents,
     cut_stages,
     memory_of_stages,
     recomputation_bytes,
 )
+from pipekit.planner.parameter_shapes import parameter_shapes
 from pipekit.schedules import Action, plan_1f1b, plan_schedule, plan_zb_h1
 from pipekit.sequential import SequentialModel
-from pipekit.specs import layer_names
+from pipekit.specs import LayerSpec
+from pipekit.weight_gradients import WeightGradients
 
+STANDING = ("weights", "masters", "optimizer_states", "gradients")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,63 +57,49 @@ def recording(found: list[Tensor]) -> Iterator[None]:
 
 
 def measured_layers(case: Case) -> list[LayerCosts]:
-    """Run every layer by itself, and return what its backward keeps."""
+    """Run every layer and the loss by itself, and return what its backward keeps; the loss comes last."""
     model = SequentialModel(model_specs(case), seed=1).to(DTYPES[case.precision])
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-    x = batch(0)[0][: case.micro_batch_size]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # Tokens and labels are of the step, not of a micro-batch under way.
+    x, labels = (tensor[: case.micro_batch_size] for tensor in batch(0))
     layers = []
-    for step in model._steps:
+    for step in [*model._steps, lambda logits: language_model_loss(logits, labels)]:
         kept: list[Tensor] = []
-        x = x.detach().requires_grad_(x.is_floating_point())
+        is_float = x.is_floating_point()
+        x = x.detach().requires_grad_(is_float)
         with recording(kept):
             y = step(x)
-        pointers = {tensor.untyped_storage().data_ptr() for tensor in kept}
-        between = [
-            tensor
-            for tensor in kept
-            if tensor.untyped_storage().data_ptr() not in weights | {x.data_ptr(), y.data_ptr()}
-        ]
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept if tensor.is_floating_point()}
+        own = [tensor for pointer, tensor in storages.items() if pointer not in {*weights, x.data_ptr(), y.data_ptr()}]
         layers.append(
             LayerCosts(
                 parameters=0,
                 forward_flops=0,
                 input_gradient_flops=0,
                 weight_gradient_flops=0,
-                # Tokens are of the step, not of a micro-batch under way.
-                input_bytes=num_bytes([x]) if x.is_floating_point() else 0,
+                input_bytes=num_bytes([x]) if is_float else 0,
                 output_bytes=num_bytes([y]),
-                saved_bytes=num_bytes(between),
-                keeps_input=x.is_floating_point() and x.data_ptr() in pointers,
-                keeps_output=y.data_ptr() in pointers,
+                saved_bytes=num_bytes(own),
+                keeps_input=x.data_ptr() in storages,
+                keeps_output=y.data_ptr() in storages,
             )
         )
         x = y
     return layers
 
 
-def parameter_shapes(case: Case) -> list[dict[str, Shape]]:
-    """Return each layer's parameters by logical name."""
-    specs = model_specs(case)
-    shapes = []
-    for name, spec in zip(layer_names(specs), specs, strict=True):
-        with torch.device("meta"):
-            layer = spec.build()
-        shapes.append({f"{name}.{path}": tuple(parameter.shape) for path, parameter in layer.named_parameters()})
-    return shapes
-
-
 def predicted(case: Case) -> list[tuple[MemoryParts, int]]:
     """Return for each rank of a pipeline what it holds, and how much of that is a recomputation."""
     schedule = plan_schedule(case.schedule, pp=case.pp, num_micro_batches=num_micro_batches(case))
-    layers = measured_layers(case)
+    *layers, loss = measured_layers(case)
     boundaries = case.boundaries or partition_uniform(len(layers), schedule.num_stages)
-    stages = cut_stages(layers, parameter_shapes(case), boundaries)
+    stages = cut_stages(layers, parameter_shapes(model_specs(case)), boundaries)
     optimizer = OptimizerConfig(type=case.optimizer, momentum=0.9)  # type: ignore[arg-type]
     precision: Precision = case.precision  # type: ignore[assignment]
     return [
         (
             memory_of_stages(
-                stages, schedule, rank, precision=precision, zero=case.zero, dp=case.dp, optimizer=optimizer,
+                stages, schedule, rank, loss=loss, precision=precision, zero=case.zero, dp=case.dp, optimizer=optimizer,
                 checkpointing=case.checkpointing,
             ),
             max(recomputation_bytes(stages[stage].layers) for stage in schedule.stages_of(rank)),
@@ -130,6 +119,8 @@ class Probe:
         self._engine = engine
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._outputs: dict[tuple[int, int], int] = {}
+        self._passed_on = 0
         self._in_forward = False
         self.activations = self.gradients = 0
         layers = engine.module._layers
@@ -140,7 +131,7 @@ class Probe:
 
     def _observed(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            return self.note(layer(self.note(x)))
+            return self.keep(layer(self.keep(x)))
 
         return run
 
@@ -152,23 +143,50 @@ class Probe:
         return run
 
     def begin(self) -> None:
-        self._seen = {}
+        self._seen, self._outputs = {}, {}
 
     def start(self, action: Action) -> None:
         self._in_forward = action.kind == "F"
 
     def stop(self, action: Action) -> None:
-        if self._in_forward:
-            alive = sum(size for storage, size in self._seen.values() if not storage.expired())
-            self.activations = max(self.activations, alive)
+        if action.kind == "F":
+            self._outputs[action.stage, action.micro_batch] = self._passed_on
+        elif action.kind in "BI":
+            # Gloo tells who waits for a send that it is done, and nobody else: what was sent lives as long as the step.
+            self._seen.pop(self._outputs[action.stage, action.micro_batch], None)
+        alive = sum(size for storage, size in self._seen.values() if not storage.expired())
+        self.activations = max(self.activations, alive)
         self._in_forward = False
 
-    def note(self, tensor: Tensor) -> Tensor:
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Take up what is saved in a forward."""
+        if self._in_forward:
+            self.note(tensor)
+        return tensor
+
+    def note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if self._in_forward and tensor.is_floating_point() and storage.data_ptr() not in self._weights:
+        if tensor.is_floating_point() and storage.data_ptr() not in self._weights:
             weak = StorageWeakRef(storage)
             self._seen[weak.cdata] = weak, storage.nbytes()
-        return tensor
+            self._passed_on = weak.cdata
+
+
+@contextmanager
+def noting_deferred(probe: Probe) -> Iterator[None]:
+    """Let the probe see the gradients of outputs, which linear layers keep until their weight gradients."""
+    append = WeightGradients.append
+
+    def noted(self: WeightGradients, weight: Tensor, compute: Any) -> None:
+        for tensor in filter(None.__ne__, (compute._grad, getattr(compute, "_inputs", None))):
+            probe.note(tensor)
+        append(self, weight, compute)
+
+    WeightGradients.append = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        WeightGradients.append = append  # type: ignore[method-assign]
 
 
 def gradients(engine: Any) -> list[Tensor]:
@@ -182,12 +200,12 @@ def gradients(engine: Any) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def measure(rank: int, case: Case) -> dict[str, int]:
+def measure(rank: int, case: Case, specs: list[LayerSpec] | None = None) -> dict[str, int]:
     """Train two steps, and return what is held in the second."""
-    engine = build_engine(case)
+    engine = build_engine(case, specs=specs)
     engine.train_batch(micro_batches(0, case, engine.unit.data_parallel_rank))
     probe = Probe(engine)
-    with torch.autograd.graph.saved_tensors_hooks(probe.note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(probe.keep, lambda tensor: tensor), noting_deferred(probe):
         engine.train_batch(micro_batches(1, case, engine.unit.data_parallel_rank))
     weights = list(engine.module.parameters())
     torch_optimizer = engine.view.torch_optimizer
@@ -219,6 +237,7 @@ CASES = [
     Case(pp=2, precision="bf16", schedule="interleaved-1f1b"),
     Case(pp=2, schedule="zb-h1", zero=0),
     Case(pp=2, schedule="zb-v", tied=False),
+    Case(pp=4, schedule="zb-v", checkpointing=True),
 ]
 
 
@@ -228,16 +247,30 @@ def test_running_processes_hold_what_was_predicted(gloo: GlooWorkers, case: Case
     expected = predicted(case)
     for found in gloo.run(case.world_size, measure, case):
         parts, recomputation = expected[found["pipe_rank"]]
-        for name in ("weights", "masters", "optimizer_states", "gradients"):
+        for name in STANDING:
             assert found[name] == getattr(parts, name), name
         kept = parts.activations - (recomputation if case.checkpointing else 0)
-        assert found["activations"] == pytest.approx(kept, rel=0.05)
+        assert found["activations"] == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1)])
+def test_a_rank_without_parameters_holds_an_idle_one(gloo: GlooWorkers, precision: Precision, zero: int) -> None:
+    specs = [*model_specs(Case(tied=False))[:-1], LayerSpec(nn.GELU), model_specs(Case(tied=False))[-1]]
+    case = Case(pp=3, precision=precision, zero=zero, boundaries=(0, 9, 10, 11))
+    stages = cut_stages([LINEAR] * len(specs), parameter_shapes(specs), [0, 9, 10, 11])
+    schedule = plan_1f1b(num_stages=3, num_micro_batches=8)
+    for found in gloo.run(3, measure, case, specs):
+        pipe_rank = found["pipe_rank"]
+        parts = memory_of_stages(stages, schedule, pipe_rank, loss=None, precision=precision, zero=zero, dp=1)
+        assert {name: found[name] for name in STANDING} == {name: getattr(parts, name) for name in STANDING}
 
 
 LINEAR = LayerCosts(
     20, 40, 40, 40, input_bytes=16, output_bytes=20, saved_bytes=0, keeps_input=True, keeps_output=False
 )
 WIDE = replace(LINEAR, input_bytes=20, output_bytes=40, saved_bytes=1000, keeps_output=True)
+LOSS = replace(LINEAR, input_bytes=40, output_bytes=4, saved_bytes=80, keeps_input=False)
 
 
 def two_stages(pipe_rank: int = 0, **options: Any) -> MemoryParts:
@@ -247,7 +280,7 @@ def two_stages(pipe_rank: int = 0, **options: Any) -> MemoryParts:
         StageContents([WIDE], {"b.weight": (3, 3)}),
     ]
     schedule = options.pop("schedule", plan_1f1b(num_stages=2, num_micro_batches=4))
-    settings = {"precision": "fp32", "zero": 1, "dp": 1, **options}
+    settings = {"precision": "fp32", "zero": 1, "dp": 1, "loss": LOSS, **options}
     return memory_of_stages(stages, schedule, pipe_rank, **settings)
 
 
@@ -275,29 +308,44 @@ def test_16_bits_hold_masters_and_gradients_in_fp32() -> None:
     assert (bf16.gradients, fp16.gradients) == (4 * 30 + 2 * 28, 4 * 28)
 
 
-def test_a_rank_without_parameters_has_an_idle_one() -> None:
-    stages = [StageContents([LINEAR], {}), StageContents([WIDE], {"b.weight": (3, 3)})]
-    schedule = plan_1f1b(num_stages=2, num_micro_batches=4)
-    plain, sharded = (memory_of_stages(stages, schedule, 0, precision="fp32", zero=zero, dp=2) for zero in (0, 1))
-    assert (plain.weights, plain.gradients, plain.optimizer_states) == (4, 0, 12)
-    assert (sharded.weights, sharded.gradients, sharded.optimizer_states) == (16, 0, 20)
-
-
 def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
     layers, weight = [LINEAR, WIDE, WIDE, WIDE], {"embedding.weight": (5, 4)}
     stages = cut_stages(layers, [weight, {}, {}, weight], [0, 1, 2, 3, 4])
     schedule = plan_schedule("zb-v", pp=2, num_micro_batches=4)
-    parts = memory_of_stages(stages, schedule, 0, precision="fp32", zero=0, dp=1)
+    parts = memory_of_stages(stages, schedule, 0, loss=LOSS, precision="fp32", zero=0, dp=1)
     assert parts.weights == parts.gradients == 80
 
 
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
     assert two_stages().activations == 2 * (16 + 20)
-    assert two_stages(1).activations == 20 + 1000 + 40
+    assert two_stages(1, loss=None).activations == 20 + 1000 + 40
     # Recomputed is one layer at a time, its output too where it is kept.
-    assert two_stages(1, checkpointing=True).activations == 20 + 40 + 1000 + 40
-    # Logarithms of probabilities are kept in fp32: 20 logits of 2 bytes.
-    assert two_stages(1, precision="bf16").activations == 20 + 1000 + 80
+    assert two_stages(1, loss=None, checkpointing=True).activations == 20 + 40 + 1000 + 40
+
+
+def test_the_loss_keeps_what_its_backward_needs() -> None:
+    # The logits are kept because the last layer keeps its output, which checkpointing does not let it.
+    assert two_stages(1).activations == 20 + 1000 + 40 + 80 + 4
+    assert two_stages(1, checkpointing=True).activations == 20 + 80 + 4 + 1000 + 40
+    assert (
+        two_stages(1, checkpointing=True, loss=replace(LOSS, keeps_input=True)).activations == 20 + 40 + 80 + 4 + 1040
+    )
+
+
+def test_the_input_of_a_layer_that_keeps_nothing_is_not_kept_by_checkpointing() -> None:
+    layers = [WIDE, replace(LINEAR, input_bytes=40, keeps_input=False), WIDE]
+    stages = [StageContents(layers, {})]
+    options: dict[str, Any] = {"loss": None, "precision": "fp32", "zero": 0, "dp": 1, "checkpointing": True}
+    parts = memory_of_stages(stages, plan_1f1b(num_stages=1, num_micro_batches=4), 0, **options)
+    assert parts.activations == 20 + 20 + 40 + recomputation_bytes(layers)
+
+
+def test_what_is_passed_between_stages_of_a_rank_is_there_once() -> None:
+    schedule = plan_schedule("zb-v", pp=2, num_micro_batches=1)
+    same = replace(LINEAR, output_bytes=16)
+    stages = [StageContents([same], {}) for _ in range(4)]
+    held = [memory_of_stages(stages, schedule, rank, loss=None, precision="fp32", zero=0, dp=1) for rank in (0, 1)]
+    assert [parts.activations for parts in held] == [2 * 32, 2 * 32 - 16]
 
 
 def test_split_backwards_keep_what_was_recomputed_until_the_weight_gradient() -> None:
@@ -307,8 +355,7 @@ def test_split_backwards_keep_what_was_recomputed_until_the_weight_gradient() ->
 
 
 def test_the_last_stage_holds_the_gradients_of_its_logits_for_a_moment() -> None:
-    assert (two_stages(0).logits, two_stages(1).logits) == (0, 2 * 4 * 10)
-    assert two_stages(1, precision="bf16").logits == 2 * 4 * 20
+    assert (two_stages(0).logits, two_stages(1).logits, two_stages(1, loss=None).logits) == (0, 2 * 80, 0)
 
 
 def test_two_messages_are_received_ahead_and_gradients_are_passed_on() -> None:
