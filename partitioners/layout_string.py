@@ -86,9 +86,8 @@ def layout_boundaries(layout: str, layer_names: Sequence[str], num_stages: int) 
         )
     instead = _example(starts, len(layer_names), num_stages)
     if len(stages) != num_stages:
-        raise LayoutError(
-            f"parallel.boundaries={layout} has {len(stages)} stages, and there must be {num_stages}{instead}"
-        )
+        made = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+        raise LayoutError(f"parallel.boundaries={layout} makes {made}, and there must be {num_stages}{instead}")
     boundaries = [0]
     for items in stages:
         layer_idx = boundaries[-1]
@@ -212,8 +211,9 @@ def _block_starts(layer_names: Sequence[str]) -> list[int]:
 
 def _progress(layer_idx: int, starts: Sequence[int]) -> str:
     whole = sum(start <= layer_idx for start in starts) - 1
-    part = f" and {layer_idx - starts[whole]} layers of the next" if layer_idx > starts[whole] else ""
-    return f"after {whole}{part} of the model's {len(starts) - 1} blocks"
+    num_more = layer_idx - starts[whole]
+    part = f" and {num_more} layer{'s' * (num_more > 1)} of the next" if num_more else ""
+    return f"after {whole} of the model's {len(starts) - 1} blocks{part}"
 
 
 def _named(names: Sequence[str]) -> str:

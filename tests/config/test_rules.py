@@ -53,6 +53,17 @@ BROKEN = {
         "parallel.boundaries=[0, 6, 13] must end with 12, the number of layers, and ends with 13; "
         "for example parallel.boundaries=[0, 6, 12]"
     ),
+    ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=Et|t*2|tL"): (
+        "parallel.boundaries=Et|t*2|tL must have 2 stages, one for each of parallel.pp=2, and has 3; "
+        "for example parallel.boundaries=[0, 6, 12]"
+    ),
+    ("parallel.pp=2", "parallel.boundaries=Et*2|t*2L"): (
+        "parallel.boundaries=Et*2|t*2L is only for parallel.partition=manual, and it is parameters; "
+        "remove it, or set parallel.partition=manual"
+    ),
+    ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=Et*2|(t*2L"): (
+        "parallel.boundaries=Et*2|(t*2L: at position 6 ((): there is no ) to this ("
+    ),
     ("train.micro_batch_size=3",): (
         "train.global_batch_size=8 is not a multiple of train.micro_batch_size=3; "
         "try train.global_batch_size=6 or 9, or train.micro_batch_size=2"
@@ -96,6 +107,8 @@ def test_a_broken_rule_says_what_to_type(overrides: tuple[str, ...]):
         ("parallel.zero=0", "parallel.pp=2"),
         ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[0,1,12]"),
         ("parallel.partition=type:Attention|MLP",),
+        ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=Et*2|t*2L"),
+        ("parallel.partition=memory", "parallel.pp=2"),
         ("train.micro_batch_size=2", "parallel.dp=4"),
         ("scheduler.warmup_steps=301",),
         ("optimizer.type=sgd", "optimizer.momentum=0.9"),
