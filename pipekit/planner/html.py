@@ -20,6 +20,7 @@ _MEMORY_PARTS: dict[str, tuple[str, str]] = {
     "activations": ("activations", "#E8743B"),
     "communication": ("communication", "#CC79A7"),
     "logits": ("logits", "#8A8A8A"),
+    "update": ("reduction and update", "#7B5EA7"),
 }
 """The parts of a rank's memory in the order of their bars: what each is called, and its colour (Okabe and Ito 2008)."""
 
@@ -29,6 +30,7 @@ _LAYOUT_KEYS: dict[str, str] = {
     "dp": "dp",
     "zero": "ZeRO",
     "schedule": "schedule",
+    "stages_per_rank": "stages per rank",
     "micro_batch_size": "micro-batch size",
     "num_micro_batches": "micro-batches",
     "activation_checkpointing": "checkpointing",
@@ -151,29 +153,42 @@ def _stages(report: Mapping[str, Any]) -> str:
     return f"<h2>Stages</h2>\n{_table(heads, rows, texts={'layers'})}"
 
 
+def _at_peak(parts: Mapping[str, float]) -> dict[str, float]:
+    """Return the parts that are there when a rank holds most.
+
+    The update's stands alone when what micro-batches take is gone again, so that the larger of the two counts.
+
+    Example:
+        >>> _at_peak({"weights": 4, "activations": 3, "logits": 2, "update": 6, "total": 10})
+        {'weights': 4, 'update': 6}
+    """
+    passing = ("activations", "communication", "logits")
+    absent = passing if parts.get("update", 0) > sum(parts.get(part, 0) for part in passing) else ("update",)
+    return {part: parts[part] for part in _MEMORY_PARTS if parts.get(part, 0) > 0 and part not in absent}
+
+
 def _layer_range(first: int, last: int, first_name: str, last_name: str) -> str:
     return f"{first} {first_name}" if first == last else f"{first} to {last}: {first_name} to {last_name}"
 
 
 def _memory(report: Mapping[str, Any]) -> str:
-    """Return a bar for each rank; positions are per cent of the widest, so that bars fit any screen."""
+    """Return a bar for each rank when it holds most; positions are per cent of the widest, so that bars fit any screen."""
     if not report["stages"]:
         return ""
     limit_bytes = report["device"]["memory_bytes"]
     scale = 98 / max(limit_bytes, *(stage["memory_bytes"]["total"] for stage in report["stages"]))
     rows, seen = [], set()
     for stage in report["stages"]:
-        parts, total = stage["memory_bytes"], stage["memory_bytes"]["total"]
+        total = stage["memory_bytes"]["total"]
         boxes, start = [], 0.0
-        for part, (name, colour) in _MEMORY_PARTS.items():
-            size = parts.get(part) or 0
-            if size:
-                seen.add(part)
-                boxes.append(
-                    f'<rect x="{start * scale:.3f}%" width="{size * scale:.3f}%" height="100%" fill="{colour}">'
-                    f"<title>{name} {_size(size)}</title></rect>"
-                )
-                start += size
+        for part, size in _at_peak(stage["memory_bytes"]).items():
+            seen.add(part)
+            name, colour = _MEMORY_PARTS[part]
+            boxes.append(
+                f'<rect x="{start * scale:.3f}%" width="{size * scale:.3f}%" height="100%" fill="{colour}">'
+                f"<title>{name} {_size(size)}</title></rect>"
+            )
+            start += size
         at = limit_bytes * scale
         boxes.append(f'<line class="limit" x1="{at:.3f}%" x2="{at:.3f}%" y1="0" y2="100%"/>')
         look, over = ("total bad", f", {_size(total - limit_bytes)} too much") if total > limit_bytes else ("total", "")

@@ -195,6 +195,19 @@ def test_memory_is_stacked_to_scale_against_the_limit() -> None:
     assert "too much" not in html
 
 
+def test_the_update_takes_the_place_of_what_is_gone_by_then() -> None:
+    parts = {"weights": 20e9, "activations": 5e9, "logits": 1e9, "communication": 1e9, "update": 30e9, "total": 50e9}
+    html = render_html(changed(stages=[{**stage(0, 0, [0, 0, "a", "a"]), "memory_bytes": parts}]))
+    limit = float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0])
+    assert len(bars(html)[0]) == 2
+    assert sum(bars(html)[0][-1]) == pytest.approx(limit * 50 / 80, abs=0.01)
+    assert "reduction and update" in html
+    parts |= {"update": 6e9, "total": 27e9}
+    html = render_html(changed(stages=[{**stage(0, 0, [0, 0, "a", "a"]), "memory_bytes": parts}]))
+    assert len(bars(html)[0]) == 4
+    assert "reduction and update" not in html
+
+
 def test_memory_beyond_the_limit_is_said_and_fits_the_page() -> None:
     html = render_html(changed(stages=[stage(0, 100e9, [0, 0, "a", "a"])]))
     assert "100.0 GB, 125 %, 20.0 GB too much" in html
