@@ -172,7 +172,7 @@ def _layer_range(first: int, last: int, first_name: str, last_name: str) -> str:
 
 
 def _memory(report: Mapping[str, Any]) -> str:
-    """Return a bar for each rank when it holds most; positions are per cent of the widest, so that bars fit any screen."""
+    """Return a bar for each rank when it holds most; positions in per cent, so that bars fit any screen."""
     if not report["stages"]:
         return ""
     limit_bytes = report["device"]["memory_bytes"]
