@@ -43,8 +43,11 @@ def infer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return rule(*args, **kwargs)
 
 
-class ShapeRules(TorchDispatchMode):
+class ShapeRules(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context manager: operations on meta tensors are answered by `infer`, where it has an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

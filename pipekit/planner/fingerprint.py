@@ -91,7 +91,7 @@ class Fingerprinter:
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             return ["object", self.of(type(value)), self.of(fields)]
         text = repr(value)
-        if type(value).__repr__ is object.__repr__ or " at 0x" in text:
+        if " at 0x" in text:
             raise UnstableError(text)
         return ["object", self.of(type(value)), text]
 

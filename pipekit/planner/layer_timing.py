@@ -105,14 +105,14 @@ def build_values(form: Form, device: torch.device, given: Any = None) -> list[Te
         >>> build_values(form, torch.device("cpu"))
         [tensor([0, 0]), tensor([True])]
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     sources = [None for _ in form.tensors] if given is None else flatten(given, "the example")[0]
     built = []
     for tensor, source in zip(form.tensors, sources, strict=True):
         if source is not None and source.device.type != "meta":
             values = source.detach()
         elif tensor.dtype.is_floating_point:
-            values = torch.randn(tensor.shape, generator=generator)
+            values = torch.randn(tensor.shape, generator=generator, device=device)
         else:
             values = torch.full(tensor.shape, tensor.dtype is torch.bool)
         # A copy, since a layer may change it.
@@ -153,5 +153,6 @@ def _elapsed_s(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -
     if isinstance(start, float):
         assert isinstance(end, float)
         return end - start
+    assert not isinstance(end, float)
     elapsed_ms: float = start.elapsed_time(end)
     return elapsed_ms / 1000

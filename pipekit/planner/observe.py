@@ -219,7 +219,7 @@ def _saved() -> Iterator[weakref.WeakSet[_Saved]]:
         yield saved
 
 
-class _Counter(ShapeRules):
+class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
     """Counts floating-point operations."""
 
     def __init__(self) -> None:

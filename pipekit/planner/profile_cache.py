@@ -92,9 +92,9 @@ def _parse(content: Plain, identity: Plain) -> Observed:
 def _parse_costs(content: Plain) -> LayerCosts:
     costs = LayerCosts(**content)
     for field in fields(costs):
-        value = getattr(costs, field.name)
-        kind: type = bool if field.name.startswith("keeps_") else float if field.name.endswith("_s") else int
-        if type(value) is not kind or not isfinite(value) or value < 0:
+        value: Any = getattr(costs, field.name)
+        kind = "bool" if field.name.startswith("keeps_") else "float" if field.name.endswith("_s") else "int"
+        if type(value).__name__ != kind or not isfinite(value) or value < 0:
             raise ValueError(f"{field.name}={value!r}")
     return costs
 

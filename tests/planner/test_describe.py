@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipekit.config import GPTConfig
@@ -227,6 +228,28 @@ class Discards(nn.Module):
 def test_what_leads_to_no_result_is_not_kept_and_inputs_may_be_changed() -> None:
     costs = describe_layers([LayerSpec(nn.Linear, 4, 4), LayerSpec(Discards)], torch.zeros(2, 4), dtype=torch.float32)
     assert costs.layers[1].saved_bytes == 0
+
+
+class Recomputes(nn.Module):
+    """Checkpoints its own activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.block, x, use_reentrant=False)
+        return x + y
+
+
+def test_a_layer_that_checkpoints_itself_keeps_its_input_alone() -> None:
+    specs = [LayerSpec(nn.Linear, 4, 4), LayerSpec(Recomputes)]
+    costs = describe_layers(specs, torch.zeros(8, 4), dtype=torch.float32).layers[1]
+    assert (costs.keeps_input, costs.saved_bytes) == (True, 0)
+    # Its backward makes the forward again, up to the last product, of which nothing is needed.
+    products = 2 * 8 * 4 * 16
+    assert costs.forward_flops == costs.weight_gradient_flops == 2 * products
+    assert costs.input_gradient_flops in (3 * products, 4 * products)
 
 
 class Counted(nn.Module):
