@@ -94,8 +94,8 @@ def layout_boundaries(layout: str, layer_names: Sequence[str], num_stages: int) 
         for item in items:
             try:
                 layer_idx = _advance(item.letter, layer_idx, starts, layer_names)
-            except LayoutError as fault:
-                _refuse(layout, item.position, f"{fault}{instead}")
+            except LayoutError as error:
+                _refuse(layout, item.position, f"{error}{instead}")
         boundaries.append(layer_idx)
     if boundaries[-1] < len(layer_names):
         if boundaries[-1] < starts[-1]:

@@ -72,13 +72,15 @@ def farthest_ends(bounds: Bounds, starts: Indices) -> Indices:
         np.searchsorted(bound.sums.array, bound.sums.array[starts] + _clipped(bound), side="right") - 1
         for bound in bounds
     ]
-    return np.minimum.reduce(ends)
+    least: Indices = np.minimum.reduce(ends)
+    return least
 
 
 def earliest_starts(bounds: Bounds, ends: Indices) -> Indices:
     """Return what `earliest_start` returns, for each of `ends`."""
     starts = [np.searchsorted(bound.sums.array, bound.sums.array[ends] - _clipped(bound)) for bound in bounds]
-    return np.maximum.reduce(starts)
+    most: Indices = np.maximum.reduce(starts)
+    return most
 
 
 def _clipped(bound: Bound) -> int:

@@ -51,9 +51,11 @@ class Sides:
             right_before: as they count in the second half.
         """
         if self.middle is None:
-            return left_before[:, None] + (right_before[-1] - right_before[::-1])[None, :]
-        left, right = left_before[: self.middle + 1], right_before[self.middle :] - right_before[self.middle]
-        return left[:, None] + right[None, :]
+            left, right = left_before, right_before[-1] - right_before[::-1]
+        else:
+            left, right = left_before[: self.middle + 1], right_before[self.middle :] - right_before[self.middle]
+        behind: Numbers = np.add.outer(left, right)
+        return behind
 
     def ends(self) -> Mask:
         """Return the points at which every layer is taken once."""
