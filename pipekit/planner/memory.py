@@ -136,20 +136,87 @@ def memory_of_stages(
         >>> parts.weights, parts.gradients, parts.optimizer_states, parts.activations
         (80, 80, 164, 64)
     """
+    return _memory(
+        stages,
+        schedule,
+        [pipe_rank],
+        loss=loss,
+        precision=precision,
+        zero=zero,
+        dp=dp,
+        optimizer=optimizer or OptimizerConfig(),
+        checkpointing=checkpointing,
+    )[0]
+
+
+def memory_of_ranks(
+    stages: Sequence[StageContents],
+    schedule: Schedule,
+    *,
+    loss: LayerCosts | None,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    optimizer: OptimizerConfig | None = None,
+    checkpointing: bool = False,
+) -> list[MemoryParts]:
+    """Return what each pipeline rank holds; the arguments are those of `memory_of_stages`."""
+    return _memory(
+        stages,
+        schedule,
+        range(len(schedule.ranks)),
+        loss=loss,
+        precision=precision,
+        zero=zero,
+        dp=dp,
+        optimizer=optimizer or OptimizerConfig(),
+        checkpointing=checkpointing,
+    )
+
+
+def _memory(
+    stages: Sequence[StageContents],
+    schedule: Schedule,
+    pipe_ranks: Sequence[int],
+    *,
+    loss: LayerCosts | None,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    optimizer: OptimizerConfig,
+    checkpointing: bool,
+) -> list[MemoryParts]:
     if len(stages) != schedule.num_stages:
         raise LayoutError(
             f"{len(stages)} stages do not fit the schedule {schedule.name}, which has {schedule.num_stages}; cut the "
             "layers into as many"
         )
-    own = [stages[stage] for stage in schedule.stages_of(pipe_rank)]
-    standing = _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer or OptimizerConfig())
-    return replace(
-        standing,
-        activations=_activations(stages, schedule, pipe_rank, loss=loss, checkpointing=checkpointing),
-        # A gradient of what the loss keeps, and one of what it made that of.
-        logits=2 * loss.saved_bytes if loss is not None and schedule.placement[-1] == pipe_rank else 0,
-        communication=_communication(stages, schedule, pipe_rank),
-    )
+    held = _held_of_one(stages, schedule, loss=loss, checkpointing=checkpointing)
+    # From an input gradient to its weight gradient linear layers keep their inputs and the gradients of their outputs:
+    # about as much as all layers keep without checkpointing.
+    kept = _held_of_one(stages, schedule, loss=loss, checkpointing=False) if checkpointing else held
+    more = [max(0, after - before) for after, before in zip(kept, held, strict=True)]
+    messages = plan_messages(schedule)
+    found = []
+    for rank in pipe_ranks:
+        own = [stages[stage] for stage in schedule.stages_of(rank)]
+        actions = schedule.ranks[rank]
+        if checkpointing:
+            activations = _peak_bytes(_count_halves(actions, len(stages)), [*held, *more])
+            activations += max(recomputation_bytes(stage.layers) for stage in own)
+        else:
+            activations = _peak_bytes(actions, held)
+        is_last = schedule.placement[-1] == rank
+        found.append(
+            replace(
+                _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer),
+                activations=activations,
+                # A gradient of what the loss keeps, and one of what it made that of.
+                logits=2 * loss.saved_bytes if loss is not None and is_last else 0,
+                communication=_communication(stages, messages, rank),
+            )
+        )
+    return found
 
 
 def recomputation_bytes(layers: Iterable[LayerCosts]) -> int:
@@ -211,20 +278,6 @@ def _group_sizes(shapes: Iterable[Shape]) -> list[int]:
     return [size for size in sizes if size] or [1]
 
 
-def _activations(
-    stages: Sequence[StageContents], schedule: Schedule, pipe_rank: int, *, loss: LayerCosts | None, checkpointing: bool
-) -> int:
-    held = _held_of_one(stages, schedule, loss=loss, checkpointing=checkpointing)
-    if not checkpointing:
-        return _peak_bytes(schedule, held, pipe_rank)
-    # From an input gradient to its weight gradient linear layers keep their inputs and the gradients of their outputs:
-    # about as much as all layers keep without checkpointing.
-    recomputed = _held_of_one(stages, schedule, loss=loss, checkpointing=False)
-    more = [max(0, after - before) for after, before in zip(recomputed, held, strict=True)]
-    peak = _peak_bytes(_count_halves(schedule), [*held, *more], pipe_rank)
-    return peak + max(recomputation_bytes(stages[stage].layers) for stage in schedule.stages_of(pipe_rank))
-
-
 def _held_of_one(
     stages: Sequence[StageContents], schedule: Schedule, *, loss: LayerCosts | None, checkpointing: bool
 ) -> list[int]:
@@ -250,46 +303,48 @@ def _keeps_anything(layer: LayerCosts) -> bool:
     return layer.saved_bytes > 0 or layer.keeps_input or layer.keeps_output
 
 
-def _peak_bytes(schedule: Schedule, held: Sequence[float], pipe_rank: int) -> int:
+def _peak_bytes(actions: Sequence[Action], held: Sequence[float]) -> int:
+    """Return what a rank holds at most that does these actions."""
     seconds = [0.0] * len(held)
     costs = Costs(seconds, seconds, seconds, activation_bytes=held)
-    return int(Timeline(schedule, spans=(), costs=costs).peak_bytes[pipe_rank])
+    return int(Timeline(Schedule("", 0, (tuple(actions),)), spans=(), costs=costs).peak_bytes[0])
 
 
-def _count_halves(schedule: Schedule) -> Schedule:
-    """Return the table with a second stage for each that splits its backwards, held from one half to the other."""
-    rows: list[tuple[Action, ...]] = []
-    for actions in schedule.ranks:
-        row: list[Action] = []
-        for action in actions:
-            second = action.stage + schedule.num_stages
-            if action.kind == "I":
-                row.append(Action(second, "F", action.micro_batch))
-            else:
-                row.append(action)
-                if action.kind == "W":
-                    row.append(Action(second, "W", action.micro_batch))
-        rows.append(tuple(row))
-    return replace(schedule, ranks=tuple(rows))
+def _count_halves(actions: Sequence[Action], num_stages: int) -> list[Action]:
+    """Return a rank's actions with a second stage for each that splits its backwards, held from half to half."""
+    row: list[Action] = []
+    for action in actions:
+        second = action.stage + num_stages
+        if action.kind == "I":
+            row.append(Action(second, "F", action.micro_batch))
+        else:
+            row.append(action)
+            if action.kind == "W":
+                row.append(Action(second, "W", action.micro_batch))
+    return row
 
 
 # As many receives as a channel asks for ahead of their use; see pipekit/engine/channels.py.
 _AHEAD = 2
 
 
-def _communication(stages: Sequence[StageContents], schedule: Schedule, pipe_rank: int) -> int:
+def _communication(
+    stages: Sequence[StageContents], messages: Mapping[tuple[int, int], Sequence[Action]], pipe_rank: int
+) -> int:
     def size(action: Action) -> int:
         # An activation is the input of the stage above; a gradient is that of its own stage's input.
         stage = action.stage + 1 if action.kind == "F" else action.stage
         return stages[stage].layers[0].input_bytes
 
     ahead, received, sent = 0, [0], [0]
-    for (source, target), messages in plan_messages(schedule).items():
-        gradients = [size(action) for action in messages if action.kind != "F"]
+    for (source, target), passed in messages.items():
+        if pipe_rank not in (source, target):
+            continue
+        gradients = [size(action) for action in passed if action.kind != "F"]
         if target == pipe_rank:
-            sizes = [size(action) for action in messages]
+            sizes = [size(action) for action in passed]
             ahead += max(sum(sizes[first : first + _AHEAD]) for first in range(len(sizes)))
             received += gradients
-        elif source == pipe_rank:
+        else:
             sent += gradients
     return ahead + max(received) + max(sent)

@@ -25,6 +25,7 @@ from pipekit.planner.memory import (
     Precision,
     StageContents,
     cut_stages,
+    memory_of_ranks,
     memory_of_stages,
     recomputation_bytes,
 )
@@ -94,18 +95,18 @@ def predicted(case: Case) -> list[tuple[MemoryParts, int]]:
     *layers, loss = measured_layers(case)
     boundaries = case.boundaries or partition_uniform(len(layers), schedule.num_stages)
     stages = cut_stages(layers, parameter_shapes(model_specs(case)), boundaries)
-    optimizer = OptimizerConfig(type=case.optimizer, momentum=0.9)  # type: ignore[arg-type]
-    precision: Precision = case.precision  # type: ignore[assignment]
-    return [
-        (
-            memory_of_stages(
-                stages, schedule, rank, loss=loss, precision=precision, zero=case.zero, dp=case.dp, optimizer=optimizer,
-                checkpointing=case.checkpointing,
-            ),
-            max(recomputation_bytes(stages[stage].layers) for stage in schedule.stages_of(rank)),
-        )
-        for rank in range(case.pp)
-    ]  # fmt: skip
+    held = memory_of_ranks(
+        stages,
+        schedule,
+        loss=loss,
+        precision=case.precision,  # type: ignore[arg-type]
+        zero=case.zero,
+        dp=case.dp,
+        optimizer=OptimizerConfig(type=case.optimizer, momentum=0.9),  # type: ignore[arg-type]
+        checkpointing=case.checkpointing,
+    )
+    recomputed = [recomputation_bytes(stage.layers) if case.checkpointing else 0 for stage in stages]
+    return [(parts, max(recomputed[stage] for stage in schedule.stages_of(rank))) for rank, parts in enumerate(held)]
 
 
 def num_micro_batches(case: Case) -> int:
@@ -249,8 +250,7 @@ def test_running_processes_hold_what_was_predicted(gloo: GlooWorkers, case: Case
         parts, recomputation = expected[found["pipe_rank"]]
         for name in STANDING:
             assert found[name] == getattr(parts, name), name
-        kept = parts.activations - (recomputation if case.checkpointing else 0)
-        assert found["activations"] == pytest.approx(kept, rel=0.02)
+        assert found["activations"] == pytest.approx(parts.activations - recomputation, rel=0.02)
 
 
 @pytest.mark.distributed
