@@ -107,6 +107,34 @@ def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     return _new(first, *shape)
 
 
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    if not first.dim():
+        return None
+    shapes = [list(tensor.shape) for tensor in tensors]
+    joined = sum(shape.pop(dim) if len(shape) == first.dim() else 0 for shape in shapes)
+    if any(shape != shapes[0] for shape in shapes) or any(
+        tensor.dtype != first.dtype or not tensor.is_contiguous() for tensor in tensors
+    ):
+        return None
+    return _new(first, *(joined if axis == dim % first.dim() else size for axis, size in enumerate(first.shape)))
+
+
+def _made(shape: Sequence[int], **kwargs: Any) -> Tensor | None:
+    """Return what `randn` and `rand` do."""
+    if kwargs.get("device") != torch.device("meta") or kwargs.get("layout") is not None:
+        return None
+    return torch.empty(shape, dtype=kwargs.get("dtype") or torch.get_default_dtype(), device="meta")
+
+
+def _masked_fill(x: Tensor, mask: Tensor, value: float) -> Tensor | None:
+    return _new(x, *x.shape) if _broadcast([tuple(x.shape), tuple(mask.shape)]) == tuple(x.shape) else None
+
+
+def _triangle(x: Tensor, diagonal: int = 0) -> Tensor:
+    return _like(x)
+
+
 def _slice_backward(grad: Tensor, shape: Sequence[int], *args: Any) -> Tensor:
     return _new(grad, *shape)
 
@@ -261,7 +289,14 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.ones_like.default: _filled_like,
     _aten.new_empty.default: _new_filled,
     _aten.new_zeros.default: _new_filled,
+    _aten.randn.default: _made,
+    _aten.rand.default: _made,
     _aten.clone.default: _clone,
+    _aten.cat.default: _cat,
+    _aten.tril.default: _triangle,
+    _aten.triu.default: _triangle,
+    _aten.masked_fill.Scalar: _masked_fill,
+    _aten.pow.Tensor_Scalar: _pointwise,
     _aten.stack.default: _stack,
     _aten.slice_backward.default: _slice_backward,
     _aten.mm.default: _mm,
@@ -274,6 +309,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.native_dropout.default: _dropout,
     _aten.native_dropout_backward.default: _dropout_backward,
     _aten.sum.dim_IntList: _sum,
+    _aten.mean.dim: _sum,
     _aten._to_copy.default: _convert,
     _aten._softmax.default: _softmax,
     _aten._log_softmax.default: _softmax,
