@@ -36,6 +36,41 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Changes, such as parallel.pp=4.", show_default=False),
+    ] = None,
+    devices: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Compare every layout over so many devices.", show_default=False),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What each rank computes on, such as h100; what is present if left out.", show_default=False),
+    ] = None,
+    device_file: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="YAML file with devices of your own.", show_default=False),
+    ] = None,
+    max_tp: Annotated[int, typer.Option(min=1, help="Largest tensor-parallel degree to compare.")] = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write a page that opens offline.", show_default=False),
+    ] = None,
+) -> None:
+    """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
+    from pipekit.launch.plan import PlanOptions
+    from pipekit.launch.plan import plan as run
+
+    options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure, as_json, html)
+    run(config, overrides or [], options)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,11 @@ from pipekit.config import BatchPlan, Config, plan_batch, resolve_layout
 from pipekit.errors import ConfigError
 from pipekit.layout import Layout
 from pipekit.parameters import count_layer_parameters, count_parameters
-from pipekit.partitioners import LayerFacts, partition
+from pipekit.partitioners import partition
+from pipekit.planner.facts import layer_facts
+from pipekit.planner.model import ExampleBuilder, Measuring, describe_model
+from pipekit.planner.prediction import Choice, PlannedModel
+from pipekit.planner.profiling import ProgressCallback
 from pipekit.schedules import Schedule, plan_schedule
 from pipekit.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 
@@ -37,6 +42,8 @@ class Plan:
         num_parameters: trainable parameters of the model, tied ones once.
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
         schedule: the pipeline's table; under `auto` the one for equal costs, with which a run begins.
+        model: what predictions need of the model.
+        choice: the layout, as predictions take it.
     """
 
     config: Config
@@ -49,6 +56,8 @@ class Plan:
     num_parameters: int
     boundaries: Sequence[int]
     schedule: Schedule
+    model: PlannedModel
+    choice: Choice
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -61,7 +70,18 @@ class Plan:
         return [range(start, end) for start, end in pairwise(self.boundaries)]
 
 
-def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | None, num_devices: int | None) -> Plan:
+def plan_run(
+    config: Config,
+    specs: Sequence[LayerSpec],
+    *,
+    world_size: int | None,
+    num_devices: int | None,
+    example: ExampleBuilder = lambda size: None,
+    measure: bool = True,
+    num_threads: int | None = None,
+    on_progress: ProgressCallback | None = None,
+    memory_bytes: int | None = None,
+) -> Plan:
     """Decide everything that can be decided without a process group.
 
     Args:
@@ -69,6 +89,12 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
         specs: the model.
         world_size: the number of processes, where a launcher has already started them.
         num_devices: the number of GPUs present; None where there are none.
+        example: returns a micro-batch of so many sequences; asked for by partitions by cost alone.
+        measure: whether layers may be timed; if not, `profile` cuts by operations.
+        num_threads: CPU threads of a process of the run, with which layers are timed.
+        on_progress: called with what is being timed.
+        memory_bytes: what a rank may hold under `partition: memory`, where the configuration does not say; what the
+            devices present have, unless given.
 
     Raises:
         PipekitError: if something does not fit; it says what to type instead.
@@ -87,16 +113,38 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
         max_in_flight=parallel.max_in_flight,
     )
     layer_parameters = count_layer_parameters(specs)
+    precision = plan_precision(config, device)
+    measuring = None
+    if measure and parallel.partition == "profile":
+        measuring = Measuring(device, num_threads, on_progress)
+    model = describe_model(config, specs, example, precision=precision, measuring=measuring)
+    choice = Choice(
+        layout,
+        zero=parallel.zero,
+        schedule=parallel.schedule,
+        stages_per_rank=schedule.num_stages // layout.pp,
+        micro_batch_size=batch.micro_batch_size,
+        num_micro_batches=batch.num_micro_batches,
+        checkpointing=config.train.activation_checkpointing,
+        max_in_flight=parallel.max_in_flight,
+    )
     boundaries = partition(
         parallel.partition,
-        LayerFacts([spec.type_name for spec in specs], lambda: layer_parameters, layer_names=names),
+        layer_facts(
+            model,
+            choice,
+            schedule,
+            type_names=[spec.type_name for spec in specs],
+            parameters=layer_parameters,
+            limit_bytes=lambda: memory_bytes or plan_memory(config, device, layout.world_size),
+        ),
         schedule.num_stages,
         boundaries=parallel.boundaries,
     )
     return Plan(
         config=config,
         device=device,
-        precision=plan_precision(config, device),
+        precision=precision,
         layout=layout,
         batch=batch,
         layer_names=names,
@@ -104,6 +152,8 @@ def plan_run(config: Config, specs: Sequence[LayerSpec], *, world_size: int | No
         num_parameters=count_parameters(specs),
         boundaries=boundaries,
         schedule=schedule,
+        model=model,
+        choice=choice,
     )
 
 
@@ -156,6 +206,15 @@ def plan_precision(config: Config, device: Device) -> Precision:
             "fp32"
         )
     return precision
+
+
+def plan_memory(config: Config, device: Device, num_local_ranks: int) -> int:
+    """Return the bytes that a rank may hold: what is configured, the GPU's memory, or its share of the machine's."""
+    if config.parallel.memory_limit_gb is not None:
+        return int(config.parallel.memory_limit_gb * 1e9)
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_local_ranks
 
 
 def _cpu_has_fp16() -> bool:

@@ -35,6 +35,9 @@ FLOORS: dict[str, int] = {
     "pipekit.nested": 1,
     "pipekit.planner.observe": 1,
     "pipekit.planner.describe": 1,
+    "pipekit.planner.example": 1,
+    "pipekit.planner.model": 1,
+    "pipekit.planner.show": 2,
     "pipekit.planner.fingerprint": 1,
     "pipekit.planner.layer_timing": 1,
     "pipekit.planner.profile_cache": 1,
@@ -76,8 +79,9 @@ LIBRARIES: dict[int, set[str]] = {
 # Drawing pictures is pure, and loads its library only when it draws.
 MAY_ALSO_IMPORT = {"pipekit.schedules.draw": {"matplotlib"}}
 
-# The tokenizers library is told in no other way that a later fork is safe.
-MAY_READ_ENVIRONMENT = {"pipekit.data.tokenizer"}
+# The tokenizers library is told in no other way that a later fork is safe; and the user's settings of the C library go
+# before ours.
+MAY_READ_ENVIRONMENT = {"pipekit.data.tokenizer", "pipekit.engine.host_memory"}
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class _Draft:
             below = node.get(part)
             if key[:depth] == ("model",) and isinstance(below, str):
                 below = {"builder": below}
+            if key[:depth] == ("parallel",) and below == "auto":
+                below = {"auto": True}
             if not isinstance(below, dict):
                 below = {}
                 self.places[key[:depth]] = place
@@ -252,6 +254,7 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
         draft.add(shape)
         return None
     values = {"builder": values} if isinstance(values, str) and name == "model" else values
+    values = {"auto": True} if values == "auto" and name == "parallel" else values
     values = {} if values is None else values
     if not isinstance(values, dict):
         draft.add(mapping_fault(name, values, _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"))

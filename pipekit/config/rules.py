@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pipekit.config.base import Fault, alternatives, rule_fault
+from pipekit.config.base import Fault, alternatives, rule_fault, show
 from pipekit.config.deepspeed_keys import check_deepspeed_keys
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
@@ -118,6 +118,20 @@ def _num_stages(parallel: ParallelConfig) -> int | None:
         return parallel.num_stages
     except ConfigError:  # Another rule says what is wrong with the file.
         return None
+
+
+def auto_chooses_alone(parallel: ParallelConfig) -> Iterator[Fault]:
+    """What `parallel: auto` chooses is not given beside it."""
+    chosen = ("pp", "tp", "dp", "zero", "partition", "boundaries", "schedule", "stages_per_rank", "max_in_flight")
+    fields = type(parallel).model_fields
+    for key in chosen:
+        value = getattr(parallel, key)
+        if parallel.auto and value != fields[key].default:
+            yield rule_fault(
+                f"parallel.{key} parallel.auto",
+                f"parallel.{key}={show(value)} does not go with parallel.auto=true, which chooses it; remove one of "
+                "them",
+            )
 
 
 def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
@@ -239,6 +253,7 @@ def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]
 RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train"), sequence_fits_positions),
     (("parallel",), degrees_are_available),
+    (("parallel",), auto_chooses_alone),
     (("model", "parallel"), stages_have_layers),
     (("model", "parallel"), boundaries_cover_the_model),
     (("parallel", "train"), schedule_fits),

@@ -52,6 +52,10 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     """How the ranks are laid out: `pp * dp * tp` is the number of processes."""
 
+    auto: bool = False
+    """Whether to take the best plan for the devices present: `parallel: auto` for short. It chooses `pp`, `dp`, `zero`,
+    `schedule`, `stages_per_rank` and `partition`, `train.micro_batch_size` and `train.activation_checkpointing`."""
+
     pp: PositiveInt = Field(default=1, examples=[2])
     """Pipeline-parallel degree: the number of ranks that a model is spread over."""
 
@@ -81,6 +85,10 @@ class ParallelConfig(Section):
     `boundaries[i+1]`; it starts with 0, ends with the number of layers, and has one more entry than there are stages.
     Or a layout in letters: `E` is what is before the first block, `t` a block, `h` one layer of a block, `L` what is
     behind the last block, and `|` ends a stage; `*3` repeats what is before it, a letter or a group in parentheses."""
+
+    memory_limit_gb: PositiveFloat | None = Field(default=None, examples=[80.0])
+    """For `partition: memory`: what a rank may hold, in 10^9 bytes; null is the memory of its GPU, or on a CPU its
+    share of the machine's."""
 
     schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
     """Which rank does what when: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first

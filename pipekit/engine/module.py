@@ -102,7 +102,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.stages_per_rank = stages_per_rank
         if mpu is None:
             mpu = build_unit(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
-        self.boundaries = list(boundaries or self._cut(partition_method, mpu.num_stages))
+        self.boundaries = list(boundaries or self._cut(partition_method, mpu.placement))
         self.stages = mpu.stages
         self._present_to_deepspeed(mpu)
         self._build_stages()
@@ -113,11 +113,14 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.to(get_accelerator().current_device_name() if device is None else device)
         self.tied_comms = self._build_tied_groups(mpu)
 
-    def _cut(self, method: str, num_stages: int) -> list[int]:
+    def _cut(self, method: str, placement: Sequence[int]) -> list[int]:
         facts = LayerFacts(
-            [spec.type_name for spec in self.layer_specs], lambda: count_layer_parameters(self.layer_specs)
+            [spec.type_name for spec in self.layer_specs],
+            lambda: count_layer_parameters(self.layer_specs),
+            layer_names=layer_names(self.layer_specs),
+            placement=placement,
         )
-        return partition(method, facts, num_stages)
+        return partition(method, facts, len(placement))
 
     def _present_to_deepspeed(self, mpu: ModelParallelUnit) -> None:
         """Set the attributes that DeepSpeed's engine reads from its own module."""

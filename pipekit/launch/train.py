@@ -39,8 +39,11 @@ def start(config: Config) -> None:
     from pipekit.training.run_folder import RunFolder, find_start
 
     num_devices = None if config.run.device == "cpu" else num_accelerators(os.environ)
-    layout = resolve_layout(config, num_devices=num_devices)
-    plan_batch(config, layout.dp)
+    num_threads = None
+    if not config.parallel.auto:
+        layout = resolve_layout(config, num_devices=num_devices)
+        plan_batch(config, layout.dp)
+        num_threads = threads_per_process(config.run.threads_per_process, layout.world_size, num_usable_cpus())
     checkpoint = find_start(config)
     step = _step_of(checkpoint)
     from pipekit.training.console import make_console, show_plan
@@ -55,7 +58,14 @@ def start(config: Config) -> None:
     from pipekit.training.planning import plan_trial, resumable
     from pipekit.training.run_folder import write_config
 
-    plan = plan_trial(config, world_size=None, num_devices=num_devices, on_progress=_Progress(console))
+    plan = plan_trial(
+        config,
+        world_size=None,
+        num_devices=num_devices,
+        on_progress=_Progress(console),
+        num_threads=num_threads,
+        num_cpus=num_usable_cpus(),
+    )
     show_plan(plan, console, start_step=step)
     folder = RunFolder(Path(config.run.dir))
     write_config(folder, resumable(plan.config))

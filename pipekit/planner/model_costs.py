@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipekit.planner.layer_costs import LayerCosts
@@ -19,3 +20,17 @@ class ModelCosts:
 
     layers: list[LayerCosts]
     loss: LayerCosts | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether everything was timed."""
+        everything = [*self.layers, *([] if self.loss is None else [self.loss])]
+        return all(layer.seconds is not None for layer in everything)
+
+
+def stage_extras(costs: ModelCosts, num_stages: int, cost: Callable[[LayerCosts], float]) -> list[float]:
+    """Return what each stage costs beside its layers: the last one the loss."""
+    extras = [0.0] * num_stages
+    if costs.loss is not None:
+        extras[-1] = cost(costs.loss)
+    return extras

@@ -14,6 +14,7 @@ from pipekit.data.loader import MapDataset
 from pipekit.data.prepare import PreparedData, prepare_data
 from pipekit.errors import ConfigError
 from pipekit.models import build_layers, language_model_loss
+from pipekit.planner.example import Example, language_model_example
 from pipekit.specs import LayerSpec
 from pipekit.training.trial import ProgressCallback, Trial
 
@@ -40,6 +41,10 @@ class LanguageModelTrial(Trial):
     @classmethod
     def build_layers(cls, config: Config) -> list[LayerSpec]:
         return build_layers(config)
+
+    @classmethod
+    def example(cls, config: Config, micro_batch_size: int) -> Example:
+        return language_model_example(micro_batch_size, config.train.sequence_length)
 
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         if outputs.shape[-1] < self.data.vocab_size:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pipekit.config import Config
 from pipekit.engine.distributed import join_processes, leave_processes, raise_together
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.errors import ConfigError
+from pipekit.plan import Plan
 from pipekit.schedules import write_csv
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
@@ -52,9 +55,14 @@ def run_rank(
     with chatter_to(folder.logs / f"rank-{rank}.log") as terminal:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         warnings.simplefilter("default")
-        plan = plan_trial(config, world_size=world_size, num_devices=num_devices)
+        # Layers are timed once, and all ranks take the stages that follow.
+        plan = plan_trial(
+            config, world_size=world_size, num_devices=num_devices, measure=rank == 0, num_threads=num_threads
+        )
         start = find_start(config)
         device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
+        if config.parallel.partition == "profile":
+            plan = replace(plan, boundaries=_boundaries_of_first_rank(plan))
         context = TrialContext(
             plan,
             ModelParallelUnit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s),
@@ -82,6 +90,12 @@ def run_rank(
         with contextlib.suppress(RuntimeError):
             leave_processes()
         return result
+
+
+def _boundaries_of_first_rank(plan: Plan) -> list[int]:
+    told = [list(plan.boundaries)]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _build_callbacks(config: Config) -> list[Callback]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipekit.config import Config
 from pipekit.data.loader import MapDataset
+from pipekit.planner.example import Example
 from pipekit.specs import LayerSpec
 from pipekit.training.callbacks import Callback
 from pipekit.training.context import TrialContext
@@ -50,6 +51,14 @@ class Trial:
     def build_layers(cls, config: Config) -> list[LayerSpec]:
         """Return the model."""
         raise NotImplementedError(f"{cls.__name__}.build_layers must return the model's list of LayerSpec")
+
+    @classmethod
+    def example(cls, config: Config, micro_batch_size: int) -> Example | None:
+        """Return what the model is given for one micro-batch, by which its layers' costs are told before a run.
+
+        Only `pipekit plan` and partitions by `flops`, `profile` and `memory` ask for it.
+        """
+        return None
 
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         """Return the scalar loss of the last layer's outputs, on the last stage."""

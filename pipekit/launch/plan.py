@@ -1,0 +1,118 @@
+"""`pipekit plan`: what a run will take, without starting it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipekit.config import Config, GPTConfig, load_config
+from pipekit.errors import ConfigError
+from pipekit.launch.resources import num_accelerators, num_usable_cpus, threads_per_process
+from pipekit.planner.devices import Device, find_device
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How to plan.
+
+    Attributes:
+        num_devices: devices whose layouts are compared; None takes the configuration's layout.
+        device: name of what each rank computes on; what is present unless given.
+        device_files: YAML files with devices of one's own.
+        max_tp: largest tensor-parallel degree to compare.
+        measure: whether layers are timed on this machine.
+        as_json: whether to print JSON in place of tables.
+        html: file to write a page to.
+    """
+
+    num_devices: int | None = None
+    device: str | None = None
+    device_files: Sequence[Path] = ()
+    max_tp: int = 1
+    measure: bool = False
+    as_json: bool = False
+    html: Path | None = None
+
+
+def plan(path: str | Path, overrides: Sequence[str], options: PlanOptions) -> None:
+    """Print what a run of the configuration at `path` will take.
+
+    Raises:
+        PipekitError: if the configuration is wrong, or nothing fits.
+    """
+    report = plan_report(load_config(path, overrides), options)
+    if options.html is not None:
+        from pipekit.planner.html import render_html
+
+        options.html.write_text(render_html(report), encoding="utf-8")
+    if options.as_json:
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+        return
+    from pipekit.planner.show import show_report
+    from pipekit.training.console import make_console
+
+    show_report(report, make_console())
+    if options.html is not None:
+        sys.stdout.write(f"{options.html} has it as a page\n")
+
+
+def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
+    """Return what a run will take as plain data.
+
+    Raises:
+        PipekitError: if nothing fits.
+    """
+    from pipekit.plan import plan_run
+    from pipekit.planner.prediction import predict
+    from pipekit.planner.report import report
+    from pipekit.training.planning import best_layout, plan_specs, search
+
+    present = None if config.run.device == "cpu" else num_accelerators(os.environ)
+    device = _device(options, present)
+    is_gpu = device.name != "cpu"
+    if options.measure:
+        if options.device is not None:
+            raise ConfigError(f"--measure times layers on this machine, not on --device {options.device}; drop one")
+        config = config.updated({"parallel.partition": "profile"})
+    config, specs, trial = plan_specs(config, prepare=_needs_data(config))
+    found = None
+    if options.num_devices is not None or config.parallel.auto:
+        number = options.num_devices or present or num_usable_cpus()
+        found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
+        best = best_layout(found, number, device)
+        return report(best, device, found.model.layer_names, found.result)
+    parallel = config.parallel
+    number = parallel.pp * parallel.tp * (1 if parallel.dp == "auto" else parallel.dp)
+    made = plan_run(
+        config,
+        specs,
+        world_size=None,
+        num_devices=number if is_gpu else None,
+        example=partial(trial.example, config),
+        measure=not is_gpu or present is not None,
+        num_threads=threads_per_process(config.run.threads_per_process, number, num_usable_cpus()),
+        memory_bytes=device.memory_bytes,
+    )
+    prediction = predict(made.model, made.choice, device, boundaries=made.boundaries)
+    return report(prediction, device, made.layer_names)
+
+
+def _device(options: PlanOptions, present: int | None) -> Device:
+    if options.device is not None:
+        return find_device(options.device, options.device_files)
+    if present:
+        import torch
+
+        return find_device(torch.cuda.get_device_name(0), options.device_files)
+    return find_device("cpu", options.device_files)
+
+
+def _needs_data(config: Config) -> bool:
+    """Return whether the model's sizes follow from its data."""
+    return not (isinstance(config.model, GPTConfig) and config.model.vocab_size != "auto")

@@ -1,0 +1,117 @@
+"""What the partitioners are told of a planned model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import ceil
+
+from pipekit.partitioners import LayerFacts, MemoryLimit
+from pipekit.planner.layer_costs import LayerCosts, layer_flops, layer_seconds
+from pipekit.planner.memory import Precision
+from pipekit.planner.model_costs import ModelCosts, stage_extras
+from pipekit.planner.prediction import Choice, PlannedModel
+from pipekit.planner.rough import bytes_of_parameter
+from pipekit.schedules import Schedule
+
+
+def layer_facts(
+    model: PlannedModel,
+    choice: Choice,
+    schedule: Schedule,
+    *,
+    type_names: Sequence[str],
+    parameters: Sequence[int],
+    limit_bytes: Callable[[], int],
+) -> LayerFacts:
+    """Return what the partitioners may know; what the layers cost is found out when one asks.
+
+    Args:
+        model: the model; where it measures, seconds are known.
+        choice: the layout.
+        schedule: the table of a step.
+        type_names: class name of each layer.
+        parameters: trainable parameters of each layer; a tied layer's wherever it occurs.
+        limit_bytes: returns what a rank may hold.
+    """
+
+    def costs() -> ModelCosts:
+        return model.costs_of(choice.micro_batch_size)
+
+    def seconds_of(costs: ModelCosts) -> Callable[[LayerCosts], float]:
+        # Ranks that do not measure plan by operations, and are then told the stages.
+        return layer_seconds if costs.is_measured else layer_flops
+
+    def extras(method: str) -> list[float] | None:
+        if method not in ("flops", "profile"):
+            return None
+        cost = layer_flops if method == "flops" else seconds_of(costs())
+        return stage_extras(costs(), schedule.num_stages, cost)
+
+    return LayerFacts(
+        type_names,
+        lambda: parameters,
+        count_flops=lambda: list(map(layer_flops, costs().layers)),
+        measure_seconds=(lambda: list(map(seconds_of(costs()), costs().layers))) if model.is_timed else None,
+        stage_extras=extras,
+        memory_limit=lambda: memory_limit(
+            costs(),
+            schedule,
+            precision=model.precision,
+            zero=choice.zero,
+            dp=choice.layout.dp,
+            checkpointing=choice.checkpointing,
+            limit_bytes=limit_bytes(),
+        ),
+        layer_names=model.layer_names,
+        placement=schedule.placement,
+    )
+
+
+def memory_limit(
+    costs: ModelCosts,
+    schedule: Schedule,
+    *,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    checkpointing: bool,
+    limit_bytes: int,
+) -> MemoryLimit:
+    """Return what layers and stages hold, at most rather than exactly, and how much a rank may.
+
+    Args:
+        costs: of the model's layers for one micro-batch.
+        schedule: the table of a step.
+        precision: of weights and activations.
+        zero: ZeRO stage.
+        dp: replicas.
+        checkpointing: whether only the inputs of layers are kept.
+        limit_bytes: the most that a rank may hold.
+    """
+    per_parameter = bytes_of_parameter(precision, zero, dp)
+    in_flight = _peak_of_stages(schedule)
+    largest_input = max(layer.input_bytes for layer in costs.layers)
+    extras = [number * largest_input for number in in_flight]
+    if costs.loss is not None:
+        extras[-1] += (in_flight[-1] + 2) * costs.loss.saved_bytes
+    return MemoryLimit(
+        state_bytes=[ceil(per_parameter * layer.parameters) for layer in costs.layers],
+        activation_bytes=[
+            layer.input_bytes if checkpointing else layer.output_bytes + layer.saved_bytes for layer in costs.layers
+        ],
+        in_flight=in_flight,
+        extra_bytes=extras,
+        limit_bytes=limit_bytes,
+    )
+
+
+def _peak_of_stages(schedule: Schedule) -> list[int]:
+    """Return of how many micro-batches each stage holds activations at most."""
+    peaks = [0] * schedule.num_stages
+    for actions in schedule.ranks:
+        held: Counter[int] = Counter()
+        for action in actions:
+            held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            peaks[action.stage] = max(peaks[action.stage], held[action.stage])
+    return peaks

@@ -1,0 +1,83 @@
+"""What a layer costs for one micro-batch, and what a stage of layers holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What one layer costs for one micro-batch.
+
+    Attributes:
+        parameters: trainable ones; a tied layer's wherever it occurs.
+        forward_flops: floating-point operations of the forward; a multiplication and an addition are two.
+        input_gradient_flops: of the gradient of its input.
+        weight_gradient_flops: of the gradients of its parameters.
+        input_bytes: what enters.
+        output_bytes: what it passes on.
+        saved_bytes: what its backward keeps beside its input and its output.
+        keeps_input: whether its backward keeps its input.
+        keeps_output: whether its backward keeps its output.
+        forward_s: measured seconds of the forward; None where nothing was measured, as are the next two.
+        input_gradient_s: of the gradient of its input.
+        weight_gradient_s: of the gradients of its parameters.
+    """
+
+    parameters: int
+    forward_flops: int
+    input_gradient_flops: int
+    weight_gradient_flops: int
+    input_bytes: int
+    output_bytes: int
+    saved_bytes: int
+    keeps_input: bool
+    keeps_output: bool
+    forward_s: float | None = None
+    input_gradient_s: float | None = None
+    weight_gradient_s: float | None = None
+
+    @property
+    def flops(self) -> int:
+        """Operations of the forward and the backward."""
+        return self.forward_flops + self.input_gradient_flops + self.weight_gradient_flops
+
+    @property
+    def seconds(self) -> float | None:
+        """Measured seconds of the forward and the backward; None where nothing was measured."""
+        if self.forward_s is None or self.input_gradient_s is None or self.weight_gradient_s is None:
+            return None
+        return self.forward_s + self.input_gradient_s + self.weight_gradient_s
+
+
+def layer_flops(layer: LayerCosts) -> float:
+    """Return a layer's operations, forward and backward."""
+    return layer.flops
+
+
+def layer_seconds(layer: LayerCosts) -> float:
+    """Return a measured layer's seconds, forward and backward."""
+    assert layer.seconds is not None, "the layer was not measured"
+    return layer.seconds
+
+
+def stage_activation_bytes(layers: Sequence[LayerCosts], *, checkpointing: bool) -> int:
+    """Return what a stage holds of one micro-batch from its forward to its backward.
+
+    These are what the stage was passed, what it passes on, and between them what the layers' backwards keep: each
+    tensor once, though one layer keeps it as its output and the next as its input. Under activation checkpointing a
+    layer keeps its input alone.
+
+    Example:
+        >>> linear = LayerCosts(20, 40, 40, 40, input_bytes=16, output_bytes=20, saved_bytes=0, keeps_input=True,
+        ...     keeps_output=False)
+        >>> stage_activation_bytes([linear, linear], checkpointing=False)
+        56
+    """
+    held = layers[0].input_bytes + layers[-1].output_bytes
+    for layer, following in pairwise(layers):
+        if checkpointing or layer.keeps_output or following.keeps_input:
+            held += layer.output_bytes
+    return held if checkpointing else held + sum(layer.saved_bytes for layer in layers)

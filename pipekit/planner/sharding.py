@@ -1,0 +1,42 @@
+"""What a tensor-parallel rank has of a layer: its share of every matrix, and of every activation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pipekit.planner.layer_costs import LayerCosts
+
+Shape = tuple[int, ...]
+
+
+def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:
+    """Return what one of `tp` ranks computes and holds of each layer: as many parts of everything.
+
+    The norms and dropouts are cut along the sequence, so that every activation is held once in all.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
+    """
+    if tp == 1:
+        return list(layers)
+    made: dict[LayerCosts, LayerCosts] = {}
+    return [made.setdefault(layer, _shard(layer, tp)) for layer in layers]
+
+
+def _shard(layer: LayerCosts, tp: int) -> LayerCosts:
+    names = ("parameters", "forward_flops", "input_gradient_flops", "weight_gradient_flops")
+    names += ("input_bytes", "output_bytes", "saved_bytes")
+    return replace(layer, **{name: -(-getattr(layer, name) // tp) for name in names})
+
+
+def shard_shapes(shapes: Sequence[Mapping[str, Shape]], tp: int) -> list[dict[str, Shape]]:
+    """Return the shapes that one of `tp` ranks has of each layer's parameters: matrices are cut, vectors are not.
+
+    Example:
+        >>> shard_shapes([{"weight": (8, 4), "bias": (8,)}], tp=2)
+        [{'weight': (4, 4), 'bias': (8,)}]
+    """
+    return [
+        {name: (-(-shape[0] // tp), *shape[1:]) if len(shape) > 1 else shape for name, shape in layer.items()}
+        for layer in shapes
+    ]

@@ -1,0 +1,215 @@
+"""How long a step takes: what each stage computes, what ranks send each other, and the simulated schedule of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pipekit.layout import Layout
+from pipekit.planner.devices import Device, Link, Precision
+from pipekit.planner.layer_costs import LayerCosts
+from pipekit.schedules import Costs, Schedule, Timeline, simulate
+
+BYTES_OF: dict[str, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
+"""Of a weight or an activation."""
+
+_REDUCED_BYTES = {"fp32": 4, "tf32": 4, "bf16": 4, "fp16": 2}
+"""Of a gradient on its way: in bf16 gradients accumulate in fp32."""
+
+# What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
+# written, and the weight itself written in its own format.
+_UPDATE_BYTES = 28
+
+
+def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
+    """Return the seconds of an all-reduce over a ring: every byte passes each link twice, but for a part of `size`.
+
+    Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+
+    Example:
+        >>> all_reduce_s(800, 4, Link(bandwidth=100.0, latency_s=0.0))
+        12.0
+    """
+    if size == 1:
+        return 0.0
+    return 2 * (size - 1) * (link.latency_s + num_bytes / size / link.bandwidth)
+
+
+def all_gather_s(num_bytes: float, size: int, link: Link) -> float:
+    """Return the seconds of an all-gather of `num_bytes` in all over a ring."""
+    return all_reduce_s(num_bytes, size, link) / 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices of a run, and who stands where.
+
+    Attributes:
+        device: what each rank computes on.
+        layout: the grid of ranks; nodes are filled in the order of ranks.
+    """
+
+    device: Device
+    layout: Layout
+
+    @property
+    def tensor_link(self) -> Link:
+        """What joins tensor-parallel peers."""
+        return self._link(self.layout.tp)
+
+    @property
+    def data_link(self) -> Link:
+        """What joins the replicas of a stage."""
+        return self._link(self.layout.tp * self.layout.dp)
+
+    @property
+    def pipe_link(self) -> Link:
+        """What joins neighbouring pipeline ranks, in the slowest place."""
+        return self._link(self.layout.tp * self.layout.dp + 1 if self.layout.pp > 1 else 1)
+
+    def _link(self, span: int) -> Link:
+        """Return the link within a group that `span` neighbouring ranks hold."""
+        return self.device.intra_node if span <= self.device.devices_per_node else self.device.inter_node
+
+
+def stage_costs(
+    layers: Sequence[LayerCosts],
+    boundaries: Sequence[int],
+    cluster: Cluster,
+    *,
+    precision: Precision,
+    checkpointing: bool,
+    loss: LayerCosts | None = None,
+    overhead_s: float = 0.0,
+) -> Costs:
+    """Return what the actions of each stage take.
+
+    What was measured is taken as it is; anything else takes its operations over what the device reaches in large
+    matmuls. Of tensor-parallel layers each rank does its share, with an all-reduce of what each passes on in the
+    forward, and of its input's gradient in the backward.
+
+    Args:
+        layers: of the whole model, for one micro-batch.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        cluster: devices and layout.
+        precision: of weights and activations.
+        checkpointing: whether each backward first repeats the forward.
+        loss: what the last stage does behind its layers.
+        overhead_s: what a rank spends on an action beside computing it.
+    """
+    tp = cluster.layout.tp
+    flops_per_s = cluster.device.matmul_flops(precision) * tp
+    forward_s, input_gradient_s, weight_gradient_s = [], [], []
+    for start, end in pairwise(boundaries):
+        stage = list(layers[start:end])
+        if loss is not None and end == len(layers):
+            stage.append(loss)
+        messages_s = sum(
+            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, cluster.tensor_link)
+            for layer in stage
+            if layer.forward_flops
+        )
+        forward = messages_s + sum(_seconds(layer.forward_s, layer.forward_flops, flops_per_s) for layer in stage)
+        inputs = messages_s + sum(
+            _seconds(layer.input_gradient_s, layer.input_gradient_flops, flops_per_s) for layer in stage
+        )
+        weights = sum(_seconds(layer.weight_gradient_s, layer.weight_gradient_flops, flops_per_s) for layer in stage)
+        forward_s.append(forward)
+        input_gradient_s.append(inputs + (forward if checkpointing else 0.0))
+        weight_gradient_s.append(weights)
+    passed_on = [layers[boundary - 1].output_bytes for boundary in boundaries[1:-1]]
+    return Costs(
+        forward_s,
+        input_gradient_s,
+        weight_gradient_s,
+        transfer_s=cluster.pipe_link.transfer_s(max(passed_on, default=0) / tp) if passed_on else 0.0,
+        overhead_s=overhead_s,
+    )
+
+
+def _seconds(measured_s: float | None, flops: int, flops_per_s: float) -> float:
+    return flops / flops_per_s if measured_s is None else measured_s
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """How long a step takes, and what of it.
+
+    Attributes:
+        timeline: of the schedule, simulated; of as many micro-batches as were simulated.
+        compute_s: seconds from the first action to the last.
+        reduction_s: seconds for which the step then still waits for the data-parallel reduction.
+        update_s: seconds of the optimizer's update, with the gathering of the updated weights.
+        busy_s: for each rank what its actions take.
+    """
+
+    timeline: Timeline
+    compute_s: float
+    reduction_s: float
+    update_s: float
+    busy_s: tuple[float, ...]
+
+    @property
+    def step_time_s(self) -> float:
+        """Seconds of the whole step."""
+        return self.compute_s + self.reduction_s + self.update_s
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The share of the ranks' time between the first action and the last in which they compute nothing."""
+        return 1 - sum(self.busy_s) / (len(self.busy_s) * self.compute_s) if self.compute_s else 0.0
+
+
+def step_times(
+    schedule: Schedule,
+    num_micro_batches: int,
+    costs: Costs,
+    cluster: Cluster,
+    *,
+    stage_parameters: Sequence[int],
+    precision: Precision,
+    zero: int,
+) -> StepTimes:
+    """Return how long a step takes.
+
+    The reduction of a stage's gradients begins when its last one is there, one stage after another on each rank.
+
+    Args:
+        schedule: the table; of a step with many micro-batches it may be that of fewer, four for each pipeline rank or
+            more, beyond which a step grows by the time of its busiest rank.
+        num_micro_batches: micro-batches of the step.
+        costs: of the stages.
+        cluster: devices and layout.
+        stage_parameters: of each stage, on one tensor-parallel rank.
+        precision: of weights and activations.
+        zero: ZeRO stage.
+    """
+    timeline = simulate(schedule, costs)
+    more = num_micro_batches - schedule.num_micro_batches
+    busy = [sum(span.end_s - span.start_s for span in spans) for spans in timeline.spans]
+    per_micro_batch = [seconds / schedule.num_micro_batches for seconds in busy]
+    longer_s = more * max(per_micro_batch)
+    dp, link = cluster.layout.dp, cluster.data_link
+    done_s = 0.0
+    update_s = 0.0
+    for rank, spans in enumerate(timeline.spans):
+        last_s = {span.action.stage: span.end_s for span in spans}
+        free_s = 0.0
+        for stage, end_s in sorted(last_s.items(), key=lambda item: item[1]):
+            gradient_bytes = stage_parameters[stage] * _REDUCED_BYTES[precision]
+            free_s = max(free_s, end_s) + all_reduce_s(gradient_bytes, dp, link)
+        done_s = max(done_s, free_s)
+        parameters = sum(stage_parameters[stage] for stage in schedule.stages_of(rank))
+        # In 16 bits the optimizer's states are always shared out.
+        shares = zero > 0 or precision in ("bf16", "fp16")
+        moved_bytes = parameters * (_UPDATE_BYTES + BYTES_OF[precision]) / (dp if shares else 1)
+        gathered_s = all_gather_s(parameters * BYTES_OF[precision], dp, link) if shares else 0.0
+        update_s = max(update_s, moved_bytes / cluster.device.memory_bandwidth + gathered_s)
+    return StepTimes(
+        timeline=timeline,
+        compute_s=timeline.step_time_s + longer_s,
+        reduction_s=max(0.0, done_s - timeline.step_time_s),
+        update_s=update_s,
+        busy_s=tuple(seconds + more * one for seconds, one in zip(busy, per_micro_batch, strict=True)),
+    )
