@@ -15,7 +15,7 @@ from pipekit.config import BatchPlan, Config, plan_batch, resolve_layout
 from pipekit.errors import ConfigError
 from pipekit.layout import Layout
 from pipekit.parameters import count_layer_parameters, count_parameters
-from pipekit.partitioners import partition
+from pipekit.partitioners import LayerFacts, partition
 from pipekit.planner.facts import layer_facts
 from pipekit.planner.model import ExampleBuilder, Measuring, describe_model
 from pipekit.planner.prediction import Choice, PlannedModel
@@ -44,6 +44,7 @@ class Plan:
         schedule: the pipeline's table; under `auto` the one for equal costs, with which a run begins.
         model: what predictions need of the model.
         choice: the layout, as predictions take it.
+        facts: the layers, as partitioners take them.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class Plan:
     schedule: Schedule
     model: PlannedModel
     choice: Choice
+    facts: LayerFacts
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -128,19 +130,15 @@ def plan_run(
         checkpointing=config.train.activation_checkpointing,
         max_in_flight=parallel.max_in_flight,
     )
-    boundaries = partition(
-        parallel.partition,
-        layer_facts(
-            model,
-            choice,
-            schedule,
-            type_names=[spec.type_name for spec in specs],
-            parameters=layer_parameters,
-            limit_bytes=lambda: memory_bytes or plan_memory(config, device, layout.world_size),
-        ),
-        schedule.num_stages,
-        boundaries=parallel.boundaries,
+    facts = layer_facts(
+        model,
+        choice,
+        schedule,
+        type_names=[spec.type_name for spec in specs],
+        parameters=layer_parameters,
+        limit_bytes=lambda: memory_bytes or plan_memory(config, device, layout.world_size),
     )
+    boundaries = partition(parallel.partition, facts, schedule.num_stages, boundaries=parallel.boundaries)
     return Plan(
         config=config,
         device=device,
@@ -154,6 +152,7 @@ def plan_run(
         schedule=schedule,
         model=model,
         choice=choice,
+        facts=facts,
     )
 
 

@@ -68,6 +68,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     Raises:
         PipekitError: if nothing fits.
     """
+    from pipekit.partitioners import compare_partitions
     from pipekit.plan import plan_run
     from pipekit.planner.prediction import predict
     from pipekit.planner.report import report
@@ -100,7 +101,9 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         memory_bytes=device.memory_bytes,
     )
     prediction = predict(made.model, made.choice, device, boundaries=made.boundaries)
-    return report(prediction, device, made.layer_names)
+    stages = made.schedule.num_stages
+    partitions = compare_partitions(made.facts, stages) if stages > 1 else ()
+    return report(prediction, device, made.layer_names, partitions=partitions)
 
 
 def _device(options: PlanOptions, present: int | None) -> Device:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from pipekit.partitioners import ComparedPartition
 from pipekit.planner.devices import Device
 from pipekit.planner.memory import MemoryParts
 from pipekit.planner.prediction import Choice, Prediction
@@ -17,7 +18,11 @@ _MOST_DRAWN = 6000
 
 
 def report(
-    prediction: Prediction, device: Device, layer_names: Sequence[str], search: SearchResult | None = None
+    prediction: Prediction,
+    device: Device,
+    layer_names: Sequence[str],
+    search: SearchResult | None = None,
+    partitions: Sequence[ComparedPartition] = (),
 ) -> dict[str, Any]:
     """Return a prediction as numbers, texts, lists and dicts.
 
@@ -26,6 +31,7 @@ def report(
         device: what each rank computes on.
         layer_names: logical name of each layer.
         search: the layouts that were compared with it, if any.
+        partitions: other ways to cut the model into as many stages, if any.
     """
     times = prediction.times
     found: dict[str, Any] = {
@@ -56,6 +62,11 @@ def report(
     }
     if sum(map(len, times.timeline.spans)) <= _MOST_DRAWN:
         found["timeline"] = timeline_report(times.timeline)
+    if partitions:
+        found["partitions"] = [
+            {"method": other.method, "boundaries": list(other.boundaries), "imbalance": other.imbalance}
+            for other in partitions
+        ]
     if search is not None:
         found["layouts"] = [
             {

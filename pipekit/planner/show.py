@@ -32,6 +32,8 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
         "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.4g} TFLOP/s on each device"
     )
     console.print(facts, "", ranks_table(report), "")
+    if "partitions" in report:
+        console.print(partitions_table(report["partitions"]), "")
     if "layouts" in report:
         console.print(layouts_table(report["layouts"]), "")
         console.print(rejected_text(report["rejected"]), highlight=False)
@@ -61,6 +63,18 @@ def ranks_table(report: Mapping[str, Any]) -> Table:
             bytes_text(memory["total"]),
             f"[{colour}]{bar}[/] {100 * share:.0f} %",
         )
+    return table
+
+
+def partitions_table(partitions: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for each way to cut the model, the most even first."""
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("partition", no_wrap=True)
+    table.add_column("busiest over mean", justify="right", no_wrap=True)
+    table.add_column("stages begin with layer", overflow="ellipsis", no_wrap=True)
+    for other in partitions:
+        starts = " ".join(map(str, other["boundaries"][:-1]))
+        table.add_row(other["method"], f"{other['imbalance']:.3f}", starts)
     return table
 
 
