@@ -319,7 +319,10 @@ def test_every_schedule_trains_from_the_configuration_and_is_drawn(workspace: Pa
             drawn = workspace / run / "profile" / f"step-{step:08d}"
             measured = json.loads(drawn.with_suffix(".json").read_text())["measured"]
             kinds = {action.lstrip("0123456789")[0] for rank in measured["ranks"] for action, _, _ in rank}
-            assert kinds == ({"F", "B"} if schedule == "1f1b" else {"F", "I", "W"})
+            if schedule == "auto":  # which backwards are worth splitting depends on what was measured
+                assert kinds in ({"F", "B"}, {"F", "I", "W"}, {"F", "B", "I", "W"})
+            else:
+                assert kinds == ({"F", "B"} if schedule == "1f1b" else {"F", "I", "W"})
             assert drawn.with_suffix(".txt").read_text().startswith("simulated\nrank 0 ")
             assert drawn.with_suffix(".svg").stat().st_size > 1000
     assert len(curves["1f1b"]) == 12
