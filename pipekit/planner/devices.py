@@ -98,6 +98,10 @@ class Device(Section):
     efficiency: float = Field(gt=0, le=1, examples=[0.5])
     """Share of the peak that large transformer layers reached in published runs, pipeline bubble left out."""
 
+    launch_s: NonNegativeFloat = Field(default=100e-6, examples=[100e-6])
+    """Seconds that a layer's forward, or its backward, takes at least, however small the micro-batch: about ten kernels
+    are started for it, one every ten microseconds."""
+
     aliases: tuple[str, ...] = Field(default=(), strict=False)
     """Other names that it is found by."""
 

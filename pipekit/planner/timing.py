@@ -86,8 +86,8 @@ def stage_costs(
     """Return what the actions of each stage take.
 
     What was measured is taken as it is; anything else takes its operations over what the device reaches in large
-    matmuls. Of tensor-parallel layers each rank does its share, with an all-reduce of what each passes on in the
-    forward, and of its input's gradient in the backward.
+    matmuls, and no less than it takes to start its kernels. Of tensor-parallel layers each rank does its share, with an
+    all-reduce of what each passes on in the forward, and of its input's gradient in the backward.
 
     Args:
         layers: of the whole model, for one micro-batch.
@@ -110,9 +110,12 @@ def stage_costs(
             for layer in stage
             if layer.forward_flops
         )
-        forward = messages_s + sum(_seconds(layer.forward_s, layer.forward_flops, flops_per_s) for layer in stage)
+        least_s = cluster.device.launch_s
+        forward = messages_s + sum(
+            _seconds(layer.forward_s, layer.forward_flops, flops_per_s, least_s) for layer in stage
+        )
         inputs = messages_s + sum(
-            _seconds(layer.input_gradient_s, layer.input_gradient_flops, flops_per_s) for layer in stage
+            _seconds(layer.input_gradient_s, layer.input_gradient_flops, flops_per_s, least_s) for layer in stage
         )
         weights = sum(_seconds(layer.weight_gradient_s, layer.weight_gradient_flops, flops_per_s) for layer in stage)
         forward_s.append(forward)
@@ -128,8 +131,8 @@ def stage_costs(
     )
 
 
-def _seconds(measured_s: float | None, flops: int, flops_per_s: float) -> float:
-    return flops / flops_per_s if measured_s is None else measured_s
+def _seconds(measured_s: float | None, flops: int, flops_per_s: float, least_s: float = 0.0) -> float:
+    return max(flops / flops_per_s, least_s) if measured_s is None else measured_s
 
 
 @dataclass(frozen=True)
