@@ -21,6 +21,7 @@ from torch import Tensor
 from pipekit.errors import CommunicationError, PipekitError
 from pipekit.nested import Structure
 from pipekit.schedules import Action
+from pipekit.schedules.receipts import Receipts
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -116,8 +117,20 @@ def _receive(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
     return group.recv([torch.view_as_real(tensor) if tensor.is_complex() else tensor], peer, 0)
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A message that is on its way, for all that is known; its buffers must outlive it."""
+
+    works: list[dist.Work]
+    buffers: tuple[Tensor, ...]
+    what: str
+
+
 class Sender:
     """The sending end of a channel.
+
+    What was sent is kept until it has arrived. NCCL tells when that is, gloo does not: there a send is known to have
+    arrived when the receiver answers with something that it does later.
 
     Args:
         peer: pipeline rank of the receiver.
@@ -129,26 +142,57 @@ class Sender:
         self._peer = peer
         self._group = group
         self._header_group = header_group
-        self._pending: deque[tuple[list[dist.Work], tuple[Tensor, ...], str]] = deque()
+        # By step and action, in the order of sending: a step that failed may have left some behind.
+        self._pending: dict[tuple[int, Action], _Sent] = {}
+        self._step = 0
+        self._receipts = Receipts((), {})
+        self._num_received = 0
 
-    def send(self, tensors: Sequence[Tensor], what: str, *, header: Tensor | None = None) -> None:
-        """Send `tensors` without waiting for them to arrive, after their description where the receiver lacks it."""
+    def start(self, receipts: Receipts) -> None:
+        """Begin a step in which answers prove `receipts`."""
+        self._step += 1
+        self._receipts = receipts
+        self._num_received = 0
+
+    def send(self, action: Action, tensors: Sequence[Tensor], what: str, *, header: Tensor | None = None) -> None:
+        """Send an action's result without waiting for it to arrive, after its description where that is new.
+
+        Args:
+            action: the action.
+            tensors: its result.
+            what: names it in errors.
+            header: what `encode_meta` made of it, if the receiver lacks it.
+        """
         buffers = tuple(tensor.detach().contiguous() for tensor in tensors)
         works = []
         if header is not None:
             works.append(_send(header, self._peer, self._header_group))
         works += [_send(buffer, self._peer, self._group) for buffer in buffers]
-        # A buffer must outlive its send.
-        self._pending.append((works, buffers if header is None else (*buffers, header), what))
-        while self._pending and all(work.is_completed() for work in self._pending[0][0]):
-            self._pending.popleft()
+        self._pending[self._step, action] = _Sent(works, buffers if header is None else (*buffers, header), what)
+        while self._pending:
+            oldest = next(iter(self._pending))
+            if not all(work.is_completed() for work in self._pending[oldest].works):
+                return
+            del self._pending[oldest]
+
+    def let_go(self, answer: Action) -> None:
+        """Drop what the receiver has for certain, now that the result of `answer` has arrived from it."""
+        num_received = self._receipts.proved.get(answer, 0)
+        # Waiting takes no time where the message is received, and must not be done twice.
+        for action in self._receipts.used[self._num_received : num_received]:
+            sent = self._pending.pop((self._step, action), None)
+            if sent is not None:
+                self._wait(sent)
+        self._num_received = max(self._num_received, num_received)
 
     def drain(self) -> None:
         """Wait until everything sent has left."""
         while self._pending:
-            works, _, what = self._pending.popleft()
-            for work in works:
-                wait(work, f"{what} to be received by pipeline rank {self._peer}")
+            self._wait(self._pending.pop(next(iter(self._pending))))
+
+    def _wait(self, sent: _Sent) -> None:
+        for work in sent.works:
+            wait(work, f"{sent.what} to be received by pipeline rank {self._peer}")
 
 
 class Receiver:

@@ -20,6 +20,7 @@ from pipekit.errors import PipekitError
 from pipekit.nested import flatten, unflatten
 from pipekit.schedules import Action, Schedule
 from pipekit.schedules.messages import destination, plan_messages
+from pipekit.schedules.receipts import Receipts, plan_receipts
 from pipekit.weight_gradients import WeightGradients, deferring
 
 Observer = Callable[[Any, Any], None]
@@ -41,6 +42,7 @@ class _Table:
     schedule: Schedule
     actions: tuple[Action, ...]
     received_from: dict[int, tuple[Action, ...]]
+    receipts: dict[int, Receipts]
     gradient_of: dict[tuple[int, int], Action]
     last_of_stage: frozenset[Action]
 
@@ -111,6 +113,8 @@ class Executor:
         table = self._read_table(schedule)
         step_data = self.reader.read(data, schedule.num_micro_batches)
         self._shape_classes = step_data.shape_classes
+        for peer, receipts in table.receipts.items():
+            self._sender(peer).start(receipts)
         for peer, messages in table.received_from.items():
             self._receiver(peer).start(messages)
         # Evaluations are not timed: what was timed last is a training step.
@@ -157,7 +161,9 @@ class Executor:
             for action in sent
             if action.kind != "F"
         }
-        self._table = _Table(schedule, actions, received, gradients, frozenset(last.values()))
+        self._table = _Table(
+            schedule, actions, received, plan_receipts(schedule, rank), gradients, frozenset(last.values())
+        )
         return self._table
 
     def _groups(self, source: int, target: int) -> dict[str, Any]:
@@ -208,7 +214,7 @@ class Executor:
                 f"{known}; what a stage passes on must follow from the shapes of the inputs alone: pad it"
             )
         header = encode_meta(meta) if known is meta else None
-        self._sender(target).send(tensors, f"the output of {action}", header=header)
+        self._sender(target).send(action, tensors, f"the output of {action}", header=header)
 
 
 class _Run:
@@ -227,6 +233,7 @@ class _Run:
     ) -> None:
         self._executor = executor
         self._schedule = table.schedule
+        self._receipts = table.receipts
         self._gradient_of = table.gradient_of
         self._module = executor._module
         self._mpu = executor._mpu
@@ -286,7 +293,7 @@ class _Run:
         if source == self._mpu.pipe_rank:
             return self._handed_up.pop((stage, micro_batch))
         result_of = Action(stage - 1, "F", micro_batch)
-        tensors = self._executor._receiver(source).receive(result_of, f"the activations of {action}")
+        tensors = self._receive(source, result_of, f"the activations of {action}")
         meta = self._executor._find_meta(result_of)
         assert meta is not None
         received = [
@@ -311,11 +318,14 @@ class _Run:
             return
         # A layer may leave an input unused; the stage before waits for its gradient all the same.
         needed = tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in flight.inputs)
+        # A weight gradient that is put off keeps its layer's input, which must not keep what is sent.
+        for leaf in flight.inputs:
+            leaf.grad = None
         target = self._schedule.placement[stage]
         if target == self._mpu.pipe_rank:
             self._handed_down[stage, action.micro_batch] = needed
         else:
-            self._executor._sender(target).send(needed, f"the input gradient of {action}")
+            self._executor._sender(target).send(action, needed, f"the input gradient of {action}")
 
     def _receive_gradients(self, action: Action, flight: _InFlight) -> tuple[Tensor, ...]:
         stage = action.stage
@@ -325,7 +335,14 @@ class _Run:
         if source == self._mpu.pipe_rank:
             return self._handed_down.pop((stage, action.micro_batch))
         result_of = self._gradient_of[stage, action.micro_batch]
-        return self._executor._receiver(source).receive(result_of, f"the gradients of {action}")
+        return self._receive(source, result_of, f"the gradients of {action}")
+
+    def _receive(self, source: int, result_of: Action, what: str) -> tuple[Tensor, ...]:
+        tensors = self._executor._receiver(source).receive(result_of, what)
+        # A message without tensors is never sent, so that it proves nothing.
+        if tensors and source in self._receipts:
+            self._executor._sender(source).let_go(result_of)
+        return tensors
 
     def weight_gradients(self, action: Action) -> None:
         self._start(action)
