@@ -22,40 +22,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import signal
-import sys
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pipekit.schedules import SCHEDULE_NAMES
-from pipelines.jobs import calibrate, measure
-from pipelines.ranks import RankError, RankPool
+from pipelines.command import describe_machine, make_console, start_pool
+from pipelines.jobs import calibrate, run_setting
 from pipelines.report import requirement_json, requirement_table, setting_json, setting_table
 from pipelines.requirements import Requirement, check
 from pipelines.settings import EMULATED_SETTINGS, GPT_SETTINGS, SETTINGS, EmulatedSetting, Setting
-from pipelines.turns import Contender, combine
+from pipelines.turns import Contender
 
 EMULATED_SCHEDULES = (*SCHEDULE_NAMES, "auto:2", "auto:2:2")
 GPT_SCHEDULES = ("zb-h1", "zb-v", "auto:1:2")
 ROUNDS = 5
 QUICK_ROUNDS = 2
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    versions = {name: version(name) for name in ("torch", "deepspeed")}
-    return {
-        "num_cpus": os.cpu_count(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        **versions,
-    }
 
 
 def choose_settings(arguments: argparse.Namespace) -> list[Setting]:
@@ -107,35 +88,21 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    # The way out is through the pool, which ends its processes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Where nobody looks at a terminal, the tables are not to be cut at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 130)
     report: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "settings": []}
     requirements: list[Requirement] = []
-    try:
-        with (
-            tempfile.TemporaryDirectory() as logs,
-            console.status("start") as status,
-            RankPool(Path(logs), show=lambda doing: status.update(doing)) as pool,
-        ):
-            for setting in choose_settings(arguments):
-                status.update(f"{setting}")
-                if isinstance(setting, EmulatedSetting):
-                    setting = setting.calibrated(pool.run(setting.pp, calibrate, setting)[0])
-                order = choose_contenders(setting, arguments)
-                turn = pool.barrier(setting.pp * len(setting.teams))
-                jobs = [(measure, setting, order, systems, rounds, turn) for systems in setting.teams]
-                results = combine(order, [rank for team in pool.run_teams(setting.pp, jobs) for rank in team])
-                console.print(setting_table(setting, results))
-                requirements += check(setting, results)
-                report["settings"].append(setting_json(setting, results))
-                report["requirements"] = [requirement_json(requirement) for requirement in requirements]
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    except RankError as error:
-        raise SystemExit(f"{setting}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    console = make_console()
+    with start_pool(console) as (pool, status):
+        for setting in choose_settings(arguments):
+            status.update(f"{setting}")
+            if isinstance(setting, EmulatedSetting):
+                setting = setting.calibrated(pool.run(setting.pp, calibrate, setting)[0])
+            order = choose_contenders(setting, arguments)
+            results = run_setting(pool, setting, order, rounds)
+            console.print(setting_table(setting, results))
+            requirements += check(setting, results)
+            report["settings"].append(setting_json(setting, results))
+            report["requirements"] = [requirement_json(requirement) for requirement in requirements]
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     console.print(requirement_table(requirements))
     console.print(f"{arguments.json} has the figures", highlight=False)
 

@@ -1,18 +1,31 @@
-"""What each rank does: builds every contender, then lets them take turns."""
+"""What each rank does: builds every contender, then lets them take turns; measures a model's layers."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from threading import Barrier
 
 from pipekit.schedules import Costs, median_costs
-from pipelines.ranks import Say
+from pipelines.profiled import ProfiledModel
+from pipelines.ranks import RankPool, Say
 from pipelines.settings import EmulatedSetting, Setting, plan_table
-from pipelines.turns import Contender, Step, System, Turns, take_turns
+from pipelines.turns import Contender, Results, Step, System, Turns, combine, take_turns
 
 CALIBRATED_STEPS = 4
 """Steps of 1F1B that are timed to learn what a message and an action cost; the first does not count."""
+
+
+def run_setting(pool: RankPool, setting: Setting, order: Sequence[Contender], rounds: int) -> Results:
+    """Return what the contenders of a setting were measured at.
+
+    Raises:
+        RankError: if a rank fails.
+    """
+    turn = pool.barrier(setting.pp * len(setting.teams))
+    jobs = [(measure, setting, order, systems, rounds, turn) for systems in setting.teams]
+    return combine(order, [rank for team in pool.run_teams(setting.pp, jobs) for rank in team])
 
 
 def measure(
@@ -40,6 +53,51 @@ def calibrate(say: Say, setting: EmulatedSetting) -> Costs:
         engine.train_batch(workload.micro_batches())
         timelines.append(engine.gather_timeline())
     return median_costs(timelines[1:])
+
+
+def profile(say: Say, setting: Setting) -> ProfiledModel:
+    """Return what each layer costs in this process alone; nothing is read that was measured before."""
+    from pipekit.parameters import count_layer_parameters
+    from pipekit.planner.parameter_shapes import parameter_shapes
+    from pipekit.planner.profiling import profile_layers
+    from pipekit.specs import layer_names
+
+    workload = setting.build_workload()
+    inputs, labels = next(workload.micro_batches())
+    with tempfile.TemporaryDirectory() as cache:
+        costs = profile_layers(
+            workload.specs,
+            inputs,
+            dtype=workload.dtype,
+            device="cpu",
+            loss_fn=workload.loss_fn,
+            labels=labels,
+            cache_dir=cache,
+            on_progress=lambda text, _: say(text),
+        )
+    return ProfiledModel(
+        costs=costs,
+        shapes=parameter_shapes(workload.specs),
+        layer_names=layer_names(workload.specs),
+        type_names=[spec.type_name for spec in workload.specs],
+        parameters=count_layer_parameters(workload.specs),
+        precision=workload.precision,
+        zero=workload.zero,
+        sequence_length=workload.inputs.shape[1],
+        micro_batch_size=workload.micro_batch_size,
+    )
+
+
+def find_deepspeed_boundaries(say: Say, setting: Setting, partitions: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return which layer each stage begins with in DeepSpeed's partitions, with the number of layers behind them."""
+    from pipelines.peers import build_deepspeed_module
+
+    workload = setting.build_workload()
+    found = []
+    for partition in partitions:
+        say(f"build of DeepSpeed's module, partition {partition}")
+        found.append(tuple(build_deepspeed_module(workload, partition=partition).parts))
+    return found
 
 
 def _build(setting: Setting, contender: Contender) -> Step:

@@ -18,12 +18,7 @@ from pipelines.workload import Workload
 
 def build_deepspeed(workload: Workload, *, partition: str) -> Step:
     """Return a step of DeepSpeed's own pipeline engine; its schedule is 1F1B, `partition` its `partition_method`."""
-    module = DeepSpeedPipelineModule(
-        [DeepSpeedLayerSpec(spec.typename, *spec.module_args, **spec.module_kwargs) for spec in workload.specs],
-        num_stages=workload.pp,
-        loss_fn=workload.loss_fn,
-        partition_method=partition,
-    )
+    module = build_deepspeed_module(workload, partition=partition)
     parameters = list(module.parameters())
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -32,6 +27,16 @@ def build_deepspeed(workload: Workload, *, partition: str) -> Step:
         config=workload.deepspeed_config(),
     )
     return lambda: float(engine.train_batch(workload.micro_batches()))
+
+
+def build_deepspeed_module(workload: Workload, *, partition: str) -> DeepSpeedPipelineModule:
+    """Return this rank's layers as DeepSpeed cuts them, `partition` being its `partition_method`."""
+    return DeepSpeedPipelineModule(
+        [DeepSpeedLayerSpec(spec.typename, *spec.module_args, **spec.module_kwargs) for spec in workload.specs],
+        num_stages=workload.pp,
+        loss_fn=workload.loss_fn,
+        partition_method=partition,
+    )
 
 
 def build_torch(workload: Workload, *, boundaries: Sequence[int]) -> Step:

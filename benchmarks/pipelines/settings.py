@@ -145,19 +145,26 @@ class GPTSetting:
 
     Attributes:
         precision: of weights and activations; in bf16 DeepSpeed and ours update fp32 weights, torch its bf16 ones.
+        family: what the command line calls it, before the precision.
+        micro_batch_size: sequences of a micro-batch.
+        hidden_size: its width.
+        num_heads: attention heads.
+        vocab_size: tokens that the embedding and the head know; they share no weights.
+        sequence_length: tokens of a sequence.
     """
 
     precision: Precision
+    family: str = "gpt"
+    micro_batch_size: int = 4
+    hidden_size: int = 384
+    num_heads: int = 6
+    vocab_size: int = 4096
+    sequence_length: int = 256
 
     teams: ClassVar[tuple[tuple[System, ...], ...]] = (("DeepSpeed", "torch"), ("pipekit", "limit"))
     pp = 2
     num_micro_batches = 8
-    micro_batch_size = 4
     num_blocks = 8
-    hidden_size = 384
-    num_heads = 6
-    vocab_size = 4096
-    sequence_length = 256
 
     torch_cuts = ((11,), (10,))
     """Cuts into two stages for torch, the most even one, which ours and the limit have too, first."""
@@ -168,10 +175,11 @@ class GPTSetting:
     @property
     def name(self) -> str:
         """What the command line calls it."""
-        return f"gpt-{self.precision}"
+        return f"{self.family}-{self.precision}"
 
     def __str__(self) -> str:
-        return f"GPT, pp={self.pp}, {self.num_micro_batches} micro-batches, {self.precision}"
+        sizes = f"width {self.hidden_size}, vocabulary {self.vocab_size:,}"
+        return f"GPT, {sizes}, pp={self.pp}, {self.num_micro_batches} micro-batches, {self.precision}"
 
     def contenders(self, schedules: Sequence[str], *, num_cuts: int | None = None) -> list[Contender]:
         """Return raw DeepSpeed with each partition, torch with the first of its cuts, ours, and the limit."""
@@ -197,6 +205,17 @@ class GPTSetting:
 
 
 GPT_SETTINGS = (GPTSetting("fp32"), GPTSetting("bf16"))
+
+BIG_VOCABULARY = GPTSetting(
+    "fp32",
+    family="big-vocabulary",
+    micro_batch_size=2,
+    hidden_size=256,
+    num_heads=4,
+    vocab_size=50_257,
+    sequence_length=128,
+)
+"""A GPT whose head costs as much as several of its blocks."""
 
 Setting = EmulatedSetting | GPTSetting
 SETTINGS: tuple[Setting, ...] = (*EMULATED_SETTINGS, *GPT_SETTINGS)

@@ -1,0 +1,86 @@
+"""What the planner makes of a model whose layers were timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from pipekit.config import OptimizerConfig
+from pipekit.layout import Layout
+from pipekit.partitioners import LayerFacts
+from pipekit.planner.devices import find_device
+from pipekit.planner.facts import layer_facts
+from pipekit.planner.model_costs import ModelCosts
+from pipekit.planner.prediction import Choice, PlannedModel, Prediction, predict
+from pipekit.schedules import Schedule, default_stages_per_rank
+from pipelines.settings import Precision, Setting
+
+
+@dataclass(frozen=True)
+class ProfiledModel:
+    """A model and what its layers cost in one process of one thread.
+
+    Attributes:
+        costs: for one micro-batch.
+        shapes: of each layer's parameters, by logical name.
+        layer_names: logical name of each layer.
+        type_names: class name of each layer.
+        parameters: of each layer.
+        precision: of weights and activations.
+        zero: ZeRO stage of its training.
+        sequence_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+    """
+
+    costs: ModelCosts
+    shapes: Sequence[Mapping[str, tuple[int, ...]]]
+    layer_names: Sequence[str]
+    type_names: Sequence[str]
+    parameters: Sequence[int]
+    precision: Precision
+    zero: int
+    sequence_length: int
+    micro_batch_size: int
+
+    def predict(self, setting: Setting, schedule: str, boundaries: Sequence[int]) -> Prediction:
+        """Return what a step of a schedule takes."""
+        return predict(self._planned(), self._choice(setting, schedule), find_device("cpu"), boundaries=boundaries)
+
+    def facts(self, setting: Setting, table: Schedule) -> LayerFacts:
+        """Return what the partitioners are told under a schedule."""
+        return layer_facts(
+            self._planned(),
+            self._choice(setting, table.name),
+            table,
+            type_names=self.type_names,
+            parameters=self.parameters,
+            limit_bytes=_no_limit,
+        )
+
+    def _choice(self, setting: Setting, schedule: str) -> Choice:
+        return Choice(
+            Layout(pp=setting.pp),
+            zero=self.zero,
+            schedule=schedule,
+            stages_per_rank=default_stages_per_rank(schedule),
+            micro_batch_size=self.micro_batch_size,
+            num_micro_batches=setting.num_micro_batches,
+            checkpointing=False,
+        )
+
+    def _planned(self) -> PlannedModel:
+        return PlannedModel(
+            costs_of=lambda micro_batch_size: self.costs,
+            shapes=self.shapes,
+            layer_names=self.layer_names,
+            sequence_length=self.sequence_length,
+            precision=self.precision,
+            # Memory alone depends on it.
+            optimizer=OptimizerConfig(),
+            is_timed=True,
+        )
+
+
+def _no_limit() -> NoReturn:
+    raise AssertionError("no partition here has a limit")
