@@ -24,9 +24,16 @@ def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:
 
 
 def _shard(layer: LayerCosts, tp: int) -> LayerCosts:
-    names = ("parameters", "forward_flops", "input_gradient_flops", "weight_gradient_flops")
-    names += ("input_bytes", "output_bytes", "saved_bytes")
-    return replace(layer, **{name: -(-getattr(layer, name) // tp) for name in names})
+    return replace(
+        layer,
+        parameters=-(-layer.parameters // tp),
+        forward_flops=-(-layer.forward_flops // tp),
+        input_gradient_flops=-(-layer.input_gradient_flops // tp),
+        weight_gradient_flops=-(-layer.weight_gradient_flops // tp),
+        input_bytes=-(-layer.input_bytes // tp),
+        output_bytes=-(-layer.output_bytes // tp),
+        saved_bytes=-(-layer.saved_bytes // tp),
+    )
 
 
 def shard_shapes(shapes: Sequence[Mapping[str, Shape]], tp: int) -> list[dict[str, Shape]]:
