@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipekit.errors import PipekitError
     from pipekit.launch.train import train
     from pipekit.layout import Layout
+    from pipekit.planner.example import Example
     from pipekit.schedules import Action, Costs, Schedule, Timeline, plan_schedule, simulate
     from pipekit.specs import LayerSpec, TiedLayerSpec
     from pipekit.training.callbacks import Callback, StepMetrics
@@ -33,6 +34,7 @@ _HOMES = {
     "Callback": "pipekit.training.callbacks",
     "Config": "pipekit.config",
     "Costs": "pipekit.schedules",
+    "Example": "pipekit.planner.example",
     "LanguageModelTrial": "pipekit.training.language_model",
     "LayerSpec": "pipekit.specs",
     "Layout": "pipekit.layout",
@@ -61,6 +63,7 @@ __all__ = [
     "Callback",
     "Config",
     "Costs",
+    "Example",
     "LanguageModelTrial",
     "LayerSpec",
     "Layout",

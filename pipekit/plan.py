@@ -45,6 +45,7 @@ class Plan:
         model: what predictions need of the model.
         choice: the layout, as predictions take it.
         facts: the layers, as partitioners take them.
+        chosen: under `parallel: auto`, what was chosen and why.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Plan:
     model: PlannedModel
     choice: Choice
     facts: LayerFacts
+    chosen: str | None = None
 
     @property
     def placement(self) -> tuple[int, ...]:

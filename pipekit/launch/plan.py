@@ -74,22 +74,24 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     from pipekit.planner.report import report
     from pipekit.training.planning import best_layout, plan_specs, search
 
+    compares = options.num_devices is not None or config.parallel.auto
+    _check_options(options, compares=compares)
     present = None if config.run.device == "cpu" else num_accelerators(os.environ)
-    device = _device(options, present)
-    is_gpu = device.name != "cpu"
-    if options.measure:
-        if options.device is not None:
-            raise ConfigError(f"--measure times layers on this machine, not on --device {options.device}; drop one")
-        config = config.updated({"parallel.partition": "profile"})
-    config, specs, trial = plan_specs(config, prepare=_needs_data(config))
-    found = None
-    if options.num_devices is not None or config.parallel.auto:
+    if compares:
         number = options.num_devices or present or num_usable_cpus()
+    else:
+        number = _num_devices(config, present if options.device is None else None)
+    device = _device(options, present, number)
+    is_gpu = device.name != "cpu"
+    # What the plan is for need not be here.
+    config = config.updated({"run.device": "cuda" if is_gpu else "cpu"})
+    if options.measure:
+        config = config.updated({"parallel.partition": "profile"})
+    config, specs, trial = plan_specs(config, _tell, prepare=_needs_data(config))
+    if compares:
         found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
         best = best_layout(found, number, device)
         return report(best, device, found.model.layer_names, found.result)
-    parallel = config.parallel
-    number = parallel.pp * parallel.tp * (1 if parallel.dp == "auto" else parallel.dp)
     made = plan_run(
         config,
         specs,
@@ -98,6 +100,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         example=partial(trial.example, config),
         measure=not is_gpu or present is not None,
         num_threads=threads_per_process(config.run.threads_per_process, number, num_usable_cpus()),
+        on_progress=_tell,
         memory_bytes=device.memory_bytes,
     )
     prediction = predict(made.model, made.choice, device, boundaries=made.boundaries)
@@ -106,14 +109,45 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     return report(prediction, device, made.layer_names, partitions=partitions)
 
 
-def _device(options: PlanOptions, present: int | None) -> Device:
+def _check_options(options: PlanOptions, *, compares: bool) -> None:
+    if options.measure and options.device is not None:
+        raise ConfigError(f"--measure times layers on this machine, not on --device {options.device}; drop one")
+    if options.measure and compares:
+        raise ConfigError(
+            "--measure times the layers for one layout; compare layouts without it, by --devices alone, and then "
+            "measure the one that you choose"
+        )
+    if options.max_tp > 1 and not compares:
+        raise ConfigError(
+            f"--max-tp {options.max_tp} is for comparing layouts; add --devices with the number of devices"
+        )
+
+
+def _num_devices(config: Config, present: int | None) -> int:
+    """Return the devices of the configuration's layout; `dp: auto` fills those present."""
+    parallel = config.parallel
+    one = parallel.pp * parallel.tp
+    if parallel.dp == "auto":
+        return one * max(1, (present or 0) // one)
+    return one * parallel.dp
+
+
+def _device(options: PlanOptions, present: int | None, num_processes: int) -> Device:
     if options.device is not None:
         return find_device(options.device, options.device_files)
-    if present:
+    if options.device_files:
         import torch
 
-        return find_device(torch.cuda.get_device_name(0), options.device_files)
-    return find_device("cpu", options.device_files)
+        return find_device(torch.cuda.get_device_name(0) if present else "cpu", options.device_files)
+    from pipekit.training.planning import present_device
+
+    return present_device(present, num_processes)
+
+
+def _tell(message: str, fraction: float | None) -> None:
+    """Say what takes its time, beside the output."""
+    if not fraction:
+        sys.stderr.write(f"{message} ...\n")
 
 
 def _needs_data(config: Config) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
 
 from pipekit.partitioners import LayerFacts, MemoryLimit
 from pipekit.planner.layer_costs import LayerCosts, layer_flops, layer_seconds
-from pipekit.planner.memory import Precision
+from pipekit.planner.memory import Precision, recomputation_bytes
 from pipekit.planner.model_costs import ModelCosts, stage_extras
 from pipekit.planner.prediction import Choice, PlannedModel
-from pipekit.planner.rough import bytes_of_parameter
+from pipekit.planner.rough import bytes_of_parameter, peak_of_stages
 from pipekit.schedules import Schedule
+
+# Two ahead from either side, one gradient that is received and one that is sent.
+_MESSAGES = 6
 
 
 def layer_facts(
@@ -90,28 +92,23 @@ def memory_limit(
         limit_bytes: the most that a rank may hold.
     """
     per_parameter = bytes_of_parameter(precision, zero, dp)
-    in_flight = _peak_of_stages(schedule)
+    in_flight = peak_of_stages(schedule)
     largest_input = max(layer.input_bytes for layer in costs.layers)
-    extras = [number * largest_input for number in in_flight]
+    # What enters a stage is held for each micro-batch, and messages come ahead, from both sides at most.
+    extras = [(number + _MESSAGES) * largest_input for number in in_flight]
+    # What is recomputed for an input gradient stays until the weight gradient.
+    is_recomputed = checkpointing and not schedule.split_backwards
+    if checkpointing:
+        recomputed = max(recomputation_bytes([layer]) for layer in costs.layers)
+        extras = [extra + recomputed for extra in extras]
     if costs.loss is not None:
         extras[-1] += (in_flight[-1] + 2) * costs.loss.saved_bytes
     return MemoryLimit(
         state_bytes=[ceil(per_parameter * layer.parameters) for layer in costs.layers],
         activation_bytes=[
-            layer.input_bytes if checkpointing else layer.output_bytes + layer.saved_bytes for layer in costs.layers
+            layer.input_bytes if is_recomputed else layer.output_bytes + layer.saved_bytes for layer in costs.layers
         ],
         in_flight=in_flight,
         extra_bytes=extras,
         limit_bytes=limit_bytes,
     )
-
-
-def _peak_of_stages(schedule: Schedule) -> list[int]:
-    """Return of how many micro-batches each stage holds activations at most."""
-    peaks = [0] * schedule.num_stages
-    for actions in schedule.ranks:
-        held: Counter[int] = Counter()
-        for action in actions:
-            held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-            peaks[action.stage] = max(peaks[action.stage], held[action.stage])
-    return peaks

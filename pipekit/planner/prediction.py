@@ -16,10 +16,10 @@ from pipekit.planner.memory import MemoryParts, Precision, cut_stages, memory_of
 from pipekit.planner.model_costs import ModelCosts, stage_extras
 from pipekit.planner.sharding import Shape, shard_layers, shard_shapes
 from pipekit.planner.timing import Cluster, StepTimes, stage_costs, step_times
-from pipekit.schedules import Schedule, plan_schedule
+from pipekit.schedules import SCHEDULE_NAMES, Schedule, plan_schedule
 
-# A table of more actions is planned for fewer micro-batches: a step grows by the same for each beyond some.
-_MOST_ACTIONS = 12_000
+# A table of more actions is planned for fewer micro-batches: a step grows by the same with each beyond some.
+_MOST_ACTIONS = 4_000
 
 
 @dataclass(frozen=True)
@@ -140,21 +140,34 @@ class Prediction:
         return max(rank.memory.total for rank in self.ranks)
 
 
-def plan_table(choice: Choice) -> Schedule:
-    """Return the table of a step, or, where that has very many actions, that of a step with fewer micro-batches.
+def plan_tables(choice: Choice) -> tuple[Schedule, Schedule | None]:
+    """Return the table of a step, or, where that has very many actions, those of two steps with fewer micro-batches.
+
+    Returns:
+        The table, and where it leaves micro-batches out, one with still fewer: one for each pipeline rank.
 
     Raises:
         ConfigError: if the schedule cannot run so.
     """
-    pp = choice.layout.pp
-    enough = 3 * pp
-    per_micro_batch = 3 * pp * choice.stages_per_rank
-    many = choice.num_micro_batches > enough and choice.num_micro_batches * per_micro_batch > _MOST_ACTIONS
+    pp, num_micro_batches = choice.layout.pp, choice.num_micro_batches
     # What is left out is a multiple of the ranks, as interleaving asks.
-    num_micro_batches = enough + choice.num_micro_batches % pp if many else choice.num_micro_batches
+    fewer = 3 * pp + num_micro_batches % pp
+    is_long = num_micro_batches > fewer and num_micro_batches * actions_of_micro_batch(choice) > _MOST_ACTIONS
+    # Under GPipe every micro-batch more is held, and a file has the micro-batches that it has.
+    if not is_long or choice.schedule == "gpipe" or choice.schedule not in SCHEDULE_NAMES:
+        return _plan_table(choice, num_micro_batches), None
+    return _plan_table(choice, fewer), _plan_table(choice, fewer - pp)
+
+
+def actions_of_micro_batch(choice: Choice) -> int:
+    """Return how many actions a table has for each micro-batch, at most."""
+    return 3 * choice.layout.pp * choice.stages_per_rank
+
+
+def _plan_table(choice: Choice, num_micro_batches: int) -> Schedule:
     return plan_schedule(
         choice.schedule,
-        pp=pp,
+        pp=choice.layout.pp,
         num_micro_batches=num_micro_batches,
         stages_per_rank=choice.stages_per_rank,
         max_in_flight=choice.max_in_flight,
@@ -183,7 +196,7 @@ def predict(
     Raises:
         PipekitError: if the layout cannot run; it says why.
     """
-    schedule = plan_table(choice)
+    schedule, shorter = plan_tables(choice)
     costs = model.costs_of(choice.micro_batch_size)
     cut = tuple(balance(model, choice, schedule.placement) if boundaries is None else boundaries)
     tp, dp = choice.layout.tp, choice.layout.dp
@@ -206,6 +219,7 @@ def predict(
         stage_parameters=stage_parameters,
         precision=model.precision,
         zero=choice.zero,
+        shorter=shorter,
     )
     layers = [range(start, end) for start, end in pairwise(cut)]
     memory = memory_of_ranks(

@@ -78,6 +78,8 @@ def report(
             }
             for other in search.ranked
         ]
+        found["num_fitting"] = search.num_fitting
+        found["num_open"] = search.num_open
         found["rejected"] = [{"layout": choice_report(choice), "reason": reason} for choice, reason in search.rejected]
     return found
 

@@ -1,18 +1,29 @@
-"""The time of a step and the memory of a rank by formulas: near enough to tell which layouts are worth a simulation."""
+"""The time of a step and the memory of a rank, quickly: near enough to tell which layouts are worth a simulation."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from math import gcd
 
-from pipekit.partitioners import minmax_boundaries
-from pipekit.planner.layer_costs import stage_activation_bytes
+from pipekit.partitioners import balanced_boundaries, minmax_boundaries
+from pipekit.planner.layer_costs import layer_flops, stage_activation_bytes
 from pipekit.planner.memory import Precision
+from pipekit.planner.model_costs import stage_extras
 from pipekit.planner.prediction import Choice, PlannedModel
 from pipekit.planner.sharding import shard_layers
 from pipekit.planner.timing import BYTES_OF, Cluster, all_gather_s, all_reduce_s, stage_costs
-from pipekit.schedules import Costs, schedule_placement
+from pipekit.schedules import Costs, Schedule, plan_schedule, schedule_placement, simulate
+
+# The bubble of a longer pipeline is that of one with so many ranks and as many micro-batches a rank, times its length.
+_MOST_RANKS = 8
+# Where stages are cut more evenly than here, the fullest rank may hold less.
+_SURELY = 0.75
+# Messages and gradients are told apart by hundredths of a rank's forward.
+_DIGITS = 2
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,12 @@ class Rough:
     Attributes:
         step_time_s: seconds of a step.
         memory_bytes: what the fullest rank holds.
+        least_bytes: what it holds at the very least.
     """
 
     step_time_s: float
     memory_bytes: float
+    least_bytes: float
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,29 @@ class _Cut:
         parameters: of each stage, on one tensor-parallel rank.
         activation_bytes: what each stage holds of one micro-batch.
         loss_bytes: what the loss keeps of it.
+        tied_parameters: those that are counted in several layers.
     """
 
     boundaries: Sequence[int]
     parameters: Sequence[int]
     activation_bytes: Sequence[int]
     loss_bytes: int
+    tied_parameters: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a schedule makes of stages that are alike.
+
+    Attributes:
+        bubble: for how long each rank waits in a step, in forwards of a rank.
+        in_flight: of how many micro-batches each stage holds activations at most.
+        together: the part of this that the stages of a rank hold at the same time, by rank.
+    """
+
+    bubble: float
+    in_flight: Sequence[float]
+    together: Sequence[float]
 
 
 class Estimator:
@@ -52,6 +82,7 @@ class Estimator:
         self._model = model
         self._cuts: dict[tuple[int, int, int, bool], _Cut] = {}
         self._costs: dict[tuple[int, int, int, bool, bool], Costs] = {}
+        self._boundaries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
 
     def estimate(self, choice: Choice, cluster: Cluster) -> Rough:
         """Return what a layout takes.
@@ -59,18 +90,18 @@ class Estimator:
         The step is that of the busiest rank, with the bubble that the schedule has where stages are alike, the
         reduction over replicas behind it, and the update.
         """
-        layout, size = choice.layout, choice.micro_batch_size
+        layout = choice.layout
         num_stages = layout.pp * choice.stages_per_rank
-        cut = self._cut(size, num_stages, layout.tp, choice.checkpointing)
-        placement = schedule_placement(choice.schedule, pp=layout.pp, stages_per_rank=choice.stages_per_rank)
+        cut = self._cut(choice.micro_batch_size, num_stages, layout.tp, choice.checkpointing)
         costs = self._stage_costs(choice, cluster, cut)
         rank_s = [0.0] * layout.pp
         rank_parameters = [0] * layout.pp
-        rank_bytes = [0.0] * layout.pp
+        placement = schedule_placement(choice.schedule, pp=layout.pp, stages_per_rank=choice.stages_per_rank)
         for stage, rank in enumerate(placement):
             rank_s[rank] += costs.forward_s[stage] + costs.input_gradient_s[stage] + costs.weight_gradient_s[stage]
             rank_parameters[rank] += cut.parameters[stage]
-            rank_bytes[rank] += cut.activation_bytes[stage] / choice.stages_per_rank
+        if placement[0] == placement[-1]:
+            rank_parameters[placement[0]] -= cut.tied_parameters
         parameters = max(rank_parameters)
         precision = self._model.precision
         reduced = 2 if precision == "fp16" else 4
@@ -79,19 +110,29 @@ class Estimator:
         update_s = 30 * parameters / (layout.dp if shares else 1) / cluster.device.memory_bandwidth
         if shares:
             update_s += all_gather_s(BYTES_OF[precision] * parameters, layout.dp, cluster.data_link)
-        step_s = choice.num_micro_batches * max(rank_s) + _bubble_s(choice, costs) + reduction_s + update_s
+        forward_s, shape = _shape_of(choice, costs)
+        compute_s = choice.num_micro_batches * max(rank_s) + forward_s * shape.bubble
         standing = bytes_of_parameter(precision, choice.zero, layout.dp)
-        held = [
-            standing * number + _in_flight(choice, rank) * activations
-            for rank, (number, activations) in enumerate(zip(rank_parameters, rank_bytes, strict=True))
-        ]
+        held = [standing * number for number in rank_parameters]
+        least = list(held)
+        for stage, rank in enumerate(placement):
+            activations = shape.in_flight[stage] * cut.activation_bytes[stage]
+            held[rank] += shape.together[rank] * activations
+            least[rank] = max(least[rank], standing * rank_parameters[rank] + activations)
         held[placement[-1]] += 3 * cut.loss_bytes
-        return Rough(step_s, max(held))
+        return Rough(compute_s + reduction_s + update_s, max(held), _SURELY * max(least))
 
     def boundaries(self, choice: Choice) -> Sequence[int]:
-        """Return the stages that an estimate was made for: the costliest stage is as small as can be."""
-        num_stages = choice.layout.pp * choice.stages_per_rank
-        return self._cut(choice.micro_batch_size, num_stages, choice.layout.tp, choice.checkpointing).boundaries
+        """Return the stages under which the ranks of a layout have as many operations each."""
+        costs = self._model.costs_of(choice.micro_batch_size)
+        flops = [layer.flops for layer in costs.layers]
+        extra = 0 if costs.loss is None else costs.loss.flops
+        placement = schedule_placement(choice.schedule, pp=choice.layout.pp, stages_per_rank=choice.stages_per_rank)
+        key = _in_lowest_terms([*flops, extra]), placement
+        if key not in self._boundaries:
+            extras = stage_extras(costs, len(placement), layer_flops)
+            self._boundaries[key] = balanced_boundaries(flops, placement, stage_extras=extras)
+        return self._boundaries[key]
 
     def _cut(self, size: int, num_stages: int, tp: int, checkpointing: bool) -> _Cut:
         key = (size, num_stages, tp, checkpointing)
@@ -100,7 +141,7 @@ class Estimator:
             flops = [layer.flops for layer in costs.layers]
             if costs.loss is not None:
                 flops[-1] += costs.loss.flops
-            boundaries = minmax_boundaries(flops, num_stages)
+            boundaries = self._even_boundaries(flops, num_stages)
             layers = shard_layers(costs.layers, tp)
             self._cuts[key] = _Cut(
                 boundaries,
@@ -110,8 +151,16 @@ class Estimator:
                     for start, end in pairwise(boundaries)
                 ],
                 0 if costs.loss is None else costs.loss.saved_bytes // tp,
+                (sum(layer.parameters for layer in costs.layers) - self._model.num_parameters) // tp,
             )
         return self._cuts[key]
+
+    def _even_boundaries(self, flops: Sequence[int], num_stages: int) -> list[int]:
+        # Micro-batches of another size cost the same in other units.
+        key = _in_lowest_terms(flops), tuple(range(num_stages))
+        if key not in self._boundaries:
+            self._boundaries[key] = minmax_boundaries(flops, num_stages)
+        return self._boundaries[key]
 
     def _stage_costs(self, choice: Choice, cluster: Cluster, cut: _Cut) -> Costs:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
@@ -130,33 +179,82 @@ class Estimator:
         return self._costs[key]
 
 
-def _bubble_s(choice: Choice, costs: Costs) -> float:
-    """Return for how long ranks wait in a step, where all stages take their mean.
+def _in_lowest_terms(numbers: Sequence[int]) -> tuple[int, ...]:
+    unit = gcd(*numbers) or 1
+    return tuple(number // unit for number in numbers)
 
-    Source: Narayanan et al. 2021, section 2.2; Qi et al. 2023, "Zero Bubble Pipeline Parallelism", table 2.
-    """
+
+def _shape_of(choice: Choice, costs: Costs) -> tuple[float, _Shape]:
+    """Return the seconds of a rank's forward, and what the schedule makes of a pipeline."""
     pp = choice.layout.pp
-    forward, inputs, weights = (
+    forward_s, inputs_s, weights_s = (
         sum(seconds) / pp for seconds in (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s)
     )
-    of_one_rank = {
-        "interleaved-1f1b": (forward + inputs + weights) / choice.stages_per_rank,
-        "zb-h1": max(0.0, forward + inputs - weights),
-        "zb-v": max(0.0, forward + inputs - weights) / 2,
-    }.get(choice.schedule, forward + inputs + weights)
-    return (pp - 1) * (of_one_rank + 2 * choice.stages_per_rank * costs.transfer_s)
+    unit_s = forward_s or 1.0
+    ranks = min(pp, _MOST_RANKS)
+    num_micro_batches = max(1, round(choice.num_micro_batches * ranks / pp))
+    if choice.schedule == "interleaved-1f1b":
+        num_micro_batches = -(-num_micro_batches // ranks) * ranks
+    # More of them make no more bubble, but for what each waits for messages.
+    shape = _shape(
+        choice.schedule,
+        ranks,
+        choice.stages_per_rank,
+        min(num_micro_batches, 3 * ranks),
+        *(round(seconds / unit_s, _DIGITS) for seconds in (forward_s, inputs_s, weights_s, costs.transfer_s)),
+    )
+    longer = (pp - 1) / (ranks - 1) if ranks > 1 else 1.0
+    in_flight = [
+        min(choice.num_micro_batches, pp / ranks * shape.in_flight[stage * ranks // pp])
+        for stage in range(pp * choice.stages_per_rank)
+    ]
+    together = [shape.together[rank * ranks // pp] for rank in range(pp)]
+    return unit_s, _Shape(longer * shape.bubble, in_flight, together)
 
 
-def _in_flight(choice: Choice, rank: int) -> int:
-    """Return the stage activations that a rank holds at most."""
-    pp, per_rank = choice.layout.pp, choice.stages_per_rank
-    most = {
-        "1f1b": pp - rank,
-        "zb-h1": pp,
-        "interleaved-1f1b": 2 * (pp - rank - 1) + (per_rank - 1) * pp + 1,
-        "zb-v": 2 * pp,
-    }[choice.schedule]
-    return min(most, choice.num_micro_batches * per_rank)
+@cache
+def _shape(
+    schedule: str,
+    pp: int,
+    stages_per_rank: int,
+    num_micro_batches: int,
+    forward: float,
+    inputs: float,
+    weights: float,
+    transfer: float,
+) -> _Shape:
+    table = plan_schedule(schedule, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank)
+    costs = Costs.uniform(
+        pp * stages_per_rank,
+        forward_s=forward / stages_per_rank,
+        input_gradient_s=inputs / stages_per_rank,
+        weight_gradient_s=weights / stages_per_rank,
+        transfer_s=transfer,
+    )
+    timeline = simulate(table, costs)
+    in_flight = peak_of_stages(table)
+    of_ranks = [sum(in_flight[stage] for stage in table.stages_of(rank)) for rank in range(pp)]
+    return _Shape(
+        timeline.step_time_s - num_micro_batches * (forward + inputs + weights),
+        in_flight,
+        [peak / separate for peak, separate in zip(timeline.peak_bytes, of_ranks, strict=True)],
+    )
+
+
+def peak_of_stages(schedule: Schedule) -> list[int]:
+    """Return of how many micro-batches each stage holds activations at most.
+
+    Example:
+        >>> peak_of_stages(plan_schedule("1f1b", pp=4, num_micro_batches=8))
+        [4, 3, 2, 1]
+    """
+    peaks = [0] * schedule.num_stages
+    for actions in schedule.ranks:
+        held: Counter[int] = Counter()
+        for action in actions:
+            held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            peaks[action.stage] = max(peaks[action.stage], held[action.stage])
+    return peaks
 
 
 def bytes_of_parameter(precision: Precision, zero: int, dp: int) -> float:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import inf
 
 from pipekit.layout import Layout
 from pipekit.planner.devices import Device
-from pipekit.planner.prediction import Choice, PlannedModel, Prediction, predict
+from pipekit.planner.prediction import Choice, PlannedModel, Prediction, actions_of_micro_batch, predict
 from pipekit.planner.rough import Estimator, Rough
 from pipekit.planner.timing import Cluster
+
+# Actions that are simulated in all, some seconds' worth.
+_MOST_SIMULATED = 150_000
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 SCHEDULES = {"1f1b": 1, "zb-h1": 1, "interleaved-1f1b": 2, "zb-v": 2}
@@ -46,19 +50,22 @@ class SearchResult:
 
     Attributes:
         ranked: the best layouts, the one with the most tokens a second first.
-        rejected: layouts that cannot run, each with the reason.
-        num_fitting: how many could run.
+        rejected: layouts that cannot run, each with the reason; what lacks the least memory comes first.
+        num_fitting: how many were simulated and fit.
+        num_open: how many were estimated alone, since others are faster by the estimates; not all of them may fit.
     """
 
     ranked: tuple[Prediction, ...]
     rejected: tuple[tuple[Choice, str], ...]
     num_fitting: int
+    num_open: int = 0
 
 
 def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, num_ranked: int = 10) -> SearchResult:
     """Compare every layout.
 
-    All are estimated by formulas, and the best of them simulated.
+    All are estimated, and simulated in the order of the estimates: all of them where they are few and small, and the
+    first ones otherwise. The same arguments give the same result on every machine.
 
     Args:
         model: what is trained.
@@ -66,29 +73,39 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
         device: what each rank computes on.
         num_ranked: how many of the best to return.
     """
-    rejected: list[tuple[Choice, str]] = []
-    fitting: list[tuple[Rough, Choice]] = []
+    rejected: list[tuple[float, Choice, str]] = []
+    possible: list[tuple[Rough, Choice]] = []
     estimator = Estimator(model)
     for choice in choices(model, space):
         reason = impossible(model, choice, device)
+        if reason is not None:
+            rejected.append((inf, choice, reason))
+            continue
+        estimate = estimator.estimate(choice, Cluster(device, choice.layout))
+        reason = _too_large(estimate.least_bytes, device, at_least=True)
         if reason is None:
-            estimate = estimator.estimate(choice, Cluster(device, choice.layout))
-            reason = _too_large(estimate.memory_bytes, device)
-            if reason is None:
-                fitting.append((estimate, choice))
-                continue
-        rejected.append((choice, reason))
-    fitting.sort(key=lambda item: item[0].step_time_s)
-    ranked = []
-    for _, choice in fitting[: num_ranked + 2]:
+            possible.append((estimate, choice))
+        else:
+            rejected.append((estimate.memory_bytes, choice, reason))
+    # Those that hardly fit come last.
+    possible.sort(key=lambda item: (item[0].memory_bytes > device.memory_bytes, item[0].step_time_s))
+    fitting: list[Prediction] = []
+    actions = num_tried = 0
+    for _, choice in possible:
+        if fitting and actions > _MOST_SIMULATED:
+            break
+        num_tried += 1
+        actions += min(choice.num_micro_batches, 5 * choice.layout.pp) * actions_of_micro_batch(choice)
         prediction = predict(model, choice, device, boundaries=estimator.boundaries(choice))
         reason = _too_large(prediction.memory_bytes, device)
         if reason is None:
-            ranked.append(prediction)
+            fitting.append(prediction)
         else:
-            rejected.append((choice, reason))
-    ranked.sort(key=lambda prediction: (prediction.step_time_s, prediction.memory_bytes))
-    return SearchResult(tuple(ranked[:num_ranked]), tuple(rejected), len(fitting))
+            rejected.append((prediction.memory_bytes, choice, reason))
+    fitting.sort(key=lambda prediction: (prediction.step_time_s, prediction.memory_bytes))
+    rejected.sort(key=lambda item: item[0])
+    reasons = tuple((choice, reason) for _, choice, reason in rejected)
+    return SearchResult(tuple(fitting[:num_ranked]), reasons, len(fitting), len(possible) - num_tried)
 
 
 def choices(model: PlannedModel, space: SearchSpace) -> Iterator[Choice]:
@@ -125,7 +142,8 @@ def impossible(model: PlannedModel, choice: Choice, device: Device) -> str | Non
     return None
 
 
-def _too_large(memory_bytes: float, device: Device) -> str | None:
+def _too_large(memory_bytes: float, device: Device, *, at_least: bool = False) -> str | None:
     if memory_bytes <= device.memory_bytes:
         return None
-    return f"needs {memory_bytes / 1e9:,.1f} GB of {device.memory_bytes / 1e9:,.1f} GB"
+    needs = "needs at least" if at_least else "needs"
+    return f"{needs} {memory_bytes / 1e9:,.2f} GB of {device.memory_bytes / 1e9:,.2f} GB"

@@ -9,59 +9,80 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_GB = 1e9
-_WIDTH = 16
+from pipekit.training.console import print_table
+
+_WIDE = 110
+_BAR = 9
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:
     """Print what `pipekit.planner.report.report` returns: the run, its ranks, and the layouts that were compared."""
+    tables = [facts_table(report), ranks_table(report, is_narrow=console.width < _WIDE)]
+    if "partitions" in report:
+        tables.append(partitions_table(report["partitions"]))
+    if "layouts" in report:
+        tables.append(layouts_table(report["layouts"]))
+    for table in tables:
+        console.print()
+        print_table(table, console)
+    console.print()
+    if "layouts" in report:
+        console.print(counts_text(report), highlight=False, markup=False)
+
+
+def facts_table(report: Mapping[str, Any]) -> Table:
+    """Return the run in a few rows."""
+    layout, device = report["layout"], report["device"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold cyan", no_wrap=True)
     facts.add_column()
-    device = report["device"]
-    facts.add_row("parameters", f"{report['parameters']:,}")
-    facts.add_row("layout", layout_text(report["layout"]))
-    facts.add_row("device", f"{device['name']}, {device['memory_bytes'] / _GB:,.1f} GB")
+    facts.add_row("model", f"{report['parameters']:,} parameters")
+    facts.add_row("layout", layout_text(layout))
+    number = layout["pp"] * layout["dp"] * layout["tp"]
+    facts.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}")
     facts.add_row(
         "step",
-        f"{seconds_text(report['step_time_s'])}: compute {seconds_text(report['compute_s'])}, reduction "
-        f"{seconds_text(report['reduction_s'])}, update {seconds_text(report['update_s'])}",
+        f"{seconds_text(report['step_time_s'])}: compute {seconds_text(report['compute_s'])}, of which "
+        f"{100 * report['bubble_fraction']:.1f} % bubble; reduction {seconds_text(report['reduction_s'])}; update "
+        f"{seconds_text(report['update_s'])}",
     )
-    facts.add_row("bubble", f"{100 * report['bubble_fraction']:.1f} %")
     facts.add_row(
-        "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.4g} TFLOP/s on each device"
+        "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.3g} TFLOP/s on each device"
     )
-    console.print(facts, "", ranks_table(report), "")
-    if "partitions" in report:
-        console.print(partitions_table(report["partitions"]), "")
-    if "layouts" in report:
-        console.print(layouts_table(report["layouts"]), "")
-        console.print(rejected_text(report["rejected"]), highlight=False)
+    most = max(rank["memory_bytes"]["total"] for rank in report["stages"])
+    fits = "" if most <= device["memory_bytes"] else ", which does not fit"
+    facts.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
+    return facts
 
 
-def ranks_table(report: Mapping[str, Any]) -> Table:
-    """Return a row for each pipeline rank: its layers, and what it computes and holds."""
+def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
+    """Return a row for each pipeline rank: its layers, and what it computes and holds.
+
+    Args:
+        report: the run.
+        is_narrow: whether to do without the bars.
+    """
     limit = report["device"]["memory_bytes"]
-    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table = Table(box=None, padding=(0, 1 if is_narrow else 2), header_style="bold", pad_edge=not is_narrow)
     for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("of the device", width=_WIDTH)
+    table.add_column("used" if is_narrow else "of the device", justify="right" if is_narrow else "left", no_wrap=True)
     for rank in report["stages"]:
         memory = rank["memory_bytes"]
         states = memory["gradients"] + memory["optimizer_states"] + memory["masters"]
         share = memory["total"] / limit
-        bar = "█" * min(_WIDTH - 7, max(1, round(share * (_WIDTH - 7))))
+        bar = "" if is_narrow else "█" * min(_BAR, max(1, round(share * _BAR))) + " "
         colour = "red" if share > 1 else "yellow" if share > 0.9 else "green"
         table.add_row(
             str(rank["rank"]),
             " ".join(f"{first}-{last}" if last > first else f"{first}" for first, last, *_ in rank["layers"]),
-            f"{rank['parameters']:,}",
+            count_text(rank["parameters"]),
             seconds_text(rank["time_s"]),
             bytes_text(memory["weights"]),
             bytes_text(states),
             bytes_text(memory["activations"] + memory["logits"]),
             bytes_text(memory["total"]),
-            f"[{colour}]{bar}[/] {100 * share:.0f} %",
+            f"[{colour}]{bar}[/]{100 * share:.0f} %",
         )
     return table
 
@@ -96,15 +117,18 @@ def layouts_table(layouts: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def rejected_text(rejected: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many layouts cannot run, by the kind of reason, with an example of each."""
+def counts_text(report: Mapping[str, Any]) -> str:
+    """Return how many layouts can run, and how many cannot, by the kind of reason, with an example of each."""
+    lines = [f"{report['num_fitting']:,} layouts were simulated and fit"]
+    if report["num_open"]:
+        lines.append(f"{report['num_open']:,} more are slower by an estimate, and were not simulated")
     kinds: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for layout in rejected:
-        kind = "needs more memory than the device has" if "GB" in layout["reason"] else "cannot be built"
+    for layout in report["rejected"]:
+        kind = "do not fit into the memory" if layout["reason"].startswith("needs") else "cannot be built"
         kinds[kind] += 1
         examples.setdefault(kind, f"{layout_text(layout['layout'])}: {layout['reason']}")
-    lines = [f"{number:,} layouts rejected: {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]
+    lines += [f"{number:,} {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]
     return "\n".join(lines)
 
 
@@ -112,10 +136,24 @@ def layout_text(layout: Mapping[str, Any]) -> str:
     """Return a layout on one line."""
     stages = f" x {layout['stages_per_rank']}" if layout["stages_per_rank"] > 1 else ""
     kept = ", checkpointing" if layout["activation_checkpointing"] else ""
+    batches = "micro-batch" if layout["num_micro_batches"] == 1 else "micro-batches"
     return (
         f"pp={layout['pp']} x dp={layout['dp']} x tp={layout['tp']}, ZeRO {layout['zero']}, "
-        f"{layout['schedule']}{stages}, {layout['num_micro_batches']} x {layout['micro_batch_size']}{kept}"
+        f"{layout['schedule']}{stages}, {layout['num_micro_batches']:,} {batches} of {layout['micro_batch_size']}{kept}"
     )
+
+
+def count_text(number: int) -> str:
+    """Return a number of parameters with four digits at most.
+
+    Example:
+        >>> count_text(461_188_800), count_text(1_557_611_200), count_text(12)
+        ('461.2 M', '1.6 B', '12')
+    """
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return str(number)
 
 
 def bytes_text(number: float) -> str:

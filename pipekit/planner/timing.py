@@ -56,21 +56,23 @@ class Cluster:
     @property
     def tensor_link(self) -> Link:
         """What joins tensor-parallel peers."""
-        return self._link(self.layout.tp)
+        return self._link_within(self.layout.tp)
 
     @property
     def data_link(self) -> Link:
         """What joins the replicas of a stage."""
-        return self._link(self.layout.tp * self.layout.dp)
+        return self._link_within(self.layout.tp * self.layout.dp)
 
     @property
     def pipe_link(self) -> Link:
         """What joins neighbouring pipeline ranks, in the slowest place."""
-        return self._link(self.layout.tp * self.layout.dp + 1 if self.layout.pp > 1 else 1)
+        return self._link_within(self.layout.world_size)
 
-    def _link(self, span: int) -> Link:
-        """Return the link within a group that `span` neighbouring ranks hold."""
-        return self.device.intra_node if span <= self.device.devices_per_node else self.device.inter_node
+    def _link_within(self, span: int) -> Link:
+        """Return the slowest link within blocks of `span` ranks, one of which may lie on two nodes."""
+        per_node = self.device.devices_per_node
+        is_one_node = self.layout.world_size <= per_node
+        return self.device.intra_node if is_one_node or per_node % span == 0 else self.device.inter_node
 
 
 def stage_costs(
@@ -173,26 +175,29 @@ def step_times(
     stage_parameters: Sequence[int],
     precision: Precision,
     zero: int,
+    shorter: Schedule | None = None,
 ) -> StepTimes:
     """Return how long a step takes.
 
     The reduction of a stage's gradients begins when its last one is there, one stage after another on each rank.
 
     Args:
-        schedule: the table; of a step with many micro-batches it may be that of fewer, four for each pipeline rank or
-            more, beyond which a step grows by the time of its busiest rank.
+        schedule: the table; of a step with many micro-batches it may be that of fewer, three for each pipeline rank or
+            more.
         num_micro_batches: micro-batches of the step.
         costs: of the stages.
         cluster: devices and layout.
         stage_parameters: of each stage, on one tensor-parallel rank.
         precision: of weights and activations.
         zero: ZeRO stage.
+        shorter: where `schedule` leaves micro-batches out, the table with one fewer for each pipeline rank: a step
+            grows by what lies between the two.
     """
     timeline = simulate(schedule, costs)
     more = num_micro_batches - schedule.num_micro_batches
     busy = [sum(span.end_s - span.start_s for span in spans) for spans in timeline.spans]
     per_micro_batch = [seconds / schedule.num_micro_batches for seconds in busy]
-    longer_s = more * max(per_micro_batch)
+    longer_s = more * max(max(per_micro_batch), _growth_s(timeline, shorter, costs))
     dp, link = cluster.layout.dp, cluster.data_link
     done_s = 0.0
     update_s = 0.0
@@ -216,3 +221,11 @@ def step_times(
         update_s=update_s,
         busy_s=tuple(seconds + more * one for seconds, one in zip(busy, per_micro_batch, strict=True)),
     )
+
+
+def _growth_s(timeline: Timeline, shorter: Schedule | None, costs: Costs) -> float:
+    """Return by how much a step grows with each micro-batch: under 1F1B messages make that more than what ranks do."""
+    if shorter is None:
+        return 0.0
+    fewer = timeline.schedule.num_micro_batches - shorter.num_micro_batches
+    return (timeline.step_time_s - simulate(shorter, costs).step_time_s) / fewer

@@ -75,6 +75,8 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
         f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO "
         f"{config.parallel.zero}",
     )
+    if plan.chosen is not None:
+        facts.add_row("chosen", plan.chosen)
     facts.add_row("device", f"{plan.device}, {plan.precision}")
     batch = plan.batch
     facts.add_row(
@@ -101,11 +103,12 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
         )
     for table in (facts, stages):
         console.print()
-        _print_table(table, console)
+        print_table(table, console)
     console.print()
 
 
-def _print_table(table: Table, console: Console) -> None:
+def print_table(table: Table, console: Console) -> None:
+    """Print a table, without the padding at its right where there is no terminal."""
     if console.is_terminal:
         console.print(table)
         return
@@ -240,7 +243,7 @@ class ConsoleProgress(Callback):
         files.add_row("checkpoint", str(result.checkpoint))
         files.add_row("metrics", str(self._folder.metrics))
         files.add_row("logs", str(self._folder.logs))
-        _print_table(files, self._console)
+        print_table(files, self._console)
         self._console.print("\nWhat next:")
         next_steps = Table.grid(padding=(0, 2))
         next_steps.add_column(no_wrap=True)
@@ -250,7 +253,7 @@ class ConsoleProgress(Callback):
         next_steps.add_row(
             f"  pipekit train {run}/config.yaml train.steps={2 * result.step}", "go on, under any layout"
         )
-        _print_table(next_steps, self._console)
+        print_table(next_steps, self._console)
 
     def close(self) -> None:
         if self._progress is not None:

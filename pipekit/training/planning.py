@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -83,10 +83,11 @@ def plan_trial(
         PipekitError: if something does not fit.
     """
     config, specs, trial = plan_specs(config, on_progress)
+    chosen = None
     if config.parallel.auto:
         number = world_size or num_devices or num_cpus
-        config = choose_layout(config, specs, trial, number, num_gpus=num_devices)
-    return plan_run(
+        config, chosen = choose_layout(config, specs, trial, number, num_gpus=num_devices)
+    plan = plan_run(
         config,
         specs,
         world_size=world_size,
@@ -96,14 +97,16 @@ def plan_trial(
         num_threads=num_threads,
         on_progress=on_progress,
     )
+    return replace(plan, chosen=chosen)
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search, and the model that it was made for."""
+    """A search, with the model and the batch that it was made for."""
 
     model: PlannedModel
     result: SearchResult
+    global_batch_size: int
 
 
 def search(
@@ -126,7 +129,12 @@ def search(
         device: what each rank computes on.
         is_gpu: whether that is a GPU, which computes in bf16 where the configuration does not say.
         max_tp: largest tensor-parallel degree.
+
+    Raises:
+        ConfigError: if it is not known what the layers cost.
     """
+    if config.parallel.memory_limit_gb is not None:
+        device = device.model_copy(update={"memory_bytes": int(config.parallel.memory_limit_gb * 1e9)})
     precision = plan_precision(config, "cuda" if is_gpu else "cpu")
     model = describe_model(config, specs, partial(trial.example, config), precision=precision)
     degrees = [1]
@@ -140,29 +148,40 @@ def search(
         tp=degrees,
         checkpointing=(True,) if config.train.activation_checkpointing else (False, True),
     )
-    return Search(model, search_layouts(model, space, device))
+    return Search(model, search_layouts(model, space, device), space.global_batch_size)
 
 
 def best_layout(found: Search, num_devices: int, device: Device) -> Prediction:
     """Return the fastest layout of a search.
 
     Raises:
-        LayoutError: if none fits; it says why the smallest does not.
+        LayoutError: if none fits; it says how much the nearest lacks.
     """
     if found.result.ranked:
         return found.result.ranked[0]
-    reasons = "; ".join(f"{choice}: {reason}" for choice, reason in found.result.rejected[-1:])
+    over = f"{num_devices} x {device.name}"
+    rejected = found.result.rejected
+    if not rejected:
+        raise LayoutError(
+            f"no layout over {over} shares out the train.global_batch_size of {found.global_batch_size}: pp * tp * dp "
+            f"must be {num_devices}, pp at most the {len(found.model.layer_names)} layers, and dp must divide the "
+            "batch; try a multiple of the devices, or fewer of them"
+        )
+    choice, reason = rejected[0]
     raise LayoutError(
-        f"none of {len(found.result.rejected):,} layouts over {num_devices} x {device.name} can run"
-        + (f", such as {reasons}" if reasons else f": no micro-batch size divides the batch over {num_devices}")
-        + "; try more devices, a tensor-parallel degree (--max-tp 8), or another train.global_batch_size"
+        f"none of {len(rejected):,} layouts over {over} can run; the nearest is {choice}, which {_lacks(reason)}; try "
+        "more devices, a smaller train.sequence_length, or tensor parallelism (pipekit plan --max-tp 8)"
     )
+
+
+def _lacks(reason: str) -> str:
+    return reason if reason.startswith("needs") else f"cannot run: {reason}"
 
 
 def choose_layout(
     config: Config, specs: Sequence[LayerSpec], trial: type[Trial], num_devices: int, *, num_gpus: int | None
-) -> Config:
-    """Return the configuration with the best layout for the devices present in place of `parallel: auto`.
+) -> tuple[Config, str]:
+    """Return the configuration with the best layout for the devices present in place of `parallel: auto`, and why.
 
     Every rank chooses the same: nothing is timed.
 
@@ -172,11 +191,14 @@ def choose_layout(
         trial: the trial.
         num_devices: processes to lay out.
         num_gpus: GPUs present; None where there are none.
+
+    Raises:
+        PipekitError: if no layout fits, the GPU is unknown, or it is not known what the layers cost.
     """
     device = present_device(num_gpus, num_devices)
     found = search(config, specs, trial, num_devices=num_devices, device=device, is_gpu=bool(num_gpus))
     best = best_layout(found, num_devices, device).choice
-    return config.updated(
+    resolved = config.updated(
         {
             "parallel.auto": False,
             "parallel.pp": best.layout.pp,
@@ -188,12 +210,35 @@ def choose_layout(
             "train.activation_checkpointing": best.checkpointing,
         }
     )
+    return resolved, reason_of_choice(found.result)
+
+
+def reason_of_choice(result: SearchResult) -> str:
+    """Return in one line what a search chose, and by how much it is ahead of the next."""
+    best, *others = result.ranked
+    if not others:
+        return f"{best.choice}: the only layout that fits, of {1 + len(result.rejected):,}"
+    which = f"{result.num_fitting:,} layouts that " + ("were simulated" if result.num_open else "fit")
+    ahead = others[0].step_time_s / best.step_time_s
+    lead = f"{ahead:.2f}x the next" if ahead >= 1.005 else "as fast as the next"
+    return f"{best.choice}: the fastest of {which}, {lead} ({others[0].choice})"
 
 
 def present_device(num_gpus: int | None, num_processes: int) -> Device:
-    """Return what each process of a run on this machine computes on; of a CPU, its share."""
+    """Return what each process of a run on this machine computes on; of a CPU, its share.
+
+    Raises:
+        ConfigError: if the GPU is not in the table.
+    """
     if num_gpus:
-        return find_device(torch.cuda.get_device_name(0))
+        name = torch.cuda.get_device_name(0)
+        try:
+            return find_device(name)
+        except ConfigError:
+            raise ConfigError(
+                f"the GPU {name} is not among the devices that are known; describe it in a YAML file for pipekit plan "
+                "--device-file, and write the layout that it finds into the parallel section"
+            ) from None
     cpu = find_device("cpu")
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
     return cpu.model_copy(update={"memory_bytes": memory_bytes})

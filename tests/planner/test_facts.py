@@ -1,0 +1,96 @@
+"""What the partitioners are told, against predictions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipekit.partitioners import LayerFacts, partition
+from pipekit.planner.facts import layer_facts
+from pipekit.planner.model_costs import ModelCosts
+from pipekit.planner.prediction import Choice, PlannedModel, plan_tables, predict
+from pipekit.planner.search import SCHEDULES
+from planner.planned import choice, device, gpt, layer, model
+
+
+def facts_of(planned: PlannedModel, given: Choice, limit_bytes: int = 0) -> LayerFacts:
+    return layer_facts(
+        planned,
+        given,
+        plan_tables(given)[0],
+        type_names=["Layer"] * len(planned.layer_names),
+        parameters=[costs.parameters for costs in planned.costs_of(1).layers],
+        limit_bytes=lambda: limit_bytes,
+    )
+
+
+def timed(planned: PlannedModel, seconds: list[float]) -> PlannedModel:
+    costs = planned.costs_of(1)
+    layers = [
+        replace(one, forward_s=time_s, input_gradient_s=time_s, weight_gradient_s=0.0)
+        for one, time_s in zip(costs.layers, seconds, strict=True)
+    ]
+    return replace(planned, costs_of=lambda size: ModelCosts(layers, None), is_timed=True)
+
+
+def test_operations_and_the_loss_count() -> None:
+    facts = facts_of(model([layer(100), layer(200)], loss=layer(50)), choice(pp=2))
+    assert facts.costs("flops") == [300, 600]
+    assert facts.extras("flops") == [0, 150]
+    assert facts.extras("parameters") is None
+    assert facts.measure_seconds is None
+    assert facts.best_costs == "flops"
+
+
+def test_seconds_are_those_that_were_measured() -> None:
+    facts = facts_of(timed(model([layer()] * 3), [1.0, 2.0, 0.5]), choice(pp=2))
+    assert facts.costs("profile") == [2.0, 4.0, 1.0]
+    assert partition("profile", facts, 2) == [0, 1, 3]
+
+
+def test_a_rank_that_does_not_measure_cuts_by_operations() -> None:
+    facts = facts_of(replace(model([layer(100), layer(200)]), is_timed=True), choice(pp=2))
+    assert facts.costs("profile") == facts.costs("flops")
+
+
+def test_nothing_is_asked_before_it_is_needed() -> None:
+    def refuse(size: int) -> ModelCosts:
+        raise AssertionError
+
+    facts = facts_of(replace(model([layer()] * 4), costs_of=lambda size: ModelCosts([layer()] * 4)), choice(pp=2))
+    silent = layer_facts(
+        replace(model([layer()] * 4), costs_of=refuse),
+        choice(pp=2),
+        plan_tables(choice(pp=2))[0],
+        type_names=facts.type_names,
+        parameters=[10] * 4,
+        limit_bytes=lambda: 0,
+    )
+    assert partition("parameters", silent, 2) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_partition_within_the_memory_fits_by_the_prediction_too(
+    schedule: str, checkpointing: bool, precision: str
+) -> None:
+    planned = gpt(4, 256, 4, precision)  # type: ignore[arg-type]
+    given = choice(
+        pp=2,
+        dp=2,
+        zero=1,
+        schedule=schedule,
+        stages_per_rank=SCHEDULES[schedule],
+        num_micro_batches=4,
+        checkpointing=checkpointing,
+    )
+    facts = facts_of(planned, given)
+    assert facts.memory_limit is not None
+    assert facts.placement is not None
+    boundaries = partition("flops", facts, len(facts.placement))
+    promised = facts.memory_limit().rank_bytes(boundaries, facts.placement)
+    predicted = predict(planned, given, device(memory_bytes=10**12), boundaries=boundaries)
+    for rank, most in zip(predicted.ranks, promised, strict=True):
+        assert rank.memory.total <= most <= 2.5 * rank.memory.total
