@@ -138,7 +138,7 @@ def plan_run(
         schedule,
         type_names=[spec.type_name for spec in specs],
         parameters=layer_parameters,
-        limit_bytes=lambda: memory_bytes or plan_memory(config, device, layout.world_size),
+        limit_bytes=lambda: plan_memory(config, device, layout.world_size, memory_bytes),
     )
     boundaries = partition(parallel.partition, facts, schedule.num_stages, boundaries=parallel.boundaries)
     return Plan(
@@ -209,10 +209,19 @@ def plan_precision(config: Config, device: Device) -> Precision:
     return precision
 
 
-def plan_memory(config: Config, device: Device, num_local_ranks: int) -> int:
-    """Return the bytes that a rank may hold: what is configured, the GPU's memory, or its share of the machine's."""
+def plan_memory(config: Config, device: Device, num_local_ranks: int, memory_bytes: int | None = None) -> int:
+    """Return the bytes that a rank may hold: what is configured, the GPU's memory, or its share of the machine's.
+
+    Args:
+        config: the configuration.
+        device: what the run computes on.
+        num_local_ranks: processes on this machine.
+        memory_bytes: memory of the device, where it is another than the one that is present.
+    """
     if config.parallel.memory_limit_gb is not None:
         return int(config.parallel.memory_limit_gb * 1e9)
+    if memory_bytes is not None:
+        return memory_bytes
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_local_ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -13,15 +14,17 @@ from pipekit.training.console import print_table
 
 _WIDE = 110
 _BAR = 9
+_STARTS = 36
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:
     """Print what `pipekit.planner.report.report` returns: the run, its ranks, and the layouts that were compared."""
-    tables = [facts_table(report), ranks_table(report, is_narrow=console.width < _WIDE)]
+    is_narrow = console.width < _WIDE
+    tables = [facts_table(report), ranks_table(report, is_narrow=is_narrow)]
     if "partitions" in report:
         tables.append(partitions_table(report["partitions"]))
     if "layouts" in report:
-        tables.append(layouts_table(report["layouts"]))
+        tables.append(layouts_table(report["layouts"], is_narrow=is_narrow))
     for table in tables:
         console.print()
         print_table(table, console)
@@ -63,7 +66,7 @@ def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
         is_narrow: whether to do without the bars.
     """
     limit = report["device"]["memory_bytes"]
-    table = Table(box=None, padding=(0, 1 if is_narrow else 2), header_style="bold", pad_edge=not is_narrow)
+    table = _new_table(is_narrow=is_narrow)
     for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("used" if is_narrow else "of the device", justify="right" if is_narrow else "left", no_wrap=True)
@@ -92,29 +95,49 @@ def partitions_table(partitions: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("partition", no_wrap=True)
     table.add_column("busiest over mean", justify="right", no_wrap=True)
-    table.add_column("stages begin with layer", overflow="ellipsis", no_wrap=True)
+    table.add_column("stages begin with layer", no_wrap=True)
     for other in partitions:
-        starts = " ".join(map(str, other["boundaries"][:-1]))
+        starts = shorten(" ".join(map(str, other["boundaries"][:-1])), _STARTS, placeholder=" ...")
         table.add_row(other["method"], f"{other['imbalance']:.3f}", starts)
     return table
 
 
-def layouts_table(layouts: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a row for each layout, the fastest first."""
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for name in ("", "tokens/s", "step", "bubble", "memory"):
-        table.add_column(name, justify="right")
-    table.add_column("layout")
-    for place, layout in enumerate(layouts, start=1):
+def layouts_table(layouts: Sequence[Mapping[str, Any]], *, is_narrow: bool = False) -> Table:
+    """Return a row for each layout, the fastest first.
+
+    Args:
+        layouts: what was compared.
+        is_narrow: whether to do without what other columns tell.
+    """
+    table = _new_table(is_narrow=is_narrow, gap=2)
+    left_out = {"step", "ZeRO"} if is_narrow else set()
+    for name in ("", "tokens/s", "step", "bubble", "memory", "pp", "dp", "tp", "ZeRO"):
+        if name not in left_out:
+            table.add_column(name, justify="right", no_wrap=True)
+    for name in ("schedule", "batches", "checkpointing"):
+        table.add_column(name, no_wrap=True)
+    for place, found in enumerate(layouts, start=1):
+        layout = found["layout"]
         table.add_row(
             str(place),
-            f"{layout['tokens_per_s']:,.0f}",
-            seconds_text(layout["step_time_s"]),
-            f"{100 * layout['bubble_fraction']:.1f} %",
-            bytes_text(layout["memory_bytes"]),
-            layout_text(layout["layout"]),
+            f"{found['tokens_per_s']:,.0f}",
+            *([] if is_narrow else [seconds_text(found["step_time_s"])]),
+            f"{100 * found['bubble_fraction']:.1f} %",
+            bytes_text(found["memory_bytes"]),
+            str(layout["pp"]),
+            str(layout["dp"]),
+            str(layout["tp"]),
+            *([] if is_narrow else [str(layout["zero"])]),
+            layout["schedule"],
+            f"{layout['num_micro_batches']:,} of {layout['micro_batch_size']}",
+            "yes" if layout["activation_checkpointing"] else "no",
         )
     return table
+
+
+def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
+    padding = (0, 1 if is_narrow else gap // 2)
+    return Table(box=None, padding=padding, header_style="bold", pad_edge=not is_narrow, collapse_padding=is_narrow)
 
 
 def counts_text(report: Mapping[str, Any]) -> str:
@@ -173,7 +196,9 @@ def seconds_text(seconds: float) -> str:
     """Return a time with three digits.
 
     Example:
-        >>> seconds_text(0.0123), seconds_text(12.34)
-        ('12.3 ms', '12.3 s')
+        >>> seconds_text(0.0123), seconds_text(1.1), seconds_text(1234.5)
+        ('12.3 ms', '1.10 s', '1,234 s')
     """
-    return f"{seconds:,.3g} s" if seconds >= 1 else f"{1000 * seconds:,.3g} ms"
+    number, unit = (seconds, "s") if seconds >= 1 else (1000 * seconds, "ms")
+    digits = 0 if number >= 100 else 1 if number >= 10 else 2
+    return f"{number:,.{digits}f} {unit}"
