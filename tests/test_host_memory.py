@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import resource, sys
-from pipekit.engine.host_memory import keep_freed_memory
+from pipekit.host_memory import keep_freed_memory
 import torch
 
 def count_faults():

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, int] = {
     # 0: pure.
     "pipekit.errors": 0,
+    "pipekit.host_memory": 0,
     "pipekit.rng": 0,
     "pipekit.layout": 0,
     "pipekit.config": 0,
@@ -81,7 +82,7 @@ MAY_ALSO_IMPORT = {"pipekit.schedules.draw": {"matplotlib"}}
 
 # The tokenizers library is told in no other way that a later fork is safe; and the user's settings of the C library go
 # before ours.
-MAY_READ_ENVIRONMENT = {"pipekit.data.tokenizer", "pipekit.engine.host_memory"}
+MAY_READ_ENVIRONMENT = {"pipekit.data.tokenizer", "pipekit.host_memory"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pipekit.data.order import sample_order
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
-from pipekit.engine.host_memory import keep_freed_memory
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
@@ -25,6 +24,7 @@ from pipekit.engine.optimizers import view_optimizer
 from pipekit.engine.reduction import GradientReducer
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
+from pipekit.host_memory import keep_freed_memory
 from pipekit.nested import flatten, unflatten
 from pipekit.schedules import Costs, Schedule, Timeline, median_costs, plan_1f1b, plan_forward_only
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from pipekit.errors import ConfigError, PipekitError
+from pipekit.host_memory import keep_freed_memory
 from pipekit.nested import unflatten
 from pipekit.planner.describe import (
     LossFn,
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[str, float | None], None]
 
 DEFAULT_PROFILE_DIR = "~/.cache/pipekit/profiles"
-_FORMAT_VERSION = 1  # raise it when the same layer would be measured in another way
+_FORMAT_VERSION = 2  # raise it when the same layer would be measured in another way
 
 
 def profile_layers(
@@ -63,6 +64,9 @@ def profile_layers(
 
     The seconds are medians. `weight_gradient_s` is what linear layers put off. Other layers compute their weight
     gradients together with their input gradients, in a run as here, and both count as `input_gradient_s`.
+
+    Whoever measures on CPUs keeps the memory of freed tensors from then on, as runs do: otherwise large layers would be
+    charged in every repeat for pages that a run is given once.
 
     Args:
         specs: the model.
@@ -192,6 +196,8 @@ class _Profiler:
         return json.loads(json.dumps(identity))  # as it will be read: without tuples
 
     def _measure(self, subject: _Subject) -> Observed:
+        if self._device.type == "cpu":
+            keep_freed_memory()
         module, call = subject.build()
         leaves = build_values(subject.inputs, self._device, subject.given)
         structure = subject.inputs.structure
