@@ -226,6 +226,50 @@ def test_under_another_launcher_it_joins(workspace: Path, base_run: str, launche
     assert "embed, position, blocks.0" in done.stdout
 
 
+def torchrun(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `pipekit` with these arguments on two ranks of torchrun."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = [argument.format(port=port) for argument in LAUNCHERS["torchrun"]]
+    return subprocess.run(
+        [sys.executable, *launcher, "pipekit", *arguments],
+        cwd=workspace,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(workspace)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("launcher", ["pipekit", "torchrun"])
+def test_stages_of_equal_seconds_train_the_same(workspace: Path, base_run: str, launcher: str) -> None:
+    run = f"runs/profile-{launcher}"
+    arguments = ("train", "c.yaml", f"run.dir={run}", "parallel.partition=profile", "train.steps=3")
+    arguments += ("scheduler.decay_steps=12", "train.eval_interval=null")
+    if launcher == "torchrun":
+        done = torchrun(workspace, *arguments)
+    else:
+        done = pipekit(workspace, *arguments, environ={"HOME": str(workspace)})
+    assert done.returncode == 0, done.stderr
+    assert losses(workspace, run) == pytest.approx(losses(workspace, "runs/base")[:3], rel=1e-5)
+
+
+def test_auto_chooses_a_layout_for_the_ranks_and_says_why(workspace: Path) -> None:
+    config = yaml.safe_load((workspace / "c.yaml").read_text())
+    config["parallel"] = "auto"
+    config["train"] |= {"steps": 2, "eval_interval": None}
+    (workspace / "auto.yaml").write_text(yaml.safe_dump(config))
+    done = torchrun(workspace, "train", "auto.yaml", "run.dir=runs/auto")
+    assert done.returncode == 0, done.stderr
+    assert "chosen  pp=" in done.stdout
+    assert "the fastest of" in done.stdout
+    stored = yaml.safe_load((workspace / "runs/auto/config.yaml").read_text())
+    assert stored["parallel"]["pp"] * stored["parallel"]["dp"] == 2
+    assert not stored["parallel"]["auto"]
+    assert len(losses(workspace, "runs/auto")) == 2
+
+
 MEASURING_TRIAL = """
 from pipekit import LanguageModelTrial
 

@@ -87,8 +87,8 @@ class ParallelConfig(Section):
     behind the last block, and `|` ends a stage; `*3` repeats what is before it, a letter or a group in parentheses."""
 
     memory_limit_gb: PositiveFloat | None = Field(default=None, examples=[80.0])
-    """For `partition: memory`: what a rank may hold, in 10^9 bytes; null is the memory of its GPU, or on a CPU its
-    share of the machine's."""
+    """For `partition: memory` and `parallel: auto`: what a rank may hold, in 10^9 bytes; null is the memory of its GPU,
+    or on a CPU its share of the machine's."""
 
     schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
     """Which rank does what when: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
