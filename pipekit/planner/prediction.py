@@ -54,8 +54,9 @@ class Choice:
     def __str__(self) -> str:
         stages = f" x {self.stages_per_rank}" if self.stages_per_rank > 1 else ""
         kept = ", checkpointing" if self.checkpointing else ""
+        batches = "micro-batch" if self.num_micro_batches == 1 else "micro-batches"
         return (
-            f"{self.layout}, ZeRO {self.zero}, {self.schedule}{stages}, {self.num_micro_batches} micro-batches of "
+            f"{self.layout}, ZeRO {self.zero}, {self.schedule}{stages}, {self.num_micro_batches:,} {batches} of "
             f"{self.micro_batch_size}{kept}"
         )
 

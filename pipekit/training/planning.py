@@ -170,7 +170,8 @@ def best_layout(found: Search, num_devices: int, device: Device) -> Prediction:
     choice, reason = rejected[0]
     raise LayoutError(
         f"none of {len(rejected):,} layouts over {over} can run; the nearest is {choice}, which {_lacks(reason)}; try "
-        "more devices, a smaller train.sequence_length, or tensor parallelism (pipekit plan --max-tp 8)"
+        "more devices, or a smaller train.sequence_length"
+        + (", or compare tensor parallelism (pipekit plan --max-tp 8)" if choice.layout.tp == 1 else "")
     )
 
 
