@@ -14,6 +14,15 @@ _MMAP_FROM = 2**30
 _GROW_BY = 2**26
 
 
+def count_page_faults() -> int:
+    """Return how many fresh pages this process has been given by the system so far; 0 where that is not told."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def keep_freed_memory() -> bool:
     """Let the C library keep the memory of freed tensors for the next ones, as caching allocators of GPUs do.
 

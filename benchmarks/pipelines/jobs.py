@@ -96,7 +96,8 @@ def find_deepspeed_boundaries(say: Say, setting: Setting, partitions: Sequence[s
     found = []
     for partition in partitions:
         say(f"build of DeepSpeed's module, partition {partition}")
-        found.append(tuple(build_deepspeed_module(workload, partition=partition).parts))
+        module = build_deepspeed_module(workload, partition=partition)
+        found.append(tuple(map(int, module.parts)))
     return found
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipekit.host_memory import count_page_faults
 from pipekit.nested import Structure, flatten, unflatten
 from pipekit.planner.observe import Form
 from pipekit.weight_gradients import Compute, deferring, split_linear
@@ -35,6 +37,9 @@ def time_layer(
 ) -> LayerTimes:
     """Return how long a layer takes, by the clock on CPUs and by events of the stream on GPUs.
 
+    On CPUs those repeats count that were given the fewest fresh pages by the system: what a large layer pays for them
+    is many times what it computes for, and a run has its pages after a few steps.
+
     Args:
         call: the layer; it is given the nested inputs.
         leaves: the tensors that enter.
@@ -48,13 +53,31 @@ def time_layer(
     """
     watch = _Watch(device)
     started_s = time.perf_counter()
+    faults = [count_page_faults()]
     outputs, gradients = _run(call, leaves, structure, None, watch)
+    faults.append(count_page_faults())
     for run in range(1, _WARM_UPS + repeats):
         if run >= _WARM_UPS + _FEWEST_REPEATS and time.perf_counter() - started_s > _ENOUGH_S:
             break
         _run(call, leaves, structure, gradients, watch)
-    forward_s, input_gradient_s, weight_gradient_s = (median(column[_WARM_UPS:]) for column in watch.seconds(3))
+        faults.append(count_page_faults())
+    fresh_pages = [after - before for before, after in pairwise(faults)]
+    settled = _settled(fresh_pages) if device.type == "cpu" else range(_WARM_UPS, len(fresh_pages))
+    forward_s, input_gradient_s, weight_gradient_s = (
+        median(column[run] for run in settled) for column in watch.seconds(3)
+    )
     return LayerTimes(forward_s, input_gradient_s, weight_gradient_s, outputs)
+
+
+def _settled(fresh_pages: Sequence[int]) -> list[int]:
+    """Return the runs behind the warm-ups with the fewest fresh pages, `_FEWEST_REPEATS` or more where there are.
+
+    Example:
+        >>> _settled([900, 900, 900, 0, 900, 0, 0, 0])
+        [3, 5, 6, 7]
+    """
+    most = sorted(fresh_pages[_WARM_UPS:])[:_FEWEST_REPEATS][-1]
+    return [run for run in range(_WARM_UPS, len(fresh_pages)) if fresh_pages[run] <= most]
 
 
 def _run(
