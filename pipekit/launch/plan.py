@@ -50,7 +50,12 @@ def plan(path: str | Path, overrides: Sequence[str], options: PlanOptions) -> No
     if options.html is not None:
         from pipekit.planner.html import render_html
 
-        options.html.write_text(render_html(report), encoding="utf-8")
+        try:
+            options.html.write_text(render_html(report), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--html {options.html}: cannot be written: {error.strerror}; name another file"
+            ) from None
     if options.as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
         return

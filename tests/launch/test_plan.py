@@ -215,3 +215,10 @@ def test_a_trillion_parameters_are_planned_without_allocating_them(path: Path) -
     assert found["parameters"] == pytest.approx(1.008e12, rel=1e-3)
     assert len(found["stages"]) == 64
     assert int(done.stderr) < 1e6, "kilobytes"
+
+
+def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {preset: gpt2}\ntrain: {steps: 1}\n")
+    with pytest.raises(ConfigError, match=r"--html .*page.html: cannot be written: No such file"):
+        plan(path, [], PlanOptions(device="h100", html=tmp_path / "no" / "page.html"))
