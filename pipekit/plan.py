@@ -17,6 +17,7 @@ from pipekit.layout import Layout
 from pipekit.parameters import count_layer_parameters, count_parameters
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.planner.facts import layer_facts
+from pipekit.planner.memory import Precision
 from pipekit.planner.model import ExampleBuilder, Measuring, describe_model
 from pipekit.planner.prediction import Choice, PlannedModel
 from pipekit.planner.profiling import ProgressCallback
@@ -24,7 +25,6 @@ from pipekit.schedules import Schedule, plan_schedule
 from pipekit.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 
 Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

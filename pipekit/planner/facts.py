@@ -10,7 +10,7 @@ from pipekit.planner.layer_costs import LayerCosts, layer_flops, layer_seconds
 from pipekit.planner.memory import Precision, recomputation_bytes
 from pipekit.planner.model_costs import ModelCosts, stage_extras
 from pipekit.planner.prediction import Choice, PlannedModel
-from pipekit.planner.rough import bytes_of_parameter, peak_of_stages
+from pipekit.planner.rough import bytes_of_parameter
 from pipekit.schedules import Schedule
 
 # Two ahead from either side, one gradient that is received and one that is sent.
@@ -92,7 +92,7 @@ def memory_limit(
         limit_bytes: the most that a rank may hold.
     """
     per_parameter = bytes_of_parameter(precision, zero, dp)
-    in_flight = peak_of_stages(schedule)
+    in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
     # What enters a stage is held for each micro-batch, and messages come ahead, from both sides at most.
     extras = [(number + _MESSAGES) * largest_input for number in in_flight]

@@ -8,9 +8,7 @@ from html import escape
 from typing import Any
 
 from pipekit.schedules.action import Action
-
-# The colours of the other pictures of schedules.
-from pipekit.schedules.draw import _COLOURS, _NAMES, _ink, _shade
+from pipekit.schedules.draw import ACTION_COLOURS, ACTION_NAMES, ink_on, shade
 
 _MEMORY_PARTS: dict[str, tuple[str, str]] = {
     "weights": ("weights", "#0072B2"),
@@ -222,7 +220,7 @@ def _timeline(report: Mapping[str, Any]) -> str:
             f'<rect class="row" x="{_MARGIN}" y="{top}" width="{width:.1f}" height="{_ROW}"/>'
         )
         for action, start_s, end_s in row:
-            colour = _shade(_COLOURS[action.kind], stages.index(action.stage) / max(1, len(stages) - 1))
+            colour = shade(ACTION_COLOURS[action.kind], stages.index(action.stage) / max(1, len(stages) - 1))
             left, room = _MARGIN + start_s / step_s * width, (end_s - start_s) / step_s * width
             parts.append(
                 f'<rect x="{left:.2f}" y="{top}" width="{max(room - 0.6, 0.2):.2f}" height="{_ROW}" fill="{colour}">'
@@ -230,7 +228,8 @@ def _timeline(report: Mapping[str, Any]) -> str:
             )
             if room >= _CHARACTER_WIDTH * len(str(action.micro_batch)) + 2:
                 parts.append(
-                    f'<text x="{left + room / 2:.2f}" y="{top + 17}" text-anchor="middle" style="fill:{_ink(colour)}">'
+                    f'<text x="{left + room / 2:.2f}" y="{top + 17}" text-anchor="middle" '
+                    f'style="fill:{ink_on(colour)}">'
                     f"{action.micro_batch}</text>"
                 )
     height = len(spans) * (_ROW + _GAP) + 16
@@ -239,7 +238,7 @@ def _timeline(report: Mapping[str, Any]) -> str:
         f'role="img" aria-label="timeline of a step">{"".join(parts)}</svg>'
     )
     kinds = sorted({action.kind for row in spans for action, _, _ in row}, key="FBIW".index)
-    legend = _legend((_COLOURS[kind], _NAMES[kind]) for kind in kinds)
+    legend = _legend((ACTION_COLOURS[kind], ACTION_NAMES[kind]) for kind in kinds)
     several = any(len({action.stage for action, _, _ in row}) > 1 for row in spans)
     notes = ["Numbers are micro-batches." + (" A rank's later stages are darker." if several else "")]
     total = report["layout"].get("num_micro_batches")

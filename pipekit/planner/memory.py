@@ -23,7 +23,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 Shape = tuple[int, ...]
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES_OF: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a weight or an activation."""
+
 _FP32_BYTES = 4
 # DeepSpeed fills a flat group up to a multiple of this for each replica: 4 bytes in 16-bit elements.
 _ALIGNMENT = 2
@@ -96,10 +98,9 @@ def cut_stages(
     ]
 
 
-def memory_of_stages(
+def memory_of_ranks(
     stages: Sequence[StageContents],
     schedule: Schedule,
-    pipe_rank: int,
     *,
     loss: LayerCosts | None,
     precision: Precision,
@@ -107,17 +108,16 @@ def memory_of_stages(
     dp: int,
     optimizer: OptimizerConfig | None = None,
     checkpointing: bool = False,
-) -> MemoryParts:
-    """Return what a pipeline rank holds at most in a step, once the optimizer has its states.
+) -> list[MemoryParts]:
+    """Return what each pipeline rank holds at most in a step, once the optimizer has its states.
 
     Args:
         stages: all stages of the model, in order.
-        schedule: the table of a step; it says which stages are the rank's.
-        pipe_rank: the rank along the pipeline; its replicas hold the same.
+        schedule: the table of a step; it says which stages are a rank's.
         loss: what the loss costs, as if it were a layer behind the last; None where the last layer returns the loss.
         precision: of weights and activations.
         zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
-        dp: replicas.
+        dp: replicas; those of a rank hold as much.
         optimizer: AdamW unless given.
         checkpointing: whether only the input of every layer is kept.
 
@@ -131,61 +131,11 @@ def memory_of_stages(
         >>> layer = LayerCosts(20, 40, 40, 40, input_bytes=16, output_bytes=16, saved_bytes=0, keeps_input=True,
         ...     keeps_output=False)
         >>> stages = [StageContents([layer], {f"layers.{i}.weight": (5, 4)}) for i in range(2)]
-        >>> parts = memory_of_stages(stages, plan_1f1b(num_stages=2, num_micro_batches=4), 0, loss=None,
+        >>> first, _ = memory_of_ranks(stages, plan_1f1b(num_stages=2, num_micro_batches=4), loss=None,
         ...     precision="fp32", zero=0, dp=1)
-        >>> parts.weights, parts.gradients, parts.optimizer_states, parts.activations
+        >>> first.weights, first.gradients, first.optimizer_states, first.activations
         (80, 80, 164, 64)
     """
-    return _memory(
-        stages,
-        schedule,
-        [pipe_rank],
-        loss=loss,
-        precision=precision,
-        zero=zero,
-        dp=dp,
-        optimizer=optimizer or OptimizerConfig(),
-        checkpointing=checkpointing,
-    )[0]
-
-
-def memory_of_ranks(
-    stages: Sequence[StageContents],
-    schedule: Schedule,
-    *,
-    loss: LayerCosts | None,
-    precision: Precision,
-    zero: int,
-    dp: int,
-    optimizer: OptimizerConfig | None = None,
-    checkpointing: bool = False,
-) -> list[MemoryParts]:
-    """Return what each pipeline rank holds; the arguments are those of `memory_of_stages`."""
-    return _memory(
-        stages,
-        schedule,
-        range(len(schedule.ranks)),
-        loss=loss,
-        precision=precision,
-        zero=zero,
-        dp=dp,
-        optimizer=optimizer or OptimizerConfig(),
-        checkpointing=checkpointing,
-    )
-
-
-def _memory(
-    stages: Sequence[StageContents],
-    schedule: Schedule,
-    pipe_ranks: Sequence[int],
-    *,
-    loss: LayerCosts | None,
-    precision: Precision,
-    zero: int,
-    dp: int,
-    optimizer: OptimizerConfig,
-    checkpointing: bool,
-) -> list[MemoryParts]:
     if len(stages) != schedule.num_stages:
         raise LayoutError(
             f"{len(stages)} stages do not fit the schedule {schedule.name}, which has {schedule.num_stages}; cut the "
@@ -198,9 +148,8 @@ def _memory(
     more = [max(0, after - before) for after, before in zip(kept, held, strict=True)]
     messages = plan_messages(schedule)
     found = []
-    for rank in pipe_ranks:
+    for rank, actions in enumerate(schedule.ranks):
         own = [stages[stage] for stage in schedule.stages_of(rank)]
-        actions = schedule.ranks[rank]
         if checkpointing:
             activations = _peak_bytes(_count_halves(actions, len(stages)), [*held, *more])
             activations += max(recomputation_bytes(stage.layers) for stage in own)
@@ -209,7 +158,7 @@ def _memory(
         is_last = schedule.placement[-1] == rank
         found.append(
             replace(
-                _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer),
+                _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer or OptimizerConfig()),
                 activations=activations,
                 # A gradient of what the loss keeps, and one of what it made that of.
                 logits=2 * loss.saved_bytes if loss is not None and is_last else 0,
@@ -247,7 +196,7 @@ def _standing(
         gradients = _FP32_BYTES * num_shard
     elif precision == "bf16":
         # A flat fp32 buffer, to which each backward's own gradients are added after it.
-        of_one_backward = _BYTES[precision] * max(sum(map(prod, stage.parameters.values())) for stage in own)
+        of_one_backward = BYTES_OF[precision] * max(sum(map(prod, stage.parameters.values())) for stage in own)
         gradients = _FP32_BYTES * sum(flat) + of_one_backward
     update = 0
     if dp > 1 and zero < 2:
@@ -257,7 +206,7 @@ def _standing(
         # Each group's gradients are flattened and then freed; those of the groups before it are gone.
         update = max(_FP32_BYTES * (size - sum(groups[:index])) for index, size in enumerate(flat))
     return MemoryParts(
-        weights=_BYTES[precision] * num_weights,
+        weights=BYTES_OF[precision] * num_weights,
         gradients=gradients,
         optimizer_states=_FP32_BYTES * (states * num_shard + counts * num_tensors),
         masters=_FP32_BYTES * num_shard if is_flat else 0,

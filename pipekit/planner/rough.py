@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from math import gcd
 
-from pipekit.partitioners import balanced_boundaries, minmax_boundaries
+from pipekit.partitioners import balanced_boundaries
 from pipekit.planner.layer_costs import layer_flops, stage_activation_bytes
 from pipekit.planner.memory import Precision
 from pipekit.planner.model_costs import stage_extras
 from pipekit.planner.prediction import Choice, PlannedModel
 from pipekit.planner.sharding import shard_layers
-from pipekit.planner.timing import BYTES_OF, Cluster, all_gather_s, all_reduce_s, stage_costs
-from pipekit.schedules import Costs, Schedule, plan_schedule, schedule_placement, simulate
+from pipekit.planner.timing import Cluster, reduction_s, stage_costs, update_s
+from pipekit.schedules import Costs, plan_schedule, schedule_placement, simulate
 
 # The bubble of a longer pipeline is that of one with so many ranks and as many micro-batches a rank, times its length.
 _MOST_RANKS = 8
@@ -104,12 +103,8 @@ class Estimator:
             rank_parameters[placement[0]] -= cut.tied_parameters
         parameters = max(rank_parameters)
         precision = self._model.precision
-        reduced = 2 if precision == "fp16" else 4
-        reduction_s = all_reduce_s(reduced * parameters, layout.dp, cluster.data_link)
-        shares = choice.zero > 0 or precision != "fp32"
-        update_s = 30 * parameters / (layout.dp if shares else 1) / cluster.device.memory_bandwidth
-        if shares:
-            update_s += all_gather_s(BYTES_OF[precision] * parameters, layout.dp, cluster.data_link)
+        behind_s = reduction_s(parameters, cluster)
+        behind_s += update_s(parameters, cluster, precision=precision, zero=choice.zero)
         forward_s, shape = _shape_of(choice, costs)
         compute_s = choice.num_micro_batches * max(rank_s) + forward_s * shape.bubble
         standing = bytes_of_parameter(precision, choice.zero, layout.dp)
@@ -120,17 +115,20 @@ class Estimator:
             held[rank] += shape.together[rank] * activations
             least[rank] = max(least[rank], standing * rank_parameters[rank] + activations)
         held[placement[-1]] += 3 * cut.loss_bytes
-        return Rough(compute_s + reduction_s + update_s, max(held), _SURELY * max(least))
+        return Rough(compute_s + behind_s, max(held), _SURELY * max(least))
 
     def boundaries(self, choice: Choice) -> Sequence[int]:
         """Return the stages under which the ranks of a layout have as many operations each."""
-        costs = self._model.costs_of(choice.micro_batch_size)
-        flops = [layer.flops for layer in costs.layers]
-        extra = 0 if costs.loss is None else costs.loss.flops
         placement = schedule_placement(choice.schedule, pp=choice.layout.pp, stages_per_rank=choice.stages_per_rank)
-        key = _in_lowest_terms([*flops, extra]), placement
+        return self._balanced(choice.micro_batch_size, placement)
+
+    def _balanced(self, size: int, placement: Sequence[int]) -> list[int]:
+        costs = self._model.costs_of(size)
+        flops = [layer.flops for layer in costs.layers]
+        extras = stage_extras(costs, len(placement), layer_flops)
+        # Micro-batches of another size cost the same in other units.
+        key = _in_lowest_terms([*flops, int(extras[-1])]), tuple(placement)
         if key not in self._boundaries:
-            extras = stage_extras(costs, len(placement), layer_flops)
             self._boundaries[key] = balanced_boundaries(flops, placement, stage_extras=extras)
         return self._boundaries[key]
 
@@ -138,10 +136,8 @@ class Estimator:
         key = (size, num_stages, tp, checkpointing)
         if key not in self._cuts:
             costs = self._model.costs_of(size)
-            flops = [layer.flops for layer in costs.layers]
-            if costs.loss is not None:
-                flops[-1] += costs.loss.flops
-            boundaries = self._even_boundaries(flops, num_stages)
+            # As if each stage had a rank of its own: near enough, and soon found.
+            boundaries = self._balanced(size, range(num_stages))
             layers = shard_layers(costs.layers, tp)
             self._cuts[key] = _Cut(
                 boundaries,
@@ -154,13 +150,6 @@ class Estimator:
                 (sum(layer.parameters for layer in costs.layers) - self._model.num_parameters) // tp,
             )
         return self._cuts[key]
-
-    def _even_boundaries(self, flops: Sequence[int], num_stages: int) -> list[int]:
-        # Micro-batches of another size cost the same in other units.
-        key = _in_lowest_terms(flops), tuple(range(num_stages))
-        if key not in self._boundaries:
-            self._boundaries[key] = minmax_boundaries(flops, num_stages)
-        return self._boundaries[key]
 
     def _stage_costs(self, choice: Choice, cluster: Cluster, cut: _Cut) -> Costs:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
@@ -232,29 +221,13 @@ def _shape(
         transfer_s=transfer,
     )
     timeline = simulate(table, costs)
-    in_flight = peak_of_stages(table)
+    in_flight = table.peak_of_stages()
     of_ranks = [sum(in_flight[stage] for stage in table.stages_of(rank)) for rank in range(pp)]
     return _Shape(
         timeline.step_time_s - num_micro_batches * (forward + inputs + weights),
         in_flight,
         [peak / separate for peak, separate in zip(timeline.peak_bytes, of_ranks, strict=True)],
     )
-
-
-def peak_of_stages(schedule: Schedule) -> list[int]:
-    """Return of how many micro-batches each stage holds activations at most.
-
-    Example:
-        >>> peak_of_stages(plan_schedule("1f1b", pp=4, num_micro_batches=8))
-        [4, 3, 2, 1]
-    """
-    peaks = [0] * schedule.num_stages
-    for actions in schedule.ranks:
-        held: Counter[int] = Counter()
-        for action in actions:
-            held[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-            peaks[action.stage] = max(peaks[action.stage], held[action.stage])
-    return peaks
 
 
 def bytes_of_parameter(precision: Precision, zero: int, dp: int) -> float:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pipekit.layout import Layout
-from pipekit.planner.devices import Device, Link, Precision
+from pipekit.planner.devices import Device, Link
 from pipekit.planner.layer_costs import LayerCosts
+from pipekit.planner.memory import BYTES_OF, Precision
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
 
-BYTES_OF: dict[str, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
-"""Of a weight or an activation."""
-
-_REDUCED_BYTES = {"fp32": 4, "tf32": 4, "bf16": 4, "fp16": 2}
-"""Of a gradient on its way: in bf16 gradients accumulate in fp32."""
+# Gradients are accumulated, and so reduced, in fp32 under every precision.
+_REDUCED_BYTES = 4
 
 # What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
 # written, and the weight itself written in its own format.
@@ -75,6 +73,21 @@ class Cluster:
         return self.device.intra_node if is_one_node or per_node % span == 0 else self.device.inter_node
 
 
+def reduction_s(parameters: int, cluster: Cluster) -> float:
+    """Return the seconds in which the replicas sum the gradients of so many parameters."""
+    return all_reduce_s(_REDUCED_BYTES * parameters, cluster.layout.dp, cluster.data_link)
+
+
+def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
+    """Return the seconds in which a rank with so many parameters updates its share, and gathers the others'."""
+    weight_bytes = BYTES_OF[precision]
+    # In 16 bits the optimizer's states are always shared out.
+    is_shared = zero > 0 or precision != "fp32"
+    share = parameters / cluster.layout.dp if is_shared else parameters
+    moved_s = share * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
+    return moved_s + (all_gather_s(parameters * weight_bytes, cluster.layout.dp, cluster.data_link) if is_shared else 0)
+
+
 def stage_costs(
     layers: Sequence[LayerCosts],
     boundaries: Sequence[int],
@@ -83,7 +96,6 @@ def stage_costs(
     precision: Precision,
     checkpointing: bool,
     loss: LayerCosts | None = None,
-    overhead_s: float = 0.0,
 ) -> Costs:
     """Return what the actions of each stage take.
 
@@ -98,7 +110,6 @@ def stage_costs(
         precision: of weights and activations.
         checkpointing: whether each backward first repeats the forward.
         loss: what the last stage does behind its layers.
-        overhead_s: what a rank spends on an action beside computing it.
     """
     tp = cluster.layout.tp
     flops_per_s = cluster.device.matmul_flops(precision) * tp
@@ -129,7 +140,6 @@ def stage_costs(
         input_gradient_s,
         weight_gradient_s,
         transfer_s=cluster.pipe_link.transfer_s(max(passed_on, default=0) / tp) if passed_on else 0.0,
-        overhead_s=overhead_s,
     )
 
 
@@ -198,27 +208,20 @@ def step_times(
     busy = [sum(span.end_s - span.start_s for span in spans) for spans in timeline.spans]
     per_micro_batch = [seconds / schedule.num_micro_batches for seconds in busy]
     longer_s = more * max(max(per_micro_batch), _growth_s(timeline, shorter, costs))
-    dp, link = cluster.layout.dp, cluster.data_link
-    done_s = 0.0
-    update_s = 0.0
+    done_s = longest_update_s = 0.0
     for rank, spans in enumerate(timeline.spans):
         last_s = {span.action.stage: span.end_s for span in spans}
         free_s = 0.0
         for stage, end_s in sorted(last_s.items(), key=lambda item: item[1]):
-            gradient_bytes = stage_parameters[stage] * _REDUCED_BYTES[precision]
-            free_s = max(free_s, end_s) + all_reduce_s(gradient_bytes, dp, link)
+            free_s = max(free_s, end_s) + reduction_s(stage_parameters[stage], cluster)
         done_s = max(done_s, free_s)
         parameters = sum(stage_parameters[stage] for stage in schedule.stages_of(rank))
-        # In 16 bits the optimizer's states are always shared out.
-        shares = zero > 0 or precision in ("bf16", "fp16")
-        moved_bytes = parameters * (_UPDATE_BYTES + BYTES_OF[precision]) / (dp if shares else 1)
-        gathered_s = all_gather_s(parameters * BYTES_OF[precision], dp, link) if shares else 0.0
-        update_s = max(update_s, moved_bytes / cluster.device.memory_bandwidth + gathered_s)
+        longest_update_s = max(longest_update_s, update_s(parameters, cluster, precision=precision, zero=zero))
     return StepTimes(
         timeline=timeline,
         compute_s=timeline.step_time_s + longer_s,
         reduction_s=max(0.0, done_s - timeline.step_time_s),
-        update_s=update_s,
+        update_s=longest_update_s,
         busy_s=tuple(seconds + more * one for seconds, one in zip(busy, per_micro_batch, strict=True)),
     )
 

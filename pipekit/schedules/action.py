@@ -29,6 +29,11 @@ class Action:
     kind: ActionKind
     micro_batch: int
 
+    @property
+    def held(self) -> int:
+        """By how many activations its rank holds more: a forward takes one up, the end of a backward gives it back."""
+        return {"F": 1, "B": -1, "I": 0, "W": -1}[self.kind]
+
     @classmethod
     def parse(cls, text: str) -> Action:
         """Return the action that `text` prints.

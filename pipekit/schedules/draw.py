@@ -14,9 +14,9 @@ from pipekit.schedules.simulate import Span, Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMES: dict[ActionKind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+ACTION_NAMES: dict[ActionKind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 # Told apart by the colour-blind too; Okabe and Ito 2008.
-_COLOURS: dict[ActionKind, str] = {"F": "#56B4E9", "B": "#E8743B", "I": "#F0B429", "W": "#009E73"}
+ACTION_COLOURS: dict[ActionKind, str] = {"F": "#56B4E9", "B": "#E8743B", "I": "#F0B429", "W": "#009E73"}
 _CHARACTER_WIDTH = 0.62  # of its height
 
 
@@ -53,7 +53,7 @@ def draw_text(timeline: Timeline, *, width: int = 120) -> str:
                 columns[column] = character
         rows.append(f"rank {rank:{digits}} {''.join(columns)}")
     kinds = sorted({span.action.kind for spans in timeline.spans for span in spans}, key="FBIW".index)
-    legend = ", ".join(f"{kind} {_NAMES[kind]}" for kind in kinds)
+    legend = ", ".join(f"{kind} {ACTION_NAMES[kind]}" for kind in kinds)
     if timeline.schedule.num_stages > len(timeline.spans):
         legend += ", small on a rank's later stages"
     rows.append(f"{legend}; {_summary(timeline)}")
@@ -105,7 +105,7 @@ def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
         {span.action.kind for timeline in timelines.values() for spans in timeline.spans for span in spans},
         key="FBIW".index,
     )
-    handles = [_patch(_COLOURS[kind], _NAMES[kind]) for kind in kinds]
+    handles = [_patch(ACTION_COLOURS[kind], ACTION_NAMES[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
     # A fixed date and fixed names: the same timelines give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else None
@@ -123,12 +123,12 @@ def _draw_rows(axes: Axes, timeline: Timeline, scale: float, *, inches_per_s: fl
         stages = sorted({span.action.stage for span in spans})
         by_look = sorted(spans, key=lambda span: (span.action.kind, span.action.stage))
         for (kind, stage), alike in groupby(by_look, key=lambda span: (span.action.kind, span.action.stage)):
-            colour = _shade(_COLOURS[kind], stages.index(stage) / max(1, len(stages) - 1))
+            colour = shade(ACTION_COLOURS[kind], stages.index(stage) / max(1, len(stages) - 1))
             boxed = list(alike)
             boxes = [(span.start_s * scale, (span.end_s - span.start_s) * scale) for span in boxed]
             axes.broken_barh(boxes, (rank - 0.42, 0.84), facecolors=colour, edgecolors="white", linewidth=0.6)
             for span in boxed:
-                _label(axes, span, rank, scale, inches_per_s, ink=_ink(colour))
+                _label(axes, span, rank, scale, inches_per_s, ink=ink_on(colour))
     axes.set_ylim(len(timeline.spans) - 0.45, -0.55)
     axes.set_yticks(range(len(timeline.spans)), [f"rank {rank}" for rank in range(len(timeline.spans))])
     axes.tick_params(length=0)
@@ -146,13 +146,13 @@ def _label(axes: Axes, span: Span, rank: int, scale: float, inches_per_s: float,
         axes.text(centre, rank, text, ha="center", va="center", fontsize=size_pt, color=ink, clip_on=True)
 
 
-def _shade(colour: str, depth: float) -> str:
+def shade(colour: str, depth: float) -> str:
     """Return a colour, darker the nearer `depth` is to 1."""
     channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return "#" + "".join(f"{round(channel * (1 - 0.3 * depth)):02X}" for channel in channels)
 
 
-def _ink(colour: str) -> str:
+def ink_on(colour: str) -> str:
     """Return what stands out more on a colour, near-black or white, by its relative luminance as WCAG defines it."""
     channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
     luminance = sum(weight * channel**2.2 for weight, channel in zip((0.2126, 0.7152, 0.0722), channels, strict=True))

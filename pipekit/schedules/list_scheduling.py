@@ -116,7 +116,7 @@ def list_schedule(
         end_s = now_s + costs.of(action)
         free_s[rank] = end_s
         heapq.heappush(events, (end_s, rank))
-        held[rank] += {"F": 1, "I": 0, "W": -1}[kind]
+        held[rank] += action.held
         waiting_weights[rank] += {"F": 0, "I": 1, "W": -1}[kind]
         if kind != "W":
             last_kind[rank] = kind

@@ -56,9 +56,24 @@ class Schedule:
         """
         held = peak = 0
         for action in self.ranks[pipe_rank]:
-            held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            held += action.held
             peak = max(peak, held)
         return peak
+
+    def peak_of_stages(self) -> list[int]:
+        """Return of how many micro-batches each stage holds activations at most.
+
+        Example:
+            >>> from pipekit.schedules import plan_1f1b
+            >>> plan_1f1b(num_stages=4, num_micro_batches=8).peak_of_stages()
+            [4, 3, 2, 1]
+        """
+        held, peaks = [0] * self.num_stages, [0] * self.num_stages
+        for actions in self.ranks:
+            for action in actions:
+                held[action.stage] += action.held
+                peaks[action.stage] = max(peaks[action.stage], held[action.stage])
+        return peaks
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)

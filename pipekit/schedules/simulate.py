@@ -114,7 +114,7 @@ class Timeline:
         for actions in self.schedule.ranks:
             held = peak = 0.0
             for action in actions:
-                held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind] * costs.bytes_of(action.stage)
+                held += action.held * costs.bytes_of(action.stage)
                 peak = max(peak, held)
             peaks.append(peak)
         return tuple(peaks)

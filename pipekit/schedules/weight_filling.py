@@ -78,7 +78,7 @@ def fill_weight_gradients(
         free_s[rank] = end_s = now_s + costs.of(action)
         heapq.heappush(events, (end_s, rank))
         stage, micro_batch = action.stage, action.micro_batch
-        held[rank] += {"F": 1, "B": 0, "I": 0, "W": -1}[action.kind]
+        held[rank] += action.held
         if action.kind == "I":
             weights[rank].append(Action(stage, "W", micro_batch))
         target = None

@@ -26,7 +26,6 @@ from pipekit.planner.memory import (
     StageContents,
     cut_stages,
     memory_of_ranks,
-    memory_of_stages,
     recomputation_bytes,
 )
 from pipekit.planner.parameter_shapes import parameter_shapes
@@ -262,7 +261,7 @@ def test_a_rank_without_parameters_holds_an_idle_one(gloo: GlooWorkers, precisio
     schedule = plan_1f1b(num_stages=3, num_micro_batches=8)
     for found in gloo.run(3, measure, case, specs):
         pipe_rank = found["pipe_rank"]
-        parts = memory_of_stages(stages, schedule, pipe_rank, loss=None, precision=precision, zero=zero, dp=1)
+        parts = memory_of_ranks(stages, schedule, loss=None, precision=precision, zero=zero, dp=1)[pipe_rank]
         assert {name: found[name] for name in STANDING} == {name: getattr(parts, name) for name in STANDING}
 
 
@@ -281,7 +280,7 @@ def two_stages(pipe_rank: int = 0, **options: Any) -> MemoryParts:
     ]
     schedule = options.pop("schedule", plan_1f1b(num_stages=2, num_micro_batches=4))
     settings = {"precision": "fp32", "zero": 1, "dp": 1, "loss": LOSS, **options}
-    return memory_of_stages(stages, schedule, pipe_rank, **settings)
+    return memory_of_ranks(stages, schedule, **settings)[pipe_rank]
 
 
 def test_groups_are_filled_up_to_the_alignment_of_all_replicas() -> None:
@@ -312,7 +311,7 @@ def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
     layers, weight = [LINEAR, WIDE, WIDE, WIDE], {"embedding.weight": (5, 4)}
     stages = cut_stages(layers, [weight, {}, {}, weight], [0, 1, 2, 3, 4])
     schedule = plan_schedule("zb-v", pp=2, num_micro_batches=4)
-    parts = memory_of_stages(stages, schedule, 0, loss=LOSS, precision="fp32", zero=0, dp=1)
+    parts = memory_of_ranks(stages, schedule, loss=LOSS, precision="fp32", zero=0, dp=1)[0]
     assert parts.weights == parts.gradients == 80
 
 
@@ -336,7 +335,7 @@ def test_the_input_of_a_layer_that_keeps_nothing_is_not_kept_by_checkpointing() 
     layers = [WIDE, replace(LINEAR, input_bytes=40, keeps_input=False), WIDE]
     stages = [StageContents(layers, {})]
     options: dict[str, Any] = {"loss": None, "precision": "fp32", "zero": 0, "dp": 1, "checkpointing": True}
-    parts = memory_of_stages(stages, plan_1f1b(num_stages=1, num_micro_batches=4), 0, **options)
+    parts = memory_of_ranks(stages, plan_1f1b(num_stages=1, num_micro_batches=4), **options)[0]
     assert parts.activations == 20 + 20 + 40 + recomputation_bytes(layers)
 
 
@@ -344,7 +343,7 @@ def test_what_is_passed_between_stages_of_a_rank_is_there_once() -> None:
     schedule = plan_schedule("zb-v", pp=2, num_micro_batches=1)
     same = replace(LINEAR, output_bytes=16)
     stages = [StageContents([same], {}) for _ in range(4)]
-    held = [memory_of_stages(stages, schedule, rank, loss=None, precision="fp32", zero=0, dp=1) for rank in (0, 1)]
+    held = memory_of_ranks(stages, schedule, loss=None, precision="fp32", zero=0, dp=1)
     assert [parts.activations for parts in held] == [2 * 32, 2 * 32 - 16]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipekit.planner.devices import find_device
 from pipekit.planner.prediction import predict
-from pipekit.planner.rough import Estimator, bytes_of_parameter, peak_of_stages
+from pipekit.planner.rough import Estimator, bytes_of_parameter
 from pipekit.planner.search import SCHEDULES, SearchSpace, choices, impossible
 from pipekit.planner.timing import Cluster
 from pipekit.schedules import plan_zb_v
@@ -54,7 +54,7 @@ def test_cuts_of_other_micro_batches_are_the_same() -> None:
 
 
 def test_stages_hold_what_the_table_says() -> None:
-    assert peak_of_stages(plan_zb_v(pp=2, num_micro_batches=1)) == [1, 1, 1, 1]
+    assert plan_zb_v(pp=2, num_micro_batches=1).peak_of_stages() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Costs, Schedule, Span, Timeline, plan_1f1b, plan_zb_v, simulate
-from pipekit.schedules.draw import _ink, draw_picture, draw_text
+from pipekit.schedules.draw import draw_picture, draw_text, ink_on
 
 TIMELINE = simulate(plan_1f1b(num_stages=2, num_micro_batches=3), Costs.uniform(2))
 V = simulate(plan_zb_v(pp=2, num_micro_batches=3), Costs.uniform(4))
@@ -53,7 +53,9 @@ def test_an_svg_holds_every_micro_batch(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_numbers_stand_out_on_their_boxes() -> None:
-    assert [_ink(colour) for colour in ("#56B4E9", "#009E73", "#3C7EA3", "#006F50")] == ["#1A1A1A"] * 2 + ["white"] * 2
+    assert [ink_on(colour) for colour in ("#56B4E9", "#009E73", "#3C7EA3", "#006F50")] == ["#1A1A1A"] * 2 + [
+        "white"
+    ] * 2
 
 
 def test_numbers_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
