@@ -91,22 +91,33 @@ def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
         >>> later.compute(lambda weight, compute: print(compute().item()))
         3.0
     """
-    # What activation checkpointing gives back in place of a saved parameter is a tensor of its own.
-    if _current is None or not isinstance(weight, nn.Parameter) or weight._backward_hooks:
+    if _current is None or not is_deferred(weight):
         return compute()
     _current.append(weight, compute)
     return None
 
 
-class _OuterProduct:
-    """The weight gradient of a linear layer: output gradients `(..., O)` and inputs `(..., I)` to `(O, I)`."""
+def is_deferred(weight: Tensor) -> bool:
+    """Return whether the gradient of `weight` would be handed over in the backward that runs."""
+    # What activation checkpointing gives back in place of a saved parameter is a tensor of its own.
+    return _current is not None and isinstance(weight, nn.Parameter) and not weight._backward_hooks
 
-    def __init__(self, grad: Tensor, inputs: Tensor) -> None:
+
+class OuterProduct:
+    """The weight gradient of a linear layer.
+
+    Args:
+        grad: the output's gradient `(..., O)`.
+        inputs: returns the layer's input `(..., I)`; called once, when the gradient `(O, I)` is computed.
+    """
+
+    def __init__(self, grad: Tensor, inputs: Callable[[], Tensor]) -> None:
         self._grad = grad
         self._inputs = inputs
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return self._grad.reshape(-1, self._grad.shape[-1]).t(), self._inputs.reshape(-1, self._inputs.shape[-1])
+        inputs = self._inputs()
+        return self._grad.reshape(-1, self._grad.shape[-1]).t(), inputs.reshape(-1, inputs.shape[-1])
 
     def __call__(self) -> Tensor:
         return torch.mm(*self._factors())
@@ -115,7 +126,7 @@ class _OuterProduct:
         gradient.addmm_(*self._factors())
 
 
-class _SumOverRows:
+class SumOverRows:
     """The bias gradient of a linear layer: output gradients `(..., O)` to `(O)`."""
 
     def __init__(self, grad: Tensor) -> None:
@@ -141,8 +152,8 @@ class _Linear(torch.autograd.Function):
         needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             grad.matmul(weight) if needs_inputs else None,
-            defer_weight_gradient(weight, _OuterProduct(grad, inputs)) if needs_weight else None,
-            defer_weight_gradient(bias, _SumOverRows(grad)) if needs_bias else None,
+            defer_weight_gradient(weight, OuterProduct(grad, lambda: inputs)) if needs_weight else None,
+            defer_weight_gradient(bias, SumOverRows(grad)) if needs_bias else None,
         )
 
 

@@ -44,6 +44,7 @@ FLOORS: dict[str, int] = {
     "pipekit.planner.profile_cache": 1,
     "pipekit.planner.profiling": 1,
     "pipekit.weight_gradients": 1,
+    "pipekit.tensor_parallel": 1,
     "pipekit.parameters": 1,
     "pipekit.sequential": 1,
     "pipekit.generate": 1,

@@ -1,0 +1,47 @@
+"""Layers that a tensor group shares out, the collectives between them, and the loss over a vocabulary in parts."""
+
+from __future__ import annotations
+
+from pipekit.tensor_parallel.collectives import (
+    copy_to_parts,
+    gather_sequence,
+    gather_sequence_for_parts,
+    split_sequence,
+    sum_parts,
+    sum_parts_to_sequence,
+)
+from pipekit.tensor_parallel.cut import shard_layer
+from pipekit.tensor_parallel.flow import IN_PARTS, WHOLE, SequenceFlow
+from pipekit.tensor_parallel.group import PlannedGroup, TensorGroup
+from pipekit.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallelModule,
+    VocabularyParallelEmbedding,
+)
+from pipekit.tensor_parallel.randomness import sharded_dropout, sharded_randomness
+from pipekit.tensor_parallel.shards import Shard, has_partial_gradient, shard_of
+
+__all__ = [
+    "IN_PARTS",
+    "WHOLE",
+    "ColumnParallelLinear",
+    "PlannedGroup",
+    "RowParallelLinear",
+    "SequenceFlow",
+    "Shard",
+    "TensorGroup",
+    "TensorParallelModule",
+    "VocabularyParallelEmbedding",
+    "copy_to_parts",
+    "gather_sequence",
+    "gather_sequence_for_parts",
+    "has_partial_gradient",
+    "shard_layer",
+    "shard_of",
+    "sharded_dropout",
+    "sharded_randomness",
+    "split_sequence",
+    "sum_parts",
+    "sum_parts_to_sequence",
+]

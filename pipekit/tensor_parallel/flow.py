@@ -1,0 +1,67 @@
+"""Whether a layer takes and returns the whole sequence, or this rank's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pipekit.nested import flatten, unflatten
+from pipekit.tensor_parallel.collectives import gather_sequence, split_sequence
+from pipekit.tensor_parallel.group import TensorGroup
+
+
+@dataclass(frozen=True)
+class SequenceFlow:
+    """What a layer takes and returns under sequence parallelism.
+
+    A layer says so by a class attribute `sequence_flow`, or the `forward_fn` of a tied layer by an attribute of the
+    function. One that says nothing takes and returns the whole sequence.
+
+    Attributes:
+        takes_part: whether it takes `(B, S / tp, ...)`, this rank's part of the sequence.
+        gives_part: whether it returns this rank's part.
+    """
+
+    takes_part: bool = False
+    gives_part: bool = False
+
+    @property
+    def works_on_parts(self) -> bool:
+        """Whether what the layer computes outside its tensor-parallel modules is on this rank's part."""
+        return self.takes_part or self.gives_part
+
+
+WHOLE = SequenceFlow()
+IN_PARTS = SequenceFlow(takes_part=True, gives_part=True)
+
+
+def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
+    """Return how a layer, or the `forward_fn` of a tied one, deals with the sequence."""
+    flow: SequenceFlow = getattr(layer, "sequence_flow", WHOLE)
+    return flow
+
+
+def convert(activations: Any, *, is_part: bool, wants_part: bool, group: TensorGroup | None) -> Any:
+    """Return activations as the next layer takes them.
+
+    Floating-point tensors `(B, S, ...)` of three dimensions or more are joined or split along the sequence; others,
+    such as token ids and masks, are whole everywhere.
+
+    Args:
+        activations: what the layer before has returned.
+        is_part: whether that is this rank's part of the sequence.
+        wants_part: whether the next layer takes this rank's part.
+        group: the tensor-parallel peers.
+    """
+    if group is None or is_part == wants_part:
+        return activations
+    change = split_sequence if wants_part else gather_sequence
+    tensors, structure = flatten(activations, "what a layer has returned")
+    return unflatten([change(tensor, group) if _has_sequence(tensor) else tensor for tensor in tensors], structure)
+
+
+def _has_sequence(tensor: Tensor) -> bool:
+    return tensor.ndim >= 3 and tensor.is_floating_point()

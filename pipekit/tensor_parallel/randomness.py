@@ -1,0 +1,56 @@
+"""Random numbers under tensor parallelism: alike on all tensor ranks, unless they are drawn for a rank's own part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipekit.rng import fold_seed
+from pipekit.tensor_parallel.group import TensorGroup
+
+
+@contextmanager
+def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
+    """Draw inside what differs from tensor rank to tensor rank, and leave the generators alike on all of them.
+
+    The seed is drawn from the CPU's generator, which stands at the same place on all tensor ranks.
+
+    Args:
+        group: the tensor-parallel peers; None draws as outside.
+    """
+    if group is None:
+        yield
+        return
+    drawn = int(torch.randint(2**62, (), generator=torch.default_generator, device="cpu"))
+    seed = fold_seed(drawn, "tensor", group.rank)
+    cpu = torch.default_generator.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        # Not torch.manual_seed, which would also note the call for every GPU that is not in use yet.
+        torch.default_generator.manual_seed(seed)
+        if cuda is not None:
+            torch.cuda.manual_seed(seed)
+        yield
+    finally:
+        torch.default_generator.set_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+def sharded_dropout(x: Tensor, p: float, training: bool, group: TensorGroup | None) -> Tensor:
+    """Drop elements of this rank's part of an activation out, with a mask of its own.
+
+    Args:
+        x: the part.
+        p: probability of zeroing an element.
+        training: whether to do so at all.
+        group: the tensor-parallel peers whose masks differ; None where `x` is whole.
+    """
+    if not training or p == 0:
+        return x
+    with sharded_randomness(group):
+        return F.dropout(x, p)
