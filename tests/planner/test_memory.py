@@ -178,8 +178,9 @@ def noting_deferred(probe: Probe) -> Iterator[None]:
     append = WeightGradients.append
 
     def noted(self: WeightGradients, weight: Tensor, compute: Any) -> None:
-        for tensor in filter(None.__ne__, (compute._grad, getattr(compute, "_inputs", None))):
-            probe.note(tensor)
+        probe.note(compute._grad)
+        if hasattr(compute, "_inputs"):
+            probe.note(compute._inputs())
         append(self, weight, compute)
 
     WeightGradients.append = noted  # type: ignore[method-assign]

@@ -146,7 +146,7 @@ def test_the_gradients_are_apart_as_in_a_split_backward(profile: Profile, monkey
 
     for name in ("__call__", "add_to"):
         monkeypatch.setattr(
-            weight_gradients._OuterProduct, name, note(name, getattr(weight_gradients._OuterProduct, name))
+            weight_gradients.OuterProduct, name, note(name, getattr(weight_gradients.OuterProduct, name))
         )
     profile([LayerSpec(nn.Linear, 4, 4)], torch.zeros(2, 4), repeats=2)
     # The first makes the gradient, the others add to it; two of them warm up.
