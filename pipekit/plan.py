@@ -94,7 +94,7 @@ def plan_run(
         world_size: the number of processes, where a launcher has already started them.
         num_devices: the number of GPUs present; None where there are none.
         example: returns a micro-batch of so many sequences; asked for by partitions by cost alone.
-        measure: whether layers may be timed; if not, `profile` cuts by operations.
+        measure: whether layers may be timed; if not, `profile` cuts by their number, for the caller to replace.
         num_threads: CPU threads of a process of the run, with which layers are timed.
         on_progress: called with what is being timed.
         memory_bytes: what a rank may hold under `partition: memory`, where the configuration does not say; what the
@@ -140,7 +140,10 @@ def plan_run(
         parameters=layer_parameters,
         limit_bytes=lambda: plan_memory(config, device, layout.world_size, memory_bytes),
     )
-    boundaries = partition(parallel.partition, facts, schedule.num_stages, boundaries=parallel.boundaries)
+    # A rank that does not measure is told the boundaries by the one that does. It describes nothing meanwhile, since
+    # layers that need values run nowhere but where they are measured.
+    method = parallel.partition if measure or parallel.partition != "profile" else "uniform"
+    boundaries = partition(method, facts, schedule.num_stages, boundaries=parallel.boundaries)
     return Plan(
         config=config,
         device=device,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipekit.config import Config, parse_config
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.models import build_layers
 from pipekit.partitioners import partition_by_parameters, partition_uniform
 from pipekit.plan import Plan, plan_device, plan_precision, plan_run
+from pipekit.planner.example import Example
 from pipekit.schedules import plan_1f1b
 from pipekit.sequential import SequentialModel
 from pipekit.specs import LayerSpec, TiedLayerSpec
@@ -60,6 +62,41 @@ def test_each_partitioner_is_used() -> None:
     )
     by_hand = plan("parallel.pp=2", "parallel.partition=manual", "parallel.boundaries=[0, 5, 12]")
     assert by_hand.boundaries == [0, 5, 12]
+
+
+class Reads(nn.Module):
+    """Asks for a value, which a tensor without storage does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.weight * (2.0 if inputs.mean().item() > 0 else 1.0)
+
+
+def test_a_rank_that_does_not_measure_asks_nothing_of_the_layers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    specs = [LayerSpec(Reads)] * 5
+
+    def plan_profile(*, measure: bool) -> Plan:
+        return plan_run(
+            config_of("parallel.pp=2", "parallel.partition=profile"),
+            specs,
+            world_size=2,
+            num_devices=None,
+            example=lambda size: Example(torch.ones(size, 4)),
+            measure=measure,
+        )
+
+    measured, told = plan_profile(measure=True), plan_profile(measure=False)
+    assert measured.facts.best_costs == "profile"
+    assert len(measured.facts.costs("profile")) == len(specs)
+    assert list(told.boundaries) == partition_uniform(5, 2)
+    assert told.facts.measure_seconds is None
+    assert (told.layout, told.schedule, told.batch) == (measured.layout, measured.schedule, measured.batch)
 
 
 def test_more_stages_than_layers_are_refused() -> None:

@@ -92,6 +92,9 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     config = config.updated({"run.device": "cuda" if is_gpu else "cpu"})
     if options.measure:
         config = config.updated({"parallel.partition": "profile"})
+    elif options.device is not None and config.parallel.partition == "profile":
+        # Layers are timed on what is present, which a device that is named need not be.
+        config = config.updated({"parallel.partition": "flops"})
     config, specs, trial = plan_specs(config, _tell, prepare=_needs_data(config))
     if compares:
         found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
@@ -103,7 +106,6 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         world_size=None,
         num_devices=number if is_gpu else None,
         example=partial(trial.example, config),
-        measure=not is_gpu or present is not None,
         num_threads=threads_per_process(config.run.threads_per_process, number, num_usable_cpus()),
         on_progress=_tell,
         memory_bytes=device.memory_bytes,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import ceil
 
 from pipekit.partitioners import LayerFacts, MemoryLimit
-from pipekit.planner.layer_costs import LayerCosts, layer_flops, layer_seconds
+from pipekit.planner.layer_costs import layer_flops, layer_seconds
 from pipekit.planner.memory import Precision, recomputation_bytes
 from pipekit.planner.model_costs import ModelCosts, stage_extras
 from pipekit.planner.prediction import Choice, PlannedModel
@@ -29,7 +29,7 @@ def layer_facts(
     """Return what the partitioners may know; what the layers cost is found out when one asks.
 
     Args:
-        model: the model; where it measures, seconds are known.
+        model: the model; where it is timed, seconds are known.
         choice: the layout.
         schedule: the table of a step.
         type_names: class name of each layer.
@@ -40,21 +40,16 @@ def layer_facts(
     def costs() -> ModelCosts:
         return model.costs_of(choice.micro_batch_size)
 
-    def seconds_of(costs: ModelCosts) -> Callable[[LayerCosts], float]:
-        # Ranks that do not measure plan by operations, and are then told the stages.
-        return layer_seconds if costs.is_measured else layer_flops
-
     def extras(method: str) -> list[float] | None:
         if method not in ("flops", "profile"):
             return None
-        cost = layer_flops if method == "flops" else seconds_of(costs())
-        return stage_extras(costs(), schedule.num_stages, cost)
+        return stage_extras(costs(), schedule.num_stages, layer_flops if method == "flops" else layer_seconds)
 
     return LayerFacts(
         type_names,
         lambda: parameters,
         count_flops=lambda: list(map(layer_flops, costs().layers)),
-        measure_seconds=(lambda: list(map(seconds_of(costs()), costs().layers))) if model.is_timed else None,
+        measure_seconds=(lambda: list(map(layer_seconds, costs().layers))) if model.is_timed else None,
         stage_extras=extras,
         memory_limit=lambda: memory_limit(
             costs(),

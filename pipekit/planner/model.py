@@ -90,7 +90,7 @@ def describe_model(
         sequence_length=config.train.sequence_length,
         precision=precision,
         optimizer=config.optimizer,
-        is_timed=config.parallel.partition == "profile",
+        is_timed=measuring is not None,
     )
 
 

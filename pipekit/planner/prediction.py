@@ -72,7 +72,7 @@ class PlannedModel:
         sequence_length: tokens of a sequence.
         precision: of weights and activations.
         optimizer: what updates it.
-        is_timed: whether `costs_of` tells seconds, or would where it may measure.
+        is_timed: whether `costs_of` tells measured seconds too.
     """
 
     costs_of: Callable[[int], ModelCosts]

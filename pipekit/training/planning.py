@@ -75,7 +75,7 @@ def plan_trial(
         world_size: the number of processes, where a launcher has already started them.
         num_devices: the number of GPUs present; None where there are none.
         on_progress: called with what is being done.
-        measure: whether layers may be timed; if not, stages are cut by operations in place of seconds.
+        measure: whether layers may be timed; if not, `profile` cuts by their number, for the caller to replace.
         num_threads: CPU threads of a process of the run.
         num_cpus: cores, which `parallel: auto` takes for devices where there is no GPU.
 

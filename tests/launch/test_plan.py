@@ -96,6 +96,21 @@ def test_measured_seconds_are_taken(path: Path, monkeypatch: pytest.MonkeyPatch,
     assert found["step_time_s"] > 0
 
 
+@pytest.mark.parametrize("name", ["h100", "cpu"])
+def test_what_is_for_a_device_that_is_named_is_not_measured_here(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("pipekit.planner.model.profile_layers", refuse)
+    options = PlanOptions(device=name)
+    found = plan_report(load_config(path, ["parallel.partition=profile"]), options)
+    by_operations = plan_report(load_config(path, ["parallel.partition=flops"]), options)
+    assert found["boundaries"] == by_operations["boundaries"]
+    assert {other["method"] for other in found["partitions"]} == {"parameters", "uniform", "flops", "memory"}
+
+
 @pytest.mark.parametrize(
     ("options", "overrides", "parts"),
     [

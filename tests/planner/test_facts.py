@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipekit.errors import LayoutError
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.planner.facts import layer_facts
 from pipekit.planner.model_costs import ModelCosts
@@ -49,9 +50,18 @@ def test_seconds_are_those_that_were_measured() -> None:
     assert partition("profile", facts, 2) == [0, 1, 3]
 
 
-def test_a_rank_that_does_not_measure_cuts_by_operations() -> None:
-    facts = facts_of(replace(model([layer(100), layer(200)]), is_timed=True), choice(pp=2))
-    assert facts.costs("profile") == facts.costs("flops")
+def test_seconds_of_the_loss_are_the_last_stage_s() -> None:
+    planned = timed(model([layer()] * 2), [1.0, 1.0])
+    loss = replace(layer(), forward_s=0.5, input_gradient_s=0.25, weight_gradient_s=0.0)
+    layers = planned.costs_of(1).layers
+    facts = facts_of(replace(planned, costs_of=lambda size: ModelCosts(layers, loss)), choice(pp=2))
+    assert facts.extras("profile") == [0, 0.75]
+
+
+def test_without_seconds_there_is_no_profile() -> None:
+    facts = facts_of(model([layer(100), layer(200)]), choice(pp=2))
+    with pytest.raises(LayoutError, match=r"parallel\.partition=profile needs the layers' measured seconds"):
+        facts.costs("profile")
 
 
 def test_nothing_is_asked_before_it_is_needed() -> None:
