@@ -15,9 +15,12 @@ from pipekit.tensor_parallel.flow import IN_PARTS, WHOLE, SequenceFlow
 from pipekit.tensor_parallel.group import PlannedGroup, TensorGroup
 from pipekit.tensor_parallel.layers import (
     ColumnParallelLinear,
+    KeyValueLinear,
     RowParallelLinear,
     TensorParallelModule,
     VocabularyParallelEmbedding,
+    column_parallel_linear,
+    column_parallel_linears,
 )
 from pipekit.tensor_parallel.randomness import sharded_dropout, sharded_randomness
 from pipekit.tensor_parallel.shards import Shard, has_partial_gradient, shard_of
@@ -26,6 +29,7 @@ __all__ = [
     "IN_PARTS",
     "WHOLE",
     "ColumnParallelLinear",
+    "KeyValueLinear",
     "PlannedGroup",
     "RowParallelLinear",
     "SequenceFlow",
@@ -33,6 +37,8 @@ __all__ = [
     "TensorGroup",
     "TensorParallelModule",
     "VocabularyParallelEmbedding",
+    "column_parallel_linear",
+    "column_parallel_linears",
     "copy_to_parts",
     "gather_sequence",
     "gather_sequence_for_parts",

@@ -8,6 +8,7 @@ Source: Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Lang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, LayoutError
 from pipekit.tensor_parallel.collectives import (
     SEQUENCE_DIM,
     copy_to_parts,
@@ -24,8 +25,8 @@ from pipekit.tensor_parallel.collectives import (
     sum_parts,
     sum_parts_to_sequence,
 )
-from pipekit.tensor_parallel.group import TensorGroup
-from pipekit.tensor_parallel.shards import Shard, cut_parameter
+from pipekit.tensor_parallel.group import Pending, TensorGroup
+from pipekit.tensor_parallel.shards import Shard, cut_parameter, mark_partial_gradient
 from pipekit.weight_gradients import OuterProduct, SumOverRows, defer_weight_gradient, is_deferred
 
 
@@ -145,6 +146,55 @@ class VocabularyParallelEmbedding(TensorParallelModule):
         return sum_parts_to_sequence(partial, self.group) if self.in_parts else sum_parts(partial, self.group)
 
 
+class KeyValueLinear(TensorParallelModule, nn.Linear):
+    """The keys and values of grouped-query attention: of each head's E outputs, a rank computes those that it needs.
+
+    Where there are fewer heads than ranks, each rank keeps the whole projection, and computes the one head that its
+    queries attend to.
+
+    Args:
+        in_features: I.
+        num_kv_heads: K; a multiple or a divisor of the tensor-parallel degree.
+        head_size: E. The outputs are the keys of all heads, then the values of all heads, 2 x K x E.
+        bias: whether there is one.
+    """
+
+    def __init__(self, in_features: int, num_kv_heads: int, head_size: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, 2 * num_kv_heads * head_size, bias)
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self._own_rows: list[slice] | None = None
+
+    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
+        super().shard(group, in_parts=in_parts)
+        width = self.num_kv_heads * self.head_size
+        if self.num_kv_heads % group.size == 0:
+            shard = Shard(0, (width, width), group.rank, group.size)
+            cut_parameter(self, "weight", shard)
+            if self.bias is not None:
+                cut_parameter(self, "bias", shard)
+            return
+        if group.size % self.num_kv_heads:
+            raise LayoutError(
+                f"parallel.tp={group.size} and {self.num_kv_heads} key-value heads do not go together: one must divide "
+                f"the other; try parallel.tp={math.gcd(group.size, self.num_kv_heads)}"
+            )
+        first = group.rank * self.num_kv_heads // group.size * self.head_size
+        self._own_rows = [slice(start, start + self.head_size) for start in (first, width + first)]
+        for parameter in self.parameters():
+            mark_partial_gradient(parameter)
+
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of what this rank computes."""
+        if self._own_rows is None:
+            return self.weight, self.bias
+        weight = torch.cat([self.weight[rows] for rows in self._own_rows])
+        return weight, None if self.bias is None else torch.cat([self.bias[rows] for rows in self._own_rows])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_parallel_linear(x, *self.own(), self.group, in_parts=self.in_parts)
+
+
 def column_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup | None, *, in_parts: bool = False
 ) -> Tensor:
@@ -157,75 +207,100 @@ def column_parallel_linear(
         group: the tensor-parallel peers; None computes `F.linear`.
         in_parts: whether `x` is a part of the sequence.
     """
-    if group is None:
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = gather_sequence_for_parts(x, group) if in_parts else copy_to_parts(x, group)
-        return F.linear(x, weight, bias)
-    output: Tensor = _ColumnLinear.apply(x, weight, bias, group, in_parts)  # type: ignore[no-untyped-call]
+    (output,) = column_parallel_linears(x, [(weight, bias)], group, in_parts=in_parts)
     return output
 
 
-class _ColumnLinear(torch.autograd.Function):
+def column_parallel_linears(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], group: TensorGroup | None, *, in_parts: bool = False
+) -> tuple[Tensor, ...]:
+    """Return this rank's outputs of several linear layers, whose input is gathered, and its gradient summed, once.
+
+    Args:
+        x: as for `column_parallel_linear`.
+        layers: weight and bias of each.
+        group: the tensor-parallel peers; None computes `F.linear`.
+        in_parts: whether `x` is a part of the sequence.
+    """
+    if group is not None and not torch.is_autocast_enabled(x.device.type):
+        flat = [tensor for layer in layers for tensor in layer]
+        outputs: tuple[Tensor, ...] = _ColumnLinears.apply(x, group, in_parts, *flat)  # type: ignore[no-untyped-call]
+        return outputs
+    x = gather_sequence_for_parts(x, group) if in_parts else copy_to_parts(x, group)
+    return tuple(F.linear(x, weight, bias) for weight, bias in layers)
+
+
+class _ColumnLinears(torch.autograd.Function):
     """Joins the sequence, where it comes in parts, and computes some outputs.
 
     Only the part is kept for the backward, which joins it again behind the computation of the input's gradient; that
-    gradient is summed behind the computation of the weight's.
+    gradient is summed behind the computation of the weights'.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup, in_parts: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: TensorGroup, in_parts: bool, *layers: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = layers[0::2], layers[1::2]
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.group, ctx.in_parts = weight, bias, group, in_parts
-        return F.linear(group.all_gather(x, SEQUENCE_DIM) if in_parts else x, weight, bias)
+        ctx.weights, ctx.biases, ctx.group, ctx.in_parts = weights, biases, group, in_parts
+        whole = group.all_gather(x, SEQUENCE_DIM) if in_parts else x
+        return tuple(
+            F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True) if weight is not None
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, bias, group = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.group
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        inputs = None
-        if needs_weight:
-            inputs = _Gathered(x, group) if ctx.in_parts else _Whole(x)
-            if not is_deferred(weight):
-                inputs.start()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weights, biases, group = ctx.saved_tensors, ctx.weights, ctx.biases, ctx.group
+        needs_input, (needs_weight, needs_bias) = ctx.needs_input_grad[0], _by_kind(ctx.needs_input_grad[3:])
+        inputs = _Inputs(x, group if ctx.in_parts else None)
+        if any(needed and not is_deferred(weight) for needed, weight in zip(needs_weight, weights, strict=True)):
+            inputs.start()
         summing = None
         if needs_input:
-            partial = grad.matmul(weight)
-            start = group.start_reduce_scatter if ctx.in_parts else group.start_all_reduce
-            summing = start(partial, SEQUENCE_DIM) if ctx.in_parts else start(partial)
-        weight_gradient = bias_gradient = None
-        if inputs is not None:
-            weight_gradient = defer_weight_gradient(weight, OuterProduct(grad, inputs.wait))
-        if needs_bias:
-            bias_gradient = defer_weight_gradient(bias, SumOverRows(grad))
-        return None if summing is None else summing.wait(), weight_gradient, bias_gradient, None, None
+            partial = grads[0].matmul(weights[0])
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                partial += grad.matmul(weight)
+            summing = (
+                group.start_reduce_scatter(partial, SEQUENCE_DIM) if ctx.in_parts else group.start_all_reduce(partial)
+            )
+        gradients: list[Tensor | None] = []
+        for index, grad in enumerate(grads):
+            weight_gradient = bias_gradient = None
+            if needs_weight[index]:
+                weight_gradient = defer_weight_gradient(weights[index], OuterProduct(grad, inputs.get))
+            if needs_bias[index]:
+                bias_gradient = defer_weight_gradient(biases[index], SumOverRows(grad))
+            gradients += [weight_gradient, bias_gradient]
+        return None if summing is None else summing.wait(), None, None, *gradients
 
 
-class _Whole:
-    """The inputs of a linear layer, as they are."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._x = x
-
-    def start(self) -> None:
-        """There is nothing to wait for."""
-
-    def wait(self) -> Tensor:
-        return self._x
+def _by_kind(needed: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
+    return needed[0::2], needed[1::2]
 
 
-class _Gathered:
-    """The inputs of a linear layer, of which this rank has a part of the sequence."""
+class _Inputs:
+    """The inputs of linear layers in their backward; gathered when they are needed, where a rank keeps its part.
 
-    def __init__(self, x: Tensor, group: TensorGroup) -> None:
+    Args:
+        x: the inputs, or this rank's part of them.
+        group: the tensor-parallel peers that have the other parts; None where there are none.
+    """
+
+    def __init__(self, x: Tensor, group: TensorGroup | None) -> None:
         self._x = x
         self._group = group
-        self._pending = None
+        self._pending: Pending | None = None
+        self._whole: Tensor | None = None
 
     def start(self) -> None:
-        self._pending = self._group.start_all_gather(self._x, SEQUENCE_DIM)  # type: ignore[assignment]
+        """Begin to gather."""
+        if self._group is not None:
+            self._pending = self._group.start_all_gather(self._x, SEQUENCE_DIM)
 
-    def wait(self) -> Tensor:
-        pending, self._pending = self._pending, None
-        return (pending or self._group.start_all_gather(self._x, SEQUENCE_DIM)).wait()
+    def get(self) -> Tensor:
+        """Return the whole inputs."""
+        if self._group is None:
+            return self._x
+        if self._whole is None:
+            self._whole = (self._pending or self._group.start_all_gather(self._x, SEQUENCE_DIM)).wait()
+        return self._whole
