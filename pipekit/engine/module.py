@@ -29,6 +29,10 @@ Activations = Any
 
 LossFunction = Callable[[Any, Any], Tensor]
 
+LayerObserver = Callable[[int, Activations, tuple[int, int] | None], None]
+"""Called with a layer's index, what it has returned, and the `dropout_path` of its micro-batch. Where activations are
+checkpointed it is called again as they are recomputed."""
+
 
 class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     """The stages of a model that this rank holds.
@@ -104,6 +108,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             mpu = build_unit(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
         self.boundaries = list(boundaries or self._cut(partition_method, mpu.placement))
         self.stages = mpu.stages
+        self.observe_layer: LayerObserver | None = None
         self._present_to_deepspeed(mpu)
         self._build_stages()
         if not any(parameter.requires_grad for parameter in self.parameters()):
@@ -244,6 +249,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 if dropout_path is not None:
                     self._seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
                 inputs = self._layers[layer_idx](inputs)
+                if self.observe_layer is not None:
+                    self.observe_layer(layer_idx, inputs, dropout_path)
         return inputs
 
     def stage_parameters(self, stage: int) -> list[nn.Parameter]:
