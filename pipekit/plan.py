@@ -14,7 +14,6 @@ import torch
 from pipekit.config import BatchPlan, Config, plan_batch, resolve_layout
 from pipekit.errors import ConfigError
 from pipekit.layout import Layout
-from pipekit.parameters import count_layer_parameters, count_parameters
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.planner.facts import layer_facts
 from pipekit.planner.memory import Precision
@@ -116,7 +115,6 @@ def plan_run(
         stages_per_rank=parallel.stages_per_rank,
         max_in_flight=parallel.max_in_flight,
     )
-    layer_parameters = count_layer_parameters(specs)
     precision = plan_precision(config, device)
     measuring = None
     if measure and parallel.partition == "profile":
@@ -137,7 +135,6 @@ def plan_run(
         choice,
         schedule,
         type_names=[spec.type_name for spec in specs],
-        parameters=layer_parameters,
         limit_bytes=lambda: plan_memory(config, device, layout.world_size, memory_bytes),
     )
     # A rank that does not measure is told the boundaries by the one that does. It describes nothing meanwhile, since
@@ -151,8 +148,8 @@ def plan_run(
         layout=layout,
         batch=batch,
         layer_names=names,
-        layer_parameters=layer_parameters,
-        num_parameters=count_parameters(specs),
+        layer_parameters=model.layer_parameters,
+        num_parameters=model.num_parameters,
         boundaries=boundaries,
         schedule=schedule,
         model=model,

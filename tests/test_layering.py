@@ -49,7 +49,6 @@ FLOORS: dict[str, int] = {
     "pipekit.sequential": 1,
     "pipekit.generate": 1,
     "pipekit.sampling": 1,
-    "pipekit.planner.parameter_shapes": 1,
     "pipekit.plan": 1,
     "pipekit.models": 1,
     "pipekit.data.*": 1,

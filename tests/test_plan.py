@@ -54,6 +54,20 @@ def test_parameters_are_those_of_the_model() -> None:
     assert sum(made.layer_parameters) == made.num_parameters + 500 * 128, "the embedding is held twice"
 
 
+def test_each_kind_of_layer_is_built_once() -> None:
+    built: list[int] = []
+
+    class Counted(nn.Linear):
+        def __init__(self, size: int) -> None:
+            built.append(size)
+            super().__init__(size, size)
+
+    specs = [LayerSpec(Counted, size) for size in (2, 3, 2, 3)]
+    made = plan_run(config_of("parallel.pp=2"), specs, world_size=None, num_devices=None)
+    assert (made.layer_parameters, made.num_parameters) == ([6, 12, 6, 12], 36)
+    assert built == [2, 3]
+
+
 def test_each_partitioner_is_used() -> None:
     assert list(plan("parallel.pp=5", "parallel.partition=uniform").boundaries) == partition_uniform(12, 5)
     by_type = plan("parallel.pp=4", "parallel.partition=type:attention")

@@ -57,8 +57,7 @@ def calibrate(say: Say, setting: EmulatedSetting) -> Costs:
 
 def profile(say: Say, setting: Setting) -> ProfiledModel:
     """Return what each layer costs in this process alone; nothing is read that was measured before."""
-    from pipekit.parameters import count_layer_parameters
-    from pipekit.planner.parameter_shapes import parameter_shapes
+    from pipekit.parameters import parameter_shapes
     from pipekit.planner.profiling import profile_layers
     from pipekit.specs import layer_names
 
@@ -80,7 +79,6 @@ def profile(say: Say, setting: Setting) -> ProfiledModel:
         shapes=parameter_shapes(workload.specs),
         layer_names=layer_names(workload.specs),
         type_names=[spec.type_name for spec in workload.specs],
-        parameters=count_layer_parameters(workload.specs),
         precision=workload.precision,
         zero=workload.zero,
         sequence_length=workload.inputs.shape[1],

@@ -26,7 +26,6 @@ class ProfiledModel:
         shapes: of each layer's parameters, by logical name.
         layer_names: logical name of each layer.
         type_names: class name of each layer.
-        parameters: of each layer.
         precision: of weights and activations.
         zero: ZeRO stage of its training.
         sequence_length: tokens of a sequence.
@@ -37,7 +36,6 @@ class ProfiledModel:
     shapes: Sequence[Mapping[str, tuple[int, ...]]]
     layer_names: Sequence[str]
     type_names: Sequence[str]
-    parameters: Sequence[int]
     precision: Precision
     zero: int
     sequence_length: int
@@ -54,7 +52,6 @@ class ProfiledModel:
             self._choice(setting, table.name),
             table,
             type_names=self.type_names,
-            parameters=self.parameters,
             limit_bytes=_no_limit,
         )
 

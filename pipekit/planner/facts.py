@@ -23,7 +23,6 @@ def layer_facts(
     schedule: Schedule,
     *,
     type_names: Sequence[str],
-    parameters: Sequence[int],
     limit_bytes: Callable[[], int],
 ) -> LayerFacts:
     """Return what the partitioners may know; what the layers cost is found out when one asks.
@@ -33,7 +32,6 @@ def layer_facts(
         choice: the layout.
         schedule: the table of a step.
         type_names: class name of each layer.
-        parameters: trainable parameters of each layer; a tied layer's wherever it occurs.
         limit_bytes: returns what a rank may hold.
     """
 
@@ -47,7 +45,7 @@ def layer_facts(
 
     return LayerFacts(
         type_names,
-        lambda: parameters,
+        lambda: model.layer_parameters,
         count_flops=lambda: list(map(layer_flops, costs().layers)),
         measure_seconds=(lambda: list(map(layer_seconds, costs().layers))) if model.is_timed else None,
         stage_extras=extras,

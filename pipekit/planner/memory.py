@@ -15,13 +15,12 @@ from typing import Literal
 
 from pipekit.config import OptimizerConfig
 from pipekit.errors import LayoutError
+from pipekit.planner.elements import Shape, count_elements
 from pipekit.planner.layer_costs import LayerCosts, stage_activation_bytes
 from pipekit.schedules import Action, Costs, Schedule, Timeline
 from pipekit.schedules.messages import plan_messages
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-Shape = tuple[int, ...]
 
 BYTES_OF: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a weight or an activation."""
@@ -178,7 +177,7 @@ def _standing(
 ) -> MemoryParts:
     """Return what is there whatever the schedule, and the update; nothing of what passes."""
     shapes = {name: shape for stage in own for name, shape in stage.parameters.items()}
-    num_gradients = sum(map(prod, shapes.values()))
+    num_gradients = count_elements(shapes)
     groups = _group_sizes(shapes.values())
     is_flat = zero > 0 or precision != "fp32"
     if is_flat:
@@ -196,7 +195,7 @@ def _standing(
         gradients = _FP32_BYTES * num_shard
     elif precision == "bf16":
         # A flat fp32 buffer, to which each backward's own gradients are added after it.
-        of_one_backward = BYTES_OF[precision] * max(sum(map(prod, stage.parameters.values())) for stage in own)
+        of_one_backward = BYTES_OF[precision] * max(count_elements(stage.parameters) for stage in own)
         gradients = _FP32_BYTES * sum(flat) + of_one_backward
     update = 0
     if dp > 1 and zero < 2:

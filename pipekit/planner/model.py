@@ -11,11 +11,11 @@ import torch
 
 from pipekit.config import Config
 from pipekit.errors import ConfigError
+from pipekit.parameters import parameter_shapes
 from pipekit.planner.describe import describe_layers
 from pipekit.planner.example import Example
 from pipekit.planner.memory import Precision
 from pipekit.planner.model_costs import ModelCosts
-from pipekit.planner.parameter_shapes import parameter_shapes
 from pipekit.planner.prediction import PlannedModel
 from pipekit.planner.profiling import ProgressCallback, profile_layers
 from pipekit.specs import LayerSpec, layer_names

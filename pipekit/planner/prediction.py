@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 
 from pipekit.config import OptimizerConfig
 from pipekit.layout import Layout
 from pipekit.partitioners import balanced_boundaries
 from pipekit.planner.devices import Device
+from pipekit.planner.elements import Shape, count_elements
 from pipekit.planner.layer_costs import layer_flops, layer_seconds
 from pipekit.planner.memory import MemoryParts, Precision, cut_stages, memory_of_ranks
 from pipekit.planner.model_costs import ModelCosts, stage_extras
-from pipekit.planner.sharding import Shape, shard_layers, shard_shapes
+from pipekit.planner.sharding import shard_layers, shard_shapes
 from pipekit.planner.timing import Cluster, StepTimes, stage_costs, step_times
 from pipekit.schedules import SCHEDULE_NAMES, Schedule, plan_schedule
 
@@ -86,9 +86,12 @@ class PlannedModel:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, tied ones once."""
-        return sum(
-            prod(shape) for shape in {name: shape for layer in self.shapes for name, shape in layer.items()}.values()
-        )
+        return count_elements(*self.shapes)
+
+    @property
+    def layer_parameters(self) -> list[int]:
+        """Trainable parameters of each layer; a tied layer's wherever it occurs."""
+        return [count_elements(layer) for layer in self.shapes]
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def predict(
     cluster = Cluster(device, choice.layout)
     stages = cut_stages(shard_layers(costs.layers, tp), shard_shapes(model.shapes, tp), cut)
     loss = None if costs.loss is None else shard_layers([costs.loss], tp)[0]
-    stage_parameters = [sum(prod(shape) for shape in stage.parameters.values()) for stage in stages]
+    stage_parameters = [count_elements(stage.parameters) for stage in stages]
     times = step_times(
         schedule,
         choice.num_micro_batches,
@@ -236,11 +239,10 @@ def predict(
     ranks = []
     for rank in range(choice.layout.pp):
         own = schedule.stages_of(rank)
-        shapes = {name: shape for stage in own for name, shape in stages[stage].parameters.items()}
         ranks.append(
             RankPrediction(
                 stages=tuple(layers[stage] for stage in own),
-                parameters=sum(map(prod, shapes.values())),
+                parameters=count_elements(*(stages[stage].parameters for stage in own)),
                 memory=memory[rank],
                 time_s=times.busy_s[rank],
             )

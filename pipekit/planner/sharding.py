@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from pipekit.planner.elements import Shape
 from pipekit.planner.layer_costs import LayerCosts
-
-Shape = tuple[int, ...]
 
 
 def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:

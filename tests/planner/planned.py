@@ -12,12 +12,12 @@ import torch
 from pipekit.config import GPTConfig, OptimizerConfig
 from pipekit.layout import Layout
 from pipekit.models import build_gpt2, language_model_loss
+from pipekit.parameters import parameter_shapes
 from pipekit.planner.describe import describe_layers
 from pipekit.planner.devices import Device
 from pipekit.planner.layer_costs import LayerCosts
 from pipekit.planner.memory import Precision
 from pipekit.planner.model_costs import ModelCosts
-from pipekit.planner.parameter_shapes import parameter_shapes
 from pipekit.planner.prediction import Choice, PlannedModel
 from pipekit.specs import layer_names
 

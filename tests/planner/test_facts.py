@@ -21,7 +21,6 @@ def facts_of(planned: PlannedModel, given: Choice, limit_bytes: int = 0) -> Laye
         given,
         plan_tables(given)[0],
         type_names=["Layer"] * len(planned.layer_names),
-        parameters=[costs.parameters for costs in planned.costs_of(1).layers],
         limit_bytes=lambda: limit_bytes,
     )
 
@@ -74,7 +73,6 @@ def test_nothing_is_asked_before_it_is_needed() -> None:
         choice(pp=2),
         plan_tables(choice(pp=2))[0],
         type_names=facts.type_names,
-        parameters=[10] * 4,
         limit_bytes=lambda: 0,
     )
     assert partition("parameters", silent, 2) == [0, 2, 4]

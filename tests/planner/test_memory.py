@@ -17,6 +17,7 @@ from gloo_workers import GlooWorkers
 from pipekit.config import OptimizerConfig
 from pipekit.errors import LayoutError
 from pipekit.models import language_model_loss
+from pipekit.parameters import parameter_shapes
 from pipekit.partitioners import partition_uniform
 from pipekit.planner.layer_costs import LayerCosts
 from pipekit.planner.memory import (
@@ -28,7 +29,6 @@ from pipekit.planner.memory import (
     memory_of_ranks,
     recomputation_bytes,
 )
-from pipekit.planner.parameter_shapes import parameter_shapes
 from pipekit.schedules import Action, plan_1f1b, plan_schedule, plan_zb_h1
 from pipekit.sequential import SequentialModel
 from pipekit.specs import LayerSpec
