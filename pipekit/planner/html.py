@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pipekit.planner.figures import bytes_text, count_text, seconds_text
 from pipekit.schedules.action import Action
 from pipekit.schedules.draw import ACTION_COLOURS, ACTION_NAMES, ink_on, shade
 
@@ -95,10 +96,12 @@ def render_html(report: Mapping[str, Any]) -> str:
         >>> page = render_html({"parameters": 124e6, "layout": {"pp": 1}, "device": {"name": "h100", "memory_bytes":
         ...     80e9}, "step_time_s": 0.5, "tokens_per_s": 1e5, "tflops_per_device": 300.0, "bubble_fraction": 0.0,
         ...     "stages": []})
-        >>> "<dd>124 M</dd>" in page, "<script" in page
+        >>> "<dd>124.0 M</dd>" in page, "<script" in page
         (True, False)
     """
-    title = f"{_count(report['parameters'])} parameters on {report['device']['name']}, {_layout(report['layout'], 3)}"
+    title = (
+        f"{count_text(report['parameters'])} parameters on {report['device']['name']}, {_layout(report['layout'], 3)}"
+    )
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(_layout(report['layout']))}</p>",
@@ -122,14 +125,14 @@ def _figures(report: Mapping[str, Any]) -> str:
     limit_bytes = report["device"]["memory_bytes"]
     totals = [stage["memory_bytes"]["total"] for stage in report["stages"]]
     figures = {
-        "parameters": _shown(report["parameters"], _count),
-        "step": _shown(report["step_time_s"], _time),
-        "tokens per second": _shown(report["tokens_per_s"], _count),
+        "parameters": _shown(report["parameters"], count_text),
+        "step": _shown(report["step_time_s"], seconds_text),
+        "tokens per second": _shown(report["tokens_per_s"], count_text),
         "TFLOP/s per device": _shown(report["tflops_per_device"], "{:.4g}".format),
         "bubble": _shown(report["bubble_fraction"], _percent),
     }
     if totals:
-        figures["most memory of a rank"] = f"{_size(max(totals))}, {_percent(max(totals) / limit_bytes)}"
+        figures["most memory of a rank"] = f"{bytes_text(max(totals))}, {_percent(max(totals) / limit_bytes)}"
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(figure)}</dd></div>" for name, figure in figures.items())
     return f'<dl class="figures">{rows}</dl>'
 
@@ -140,9 +143,9 @@ def _stages(report: Mapping[str, Any]) -> str:
     rows = [
         [
             str(stage["rank"]),
-            _shown(stage["parameters"], _count),
-            _shown(stage["time_s"], _time),
-            _size(stage["memory_bytes"]["total"]),
+            _shown(stage["parameters"], count_text),
+            _shown(stage["time_s"], seconds_text),
+            bytes_text(stage["memory_bytes"]["total"]),
             "<br>".join(escape(_layer_range(*layers)) for layers in stage["layers"]),
         ]
         for stage in report["stages"]
@@ -184,20 +187,22 @@ def _memory(report: Mapping[str, Any]) -> str:
             name, colour = _MEMORY_PARTS[part]
             boxes.append(
                 f'<rect x="{start * scale:.3f}%" width="{size * scale:.3f}%" height="100%" fill="{colour}">'
-                f"<title>{name} {_size(size)}</title></rect>"
+                f"<title>{name} {bytes_text(size)}</title></rect>"
             )
             start += size
         at = limit_bytes * scale
         boxes.append(f'<line class="limit" x1="{at:.3f}%" x2="{at:.3f}%" y1="0" y2="100%"/>')
-        look, over = ("total bad", f", {_size(total - limit_bytes)} too much") if total > limit_bytes else ("total", "")
+        look, over = (
+            ("total bad", f", {bytes_text(total - limit_bytes)} too much") if total > limit_bytes else ("total", "")
+        )
         rows.append(
             f'<div class="memory"><div class="rank">rank {stage["rank"]}</div>'
             f'<svg role="img" aria-label="memory of rank {stage["rank"]}">{"".join(boxes)}</svg>'
-            f'<div class="{look}">{_size(total)}, {_percent(total / limit_bytes)}{over}</div></div>'
+            f'<div class="{look}">{bytes_text(total)}, {_percent(total / limit_bytes)}{over}</div></div>'
         )
     legend = _legend((colour, name) for part, (name, colour) in _MEMORY_PARTS.items() if part in seen)
     lines = "\n".join(rows)
-    limit = f"The dashed line is what {report['device']['name']} has: {_size(limit_bytes)}."
+    limit = f"The dashed line is what {report['device']['name']} has: {bytes_text(limit_bytes)}."
     return f"<h2>Memory</h2>\n<p>{escape(limit)}</p>\n{legend}\n{lines}"
 
 
@@ -224,7 +229,7 @@ def _timeline(report: Mapping[str, Any]) -> str:
             left, room = _MARGIN + start_s / step_s * width, (end_s - start_s) / step_s * width
             parts.append(
                 f'<rect x="{left:.2f}" y="{top}" width="{max(room - 0.6, 0.2):.2f}" height="{_ROW}" fill="{colour}">'
-                f"<title>{action}, {_time(end_s - start_s)} from {_time(start_s)}</title></rect>"
+                f"<title>{action}, {seconds_text(end_s - start_s)} from {seconds_text(start_s)}</title></rect>"
             )
             if room >= _CHARACTER_WIDTH * len(str(action.micro_batch)) + 2:
                 parts.append(
@@ -262,7 +267,7 @@ def _ticks(step_s: float, width: float, num_ranks: int) -> str:
         x = _MARGIN + index * interval / step_s * width
         parts.append(
             f'<line class="tick" x1="{x:.2f}" x2="{x:.2f}" y1="0" y2="{bottom}"/>'
-            f'<text x="{x:.2f}" y="{bottom + 12}" text-anchor="middle">{_time(index * interval)}</text>'
+            f'<text x="{x:.2f}" y="{bottom + 12}" text-anchor="middle">{seconds_text(index * interval)}</text>'
         )
     return "".join(parts)
 
@@ -281,10 +286,10 @@ def _layouts(report: Mapping[str, Any]) -> str:
             [
                 str(index + 1),
                 *(escape(_value(entry["layout"].get(key))) for key in keys),
-                _shown(entry["tokens_per_s"], _count),
-                _shown(entry["step_time_s"], _time),
+                _shown(entry["tokens_per_s"], count_text),
+                _shown(entry["step_time_s"], seconds_text),
                 _shown(entry["bubble_fraction"], _percent),
-                _shown(entry["memory_bytes"], lambda size: f"{_size(size)}, {_percent(size / limit_bytes)}"),
+                _shown(entry["memory_bytes"], lambda size: f"{bytes_text(size)}, {_percent(size / limit_bytes)}"),
             ]
         )
     heads = ["", *(_LAYOUT_KEYS.get(key, key) for key in keys), "tokens per second", "step", "bubble", "memory"]
@@ -347,46 +352,6 @@ def _value(value: object) -> str:
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:
     return "-" if value is None else form(value)
-
-
-def _count(number: float) -> str:
-    """Return a number with three digits.
-
-    Example:
-        >>> _count(124_439_808), _count(7.25e9), _count(950)
-        ('124 M', '7.25 B', '950')
-    """
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " K")):
-        if number >= size * 0.9995:
-            scaled = number / (1e3 if unit == " K" else size)
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
-    return f"{number:.4g}"
-
-
-def _size(num_bytes: float) -> str:
-    """Return bytes in the unit that suits them, of 1,000 each as on data sheets.
-
-    Example:
-        >>> _size(80e9), _size(1.5e6)
-        ('80.0 GB', '1.5 MB')
-    """
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= size * 0.9995:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def _time(seconds: float) -> str:
-    """Return seconds in the unit that suits them.
-
-    Example:
-        >>> _time(0.0125), _time(3), _time(0)
-        ('12.5 ms', '3 s', '0 s')
-    """
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= size * 0.99995:
-            return f"{seconds / size:.4g} {unit}"
-    return "0 s" if seconds < 1e-12 else f"{seconds:.2g} s"
 
 
 def _percent(share: float) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from pipekit.layout import Layout
 from pipekit.partitioners import ComparedPartition
 from pipekit.planner.devices import Device
 from pipekit.planner.memory import MemoryParts
@@ -98,6 +99,19 @@ def choice_report(choice: Choice) -> dict[str, Any]:
         "num_micro_batches": choice.num_micro_batches,
         "activation_checkpointing": choice.checkpointing,
     }
+
+
+def choice_of(layout: Mapping[str, Any]) -> Choice:
+    """Return the layout that `choice_report` made plain data of, as far as that tells it."""
+    return Choice(
+        Layout(**{key: layout[key] for key in ("pp", "dp", "tp", "order") if key in layout}),
+        zero=layout["zero"],
+        schedule=layout["schedule"],
+        stages_per_rank=layout["stages_per_rank"],
+        micro_batch_size=layout["micro_batch_size"],
+        num_micro_batches=layout["num_micro_batches"],
+        checkpointing=layout["activation_checkpointing"],
+    )
 
 
 def memory_report(memory: MemoryParts) -> dict[str, int]:

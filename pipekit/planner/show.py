@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipekit.planner.figures import bytes_text, count_text, seconds_text
+from pipekit.planner.report import choice_of
 from pipekit.training.console import print_table
 
 _WIDE = 110
@@ -40,7 +42,7 @@ def facts_table(report: Mapping[str, Any]) -> Table:
     facts.add_column(style="bold cyan", no_wrap=True)
     facts.add_column()
     facts.add_row("model", f"{report['parameters']:,} parameters")
-    facts.add_row("layout", layout_text(layout))
+    facts.add_row("layout", str(choice_of(layout)))
     number = layout["pp"] * layout["dp"] * layout["tp"]
     facts.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}")
     facts.add_row(
@@ -150,55 +152,6 @@ def counts_text(report: Mapping[str, Any]) -> str:
     for layout in report["rejected"]:
         kind = "do not fit into the memory" if layout["reason"].startswith("needs") else "cannot be built"
         kinds[kind] += 1
-        examples.setdefault(kind, f"{layout_text(layout['layout'])}: {layout['reason']}")
+        examples.setdefault(kind, f"{choice_of(layout['layout'])}: {layout['reason']}")
     lines += [f"{number:,} {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]
     return "\n".join(lines)
-
-
-def layout_text(layout: Mapping[str, Any]) -> str:
-    """Return a layout on one line."""
-    stages = f" x {layout['stages_per_rank']}" if layout["stages_per_rank"] > 1 else ""
-    kept = ", checkpointing" if layout["activation_checkpointing"] else ""
-    batches = "micro-batch" if layout["num_micro_batches"] == 1 else "micro-batches"
-    return (
-        f"pp={layout['pp']} x dp={layout['dp']} x tp={layout['tp']}, ZeRO {layout['zero']}, "
-        f"{layout['schedule']}{stages}, {layout['num_micro_batches']:,} {batches} of {layout['micro_batch_size']}{kept}"
-    )
-
-
-def count_text(number: int) -> str:
-    """Return a number of parameters with four digits at most.
-
-    Example:
-        >>> count_text(461_188_800), count_text(1_557_611_200), count_text(12)
-        ('461.2 M', '1.6 B', '12')
-    """
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return str(number)
-
-
-def bytes_text(number: float) -> str:
-    """Return a number of bytes in decimal units.
-
-    Example:
-        >>> bytes_text(1_500_000), bytes_text(80e9)
-        ('1.5 MB', '80.0 GB')
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number / 1e3:,.1f} kB"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a time with three digits.
-
-    Example:
-        >>> seconds_text(0.0123), seconds_text(1.1), seconds_text(1234.5)
-        ('12.3 ms', '1.10 s', '1,234 s')
-    """
-    number, unit = (seconds, "s") if seconds >= 1 else (1000 * seconds, "ms")
-    digits = 0 if number >= 100 else 1 if number >= 10 else 2
-    return f"{number:,.{digits}f} {unit}"

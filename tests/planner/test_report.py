@@ -7,8 +7,8 @@ import json
 import pytest
 
 from pipekit.partitioners import ComparedPartition
-from pipekit.planner.prediction import Prediction, predict
-from pipekit.planner.report import report
+from pipekit.planner.prediction import Choice, Prediction, predict
+from pipekit.planner.report import choice_of, choice_report, report
 from pipekit.planner.search import SearchSpace, search_layouts
 from planner.planned import choice, device, layer, model
 
@@ -43,6 +43,11 @@ def test_what_is_promised_is_there_and_is_json(prediction: Prediction) -> None:
         assert set(memory) >= {"weights", "gradients", "optimizer_states", "masters", "activations", "update"}
     assert "layouts" not in found
     assert "partitions" not in found
+
+
+@pytest.mark.parametrize("given", [choice(), choice(pp=2, dp=3, tp=4, stages_per_rank=2, checkpointing=True, zero=1)])
+def test_a_layout_is_read_back(given: Choice) -> None:
+    assert choice_of(json.loads(json.dumps(choice_report(given)))) == given
 
 
 def test_the_timeline_is_left_out_where_it_is_long(prediction: Prediction) -> None:

@@ -12,7 +12,7 @@ from pipekit.partitioners import ComparedPartition
 from pipekit.planner.prediction import predict
 from pipekit.planner.report import report
 from pipekit.planner.search import SearchSpace, search_layouts
-from pipekit.planner.show import count_text, counts_text, seconds_text, show_report
+from pipekit.planner.show import counts_text, show_report
 from planner.planned import choice, device, layer, model
 
 LAYERS = [layer(10**9, parameters=10**9)] * 16
@@ -80,13 +80,3 @@ def test_rejected_layouts_are_counted_by_reason(compared: dict[str, Any]) -> Non
     assert lines[2].startswith("2 do not fit into the memory, such as pp=4")
     assert lines[2].endswith("needs 9.00 GB of 8.00 GB")
     assert lines[3].startswith("1 cannot be built")
-
-
-def test_numbers_have_three_digits_or_four() -> None:
-    assert [count_text(number) for number in (999, 1_500, 10**12)] == ["999", "1.5 k", "1.0 T"]
-    assert [seconds_text(seconds) for seconds in (0.0001, 0.5, 59.96, 3600)] == [
-        "0.10 ms",
-        "500 ms",
-        "60.0 s",
-        "3,600 s",
-    ]
