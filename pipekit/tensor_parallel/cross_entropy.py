@@ -1,0 +1,181 @@
+"""Cross-entropy over a vocabulary of which each rank has some of the scores.
+
+What is needed of the other ranks is three numbers for each token: their largest score, their sum of exponentials, and
+the label's score where they have it.
+
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (the fused loss of the output embedding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipekit.errors import DataError
+from pipekit.tensor_parallel.group import TensorGroup
+from pipekit.tensor_parallel.shards import Shard
+
+IGNORED_LABEL = -100
+
+
+def vocabulary_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, group: TensorGroup | None, *, vocab_size: int, ignored_label: int = IGNORED_LABEL
+) -> Tensor:
+    """Return the mean cross-entropy in fp32, a scalar in nats per token, the same on all tensor ranks.
+
+    Logits are never gathered, and one fp32 copy of this rank's is made at a time. As in torch, the mean of no token at
+    all is nan.
+
+    Args:
+        logits: `(B, S, V / tp)`, any floating type: this rank's scores, as `Shard(0, (V,), rank, tp)` shares them out.
+        labels: `(B, S)` int64, the next token of each.
+        group: the tensor-parallel peers; None where the logits are whole, `(B, S, V)`.
+        vocab_size: V.
+        ignored_label: tokens of this label are left out of the mean.
+
+    Raises:
+        DataError: if there is not one label for each token, or, on the CPU, if a label is no token of the vocabulary.
+
+    Example:
+        >>> logits, labels = torch.zeros(1, 3, 8), torch.tensor([[5, 7, -100]])
+        >>> f"{vocabulary_parallel_cross_entropy(logits, labels, None, vocab_size=8):.4f} of ln 8"
+        '2.0794 of ln 8'
+    """
+    targets = Targets.of(labels, group, num_tokens=logits[..., 0].numel(), vocab_size=vocab_size, ignored=ignored_label)
+    if group is None:
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=ignored_label)
+    loss: Tensor = _CrossEntropy.apply(logits, targets, group)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Targets, group: TensorGroup) -> Tensor:
+        sums, scores = join_sums(*sum_up(logits.flatten(0, -2), targets), group)
+        ctx.save_for_backward(logits, sums)
+        ctx.targets = targets
+        return mean_loss(sums, scores, targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, sums = ctx.saved_tensors
+        return logits_gradient(logits.flatten(0, -2), sums, ctx.targets, grad).view_as(logits), None, None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The labels of T tokens, as a rank sees them that has some columns of the logits.
+
+    Attributes:
+        columns: `(T, 1)` int64, the label's column, 0 where it is another rank's or ignored.
+        is_here: `(T, 1)` bool, whether the label's column is this rank's.
+        counts: `(T, 1)` bool, whether the token is in the mean.
+        num_counted: scalar int64, how many are, in all tokens of the micro-batch.
+    """
+
+    columns: Tensor
+    is_here: Tensor
+    counts: Tensor
+    num_counted: Tensor
+
+    @classmethod
+    def of(
+        cls, labels: Tensor, group: TensorGroup | None, *, num_tokens: int, vocab_size: int, ignored: int
+    ) -> Targets:
+        """Return where the labels are.
+
+        Args:
+            labels: of any shape, T in all.
+            group: the tensor-parallel peers; None where this rank has all columns.
+            num_tokens: how many tokens there are logits of.
+            vocab_size: V.
+            ignored: the label of tokens that are left out of the mean.
+
+        Raises:
+            DataError: if T is another number, or, on the CPU, if a label is no token of the vocabulary.
+        """
+        if labels.numel() != num_tokens:
+            raise DataError(
+                f"labels of shape {tuple(labels.shape)} are for {labels.numel()} tokens, and the model has scored "
+                f"{num_tokens}; give one label for each token of the whole sequence"
+            )
+        labels = labels.reshape(-1, 1)
+        counts = labels != ignored
+        # Elsewhere this would wait for the device.
+        if labels.device.type == "cpu":
+            _check(labels[counts], vocab_size)
+        rank, size = (0, 1) if group is None else (group.rank, group.size)
+        (own,) = Shard(0, (vocab_size,), rank, size).slices
+        is_here = counts & (labels >= own.start) & (labels < own.stop)
+        return cls((labels - own.start).masked_fill(~is_here, 0), is_here, counts, counts.sum())
+
+    def narrow(self, start: int, length: int) -> Targets:
+        """Return those of some of the tokens; the mean stays that of all."""
+        parts = (tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts))
+        return Targets(*parts, self.num_counted)
+
+
+def _check(labels: Tensor, vocab_size: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= vocab_size)]
+    if wrong.numel():
+        raise DataError(
+            f"label {int(wrong[0])} is no token of a vocabulary of {vocab_size}; set model.vocab_size to the "
+            "tokenizer's size, or tokenize the data again"
+        )
+
+
+def sum_up(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Return what a rank's logits `(T, V / tp)` say of each token, in fp32 (fp64 for fp64 logits).
+
+    Returns:
+        `(T, 2)`, the largest logit and the sum of the exponentials of how much less than it each is; and `(T, 1)`, the
+        label's logit, which is 0 where it is another rank's. Not the logarithm of a sum of exponentials, in which large
+        logits would leave few digits for small differences.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    largest = logits.amax(-1, keepdim=True).to(dtype)
+    # All may be -inf, where the part of the vocabulary that this rank has is masked out.
+    reference = largest.masked_fill(largest == -torch.inf, 0)
+    total = torch.sub(logits, reference).exp_().sum(-1, keepdim=True)
+    scores = logits.gather(1, targets.columns).to(dtype).masked_fill_(~targets.is_here, 0)
+    return torch.cat([largest, total], -1), scores
+
+
+def join_sums(sums: Tensor, scores: Tensor, group: TensorGroup | None) -> tuple[Tensor, Tensor]:
+    """Return what the whole logits say of each token, given what each rank's do (`sum_up`), in one collective."""
+    if group is None:
+        return sums, scores
+    # A rank's three numbers of a token stay side by side: (T, tp, 3).
+    largest, totals, scores = group.all_gather(torch.cat([sums, scores], -1).unsqueeze(1), 1).unbind(-1)
+    reference = largest.amax(-1, keepdim=True)
+    total = (totals * (largest - reference).exp_()).sum(-1, keepdim=True)
+    return torch.cat([reference, total], -1), scores.sum(-1, keepdim=True)
+
+
+def mean_loss(sums: Tensor, scores: Tensor, targets: Targets) -> Tensor:
+    """Return the mean loss of the tokens that count, fp32, given what the whole logits say (`join_sums`)."""
+    largest, total = sums.split(1, -1)
+    losses = (largest - scores) + total.log()
+    return losses.masked_fill_(~targets.counts, 0).sum().div_(targets.num_counted).float()
+
+
+def logits_gradient(logits: Tensor, sums: Tensor, targets: Targets, grad: Tensor) -> Tensor:
+    """Return the gradient of a rank's logits `(T, V / tp)`, in their type.
+
+    Args:
+        logits: the rank's.
+        sums: `(T, 2)`, of the whole vocabulary, as `join_sums` returns them.
+        targets: the labels.
+        grad: that of the mean loss.
+    """
+    largest, total = sums.split(1, -1)
+    weights = (grad.to(sums.dtype) / targets.num_counted).expand_as(total).masked_fill(~targets.counts, 0)
+    gradient = torch.sub(logits, largest).exp_().mul_(weights / total)
+    gradient.scatter_add_(1, targets.columns, -weights * targets.is_here)
+    return gradient.to(logits.dtype)

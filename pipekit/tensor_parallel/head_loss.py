@@ -1,0 +1,197 @@
+"""Head and loss in one, a chunk of tokens at a time: the logits of a whole micro-batch are never there at once.
+
+With large vocabularies they are the largest tensors of a run: fp32 logits of 4,096 tokens over 128,256 words are 2 GB,
+and torch's loss holds three of that size in its backward. Here the forward goes through the tokens in chunks and keeps
+two numbers for each, and the backward makes the logits again, which is one more matrix product to three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
+from pipekit.tensor_parallel.cross_entropy import (
+    IGNORED_LABEL,
+    Targets,
+    join_sums,
+    logits_gradient,
+    mean_loss,
+    sum_up,
+)
+from pipekit.tensor_parallel.group import Pending, TensorGroup
+
+
+def plan_chunk_tokens(num_tokens: int, vocab_part: int, *, limit_bytes: int = 64 * 2**20) -> int | None:
+    """Return how many tokens the loss should take at a time; None where all fit.
+
+    Args:
+        num_tokens: tokens of a micro-batch, B * S.
+        vocab_part: how many scores of a token a rank computes, V / tp.
+        limit_bytes: what the fp32 logits of a chunk may take; of a single token they may take more.
+
+    Returns:
+        Chunks of this size, the last of which may be smaller, are as few as the limit allows and as even as can be.
+
+    Example:
+        >>> plan_chunk_tokens(4096, 128_256, limit_bytes=64 * 2**20)
+        130
+        >>> plan_chunk_tokens(4096, 512) is None
+        True
+    """
+    token_bytes = vocab_part * torch.float32.itemsize
+    if num_tokens * token_bytes <= limit_bytes:
+        return None
+    num_chunks = -(-num_tokens // max(1, limit_bytes // token_bytes))
+    return -(-num_tokens // num_chunks)
+
+
+def chunked_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    group: TensorGroup | None,
+    *,
+    in_parts: bool,
+    vocab_size: int,
+    chunk_tokens: int,
+    ignored_label: int = IGNORED_LABEL,
+) -> Tensor:
+    """Return the mean cross-entropy of `hidden @ weight.T` in fp32, a scalar in nats per token.
+
+    It is the same on all tensor ranks. One collective in the forward serves all tokens; in the backward the gradient of
+    `hidden` is summed behind the last chunk's part of the weight's. That of a 16-bit weight is accumulated in fp32.
+
+    The weight's gradient is computed in the backward also where others are put off (`pipekit.weight_gradients`): it
+    needs the gradients of the logits, which would have to be kept, all of them, or else computed a third time.
+
+    Args:
+        hidden: `(B, S, D)`; with `in_parts` this rank's part of the sequence, `(B, S / tp, D)`.
+        weight: `(V / tp, D)`: this rank's rows, as `Shard(0, (V,), rank, tp)` shares them out.
+        labels: `(B, S)` int64, the next token of each, of the whole sequence.
+        group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
+        in_parts: whether `hidden` is a part of the sequence.
+        vocab_size: V.
+        chunk_tokens: how many tokens are taken at a time; `plan_chunk_tokens` finds a good number.
+        ignored_label: tokens of this label are left out of the mean.
+
+    Raises:
+        DataError: if there is not one label for each token, or, on the CPU, if a label is no token of the vocabulary.
+
+    Example:
+        >>> hidden, weight, labels = torch.ones(1, 5, 4), torch.ones(8, 4), torch.arange(5).reshape(1, 5)
+        >>> loss = chunked_head_loss(hidden, weight, labels, None, in_parts=False, vocab_size=8, chunk_tokens=2)
+        >>> f"{loss:.4f} is ln 8"
+        '2.0794 is ln 8'
+    """
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # As F.linear would, once for all chunks.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return chunked_head_loss(
+                hidden.to(dtype),
+                weight.to(dtype),
+                labels,
+                group,
+                in_parts=in_parts,
+                vocab_size=vocab_size,
+                chunk_tokens=chunk_tokens,
+                ignored_label=ignored_label,
+            )
+    num_tokens = hidden[..., 0].numel() * (group.size if group is not None and in_parts else 1)
+    targets = Targets.of(labels, group, num_tokens=num_tokens, vocab_size=vocab_size, ignored=ignored_label)
+    loss: Tensor = _HeadLoss.apply(hidden, weight, targets, group, in_parts, chunk_tokens)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Targets,
+        group: TensorGroup | None,
+        in_parts: bool,
+        chunk_tokens: int,
+    ) -> Tensor:
+        x = _tokens(hidden, group, in_parts)
+        parts = [
+            sum_up(F.linear(x[chunk], weight), targets.narrow(chunk.start, chunk.stop - chunk.start))
+            for chunk in _chunks(len(x), chunk_tokens)
+        ]
+        sums, scores = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        sums, scores = join_sums(sums, scores, group)
+        ctx.save_for_backward(hidden, sums)
+        # By itself, so that activation checkpointing does not stand a copy in for it.
+        ctx.weight = weight
+        ctx.targets, ctx.group, ctx.in_parts, ctx.chunk_tokens = targets, group, in_parts, chunk_tokens
+        return mean_loss(sums, scores, targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden, sums), weight, group, in_parts = ctx.saved_tensors, ctx.weight, ctx.group, ctx.in_parts
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        x = _tokens(hidden, group, in_parts)
+        partial = x.new_empty(x.shape) if needs_hidden else None
+        weight_gradient = _Accumulated(weight) if needs_weight else None
+        summing: Pending | None = None
+        for chunk in _chunks(len(x), ctx.chunk_tokens):
+            targets = ctx.targets.narrow(chunk.start, chunk.stop - chunk.start)
+            gradient = logits_gradient(F.linear(x[chunk], weight), sums[chunk], targets, grad)
+            if partial is not None:
+                torch.mm(gradient, weight, out=partial[chunk])
+                if chunk.stop == len(x) and group is not None:
+                    summing = _start_sum(partial, hidden, group, in_parts)
+            if weight_gradient is not None:
+                weight_gradient.add(gradient, x[chunk])
+        hidden_gradient = partial if summing is None else summing.wait()
+        return (
+            None if hidden_gradient is None else hidden_gradient.view_as(hidden),
+            None if weight_gradient is None else weight_gradient.result(),
+            *(None,) * 4,
+        )
+
+
+def _tokens(hidden: Tensor, group: TensorGroup | None, in_parts: bool) -> Tensor:
+    """Return the activations of all tokens, `(T, D)`."""
+    return (group.all_gather(hidden, SEQUENCE_DIM) if group is not None and in_parts else hidden).flatten(0, -2)
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+def _start_sum(partial: Tensor, hidden: Tensor, group: TensorGroup, in_parts: bool) -> Pending:
+    """Begin to sum the ranks' gradients `(T, D)` of the activations, of which each gets its part."""
+    if in_parts:
+        return group.start_reduce_scatter(partial.view(hidden.shape[0], -1, hidden.shape[-1]), SEQUENCE_DIM)
+    return group.start_all_reduce(partial)
+
+
+class _Accumulated:
+    """The gradient of a head's weight `(V / tp, D)`, as it grows chunk by chunk, in fp32 at the least."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._dtype = weight.dtype
+        self._sum: Tensor | None = None
+
+    def add(self, grad: Tensor, inputs: Tensor) -> None:
+        """Add what a chunk's output gradients `(C, V / tp)` and inputs `(C, D)` give."""
+        if self._sum is None:
+            self._sum = torch.mm(grad.t(), inputs).to(torch.promote_types(self._dtype, torch.float32))
+        elif self._sum.dtype == self._dtype:
+            self._sum.addmm_(grad.t(), inputs)
+        else:
+            self._sum.add_(torch.mm(grad.t(), inputs))
+
+    def result(self) -> Tensor | None:
+        return None if self._sum is None else self._sum.to(self._dtype)

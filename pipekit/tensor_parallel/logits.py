@@ -1,0 +1,126 @@
+"""What a head returns where no rank should hold the logits of a whole micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
+from pipekit.tensor_parallel.cross_entropy import IGNORED_LABEL, vocabulary_parallel_cross_entropy
+from pipekit.tensor_parallel.group import TensorGroup
+from pipekit.tensor_parallel.head_loss import chunked_head_loss
+from pipekit.tensor_parallel.layers import column_parallel_linear
+from pipekit.tensor_parallel.shards import Shard
+
+
+class Logits:
+    """The scores `(B, S, V)` of every token of the vocabulary, not computed yet.
+
+    A loss takes what it needs of them (`cross_entropy`); what must see all of them asks for `whole()`.
+
+    Args:
+        hidden: `(B, S, D)`; with `in_parts` this rank's part of the sequence, `(B, S / tp, D)`.
+        weight: the head's, `(V / tp, D)`: this rank's rows, as `Shard(0, (V,), rank, tp)` shares them out.
+        group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
+        in_parts: whether `hidden` is a part of the sequence.
+        vocab_size: V.
+        chunk_tokens: how many tokens the loss takes at a time, as `plan_chunk_tokens` says; None for all at once.
+
+    Example:
+        >>> logits = Logits(torch.ones(2, 3, 4), torch.ones(8, 4), None, vocab_size=8, chunk_tokens=4)
+        >>> logits.shape, logits.whole().shape
+        (torch.Size([2, 3, 8]), torch.Size([2, 3, 8]))
+        >>> f"{logits.cross_entropy(torch.zeros(2, 3, dtype=torch.int64)):.4f} is ln 8"
+        '2.0794 is ln 8'
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        group: TensorGroup | None,
+        *,
+        in_parts: bool = False,
+        vocab_size: int,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.hidden = hidden
+        self.weight = weight
+        self.group = group
+        self.in_parts = in_parts and group is not None
+        self.vocab_size = vocab_size
+        self.chunk_tokens = chunk_tokens
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, S, V)`, of the whole sequence and vocabulary."""
+        batch, num_tokens, _ = self.hidden.shape
+        num_parts = self.group.size if self.group is not None and self.in_parts else 1
+        return torch.Size((batch, num_tokens * num_parts, self.vocab_size))
+
+    def cross_entropy(self, labels: Tensor, *, ignored_label: int = IGNORED_LABEL) -> Tensor:
+        """Return the mean cross-entropy in fp32, a scalar in nats per token, the same on all tensor ranks.
+
+        Args:
+            labels: `(B, S)` int64, the next token of each, of the whole sequence.
+            ignored_label: tokens of this label are left out of the mean.
+
+        Raises:
+            DataError: if there is not one label for each token, or, on the CPU, if a label is no token of the
+                vocabulary.
+        """
+        if self.chunk_tokens is not None:
+            return chunked_head_loss(
+                self.hidden,
+                self.weight,
+                labels,
+                self.group,
+                in_parts=self.in_parts,
+                vocab_size=self.vocab_size,
+                chunk_tokens=self.chunk_tokens,
+                ignored_label=ignored_label,
+            )
+        logits = column_parallel_linear(self.hidden, self.weight, None, self.group, in_parts=self.in_parts)
+        return vocabulary_parallel_cross_entropy(
+            logits, labels, self.group, vocab_size=self.vocab_size, ignored_label=ignored_label
+        )
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """Return the logits `(B, S, V)` as a tensor, on every tensor rank; all of them call it.
+
+        For evaluation: it has no gradient.
+        """
+        if self.group is None:
+            return F.linear(self.hidden, self.weight)
+        hidden = self.group.all_gather(self.hidden, SEQUENCE_DIM) if self.in_parts else self.hidden
+        own = F.linear(hidden, self.weight)
+        shard = Shard(own.ndim - 1, (self.vocab_size,), self.group.rank, self.group.size)
+        lengths = [shard.shape_of(rank, own.shape)[-1] for rank in range(shard.size)]
+        # Ranks gather tensors of one shape, and the parts of a vocabulary may differ by one.
+        padded = F.pad(own, (0, max(lengths) - own.shape[-1]))
+        parts = self.group.all_gather(padded, shard.dim).chunk(shard.size, shard.dim)
+        return shard.join([part[..., :length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def whole_outputs(outputs: Any) -> Any:
+    """Return what a model has returned, with tensors in place of `Logits`.
+
+    Args:
+        outputs: `Logits`, a tuple, list or dict that may hold some, or anything else, which is returned as it is.
+
+    Example:
+        >>> logits = Logits(torch.ones(1, 2, 4), torch.ones(8, 4), None, vocab_size=8)
+        >>> whole_outputs({"logits": logits, "step": 3})["logits"].shape
+        torch.Size([1, 2, 8])
+    """
+    if isinstance(outputs, Logits):
+        return outputs.whole()
+    if type(outputs) is tuple or type(outputs) is list:
+        return type(outputs)(whole_outputs(part) for part in outputs)
+    if type(outputs) is dict:
+        return {key: whole_outputs(part) for key, part in outputs.items()}
+    return outputs
