@@ -11,13 +11,13 @@ from pipekit.checkpoint.load import load_checkpoint
 from pipekit.checkpoint.manifest import MANIFEST_FILE, TrainingState, find_latest
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.save import save_checkpoint
-from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
 
 _USERS, _SCHEDULERS = "client_state", "lr_scheduler"
 
 
-def save_engine(engine: PipelineEngine, folder: Path, *, name: str | None, client_state: Mapping[str, Any]) -> Path:
+def save_engine(engine: TrainingEngine, folder: Path, *, name: str | None, client_state: Mapping[str, Any]) -> Path:
     """Write the engine's weights, optimizer states and counters into `folder`, and return the checkpoint's path.
 
     Args:
@@ -51,7 +51,7 @@ def save_engine(engine: PipelineEngine, folder: Path, *, name: str | None, clien
 
 
 def load_engine(
-    engine: PipelineEngine, folder: Path, *, name: str | None, optimizer_states: bool, scheduler_state: bool
+    engine: TrainingEngine, folder: Path, *, name: str | None, optimizer_states: bool, scheduler_state: bool
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Set the engine to what a checkpoint holds, and return its path and the client's state.
 

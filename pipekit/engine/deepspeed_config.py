@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "parameters"]
+
+
+_CPU = {"device": "cpu"}
+_OFFLOADED: dict[Offload, dict[str, Any]] = {
+    "none": {},
+    "optimizer": {"offload_optimizer": _CPU},
+    "parameters": {"offload_optimizer": _CPU, "offload_param": _CPU},
+}
 
 
 def plan_deepspeed_config(
@@ -16,6 +25,7 @@ def plan_deepspeed_config(
     zero: int,
     gradient_clipping: float,
     extra: Mapping[str, Any],
+    offload: Offload = "none",
 ) -> dict[str, Any]:
     """Return what DeepSpeed's engine is configured with.
 
@@ -27,6 +37,8 @@ def plan_deepspeed_config(
             over the data-parallel ranks, so 0 is 1 there.
         gradient_clipping: largest gradient norm; 0 does not clip.
         extra: the user's `deepspeed` section, merged over the defaults.
+        offload: what is kept in host memory: `optimizer` the fp32 masters and the moments, `parameters` these and,
+            with ZeRO-3, the weights.
 
     Example:
         >>> config = plan_deepspeed_config(micro_batch_size=2, num_micro_batches=4, precision="fp32", zero=1,
@@ -39,7 +51,7 @@ def plan_deepspeed_config(
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": gradient_clipping,
         "steps_per_print": None,
-        "zero_optimization": {"stage": zero},
+        "zero_optimization": {"stage": zero, **_OFFLOADED[offload]},
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
@@ -47,7 +59,7 @@ def plan_deepspeed_config(
 
 
 def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration of DeepSpeed with what a pipeline needs, where it does not say otherwise.
+    """Return a configuration of DeepSpeed with what pipekit needs, where it does not say otherwise.
 
     Example:
         >>> complete_deepspeed_config({"bf16": {"enabled": True}})["zero_optimization"]["stage"]
@@ -58,7 +70,13 @@ def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "reduce_bucket_size": 50_000_000,
         "contiguous_gradients": False,
     }
-    completed = _merge({"zero_allow_untested_optimizer": True, "zero_optimization": zero}, config)
+    defaults = {
+        "zero_allow_untested_optimizer": True,
+        # Where DeepSpeed's Adam for CPUs cannot be compiled, and for any other optimizer, torch's makes the updates.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    completed = _merge(defaults, config)
     if any(completed.get(precision, {}).get("enabled") for precision in ("fp16", "bf16", "bfloat16")):
         # Gradients of many micro-batches are lost in 16 bits, accumulated or summed over replicas.
         low_precision = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipekit.engine.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from pipekit.engine.engine import PipelineEngine
+    from pipekit.engine.training_engine import TrainingEngine
 
 _logger = logging.getLogger(__name__)
 
@@ -27,10 +27,13 @@ class Diagnostics:
         engine: whose configuration says what to log, and when.
     """
 
-    def __init__(self, engine: PipelineEngine) -> None:
+    def __init__(self, engine: TrainingEngine) -> None:
         self._engine = engine
-        self._breaks_down = engine.wall_clock_breakdown()
-        self._profiled_step = engine.flops_profiler_profile_step() if engine.flops_profiler_enabled() else None
+        # An engine may keep DeepSpeed from doing the same by saying no.
+        settings = engine._config
+        self._breaks_down = bool(settings.wall_clock_breakdown)
+        profiler = settings.flops_profiler_config
+        self._profiled_step = profiler.profile_step if profiler.enabled else None
         if self._breaks_down and engine.executor.stopwatch is None:
             engine.executor.stopwatch = Stopwatch(engine.device)
 

@@ -1,0 +1,157 @@
+"""The engine without a pipeline under ZeRO-2 and 3: every rank runs the whole model, and keeps a piece of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from torch import Tensor
+
+from pipekit.engine.diagnostics import Diagnostics
+from pipekit.engine.distributed import raise_together
+from pipekit.engine.executor import Executor
+from pipekit.engine.micro_batches import MicroBatchReader, StepData
+from pipekit.engine.module import PipelineModule
+from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.engine.optimizers import view_optimizer
+from pipekit.engine.partial_gradients import sum_gradients_over
+from pipekit.engine.stopwatch import Stopwatch
+from pipekit.engine.training_engine import OptimizerBuilder, TrainingEngine, prepare_optimizer
+from pipekit.errors import ConfigError
+from pipekit.tensor_parallel import has_partial_gradient
+
+
+class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
+    """Trains a `PipelineModule` of one stage under ZeRO-2 or 3.
+
+    It does to its users what `PipelineEngine` does. Each micro-batch goes forward and back at once, through DeepSpeed's
+    own engine: its hooks reduce every gradient as soon as it is there, each rank keeps its piece of the sum, and under
+    ZeRO-3 they fetch the weights of a layer before it runs and let them go after it.
+
+    Args:
+        module: the whole model; one stage.
+        mpu: the process groups; the module's own.
+        build_optimizer: called with the trainable parameters; returns a torch optimizer. None where DeepSpeed's
+            configuration names one.
+        deepspeed_config: DeepSpeed's configuration.
+        profile: whether to time every step's actions, for `gather_timeline`.
+        **deepspeed_args: what else DeepSpeed's engine is given.
+
+    Raises:
+        ConfigError: if the module has more than one stage.
+    """
+
+    def __init__(
+        self,
+        module: PipelineModule,
+        *,
+        mpu: ModelParallelUnit,
+        build_optimizer: OptimizerBuilder | None,
+        deepspeed_config: Mapping[str, Any],
+        profile: bool = False,
+        **deepspeed_args: Any,
+    ) -> None:
+        config = dict(deepspeed_config)
+        if mpu.num_stages != 1:
+            raise ConfigError(
+                f"ZeRO-{config['zero_optimization']['stage']} needs a model of one stage, and this one has "
+                f"{mpu.num_stages}; try ZeRO-1, or one stage"
+            )
+        given = {**prepare_optimizer(module, build_optimizer, config), **deepspeed_args}
+        sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
+        # DeepSpeed numbers modules through all engines of a process, and compares the numbers of all ranks.
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
+        super().__init__(
+            args=None, model=module, mpu=mpu, config=config, config_class=DeepSpeedConfig(config, mpu), **given
+        )
+        self.unit = mpu
+        self.view = view_optimizer(self.optimizer, mpu)
+        self.executor = Executor(
+            module, mpu, view=self.view, device=self.device, forward=self, backward=self._backward
+        )
+        self.executor.reader = _AgreeingReader(mpu, device=self.device)
+        self.data_iterator: Iterator[Any] | None = None
+        self._plan_schedule = self._plan_1f1b
+        self._costs = None
+        self._schedules = {}
+        self._micro_batches_done = 0
+        self._diagnostics = Diagnostics(self)
+        if profile:
+            self.executor.stopwatch = Stopwatch(self.device)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return int(self.gradient_accumulation_steps())
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of a micro-batch."""
+        return int(self.train_micro_batch_size_per_gpu())
+
+    # What these ask for, `Diagnostics` does under both engines; DeepSpeed's own would be done beside it.
+
+    def wall_clock_breakdown(self) -> bool:
+        return False
+
+    def flops_profiler_enabled(self) -> bool:
+        return False
+
+    def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
+        """Set what `train_batch` reads where it is given no iterator."""
+        self.data_iterator = iterator
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        self._begin_training(data_iter)
+        self._micro_batches_done = 0
+        with self._diagnostics.watch(self.global_steps):
+            losses = self.executor.run(
+                self.schedule, self.data_iterator, loss_fn=self.module.loss_fn, dropout_step=self.global_steps
+            )
+        self.step()
+        self.view.clear_gradients()
+        return self._mean_of_replicas(losses)
+
+    def _backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+        """Do the backward of a micro-batch; DeepSpeed divides its loss by their number, and scales it in fp16."""
+        self._micro_batches_done += 1
+        is_last = self._micro_batches_done == self.micro_batches
+        # DeepSpeed counts calls, and would lose count when a step fails or the batch size changes.
+        self.set_gradient_accumulation_boundary(is_last)
+        (loss,) = outputs
+        self.backward(loss)
+        if not is_last:
+            self.step()
+
+
+class _AgreeingReader(MicroBatchReader):
+    """Reads each step's micro-batches, and lets every rank know when one of them could not.
+
+    ZeRO-2 and 3 talk during each backward, and ZeRO-3 during each forward, so that no rank may begin a step alone.
+
+    Args:
+        mpu: the process groups.
+        device: what the ranks talk from.
+    """
+
+    def __init__(self, mpu: ModelParallelUnit, *, device: torch.device) -> None:
+        super().__init__(mpu, None)
+        self._device = device
+
+    def read(self, data: Iterator[Any] | None, num_micro_batches: int) -> StepData:
+        step_data, error = None, None
+        try:
+            step_data = super().read(data, num_micro_batches)
+        except Exception as failure:
+            error = failure
+        failed = torch.tensor(float(error is not None), device=self._device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed.item():
+            raise_together(error)
+        assert step_data is not None
+        return step_data
