@@ -24,6 +24,24 @@ Compute = Callable[[], Tensor]
 """Computes a weight gradient; one that also has `add_to(gradient)` can add it without holding it."""
 
 
+def add_gradient(parameter: Tensor, compute: Compute) -> None:
+    """Add what `compute` returns to the gradient of a parameter, which there may be none of yet.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> for value in (1.0, 2.0):
+        ...     add_gradient(weight, lambda: torch.full((2,), value))
+        >>> weight.grad
+        tensor([3., 3.])
+    """
+    if parameter.grad is None:
+        parameter.grad = compute()
+    elif hasattr(compute, "add_to"):
+        compute.add_to(parameter.grad)
+    else:
+        parameter.grad += compute()
+
+
 class WeightGradients:
     """The weight gradients that one backward has handed over."""
 

@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.weight_gradients import Compute
+from pipekit.weight_gradients import Compute, add_gradient
 
 # What fp16's dynamic loss scale consists of, in DeepSpeed.
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -69,12 +69,7 @@ class OptimizerView:
 
     def add(self, parameter: Tensor, compute: Compute) -> None:
         """Add to the accumulated gradient of a parameter what `compute` returns."""
-        if parameter.grad is None:
-            parameter.grad = compute()
-        elif hasattr(compute, "add_to"):
-            compute.add_to(parameter.grad)
-        else:
-            parameter.grad += compute()
+        add_gradient(parameter, compute)
 
     def hand_over_gradients(self) -> None:
         """Give the gradients, which are now those of the whole step and of all replicas, to the optimizer."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipekit.host_memory import count_page_faults
 from pipekit.nested import Structure, flatten, unflatten
 from pipekit.planner.observe import Form
-from pipekit.weight_gradients import Compute, deferring, split_linear
+from pipekit.weight_gradients import add_gradient, deferring, split_linear
 
 _WARM_UPS = 2
 _FEWEST_REPEATS = 3
@@ -100,18 +100,9 @@ def _run(
         if results:
             torch.autograd.backward(results, gradients)
     with watch, torch.no_grad():
-        deferred.compute(_accumulate)
+        # As in a run: the gradients of earlier micro-batches are there already.
+        deferred.compute(add_gradient)
     return outputs, gradients
-
-
-def _accumulate(parameter: Tensor, compute: Compute) -> None:
-    """Add a weight gradient as a run does, where the gradients of earlier micro-batches are there already."""
-    if parameter.grad is None:
-        parameter.grad = compute()
-    elif hasattr(compute, "add_to"):
-        compute.add_to(parameter.grad)
-    else:
-        parameter.grad += compute()
 
 
 def build_values(form: Form, device: torch.device, given: Any = None) -> list[Tensor]:
