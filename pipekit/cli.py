@@ -71,6 +71,44 @@ def plan(
 
 
 @app.command()
+def verify(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Changes, such as model.num_layers=2.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates under each layout.")] = 3,
+    devices: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1, help="Processes that may run at once; the GPUs present, or 4, if left out.", show_default=False
+        ),
+    ] = None,
+    layouts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Layouts to run, such as pp2,dp2xzero0,pp2xtp2; the configuration's own and small ones if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative difference.")] = 1e-4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    keep: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep what was recorded, and the logs, in this folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Run a few steps of a model under every layout that fits and in one process, and name the first layer that
+    differs."""
+    from pipekit.launch.verify import VerifyOptions
+    from pipekit.launch.verify import verify as run
+
+    options = VerifyOptions(steps, devices, layouts, tolerance, as_json, keep)
+    if not run(config, overrides or [], options):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],

@@ -1,0 +1,305 @@
+"""Comparing what the ranks of a layout have recorded with what one process has.
+
+What is allowed follows from what fp32 can tell apart, and is the same rule for every tensor:
+
+- Initial weights follow from the seed and the layer's name, so that next to nothing is allowed.
+- An output, or the gradient of one, may be off by `tolerance` times its own norm. Where it is far smaller than what it
+  is computed from, what was cancelled on the way sets the limit.
+- The gradient of a parameter may be off by `tolerance` times the sum of its own norm and a hundredth of the whole
+  gradient's. Some gradients are zero but for rounding, such as those of the keys' biases in attention.
+- Weights after an update are not compared with those of one process: Adam makes a full-sized update of a gradient that
+  is nothing but rounding errors. They are compared with what the same optimizer makes, in one process, of the gradients
+  of the layout (`pipekit.verify.replay`), which have been compared themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+from torch import Tensor
+
+from pipekit.verify.measurement import TOLERANCE, Measurement
+from pipekit.verify.recording import Copy, Key, Recording, flat_norm
+
+# Torch draws the same numbers everywhere; what is then made of them, a QR decomposition for instance, may be rounded.
+_INITIAL = 1e-5
+# From the second step on, weights are no longer the same to the last bit.
+_DRIFT = 10.0
+# How much smaller than what it is computed from an output may be, before rounding errors set the limit.
+_CANCELLED = 1e-3
+# The part of the whole gradient's norm that counts as a tensor's own, at the least.
+_SHARE_OF_GRADIENT = 1e-2
+# Rounding of fp32 weights, over a few updates.
+_ROUNDING = 5e-7
+# Two tensors are proportional if this little of their norm is not.
+_PROPORTIONAL = 1e-3
+
+
+def compare_recordings(
+    found: Recording, expected: Recording, layer_names: Sequence[str], *, tolerance: float = TOLERANCE
+) -> Iterator[Measurement]:
+    """Compare all but the weights after updates.
+
+    Args:
+        found: of a layout.
+        expected: of one process.
+        layer_names: logical name of each layer.
+        tolerance: see `TOLERANCE`.
+    """
+    judge = _Judge(found, expected, layer_names)
+    for key in expected.keys("initial weights"):
+        yield judge.measure(key, expected.load(key), lambda norm: _INITIAL * norm)
+    yield from _compare_flow(judge, tolerance)
+    for step in range(len(expected.facts[0]["losses"])):
+        yield _compare_numbers(found, expected, "losses", step, tolerance)
+        allowance = tolerance * (_DRIFT if step else 1)
+        floor = _SHARE_OF_GRADIENT * float(expected.facts[0]["norms"][step])
+        for key in judge.union("gradient", step):
+            reference = expected.load(key) if expected.copies(key) else None
+            yield judge.measure(
+                key, reference, lambda norm, part=floor, most=allowance: most * (norm + part), zero_if_missing=True
+            )
+        yield _compare_numbers(found, expected, "norms", step, allowance)
+
+
+def compare_weights(
+    found: Recording,
+    key: Key,
+    layer_names: Sequence[str],
+    *,
+    before: Tensor,
+    after: Tensor,
+    tolerance: float = TOLERANCE,
+) -> Measurement:
+    """Compare weights after an update with those that the optimizer leaves in one process.
+
+    Args:
+        found: of a layout.
+        key: of the weights.
+        layer_names: logical name of each layer.
+        before: the initial weights.
+        after: what the optimizer has made of them with the gradients of the layout.
+        tolerance: see `TOLERANCE`; relative to what has changed.
+    """
+    changed = flat_norm(after.double() - before.double())
+    return _Judge(found, None, layer_names).measure(
+        key, after, lambda norm: tolerance * changed + _ROUNDING * norm, scale=changed
+    )
+
+
+def _compare_flow(judge: _Judge, tolerance: float) -> Iterator[Measurement]:
+    """Compare what passes forward and back between the layers of the first step."""
+    expected = judge.expected
+    assert expected is not None
+    last = len(judge.layer_names) - 1
+    for kind, source in (("output", -1), ("output gradient", +1)):
+        for key in judge.union(kind, 0):
+            known = expected.copies(key)
+            # The loss may take what the last layer returns without its ever being one tensor.
+            if kind == "output gradient" and key.layer_idx == last and not (known and judge.found.copies(key)):
+                continue
+
+            made_of = Key(key.kind, key.step, key.layer_idx + source, key.name, key.micro_batch)
+            yield judge.measure(
+                key,
+                known[0].load() if known else None,
+                lambda norm: tolerance * norm,
+                floor=lambda key=key, made_of=made_of: tolerance * _CANCELLED * _norm_like(expected, made_of, key),
+            )
+
+
+def _norm_like(recording: Recording, source: Key, key: Key) -> float:
+    """Return the norm that the tensor `key` would have with elements as large as those of `source`."""
+    if not (recording.copies(source) and recording.copies(key)):
+        return 0.0
+    tensor = recording.load(source)
+    return flat_norm(tensor) * math.sqrt(recording.load(key).numel() / max(1, tensor.numel()))
+
+
+def _compare_numbers(found: Recording, expected: Recording, name: str, step: int, tolerance: float) -> Measurement:
+    right = float(expected.facts[0][name][step])
+    values = [(abs(float(facts[name][step]) - right), facts["rank"], float(facts[name][step])) for facts in found.facts]
+    _, rank, value = max(values, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
+    error = abs(value - right) / abs(right) if right and math.isfinite(value) else abs(value - right) and math.inf
+    return Measurement(
+        kind="loss" if name == "losses" else "gradient norm",
+        step=step,
+        error=error,
+        excess=error / tolerance,
+        found=value,
+        expected=right,
+        ranks=(rank,) if any(difference != values[0][0] for difference, _, _ in values) else (),
+        ratio=value / right if right and math.isfinite(value) else None,
+    )
+
+
+class _Judge:
+    """Measures tensors of a layout, in every copy that there is."""
+
+    def __init__(self, found: Recording, expected: Recording | None, layer_names: Sequence[str]) -> None:
+        self.found = found
+        self.expected = expected
+        self.layer_names = layer_names
+
+    def union(self, kind: str, step: int) -> list[Key]:
+        """Return the tensors of a kind in a step that the layout or the one process has."""
+        assert self.expected is not None
+        keys = {*self.found.keys(kind), *self.expected.keys(kind)}  # type: ignore[arg-type]
+        return sorted(key for key in keys if key.step == step)
+
+    def measure(
+        self,
+        key: Key,
+        expected: Tensor | None,
+        allowed: Callable[[float], float],
+        *,
+        floor: Callable[[], float] = lambda: 0.0,
+        scale: float | None = None,
+        zero_if_missing: bool = False,
+    ) -> Measurement:
+        """Return how far the worst copy of a tensor is off.
+
+        Args:
+            key: which tensor.
+            expected: the tensor of one process; None where it has none.
+            allowed: returns the norm that a difference may have, for the norm of the tensor of one process.
+            floor: returns what it may have in any case; asked only where that is more than is allowed.
+            scale: what the error is relative to; that norm unless given.
+            zero_if_missing: whether a tensor that is not there is zero.
+        """
+        copies = self.found.copies(key)
+        if not copies or expected is None:
+            return self._without_partner(key, copies, expected, allowed, zero_if_missing=zero_if_missing)
+        right = expected.double()
+        norm = flat_norm(right)
+        limit = allowed(norm)
+        results = []
+        for copy in copies:
+            tensor = copy.load()
+            if tensor.shape != right.shape:
+                note = f"is {tuple(tensor.shape)}, and {tuple(right.shape)} in one process"
+                return self._incomparable(key, copies, copy.ranks, note)
+            difference = flat_norm(tensor.double() - right)
+            if not difference <= limit:
+                limit = max(limit, floor())
+            results.append((math.inf if math.isnan(difference) else difference, copy, tensor))
+        off_by, worst, tensor = max(results, key=lambda result: result[0])
+        excess = _over(off_by, limit)
+        base = Measurement(
+            kind=key.kind,
+            step=key.step,
+            error=_over(off_by, norm if scale is None else scale),
+            excess=excess,
+            num_copies=len(copies),
+            ranks=worst.ranks,
+            **self._place(key),  # type: ignore[arg-type]
+        )
+        if not base.is_fault:
+            return base
+        num_wrong = sum(off > limit for off, _, _ in results)
+        return _explained(base, tensor, right, limit, num_wrong, _axes_apart([copy for _, copy, _ in results], limit))
+
+    def _place(self, key: Key) -> dict[str, object]:
+        return {
+            "layer": self.layer_names[key.layer_idx],
+            "layer_idx": key.layer_idx,
+            "tensor": key.name,
+            "micro_batch": key.micro_batch,
+        }
+
+    def _without_partner(
+        self,
+        key: Key,
+        copies: Sequence[Copy],
+        expected: Tensor | None,
+        allowed: Callable[[float], float],
+        *,
+        zero_if_missing: bool,
+    ) -> Measurement:
+        ranks = copies[0].ranks if copies else ()
+        if zero_if_missing:
+            there = expected if expected is not None else copies[0].load()
+            excess = _over(flat_norm(there), allowed(0.0 if expected is None else flat_norm(there)))
+            if excess <= 1:
+                return Measurement(
+                    key.kind,
+                    key.step,
+                    0.0,
+                    0.0,
+                    ranks=ranks,
+                    **self._place(key),  # type: ignore[arg-type]
+                )
+        note = "is there, and not in one process" if expected is None else "is not there, and is in one process"
+        return self._incomparable(key, copies, ranks, note)
+
+    def _incomparable(self, key: Key, copies: Sequence[Copy], ranks: tuple[int, ...], note: str) -> Measurement:
+        return Measurement(
+            key.kind,
+            key.step,
+            math.inf,
+            math.inf,
+            num_copies=len(copies),
+            num_wrong=len(copies),
+            ranks=ranks,
+            note=note,
+            **self._place(key),  # type: ignore[arg-type]
+        )
+
+
+def _explained(
+    base: Measurement, found: Tensor, expected: Tensor, limit: float, num_wrong: int, apart: tuple[str, ...]
+) -> Measurement:
+    """Return a measurement with what helps to find the cause."""
+    wrong = found.double()
+    distance = (wrong - expected).abs().nan_to_num(nan=math.inf)
+    at = int(distance.argmax())
+    threshold = limit / math.sqrt(max(1, expected.numel()))
+    return Measurement(
+        **{
+            **vars(base),
+            "num_wrong": num_wrong,
+            "apart": apart,
+            "ratio": proportion(wrong, expected),
+            "share": float((distance > threshold).double().mean()),
+            "found": float(wrong.flatten()[at]),
+            "expected": float(expected.flatten()[at]),
+        }
+    )
+
+
+def proportion(found: Tensor, expected: Tensor) -> float | None:
+    """Return what `expected` must be multiplied with to be `found`, or None where nothing does.
+
+    Example:
+        >>> proportion(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0]))
+        2.0
+        >>> proportion(torch.tensor([2.0, -4.0]), torch.tensor([1.0, 2.0])) is None
+        True
+    """
+    wrong, right = found.double().flatten(), expected.double().flatten()
+    square = float(right @ right)
+    if square == 0 or not bool(wrong.isfinite().all()):
+        return None
+    ratio = float(wrong @ right) / square
+    return ratio if flat_norm(wrong - ratio * right) <= _PROPORTIONAL * flat_norm(wrong) else None
+
+
+def _axes_apart(copies: Sequence[Copy], limit: float) -> tuple[str, ...]:
+    """Return the axes along which copies differ by more than is allowed."""
+    axes: dict[str, None] = {}
+    for one, other in combinations(copies, 2):
+        places = vars(one.coordinate), vars(other.coordinate)
+        differing = [axis for axis in places[0] if places[0][axis] != places[1][axis]]
+        if len(differing) == 1 and differing[0] not in axes:
+            distance = flat_norm(one.load().double() - other.load().double())
+            if not distance <= limit:
+                axes[differing[0]] = None
+    return tuple(axes)
+
+
+def _over(difference: float, norm: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / norm if norm > 0 else math.inf

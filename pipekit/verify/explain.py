@@ -1,0 +1,260 @@
+"""What a difference is, in words, and what usually causes one of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipekit.layout import Layout
+from pipekit.verify.measurement import Measurement
+
+_SHOWN_NAMES = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What there is to know of a layout in which something differs.
+
+    Attributes:
+        layout: the grid of ranks.
+        layer_names: logical name of each layer.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        tied: names of the layers that occur more than once.
+    """
+
+    layout: Layout
+    layer_names: Sequence[str]
+    boundaries: Sequence[int]
+    tied: frozenset[str]
+
+
+def describe(fault: Measurement) -> str:
+    """Return what differs, as a phrase.
+
+    Example:
+        >>> describe(Measurement("gradient", 0, 1.0, 10.0, layer="embed", tensor="embed.weight"))
+        'the gradient of embed.weight, in step 1'
+        >>> describe(Measurement("output", 0, 1.0, 10.0, layer="blocks.0.mlp", micro_batch=2))
+        'the output of blocks.0.mlp, in step 1, for micro-batch 2'
+    """
+    place = f"{fault.layer}{fault.tensor}" if fault.kind.startswith("output") else fault.tensor
+    if fault.kind == "initial weights":
+        return f"the initial weights of {place}"
+    if fault.kind == "weights":
+        return f"the weights of {place} after the update of step {fault.step + 1}"
+    if fault.layer is None:
+        return f"the {fault.kind}, in step {fault.step + 1}"
+    when = f", in step {fault.step + 1}"
+    which = f", for micro-batch {fault.micro_batch}" if fault.micro_batch >= 0 else ""
+    return f"the {fault.kind} of {place}{when}{which}"
+
+
+def quantify(fault: Measurement) -> str:
+    """Return by how much it differs.
+
+    Example:
+        >>> quantify(Measurement("gradient", 0, 1.0, 10.0, layer="head", ratio=2.0, found=0.5, expected=0.25))
+        '2.00 x that of one process'
+        >>> quantify(Measurement("loss", 0, 0.5, 5000.0, found=3.0, expected=2.0))
+        '3, and 2 in one process: off by 50 %'
+    """
+    if fault.note:
+        return fault.note
+    if fault.layer is None:
+        return f"{fault.found:.7g}, and {fault.expected:.7g} in one process: off by {_percent(fault.error)}"
+    if fault.ratio is not None and abs(fault.ratio) > 1e-6:
+        return f"{fault.ratio:.2f} x that of one process"
+    of_what = "of the change" if fault.kind == "weights" else "of its norm"
+    text = f"off by {_percent(fault.error)} {of_what}"
+    if fault.found is not None and fault.expected is not None:
+        text += (
+            f", in {_percent(fault.share)} of its elements; the one furthest off is {fault.found:.6g}, and "
+            f"{fault.expected:.6g} in one process"
+        )
+    return text
+
+
+def locate(fault: Measurement, setting: Setting) -> str:
+    """Return which ranks have it wrong; empty where there is but one.
+
+    Example:
+        >>> setting = Setting(Layout(dp=2), ["a"], [0, 1], frozenset())
+        >>> locate(Measurement("gradient", 0, 1.0, 9.0, layer="a", ranks=(1,), num_copies=2, num_wrong=1), setting)
+        'on rank 1 (1 of the 2 copies)'
+    """
+    if not fault.ranks or setting.layout.world_size == 1:
+        return ""
+    ranks = f"on rank{'s' if len(fault.ranks) > 1 else ''} {', '.join(map(str, fault.ranks))}"
+    if fault.num_copies > 1:
+        which = "all" if fault.num_wrong == fault.num_copies else f"{fault.num_wrong} of the"
+        ranks += f" ({which} {fault.num_copies} copies{' are off' if which == 'all' else ''})"
+    return ranks
+
+
+def likely_cause(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    """Return what usually causes such a difference.
+
+    Args:
+        fault: the first difference.
+        setting: of the layout.
+        others: layers with a difference of the same kind in the same step.
+    """
+    cause = {
+        "initial weights": _of_initial_weights,
+        "output": _of_output,
+        "loss": _of_loss,
+        "output gradient": _of_output_gradient,
+        "gradient": _of_gradient,
+        "gradient norm": _of_norm,
+        "weights": _of_weights,
+    }[fault.kind]
+    return cause(fault, setting, others)
+
+
+def _of_initial_weights(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    return (
+        f"what {fault.layer} draws in its constructor does not follow from train.seed and its name alone: a generator "
+        "of its own, a seed that depends on the rank or the time, numbers drawn when its module was imported; draw "
+        "from torch's default generator, which is seeded for each layer"
+    )
+
+
+def _of_output(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    before = setting.layer_names[fault.layer_idx - 1] if fault.layer_idx else None
+    given = "its weights agree" + (f", and so does what {before} passes to it" if before else "")
+    if fault.note:
+        return f"{given}; the shape of what it returns depends on the layout"
+    causes = []
+    if setting.layout.tp > 1:
+        causes.append(
+            "a sum over the tensor-parallel ranks that is missing or made twice in its forward (RowParallelLinear "
+            "makes its own), or a wrong part of a weight"
+        )
+        if "tensor" in fault.apart:
+            causes[0] = "its tensor-parallel ranks hold different results, which were not summed or gathered"
+    causes.append(
+        "random numbers that it draws from a generator of its own, in place of torch's default one, which is seeded "
+        "for each step, micro-batch and layer"
+    )
+    if setting.layout.dp > 1 or setting.layout.pp > 1:
+        causes.append("something that it keeps from one micro-batch to the next, or reads from its rank")
+    if fault.layer_idx in setting.boundaries[1:-1]:
+        causes.append("what came over from the stage before")
+    return f"{given}; likely {'; or '.join(causes)}"
+
+
+def _of_loss(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    if fault.step:
+        return (
+            f"all that was compared before step {fault.step + 1} agrees; likely other samples in this step, or "
+            "something that a layer or the loss keeps from step to step"
+        )
+    replicas = ", or the mean over the replicas" if setting.layout.dp > 1 else ""
+    return (
+        "every layer returns what it does in one process; likely the loss function keeps something, draws random "
+        f"numbers, or reads its rank; or the labels{replicas} are others"
+    )
+
+
+def _of_output_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    if fault.layer_idx + 1 >= len(setting.layer_names):
+        return "every output agrees, and so does the loss; likely the backward of the loss function"
+    following = setting.layer_names[fault.layer_idx + 1]
+    text = f"all outputs agree; what the backward of {following} passes on is wrong"
+    if setting.layout.tp > 1:
+        text += (
+            ": likely a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_parts makes "
+            "one in the backward, ColumnParallelLinear its own)"
+        )
+    else:
+        text += ": likely an autograd function, or a hook on gradients, that reads its rank or keeps something"
+    if fault.layer_idx + 1 in setting.boundaries[1:-1]:
+        text += "; or what came back over from the next stage"
+    return text
+
+
+def _of_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    given = "the gradients of all layers' outputs agree" if fault.step == 0 else "the steps before agree"
+    ratio = fault.ratio
+    if "data" in fault.apart:
+        return f"{given}; the replicas hold different gradients: they were not averaged over parallel.dp"
+    if "pipe" in fault.apart:
+        return f"{given}; its stages hold different gradients of it: they were not summed over the stages that share it"
+    if "tensor" in fault.apart:
+        return (
+            f"{given}; the tensor-parallel ranks hold different gradients of it: each applied it to a part of the "
+            "sequence or of the heads, and they were not summed (mark_partial_gradient)"
+        )
+    if ratio is not None and ratio > 0:
+        factor = round(ratio)
+        summed_twice = f": {fault.layer} is tied, and the gradients of its copies are summed twice"
+        tied = summed_twice if _is_tied(fault, setting) else ""
+        if factor >= 2 and abs(ratio - factor) < 0.02:
+            times = "twice" if factor == 2 else f"{factor} times"
+            return f"{given}; it is counted {times}{tied}" + _degree_hint(factor, setting)
+        if abs(1 / ratio - round(1 / ratio)) < 0.02:
+            return f"{given}; it is divided by {round(1 / ratio)}, or so much of it is not counted" + _degree_hint(
+                round(1 / ratio), setting
+            )
+    if _is_tied(fault, setting):
+        return (
+            f"{given}; {fault.layer} is tied, and what its copies add to the gradient is not summed, or summed more "
+            "than once"
+        )
+    if fault.step:
+        return f"{given}; likely gradients of the step before were not cleared, or this step has other samples"
+    return (
+        f"{given}; likely a hook on the parameter, a weight gradient that is computed from a part of the inputs, or "
+        "a reduction that is missing or made twice"
+    )
+
+
+def _of_norm(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    return (
+        "every gradient agrees; a parameter that several ranks hold is counted more than once in the norm, or not at "
+        "all, so that gradients are clipped otherwise"
+    )
+
+
+def _of_weights(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    if "data" in fault.apart:
+        return "the gradients agree; the replicas have made different updates, or hold stale weights"
+    if "pipe" in fault.apart:
+        return "the gradients agree; the stages that share it have made different updates"
+    return (
+        "the gradients agree, and the optimizer makes other weights of them in one process; likely an optimizer whose "
+        "update of an element depends on other elements (of a rank's own part, or of the stage's list of parameters), "
+        "or settings that differ by rank"
+    )
+
+
+def _degree_hint(factor: int, setting: Setting) -> str:
+    axes = [name for name in ("pp", "dp", "tp") if getattr(setting.layout, name) == factor > 1]
+    return f" (parallel.{axes[0]} is {factor})" if len(axes) == 1 else ""
+
+
+def _is_tied(fault: Measurement, setting: Setting) -> bool:
+    return fault.layer in setting.tied
+
+
+def _percent(share: float) -> str:
+    """Return a share for people.
+
+    Example:
+        >>> _percent(0.5), _percent(0.00002), _percent(float("inf"))
+        ('50 %', '0.002 %', 'more than can be said')
+    """
+    if share == float("inf"):
+        return "more than can be said"
+    return f"{100 * share:.3g} %"
+
+
+def show_names(names: Sequence[str]) -> str:
+    """Return some names, and how many more there are.
+
+    Example:
+        >>> show_names(["a", "b", "c", "d", "e", "f"])
+        'a, b, c, d and 2 more'
+    """
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return shown + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "")

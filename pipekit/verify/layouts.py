@@ -1,0 +1,175 @@
+"""Which layouts to verify: the configuration's own, and small ones that use each axis alone and with the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import gcd
+
+from pipekit.errors import LayoutError
+from pipekit.layout import DEFAULT_ORDER, Layout, Order
+
+MAX_LAYOUTS = 8
+"""How many are verified, unless they are named."""
+
+_TOKEN = re.compile(r"(pp|dp|tp|zero)(\d+)")
+_EXAMPLE = "pp2,dp2xzero0,pp2xdp2"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout to verify.
+
+    Attributes:
+        layout: the grid of ranks.
+        zero: ZeRO stage.
+        is_configured: whether it is the configuration's own, with its own schedule and stages.
+    """
+
+    layout: Layout
+    zero: int
+    is_configured: bool = False
+
+    def __str__(self) -> str:
+        return show_layout(self.layout)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides whether a layout fits.
+
+    Attributes:
+        num_layers: length of the list of layers.
+        num_heads: attention heads; None where they are not known.
+        num_kv_heads: heads of keys and values; None where they are not known.
+        sequence_length: tokens of a sequence where ranks hold parts of it; None where they do not.
+        global_batch_size: sequences of a step.
+        micro_batch_size: sequences that one rank computes at a time.
+    """
+
+    num_layers: int
+    num_heads: int | None
+    num_kv_heads: int | None
+    sequence_length: int | None
+    global_batch_size: int
+    micro_batch_size: int
+
+
+def show_layout(layout: Layout) -> str:
+    """Return a layout by the degrees that are more than one.
+
+    Example:
+        >>> show_layout(Layout(pp=2, tp=4)), show_layout(Layout())
+        ('pp=2 x tp=4', 'pp=1')
+    """
+    degrees = {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp}
+    return " x ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or "pp=1"
+
+
+def plan_candidates(
+    num_devices: int, facts: Facts, *, own: Candidate | None, zero: int, order: Order = DEFAULT_ORDER
+) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+    """Return the layouts to verify, and those that do not fit, each with the reason.
+
+    Each axis comes alone, with each other, and all three together, by twos; then each alone, by as many as there are
+    devices, up to four: a pipeline of more than two has a stage that is neither the first nor the last.
+
+    Args:
+        num_devices: processes that may run at once.
+        facts: what decides what fits.
+        own: the configuration's own layout, which comes first; None where it has none.
+        zero: the configuration's ZeRO stage; a pipeline has 1 at most.
+        order: the axes, outermost first.
+
+    Example:
+        >>> facts = Facts(12, num_heads=3, num_kv_heads=3, sequence_length=128, global_batch_size=8, micro_batch_size=2)
+        >>> fitting, rejected = plan_candidates(4, facts, own=None, zero=1)
+        >>> [str(candidate) for candidate in fitting]
+        ['pp=2', 'dp=2', 'pp=2 x dp=2', 'pp=4', 'dp=4']
+        >>> [f"{candidate}: {reason}" for candidate, reason in rejected][0]
+        'tp=2: 2 does not divide the 3 attention heads'
+    """
+    chosen: dict[Layout, Candidate] = {} if own is None else {own.layout: own}
+    for layout in _small_layouts(num_devices, order):
+        chosen.setdefault(layout, Candidate(layout, zero_of(layout, zero)))
+    fitting: list[Candidate] = []
+    rejected: list[tuple[Candidate, str]] = []
+    for candidate in chosen.values():
+        reason = reason_against(candidate.layout, num_devices, facts)
+        if reason is not None:
+            rejected.append((candidate, reason))
+        elif len(fitting) < MAX_LAYOUTS:
+            fitting.append(candidate)
+    return fitting, rejected
+
+
+def parse_layouts(text: str, *, zero: int, order: Order = DEFAULT_ORDER) -> list[Candidate]:
+    """Return the layouts that a user has named, as in `pp2,dp2xzero0,pp2xtp2`.
+
+    Args:
+        text: layouts with commas between them; degrees, and a ZeRO stage, with `x` between them.
+        zero: ZeRO stage of those that name none; a pipeline has 1 at most.
+        order: the axes, outermost first.
+
+    Raises:
+        LayoutError: if it cannot be read.
+
+    Example:
+        >>> [(str(candidate), candidate.zero) for candidate in parse_layouts("pp2,dp4xzero0", zero=1)]
+        [('pp=2', 1), ('dp=4', 0)]
+    """
+    candidates = []
+    for name in text.split(","):
+        degrees: dict[str, int] = {}
+        for token in re.split(r"\s*x\s*", name.strip().replace("=", "")):
+            match = _TOKEN.fullmatch(token)
+            if match is None or match[1] in degrees:
+                raise LayoutError(
+                    f"--layouts {text}: {name.strip()!r} is no layout; name degrees of pp, dp and tp, and a ZeRO "
+                    f"stage, each once, with x between them, for example --layouts {_EXAMPLE}"
+                )
+            degrees[match[1]] = int(match[2])
+        given = degrees.pop("zero", None)
+        layout = Layout(**degrees, order=order)
+        candidates.append(Candidate(layout, zero_of(layout, zero) if given is None else given))
+    return list(dict.fromkeys(candidates))
+
+
+def zero_of(layout: Layout, zero: int) -> int:
+    """Return the ZeRO stage of a layout: as configured, and 1 at most under a pipeline."""
+    return min(zero, 1) if layout.pp > 1 else zero
+
+
+def reason_against(layout: Layout, num_devices: int, facts: Facts) -> str | None:
+    """Return why a layout does not fit, or None where it does."""
+    if layout.world_size > num_devices:
+        return f"needs {layout.world_size} processes, and there are {num_devices} devices; see --devices"
+    if layout.pp > facts.num_layers:
+        return f"{layout.pp} stages are more than the {facts.num_layers} layers"
+    if facts.global_batch_size % (facts.micro_batch_size * layout.dp):
+        return (
+            f"train.global_batch_size={facts.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={facts.micro_batch_size} x dp={layout.dp}"
+        )
+    if facts.num_heads is not None and facts.num_heads % layout.tp:
+        return f"{layout.tp} does not divide the {facts.num_heads} attention heads"
+    # Ranks may share a head of keys and values.
+    if facts.num_kv_heads is not None and facts.num_kv_heads % layout.tp and layout.tp % facts.num_kv_heads:
+        return f"{layout.tp} neither divides the {facts.num_kv_heads} heads of keys and values, nor is a multiple"
+    if facts.sequence_length is not None and facts.sequence_length % layout.tp:
+        best = gcd(facts.sequence_length, layout.tp)
+        return f"{layout.tp} does not divide train.sequence_length={facts.sequence_length}; tp={best} does"
+    return None
+
+
+def _small_layouts(num_devices: int, order: Order) -> Iterator[Layout]:
+    twos = [degrees for degrees in product((1, 2), repeat=3) if max(degrees) > 1]
+    largest = min(4, num_devices)
+    alone: Sequence[tuple[int, int, int]] = [(largest, 1, 1), (1, largest, 1), (1, 1, largest)]
+    # Alone first, pipelines before replicas before tensor parallelism.
+    for pp, dp, tp in [*sorted(twos, key=lambda degrees: (sum(degrees), [-degree for degree in degrees])), *alone]:
+        layout = Layout(pp=pp, dp=dp, tp=tp, order=order)
+        if 1 < layout.world_size <= num_devices:
+            yield layout

@@ -1,0 +1,165 @@
+"""What a rank saw of some steps, on disk: tensors that are written one at a time and read one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipekit.layout import Coordinate
+from pipekit.tensor_parallel.shards import Shard
+from pipekit.verify.measurement import Kind
+
+_INDEX, _FACTS = "index.jsonl", "facts.json"
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Names one logical tensor of a run, the same under every layout.
+
+    Attributes:
+        kind: what it is.
+        step: in which step; of weights, after how many updates.
+        layer_idx: the layer that it belongs to.
+        name: of a parameter its logical name, of a layer's output its place in the output.
+        micro_batch: index of the micro-batch in the global batch; -1 for what belongs to the whole step.
+    """
+
+    kind: Kind
+    step: int
+    layer_idx: int
+    name: str
+    micro_batch: int = -1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor that one rank has written."""
+
+    path: Path
+    coordinate: Coordinate
+    rank: int
+    shard: Shard | None
+
+    def load(self) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor("tensor")
+            return tensor
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A logical tensor as one rank has it, or as some tensor-parallel ranks have it together.
+
+    Attributes:
+        coordinate: where the first of these ranks stands.
+        ranks: the ranks.
+    """
+
+    coordinate: Coordinate
+    ranks: tuple[int, ...]
+    _entries: tuple[_Entry, ...]
+
+    def load(self) -> Tensor:
+        """Read it; what several ranks share is joined."""
+        parts = [entry.load() for entry in self._entries]
+        shard = self._entries[0].shard
+        return parts[0] if shard is None else shard.join(parts)
+
+
+class Recorder:
+    """Writes what one rank sees, each tensor as soon as it is there, so that none is held.
+
+    Args:
+        folder: of this rank's files.
+        rank: global rank.
+        coordinate: where it stands.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, coordinate: Coordinate) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._num_tensors = 0
+        self._facts: dict[str, Any] = {"rank": rank, **asdict(coordinate)}
+        self._index = (folder / _INDEX).open("w", encoding="utf-8")
+
+    def write(self, key: Key, tensor: Tensor, *, shard: Shard | None = None) -> None:
+        """Write a tensor; `shard` says which part of the logical one it is."""
+        name = f"{self._num_tensors:06d}.safetensors"
+        self._num_tensors += 1
+        # A view would be written with all that it is a view of.
+        save_file({"tensor": tensor.detach().cpu().clone().contiguous()}, self._folder / name)
+        line = {"key": asdict(key), "file": name, "shard": None if shard is None else asdict(shard)}
+        self._index.write(json.dumps(line) + "\n")
+
+    def finish(self, **facts: Any) -> None:
+        """Write what can be written as JSON, beside the tensors."""
+        self._index.close()
+        (self._folder / _FACTS).write_text(json.dumps({**self._facts, **facts}), encoding="utf-8")
+
+
+class Recording:
+    """What all ranks of a run have written.
+
+    Args:
+        folder: holds a folder for each rank.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._entries: dict[Key, list[_Entry]] = defaultdict(list)
+        self.facts: list[dict[str, Any]] = []
+        for rank_folder in sorted(path for path in folder.iterdir() if (path / _FACTS).is_file()):
+            facts = json.loads((rank_folder / _FACTS).read_text(encoding="utf-8"))
+            self.facts.append(facts)
+            coordinate = Coordinate(facts["pipe"], facts["data"], facts["tensor"])
+            for line in (rank_folder / _INDEX).read_text(encoding="utf-8").splitlines():
+                written = json.loads(line)
+                shard = None if written["shard"] is None else _read_shard(written["shard"])
+                entry = _Entry(rank_folder / written["file"], coordinate, facts["rank"], shard)
+                self._entries[Key(**written["key"])].append(entry)
+
+    def keys(self, kind: Kind | None = None) -> list[Key]:
+        """Return the tensors of one kind, or all."""
+        return sorted(key for key in self._entries if kind is None or key.kind == kind)
+
+    def copies(self, key: Key) -> list[Copy]:
+        """Return each copy of a logical tensor; none where nobody has it."""
+        return list(_copies(self._entries.get(key, [])))
+
+    def load(self, key: Key) -> Tensor:
+        """Return the first copy of a logical tensor."""
+        return self.copies(key)[0].load()
+
+
+def _copies(entries: Sequence[_Entry]) -> Iterator[Copy]:
+    shared: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
+    for entry in sorted(entries, key=lambda entry: entry.rank):
+        if entry.shard is None:
+            yield Copy(entry.coordinate, (entry.rank,), (entry,))
+        else:
+            shared[entry.coordinate.pipe, entry.coordinate.data].append(entry)
+    for parts in shared.values():
+        parts.sort(key=lambda entry: entry.coordinate.tensor)
+        yield Copy(parts[0].coordinate, tuple(entry.rank for entry in parts), tuple(parts))
+
+
+def _read_shard(written: Mapping[str, Any]) -> Shard:
+    return Shard(written["dim"], tuple(written["blocks"]), written["rank"], written["size"])
+
+
+def flat_norm(tensor: Tensor) -> float:
+    """Return the 2-norm of all elements, in double precision.
+
+    Example:
+        >>> flat_norm(torch.tensor([[3.0, 4.0]]))
+        5.0
+    """
+    return float(torch.linalg.vector_norm(tensor.to(torch.float64)))

@@ -1,0 +1,105 @@
+"""The run that every layout is held to: one process, torch, and nothing else.
+
+Micro-batches come one after the other, their gradients are averaged, clipped by `torch.nn.utils.clip_grad_norm_`, and
+handed to the user's optimizer. No line of the engine takes part, nor does DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipekit.data.loader import BatchLoader
+from pipekit.data.order import sample_order
+from pipekit.engine.micro_batches import to_device
+from pipekit.errors import PipekitError
+from pipekit.layout import Coordinate
+from pipekit.rng import fold_seed
+from pipekit.sequential import SequentialModel
+from pipekit.training.trial import Trial
+from pipekit.verify.observer import FlowObserver
+from pipekit.verify.recording import Key, Recorder
+from pipekit.verify.replay import logical_parameters, make_update
+
+
+def build_model(trial: Trial) -> SequentialModel:
+    """Return the whole model with its initial weights, on the device of the run."""
+    config = trial.context.config
+    model = SequentialModel(trial.build_layers(config), seed=config.train.seed)
+    return model.to(trial.context.device)
+
+
+def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
+    """Train some steps in this process alone, and record what every layout is compared with.
+
+    Args:
+        trial: what to train.
+        folder: for the recording.
+        num_steps: how many steps.
+
+    Raises:
+        PipekitError: if a loss or a gradient is not finite, so that nothing can be compared.
+    """
+    train, device = trial.context.config.train, trial.context.device
+    recorder = Recorder(folder, rank=0, coordinate=Coordinate(0, 0, 0))
+    model = build_model(trial)
+    parameters = logical_parameters(model)
+    layer_of = {name: model.names.index(_layer_of(name, model.names)) for name in parameters}
+    trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    optimizer = trial.build_optimizer(trainable)
+    for name, parameter in parameters.items():
+        recorder.write(Key("initial weights", 0, layer_of[name], name), parameter)
+    dataset = trial.build_train_dataset()
+    loader = BatchLoader(
+        dataset,
+        sample_order(len(dataset), train.seed, shuffle=trial.context.config.data.shuffle),
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+    )
+    losses, norms = [], []
+    model.train()
+    for step in range(num_steps):
+        observer = FlowObserver(recorder, num_micro_batches=loader.num_micro_batches) if step == 0 else None
+        loss = 0.0
+        for micro_batch, batch in enumerate(loader.step_batches(step * train.global_batch_size)):
+            inputs, labels = to_device(batch, device)
+            outputs = _forward(model, inputs, seed=train.seed, path=(step, micro_batch), observer=observer)
+            part: Tensor = trial.loss(outputs, labels) / loader.num_micro_batches
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part)
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                recorder.write(Key("gradient", step, layer_of[name], name), parameter.grad)
+        lr = trial.learning_rate(step)
+        norm = make_update(optimizer, trainable, lr=lr, gradient_clipping=train.gradient_clipping)
+        optimizer.zero_grad()
+        losses.append(loss)
+        norms.append(norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise PipekitError(
+                f"in one process the loss of step {step + 1} is {loss:g} and the gradient's norm {norm:g}, so that "
+                "there is nothing to compare with; lower optimizer.lr, or verify fewer steps (--steps)"
+            )
+    for name, parameter in parameters.items():
+        recorder.write(Key("weights", num_steps - 1, layer_of[name], name), parameter)
+    recorder.finish(losses=losses, norms=norms)
+
+
+def _forward(
+    model: SequentialModel, inputs: Any, *, seed: int, path: tuple[int, int], observer: FlowObserver | None
+) -> Any:
+    for layer_idx, layer in enumerate(model.steps):
+        torch.manual_seed(fold_seed(seed, "layer", *path, layer_idx))
+        inputs = layer(inputs)
+        if observer is not None:
+            observer(layer_idx, inputs, path)
+    return inputs
+
+
+def _layer_of(parameter_name: str, layer_names: list[str]) -> str:
+    """Return the layer that a parameter belongs to: the longest name that its own begins with."""
+    return max((name for name in layer_names if parameter_name.startswith(f"{name}.")), key=len)

@@ -1,0 +1,84 @@
+"""The optimizer alone: what it makes, in one process, of the gradients that a layout has recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from pipekit.sequential import SequentialModel
+from pipekit.verify.compare import compare_weights
+from pipekit.verify.measurement import TOLERANCE, Measurement
+from pipekit.verify.recording import Recording
+
+OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def compare_updates(
+    model: SequentialModel,
+    found: Recording,
+    *,
+    build_optimizer: OptimizerBuilder,
+    learning_rate: Callable[[int], float],
+    gradient_clipping: float,
+    tolerance: float = TOLERANCE,
+) -> Iterator[Measurement]:
+    """Update a model with the gradients of a layout, and compare the weights after each step.
+
+    A parameter without a gradient is left out: ZeRO takes it for zero, so that weight decay shrinks the weights, and
+    torch's optimizers skip it.
+
+    Args:
+        model: the whole model, with its initial weights.
+        found: of the layout.
+        build_optimizer: called with the trainable parameters.
+        learning_rate: of the update after so many.
+        gradient_clipping: largest norm of the gradient; 0 does not clip.
+        tolerance: relative to what has changed.
+    """
+    parameters = logical_parameters(model)
+    initial = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+    trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    optimizer = build_optimizer(trainable)
+    keys = {(key.step, key.name): key for key in found.keys("gradient")}
+    for step in range(len(found.facts[0]["losses"])):
+        for name, parameter in parameters.items():
+            key = keys.get((step, name))
+            parameter.grad = None if key is None else found.load(key).to(parameter)
+        make_update(optimizer, trainable, lr=learning_rate(step), gradient_clipping=gradient_clipping)
+        for key in found.keys("weights"):
+            parameter = parameters[key.name]
+            if key.step == step and (parameter.grad is not None or not parameter.requires_grad):
+                yield compare_weights(
+                    found,
+                    key,
+                    model.names,
+                    before=initial[key.name],
+                    after=parameter.detach().cpu(),
+                    tolerance=tolerance,
+                )
+
+
+def logical_parameters(model: SequentialModel) -> dict[str, nn.Parameter]:
+    """Return every parameter under its logical name."""
+    tensors = model.logical_tensors()
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+
+
+def make_update(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, lr: float, gradient_clipping: float
+) -> float:
+    """Clip the gradient and let the optimizer make its update; return the gradient's norm before.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: what it updates.
+        lr: its learning rate.
+        gradient_clipping: largest norm of the gradient; 0 does not clip.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, gradient_clipping or float("inf"))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return float(norm)

@@ -1,0 +1,132 @@
+"""What a verification has found, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipekit.verify.explain import Setting, describe, likely_cause, locate, quantify
+from pipekit.verify.layouts import Candidate
+from pipekit.verify.measurement import Kind, Measurement, agreeing, first_fault, others_at_fault, worst
+
+COLUMNS: dict[str, tuple[Kind, ...]] = {
+    "loss": ("loss",),
+    "outputs": ("output",),
+    "gradients": ("output gradient", "gradient", "gradient norm"),
+    "weights": ("initial weights", "weights"),
+}
+"""What the columns of the table are the largest relative difference of."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What has become of one layout.
+
+    Attributes:
+        candidate: the layout.
+        time_s: how long it took, in seconds.
+        measurements: what was compared; empty where it failed.
+        setting: what is known of it; None where it failed.
+        failure: why it failed; empty where it did not.
+    """
+
+    candidate: Candidate
+    time_s: float
+    measurements: Sequence[Measurement] = ()
+    setting: Setting | None = None
+    failure: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """`agrees`, `differs` or `failed`."""
+        if self.failure:
+            return "failed"
+        return "agrees" if first_fault(self.measurements) is None else "differs"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification was, and what it has found.
+
+    Attributes:
+        model: the model, in a few words.
+        device: what it ran on.
+        num_steps: updates under each layout.
+        global_batch_size: sequences of a step.
+        tolerance: the largest relative difference that is allowed.
+        results: of each layout.
+        rejected: layouts that do not fit, and why.
+        notes: what was changed, and what could not be compared.
+    """
+
+    model: str
+    device: str
+    num_steps: int
+    global_batch_size: int
+    tolerance: float
+    results: Sequence[Result]
+    rejected: Sequence[tuple[Candidate, str]] = ()
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every layout that was run is the same as one process."""
+        return all(result.verdict == "agrees" for result in self.results)
+
+
+def report(verification: Verification) -> dict[str, Any]:
+    """Return a verification as what JSON can hold; what is infinite or was not compared is null."""
+    return {
+        "agrees": verification.agrees,
+        "model": verification.model,
+        "device": verification.device,
+        "precision": "fp32",
+        "steps": verification.num_steps,
+        "global_batch_size": verification.global_batch_size,
+        "tolerance": verification.tolerance,
+        "layouts": [_result(result) for result in verification.results],
+        "rejected": [{"layout": _degrees(candidate), "reason": reason} for candidate, reason in verification.rejected],
+        "notes": list(verification.notes),
+    }
+
+
+def _degrees(candidate: Candidate) -> dict[str, int]:
+    layout = candidate.layout
+    return {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp, "zero": candidate.zero}
+
+
+def _result(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "layout": _degrees(result.candidate),
+        "configured": result.candidate.is_configured,
+        "processes": result.candidate.layout.world_size,
+        "verdict": result.verdict,
+        "time_s": round(result.time_s, 3),
+    }
+    if result.failure:
+        return {**found, "failure": result.failure}
+    for column, kinds in COLUMNS.items():
+        largest = worst(result.measurements, *kinds)
+        found[column] = None if largest is None else _finite(largest.error)
+    fault = first_fault(result.measurements)
+    if fault is None:
+        return found
+    assert result.setting is not None
+    others = others_at_fault(result.measurements, fault)
+    values = {name: _finite(value) if isinstance(value, float) else value for name, value in asdict(fault).items()}
+    found["first_difference"] = {
+        **values,
+        "what": describe(fault),
+        "by": quantify(fault),
+        "where": locate(fault, result.setting),
+        "cause": likely_cause(fault, result.setting, others),
+        "agrees_before": agreeing(result.measurements, fault),
+        "other_layers": others,
+    }
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

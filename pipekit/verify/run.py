@@ -1,0 +1,190 @@
+"""The processes of a verification: one that records the reference, and the ranks of a layout, which are held to it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipekit.config import Config
+from pipekit.plan import Plan
+from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
+from pipekit.tensor_parallel.shards import Shard, shard_of
+from pipekit.training.context import TrialContext
+from pipekit.training.planning import load_trial, plan_trial
+from pipekit.training.run_folder import RunFolder
+from pipekit.training.trial import Trial
+from pipekit.verify.compare import compare_recordings
+from pipekit.verify.measurement import MEASUREMENTS_FILE, Measurement, save_measurements
+from pipekit.verify.observer import FlowObserver
+from pipekit.verify.recording import Key, Recorder, Recording
+from pipekit.verify.reference import build_model, record_reference
+from pipekit.verify.replay import compare_updates
+
+
+def run_reference(config: Config, *, num_devices: int | None, num_threads: int, folder: Path, num_steps: int) -> None:
+    """Record the reference, as the only process.
+
+    Args:
+        config: the configuration, with a layout of one rank.
+        num_devices: GPUs of this machine; None where there are none.
+        num_threads: CPU threads of this process.
+        folder: for the recording.
+        num_steps: how many steps.
+
+    Raises:
+        PipekitError: if the model cannot be trained in one process.
+    """
+    from pipekit.engine.mpu import ModelParallelUnit
+
+    _compute_alike(num_threads)
+    plan = plan_trial(config, world_size=1, num_devices=num_devices, measure=False, num_threads=num_threads)
+    # A trial may ask the unit for its place in the run, which needs a world, of which this process is all.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu")
+    unit = ModelParallelUnit(plan.layout, placement=plan.placement)
+    trial = load_trial(config)(TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None))
+    record_reference(trial, folder / "rank-0", num_steps=num_steps)
+
+
+def run_layout(
+    config: Config,
+    *,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    num_devices: int | None,
+    num_threads: int,
+    folder: Path,
+    reference: Path,
+    tolerance: float,
+) -> None:
+    """Be one rank of a layout: train as a run would, record what passes, and on rank 0 compare it with the reference.
+
+    Args:
+        config: the configuration, with the layout.
+        rank: global rank.
+        local_rank: rank among the processes of this machine.
+        world_size: number of processes.
+        num_devices: GPUs of this machine; None where there are none.
+        num_threads: CPU threads of this process.
+        folder: for the recording, and `measurements.json`.
+        reference: folder of the reference's recording.
+        tolerance: relative, see `pipekit.verify.compare`.
+
+    Raises:
+        PipekitError: if the layout cannot run.
+    """
+    from pipekit.engine.distributed import join_processes, leave_processes
+    from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.training.trainer import Trainer
+
+    _compute_alike(num_threads)
+    expected = Recording(reference)
+    num_steps = len(expected.facts[0]["losses"])
+    plan = plan_trial(
+        config, world_size=world_size, num_devices=num_devices, measure=rank == 0, num_threads=num_threads
+    )
+    device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
+    plan = replace(plan, boundaries=_boundaries_of_first_rank(plan))
+    unit = ModelParallelUnit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s)
+    context = TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None)
+    trial = load_trial(config)(context)
+    recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
+    _record_steps(Trainer(trial), recorder, num_steps=num_steps)
+    dist.barrier()
+    with contextlib.suppress(RuntimeError):
+        leave_processes()
+    if rank == 0:
+        measurements = compare_run(trial, Recording(folder), expected, tolerance=tolerance)
+        save_measurements(folder / MEASUREMENTS_FILE, measurements, boundaries=plan.boundaries)
+
+
+def compare_run(trial: Trial, found: Recording, expected: Recording, *, tolerance: float) -> list[Measurement]:
+    """Return how far everything that was recorded is from the reference."""
+    names = trial.context.plan.layer_names
+    measurements = list(compare_recordings(found, expected, names, tolerance=tolerance))
+    updates = compare_updates(
+        build_model(trial),
+        found,
+        build_optimizer=trial.build_optimizer,
+        learning_rate=trial.learning_rate,
+        gradient_clipping=trial.context.config.train.gradient_clipping,
+        tolerance=tolerance,
+    )
+    return [*measurements, *updates]
+
+
+def _record_steps(trainer: Any, recorder: Recorder, *, num_steps: int) -> None:
+    engine = trainer.engine
+    module, plan = engine.module, trainer.context.plan
+    layer_of = {f"{name}.": layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
+
+    def key(kind: Any, step: int, name: str) -> Key:
+        layer = max((prefix for prefix in layer_of if name.startswith(prefix)), key=len)
+        return Key(kind, step, layer_of[layer], name)
+
+    def record_weights(kind: Any, step: int) -> None:
+        for name, parameter, _ in module.named_logical_parameters():
+            recorder.write(key(kind, step, name), parameter, shard=shard_of(parameter))
+
+    def record_gradients() -> None:
+        for name, parameter, _ in module.named_logical_parameters():
+            gradient = engine.view.gradient(parameter) if parameter.requires_grad else None
+            if gradient is not None:
+                recorder.write(key("gradient", step, name), gradient, shard=shard_of(parameter))
+
+    before(engine.view, "hand_over_gradients", record_gradients)
+    record_weights("initial weights", 0)
+    module.observe_layer = FlowObserver(
+        recorder, num_micro_batches=plan.batch.num_micro_batches, shard_of_output=_parts_of(module)
+    )
+    losses, norms = [], []
+    for step in range(num_steps):
+        metrics = trainer.train_step()
+        module.observe_layer = None
+        losses.append(metrics.loss)
+        norms.append(metrics.grad_norm)
+        record_weights("weights", step)
+    recorder.finish(losses=losses, norms=norms)
+
+
+def before(owner: Any, name: str, call: Callable[[], None]) -> None:
+    """Have a method of one object call something else first."""
+    method = getattr(owner, name)
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        call()
+        return method(*args, **kwargs)
+
+    setattr(owner, name, first)
+
+
+def _parts_of(module: Any) -> Callable[[int, Tensor], Shard | None]:
+    """Return what tells which part of a layer's output this rank has, under sequence parallelism."""
+    group = getattr(module, "tensor_group", None)
+
+    def part(layer_idx: int, tensor: Tensor) -> Shard | None:
+        if group is None or not module._flows[layer_idx].gives_part or tensor.ndim < 3:
+            return None
+        return Shard(SEQUENCE_DIM, (tensor.shape[SEQUENCE_DIM] * group.size,), group.rank, group.size)
+
+    return part
+
+
+def _compute_alike(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    # fp32 means fp32, also on GPUs that would round to fewer bits.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def _boundaries_of_first_rank(plan: Plan) -> list[int]:
+    told = [list(plan.boundaries)]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
