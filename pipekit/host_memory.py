@@ -1,4 +1,4 @@
-"""How the C library manages the memory that tensors on the CPU live in."""
+"""The memory that tensors on the CPU live in: how much there is, and how the C library manages it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _NEVER = -1
 _MMAP_FROM = 2**30
 _GROW_BY = 2**26
+
+
+def share_of_memory(num_processes: int) -> int:
+    """Return the bytes of this machine's memory that each of some processes may take for its own."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
 
 
 def count_page_faults() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ import torch
 
 from pipekit.config import BatchPlan, Config, plan_batch, resolve_layout
 from pipekit.errors import ConfigError
+from pipekit.host_memory import share_of_memory
 from pipekit.layout import Layout
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.planner.facts import layer_facts
@@ -224,7 +224,7 @@ def plan_memory(config: Config, device: Device, num_local_ranks: int, memory_byt
         return memory_bytes
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_local_ranks
+    return share_of_memory(num_local_ranks)
 
 
 def _cpu_has_fp16() -> bool:

@@ -7,6 +7,13 @@ import sys
 
 import pytest
 
+from pipekit.host_memory import share_of_memory
+
+def test_processes_share_the_memory_of_the_machine() -> None:
+    assert share_of_memory(1) > 10**8
+    assert share_of_memory(4) == share_of_memory(1) // 4
+
+
 SCRIPT = """
 import resource, sys
 from pipekit.host_memory import keep_freed_memory

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 
 from pipekit.config import Config, GPTConfig
 from pipekit.errors import ConfigError, LayoutError
+from pipekit.host_memory import share_of_memory
 from pipekit.models import load_object
 from pipekit.models.custom import check_specs
-from pipekit.plan import Plan, plan_precision, plan_run
+from pipekit.plan import Plan, plan_memory, plan_precision, plan_run
 from pipekit.planner.devices import Device, find_device
 from pipekit.planner.model import describe_model
 from pipekit.planner.prediction import PlannedModel, Prediction
@@ -133,9 +134,9 @@ def search(
     Raises:
         ConfigError: if it is not known what the layers cost.
     """
-    if config.parallel.memory_limit_gb is not None:
-        device = device.model_copy(update={"memory_bytes": int(config.parallel.memory_limit_gb * 1e9)})
-    precision = plan_precision(config, "cuda" if is_gpu else "cpu")
+    kind: Literal["cpu", "cuda"] = "cuda" if is_gpu else "cpu"
+    device = device.model_copy(update={"memory_bytes": plan_memory(config, kind, num_devices, device.memory_bytes)})
+    precision = plan_precision(config, kind)
     model = describe_model(config, specs, partial(trial.example, config), precision=precision)
     degrees = [1]
     while isinstance(config.model, GPTConfig) and 2 * degrees[-1] <= min(max_tp, device.devices_per_node):
@@ -240,9 +241,7 @@ def present_device(num_gpus: int | None, num_processes: int) -> Device:
                 f"the GPU {name} is not among the devices that are known; describe it in a YAML file for pipekit plan "
                 "--device-file, and write the layout that it finds into the parallel section"
             ) from None
-    cpu = find_device("cpu")
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
-    return cpu.model_copy(update={"memory_bytes": memory_bytes})
+    return find_device("cpu").model_copy(update={"memory_bytes": share_of_memory(num_processes)})
 
 
 def resumable(config: Config) -> Config:
