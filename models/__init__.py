@@ -18,5 +18,5 @@ def build_layers(config: Config) -> list[LayerSpec]:
         ConfigError: if the model is the user's own and its builder does not return layer specs.
     """
     if isinstance(config.model, GPTConfig):
-        return build_gpt2(config.model)
+        return build_gpt2(config.model, loss_chunk_tokens=config.train.loss_chunk_tokens)
     return build_custom(config)

@@ -3,6 +3,8 @@
 The attention half and the MLP half of a block are layers of their own, so that a partition can cut a block in
 two. Each layer takes one tensor and returns one.
 
+Tensor-parallel ranks share out heads, feed-forward width and vocabulary, and what is between them along the sequence.
+
 Shapes: B sequences, S tokens, D hidden size, H heads, E head size (D = H * E), F feed-forward size, V vocabulary size,
 P positions.
 
@@ -13,6 +15,10 @@ positions, tanh-approximated GELU, residual projections initialised smaller with
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +26,45 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pipekit.config import GPTConfig
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, LayoutError
 from pipekit.specs import LayerSpec, TiedLayerSpec
+from pipekit.tensor_parallel import (
+    IN_PARTS,
+    ColumnParallelLinear,
+    KeyValueLinear,
+    Logits,
+    RowParallelLinear,
+    SequenceFlow,
+    Shard,
+    TensorGroup,
+    TensorParallelModule,
+    VocabularyParallelEmbedding,
+    column_parallel_linears,
+    cut_parameter,
+    plan_chunk_tokens,
+    sharded_dropout,
+    sharded_randomness,
+)
+
+LossChunk = int | Literal["auto"] | None
 
 
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(VocabularyParallelEmbedding):
     """Looks token ids up: `(B, S)` int64 to `(B, S, D)`.
 
     Its `weight` `(V, D)` is the head's too, where they are tied.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, init_std: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.normal_(self.weight, std=init_std)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)  # (B, S, D)
+    sequence_flow = SequenceFlow(gives_part=True)
 
 
-class PositionEmbedding(nn.Module):
+class PositionEmbedding(TensorParallelModule):
     """Adds a learned vector for each position, then drops out: `(B, S, D)` to `(B, S, D)`.
 
     Its `weight` is `(P, D)`. The forward raises a ConfigError for a sequence of more than P tokens.
     """
+
+    sequence_flow = IN_PARTS
 
     def __init__(self, max_positions: int, hidden_size: int, *, dropout: float, init_std: float) -> None:
         super().__init__()
@@ -52,24 +73,34 @@ class PositionEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        num_tokens, max_positions = x.shape[1], self.weight.shape[0]
+        parts = self.group if self.in_parts else None
+        length, max_positions = x.shape[1], self.weight.shape[0]
+        num_tokens, first = (length, 0) if parts is None else (length * parts.size, length * parts.rank)
         if num_tokens > max_positions:
             raise ConfigError(
                 f"a sequence of {num_tokens} tokens is longer than model.max_positions={max_positions}; "
                 "shorten it, or train a model with more positions"
             )
-        x = x + self.weight[:num_tokens]  # (B, S, D) + (S, D)
-        return F.dropout(x, self.dropout, self.training)
+        x = x + self.weight[first : first + length]  # (B, S, D) + (S, D)
+        return sharded_dropout(x, self.dropout, self.training, parts)
 
 
-class AttentionHalf(nn.Module):
-    """`x + attention(norm(x))`: causal self-attention with H heads, `(B, S, D)` to `(B, S, D)`."""
+class AttentionHalf(TensorParallelModule):
+    """`x + attention(norm(x))`: causal self-attention with H heads, `(B, S, D)` to `(B, S, D)`.
+
+    Where there are fewer heads of keys and values, several heads of queries share one of them.
+
+    Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
+    """
+
+    sequence_flow = IN_PARTS
 
     def __init__(
         self,
         hidden_size: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
         dropout: float,
         eps: float,
         init_std: float,
@@ -77,22 +108,54 @@ class AttentionHalf(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_size = hidden_size // num_heads
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.qkv = _linear(hidden_size, 3 * hidden_size, std=init_std)
-        self.projection = _linear(hidden_size, hidden_size, std=residual_std)
+        if num_kv_heads in (None, num_heads):
+            self.qkv: ColumnParallelLinear | None = _linear(
+                ColumnParallelLinear, hidden_size, 3 * hidden_size, std=init_std, blocks=(hidden_size,) * 3
+            )
+        else:
+            self.qkv = None
+            self.q = _linear(ColumnParallelLinear, hidden_size, hidden_size, std=init_std)
+            self.kv = _linear(KeyValueLinear, hidden_size, num_kv_heads, self.head_size, std=init_std)
+        self.projection = _linear(RowParallelLinear, hidden_size, hidden_size, std=residual_std)
         self.dropout = dropout
 
+    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
+        super().shard(group, in_parts=in_parts)
+        if self.num_heads % group.size:
+            raise LayoutError(
+                f"parallel.tp={group.size} does not divide model.num_heads={self.num_heads}, and a rank computes whole "
+                f"heads; try parallel.tp={math.gcd(group.size, self.num_heads)}"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x))  # (B, S, 3D)
-        q, k, v = rearrange(qkv, "b s (three h e) -> three b h s e", three=3, h=self.num_heads)
+        q, k, v = self._project(self.norm(x))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, S, E)
+        # The heads are shared out, whether the sequence is or not.
+        with sharded_randomness(self.group) if dropout else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )  # (B, H, S, E)
         y = self.projection(rearrange(y, "b h s e -> b s (h e)"))  # (B, S, D)
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + sharded_dropout(y, self.dropout, self.training, self.group if self.in_parts else None)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values `(B, heads, S, E)` of this rank's heads."""
+        if self.qkv is not None:
+            qkv = self.qkv(x)  # (B, S, 3D)
+            queries, keys, values = rearrange(qkv, "b s (three h e) -> three b h s e", three=3, e=self.head_size)
+            return queries, keys, values
+        own = [(self.q.weight, self.q.bias), self.kv.own()]
+        q, kv = column_parallel_linears(x, own, self.group, in_parts=self.in_parts)
+        keys, values = rearrange(kv, "b s (two h e) -> two b h s e", two=2, e=self.head_size)
+        return rearrange(q, "b s (h e) -> b h s e", e=self.head_size), keys, values
 
 
-class MLPHalf(nn.Module):
+class MLPHalf(TensorParallelModule):
     """`x + mlp(norm(x))`: `(B, S, D)` to `(B, S, D)` through a width of F."""
+
+    sequence_flow = IN_PARTS
 
     def __init__(
         self,
@@ -106,35 +169,100 @@ class MLPHalf(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.expand = _linear(hidden_size, ffn_size, std=init_std)
-        self.contract = _linear(ffn_size, hidden_size, std=residual_std)
+        self.expand = _linear(ColumnParallelLinear, hidden_size, ffn_size, std=init_std)
+        self.contract = _linear(RowParallelLinear, ffn_size, hidden_size, std=residual_std)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(self.expand(self.norm(x)), approximate="tanh")  # (B, S, F)
         y = self.contract(y)  # (B, S, D)
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + sharded_dropout(y, self.dropout, self.training, self.group if self.in_parts else None)
 
 
-class Head(nn.Module):
-    """Scores every token of the vocabulary: `(B, S, D)` to `(B, S, V)`."""
+class FinalNorm(nn.LayerNorm):
+    """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, init_std: float) -> None:
+    sequence_flow = IN_PARTS
+
+
+class Head(TensorParallelModule):
+    """Scores every token of the vocabulary: `(B, S, D)` to `(B, S, V)`.
+
+    Args:
+        hidden_size: D.
+        vocab_size: V.
+        init_std: standard deviation of the initial weights.
+        loss_chunk_tokens: see `score_vocabulary`.
+    """
+
+    sequence_flow = SequenceFlow(takes_part=True)
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, init_std: float, loss_chunk_tokens: LossChunk = None
+    ) -> None:
         super().__init__()
+        self.vocab_size = vocab_size
+        self.loss_chunk_tokens = loss_chunk_tokens
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)  # (B, S, V)
+    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
+        super().shard(group, in_parts=in_parts)
+        cut_parameter(self, "weight", Shard(0, (self.vocab_size,), group.rank, group.size))
+
+    def forward(self, x: Tensor) -> Tensor | Logits:
+        return score_vocabulary(self, x, self.loss_chunk_tokens)
 
 
-def tied_head(embedding: TokenEmbedding, x: Tensor) -> Tensor:
-    """Score every token by its embedding: `(B, S, D)` to `(B, S, V)`."""
-    return F.linear(x, embedding.weight)
+@dataclass(frozen=True)
+class TiedHead:
+    """Scores every token by its embedding: `(B, S, D)` to `(B, S, V)`. The `forward_fn` of a tied `TokenEmbedding`.
+
+    Attributes:
+        loss_chunk_tokens: see `score_vocabulary`.
+    """
+
+    loss_chunk_tokens: LossChunk = None
+
+    sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_part=True)
+
+    def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
+        return score_vocabulary(embedding, x, self.loss_chunk_tokens)
 
 
-def build_gpt2(config: GPTConfig) -> list[LayerSpec]:
+def score_vocabulary(module: TokenEmbedding | Head, x: Tensor, loss_chunk_tokens: LossChunk) -> Tensor | Logits:
+    """Return the scores of every token of the vocabulary, `(B, S, V)`.
+
+    Where tensor-parallel ranks share the vocabulary out, or the loss goes through the tokens in chunks, they are
+    `Logits`, which are not computed before the loss asks.
+
+    Args:
+        module: has the `weight` `(V, D)`, of which a tensor-parallel rank has some rows.
+        x: `(B, S, D)`, or this rank's part of the sequence.
+        loss_chunk_tokens: how many tokens the loss computes the scores of at a time: None of all, `auto` of all where
+            they are few.
+    """
+    parts = module.group if module.in_parts else None
+    num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
+    chunk = plan_chunk_tokens(num_tokens, module.weight.shape[0]) if loss_chunk_tokens == "auto" else loss_chunk_tokens
+    if module.group is None and chunk is None:
+        return F.linear(x, module.weight)
+    return Logits(
+        x,
+        module.weight,
+        module.group,
+        in_parts=module.in_parts,
+        vocab_size=module.vocab_size,
+        chunk_tokens=chunk,
+    )
+
+
+def build_gpt2(config: GPTConfig, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
     """Return GPT-2 as layer specs: token and position embedding, two halves for each block, final norm, head.
+
+    Args:
+        config: the sizes.
+        loss_chunk_tokens: see `score_vocabulary`.
 
     Raises:
         ConfigError: if the vocabulary's size is not known yet.
@@ -142,7 +270,7 @@ def build_gpt2(config: GPTConfig) -> list[LayerSpec]:
     Example:
         >>> specs = build_gpt2(GPTConfig(preset="tiny", vocab_size=512, num_layers=1))
         >>> [spec.type_name for spec in specs]
-        ['TokenEmbedding', 'PositionEmbedding', 'AttentionHalf', 'MLPHalf', 'LayerNorm', 'TokenEmbedding']
+        ['TokenEmbedding', 'PositionEmbedding', 'AttentionHalf', 'MLPHalf', 'FinalNorm', 'TokenEmbedding']
     """
     if config.vocab_size == "auto":
         raise ConfigError(
@@ -153,6 +281,8 @@ def build_gpt2(config: GPTConfig) -> list[LayerSpec]:
     # Two residual additions a block: their sum keeps its size at any depth.
     residual_std = std / math.sqrt(2 * config.num_layers)
     common = {"dropout": config.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
+
+    heads = {} if config.num_kv_heads is None else {"num_kv_heads": config.num_kv_heads}
 
     embedding = (config.vocab_size, width)
     specs: list[LayerSpec] = [
@@ -170,21 +300,26 @@ def build_gpt2(config: GPTConfig) -> list[LayerSpec]:
     ]
     for block in range(config.num_layers):
         specs += [
-            LayerSpec(AttentionHalf, width, config.num_heads, **common, name=f"blocks.{block}.attention"),
+            LayerSpec(AttentionHalf, width, config.num_heads, **heads, **common, name=f"blocks.{block}.attention"),
             LayerSpec(MLPHalf, width, config.ffn_size, **common, name=f"blocks.{block}.mlp"),
         ]
-    specs.append(LayerSpec(nn.LayerNorm, width, eps=eps, name="final_norm"))
+    specs.append(LayerSpec(FinalNorm, width, eps=eps, name="final_norm"))
     specs.append(
-        TiedLayerSpec("embed", TokenEmbedding, *embedding, init_std=std, forward_fn=tied_head)
+        TiedLayerSpec("embed", TokenEmbedding, *embedding, init_std=std, forward_fn=TiedHead(loss_chunk_tokens))
         if config.tied_embedding
-        else LayerSpec(Head, width, config.vocab_size, init_std=std, name="head")
+        else LayerSpec(Head, width, config.vocab_size, init_std=std, loss_chunk_tokens=loss_chunk_tokens, name="head")
     )
     return specs
 
 
-def _linear(in_features: int, out_features: int, *, std: float) -> nn.Linear:
+LinearLayer = TypeVar("LinearLayer", bound=nn.Linear)
+
+
+def _linear(kind: Callable[..., LinearLayer], *args: Any, std: float, **kwargs: Any) -> LinearLayer:
     # Without nn.Linear's own initial weights, which would be drawn only to be replaced.
-    linear = nn.Linear(in_features, out_features, device="meta").to_empty(device=torch.get_default_device())
+    with torch.device("meta"):
+        linear = kind(*args, **kwargs)
+    linear.to_empty(device=torch.get_default_device())
     nn.init.normal_(linear.weight, std=std)
     nn.init.zeros_(linear.bias)
     return linear

@@ -35,5 +35,9 @@ class CommunicationError(PipekitError):
     """A wait for another rank failed or lasted longer than the limit."""
 
 
+class ReplicaError(PipekitError):
+    """Ranks that must hold the same tensor hold different ones."""
+
+
 class ScheduleError(ConfigError):
     """A pipeline schedule cannot be run."""

@@ -1,17 +1,23 @@
 """Layout arithmetic: which rank stands where in pipeline x data x tensor parallelism.
 
-Everything here is computed from three numbers, without a process group, so that a layout can be printed and
-tested anywhere.
+Everything here is computed from three numbers and the order of the axes, without a process group, so that a layout can
+be printed and tested anywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from pipekit.errors import LayoutError
 
 Axis = Literal["pipe", "data", "tensor"]
+Order = tuple[Axis, Axis, Axis]
+
+DEFAULT_ORDER: Order = ("pipe", "data", "tensor")
+"""The axes, outermost first, unless a layout says otherwise."""
 
 
 @dataclass(frozen=True, order=True)
@@ -25,9 +31,16 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Layout:
-    """A grid of `pp * dp * tp` ranks: pipeline outermost, tensor innermost.
+    """A grid of `pp * dp * tp` ranks.
 
-    Ranks that talk most stand closest: tensor-parallel peers have neighbouring ranks, and so share a node.
+    Ranks count the places along the innermost axis first. By default that is tensor, and pipe is outermost, so that
+    ranks that talk most stand closest: tensor-parallel peers have neighbouring ranks, and so share a node.
+
+    Attributes:
+        pp: pipeline-parallel degree.
+        dp: data-parallel degree.
+        tp: tensor-parallel degree.
+        order: the axes, outermost first.
 
     Example:
         >>> layout = Layout(pp=2, dp=2, tp=1)
@@ -35,22 +48,47 @@ class Layout:
         Coordinate(pipe=1, data=1, tensor=0)
         >>> layout.groups("data")
         [[0, 1], [2, 3]]
+        >>> Layout(pp=2, dp=2, tp=1, order=("data", "pipe", "tensor")).groups("data")
+        [[0, 2], [1, 3]]
     """
 
     pp: int = 1
     dp: int = 1
     tp: int = 1
+    order: Order = DEFAULT_ORDER
 
     def __post_init__(self) -> None:
         for name in ("pp", "dp", "tp"):
             degree = getattr(self, name)
             if degree < 1:
                 raise LayoutError(f"parallel.{name}={degree} must be at least 1")
+        order = tuple(self.order)
+        if sorted(map(str, order)) != sorted(DEFAULT_ORDER):
+            raise LayoutError(
+                f"parallel.order={show_order(order)} must name pipe, data and tensor once each, the outermost first; "
+                f"for example parallel.order={show_order(DEFAULT_ORDER)}"
+            )
+        # A list would leave the layout without a hash.
+        object.__setattr__(self, "order", order)
 
     @property
     def world_size(self) -> int:
         """The number of ranks, `pp * dp * tp`."""
         return self.pp * self.dp * self.tp
+
+    def degree(self, axis: Axis) -> int:
+        """The number of places along an axis."""
+        return {"pipe": self.pp, "data": self.dp, "tensor": self.tp}[axis]
+
+    def span(self, axis: Axis) -> int:
+        """The number of consecutive ranks, from a multiple of it on, that hold whole groups along an axis.
+
+        Example:
+            >>> layout = Layout(pp=2, dp=3, tp=4)
+            >>> layout.span("tensor"), layout.span("data"), layout.span("pipe")
+            (4, 12, 24)
+        """
+        return prod(self.degree(inner) for inner in self.order[self.order.index(axis) :])
 
     def coordinate(self, rank: int) -> Coordinate:
         """Return where `rank` stands.
@@ -60,9 +98,10 @@ class Layout:
         """
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} ranks ({self})")
-        rest, tensor = divmod(rank, self.tp)
-        pipe, data = divmod(rest, self.dp)
-        return Coordinate(pipe=pipe, data=data, tensor=tensor)
+        place: dict[str, int] = {}
+        for axis in reversed(self.order):
+            rank, place[axis] = divmod(rank, self.degree(axis))
+        return Coordinate(**place)
 
     def rank(self, *, pipe: int = 0, data: int = 0, tensor: int = 0) -> int:
         """Return the rank that stands at a coordinate.
@@ -72,23 +111,39 @@ class Layout:
         """
         if not (0 <= pipe < self.pp and 0 <= data < self.dp and 0 <= tensor < self.tp):
             raise LayoutError(f"{Coordinate(pipe, data, tensor)} is outside the layout {self}")
-        return (pipe * self.dp + data) * self.tp + tensor
+        place = {"pipe": pipe, "data": data, "tensor": tensor}
+        rank = 0
+        for axis in self.order:
+            rank = rank * self.degree(axis) + place[axis]
+        return rank
 
     def groups(self, *axes: Axis) -> list[list[int]]:
         """Return the rank lists whose members differ only along `axes`, in order of their first rank.
 
         `groups("pipe")` are the pipelines, `groups("data")` the replicas of each stage,
-        `groups("pipe", "tensor")` the ranks that together hold one copy of the model.
+        `groups("pipe", "tensor")` the ranks that together hold one copy of the model. Along one axis the index in a
+        list is the coordinate; the first of any list stands at 0 along all of `axes`.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             coordinate = self.coordinate(rank)
-            fixed: tuple[Axis, ...] = tuple(axis for axis in ("pipe", "data", "tensor") if axis not in axes)
+            fixed = tuple(axis for axis in DEFAULT_ORDER if axis not in axes)
             groups.setdefault(tuple(getattr(coordinate, axis) for axis in fixed), []).append(rank)
         return list(groups.values())
 
     def __str__(self) -> str:
-        return f"pp={self.pp} x dp={self.dp} x tp={self.tp}"
+        degrees = f"pp={self.pp} x dp={self.dp} x tp={self.tp}"
+        return degrees if self.order == DEFAULT_ORDER else f"{degrees} in the order {', '.join(self.order)}"
+
+
+def show_order(order: Sequence[str]) -> str:
+    """Return an order of axes as it is typed in a configuration.
+
+    Example:
+        >>> show_order(("data", "pipe", "tensor"))
+        '[data, pipe, tensor]'
+    """
+    return f"[{', '.join(map(str, order))}]"
 
 
 def plan_layout(
@@ -98,6 +153,7 @@ def plan_layout(
     dp: int | Literal["auto"],
     world_size: int | None = None,
     num_devices: int | None = None,
+    order: Order = DEFAULT_ORDER,
 ) -> Layout:
     """Return the layout for `world_size` ranks, or, where that is not given, for the devices present.
 
@@ -107,26 +163,27 @@ def plan_layout(
         dp: data-parallel degree; `auto` fills the ranks, or the devices, that there are.
         world_size: the number of processes, where a launcher has already started them.
         num_devices: the number of accelerators present; None on a machine without, where `auto` means 1.
+        order: the axes, outermost first.
 
     Raises:
-        LayoutError: if `pp * dp * tp` is not the world size.
+        LayoutError: if `pp * dp * tp` is not the world size, or the order is none of the three axes.
 
     Example:
-        >>> plan_layout(pp=2, tp=1, dp="auto", world_size=8)
-        Layout(pp=2, dp=4, tp=1)
+        >>> print(plan_layout(pp=2, tp=1, dp="auto", world_size=8))
+        pp=2 x dp=4 x tp=1
     """
     ranks = world_size if world_size is not None else num_devices
     if dp == "auto":
         if ranks is None:
-            return Layout(pp=pp, dp=1, tp=tp)
+            return Layout(pp=pp, dp=1, tp=tp, order=order)
         if ranks % (pp * tp) != 0 or ranks < pp * tp:
             what = "processes were started" if world_size is not None else "devices are present"
             raise LayoutError(
                 f"parallel.pp={pp} x parallel.tp={tp} does not divide {ranks}: {ranks} {what}, and pp*tp*dp "
                 f"must equal that; {_suggest_pp(ranks, tp)}"
             )
-        return Layout(pp=pp, dp=ranks // (pp * tp), tp=tp)
-    layout = Layout(pp=pp, dp=dp, tp=tp)
+        return Layout(pp=pp, dp=ranks // (pp * tp), tp=tp, order=order)
+    layout = Layout(pp=pp, dp=dp, tp=tp, order=order)
     if world_size is not None and layout.world_size != world_size:
         raise LayoutError(
             f"parallel.pp={pp} x parallel.tp={tp} x parallel.dp={dp} is {layout.world_size}, but "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipekit.errors import CheckpointError
 from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, layer_names
+from pipekit.tensor_parallel import whole_outputs
 
 
 class SequentialModel(nn.Module):
@@ -24,22 +25,23 @@ class SequentialModel(nn.Module):
     def __init__(self, specs: Sequence[LayerSpec], *, seed: int = 1234) -> None:
         super().__init__()
         self.names = layer_names(specs)
-        self._steps: list[Any] = []
+        self.steps: list[Any] = []
         modules: dict[str, nn.Module] = {}
         for spec, name in zip(specs, self.names, strict=True):
             if name not in modules:
                 modules[name] = build_layer(spec, name=name, seed=seed)
             module = modules[name]
             forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
-            self._steps.append(partial(forward_fn, module) if forward_fn else module)
+            self.steps.append(partial(forward_fn, module) if forward_fn else module)
         # Logical names have dots, which module names must not.
         self._module_names = list(modules)
         self.layers = nn.ModuleList(modules.values())
 
     def forward(self, inputs: Any) -> Any:
-        for step in self._steps:
+        """Return what the last layer returns; outside training, scores of a vocabulary as a tensor."""
+        for step in self.steps:
             inputs = step(inputs)
-        return inputs
+        return inputs if torch.is_grad_enabled() else whole_outputs(inputs)
 
     def logical_tensors(self) -> dict[str, Tensor]:
         """Return every parameter and persistent buffer under its logical name.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipekit.errors import ConfigError
 from pipekit.rng import fold_seed
 from pipekit.shapes import ShapeRules
+from pipekit.tensor_parallel.flow import SequenceFlow, flow_of
 
 
 class LayerSpec:
@@ -151,6 +152,13 @@ def _accepts(spec: LayerSpec) -> bool:
     except ValueError:  # a class of an extension module, which tells no signature
         return True
     return True
+
+
+def flow_of_spec(spec: LayerSpec) -> SequenceFlow:
+    """Return how a layer deals with the sequence, without allocating it."""
+    if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
+        return flow_of(spec.forward_fn)
+    return flow_of(spec.typename if isinstance(spec.typename, type) else build_on_meta(spec, name=spec.type_name))
 
 
 def spec_key(spec: LayerSpec) -> Hashable:

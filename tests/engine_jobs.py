@@ -25,6 +25,10 @@ class Case:
 
     pp: int = 1
     dp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = True
+    num_kv_heads: int | None = None
+    loss_chunk_tokens: int | None = None
     zero: int = 1
     micro_batch_size: int = 1
     precision: str = "fp32"
@@ -36,10 +40,11 @@ class Case:
     optimizer: str = "adamw"
     boundaries: tuple[int, ...] | None = None
     schedule: str = "1f1b"
+    offload: str = "none"
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.dp
+        return self.pp * self.dp * self.tp
 
 
 def model_specs(case: Case) -> list[LayerSpec]:
@@ -48,12 +53,13 @@ def model_specs(case: Case) -> list[LayerSpec]:
         hidden_size=32,
         num_layers=3,
         num_heads=4,
+        num_kv_heads=case.num_kv_heads,
         max_positions=SEQUENCE,
         tied_embedding=case.tied,
         dropout=case.dropout,
         init_std=0.1,
     )
-    return build_gpt2(config)
+    return build_gpt2(config, loss_chunk_tokens=case.loss_chunk_tokens)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -101,12 +107,18 @@ def reference_run(case: Case) -> dict[str, Any]:
 
 
 def build_engine(
-    case: Case, specs: list[LayerSpec] | None = None, loss_fn: Any = language_model_loss, unit: Any = None
+    case: Case,
+    specs: list[LayerSpec] | None = None,
+    loss_fn: Any = language_model_loss,
+    unit: Any = None,
+    extra: dict[str, Any] | None = None,
+    profile: bool = False,
 ) -> Any:
     from pipekit.engine.deepspeed_config import plan_deepspeed_config
     from pipekit.engine.engine import PipelineEngine
     from pipekit.engine.module import PipelineModule
     from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.engine.replica_engine import ReplicaEngine
     from pipekit.layout import Layout
     from pipekit.partitioners import partition_uniform
     from pipekit.schedules import default_stages_per_rank, plan_schedule, schedule_placement
@@ -116,9 +128,12 @@ def build_engine(
         from deepspeed.accelerator import get_accelerator
 
         type(get_accelerator()).is_fp16_supported = lambda self: True
+    if extra is None and case.zero == 3:
+        # Parameters as small as all of these would never be cut.
+        extra = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     specs = specs or model_specs(case)
     placement = schedule_placement(case.schedule, pp=case.pp, stages_per_rank=default_stages_per_rank(case.schedule))
-    unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp), placement=placement)
+    unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp, tp=case.tp), placement=placement)
     module = PipelineModule(
         specs,
         mpu=unit,
@@ -126,23 +141,31 @@ def build_engine(
         loss_fn=loss_fn,
         base_seed=1,
         activation_checkpoint_interval=int(case.checkpointing),
+        sequence_parallel=case.sequence_parallel,
     )
-    return PipelineEngine(
-        module,
-        mpu=unit,
-        build_optimizer=lambda parameters: make_optimizer(case, parameters),
-        deepspeed_config=plan_deepspeed_config(
+    common = {
+        "mpu": unit,
+        "build_optimizer": lambda parameters: make_optimizer(case, parameters),
+        "deepspeed_config": plan_deepspeed_config(
             micro_batch_size=case.micro_batch_size,
             num_micro_batches=GLOBAL_BATCH // (case.micro_batch_size * case.dp),
             precision=case.precision,  # type: ignore[arg-type]
             zero=case.zero,
             gradient_clipping=case.clip,
-            extra={},
+            extra=extra or {},
+            offload=case.offload,  # type: ignore[arg-type]
         ),
+        "profile": profile,
+    }
+    if case.zero >= 2:
+        return ReplicaEngine(module, **common)
+    return PipelineEngine(
+        module,
         plan_schedule=lambda num_micro_batches, costs: plan_schedule(
             case.schedule, pp=case.pp, num_micro_batches=num_micro_batches, costs=costs
         ),
         measure_costs=case.schedule == "auto",
+        **common,
     )
 
 
@@ -152,6 +175,7 @@ def train(
     """Train, and return losses, gradient norms, an evaluation, and this stage's fp32 weights."""
     from pipekit.checkpoint.load import load_checkpoint
     from pipekit.checkpoint.reader import CheckpointReader
+    from pipekit.engine.tensor_group import join_shards
 
     engine = build_engine(case)
     start = load_checkpoint(engine, CheckpointReader(Path(load))).step if load else 0
@@ -159,12 +183,13 @@ def train(
     for step in range(start, case.steps):
         data = micro_batches(step, case, engine.unit.data_parallel_rank)
         losses.append(float(engine.train_batch(data)))
+        engine.check_replicas()
         norms.append(engine.grad_norm)
         if save is not None and step + 1 == save_after:
             save_engine(engine, Path(save), step + 1)
     evaluation = float(engine.eval_batch(micro_batches(10_000, case, engine.unit.data_parallel_rank)))
     weights = {
-        name: engine.view.full_master(parameter).clone()
+        name: join_shards(engine.view.full_master(parameter), parameter, engine.module.tensor_group).clone()
         for name, parameter, _ in engine.module.named_logical_parameters()
     }
     return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights}

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipekit.checkpoint.manifest import TrainingState
+from pipekit.checkpoint.manifest import WEIGHTS, TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.engine.distributed import raise_together
-from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.tensor_group import logical_shape
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
+from pipekit.tensor_parallel import shard_of
 
 
 def load_checkpoint(
-    engine: PipelineEngine, reader: CheckpointReader, *, optimizer_states: bool = True
+    engine: TrainingEngine, reader: CheckpointReader, *, optimizer_states: bool = True
 ) -> TrainingState:
     """Set the engine's weights, fp32 masters, optimizer states and counters, and return where training stands.
 
-    Each rank reads the tensors of its own stage, and no others. Every rank calls this together.
+    Each rank reads the tensors of its own stage, and of those that tensor-parallel ranks share out its own part.
+    Every rank calls this together.
 
     Args:
         engine: what to set.
@@ -43,11 +46,11 @@ def load_checkpoint(
         if parameter.requires_grad:
             trainable.append((name, parameter))
         else:
-            _copy(parameter, reader.tensor(name))
-    view.load_masters((parameter, _on(parameter, reader.tensor(name))) for name, parameter in trainable)
+            view.load_frozen(parameter, _read(reader, name, parameter))
+    view.load_masters((parameter, _read(reader, name, parameter)) for name, parameter in trainable)
     for state in states:
         for name, parameter in trainable:
-            view.load_state(parameter, state, _on(parameter, reader.tensor(name, state)))
+            view.load_state(parameter, state, _read(reader, name, parameter, state))
     for name, buffer, _ in engine.module.named_logical_buffers():
         _copy(buffer, reader.tensor(name))
 
@@ -57,11 +60,11 @@ def load_checkpoint(
     return training
 
 
-def _check_fit(engine: PipelineEngine, reader: CheckpointReader) -> None:
+def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
     entries = reader.manifest.tensors
     ours: dict[str, tuple[int, ...]] = {}
     for name, parameter, _ in engine.module.named_logical_parameters():
-        ours[name] = tuple(parameter.shape)
+        ours[name] = logical_shape(parameter)
     for name, buffer, _ in engine.module.named_logical_buffers():
         ours[name] = tuple(buffer.shape)
     faults = []
@@ -78,8 +81,8 @@ def _check_fit(engine: PipelineEngine, reader: CheckpointReader) -> None:
         )
 
 
-def _on(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    return value.to(parameter.device)
+def _read(reader: CheckpointReader, name: str, parameter: nn.Parameter, kind: str = WEIGHTS) -> Tensor:
+    return reader.tensor(name, kind, shard=shard_of(parameter)).to(parameter.device)
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

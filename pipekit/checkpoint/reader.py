@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import WEIGHTS, Manifest, load_manifest
 from pipekit.errors import CheckpointError
+from pipekit.tensor_parallel.shards import Shard
 
 
 class CheckpointReader:
@@ -28,8 +30,13 @@ class CheckpointReader:
         self.manifest: Manifest = load_manifest(path)
         self._files: dict[str, Any] = {}
 
-    def tensor(self, name: str, kind: str = WEIGHTS) -> Tensor:
+    def tensor(self, name: str, kind: str = WEIGHTS, *, shard: Shard | None = None) -> Tensor:
         """Return a logical tensor's weights, or one of its optimizer states.
+
+        Args:
+            name: logical name.
+            kind: `weights`, or the name of an optimizer state.
+            shard: the part to read; the whole tensor unless given.
 
         Raises:
             CheckpointError: if the checkpoint does not hold it.
@@ -41,7 +48,12 @@ class CheckpointReader:
         try:
             if file_name not in self._files:
                 self._files[file_name] = safe_open(self.path / file_name, framework="pt", device="cpu")
-            tensor: Tensor = self._files[file_name].get_tensor(name)
+            if shard is None:
+                tensor: Tensor = self._files[file_name].get_tensor(name)
+            else:
+                stored = self._files[file_name].get_slice(name)
+                before = (slice(None),) * shard.dim
+                tensor = torch.cat([stored[(*before, part)] for part in shard.slices], shard.dim)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file_name}: damaged ({error})") from None
         return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,12 +26,13 @@ from pipekit.checkpoint.manifest import (
     write_atomically,
 )
 from pipekit.engine.distributed import raise_together
-from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.tensor_group import join_shards, logical_shape
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
 
 
 def save_checkpoint(
-    engine: PipelineEngine,
+    engine: TrainingEngine,
     folder: Path,
     *,
     training: TrainingState,
@@ -91,14 +93,19 @@ def save_checkpoint(
 
 
 def _gather_share(
-    engine: PipelineEngine, *, writer: int
+    engine: TrainingEngine, *, writer: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorEntry]]:
-    """Return the tensors that this rank writes, by file, and their entries. Gathers from the stage's other replicas."""
+    """Return the tensors that this rank writes, by file, and their entries.
+
+    Gathers from the stage's other replicas, and joins the parts of its tensor-parallel ranks.
+    """
     unit, view = engine.unit, engine.view
     states = view.state_names()
     shares: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, TensorEntry] = {}
-    load = [0] * unit.layout.dp
+    tensor_group = engine.module.tensor_group
+    load = [0] * (unit.layout.dp * unit.layout.tp)
+    place = unit.data_parallel_rank * unit.layout.tp + unit.coordinate.tensor
 
     def put(name: str, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
         files = {}
@@ -110,21 +117,23 @@ def _gather_share(
         entries[name] = TensorEntry(tuple(weights.shape), dtype, files, trainable)
 
     for name, parameter, owned in engine.module.named_logical_parameters():
-        # The owner among the replicas is the one with the least to write so far: the same on all of them.
+        # The owner among the stage's ranks is the one with the least to write so far: the same on all of them.
         owner = load.index(min(load))
-        mine = owned and owner == unit.data_parallel_rank
+        mine = owned and owner == place
         if owned:
-            load[owner] += parameter.numel()
+            load[owner] += math.prod(logical_shape(parameter))
         if not parameter.requires_grad:
+            frozen = join_shards(view.full_frozen(parameter), parameter, tensor_group)
             if mine:
-                put(name, {WEIGHTS: parameter}, trainable=False)
+                put(name, {WEIGHTS: frozen}, trainable=False)
             continue
         tensors = {WEIGHTS: view.full_master(parameter)}
         tensors |= {state: view.full_state(parameter, state) for state in states}
+        tensors = {kind: join_shards(tensor, parameter, tensor_group) for kind, tensor in tensors.items()}
         if mine:
             put(name, tensors, trainable=True)
     for name, buffer, owned in engine.module.named_logical_buffers():
-        if owned and unit.data_parallel_rank == 0:
+        if owned and place == 0:
             put(name, {WEIGHTS: buffer}, trainable=False)
     return shares, entries
 

@@ -60,6 +60,10 @@ class GPTConfig(Section):
     num_heads: PositiveInt = Field(default=..., examples=[4])
     """Attention heads per block; divides `hidden_size`."""
 
+    num_kv_heads: PositiveInt | None = Field(default=None, examples=[2])
+    """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head
+    its own."""
+
     ffn_size: PositiveInt = Field(default=..., examples=[512])
     """Width inside the feed-forward half of a block; 4 x `hidden_size` where it is not given."""
 
@@ -119,6 +123,11 @@ class GPTConfig(Section):
             text = f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}"
             text += f"; try {alternatives(near)}"
             raise PydanticCustomError("rule", "{text}", {"key": "num_heads", "text": text})
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            text = f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
+            text += f"; try {alternatives(divisors)}"
+            raise PydanticCustomError("rule", "{text}", {"key": "num_kv_heads", "text": text})
         return self
 
 

@@ -47,24 +47,125 @@ def sequence_fits_positions(model: ModelConfig, train: TrainConfig) -> Iterator[
         )
 
 
-def degrees_are_available(parallel: ParallelConfig) -> Iterator[Fault]:
-    """Tensor parallelism and ZeRO 2 and 3 are not built yet; ZeRO 2 and 3 cannot join a pipeline at all."""
-    if parallel.tp > 1:
+def tensor_parallel_fits(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
+    """Tensor-parallel ranks share out whole heads, and equal parts of the sequence."""
+    tp, num_heads = parallel.tp, getattr(model, "num_heads", None)
+    if num_heads is not None and num_heads % tp:
         yield rule_fault(
-            "parallel.tp",
-            f"parallel.tp={parallel.tp}: tensor parallelism is not available yet; parallel.tp must be 1",
+            "parallel.tp model.num_heads",
+            f"parallel.tp={tp} does not divide model.num_heads={num_heads}, and a rank computes whole heads; "
+            f"try parallel.tp={alternatives(_divisors(num_heads, tp))}",
         )
-    if parallel.zero >= 2 and parallel.pp > 1:
+    num_kv_heads = getattr(model, "num_kv_heads", None)
+    if num_kv_heads is not None and num_kv_heads % tp and tp % num_kv_heads:
+        shared = (n for n in _divisors(num_heads or num_kv_heads, tp) if num_kv_heads % n == 0 or n % num_kv_heads == 0)
+        yield rule_fault(
+            "parallel.tp model.num_kv_heads",
+            f"parallel.tp={tp} and model.num_kv_heads={num_kv_heads}: one must divide the other; "
+            f"try parallel.tp={alternatives(list(shared))}",
+        )
+    if parallel.sequence_parallel and train.sequence_length % tp:
+        length = train.sequence_length
+        yield rule_fault(
+            "parallel.tp train.sequence_length",
+            f"parallel.tp={tp} does not divide train.sequence_length={length}, and sequence parallelism cuts every "
+            f"sequence into equal parts; try train.sequence_length={alternatives(near_multiples(length, tp))}, or "
+            "parallel.sequence_parallel=false",
+        )
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, most + 1) if number % n == 0][-3:]
+
+
+def near_multiples(number: int, unit: int) -> list[int]:
+    """Return the multiples of `unit` next to `number`, below and above it, that are not 0.
+
+    Example:
+        >>> near_multiples(5, 4), near_multiples(3, 4)
+        ([4, 8], [4])
+    """
+    below = number // unit * unit
+    return [below, below + unit] if below else [unit]
+
+
+def zero_fits(parallel: ParallelConfig) -> Iterator[Fault]:
+    """ZeRO 2 and 3 take each micro-batch forward and back at once, without a pipeline."""
+    zero = parallel.zero
+    if zero < 2:
+        return
+    if parallel.pp > 1:
         yield rule_fault(
             "parallel.zero parallel.pp",
-            f"parallel.zero={parallel.zero} does not go with parallel.pp={parallel.pp}: it shards gradients "
-            "after every micro-batch, and a pipeline adds them up over all of them; try parallel.zero=1",
+            f"parallel.zero={zero} does not go with parallel.pp={parallel.pp}: it shards gradients after every "
+            "micro-batch, and a pipeline adds them up over all of them; try parallel.zero=1, or parallel.pp=1 with "
+            f"parallel.zero={zero}",
         )
-    elif parallel.zero >= 2:
+        return
+    if parallel.schedule != "1f1b":
         yield rule_fault(
-            "parallel.zero",
-            f"parallel.zero={parallel.zero}: not available yet; use 0 or 1, for example parallel.zero=1",
+            "parallel.zero parallel.schedule",
+            f"parallel.schedule={parallel.schedule} does not go with parallel.zero={zero}, which takes each micro-batch "
+            "forward and back at once; try parallel.schedule=1f1b, or parallel.zero=1",
         )
+    elif parallel.stages_per_rank is not None and parallel.stages_per_rank > 1:
+        yield rule_fault(
+            "parallel.zero parallel.stages_per_rank",
+            f"parallel.stages_per_rank={parallel.stages_per_rank} does not go with parallel.zero={zero}, which runs the "
+            "model as one stage; remove it, or set parallel.zero=1",
+        )
+
+
+def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
+    """What is kept in host memory is what ZeRO has cut into a piece for each replica."""
+    offload, zero = parallel.offload, parallel.zero
+    if offload == "none":
+        return
+    shown = f"parallel.offload={offload}"
+    if parallel.auto:
+        yield rule_fault(
+            "parallel.offload parallel.auto",
+            f"{shown} does not go with parallel.auto=true, whose choice keeps everything on the devices; remove one of "
+            "them",
+        )
+    elif zero == 0:
+        nearest = "parallel.zero=1" if offload == "optimizer" else "parallel.offload=optimizer with parallel.zero=1"
+        yield rule_fault(
+            "parallel.offload parallel.zero",
+            f"{shown} does not go with parallel.zero=0: what ZeRO manages can be moved to host memory, and 0 manages "
+            f"nothing; try {nearest}",
+        )
+    elif offload == "parameters" and zero < 3:
+        remedy = "parallel.offload=optimizer"
+        if parallel.pp == 1:
+            remedy += ", or parallel.zero=3"
+        yield rule_fault(
+            "parallel.offload parallel.zero",
+            f"{shown} does not go with parallel.zero={zero}, which keeps every weight on its device; try {remedy}",
+        )
+
+
+def deepspeed_fits_zero(deepspeed: Mapping[str, Any], parallel: ParallelConfig) -> Iterator[Fault]:
+    """Keys of DeepSpeed's for what is not there have no effect."""
+    section = deepspeed.get("zero_optimization")
+    if not isinstance(section, dict):
+        return
+    needs = {"offload_optimizer": ("optimizer", "parameters"), "offload_param": ("parameters",)}
+    for key, settings in needs.items():
+        # A device is refused by itself.
+        if key in section and parallel.offload not in settings and "device" not in (section[key] or {}):
+            yield rule_fault(
+                f"deepspeed.zero_optimization.{key} parallel.offload",
+                f"deepspeed.zero_optimization.{key}: has no effect with parallel.offload={parallel.offload}; remove it, "
+                f"or set parallel.offload={settings[0]}",
+            )
+    for key in section:
+        if key.startswith("stage3_") and parallel.zero < 3:
+            yield rule_fault(
+                f"deepspeed.zero_optimization.{key} parallel.zero",
+                f"deepspeed.zero_optimization.{key}: has no effect with parallel.zero={parallel.zero}; remove it, or "
+                "set parallel.zero=3",
+            )
 
 
 def stages_have_layers(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
@@ -122,7 +223,18 @@ def _num_stages(parallel: ParallelConfig) -> int | None:
 
 def auto_chooses_alone(parallel: ParallelConfig) -> Iterator[Fault]:
     """What `parallel: auto` chooses is not given beside it."""
-    chosen = ("pp", "tp", "dp", "zero", "partition", "boundaries", "schedule", "stages_per_rank", "max_in_flight")
+    chosen = (
+        "pp",
+        "tp",
+        "dp",
+        "order",
+        "zero",
+        "partition",
+        "boundaries",
+        "schedule",
+        "stages_per_rank",
+        "max_in_flight",
+    )
     fields = type(parallel).model_fields
     for key in chosen:
         value = getattr(parallel, key)
@@ -203,8 +315,7 @@ def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
     unit = train.micro_batch_size * dp
     if train.global_batch_size % unit == 0:
         return None
-    below = train.global_batch_size // unit * unit
-    sizes = [below, below + unit] if below else [unit]
+    sizes = near_multiples(train.global_batch_size, unit)
     product = f" x dp={dp}, which is {unit}" if dp > 1 else ""
     remedy = f"try train.global_batch_size={alternatives(sizes)}"
     if train.global_batch_size % dp == 0:
@@ -252,7 +363,10 @@ def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]
 
 RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train"), sequence_fits_positions),
-    (("parallel",), degrees_are_available),
+    (("model", "parallel", "train"), tensor_parallel_fits),
+    (("parallel",), zero_fits),
+    (("parallel",), offload_fits),
+    (("deepspeed", "parallel"), deepspeed_fits_zero),
     (("parallel",), auto_chooses_alone),
     (("model", "parallel"), stages_have_layers),
     (("model", "parallel"), boundaries_cover_the_model),

@@ -26,6 +26,7 @@ from pipekit.config.model import CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.config.yaml_source import write_yaml
 from pipekit.errors import ConfigError, LayoutError
+from pipekit.layout import DEFAULT_ORDER, Order, show_order
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
 
 
@@ -59,15 +60,27 @@ class ParallelConfig(Section):
     pp: PositiveInt = Field(default=1, examples=[2])
     """Pipeline-parallel degree: the number of ranks that a model is spread over."""
 
-    tp: PositiveInt = Field(default=1, examples=[1])
-    """Tensor-parallel degree; 1 for now."""
+    tp: PositiveInt = Field(default=1, examples=[2])
+    """Tensor-parallel degree: the number of ranks that share each layer out among themselves."""
+
+    sequence_parallel: bool = True
+    """For `tp` > 1: whether each tensor-parallel rank keeps only its part of the sequence of what passes between layers
+    that can work on parts. It takes less memory, and computes the same."""
 
     dp: PositiveInt | Literal["auto"] = Field(default="auto", examples=[2])
     """Data-parallel degree; `auto` fills the processes, or the GPUs, that there are, and is 1 on a CPU."""
 
+    order: Annotated[Order, Field(strict=False)] = Field(default=DEFAULT_ORDER, examples=[["pipe", "data", "tensor"]])
+    """The axes along which ranks are counted, the outermost first: `tensor` last gives tensor-parallel peers
+    neighbouring ranks, so that they share a node."""
+
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, examples=[1])
-    """ZeRO stage: 1 shards the optimizer states over the data-parallel ranks, 0 shards nothing; 2 and 3 are
-    not available yet."""
+    """ZeRO stage, what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer states, 2 the gradients
+    too, 3 the weights too. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
+
+    offload: Literal["none", "optimizer", "parameters"] = Field(default="none", examples=["optimizer"])
+    """What is kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there (needs
+    `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`)."""
 
     partition: str = Field(
         default="parameters",
@@ -101,6 +114,13 @@ class ParallelConfig(Section):
     max_in_flight: PositiveInt | None = Field(default=None, examples=[8])
     """For `schedule: auto`: of how many micro-batches a rank may hold activations, each stage counted by itself; null
     is as many as there are stages, which is what 1F1B's first rank holds."""
+
+    @field_validator("order")
+    @classmethod
+    def _each_axis_once(cls, order: Order) -> Order:
+        if len(set(order)) < len(order):
+            raise ValueError(f"must name each axis once, the outermost first; for example {show_order(DEFAULT_ORDER)}")
+        return order
 
     @field_validator("schedule")
     @classmethod
@@ -181,11 +201,18 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass instead of storing them."""
 
+    loss_chunk_tokens: PositiveInt | Literal["auto"] | None = Field(default="auto", examples=[1024])
+    """How many tokens the loss of a built-in model computes the scores of the vocabulary for at a time, and again in
+    the backward pass; `auto` all at once where they take little memory, null always all at once."""
+
     eval_interval: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between evaluations; null evaluates never."""
 
     eval_batches: PositiveInt = Field(default=8, examples=[8])
     """Global batches per evaluation."""
+
+    check_replicas: PositiveInt | None = Field(default=None, examples=[100])
+    """Steps between checks that ranks which hold the same tensor hold the same bits; null checks never."""
 
 
 class OptimizerConfig(Section):

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipekit.data.loader import BatchLoader, MapDataset
-from pipekit.data.order import sample_order
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
-from pipekit.engine.executor import Executor, Observer
-from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
+from pipekit.engine.executor import Executor
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.engine.optimizers import view_optimizer
 from pipekit.engine.reduction import GradientReducer
 from pipekit.engine.stopwatch import Stopwatch
+from pipekit.engine.training_engine import OptimizerBuilder, SchedulePlanner, TrainingEngine, prepare_optimizer
 from pipekit.errors import PipekitError
-from pipekit.host_memory import keep_freed_memory
-from pipekit.nested import flatten, unflatten
-from pipekit.schedules import Costs, Schedule, Timeline, median_costs, plan_1f1b, plan_forward_only
-
-OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulePlanner = Callable[[int, Costs | None], Schedule]
-"""Returns the table of a step of so many micro-batches; with what the stages' actions cost, once that is known."""
+from pipekit.schedules import Timeline, median_costs
+from pipekit.tensor_parallel import has_partial_gradient
 
 # Steps whose actions are timed before a table is planned for them; the first does much that is never done again.
 _MEASURED_STEPS = 3
 
 
-class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
+class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[misc]
     """Trains a `PipelineModule`.
 
     It is DeepSpeed's engine with its own execution: actions come from a schedule's table, messages are asynchronous,
@@ -67,10 +59,7 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         profile: bool = False,
         **deepspeed_args: Any,
     ) -> None:
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         config = dict(deepspeed_config)
-        if next(iter(parameters), torch.empty(0)).device.type == "cpu":
-            keep_freed_memory()
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
         super().__init__(
@@ -79,11 +68,7 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
             mpu=mpu,
             config=config,
             config_class=DeepSpeedConfig(config, mpu),
-            **{
-                "optimizer": build_optimizer(parameters) if build_optimizer is not None else None,
-                "model_parameters": parameters,
-                **deepspeed_args,
-            },
+            **{**prepare_optimizer(module, build_optimizer, config), **deepspeed_args},
         )
         self.unit = mpu
         self.view = view_optimizer(self.optimizer, mpu)
@@ -94,37 +79,14 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         self._stages_left: set[int] = set()
         self._plan_schedule = plan_schedule or self._plan_1f1b
         self._diagnostics = Diagnostics(self)
-        self._costs: Costs | None = None
+        self._costs = None
         self._timelines: list[Timeline] = []
         self._measure_costs = measure_costs and mpu.layout.pp > 1
         self._profile = profile
         if profile or self._measure_costs:
             self.executor.stopwatch = Stopwatch(self.device)
-        self._schedules: dict[tuple[str, int], Schedule] = {}
+        self._schedules = {}
         self._is_built = True
-
-    def _plan_1f1b(self, num_micro_batches: int, costs: Costs | None) -> Schedule:
-        return plan_1f1b(num_stages=self.unit.num_stages, num_micro_batches=num_micro_batches)
-
-    @property
-    def schedule(self) -> Schedule:
-        """The table of a training step."""
-        key = ("train", self.micro_batches)
-        if key not in self._schedules:
-            self._schedules[key] = self._plan_schedule(self.micro_batches, self._costs)
-        return self._schedules[key]
-
-    def _evaluation_schedule(self, num_micro_batches: int) -> Schedule:
-        key = ("eval", num_micro_batches)
-        if key not in self._schedules:
-            self._schedules[key] = plan_forward_only(
-                num_stages=self.unit.num_stages, num_micro_batches=num_micro_batches, placement=self.unit.placement
-            )
-        return self._schedules[key]
-
-    def set_batch_fn(self, fn: BatchFunction) -> None:
-        """Set what makes a pair of inputs and labels of what a data iterator yields."""
-        self.executor.reader.batch_fn = fn
 
     def is_first_stage(self) -> bool:
         """Whether this process holds the first stage."""
@@ -134,43 +96,8 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         """Whether this process holds the last stage."""
         return self.unit.is_last_stage if self._is_built else super().is_last_stage()
 
-    def set_training_data(self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None = None) -> None:
-        """Train on a dataset where `train_batch` is given no iterator: shuffled, every sample once an epoch.
-
-        The order follows from the module's seed, and the position is `global_samples`, which checkpoints hold.
-
-        Args:
-            dataset: map-style; its samples are pairs of inputs and labels.
-            collate: makes a micro-batch of a list of samples; stacks pairs of inputs and labels unless given.
-        """
-        loader = BatchLoader(
-            dataset,
-            sample_order(len(dataset), self.module.seed, shuffle=True),
-            global_batch_size=self.train_batch_size(),
-            micro_batch_size=self.micro_batch_size,
-            dp_rank=self.unit.data_parallel_rank,
-            dp=self.unit.layout.dp,
-            collate=collate,
-        )
-        data = TrainingData(loader, lambda: int(self.global_samples))
-        self.set_dataiterator(iter(data) if self.unit.should_build_data_loader else None)
-        self.training_dataloader = data
-
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """Train on one global batch.
-
-        Args:
-            data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage. The
-                training data that the engine was built with, unless given.
-
-        Returns:
-            The mean loss over the global batch before the update, in fp32, on every rank.
-        """
-        if not torch.is_grad_enabled():
-            raise PipekitError("train_batch needs gradients; call it outside torch.no_grad(), or use eval_batch")
-        if data_iter is not None:
-            self.set_dataiterator(data_iter)
-        self.module.train()
+        self._begin_training(data_iter)
         self._stages_left = set(self.unit.stages)
         # DeepSpeed's gradient hooks take a backward outside its own `backward` for a mistake.
         self._running_engine_backward = True
@@ -188,27 +115,16 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         loss = self._mean_of_replicas(losses)
         loss_sent = self._begin_broadcast(loss)
         self._reducer.finish()
+        self._sum_partial_gradients()
         self._reduce_tied_gradients()
         self.view.hand_over_gradients()
         self._update()
+        self.view.clear_gradients()
         if self._measure_costs:
             self._learn_costs()
         if loss_sent is not None:
             wait(loss_sent, "the loss of the last stage")
         return loss
-
-    def gather_timeline(self) -> Timeline:
-        """Return when each rank of this pipeline did what in the last step. All ranks call this together.
-
-        The engine must have been built with `profile=True`.
-        """
-        assert self.executor.stopwatch is not None, "the engine was built without profile=True"
-        mine = tuple(self.executor.stopwatch.spans())
-        spans: list[Any] = [mine]
-        if self.unit.layout.pp > 1:
-            spans *= self.unit.layout.pp
-            dist.all_gather_object(spans, mine, group=self.unit.pipe.process_group)
-        return Timeline(self.schedule, tuple(spans))
 
     def _learn_costs(self) -> None:
         """Time the step that has just ended; after the last to be timed, plan the table for what the actions cost."""
@@ -224,79 +140,28 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
             self.executor.stopwatch = None
         self._schedules = {key: schedule for key, schedule in self._schedules.items() if key[0] == "eval"}
 
-    def eval_batch(
-        self,
-        data_iter: Iterator[Any] | None,
-        return_logits: bool = False,
-        compute_loss: bool = True,
-        reduce_output: Literal["avg"] | None = "avg",
-        bcast_loss: bool = True,
-        num_micro_batches: int | None = None,
-        *,
-        observe: Observer | None = None,
-    ) -> Any:
-        """Return the mean loss of one global batch, in fp32, on every rank, without training on it.
-
-        Args:
-            data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage.
-            return_logits: whether to return a pair: the above, and the last layer's outputs for the whole batch on this
-                pipeline, joined along their first dimension (None on ranks without the last stage).
-            compute_loss: False takes the last layer's outputs in place of losses.
-            reduce_output: None returns a list, one entry a micro-batch of this pipeline, in place of the mean.
-            bcast_loss: whether ranks without the last stage return the losses too, rather than None.
-            num_micro_batches: as many as in training, unless given.
-            observe: called on the last stage with each micro-batch's outputs and labels.
-        """
-        self.module.eval()
-        schedule = self._evaluation_schedule(num_micro_batches or self.micro_batches)
-        collected: list[Any] = []
-
-        def collect(outputs: Any, labels: Any) -> None:
-            if return_logits or not compute_loss:
-                collected.append(outputs)
-            if observe is not None:
-                observe(outputs, labels)
-
-        loss_fn = self.module.loss_fn if compute_loss else _take_outputs
-        with torch.no_grad():
-            losses = self.executor.run(schedule, data_iter, loss_fn=loss_fn, observe=collect)
-            if not compute_loss:
-                result = self._mean_outputs(collected) if reduce_output else collected
-            elif reduce_output:
-                result = self._mean_loss(losses) if bcast_loss else self._mean_of_replicas(losses)
-            else:
-                result = self._spread(losses, schedule.num_micro_batches) if bcast_loss else losses
-            if not (self.unit.is_last_stage or (compute_loss and bcast_loss)):
-                result = None
-            if return_logits:
-                return result, join_batches(collected)
-        return result
-
-    def _mean_outputs(self, outputs: list[Any]) -> Any:
-        if not self.unit.is_last_stage:
-            return None
-        tensors = [flatten(output, "the last layer's output")[0] for output in outputs]
-        _, structure = flatten(outputs[0], "the last layer's output")
-        means = [torch.stack([tensor.float() for tensor in parts]).mean(0) for parts in zip(*tensors, strict=True)]
-        for mean in means:
-            self._average_over_replicas(mean)
-        return unflatten(means, structure)
-
-    @property
-    def grad_norm(self) -> float:
-        """The 2-norm of the last step's gradient, before clipping; infinite where the step was skipped."""
-        norm = self._global_grad_norm
-        return float("nan") if norm is None else float(norm)
-
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
-        self.view.set_lr(lr)
-
     def _reduce_gradients_of(self, stage: int) -> None:
         """Begin to reduce the gradients of a stage that is done, except what a stage yet to come shares with it."""
         self._stages_left.discard(stage)
+        if self.view.reduces_itself:
+            return
         awaited = {parameter for other in self._stages_left for parameter in self.module.stage_parameters(other)}
         self._reducer.start(parameter for parameter in self.module.stage_parameters(stage) if parameter not in awaited)
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum the gradients of what each tensor-parallel rank has applied to its part of the sequence."""
+        if self.module.tensor_group is None:
+            return
+        gradients = [
+            self.view.gradient_or_zeros(parameter)
+            for parameter in self.module.parameters()
+            if parameter.requires_grad and has_partial_gradient(parameter)
+        ]
+        if gradients:
+            total = self.module.tensor_group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+            pieces = total.split([gradient.numel() for gradient in gradients])
+            for gradient, piece in zip(gradients, pieces, strict=True):
+                gradient.copy_(piece.view_as(gradient))
 
     def _reduce_tied_gradients(self) -> None:
         for weight, group in self.module.get_tied_weights_and_groups():
@@ -332,97 +197,3 @@ class PipelineEngine(DeepSpeedPipelineEngine):  # type: ignore[misc]
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, coefficient)
-
-    def _mean_loss(self, losses: list[Tensor]) -> Tensor:
-        return self._broadcast_from_last(self._mean_of_replicas(losses))
-
-    def _mean_of_replicas(self, losses: list[Tensor]) -> Tensor:
-        if not self.unit.is_last_stage:
-            return torch.zeros((), dtype=torch.float32, device=self.device)
-        mean = torch.stack(losses).mean()
-        self._average_over_replicas(mean)
-        return mean
-
-    def _average_over_replicas(self, value: Tensor) -> None:
-        if self.unit.layout.dp > 1:
-            dist.all_reduce(value, group=self.unit.data.process_group)
-            value /= self.unit.layout.dp
-
-    def _spread(self, losses: list[Tensor], num_micro_batches: int) -> list[Tensor]:
-        stacked = torch.stack(losses) if losses else torch.zeros(num_micro_batches, device=self.device)
-        return list(self._broadcast_from_last(stacked))
-
-    def _broadcast_from_last(self, value: Tensor) -> Tensor:
-        work = self._begin_broadcast(value)
-        if work is not None:
-            wait(work, "what the last stage computed")
-        return value
-
-    def _begin_broadcast(self, value: Tensor) -> dist.Work | None:
-        if self.unit.layout.pp == 1:
-            return None
-        last = self.unit.stage_rank(self.unit.num_stages - 1)
-        work: dist.Work | None = dist.broadcast(value, src=last, group=self.unit.pipe.process_group, async_op=True)
-        return work
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write a checkpoint into a folder; every rank calls this together. Any layout reads it.
-
-        Args:
-            save_dir: the folder, which every rank sees.
-            tag: name of the checkpoint; follows from the step unless given.
-            client_state: what else to keep: numbers, texts, lists and dicts.
-            save_latest: accepted; `latest` always names the newest.
-            exclude_frozen_parameters: accepted; frozen parameters are always written.
-        """
-        from pipekit.checkpoint.engine_state import save_engine
-
-        save_engine(self, Path(save_dir), name=tag, client_state=client_state or {})
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Read a checkpoint that `save_checkpoint` or a run wrote, whatever layout wrote it.
-
-        Args:
-            load_dir: the folder that it was saved into.
-            tag: name of the checkpoint; the newest unless given.
-            load_module_strict: accepted; a checkpoint of another model is always refused.
-            load_optimizer_states: whether to read the optimizer's states.
-            load_lr_scheduler_states: whether to read the learning-rate scheduler's state.
-            load_module_only: whether to read weights alone.
-            custom_load_fn: not taken.
-
-        Returns:
-            The checkpoint's path and the `client_state` it holds; None and None where the folder holds no checkpoint.
-        """
-        from pipekit.checkpoint.engine_state import load_engine
-
-        if custom_load_fn is not None:
-            raise PipekitError("load_checkpoint takes no custom_load_fn; change the weights after loading")
-        return load_engine(
-            self,
-            Path(load_dir),
-            name=tag,
-            optimizer_states=load_optimizer_states and not load_module_only,
-            scheduler_state=load_lr_scheduler_states and not load_module_only,
-        )
-
-
-def _take_outputs(outputs: Any, labels: Any) -> Any:
-    return outputs

@@ -56,6 +56,8 @@ class Executor:
         view: where gradients accumulate.
         device: where the stages compute.
         on_stage_done: called with a stage as soon as its last gradient of a step is there.
+        forward: called as the module's forward is, which it is unless given.
+        backward: called with the outputs of a forward and their gradients; autograd's unless given.
     """
 
     def __init__(
@@ -66,12 +68,15 @@ class Executor:
         view: OptimizerView,
         device: torch.device,
         on_stage_done: Callable[[int], None] = lambda stage: None,
+        forward: Callable[..., Any] | None = None,
+        backward: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None] = torch.autograd.backward,
     ) -> None:
-        self._module = module
         self._mpu = mpu
         self._view = view
         self._device = device
         self._on_stage_done = on_stage_done
+        self._forward = forward or module.forward
+        self._backward = backward
         self._senders: dict[int, Sender] = {}
         self._receivers: dict[int, Receiver] = {}
         self._table: _Table | None = None
@@ -235,7 +240,6 @@ class _Run:
         self._schedule = table.schedule
         self._receipts = table.receipts
         self._gradient_of = table.gradient_of
-        self._module = executor._module
         self._mpu = executor._mpu
         self._view = executor._view
         self._device = executor._device
@@ -260,9 +264,9 @@ class _Run:
         inputs = self._receive_activations(action)
         self._start(action)
         is_last = action.stage == self._schedule.num_stages - 1
-        outputs = self._module.forward_stage(
-            action.stage,
+        outputs = self._executor._forward(
             inputs,
+            stage=action.stage,
             dropout_path=self._dropout_path(action),
             split_backward=(action.stage, action.micro_batch) in self._schedule.split_backwards,
         )
@@ -307,7 +311,7 @@ class _Run:
         self._start(action)
         with deferring() if action.kind == "I" else nullcontext() as deferred:
             if flight.outputs:
-                torch.autograd.backward(flight.outputs, gradients)
+                self._executor._backward(flight.outputs, gradients)
         if deferred is not None:
             self._deferred[action.stage, action.micro_batch] = deferred
         self._view.accumulate()

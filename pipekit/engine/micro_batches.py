@@ -1,6 +1,7 @@
 """The micro-batches of a step: read by the ranks that hold the first and the last stage, agreed on by all.
 
-The ranks of the first and of the last stage tell all others what they read: whether the data lasted, a checksum, and
+Tensor-parallel ranks read the same, and make sure of it before anything else. The ranks of the first and of the last
+stage tell all others what they read: whether the data lasted, a checksum, and
 which micro-batches have shapes that were seen before. So data that end stop every rank with one error, a first and a
 last stage that read other batches are found out, and shapes may change at any micro-batch. The messages travel behind
 the first forwards.
@@ -29,7 +30,7 @@ MicroBatch = tuple[Any, Any]
 BatchFunction = Callable[[Any], MicroBatch]
 """Makes inputs and labels of what a data iterator yields."""
 
-_OK, _NO_ITERATOR, _FAILED = 0, -1, -2
+_OK, _NO_ITERATOR, _FAILED, _PEERS_DIFFER = 0, -1, -2, -3
 # A position of a sample's checksum: more would cost time and find nothing more.
 _SAMPLED_ELEMENTS = 1024
 
@@ -62,6 +63,9 @@ class MicroBatchReader:
     def __init__(self, mpu: ModelParallelUnit, group: RankGroup | None) -> None:
         self._mpu = mpu
         self._group = group
+        self._peers = None
+        if mpu.layout.tp > 1:
+            self._peers = mpu.build_group(mpu.layout.groups("tensor"), "gloo", purpose="headers")
         self._classes: dict[Any, int] = {}
         self.batch_fn: BatchFunction | None = None
 
@@ -70,7 +74,7 @@ class MicroBatchReader:
 
         Raises:
             DataError: on every rank, if the data end too soon, are missing, or differ between the first and the last
-                stage.
+                stage, or among tensor-parallel ranks.
         """
         mpu = self._mpu
         first, last = mpu.placement[0], mpu.placement[-1]
@@ -83,6 +87,8 @@ class MicroBatchReader:
                 report[1] = _checksum(micro_batches)
             except Exception as error:
                 report[0], failure = _FAILED, error
+            if self._peers is not None:
+                report[0] = _agree(report[:2], self._peers)
         if mpu.is_first_stage and report[0] == _OK:
             report[2:] = torch.tensor([self._class_of(inputs) for inputs, _ in micro_batches])
         reports = {source: _Report(report.clone(), self._mpu, self._group, source) for source in {first, last}}
@@ -208,10 +214,28 @@ class _Report:
         return self._report.tolist()
 
 
+def _agree(report: Tensor, peers: RankGroup) -> int:
+    """Return the status of the first tensor-parallel rank that has not read its data, or whether all read the same."""
+    reports = [torch.empty_like(report) for _ in range(peers.size)]
+    work = dist.all_gather(reports, report.clone(), group=peers.process_group, async_op=True)
+    assert work is not None
+    wait(work, "its tensor-parallel peers to read the step's data")
+    statuses = [int(status) for status, _ in reports]
+    if any(statuses):
+        return next(status for status in statuses if status != _OK)
+    return _OK if len({int(checksum) for _, checksum in reports}) == 1 else _PEERS_DIFFER
+
+
 def _check(report: list[int], stage: str, num_micro_batches: int) -> None:
     status = report[0]
     if status == _OK:
         return
+    if status == _PEERS_DIFFER:
+        raise DataError(
+            f"tensor-parallel ranks of the {stage} stage read different batches, and they compute one batch together: "
+            "give all of them an iterator in the same order (seed a shuffle by the data-parallel rank, "
+            "mpu.data_parallel_rank, never by the global rank)"
+        )
     if status == _NO_ITERATOR:
         raise DataError(f"the {stage} stage reads batches, and was given no data iterator")
     if status == _FAILED:

@@ -11,17 +11,21 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing as deepspeed_checkpointing
 from deepspeed.runtime.pipe.module import PipelineModule as DeepSpeedPipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
+from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipekit.engine.adoption import adopt_layers, build_unit
 from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.engine.tensor_group import ProcessTensorGroup
+from pipekit.engine.unit_check import check_unit
 from pipekit.parameters import count_layer_parameters
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.rng import fold_seed
 from pipekit.schedules import Schedule
-from pipekit.specs import TiedLayerSpec, build_layer, layer_names
+from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
+from pipekit.tensor_parallel import SequenceFlow, shard_layer, shard_of
+from pipekit.tensor_parallel.flow import convert
 from pipekit.weight_gradients import split_linear
 
 Activations = Any
@@ -64,10 +68,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         dynamic_shape: accepted, and always so.
         schedule: what the engine runs: a name, the path of a CSV file, or a table.
         stages_per_rank: stages on each rank; as many as the schedule is made for, unless given.
-        mpu: the process groups.
+        mpu: the process groups. The answers of a subclass of `ModelParallelUnit` are compared over all ranks first.
         boundaries: one more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
             Cut by `partition_method` unless given.
         device: where the layers live; the accelerator of this process unless given.
+        sequence_parallel: whether tensor-parallel ranks keep their part of the sequence of what passes between layers
+            that can work on parts.
 
     Raises:
         PipekitError: if layers, degrees and processes do not fit together.
@@ -93,6 +99,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         mpu: ModelParallelUnit | None = None,
         boundaries: Sequence[int] | None = None,
         device: torch.device | str | None = None,
+        sequence_parallel: bool = True,
     ) -> None:
         nn.Module.__init__(self)
         self.layer_specs = adopt_layers(layers)
@@ -106,8 +113,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.stages_per_rank = stages_per_rank
         if mpu is None:
             mpu = build_unit(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
+        elif type(mpu) is not ModelParallelUnit:
+            check_unit(mpu)
         self.boundaries = list(boundaries or self._cut(partition_method, mpu.placement))
         self.stages = mpu.stages
+        self.tensor_group = ProcessTensorGroup(mpu.tensor) if mpu.layout.tp > 1 else None
+        self.sequence_parallel = sequence_parallel and self.tensor_group is not None
         self.observe_layer: LayerObserver | None = None
         self._present_to_deepspeed(mpu)
         self._build_stages()
@@ -135,7 +146,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.parts = self.boundaries
         self.global_rank = mpu.global_rank
         self._grid = mpu
-        self._topo = PipeModelDataParallelTopology(num_pp=layout.pp, num_dp=layout.dp, num_mp=layout.tp)
+        self._topo = mpu.topology()
         self._layer_specs = self.layer_specs
         self._num_layers = len(self.layer_specs)
         self._set_bounds(self.layer_indices[0], self.layer_indices[-1] + 1)
@@ -157,22 +168,46 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
 
     def _build_stages(self) -> None:
         self._layers: dict[int, Callable[[Any], Any]] = {}
+        # Of the layers here, and of those before them, whose outputs come from another rank.
+        self._flows = {
+            layer_idx: flow_of_spec(self.layer_specs[layer_idx]) if self.sequence_parallel else SequenceFlow()
+            for held in self.layer_indices
+            for layer_idx in (held - 1, held)
+            if layer_idx >= 0
+        }
         for layer_idx in self.layer_indices:
             spec = self.layer_specs[layer_idx]
-            name = self.layer_names[layer_idx]
             if isinstance(spec, TiedLayerSpec):
                 if spec.key not in self.tied_modules:
-                    self.tied_modules[spec.key] = build_layer(spec, name=name, seed=self.seed)
+                    self.tied_modules[spec.key] = self._build_layer(layer_idx)
                     self.tied_weight_attrs[spec.key] = spec.tied_weight_attr
                 module = self.tied_modules[spec.key]
                 self._layers[layer_idx] = partial(spec.forward_fn, module) if spec.forward_fn else module
             else:
-                module = build_layer(spec, name=name, seed=self.seed)
+                module = self._build_layer(layer_idx)
                 self.add_module(str(layer_idx), module)
                 self._layers[layer_idx] = module
         self.forward_funcs = list(self._layers.values())
+        is_counted_elsewhere = self.tensor_group is not None and self.tensor_group.rank > 0
         for parameter in self.parameters():
-            parameter.ds_pipe_replicated = False
+            # What all tensor-parallel ranks hold whole, the first of them counts in the gradient norm.
+            parameter.ds_pipe_replicated = is_counted_elsewhere and shard_of(parameter) is None
+
+    def _build_layer(self, layer_idx: int) -> nn.Module:
+        spec = self.layer_specs[layer_idx]
+        layer = build_layer(spec, name=self.layer_names[layer_idx], seed=self.seed)
+        if self.tensor_group is not None:
+            works_on_parts = self.sequence_parallel and any(
+                flow_of_spec(same).works_on_parts for same in self._sharing(spec)
+            )
+            shard_layer(layer, self.tensor_group, in_parts=works_on_parts)
+        return layer
+
+    def _sharing(self, spec: LayerSpec) -> list[LayerSpec]:
+        """Return all specs that share the module of `spec`."""
+        if not isinstance(spec, TiedLayerSpec):
+            return [spec]
+        return [other for other in self.layer_specs if isinstance(other, TiedLayerSpec) and other.key == spec.key]
 
     def _build_tied_groups(self, mpu: ModelParallelUnit) -> dict[str, dict[str, Any]]:
         """Create a group for the ranks that share each tied key; every rank takes part in every creation."""
@@ -207,6 +242,10 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 for attr in attrs:
                     self._recursive_getattr(module, attr).ds_pipe_replicated = True
         return comms
+
+    def forward(self, inputs: Activations, *, stage: int = 0, **options: Any) -> Activations:
+        """Run one stage's layers; see `forward_stage`. ZeRO-3 hangs its hooks on the call of a module."""
+        return self.forward_stage(stage, inputs, **options)
 
     def forward_stage(
         self,
@@ -248,10 +287,20 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             for layer_idx in layers:
                 if dropout_path is not None:
                     self._seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
-                inputs = self._layers[layer_idx](inputs)
+                inputs = self._layers[layer_idx](self._as_taken(inputs, layer_idx))
                 if self.observe_layer is not None:
                     self.observe_layer(layer_idx, inputs, dropout_path)
+            if layer_idx == len(self.layer_specs) - 1:
+                inputs = convert(
+                    inputs, is_part=self._flows[layer_idx].gives_part, wants_part=False, group=self.tensor_group
+                )
         return inputs
+
+    def _as_taken(self, inputs: Activations, layer_idx: int) -> Activations:
+        """Return what the layer before has returned as this one takes it: the whole sequence, or this rank's part."""
+        is_part = layer_idx > 0 and self._flows[layer_idx - 1].gives_part
+        wants_part = self._flows[layer_idx].takes_part
+        return convert(inputs, is_part=is_part, wants_part=wants_part, group=self.tensor_group)
 
     def stage_parameters(self, stage: int) -> list[nn.Parameter]:
         """Return the trainable parameters of one of this rank's stages."""

@@ -19,6 +19,7 @@ from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batch
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.engine.optimizers import OptimizerView
+from pipekit.engine.replica_check import check_replicas
 from pipekit.errors import PipekitError
 from pipekit.host_memory import keep_freed_memory
 from pipekit.nested import flatten, unflatten
@@ -236,6 +237,14 @@ class TrainingEngine:
         last = self.unit.stage_rank(self.unit.num_stages - 1)
         work: dist.Work | None = dist.broadcast(value, src=last, group=self.unit.pipe.process_group, async_op=True)
         return work
+
+    def check_replicas(self) -> None:
+        """Check that all ranks that hold the same tensor hold the same bits of it. All ranks call this together.
+
+        Raises:
+            ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.
+        """
+        check_replicas(self.module, self.unit, step=self.global_steps)
 
     def save_checkpoint(
         self,

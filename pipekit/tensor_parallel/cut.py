@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from pipekit.tensor_parallel.flow import SequenceFlow
 from pipekit.tensor_parallel.group import TensorGroup
 from pipekit.tensor_parallel.layers import TensorParallelModule
 from pipekit.tensor_parallel.shards import mark_partial_gradient, shard_of
 
 
-def shard_layer(layer: nn.Module, group: TensorGroup | None, *, flow: SequenceFlow, sequence_parallel: bool) -> None:
+def shard_layer(layer: nn.Module, group: TensorGroup, *, in_parts: bool) -> None:
     """Keep this rank's part of a whole layer, in place.
 
     Parameters outside tensor-parallel modules stay whole. In a layer that works on parts of the sequence their
@@ -18,16 +17,12 @@ def shard_layer(layer: nn.Module, group: TensorGroup | None, *, flow: SequenceFl
 
     Args:
         layer: built whole, with its initial weights.
-        group: the tensor-parallel peers; None leaves the layer as it is.
-        flow: how the layer deals with the sequence.
-        sequence_parallel: whether activations between layers are parts of the sequence at all.
+        group: the tensor-parallel peers.
+        in_parts: whether the layer works on this rank's part of the sequence; see `SequenceFlow`.
 
     Raises:
         LayoutError: if a module has less to share out than there are ranks.
     """
-    if group is None:
-        return
-    in_parts = sequence_parallel and flow.works_on_parts
     for module in list(layer.modules()):
         if isinstance(module, TensorParallelModule):
             module.shard(group, in_parts=in_parts)

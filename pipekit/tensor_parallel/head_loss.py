@@ -40,7 +40,7 @@ def plan_chunk_tokens(num_tokens: int, vocab_part: int, *, limit_bytes: int = 64
 
     Example:
         >>> plan_chunk_tokens(4096, 128_256, limit_bytes=64 * 2**20)
-        130
+        128
         >>> plan_chunk_tokens(4096, 512) is None
         True
     """

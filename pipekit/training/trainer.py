@@ -17,6 +17,8 @@ from pipekit.engine.deepspeed_config import plan_deepspeed_config
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
+from pipekit.engine.replica_engine import ReplicaEngine
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.schedules import Costs, Schedule, plan_schedule
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
@@ -80,7 +82,7 @@ class Trainer:
             self._each(lambda callback: callback.on_step_end(self._metrics))
         skipped_in_a_row = 0
         while self.step < train.steps:
-            metrics = self._train_step()
+            metrics = self.train_step()
             last = self.step == train.steps
             if train.eval_interval is not None and (self.step % train.eval_interval == 0 or last):
                 metrics = self._evaluate(metrics)
@@ -104,7 +106,8 @@ class Trainer:
         self._each(lambda callback: callback.on_train_end(result))
         return result
 
-    def _train_step(self) -> StepMetrics:
+    def train_step(self) -> StepMetrics:
+        """Make one update, on the next global batch."""
         train = self.config.train
         lr = self.trial.learning_rate(self.step)
         self.engine.set_lr(lr)
@@ -113,6 +116,8 @@ class Trainer:
         step_time_s = time.perf_counter() - started_s
         self.step += 1
         self.consumed_samples += train.global_batch_size
+        if train.check_replicas is not None and self.step % train.check_replicas == 0:
+            self.engine.check_replicas()
         return StepMetrics(
             step=self.step,
             loss=loss,
@@ -151,8 +156,9 @@ class Trainer:
         extra = {f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
         return StepMetrics(**{**vars(metrics), "val_loss": sum(losses) / len(losses), "extra": extra or None})
 
-    def _build_engine(self) -> PipelineEngine:
+    def _build_engine(self) -> TrainingEngine:
         plan, unit = self.context.plan, self.context.unit
+        parallel = self.config.parallel
         module = PipelineModule(
             self.trial.build_layers(self.config),
             mpu=unit,
@@ -161,22 +167,26 @@ class Trainer:
             base_seed=self.config.train.seed,
             activation_checkpoint_interval=int(self.config.train.activation_checkpointing),
             device=self.context.device,
+            sequence_parallel=self.config.parallel.sequence_parallel,
         )
-        return PipelineEngine(
-            module,
-            mpu=unit,
-            build_optimizer=self.trial.build_optimizer,
-            deepspeed_config=plan_deepspeed_config(
+        common: dict[str, Any] = {
+            "mpu": unit,
+            "build_optimizer": self.trial.build_optimizer,
+            "deepspeed_config": plan_deepspeed_config(
                 micro_batch_size=plan.batch.micro_batch_size,
                 num_micro_batches=plan.batch.num_micro_batches,
                 precision=plan.precision,
-                zero=self.config.parallel.zero,
+                zero=parallel.zero,
                 gradient_clipping=self.config.train.gradient_clipping,
                 extra=self.config.deepspeed,
+                offload=parallel.offload,
             ),
-            plan_schedule=self._plan_schedule,
-            measure_costs=self.config.parallel.schedule == "auto",
-            profile=self.config.logging.profile,
+            "profile": self.config.logging.profile,
+        }
+        if parallel.zero >= 2:
+            return ReplicaEngine(module, **common)
+        return PipelineEngine(
+            module, plan_schedule=self._plan_schedule, measure_costs=parallel.schedule == "auto", **common
         )
 
     def _plan_schedule(self, num_micro_batches: int, costs: Costs | None) -> Schedule:

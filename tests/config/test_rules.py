@@ -17,14 +17,69 @@ BROKEN = {
         "train.sequence_length=300 is longer than model.max_positions=256; "
         "try train.sequence_length=256, or model.max_positions=300"
     ),
-    ("parallel.tp=2",): (
-        "parallel.tp=2: tensor parallelism is not available yet; parallel.tp must be 1"
+    ("parallel.tp=3", "train.sequence_length=96"): (
+        "parallel.tp=3 does not divide model.num_heads=4, and a rank computes whole heads; try parallel.tp=1 or 2"
+    ),
+    ("parallel.tp=4", "model.num_heads=12", "model.hidden_size=96", "model.num_kv_heads=6"): (
+        "parallel.tp=4 and model.num_kv_heads=6: one must divide the other; try parallel.tp=2 or 3"
+    ),
+    ("parallel.tp=4", "train.sequence_length=66"): (
+        "parallel.tp=4 does not divide train.sequence_length=66, and sequence parallelism cuts every sequence into "
+        "equal parts; try train.sequence_length=64 or 68, or parallel.sequence_parallel=false"
+    ),
+    ("model.num_kv_heads=3",): "model.num_kv_heads=3 does not divide model.num_heads=4; try 1, 2 or 4",
+    ("parallel.order=[pipe,data,data]",): (
+        "parallel.order=[pipe, data, data]: must name each axis once, the outermost first; for example "
+        "[pipe, data, tensor]"
+    ),
+    ("parallel.order=[pipe,data,model]",): (
+        "parallel.order=[pipe, data, model]: must be a list of 3, each pipe, data or tensor; for example order: "
+        "[pipe, data, tensor]"
+    ),
+    ("parallel.order=[tensor,data,pipe]", "parallel.auto=true"): (
+        "parallel.order=[tensor, data, pipe] does not go with parallel.auto=true, which chooses it; remove one of them"
     ),
     ("parallel.zero=2", "parallel.pp=2"): (
         "parallel.zero=2 does not go with parallel.pp=2: it shards gradients after every micro-batch, and a "
-        "pipeline adds them up over all of them; try parallel.zero=1"
+        "pipeline adds them up over all of them; try parallel.zero=1, or parallel.pp=1 with parallel.zero=2"
     ),
-    ("parallel.zero=3",): "parallel.zero=3: not available yet; use 0 or 1, for example parallel.zero=1",
+    ("parallel.zero=3", "parallel.schedule=gpipe"): (
+        "parallel.schedule=gpipe does not go with parallel.zero=3, which takes each micro-batch forward and back at "
+        "once; try parallel.schedule=1f1b, or parallel.zero=1"
+    ),
+    ("parallel.zero=2", "parallel.schedule=zb-h1"): "try parallel.schedule=1f1b, or parallel.zero=1",
+    ("parallel.zero=2", "parallel.schedule=interleaved-1f1b"): "try parallel.schedule=1f1b, or parallel.zero=1",
+    ("parallel.offload=optimizer", "parallel.zero=0"): (
+        "parallel.offload=optimizer does not go with parallel.zero=0: what ZeRO manages can be moved to host memory, "
+        "and 0 manages nothing; try parallel.zero=1"
+    ),
+    ("parallel.offload=parameters", "parallel.zero=0", "parallel.pp=2"): (
+        "and 0 manages nothing; try parallel.offload=optimizer with parallel.zero=1"
+    ),
+    ("parallel.offload=parameters", "parallel.zero=2"): (
+        "parallel.offload=parameters does not go with parallel.zero=2, which keeps every weight on its device; try "
+        "parallel.offload=optimizer, or parallel.zero=3"
+    ),
+    ("parallel.offload=parameters", "parallel.pp=2"): (
+        "parallel.offload=parameters does not go with parallel.zero=1, which keeps every weight on its device; try "
+        "parallel.offload=optimizer"
+    ),
+    ("parallel.offload=optimizer", "parallel.auto=true"): (
+        "parallel.offload=optimizer does not go with parallel.auto=true, whose choice keeps everything on the devices; "
+        "remove one of them"
+    ),
+    ("deepspeed.zero_optimization.offload_optimizer={pin_memory: true}",): (
+        "has no effect with parallel.offload=none; remove it, or set "
+        "parallel.offload=optimizer"
+    ),
+    ("deepspeed.zero_optimization.offload_param={pin_memory: true}", "parallel.offload=optimizer"): (
+        "has no effect with parallel.offload=optimizer; remove it, or set "
+        "parallel.offload=parameters"
+    ),
+    ("deepspeed.zero_optimization.stage3_max_live_parameters=1000",): (
+        "has no effect with parallel.zero=1; remove it, or set "
+        "parallel.zero=3"
+    ),
     ("parallel.pp=13",): (
         "parallel.pp=13 stages are more than the model's 12 layers (2 for each of model.num_layers=4, "
         "and 4 more); try parallel.pp=12 or less"
@@ -104,7 +159,13 @@ def test_a_broken_rule_says_what_to_type(overrides: tuple[str, ...]):
     [
         ("train.sequence_length=256",),
         ("parallel.pp=12",),
+        ("parallel.order=[tensor,data,pipe]", "parallel.pp=2"),
+        ("parallel.order=[pipe,data,tensor]", "parallel.auto=true"),
         ("parallel.zero=0", "parallel.pp=2"),
+        ("parallel.zero=2",),
+        ("parallel.zero=3", "parallel.stages_per_rank=1"),
+        ("parallel.zero=1", "parallel.pp=2", "parallel.offload=optimizer"),
+        ("parallel.zero=3", "parallel.offload=parameters", "deepspeed.zero_optimization.stage3_max_live_parameters=9"),
         ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=[0,1,12]"),
         ("parallel.partition=type:Attention|MLP",),
         ("parallel.partition=manual", "parallel.pp=2", "parallel.boundaries=Et*2|t*2L"),

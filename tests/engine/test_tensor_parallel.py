@@ -1,0 +1,171 @@
+"""Tensor parallelism against one process that uses nothing but torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine_jobs import SEQUENCE, Case, batch, build_engine, micro_batches, reference_run, train_job
+from gloo_workers import GlooWorkers
+from pipekit.errors import DataError
+
+pytestmark = pytest.mark.distributed
+
+
+@cache
+def reference(tied: bool, num_kv_heads: int | None) -> dict[str, Any]:
+    return reference_run(Case(tied=tied, num_kv_heads=num_kv_heads))
+
+
+def check_against_reference(gloo: GlooWorkers, case: Case) -> None:
+    expected = reference(case.tied, case.num_kv_heads)
+    for result in gloo.run(case.world_size, train_job, case, {}):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for name, weights in result["weights"].items():
+            theirs = expected["weights"][name]
+            if name.endswith(("qkv.bias", "kv.bias")):
+                # Attention does not depend on the keys' bias; Adam blows its rounding errors up to full steps.
+                keys = slice(32, 64) if name.endswith("qkv.bias") else slice(0, len(theirs) // 2)
+                weights, theirs = weights.clone(), theirs.clone()
+                weights[keys] = theirs[keys] = 0.0
+            difference = (weights - theirs).norm() / theirs.norm()
+            assert difference <= 1e-4, f"{name} differs by {difference:.1e}"
+
+
+WHOLE_3D = Case(pp=2, dp=2, tp=2, zero=1)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorkers, tied: bool) -> None:
+    check_against_reference(gloo, replace(WHOLE_3D, tied=tied))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2),
+        Case(tp=2, zero=0, sequence_parallel=False),
+        Case(tp=4, tied=False),
+        Case(tp=2, sequence_parallel=False, tied=False, loss_chunk_tokens=5),
+        Case(tp=2, loss_chunk_tokens=5),
+        Case(tp=2, pp=2, schedule="zb-v"),
+        Case(tp=2, pp=2, schedule="zb-h1", sequence_parallel=False),
+        Case(tp=2, checkpointing=True),
+        Case(tp=2, num_kv_heads=2),
+        Case(tp=2, num_kv_heads=1),
+        Case(tp=4, num_kv_heads=2, sequence_parallel=False),
+    ],
+    ids=str,
+)
+def test_tensor_parallel_ranks_train_as_one_process_does(gloo: GlooWorkers, case: Case) -> None:
+    check_against_reference(gloo, case)
+
+
+def test_dropout_draws_the_same_masks_under_every_layout_of_one_degree(gloo: GlooWorkers) -> None:
+    alone = Case(tp=2, dropout=0.2, steps=5)
+    others = [
+        replace(alone, pp=2),
+        replace(alone, dp=2, zero=0),
+        replace(alone, pp=2, dp=2, checkpointing=True),
+        replace(alone, pp=2, schedule="zb-v"),
+    ]
+    first = gloo.run(2, train_job, alone, {})[0]
+    assert first["losses"] != pytest.approx(reference(True, None)["losses"][:5], rel=1e-3)
+    for case in others:
+        found = gloo.run(case.world_size, train_job, case, {})[0]
+        assert found["losses"] == pytest.approx(first["losses"], rel=1e-4), case
+        assert found["norms"] == pytest.approx(first["norms"], rel=1e-4), case
+
+
+def dropout_masks(rank: int, sequence_parallel: bool) -> dict[str, list[Tensor]]:
+    """Return what each layer with dropout has returned of ones, on this tensor rank."""
+    case = Case(tp=2, dropout=0.5, steps=1, sequence_parallel=sequence_parallel)
+    engine = build_engine(case)
+    masks: dict[str, list[Tensor]] = {}
+    for layer_idx, (spec, name) in enumerate(zip(engine.module.layer_specs, engine.module.layer_names, strict=True)):
+        if spec.type_name == "MLPHalf":
+            half = engine.module.get_submodule(str(layer_idx))
+            half.contract.forward = lambda x, group=half.group: torch.ones(1, SEQUENCE // (1 + sequence_parallel), 32)
+            half.register_forward_hook(
+                lambda module, args, out, name=name: masks.setdefault(name, []).append((out - args[0]).detach() != 0)
+            )
+    for parameter in engine.module.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        engine.module.train()
+        for micro_batch in range(2):
+            engine.module.forward_stage(0, batch(0)[0][:1], dropout_path=(0, micro_batch))
+    return masks
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_dropout_on_parts_differs_by_rank_and_on_whole_activations_does_not(
+    gloo: GlooWorkers, sequence_parallel: bool
+) -> None:
+    ours, theirs = gloo.run(2, dropout_masks, sequence_parallel)
+    assert len(ours) == 3
+    seen = []
+    for name, masks in ours.items():
+        for mask, peers in zip(masks, theirs[name], strict=True):
+            assert 0.3 < mask.float().mean() < 0.7
+            assert torch.equal(mask, peers) != sequence_parallel
+            seen.append(mask)
+    assert not any(torch.equal(mask, other) for i, mask in enumerate(seen) for other in seen[:i])
+
+
+def other_data(rank: int) -> str:
+    engine = build_engine(Case(tp=2, pp=2, steps=1))
+    try:
+        engine.train_batch(micro_batches(engine.unit.coordinate.tensor, Case(), 0))
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def no_data(rank: int) -> str:
+    engine = build_engine(Case(tp=2, pp=2, steps=1))
+    try:
+        engine.train_batch(iter([]) if rank == 1 else micro_batches(0, Case(), 0))
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_tensor_parallel_ranks_that_read_other_data_stop_all(gloo: GlooWorkers) -> None:
+    for message in gloo.run(4, other_data):
+        assert "tensor-parallel ranks of the" in message
+    for message in gloo.run(4, no_data):
+        assert "ended at micro-batch 0 of 8" in message
+
+
+SAVED = Case(pp=2, tp=2, steps=20)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(), Case(tp=4), Case(pp=2, dp=2), Case(dp=2, tp=2, sequence_parallel=False)], ids=str
+)
+def test_a_checkpoint_of_one_degree_goes_on_under_another(gloo: GlooWorkers, case: Case, tmp_path: Path) -> None:
+    saved = gloo.run(4, train_job, SAVED, {"save": str(tmp_path)})[0]
+    found = gloo.run(case.world_size, train_job, case, {"load": str(tmp_path / "step-00000010")})[0]
+    assert found["losses"] == pytest.approx(saved["losses"][10:], rel=1e-4)
+    assert found["norms"] == pytest.approx(saved["norms"][10:], rel=1e-4)
+    # And back.
+    gloo.run(case.world_size, train_job, case, {"save": str(tmp_path / "back")})
+    back = gloo.run(4, train_job, SAVED, {"load": str(tmp_path / "back" / "step-00000010")})[0]
+    assert back["losses"] == pytest.approx(saved["losses"][10:], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_stay_near_fp32(gloo: GlooWorkers, precision: str) -> None:
+    expected = reference(True, None)
+    case = Case(tp=2, pp=2, precision=precision)
+    for result in gloo.run(4, train_job, case, {}):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=0.02)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
