@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipekit import Config, LayerSpec, TiedLayerSpec
+from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
 class TokenEmbedding(nn.Module):
@@ -42,13 +43,13 @@ class TokenMixer(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """`x + mlp(norm(x))`: `(B, S, D)` to `(B, S, D)` through a width of F."""
+    """`x + mlp(norm(x))`: `(B, S, D)` to `(B, S, D)` through a width of F, which tensor-parallel ranks share out."""
 
     def __init__(self, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
-        self.expand = nn.Linear(hidden_size, ffn_size)
-        self.contract = nn.Linear(ffn_size, hidden_size)
+        self.expand = ColumnParallelLinear(hidden_size, ffn_size)
+        self.contract = RowParallelLinear(ffn_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.contract(F.gelu(self.expand(self.norm(x))))

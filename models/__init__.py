@@ -18,5 +18,7 @@ def build_layers(config: Config) -> list[LayerSpec]:
         ConfigError: if the model is the user's own and its builder does not return layer specs.
     """
     if isinstance(config.model, GPTConfig):
-        return build_gpt2(config.model, loss_chunk_tokens=config.train.loss_chunk_tokens)
+        # ZeRO-3 lets the weights of the head go before the loss.
+        chunk = config.train.loss_chunk_tokens if config.parallel.zero < 3 else None
+        return build_gpt2(config.model, loss_chunk_tokens=chunk)
     return build_custom(config)

@@ -87,9 +87,9 @@ def make_optimizer(case: Case, parameters: list[nn.Parameter]) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=5e-3)
 
 
-def reference_run(case: Case) -> dict[str, Any]:
+def reference_run(case: Case, specs: list[LayerSpec] | None = None) -> dict[str, Any]:
     """Train in one process with nothing but torch: whole batch at once, `clip_grad_norm_`, the optimizer's own step."""
-    model = SequentialModel(model_specs(case), seed=1)
+    model = SequentialModel(specs or model_specs(case), seed=1)
     optimizer = make_optimizer(case, list(model.parameters()))
     losses, norms = [], []
     for step in range(case.steps):

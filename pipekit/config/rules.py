@@ -89,6 +89,25 @@ def near_multiples(number: int, unit: int) -> list[int]:
     return [below, below + unit] if below else [unit]
 
 
+def zero_3_fits_the_head(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
+    """ZeRO-3 lets the weights of a layer go when it has run, and a loss that computes scores itself needs them then."""
+    if parallel.zero < 3 or getattr(model, "family", None) is None:
+        return
+    why = "whose loss needs the head's weights after ZeRO-3 has let them go"
+    if parallel.tp > 1:
+        yield rule_fault(
+            "parallel.zero parallel.tp",
+            f"parallel.zero=3 does not go with parallel.tp={parallel.tp} for a built-in model, {why}; try "
+            "parallel.zero=2",
+        )
+    if isinstance(train.loss_chunk_tokens, int):
+        yield rule_fault(
+            "train.loss_chunk_tokens parallel.zero",
+            f"train.loss_chunk_tokens={train.loss_chunk_tokens} does not go with parallel.zero=3, {why}; try "
+            "train.loss_chunk_tokens=null, or parallel.zero=2",
+        )
+
+
 def zero_fits(parallel: ParallelConfig) -> Iterator[Fault]:
     """ZeRO 2 and 3 take each micro-batch forward and back at once, without a pipeline."""
     zero = parallel.zero
@@ -364,6 +383,7 @@ def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]
 RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train"), sequence_fits_positions),
     (("model", "parallel", "train"), tensor_parallel_fits),
+    (("model", "parallel", "train"), zero_3_fits_the_head),
     (("parallel",), zero_fits),
     (("parallel",), offload_fits),
     (("deepspeed", "parallel"), deepspeed_fits_zero),

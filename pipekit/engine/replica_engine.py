@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor
 
 from pipekit.engine.diagnostics import Diagnostics
@@ -23,7 +24,7 @@ from pipekit.engine.partial_gradients import sum_gradients_over
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.engine.training_engine import OptimizerBuilder, TrainingEngine, prepare_optimizer
 from pipekit.errors import ConfigError
-from pipekit.tensor_parallel import has_partial_gradient
+from pipekit.tensor_parallel import Logits, has_partial_gradient
 
 
 class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
@@ -64,8 +65,9 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
             )
         given = {**prepare_optimizer(module, build_optimizer, config), **deepspeed_args}
         sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
-        # DeepSpeed numbers modules through all engines of a process, and compares the numbers of all ranks.
+        # DeepSpeed counts modules and parameters through all engines of a process, and compares the numbers of all ranks.
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
+        Init.param_id = 0
         super().__init__(
             args=None, model=module, mpu=mpu, config=config, config_class=DeepSpeedConfig(config, mpu), **given
         )
@@ -111,11 +113,19 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self._micro_batches_done = 0
         with self._diagnostics.watch(self.global_steps):
             losses = self.executor.run(
-                self.schedule, self.data_iterator, loss_fn=self.module.loss_fn, dropout_step=self.global_steps
+                self.schedule, self.data_iterator, loss_fn=self._loss, dropout_step=self.global_steps
             )
         self.step()
         self.view.clear_gradients()
         return self._mean_of_replicas(losses)
+
+    def _loss(self, outputs: Any, labels: Any) -> Any:
+        if isinstance(outputs, Logits) and self.zero_optimization_partition_weights():
+            raise ConfigError(
+                "the last layer returns Logits, whose loss needs the head's weights after ZeRO-3 has let them go; try "
+                "ZeRO-2, or, without tensor parallelism, let it return a tensor"
+            )
+        return outputs if self.module.loss_fn is None else self.module.loss_fn(outputs, labels)
 
     def _backward(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
         """Do the backward of a micro-batch; DeepSpeed divides its loss by their number, and scales it in fp16."""

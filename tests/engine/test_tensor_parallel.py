@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from engine_jobs import SEQUENCE, Case, batch, build_engine, micro_batches, reference_run, train_job
+from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, micro_batches, reference_run, train_job
 from gloo_workers import GlooWorkers
-from pipekit.errors import DataError
+from pipekit.errors import ConfigError, DataError
+from pipekit.specs import LayerSpec
+from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 pytestmark = pytest.mark.distributed
 
@@ -169,3 +172,56 @@ def test_16_bits_stay_near_fp32(gloo: GlooWorkers, precision: str) -> None:
     for result in gloo.run(4, train_job, case, {}):
         assert result["losses"] == pytest.approx(expected["losses"], rel=0.02)
         assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
+
+
+def test_zero_2_beside_it(gloo: GlooWorkers) -> None:
+    check_against_reference(gloo, Case(tp=2, dp=2, zero=2))
+    check_against_reference(gloo, Case(tp=2, zero=2, tied=False, sequence_parallel=False, loss_chunk_tokens=5))
+
+
+def mixer_under_zero_3(rank: int) -> dict[str, Any]:
+    """Train layers whose last returns a tensor."""
+    case = Case(tp=2, dp=2, zero=3, steps=10)
+    engine = build_engine(case, mixer_specs())
+    losses, norms = [], []
+    for step in range(case.steps):
+        losses.append(float(engine.train_batch(micro_batches(step, case, engine.unit.data_parallel_rank))))
+        norms.append(engine.grad_norm)
+    return {"losses": losses, "norms": norms}
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.expand = ColumnParallelLinear(32, 64)
+        self.contract = RowParallelLinear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.contract(F.gelu(self.expand(self.norm(x))))
+
+
+def mixer_specs() -> list[LayerSpec]:
+    return [LayerSpec(nn.Embedding, VOCAB, 32), LayerSpec(Mixer), LayerSpec(Mixer), LayerSpec(nn.Linear, 32, VOCAB)]
+
+
+def test_zero_3_beside_layers_of_ones_own(gloo: GlooWorkers) -> None:
+    expected = reference_run(Case(steps=10), mixer_specs())
+    for result in gloo.run(4, mixer_under_zero_3):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def logits_under_zero_3(rank: int) -> str:
+    case = Case(dp=2, zero=3, loss_chunk_tokens=5)
+    engine = build_engine(case)
+    try:
+        engine.train_batch(micro_batches(0, case, rank))
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def test_zero_3_refuses_a_loss_that_needs_weights_which_it_has_let_go(gloo: GlooWorkers) -> None:
+    for message in gloo.run(2, logits_under_zero_3):
+        assert "try ZeRO-2" in message
