@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import chain, combinations, product
+from itertools import chain, combinations, permutations, product
 
 import pytest
 
 from pipekit.errors import LayoutError
-from pipekit.layout import Axis, Coordinate, Layout, plan_layout
+from pipekit.layout import DEFAULT_ORDER, Axis, Coordinate, Layout, Order, plan_layout
 
-LAYOUTS = [Layout(*degrees) for degrees in product((1, 2, 3), (1, 2, 4), (1, 2, 3))]
 AXES: tuple[Axis, ...] = ("pipe", "data", "tensor")
+ORDERS: list[Order] = [(one, two, three) for one, two, three in permutations(AXES)]
+LAYOUTS = [Layout(*degrees, order=order) for degrees in product((1, 2, 3), (1, 2, 4), (1, 2, 3)) for order in ORDERS]
 SUBSETS: list[tuple[Axis, ...]] = [axes for count in range(4) for axes in combinations(AXES, count)]
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -18,11 +19,20 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 @each_layout
 def test_ranks_count_the_grid_from_the_innermost_axis(layout: Layout) -> None:
-    grid = product(range(layout.pp), range(layout.dp), range(layout.tp))
-    for rank, (pipe, data, tensor) in enumerate(grid):
-        assert layout.coordinate(rank) == Coordinate(pipe=pipe, data=data, tensor=tensor)
-        assert layout.rank(pipe=pipe, data=data, tensor=tensor) == rank
+    degrees = {"pipe": layout.pp, "data": layout.dp, "tensor": layout.tp}
+    grid = product(*(range(degrees[axis]) for axis in layout.order))
+    for rank, indices in enumerate(grid):
+        place = dict(zip(layout.order, indices, strict=True))
+        assert layout.coordinate(rank) == Coordinate(**place)
+        assert layout.rank(**place) == rank
     assert layout.world_size == rank + 1
+
+
+def test_tensor_is_innermost_and_pipe_outermost_unless_given() -> None:
+    assert Layout(2, 2, 2) == Layout(2, 2, 2, ("pipe", "data", "tensor"))
+    assert DEFAULT_ORDER == ("pipe", "data", "tensor")
+    assert Layout(2, 2, 2).groups("tensor") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert Layout(2, 2, 2, ("tensor", "pipe", "data")).groups("tensor") == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 @each_layout
@@ -39,17 +49,62 @@ def test_groups_are_the_ranks_that_differ_along_their_axes_alone(layout: Layout,
 
 
 @each_layout
-def test_ranks_and_groups_are_those_of_deepspeed(layout: Layout) -> None:
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+def test_groups_count_along_their_axes_from_0(layout: Layout) -> None:
+    for axis in AXES:
+        for ranks in layout.groups(axis):
+            assert [getattr(layout.coordinate(rank), axis) for rank in ranks] == list(range(layout.degree(axis)))
+    for axes in SUBSETS:
+        for first, *_ in layout.groups(*axes):
+            assert all(getattr(layout.coordinate(first), axis) == 0 for axis in axes)
 
-    theirs = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
+
+@each_layout
+def test_the_span_of_an_axis_holds_whole_groups(layout: Layout) -> None:
+    for axis in AXES:
+        span = layout.span(axis)
+        assert layout.world_size % span == 0
+        assert all(len({rank // span for rank in ranks}) == 1 for ranks in layout.groups(axis))
+        if layout.degree(axis) > 1:
+            assert max(ranks[-1] - ranks[0] for ranks in layout.groups(axis)) == span - span // layout.degree(axis)
+
+
+@each_layout
+def test_ranks_and_groups_are_those_of_deepspeed(layout: Layout) -> None:
+    from deepspeed.runtime.pipe.topology import ProcessTopology
+
+    names: dict[Axis, str] = {"pipe": "pipe", "data": "data", "tensor": "model"}
+    axes = [names[axis] for axis in layout.order]
+    theirs = ProcessTopology(axes=axes, dims=[layout.degree(axis) for axis in layout.order])
     assert theirs.world_size() == layout.world_size
     for rank in range(layout.world_size):
-        coordinate = layout.coordinate(rank)
-        assert tuple(theirs.get_coord(rank)) == (coordinate.pipe, coordinate.data, coordinate.tensor)
-    for ours, axis in (("pipe", "pipe"), ("data", "data"), ("tensor", "model")):
-        if theirs.get_dim(axis) > 1:  # DeepSpeed lists no groups of one
-            assert layout.groups(ours) == sorted(theirs.get_axis_comm_lists(axis))  # type: ignore[arg-type]
+        coordinate, their_coordinate = layout.coordinate(rank), theirs.get_coord(rank)
+        assert all(getattr(coordinate, ours) == getattr(their_coordinate, name) for ours, name in names.items())
+    for ours, name in names.items():
+        assert layout.groups(ours) == sorted(theirs.get_axis_comm_lists(name))
+
+
+def test_deepspeeds_own_topology_is_the_default_order() -> None:
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    theirs = PipeModelDataParallelTopology(num_pp=2, num_mp=4, num_dp=3)
+    for ours, name in (("pipe", "pipe"), ("data", "data"), ("tensor", "model")):
+        assert Layout(pp=2, dp=3, tp=4).groups(ours) == sorted(theirs.get_axis_comm_lists(name))  # type: ignore[arg-type]
+
+
+def test_a_layout_names_its_order_where_it_is_not_the_default() -> None:
+    assert str(Layout(2, 2, 1)) == "pp=2 x dp=2 x tp=1"
+    assert str(Layout(2, 2, 1, ("data", "pipe", "tensor"))) == "pp=2 x dp=2 x tp=1 in the order data, pipe, tensor"
+
+
+@pytest.mark.parametrize("order", [(), ("pipe", "data"), ("pipe", "data", "data"), ("pipe", "data", "model"), "pdt"])
+def test_an_order_of_other_axes_is_refused(order: object) -> None:
+    with pytest.raises(LayoutError, match=r"once each, .* for example parallel\.order=\[pipe, data, tensor\]"):
+        Layout(order=order)  # type: ignore[arg-type]
+
+
+def test_an_order_may_be_given_as_a_list() -> None:
+    listed = Layout(2, 2, 2, order=["data", "tensor", "pipe"])  # type: ignore[arg-type]
+    assert {listed: 1}[Layout(2, 2, 2, order=("data", "tensor", "pipe"))] == 1
 
 
 @pytest.mark.parametrize("rank", [-1, 4])
@@ -83,6 +138,21 @@ def test_auto_fills_the_processes_that_were_started(pp: int, tp: int, world_size
 def test_auto_fills_the_devices_where_nothing_was_started() -> None:
     assert plan_layout(pp=2, tp=1, dp="auto", num_devices=8) == Layout(pp=2, dp=4, tp=1)
     assert plan_layout(pp=2, tp=1, dp="auto") == Layout(pp=2, dp=1, tp=1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dp": "auto", "world_size": 8},
+        {"dp": "auto", "num_devices": 8},
+        {"dp": "auto"},
+        {"dp": 2, "world_size": 8},
+        {"dp": 2},
+    ],
+)
+def test_the_order_is_kept_however_the_degrees_are_found(asked: dict[str, object]) -> None:
+    layout = plan_layout(pp=2, tp=2, order=("tensor", "data", "pipe"), **asked)  # type: ignore[arg-type]
+    assert layout.order == ("tensor", "data", "pipe")
 
 
 def test_a_degree_that_is_given_need_not_fill_the_devices() -> None:

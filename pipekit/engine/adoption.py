@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch.distributed as dist
@@ -14,9 +15,12 @@ from torch import nn
 from pipekit.engine.distributed import join_as_deepspeed
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.errors import ConfigError, LayoutError
-from pipekit.layout import Layout, plan_layout
+from pipekit.layout import DEFAULT_ORDER, Axis, Layout, plan_layout
 from pipekit.schedules import Schedule, default_stages_per_rank, schedule_placement
 from pipekit.specs import LayerSpec, TiedLayerSpec
+
+# DeepSpeed's names of the axes.
+_AXES: dict[str, Axis] = {"pipe": "pipe", "data": "data", "model": "tensor"}
 
 
 class Function(nn.Module):
@@ -124,14 +128,17 @@ def _plan_layout(num_stages: int | None, topology: ProcessTopology | None, world
                 f"num_stages={num_stages} does not divide the {world_size} processes; try {' or '.join(fitting)}"
             )
         return plan_layout(pp=num_stages, tp=1, dp=world_size // num_stages, world_size=world_size, num_devices=None)
-    axes = [axis for axis in topology.get_axis_names() if topology.get_dim(axis) > 1]
-    if axes != [axis for axis in ("pipe", "data", "model") if axis in axes]:
+    axes = list(topology.get_axis_names())
+    unknown = [axis for axis in axes if axis not in _AXES]
+    if unknown:
         raise LayoutError(
-            f"the topology's axes are {', '.join(topology.get_axis_names())}; pipekit lays ranks out as "
-            "pipe, data, model: use PipeDataParallelTopology or PipeModelDataParallelTopology"
+            f"the topology has the axis {unknown[0]!r}, and pipekit knows pipe, data and model, in any order; use "
+            "PipeModelDataParallelTopology, or ProcessTopology(axes=['pipe', 'data', 'model'], dims=[...])"
         )
-    if "model" in axes:
-        raise LayoutError("the topology has a tensor-parallel axis, which is not available yet; give it a degree of 1")
-    # DeepSpeed gives 0 for an axis that is not there.
-    pp, dp = (max(1, topology.get_dim(axis)) for axis in ("pipe", "data"))
-    return plan_layout(pp=pp, tp=1, dp=dp, world_size=world_size, num_devices=None)
+    # DeepSpeed gives 0 for an axis that is not there. Wherever that stands among the others, ranks are the same.
+    pp, dp, tp = (max(1, topology.get_dim(axis)) for axis in ("pipe", "data", "model"))
+    named = [_AXES[axis] for axis in axes]
+    order = next(
+        order for order in permutations(DEFAULT_ORDER, 3) if [axis for axis in order if axis in named] == named
+    )
+    return plan_layout(pp=pp, tp=tp, dp=dp, world_size=world_size, num_devices=None, order=order)

@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from pipekit.planner.figures import bytes_text, count_text, seconds_text
-from pipekit.schedules.action import Action
-from pipekit.schedules.draw import ACTION_COLOURS, ACTION_NAMES, ink_on, shade
+from pipekit.schedules.action import ACTION_NAMES, Action
+from pipekit.schedules.draw import ACTION_COLOURS, ink_on, shade
 
 _MEMORY_PARTS: dict[str, tuple[str, str]] = {
     "weights": ("weights", "#0072B2"),
@@ -27,6 +27,7 @@ _LAYOUT_KEYS: dict[str, str] = {
     "pp": "pp",
     "tp": "tp",
     "dp": "dp",
+    "order": "order",
     "zero": "ZeRO",
     "schedule": "schedule",
     "stages_per_rank": "stages per rank",
@@ -347,6 +348,8 @@ def _layout(layout: Mapping[str, Any], limit: int | None = None) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pipekit.layout import Layout
+from pipekit.layout import DEFAULT_ORDER, Layout
 from pipekit.partitioners import ComparedPartition
 from pipekit.planner.devices import Device
 from pipekit.planner.memory import MemoryParts
@@ -88,10 +88,12 @@ def report(
 def choice_report(choice: Choice) -> dict[str, Any]:
     """Return a layout as plain data."""
     layout = choice.layout
+    order = {} if layout.order == DEFAULT_ORDER else {"order": list(layout.order)}
     return {
         "pp": layout.pp,
         "tp": layout.tp,
         "dp": layout.dp,
+        **order,
         "zero": choice.zero,
         "schedule": choice.schedule,
         "stages_per_rank": choice.stages_per_rank,

@@ -80,7 +80,7 @@ class Estimator:
     def __init__(self, model: PlannedModel) -> None:
         self._model = model
         self._cuts: dict[tuple[int, int, int, bool], _Cut] = {}
-        self._costs: dict[tuple[int, int, int, bool, bool], Costs] = {}
+        self._costs: dict[tuple[int, int, int, bool, tuple[bool, ...]], Costs] = {}
         self._boundaries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
 
     def estimate(self, choice: Choice, cluster: Cluster) -> Rough:
@@ -153,8 +153,8 @@ class Estimator:
 
     def _stage_costs(self, choice: Choice, cluster: Cluster, cut: _Cut) -> Costs:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
-        is_far = cluster.pipe_link == cluster.device.inter_node
-        key = (choice.micro_batch_size, len(cut.parameters), choice.layout.tp, choice.checkpointing, is_far)
+        are_far = tuple(link == cluster.device.inter_node for link in (cluster.pipe_link, cluster.tensor_link))
+        key = (choice.micro_batch_size, len(cut.parameters), choice.layout.tp, choice.checkpointing, are_far)
         if key not in self._costs:
             costs = self._model.costs_of(choice.micro_batch_size)
             self._costs[key] = stage_costs(

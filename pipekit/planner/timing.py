@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipekit.layout import Layout
+from pipekit.layout import Axis, Layout
 from pipekit.planner.devices import Device, Link
 from pipekit.planner.layer_costs import LayerCosts
 from pipekit.planner.memory import BYTES_OF, Precision
@@ -45,7 +45,8 @@ class Cluster:
 
     Attributes:
         device: what each rank computes on.
-        layout: the grid of ranks; nodes are filled in the order of ranks.
+        layout: the grid of ranks; nodes are filled in the order of ranks, so that the order of its axes decides which
+            groups lie within one.
     """
 
     device: Device
@@ -54,23 +55,29 @@ class Cluster:
     @property
     def tensor_link(self) -> Link:
         """What joins tensor-parallel peers."""
-        return self._link_within(self.layout.tp)
+        return self._link_along("tensor")
 
     @property
     def data_link(self) -> Link:
         """What joins the replicas of a stage."""
-        return self._link_within(self.layout.tp * self.layout.dp)
+        return self._link_along("data")
 
     @property
     def pipe_link(self) -> Link:
         """What joins neighbouring pipeline ranks, in the slowest place."""
-        return self._link_within(self.layout.world_size)
+        return self._link_along("pipe")
 
-    def _link_within(self, span: int) -> Link:
-        """Return the slowest link within blocks of `span` ranks, one of which may lie on two nodes."""
+    def _link_along(self, axis: Axis) -> Link:
+        """Return the slowest link that a group along an axis needs.
+
+        Groups fill blocks of consecutive ranks. Where a block lies on two nodes, the group of its first rank, or of one
+        a little behind it, does too.
+        """
         per_node = self.device.devices_per_node
-        is_one_node = self.layout.world_size <= per_node
-        return self.device.intra_node if is_one_node or per_node % span == 0 else self.device.inter_node
+        is_one_node = self.layout.world_size <= per_node or self.layout.degree(axis) == 1
+        return (
+            self.device.intra_node if is_one_node or per_node % self.layout.span(axis) == 0 else self.device.inter_node
+        )
 
 
 def reduction_s(parameters: int, cluster: Cluster) -> float:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pipekit.config import Config
 from pipekit.engine.distributed import join_processes, leave_processes, raise_together
-from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.engine.unit_check import check_unit
 from pipekit.errors import ConfigError
 from pipekit.plan import Plan
 from pipekit.schedules import write_csv
@@ -63,17 +63,14 @@ def run_rank(
         device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
         if config.parallel.partition == "profile":
             plan = replace(plan, boundaries=_boundaries_of_first_rank(plan))
-        context = TrialContext(
-            plan,
-            ModelParallelUnit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s),
-            device,
-            folder,
-            start,
-        )
+        trial = load_trial(config)
+        unit = trial.build_unit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s)
+        check_unit(unit, layout=plan.layout, placement=plan.placement)
+        context = TrialContext(plan, unit, device, folder, start)
         console = make_console(terminal)
         error: Exception | None = None
         callbacks: list[Callback] = []
-        if rank == 0:
+        if unit.should_report_metrics:
             try:
                 write_config(folder, resumable(plan.config))
                 if plan.layout.pp > 1:
@@ -85,7 +82,7 @@ def run_rank(
                 show_plan(plan, console)
             callbacks.append(ConsoleProgress(console, interval=config.logging.interval))
         raise_together(error)
-        trainer = Trainer(load_trial(config)(context), callbacks)
+        trainer = Trainer(trial(context), callbacks)
         result = trainer.fit()
         with contextlib.suppress(RuntimeError):
             leave_processes()

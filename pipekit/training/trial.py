@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pipekit.config import Config
 from pipekit.data.loader import MapDataset
+from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.layout import Layout
 from pipekit.planner.example import Example
 from pipekit.specs import LayerSpec
 from pipekit.training.callbacks import Callback
@@ -51,6 +53,20 @@ class Trial:
     def build_layers(cls, config: Config) -> list[LayerSpec]:
         """Return the model."""
         raise NotImplementedError(f"{cls.__name__}.build_layers must return the model's list of LayerSpec")
+
+    @classmethod
+    def build_unit(cls, layout: Layout, *, placement: Sequence[int], timeout_s: float) -> ModelParallelUnit:
+        """Return the process groups of the run, and this rank's place in them. Every rank calls this together.
+
+        A subclass of `ModelParallelUnit` may answer otherwise than it does. The answers of all ranks are compared
+        before anything is built, so that a mistake is one error on all of them.
+
+        Args:
+            layout: the grid of ranks.
+            placement: the pipeline rank of each stage.
+            timeout_s: no wait in one of its groups lasts longer.
+        """
+        return ModelParallelUnit(layout, placement=placement, timeout_s=timeout_s)
 
     @classmethod
     def example(cls, config: Config, micro_batch_size: int) -> Example | None:

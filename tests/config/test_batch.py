@@ -53,6 +53,8 @@ def test_auto_fills_the_processes_then_the_devices_then_is_one():
     assert resolve_layout(config, world_size=8, num_devices=2) == Layout(pp=2, dp=4)
     assert resolve_layout(config, num_devices=4) == Layout(pp=2, dp=2)
     assert resolve_layout(config) == Layout(pp=2, dp=1)
+    reordered = config.updated({"parallel.order": ["data", "tensor", "pipe"]})
+    assert resolve_layout(reordered, world_size=8) == Layout(pp=2, dp=4, order=("data", "tensor", "pipe"))
 
 
 def test_degrees_that_do_not_fit_are_refused():

@@ -43,7 +43,11 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             "threads_per_process": draw(st.sampled_from(["auto", 3])),
         },
         "model": draw(gpt | own | st.just("my.module:build")),
-        "parallel": {"pp": draw(st.integers(1, 4)), "dp": draw(st.sampled_from(["auto", 1]))},
+        "parallel": {
+            "pp": draw(st.integers(1, 4)),
+            "dp": draw(st.sampled_from(["auto", 1])),
+            "order": draw(st.permutations(["pipe", "data", "tensor"])),
+        },
         "train": {
             "steps": draw(st.integers(10, 10**9)),
             "micro_batch_size": micro,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,12 +166,15 @@ def test_a_trial_of_ones_own_says_what_it_is_given(path: Path, monkeypatch: pyte
     assert [stage["parameters"] for stage in found["stages"]] == [72, 72]
 
 
-@pytest.mark.parametrize(("key", "value"), [("pp", "2"), ("schedule", "zb-v"), ("partition", "flops"), ("zero", "0")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pp", "2"), ("order", "[data, pipe, tensor]"), ("schedule", "zb-v"), ("partition", "flops"), ("zero", "0")],
+)
 def test_what_auto_chooses_is_not_given_beside_it(path: Path, key: str, value: str) -> None:
     config = yaml.safe_load(path.read_text())
     config["parallel"] = "auto"
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=rf"parallel\.{key}={value} does not go with parallel\.auto=true"):
+    with pytest.raises(ConfigError, match=rf"parallel\.{key}={re.escape(value)} does not go with parallel\.auto=true"):
         load_config(path, [f"parallel.{key}={value}"])
 
 

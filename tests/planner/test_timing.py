@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipekit.layout import Layout
+from pipekit.layout import Axis, Layout
 from pipekit.planner.devices import Link
 from pipekit.planner.timing import Cluster, StepTimes, all_gather_s, all_reduce_s, stage_costs, step_times
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
@@ -48,12 +49,35 @@ def test_an_all_reduce_sends_every_share_around_the_ring_twice() -> None:
         ({"pp": 2, "dp": 4, "tp": 4}, "intra", "inter", "inter"),
         ({"pp": 4, "dp": 6, "tp": 1}, "intra", "inter", "inter"),  # ranks 6 to 11 lie on two nodes
         ({"pp": 1, "dp": 6, "tp": 1}, "intra", "intra", "intra"),
+        ({"pp": 2, "dp": 4, "tp": 4, "order": ("tensor", "data", "pipe")}, "inter", "intra", "intra"),
+        ({"pp": 2, "dp": 4, "tp": 4, "order": ("data", "tensor", "pipe")}, "intra", "inter", "intra"),
     ],
 )
-def test_groups_use_the_slowest_link_that_they_need(layout: dict[str, int], tensor: str, data: str, pipe: str) -> None:
+def test_groups_use_the_slowest_link_that_they_need(layout: dict[str, Any], tensor: str, data: str, pipe: str) -> None:
     cluster = Cluster(device(intra_node=FAST, inter_node=SLOW), Layout(**layout))
     links = {"intra": cluster.device.intra_node, "inter": cluster.device.inter_node}
     assert (cluster.tensor_link, cluster.data_link, cluster.pipe_link) == (links[tensor], links[data], links[pipe])
+
+
+@settings(max_examples=300)
+@given(
+    degrees=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
+    order=st.permutations(["pipe", "data", "tensor"]),
+    per_node=st.integers(1, 16),
+)
+def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
+    degrees: tuple[int, int, int], order: list[Axis], per_node: int
+) -> None:
+    layout = Layout(*degrees, order=tuple(order))  # type: ignore[arg-type]
+    cluster = Cluster(device(intra_node=FAST, inter_node=SLOW, devices_per_node=per_node), layout)
+    links: dict[Axis, Link] = {
+        "pipe": cluster.pipe_link,
+        "data": cluster.data_link,
+        "tensor": cluster.tensor_link,
+    }
+    for axis, link in links.items():
+        is_slow = any(len({rank // per_node for rank in ranks}) > 1 for ranks in layout.groups(axis))
+        assert (link == cluster.device.inter_node) == is_slow
 
 
 def test_stages_take_their_operations_or_what_was_measured() -> None:
