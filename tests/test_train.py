@@ -42,6 +42,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "precision": "fp32",
             "eval_interval": 6,
             "eval_batches": 2,
+            "check_replicas": 1,
         },
         "optimizer": {"lr": 3e-3},
         "scheduler": {"warmup_steps": 3},
@@ -335,6 +336,34 @@ def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, tria
     assert done.stderr.startswith(f"error: {message}")
     assert ranks_of(run) == []
     assert [record["step"] for record in metrics(workspace, run)] == [1, 2]
+
+
+DRIFTING_TRIAL = """
+from pipekit.training.language_model import LanguageModelTrial
+
+class Drifting(LanguageModelTrial):
+    def learning_rate(self, step):
+        return super().learning_rate(step) * (1 + self.context.unit.data_parallel_rank)
+"""
+
+
+@pytest.mark.parametrize(("interval", "steps"), [("3", [1, 2]), ("null", [1, 2, 3, 4])])
+def test_replicas_that_drift_apart_end_the_run_before_a_checkpoint(
+    workspace: Path, interval: str, steps: list[int]
+) -> None:
+    (workspace / "drifting.py").write_text(DRIFTING_TRIAL)
+    run = f"runs/drifting-{interval}"
+    overrides = ("run.trial=drifting:Drifting", f"run.dir={run}", f"train.check_replicas={interval}", "parallel.pp=1")
+    overrides += ("parallel.dp=2", "parallel.zero=0", "train.steps=4", "train.eval_interval=null")
+    done = pipekit(workspace, "train", "c.yaml", *overrides, "checkpoint.interval=3")
+    assert [record["step"] for record in metrics(workspace, run)] == steps
+    if interval == "null":
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 2
+    assert "after step 3, copies that must be equal on all ranks that hold them are not:" in done.stderr
+    assert "  embed.weight: rank 1 differs from rank 0 (data-parallel replicas)" in done.stderr
+    assert not list((workspace / run / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
