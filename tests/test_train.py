@@ -297,6 +297,48 @@ def test_a_trial_of_ones_own_adds_metrics_that_are_right_under_every_layout(work
     assert accuracies[1] == pytest.approx(accuracies[0], rel=1e-3)
 
 
+UNIT_TRIAL = """
+from pipekit import LanguageModelTrial, ModelParallelUnit
+
+class ReportsLast(ModelParallelUnit):
+    @property
+    def should_report_metrics(self):
+        return self.global_rank == self.layout.world_size - 1
+
+class Reporting(LanguageModelTrial):
+    @classmethod
+    def build_unit(cls, layout, *, placement, timeout_s):
+        return ReportsLast(layout, placement=placement, timeout_s=timeout_s)
+
+class Silent(ModelParallelUnit):
+    should_report_metrics = False
+
+class Wrong(LanguageModelTrial):
+    @classmethod
+    def build_unit(cls, layout, *, placement, timeout_s):
+        return Silent(layout, placement=placement, timeout_s=timeout_s)
+"""
+
+
+def test_a_trial_brings_its_own_unit(workspace: Path, base_run: str) -> None:
+    (workspace / "own_unit.py").write_text(UNIT_TRIAL)
+    overrides = ("parallel.dp=2", "parallel.order=[data, pipe, tensor]", "train.steps=6", "scheduler.decay_steps=12")
+    done = pipekit(workspace, "train", "c.yaml", "run.trial=own_unit:Reporting", "run.dir=runs/unit", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert losses(workspace, "runs/unit") == pytest.approx(losses(workspace, "runs/base")[:6], rel=1e-4)
+    assert "step 6/6  loss" in (workspace / "runs/unit/logs/rank-3.log").read_text() + done.stdout
+    assert "in the order data, pipe, tensor, 4 processes" in done.stdout
+
+
+def test_a_trials_unit_that_does_not_fit_is_refused_before_training(workspace: Path) -> None:
+    (workspace / "own_unit.py").write_text(UNIT_TRIAL)
+    done = pipekit(workspace, "train", "c.yaml", "run.trial=own_unit:Wrong", "run.dir=runs/wrong")
+    assert done.returncode == 2
+    assert "the ranks' model-parallel units do not fit together" in done.stderr
+    assert "rank 0: should_report_metrics is False, as on every rank" in done.stderr
+    assert not (workspace / "runs/wrong/metrics.jsonl").exists()
+
+
 FAILING_TRIAL = """
 import os, signal
 from pipekit.training.language_model import LanguageModelTrial
