@@ -23,7 +23,7 @@ from pipekit.launch.local import run_local
 from pipekit.launch.resources import num_accelerators, num_usable_cpus, thread_environ, threads_per_process
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 from pipekit.layout import Layout
-from pipekit.verify.explain import Setting
+from pipekit.verify.explain import Setting, show_names
 from pipekit.verify.layouts import Candidate, Facts, parse_layouts, plan_candidates, reason_against
 from pipekit.verify.measurement import MEASUREMENTS_FILE, TOLERANCE, load_measurements
 from pipekit.verify.report import Result, Verification, report
@@ -110,7 +110,13 @@ def verify_config(config: Config, options: VerifyOptions) -> Verification:
     session = _Session(config, specs, num_gpus, options)
     results = []
     with _working_folder(options.keep) as folder:
-        session.run_reference(folder)
+        random_layers = session.run_reference(folder)
+        if random_layers and any(candidate.layout.tp > 1 for candidate in fitting):
+            notes.append(
+                f"random numbers are drawn by {show_names(random_layers)}; those that are drawn for a tensor-parallel "
+                "rank's part of an activation (sharded_randomness) differ from those of one process by design: verify "
+                "without dropout"
+            )
         for candidate in fitting:
             try:
                 candidate_config = _config_of(config, candidate)
@@ -183,8 +189,8 @@ class _Session:
         for note in guard_extension_builds({**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions_dir(os.environ))}):
             sys.stderr.write(f"{note}\n")
 
-    def run_reference(self, folder: Path) -> None:
-        """Record what every layout is held to.
+    def run_reference(self, folder: Path) -> list[str]:
+        """Record what every layout is held to, and return the layers that draw random numbers.
 
         Raises:
             PipekitError: if the model does not run in one process.
@@ -198,6 +204,10 @@ class _Session:
                 "the model does not run in one process, so that there is nothing to compare with: "
                 f"{_first_words(error)}"
             ) from None
+        from pipekit.verify.recording import Recording
+
+        names: list[str] = Recording(folder / "reference").facts[0]["random_layers"]
+        return names
 
     def run_candidate(self, folder: Path, candidate: Candidate, config: Config) -> Result:
         """Run a layout, and return what was found."""
@@ -309,11 +319,6 @@ def _comparable(config: Config, candidates: Sequence[Candidate]) -> tuple[Config
             notes.append(
                 f"model.dropout={config.model.dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own "
                 "for their parts, so that a run with tp > 1 draws others than one process"
-            )
-        elif not isinstance(config.model, GPTConfig):
-            notes.append(
-                "where layers draw random numbers for their part of an activation (sharded_randomness), layouts with "
-                "tp > 1 differ from one process by design; verify such a model without dropout"
             )
     return config.updated(changes), notes
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from torch import Tensor
 
-from pipekit.verify.measurement import TOLERANCE, Measurement
+from pipekit.verify.measurement import LOSS, TOLERANCE, Measurement
 from pipekit.verify.recording import Copy, Key, Recording, flat_norm
 
 # Torch draws the same numbers everywhere; what is then made of them, a QR decomposition for instance, may be rounded.
@@ -93,12 +94,12 @@ def _compare_flow(judge: _Judge, tolerance: float) -> Iterator[Measurement]:
     """Compare what passes forward and back between the layers of the first step."""
     expected = judge.expected
     assert expected is not None
-    last = len(judge.layer_names) - 1
-    for kind, source in (("output", -1), ("output gradient", +1)):
+    loss = len(judge.layer_names)
+    for kind, source in (("output", -1), ("input gradient", +1)):
         for key in judge.union(kind, 0):
             known = expected.copies(key)
             # The loss may take what the last layer returns without its ever being one tensor.
-            if kind == "output gradient" and key.layer_idx == last and not (known and judge.found.copies(key)):
+            if kind == "input gradient" and key.layer_idx == loss and not (known and judge.found.copies(key)):
                 continue
 
             made_of = Key(key.kind, key.step, key.layer_idx + source, key.name, key.micro_batch)
@@ -198,12 +199,13 @@ class _Judge:
         )
         if not base.is_fault:
             return base
-        num_wrong = sum(off > limit for off, _, _ in results)
-        return _explained(base, tensor, right, limit, num_wrong, _axes_apart([copy for _, copy, _ in results], limit))
+        wrong = [copy for off, copy, _ in results if not off <= limit]
+        base = replace(base, num_wrong=len(wrong), ranks=tuple(sorted({rank for copy in wrong for rank in copy.ranks})))
+        return _explained(base, tensor, right, limit, _axes_apart([copy for _, copy, _ in results], limit))
 
     def _place(self, key: Key) -> dict[str, object]:
         return {
-            "layer": self.layer_names[key.layer_idx],
+            "layer": [*self.layer_names, LOSS][key.layer_idx],
             "layer_idx": key.layer_idx,
             "tensor": key.name,
             "micro_batch": key.micro_batch,
@@ -248,24 +250,19 @@ class _Judge:
         )
 
 
-def _explained(
-    base: Measurement, found: Tensor, expected: Tensor, limit: float, num_wrong: int, apart: tuple[str, ...]
-) -> Measurement:
+def _explained(base: Measurement, found: Tensor, expected: Tensor, limit: float, apart: tuple[str, ...]) -> Measurement:
     """Return a measurement with what helps to find the cause."""
     wrong = found.double()
     distance = (wrong - expected).abs().nan_to_num(nan=math.inf)
     at = int(distance.argmax())
     threshold = limit / math.sqrt(max(1, expected.numel()))
-    return Measurement(
-        **{
-            **vars(base),
-            "num_wrong": num_wrong,
-            "apart": apart,
-            "ratio": proportion(wrong, expected),
-            "share": float((distance > threshold).double().mean()),
-            "found": float(wrong.flatten()[at]),
-            "expected": float(expected.flatten()[at]),
-        }
+    return replace(
+        base,
+        apart=apart,
+        ratio=proportion(wrong, expected),
+        share=float((distance > threshold).double().mean()),
+        found=float(wrong.flatten()[at]),
+        expected=float(expected.flatten()[at]),
     )
 
 

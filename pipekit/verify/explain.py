@@ -37,7 +37,7 @@ def describe(fault: Measurement) -> str:
         >>> describe(Measurement("output", 0, 1.0, 10.0, layer="blocks.0.mlp", micro_batch=2))
         'the output of blocks.0.mlp, in step 1, for micro-batch 2'
     """
-    place = f"{fault.layer}{fault.tensor}" if fault.kind.startswith("output") else fault.tensor
+    place = f"{fault.layer}{fault.tensor}" if fault.kind in ("output", "input gradient") else fault.tensor
     if fault.kind == "initial weights":
         return f"the initial weights of {place}"
     if fault.kind == "weights":
@@ -68,8 +68,8 @@ def quantify(fault: Measurement) -> str:
     text = f"off by {_percent(fault.error)} {of_what}"
     if fault.found is not None and fault.expected is not None:
         text += (
-            f", in {_percent(fault.share)} of its elements; the one furthest off is {fault.found:.6g}, and "
-            f"{fault.expected:.6g} in one process"
+            f", in {_percent(fault.share)} of its elements: one is {fault.found:.6g}, and {fault.expected:.6g} in one "
+            "process"
         )
     return text
 
@@ -80,15 +80,18 @@ def locate(fault: Measurement, setting: Setting) -> str:
     Example:
         >>> setting = Setting(Layout(dp=2), ["a"], [0, 1], frozenset())
         >>> locate(Measurement("gradient", 0, 1.0, 9.0, layer="a", ranks=(1,), num_copies=2, num_wrong=1), setting)
-        'on rank 1 (1 of the 2 copies)'
+        'rank 1; 1 of the 2 copies is off'
     """
     if not fault.ranks or setting.layout.world_size == 1:
         return ""
-    ranks = f"on rank{'s' if len(fault.ranks) > 1 else ''} {', '.join(map(str, fault.ranks))}"
-    if fault.num_copies > 1:
-        which = "all" if fault.num_wrong == fault.num_copies else f"{fault.num_wrong} of the"
-        ranks += f" ({which} {fault.num_copies} copies{' are off' if which == 'all' else ''})"
-    return ranks
+    ranks = f"rank{'s' if len(fault.ranks) > 1 else ''} {', '.join(map(str, fault.ranks))}"
+    if fault.num_copies == 1:
+        return ranks
+    if fault.num_wrong == fault.num_copies == 2:
+        return f"{ranks}; both copies are off"
+    if fault.num_wrong == fault.num_copies:
+        return f"{ranks}; all {fault.num_copies} copies are off"
+    return f"{ranks}; {fault.num_wrong} of the {fault.num_copies} copies {'is' if fault.num_wrong == 1 else 'are'} off"
 
 
 def likely_cause(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
@@ -103,7 +106,7 @@ def likely_cause(fault: Measurement, setting: Setting, others: Sequence[str]) ->
         "initial weights": _of_initial_weights,
         "output": _of_output,
         "loss": _of_loss,
-        "output gradient": _of_output_gradient,
+        "input gradient": _of_input_gradient,
         "gradient": _of_gradient,
         "gradient norm": _of_norm,
         "weights": _of_weights,
@@ -125,13 +128,13 @@ def _of_output(fault: Measurement, setting: Setting, others: Sequence[str]) -> s
     if fault.note:
         return f"{given}; the shape of what it returns depends on the layout"
     causes = []
+    if "tensor" in fault.apart:
+        return f"{given}; its tensor-parallel ranks return different results, which were not summed or gathered"
     if setting.layout.tp > 1:
         causes.append(
             "a sum over the tensor-parallel ranks that is missing or made twice in its forward (RowParallelLinear "
             "makes its own), or a wrong part of a weight"
         )
-        if "tensor" in fault.apart:
-            causes[0] = "its tensor-parallel ranks hold different results, which were not summed or gathered"
     causes.append(
         "random numbers that it draws from a generator of its own, in place of torch's default one, which is seeded "
         "for each step, micro-batch and layer"
@@ -156,11 +159,12 @@ def _of_loss(fault: Measurement, setting: Setting, others: Sequence[str]) -> str
     )
 
 
-def _of_output_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
-    if fault.layer_idx + 1 >= len(setting.layer_names):
+def _of_input_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+    if fault.layer_idx == len(setting.layer_names):
         return "every output agrees, and so does the loss; likely the backward of the loss function"
-    following = setting.layer_names[fault.layer_idx + 1]
-    text = f"all outputs agree; what the backward of {following} passes on is wrong"
+    text = (
+        f"all outputs agree, and so does what is passed back to {fault.layer}; what its backward makes of that is wrong"
+    )
     if setting.layout.tp > 1:
         text += (
             ": likely a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_parts makes "
@@ -168,13 +172,13 @@ def _of_output_gradient(fault: Measurement, setting: Setting, others: Sequence[s
         )
     else:
         text += ": likely an autograd function, or a hook on gradients, that reads its rank or keeps something"
-    if fault.layer_idx + 1 in setting.boundaries[1:-1]:
-        text += "; or what came back over from the next stage"
+    if fault.layer_idx in setting.boundaries[1:-1]:
+        text += "; or what went back over to the stage before"
     return text
 
 
 def _of_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
-    given = "the gradients of all layers' outputs agree" if fault.step == 0 else "the steps before agree"
+    given = "all that passes forward and back between layers agrees" if fault.step == 0 else "the steps before agree"
     ratio = fault.ratio
     if "data" in fault.apart:
         return f"{given}; the replicas hold different gradients: they were not averaged over parallel.dp"
@@ -191,7 +195,7 @@ def _of_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) ->
         tied = summed_twice if _is_tied(fault, setting) else ""
         if factor >= 2 and abs(ratio - factor) < 0.02:
             times = "twice" if factor == 2 else f"{factor} times"
-            return f"{given}; it is counted {times}{tied}" + _degree_hint(factor, setting)
+            return f"{given}; it is counted {times}{tied or _degree_hint(factor, setting)}"
         if abs(1 / ratio - round(1 / ratio)) < 0.02:
             return f"{given}; it is divided by {round(1 / ratio)}, or so much of it is not counted" + _degree_hint(
                 round(1 / ratio), setting

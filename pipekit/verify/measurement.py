@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["initial weights", "output", "loss", "output gradient", "gradient", "gradient norm", "weights"]
+Kind = Literal["initial weights", "output", "loss", "input gradient", "gradient", "gradient norm", "weights"]
 
 KINDS: tuple[Kind, ...] = (
     "initial weights",
     "output",
     "loss",
-    "output gradient",
+    "input gradient",
     "gradient",
     "gradient norm",
     "weights",
@@ -25,6 +25,9 @@ KINDS: tuple[Kind, ...] = (
 TOLERANCE = 1e-4
 """How far a loss, an output or a gradient may be from that of one process, relative to its norm."""
 
+
+LOSS = "the loss"
+"""What comes behind the last layer."""
 
 MEASUREMENTS_FILE = "measurements.json"
 
@@ -39,11 +42,13 @@ class Measurement:
         error: 2-norm of the difference over that of the tensor of one process; infinite where one of them is missing,
             not finite, or of another shape.
         excess: the difference over what is allowed; more than 1 is a fault.
-        layer: name of the layer; None for a number of the whole step.
-        layer_idx: its index.
-        tensor: name of the parameter, or the place in the layer's output.
+        layer: name of the layer; None for a number of the whole step. An input gradient is that of the layer whose
+            backward makes it; what the loss passes back belongs to `LOSS`.
+        layer_idx: its index; that of the loss is the number of layers.
+        tensor: name of the parameter, or the place in the layer's output or input.
         micro_batch: index of the micro-batch in the global batch; -1 for what belongs to the whole step.
-        ranks: the ranks that hold the copy which is furthest off; empty for a number of the whole step.
+        ranks: the ranks that hold a copy which is at fault, or else the one that is furthest off; empty for a number
+            that all ranks have.
         num_copies: how many ranks, or groups of tensor-parallel ranks, hold a copy.
         num_wrong: how many of the copies are at fault.
         apart: the axes along which the copies differ from each other.
@@ -82,7 +87,7 @@ def first_fault(measurements: Iterable[Measurement]) -> Measurement | None:
     """Return the fault that can have caused the others, or None where there is none.
 
     Steps come in order, and in each what is made first: weights, then outputs from the first layer to the last, the
-    loss, output gradients from the last layer to the first, gradients of parameters, their norm, and the weights that
+    loss, input gradients from the last layer to the first, gradients of parameters, their norm, and the weights that
     the update leaves.
 
     Example:
@@ -96,7 +101,7 @@ def first_fault(measurements: Iterable[Measurement]) -> Measurement | None:
 
 
 def _order_of_cause(found: Measurement) -> tuple[int, int, int, int, str]:
-    layer_idx = -found.layer_idx if found.kind == "output gradient" else found.layer_idx
+    layer_idx = -found.layer_idx if found.kind == "input gradient" else found.layer_idx
     return found.step, KINDS.index(found.kind), layer_idx, found.micro_batch, found.tensor
 
 

@@ -1,4 +1,4 @@
-"""Recording what passes between layers: what each returns, and the gradient of that."""
+"""Recording what passes between layers: what each returns, and what the next one passes back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ShardOf = Callable[[int, Tensor], Shard | None]
 
 
 class FlowObserver:
-    """Records outputs and their gradients, micro-batch by micro-batch.
+    """Records the outputs of layers and the gradients of their inputs, micro-batch by micro-batch.
 
     Args:
         recorder: where to.
@@ -53,7 +53,7 @@ class FlowObserver:
             shard = self._shard_of_output(layer_idx, tensor)
             self._recorder.write(key, tensor, shard=shard)
             if tensor.requires_grad:
-                self._observe_gradient(Key("output gradient", step, layer_idx, name, micro_batch), tensor, shard)
+                self._observe_gradient(Key("input gradient", step, layer_idx + 1, name, micro_batch), tensor, shard)
 
     def _observe_gradient(self, key: Key, tensor: Tensor, shard: Shard | None) -> None:
         def write(gradient: Tensor) -> None:

@@ -60,14 +60,16 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
     )
-    losses, norms = [], []
+    losses, norms, rates = [], [], []
+    random_layers: dict[str, None] = {}
     model.train()
     for step in range(num_steps):
         observer = FlowObserver(recorder, num_micro_batches=loader.num_micro_batches) if step == 0 else None
         loss = 0.0
         for micro_batch, batch in enumerate(loader.step_batches(step * train.global_batch_size)):
             inputs, labels = to_device(batch, device)
-            outputs = _forward(model, inputs, seed=train.seed, path=(step, micro_batch), observer=observer)
+            path = (step, micro_batch)
+            outputs = _forward(model, inputs, seed=train.seed, path=path, observer=observer, drawing=random_layers)
             part: Tensor = trial.loss(outputs, labels) / loader.num_micro_batches
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part)
@@ -79,6 +81,7 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
         optimizer.zero_grad()
         losses.append(loss)
         norms.append(norm)
+        rates.append(lr)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise PipekitError(
                 f"in one process the loss of step {step + 1} is {loss:g} and the gradient's norm {norm:g}, so that "
@@ -86,18 +89,33 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
             )
     for name, parameter in parameters.items():
         recorder.write(Key("weights", num_steps - 1, layer_of[name], name), parameter)
-    recorder.finish(losses=losses, norms=norms)
+    recorder.finish(losses=losses, norms=norms, rates=rates, random_layers=list(random_layers))
 
 
 def _forward(
-    model: SequentialModel, inputs: Any, *, seed: int, path: tuple[int, int], observer: FlowObserver | None
+    model: SequentialModel,
+    inputs: Any,
+    *,
+    seed: int,
+    path: tuple[int, int],
+    observer: FlowObserver | None,
+    drawing: dict[str, None],
 ) -> Any:
+    """Run the layers on one micro-batch; those that draw random numbers are noted in `drawing`."""
     for layer_idx, layer in enumerate(model.steps):
         torch.manual_seed(fold_seed(seed, "layer", *path, layer_idx))
+        before = _generator_states()
         inputs = layer(inputs)
+        if not all(map(torch.equal, before, _generator_states())):
+            drawing[model.names[layer_idx]] = None
         if observer is not None:
             observer(layer_idx, inputs, path)
     return inputs
+
+
+def _generator_states() -> list[Tensor]:
+    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return [torch.default_generator.get_state(), *on_gpu]
 
 
 def _layer_of(parameter_name: str, layer_names: list[str]) -> str:

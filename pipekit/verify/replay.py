@@ -20,7 +20,7 @@ def compare_updates(
     found: Recording,
     *,
     build_optimizer: OptimizerBuilder,
-    learning_rate: Callable[[int], float],
+    rates: Sequence[float],
     gradient_clipping: float,
     tolerance: float = TOLERANCE,
 ) -> Iterator[Measurement]:
@@ -33,7 +33,7 @@ def compare_updates(
         model: the whole model, with its initial weights.
         found: of the layout.
         build_optimizer: called with the trainable parameters.
-        learning_rate: of the update after so many.
+        rates: learning rate of each step.
         gradient_clipping: largest norm of the gradient; 0 does not clip.
         tolerance: relative to what has changed.
     """
@@ -42,11 +42,11 @@ def compare_updates(
     trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
     optimizer = build_optimizer(trainable)
     keys = {(key.step, key.name): key for key in found.keys("gradient")}
-    for step in range(len(found.facts[0]["losses"])):
+    for step, lr in enumerate(rates):
         for name, parameter in parameters.items():
             key = keys.get((step, name))
             parameter.grad = None if key is None else found.load(key).to(parameter)
-        make_update(optimizer, trainable, lr=learning_rate(step), gradient_clipping=gradient_clipping)
+        make_update(optimizer, trainable, lr=lr, gradient_clipping=gradient_clipping)
         for key in found.keys("weights"):
             parameter = parameters[key.name]
             if key.step == step and (parameter.grad is not None or not parameter.requires_grad):

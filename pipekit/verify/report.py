@@ -14,7 +14,7 @@ from pipekit.verify.measurement import Kind, Measurement, agreeing, first_fault,
 COLUMNS: dict[str, tuple[Kind, ...]] = {
     "loss": ("loss",),
     "outputs": ("output",),
-    "gradients": ("output gradient", "gradient", "gradient norm"),
+    "gradients": ("input gradient", "gradient", "gradient norm"),
     "weights": ("initial weights", "weights"),
 }
 """What the columns of the table are the largest relative difference of."""

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.config import Config
+from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.plan import Plan
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
 from pipekit.tensor_parallel.shards import Shard, shard_of
@@ -21,11 +22,15 @@ from pipekit.training.planning import load_trial, plan_trial
 from pipekit.training.run_folder import RunFolder
 from pipekit.training.trial import Trial
 from pipekit.verify.compare import compare_recordings
-from pipekit.verify.measurement import MEASUREMENTS_FILE, Measurement, save_measurements
+from pipekit.verify.measurement import MEASUREMENTS_FILE, Kind, Measurement, save_measurements
 from pipekit.verify.observer import FlowObserver
 from pipekit.verify.recording import Key, Recorder, Recording
 from pipekit.verify.reference import build_model, record_reference
 from pipekit.verify.replay import compare_updates
+
+if TYPE_CHECKING:
+    from pipekit.engine.step_gradients import GradientOf
+    from pipekit.training.trainer import Trainer
 
 
 def run_reference(config: Config, *, num_devices: int | None, num_threads: int, folder: Path, num_steps: int) -> None:
@@ -41,14 +46,12 @@ def run_reference(config: Config, *, num_devices: int | None, num_threads: int, 
     Raises:
         PipekitError: if the model cannot be trained in one process.
     """
-    from pipekit.engine.mpu import ModelParallelUnit
-
     _compute_alike(num_threads)
     plan = plan_trial(config, world_size=1, num_devices=num_devices, measure=False, num_threads=num_threads)
     # A trial may ask the unit for its place in the run, which needs a world, of which this process is all.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu")
-    unit = ModelParallelUnit(plan.layout, placement=plan.placement)
+    unit = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
     trial = load_trial(config)(TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None))
     record_reference(trial, folder / "rank-0", num_steps=num_steps)
 
@@ -81,8 +84,9 @@ def run_layout(
     Raises:
         PipekitError: if the layout cannot run.
     """
+    # DeepSpeed takes seconds to load, and the reference does without it.
     from pipekit.engine.distributed import join_processes, leave_processes
-    from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.engine.unit_check import check_unit
     from pipekit.training.trainer import Trainer
 
     _compute_alike(num_threads)
@@ -93,9 +97,10 @@ def run_layout(
     )
     device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
     plan = replace(plan, boundaries=_boundaries_of_first_rank(plan))
-    unit = ModelParallelUnit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s)
-    context = TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None)
-    trial = load_trial(config)(context)
+    kind = load_trial(config)
+    unit = kind.build_unit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s)
+    check_unit(unit, layout=plan.layout, placement=plan.placement)
+    trial = kind(TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None))
     recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
     _record_steps(Trainer(trial), recorder, num_steps=num_steps)
     dist.barrier()
@@ -114,56 +119,50 @@ def compare_run(trial: Trial, found: Recording, expected: Recording, *, toleranc
         build_model(trial),
         found,
         build_optimizer=trial.build_optimizer,
-        learning_rate=trial.learning_rate,
+        rates=expected.facts[0]["rates"],
         gradient_clipping=trial.context.config.train.gradient_clipping,
         tolerance=tolerance,
     )
     return [*measurements, *updates]
 
 
-def _record_steps(trainer: Any, recorder: Recorder, *, num_steps: int) -> None:
+def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> None:
+    from pipekit.engine.step_gradients import call_before_update
+
     engine = trainer.engine
     module, plan = engine.module, trainer.context.plan
     layer_of = {f"{name}.": layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
 
-    def key(kind: Any, step: int, name: str) -> Key:
+    def key(kind: Kind, step: int, name: str) -> Key:
         layer = max((prefix for prefix in layer_of if name.startswith(prefix)), key=len)
         return Key(kind, step, layer_of[layer], name)
 
-    def record_weights(kind: Any, step: int) -> None:
+    def record_weights(kind: Kind, step: int) -> None:
         for name, parameter, _ in module.named_logical_parameters():
-            recorder.write(key(kind, step, name), parameter, shard=shard_of(parameter))
+            # As they are computed with, frozen or not: under ZeRO-3 they are gathered.
+            weights = engine.view.full_frozen(parameter)
+            recorder.write(key(kind, step, name), weights, shard=shard_of(parameter))
 
-    def record_gradients() -> None:
+    def record_gradients(gradient_of: GradientOf) -> None:
         for name, parameter, _ in module.named_logical_parameters():
-            gradient = engine.view.gradient(parameter) if parameter.requires_grad else None
+            gradient = gradient_of(parameter) if parameter.requires_grad else None
             if gradient is not None:
-                recorder.write(key("gradient", step, name), gradient, shard=shard_of(parameter))
+                recorder.write(key("gradient", len(losses), name), gradient, shard=shard_of(parameter))
 
-    before(engine.view, "hand_over_gradients", record_gradients)
+    losses: list[float] = []
+    norms: list[float] = []
+    call_before_update(engine, record_gradients)
     record_weights("initial weights", 0)
     module.observe_layer = FlowObserver(
         recorder, num_micro_batches=plan.batch.num_micro_batches, shard_of_output=_parts_of(module)
     )
-    losses, norms = [], []
     for step in range(num_steps):
         metrics = trainer.train_step()
         module.observe_layer = None
-        losses.append(metrics.loss)
-        norms.append(metrics.grad_norm)
+        losses.append(float(metrics.loss or 0.0))
+        norms.append(float(metrics.grad_norm or 0.0))
         record_weights("weights", step)
     recorder.finish(losses=losses, norms=norms)
-
-
-def before(owner: Any, name: str, call: Callable[[], None]) -> None:
-    """Have a method of one object call something else first."""
-    method = getattr(owner, name)
-
-    def first(*args: Any, **kwargs: Any) -> Any:
-        call()
-        return method(*args, **kwargs)
-
-    setattr(owner, name, first)
 
 
 def _parts_of(module: Any) -> Callable[[int, Tensor], Shard | None]:

@@ -22,15 +22,11 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     """Print what `pipekit.verify.report.report` returns."""
     tables = [facts_table(report), layouts_table(report["layouts"])]
     tables += [fault_table(found) for found in report["layouts"] if found["verdict"] != "agrees"]
+    if report["rejected"] or report["notes"]:
+        tables.append(remarks_table(report))
     for table in tables:
         console.print()
         print_table(table, console)
-    if report["rejected"]:
-        console.print("\nnot run:")
-        for entry in report["rejected"]:
-            console.print(f"  {layout_text(entry['layout'])}: {entry['reason']}", markup=False)
-    for note in report["notes"]:
-        console.print(f"\nnote: {note}", markup=False)
     console.print()
     console.print(summary(report["layouts"]), style="bold green" if report["agrees"] else "bold red")
 
@@ -88,7 +84,9 @@ def fault_table(found: Mapping[str, Any]) -> Table:
         return facts
     fault = found["first_difference"]
     facts.add_row(f"[red]{name}[/]", f"[red]differs first in {escape(fault['what'])}[/]")
-    facts.add_row("  it is", escape(fault["by"] + (f", {fault['where']}" if fault["where"] else "")))
+    facts.add_row("  it is", escape(fault["by"]))
+    if fault["where"]:
+        facts.add_row("  on", fault["where"])
     if fault["agrees_before"]:
         facts.add_row("  before it", f"the same as in one process: {', '.join(fault['agrees_before'])}")
     if fault["other_layers"]:
@@ -97,13 +95,27 @@ def fault_table(found: Mapping[str, Any]) -> Table:
     return facts
 
 
+def remarks_table(report: Mapping[str, Any]) -> Table:
+    """Return what was not run, and what else must be known to read the result."""
+    remarks = Table.grid(padding=(0, 2))
+    remarks.add_column(style="bold cyan", no_wrap=True)
+    remarks.add_column()
+    for place, entry in enumerate(report["rejected"]):
+        remarks.add_row("" if place else "not run", escape(f"{layout_text(entry['layout'])}: {entry['reason']}"))
+    for place, note in enumerate(report["notes"]):
+        remarks.add_row("" if place else "note", escape(note))
+    return remarks
+
+
 def summary(layouts: Sequence[Mapping[str, Any]]) -> str:
     """Return the verdict on one line."""
     number = len(layouts)
     wrong = [layout_text(found["layout"]) for found in layouts if found["verdict"] != "agrees"]
     if not wrong:
-        which = "the layout trains" if number == 1 else f"all {number} layouts train"
+        which = f"{layout_text(layouts[0]['layout'])} trains" if number == 1 else f"all {number} layouts train"
         return f"{which} the same model as one process"
+    if number == 1:
+        return f"{wrong[0]} does not train the same model as one process"
     do = "does" if len(wrong) == 1 else "do"
     return f"{len(wrong)} of {number} layouts {do} not train the same model as one process: {', '.join(wrong)}"
 
