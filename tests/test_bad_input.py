@@ -52,7 +52,7 @@ def refuse(workspace: Path, *arguments: str, environ: dict[str, str] | None = No
         (["parallel.pp=9"], ["parallel.pp=9", "8 layers", "try parallel.pp=8"]),
         (["model.num_heads=5"], ["model.num_heads=5 does not divide model.hidden_size=32", "try"]),
         (["parallel.pp=2", "parallel.zero=2"], ["parallel.zero=2", "parallel.pp=2", "try parallel.zero=1"]),
-        (["parallel.pp=2", "parallel.zero=3"], ["parallel.zero=3", "try parallel.zero=1"]),
+        (["parallel.pp=2", "parallel.zero=3"], ["parallel.zero=3", "try parallel.zero=1, or parallel.pp=1"]),
         (["train.global_batch_size=5", "train.micro_batch_size=2"], ["train.global_batch_size=5", "try"]),
         (["deepspeed.zero_optimization.stage=2"], ["deepspeed.zero_optimization.stage", "parallel.zero"]),
         (["deepspeed.zero_optimisation={}"], ["did you mean 'deepspeed.zero_optimization'"]),

@@ -97,6 +97,10 @@ OWNED_KEYS: dict[str, str] = {
     "wandb": "logging.wandb",
     "tensorboard": "logging.tensorboard",
     "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.cpu_offload": "parallel.offload=optimizer",
+    "zero_optimization.cpu_offload_param": "parallel.offload=parameters",
+    "zero_optimization.offload_optimizer.device": "parallel.offload",
+    "zero_optimization.offload_param.device": "parallel.offload",
     "bfloat16": "train.precision=bf16",
     "fp16.enabled": "train.precision=fp16",
     "bf16.enabled": "train.precision=bf16",
@@ -110,6 +114,11 @@ UNSUPPORTED_KEYS: dict[str, str] = {
     "autotuning": "DeepSpeed's autotuner starts runs of its own",
     "hybrid_engine": "pipekit trains with its own pipeline engine",
     "data_efficiency": "pipekit reads the data itself",
+    "zero_optimization.zenflow": "ZenFlow brings optimizers of its own",
+    "zero_optimization.offload_optimizer.super_offload": "SuperOffload brings an optimizer of its own",
+    "zero_optimization.offload_optimizer.ratio": "all of the optimizer is offloaded, or nothing",
+    "zero_optimization.offload_optimizer.nvme_path": "host memory is what parallel.offload means",
+    "zero_optimization.offload_param.nvme_path": "host memory is what parallel.offload means",
 }
 """Keys that cannot take effect under pipekit, and why."""
 

@@ -143,7 +143,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
     def _reduce_gradients_of(self, stage: int) -> None:
         """Begin to reduce the gradients of a stage that is done, except what a stage yet to come shares with it."""
         self._stages_left.discard(stage)
-        if self.view.reduces_itself:
+        if self.view.is_offloaded:
             return
         awaited = {parameter for other in self._stages_left for parameter in self.module.stage_parameters(other)}
         self._reducer.start(parameter for parameter in self.module.stage_parameters(stage) if parameter not in awaited)

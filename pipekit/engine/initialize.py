@@ -15,6 +15,8 @@ from pipekit.data.loader import MapDataset
 from pipekit.engine.deepspeed_config import complete_deepspeed_config
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
+from pipekit.engine.replica_engine import ReplicaEngine
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import ConfigError
 from pipekit.schedules import Costs, Schedule, plan_schedule
 
@@ -100,25 +102,47 @@ def initialize(
             costs=costs,
         )
 
+    zero = settings.get("zero_optimization", {}).get("stage", 0)
+    if zero >= 2:
+        _check_replicas(model, zero)
     if model_parameters is None:
         model_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine = PipelineEngine(
-        model,
-        mpu=unit,
-        build_optimizer=None,
-        deepspeed_config=complete_deepspeed_config(settings),
-        plan_schedule=plan,
-        measure_costs=schedule == "auto",
-        profile=profile,
-        optimizer=optimizer,
-        model_parameters=list(model_parameters),
-        lr_scheduler=lr_scheduler,
-    )
+    common: dict[str, Any] = {
+        "mpu": unit,
+        "build_optimizer": None,
+        "deepspeed_config": complete_deepspeed_config(settings),
+        "profile": profile,
+        "optimizer": optimizer,
+        "model_parameters": list(model_parameters),
+        "lr_scheduler": lr_scheduler,
+    }
+    engine: TrainingEngine
+    if zero >= 2:
+        engine = ReplicaEngine(model, **common)
+    else:
+        engine = PipelineEngine(model, plan_schedule=plan, measure_costs=schedule == "auto", **common)
     # A schedule that cannot run is refused here, not in the first step.
     plan(engine.micro_batches, None)
     if training_data is not None:
         engine.set_training_data(training_data, collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _check_replicas(model: PipelineModule, zero: int) -> None:
+    """Raise a ConfigError where a module cannot run under ZeRO-2 or 3."""
+    num_stages = model.mpu().num_stages
+    if num_stages > 1:
+        raise ConfigError(
+            f"zero_optimization.stage={zero} does not go with the {num_stages} stages of this PipelineModule: it shards "
+            "gradients after every micro-batch, and a pipeline adds them up over all of them; try stage 1, or "
+            "num_stages=1"
+        )
+    if model.schedule != "1f1b":
+        name = model.schedule.name if isinstance(model.schedule, Schedule) else model.schedule
+        raise ConfigError(
+            f"schedule={name} does not go with zero_optimization.stage={zero}, which takes each micro-batch forward and "
+            "back at once; try schedule='1f1b', or stage 1"
+        )
 
 
 def _read_config(config: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -137,11 +161,5 @@ def _read_config(config: str | Mapping[str, Any] | None) -> dict[str, Any]:
     faults = list(unknown_deepspeed_keys(settings))
     if faults:
         raise ConfigError("\n  ".join(f"{where}: {fault}" for fault in faults))
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage >= 2:
-        raise ConfigError(
-            f"{where}: zero_optimization.stage={stage} does not go with a pipeline: it shards gradients after every "
-            "micro-batch, and a pipeline adds them up over all of them; try 1"
-        )
     result: dict[str, Any] = settings
     return result

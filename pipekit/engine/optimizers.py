@@ -1,8 +1,8 @@
 """One view of DeepSpeed's optimizers: where gradients accumulate, what their norm is, where masters and moments lie.
 
-Three of them occur under a pipeline. In fp32 without ZeRO it is the plain torch optimizer; in fp32 with ZeRO-1, and in
-fp16, `DeepSpeedZeroOptimizer`; in bf16 `BF16_Optimizer`. Both of the latter flatten parameters and shard the fp32
-masters over the data-parallel ranks.
+Four of them occur. In fp32 without ZeRO it is the plain torch optimizer; in bf16 with ZeRO-1 `BF16_Optimizer`; else,
+with ZeRO-1 and 2, `DeepSpeedZeroOptimizer`. Both of the latter flatten parameters and shard the fp32 masters over the
+data-parallel ranks. With ZeRO-3 it is `DeepSpeedZeroOptimizer_Stage3`, which shards the parameters too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
@@ -22,6 +26,16 @@ from pipekit.weight_gradients import Compute, add_gradient
 
 # What fp16's dynamic loss scale consists of, in DeepSpeed.
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter that ZeRO-3 may have cut into one piece for each data-parallel rank.
+
+    Example:
+        >>> whole_shape(torch.zeros(2, 3))
+        (2, 3)
+    """
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class OptimizerView:
@@ -74,6 +88,14 @@ class OptimizerView:
     def hand_over_gradients(self) -> None:
         """Give the gradients, which are now those of the whole step and of all replicas, to the optimizer."""
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether masters and moments are in host memory; DeepSpeed reduces gradients on the way there."""
+        return False
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of a step that has ended."""
+
     def loss_scaler_state(self) -> dict[str, float]:
         """Return the state of fp16's dynamic loss scale; empty in other precisions."""
         return {}
@@ -103,6 +125,15 @@ class OptimizerView:
         state: Tensor = self.optimizer.state[parameter][name]
         return state
 
+    def full_frozen(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole weights of a parameter without gradients. All data-parallel ranks call this together."""
+        return parameter.detach()
+
+    def load_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the weights of a parameter without gradients. All data-parallel ranks call this together."""
+        with torch.no_grad():
+            parameter.copy_(value)
+
     def load_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Set fp32 weights, and the low-precision weights that follow from them."""
         with torch.no_grad():
@@ -113,13 +144,20 @@ class OptimizerView:
         """Create optimizer states filled with zeros, as if `step` updates had been made."""
         for group in self.torch_optimizer.param_groups:
             for parameter in group["params"]:
-                state = self.torch_optimizer.state[parameter]
-                for name in names:
-                    state[name] = torch.zeros_like(parameter)
-                if names:
-                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
-                    if group.get("fused") or group.get("capturable"):
-                        state["step"] = state["step"].to(parameter.device)
+                self._prepare_states_of(parameter, group, names, step)
+
+    def _prepare_states_of(self, parameter: Tensor, group: Mapping[str, Any], names: Sequence[str], step: int) -> None:
+        state = self.torch_optimizer.state[parameter]
+        for name in names:
+            state[name] = torch.zeros_like(parameter)
+        if not names:
+            return
+        if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):
+            state["step"] = step
+            return
+        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        if group.get("fused") or group.get("capturable"):
+            state["step"] = state["step"].to(parameter.device)
 
     def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         """Set a whole optimizer state of a parameter; `prepare_states` comes first."""
@@ -139,7 +177,8 @@ class OptimizerView:
         return self._norm_over_model(gradients)
 
     def _norm_over_model(self, gradients: Sequence[Tensor], *, sharded: bool = False) -> Tensor:
-        squares = torch.zeros((), dtype=torch.float32, device=_device(self.param_groups))
+        # Not where the masters are: on the CPU, with offload, no other rank could be reached over NCCL.
+        squares = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
         if gradients:
             norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
             squares += torch.stack(norms).to(squares.device).square().sum()
@@ -193,15 +232,13 @@ class FlatOptimizerView(OptimizerView):
             _copy_fragment(parameter, value, state=name)
 
 
-class ZeroOptimizerView(FlatOptimizerView):
-    """`DeepSpeedZeroOptimizer`, with one all-reduce for the norm in place of one for each parameter group.
+class LossScaledView(OptimizerView):
+    """What the ZeRO optimizers have in common: a torch optimizer inside, and fp16's dynamic loss scale."""
 
-    DeepSpeed's would wait for ever where stages have different numbers of groups that are not empty.
-    """
-
-    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
-        super().__init__(optimizer, mpu)
-        optimizer.scaled_global_norm = self._scaled_global_norm
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        return optimizer
 
     @property
     def loss_scale(self) -> float:
@@ -215,6 +252,31 @@ class ZeroOptimizerView(FlatOptimizerView):
         if self.optimizer.loss_scaler.dynamic:
             for name, value in state.items():
                 setattr(self.optimizer.loss_scaler, name, value)
+
+
+class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
+    """`DeepSpeedZeroOptimizer`, with one all-reduce for the norm in place of one for each parameter group.
+
+    DeepSpeed's would wait for ever where stages have different numbers of groups that are not empty. Under ZeRO-1 the
+    gradients are handed over at the end of a step; under ZeRO-2 DeepSpeed's hooks take each as soon as it is there.
+    """
+
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
+        super().__init__(optimizer, mpu)
+        optimizer.scaled_global_norm = self._scaled_global_norm
+
+    @property
+    def is_offloaded(self) -> bool:
+        return bool(self.optimizer.cpu_offload)
+
+    def clear_gradients(self) -> None:
+        # DeepSpeed would give a parameter that the next step leaves unused this step's gradient again, and add to it
+        # where the first micro-batch leaves it unused.
+        if self.is_offloaded:
+            for flat in self.optimizer.single_partition_of_fp32_groups:
+                flat.grad.zero_()
+            for accumulated in self.optimizer.accumulated_grads_in_cpu.values():
+                accumulated.zero_()
 
     def accumulate(self) -> None:
         if self.optimizer.use_grad_accum_attribute:
@@ -234,6 +296,9 @@ class ZeroOptimizerView(FlatOptimizerView):
         zero = self.optimizer
         zero.set_gradient_accumulation_boundary(True)
         if zero.cpu_offload:
+            for parameters in zero.bit16_groups:
+                for parameter in parameters:
+                    self.gradient_or_zeros(parameter)
             zero.reduce_gradients(pipeline_parallel=True)
             return
         for group, parameters in enumerate(zero.params_in_partition):
@@ -255,11 +320,96 @@ class ZeroOptimizerView(FlatOptimizerView):
                     parameter.grad_accum = None
 
     def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        gradients: list[Tensor] = []
-        for group, parameters in enumerate(self.optimizer.params_in_partition):
-            pieces = (g for g in self.optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
+        zero, gradients = self.optimizer, list[Tensor]()
+        if zero.cpu_offload:
+            # By now the gradients are on the CPU; their norms were taken on the way.
+            owned = [p for parameters in zero.params_in_partition for p in parameters if not p.ds_pipe_replicated]
+            norms = (zero.norm_for_param_grads.get(zero.get_param_id(parameter)) for parameter in owned)
+            return self._norm_over_model([norm.float() for norm in norms if norm is not None], sharded=True)
+        for group, parameters in enumerate(zero.params_in_partition):
+            pieces = (g for g in zero.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
             gradients += [g for g, p in zip(pieces, parameters, strict=False) if not p.ds_pipe_replicated]
         return self._norm_over_model(gradients, sharded=True)
+
+
+class Zero3OptimizerView(LossScaledView):
+    """`DeepSpeedZeroOptimizer_Stage3`: parameters, masters and moments are cut into one piece for each replica.
+
+    The norm is one all-reduce, and counts what is marked as replicated once, as under the other optimizers.
+    """
+
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
+        super().__init__(optimizer, mpu)
+        optimizer._get_norm_groups = self._norm_groups
+
+    def _norm_groups(self) -> list[Tensor]:
+        zero, gradients = self.optimizer, list[Tensor]()
+        for group, parameters in enumerate(zero.fp16_groups):
+            if zero.offload_optimizer:
+                norms = (zero.norm_for_param_grads.get(zero.get_param_id(parameter)) for parameter in parameters)
+                pieces = [torch.zeros(()) if norm is None else norm.float() for norm in norms]
+            else:
+                pieces = zero.averaged_gradients[group]
+            gradients += [g for g, p in zip(pieces, parameters, strict=True) if not p.ds_pipe_replicated]
+        return [self._norm_over_model(gradients, sharded=True)]
+
+    @property
+    def is_offloaded(self) -> bool:
+        return bool(self.optimizer.offload_optimizer)
+
+    def clear_gradients(self) -> None:
+        # As above: what is not used must have no gradient.
+        zero = self.optimizer
+        zero.grad_partitions_flat_buffer.zero_()
+        if self.is_offloaded:
+            for flat in zero.fp32_partitioned_groups_flat:
+                flat.grad.zero_()
+            zero.norm_for_param_grads.clear()
+
+    def full_master(self, parameter: nn.Parameter) -> Tensor:
+        master: Tensor = self.optimizer.get_full_hp_param(parameter)
+        return master
+
+    def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
+        state: Tensor = self.optimizer.get_full_hp_param(parameter, name)
+        return state
+
+    def full_frozen(self, parameter: nn.Parameter) -> Tensor:
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def load_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(value)
+
+    def load_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        zero = self.optimizer
+        zero._partition_all_parameters()
+        for parameter, value in masters:
+            self._copy_piece(parameter, value, None)
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def prepare_states(self, names: Sequence[str], step: int) -> None:
+        zero = self.optimizer
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            group = self.torch_optimizer.param_groups[zero.sub_group_to_group_id[index]]
+            self._prepare_states_of(flat, group, names, step)
+
+    def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        self._copy_piece(parameter, value, name)
+
+    def _copy_piece(self, parameter: nn.Parameter, value: Tensor, state: str | None) -> None:
+        # DeepSpeed's own setter fails where a parameter does not divide into equal pieces.
+        piece, _ = self.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=state
+        )
+        start = min(piece.numel() * self._mpu.data_parallel_rank, value.numel())
+        stop = min(start + piece.numel(), value.numel())
+        with torch.no_grad():
+            piece[: stop - start].copy_(value.flatten()[start:stop])
 
 
 class BF16OptimizerView(FlatOptimizerView):
@@ -303,6 +453,8 @@ def view_optimizer(optimizer: Any, mpu: ModelParallelUnit) -> OptimizerView:
     """Return the view that fits what DeepSpeed made of the torch optimizer."""
     if isinstance(optimizer, BF16_Optimizer):
         return BF16OptimizerView(optimizer, mpu)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return Zero3OptimizerView(optimizer, mpu)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         return ZeroOptimizerView(optimizer, mpu)
     assert isinstance(optimizer, torch.optim.Optimizer), f"unexpected optimizer {type(optimizer).__name__}"

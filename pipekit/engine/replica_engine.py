@@ -73,9 +73,7 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         )
         self.unit = mpu
         self.view = view_optimizer(self.optimizer, mpu)
-        self.executor = Executor(
-            module, mpu, view=self.view, device=self.device, forward=self, backward=self._backward
-        )
+        self.executor = Executor(module, mpu, view=self.view, device=self.device, forward=self, backward=self._backward)
         self.executor.reader = _AgreeingReader(mpu, device=self.device)
         self.data_iterator: Iterator[Any] | None = None
         self._plan_schedule = self._plan_1f1b
@@ -115,6 +113,9 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
             losses = self.executor.run(
                 self.schedule, self.data_iterator, loss_fn=self._loss, dropout_step=self.global_steps
             )
+        if self.view.is_offloaded:
+            self.optimizer.finalize_gradient_accumulation_boundary()
+        self.set_gradient_accumulation_boundary(True)
         self.step()
         self.view.clear_gradients()
         return self._mean_of_replicas(losses)
@@ -131,8 +132,9 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         """Do the backward of a micro-batch; DeepSpeed divides its loss by their number, and scales it in fp16."""
         self._micro_batches_done += 1
         is_last = self._micro_batches_done == self.micro_batches
-        # DeepSpeed counts calls, and would lose count when a step fails or the batch size changes.
-        self.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed counts calls, and would lose count when a step fails or the batch size changes. With masters in host
+        # memory it hands over at the boundary what the last micro-batch has used alone; `train_batch` does all of it.
+        self.set_gradient_accumulation_boundary(is_last and not self.view.is_offloaded)
         (loss,) = outputs
         self.backward(loss)
         if not is_last:

@@ -134,6 +134,21 @@ def test_owned_and_unsupported_keys_are_keys_of_deepspeed():
             "deepspeed.zero_optimization.stage: pipekit sets this itself; use parallel.zero instead",
         ),
         (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "deepspeed.zero_optimization.offload_optimizer.device: pipekit sets this itself; use parallel.offload "
+            "instead",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload_param": True}},
+            "deepspeed.zero_optimization.cpu_offload_param: pipekit sets this itself; use "
+            "parallel.offload=parameters instead",
+        ),
+        (
+            {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
+            "deepspeed.zero_optimization.zenflow: has no effect here, since ZenFlow brings optimizers of its own; "
+            "remove it",
+        ),
+        (
             {"fp16": {"enabled": True}},
             "deepspeed.fp16.enabled: pipekit sets this itself; use train.precision=fp16 instead",
         ),
@@ -174,9 +189,10 @@ def test_wrong_keys_are_refused(section: dict[str, Any], message: str):
 
 def test_known_keys_pass_through_untouched():
     section = {
-        "zero_optimization": {"reduce_bucket_size": 5e8, "offload_optimizer": {"device": "cpu"}},
+        "zero_optimization": {"reduce_bucket_size": 5e8, "offload_optimizer": {"pin_memory": True}},
         "fp16": {"loss_scale_window": 100},
         "data_types": {"grad_accum_dtype": "fp32"},
         "wall_clock_breakdown": True,
     }
-    assert parse_config({**BASE, "deepspeed": section}).deepspeed == section
+    config = {**BASE, "parallel": {"offload": "optimizer"}, "deepspeed": section}
+    assert parse_config(config).deepspeed == section

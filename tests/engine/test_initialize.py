@@ -123,7 +123,11 @@ def test_other_models_are_deepspeeds(gloo: GlooWorkers) -> None:
 
 REFUSED = {
     "typo": ({"config": config(zero_optimisation={"stage": 1})}, "zero_optimisation: unknown key; did you mean"),
-    "zero 2": ({"config": config(zero_optimization={"stage": 2})}, "stage=2 does not go with a pipeline"),
+    "zero 2": ({"config": config(zero_optimization={"stage": 2})}, "stage=2 does not go with the 2 stages of this"),
+    "zero 3": (
+        {"num_stages": 1, "schedule": "gpipe", "config": config(zero_optimization={"stage": 3})},
+        "schedule=gpipe does not go with zero_optimization.stage=3",
+    ),
     "no optimizer": ({"config": {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}}, "no optimizer: give"),
     "no config": ({"config": None}, "no configuration: give config="),
     "no file": ({"config": "no/such.json"}, "no/such.json: cannot be read as a DeepSpeed configuration"),
