@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipekit.engine.stopwatch import Stopwatch
+from pipekit.schedules.action import ACTION_NAMES
 
 if TYPE_CHECKING:
     from pipekit.engine.training_engine import TrainingEngine
 
 _logger = logging.getLogger(__name__)
-
-_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 class Diagnostics:
@@ -54,10 +53,10 @@ class Diagnostics:
 
     def _breakdown(self, took_s: float) -> str:
         assert self._engine.executor.stopwatch is not None
-        sums_s = dict.fromkeys(_NAMES, 0.0)
+        sums_s = dict.fromkeys(ACTION_NAMES, 0.0)
         for span in self._engine.executor.stopwatch.spans():
             sums_s[span.action.kind] += span.end_s - span.start_s
-        parts = [f"{_NAMES[kind]} {seconds:.4g} s" for kind, seconds in sums_s.items() if seconds]
+        parts = [f"{ACTION_NAMES[kind]} {seconds:.4g} s" for kind, seconds in sums_s.items() if seconds]
         return ", ".join([*parts, f"waiting and all else {took_s - sum(sums_s.values()):.4g} s"])
 
     def _log(self, step: int, text: str) -> None:

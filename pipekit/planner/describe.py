@@ -7,7 +7,8 @@ takes no longer than its few kinds of layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,19 +85,10 @@ def describe_layer(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dty
     Raises:
         ConfigError: if it does not fit its inputs, or cannot run without values.
     """
-    try:
+    what = f"layer {name!r} ({spec.type_name})"
+    with _failures(what, inputs, mend="the layer before it", needs="values, or tensors on a device of its own"):
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
         return observe_module(layer, apply_layer(layer, spec), leaves_of(inputs), inputs.structure)
-    except ConfigError:
-        raise
-    except PipekitError as error:
-        raise ConfigError(f"layer {name!r} ({spec.type_name}): {error}") from None
-    except Exception as error:
-        raise ConfigError(
-            f"layer {name!r} ({spec.type_name}) cannot be described from {inputs}: {first_line(error)}; if these are "
-            "not the shapes it is for, mend the layer before it; if it needs values, or tensors on a device of its "
-            "own, set parallel.partition=profile, which runs it"
-        ) from error
 
 
 def observe_module(
@@ -135,20 +127,27 @@ def describe_loss(loss_fn: LossFn, outputs: Form, labels: Any) -> LayerCosts:
     """
     label_form = Form.of(labels, "the labels")
     loss_name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    try:
+    given_forms = f"{outputs} and the labels {label_form}"
+    with _failures(f"the loss function {loss_name}", given_forms, mend="the last layer or the labels", needs="values"):
         compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
         given = unflatten(leaves_of(label_form), label_form.structure)
         with torch.device("meta"):
             return observe(lambda x: compute(x, given), leaves_of(outputs), outputs.structure).costs
+
+
+@contextmanager
+def _failures(what: str, given: object, *, mend: str, needs: str) -> Iterator[None]:
+    """Say of whatever is raised what was described, from what, and what helps."""
+    try:
+        yield
     except ConfigError:
         raise
     except PipekitError as error:
-        raise ConfigError(f"the loss function {loss_name}: {error}") from None
+        raise ConfigError(f"{what}: {error}") from None
     except Exception as error:
         raise ConfigError(
-            f"the loss function {loss_name} cannot be described from "
-            f"{outputs} and the labels {label_form}: {first_line(error)}; if these are not the shapes it is for, mend "
-            "the last layer or the labels; if it needs values, set parallel.partition=profile, which runs it"
+            f"{what} cannot be described from {given}: {first_line(error)}; if these are not the shapes it is for, "
+            f"mend {mend}; if it needs {needs}, set parallel.partition=profile, which runs it"
         ) from error
 
 

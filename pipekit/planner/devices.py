@@ -120,17 +120,6 @@ class Device(Section):
         """
         return self.peak_flops[precision] * self.efficiency
 
-    def link(self, rank: int, other: int) -> Link:
-        """Return what joins two ranks, nodes being filled in the order of ranks.
-
-        Example:
-            >>> device = find_device("h100")
-            >>> device.link(0, 7) == device.intra_node, device.link(7, 8) == device.inter_node
-            (True, True)
-        """
-        same_node = rank // self.devices_per_node == other // self.devices_per_node
-        return self.intra_node if same_node else self.inter_node
-
 
 def list_devices(extra_files: Iterable[str | Path] = ()) -> tuple[Device, ...]:
     """Return the devices of the table, with those of your own files.

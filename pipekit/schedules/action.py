@@ -11,6 +11,8 @@ from pipekit.errors import ConfigError
 ActionKind = Literal["F", "B", "I", "W"]
 """`F` forward, `B` whole backward, `I` input gradient, `W` weight gradient."""
 
+ACTION_NAMES: dict[ActionKind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
 _PATTERN = re.compile(r"(\d+)([FBIW])(\d+)")
 
 

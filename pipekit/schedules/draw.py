@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipekit.errors import PipekitError
-from pipekit.schedules.action import ActionKind
+from pipekit.schedules.action import ACTION_NAMES, ActionKind
 from pipekit.schedules.simulate import Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ACTION_NAMES: dict[ActionKind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 # Told apart by the colour-blind too; Okabe and Ito 2008.
 ACTION_COLOURS: dict[ActionKind, str] = {"F": "#56B4E9", "B": "#E8743B", "I": "#F0B429", "W": "#009E73"}
 _CHARACTER_WIDTH = 0.62  # of its height
