@@ -63,7 +63,7 @@ def measured_layers(case: Case) -> list[LayerCosts]:
     # Tokens and labels are of the step, not of a micro-batch under way.
     x, labels = (tensor[: case.micro_batch_size] for tensor in batch(0))
     layers = []
-    for step in [*model._steps, lambda logits: language_model_loss(logits, labels)]:
+    for step in [*model.steps, lambda logits: language_model_loss(logits, labels)]:
         kept: list[Tensor] = []
         is_float = x.is_floating_point()
         x = x.detach().requires_grad_(is_float)
