@@ -170,12 +170,9 @@ def test_bf16_is_as_exact_as_at_once(tp: int, in_parts: bool) -> None:
 
 
 def test_many_chunks_lose_nothing_in_bf16() -> None:
-    # Accumulated in bf16, 256 chunks would lose most of what the later ones add.
-    case = make_case(8, (1, 256), 16, ignored=0)
-    ones = case._replace(
-        hidden=torch.ones_like(case.hidden).bfloat16(), weight=torch.zeros_like(case.weight).bfloat16()
-    )
-    actual, expected = chunked(ones, 2, 1), reference(ones)
+    # Each adds the same to the gradient; accumulated in bf16, it would stop growing at a quarter of what it should be.
+    case = Case(torch.ones(1, 1024, 2).bfloat16(), torch.zeros(8, 2).bfloat16(), torch.zeros(1, 1024).long())
+    actual, expected = chunked(case, 2, 1), reference(case)
     torch.testing.assert_close(actual.weight.double(), expected.weight, rtol=2**-7, atol=2**-7)
 
 
@@ -258,12 +255,31 @@ def test_what_is_not_trained_gets_no_gradient(frozen: str) -> None:
     torch.testing.assert_close(trained.grad.double(), wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_activations_need_not_be_contiguous() -> None:
+def test_the_gradient_of_frozen_activations_is_not_summed() -> None:
+    events: list[str] = []
+    hidden, weight, labels = torch.ones(1, 6, 5), nn.Parameter(torch.ones(4, 5)), torch.arange(6).reshape(1, 6)
+    loss = chunked_head_loss(
+        hidden, weight, labels, RecordingGroup(events), in_parts=False, vocab_size=8, chunk_tokens=3
+    )
+    events.clear()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert (events, weight.grad is None) == ([], False)
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0)])
+def test_activations_need_not_be_contiguous(order: tuple[int, int, int]) -> None:
+    class Alone(PlannedGroup):
+        def start_all_reduce(self, tensor: Tensor) -> Pending:
+            assert tensor.is_contiguous(), "which process groups ask for"
+            return super().start_all_reduce(tensor)
+
     case = make_case()
-    transposed = case._replace(hidden=case.hidden.permute(2, 1, 0).contiguous().permute(2, 1, 0))
-    assert not transposed.hidden.is_contiguous()
-    hidden = transposed.hidden.detach().requires_grad_()
-    loss = chunked_head_loss(hidden, case.weight, case.labels, None, in_parts=False, vocab_size=23, chunk_tokens=5)
+    back = [order.index(dim) for dim in range(3)]
+    hidden = case.hidden.permute(*back).contiguous().permute(*order).detach().requires_grad_()
+    assert not hidden.is_contiguous()
+    loss = chunked_head_loss(
+        hidden, case.weight, case.labels, Alone(0, 1), in_parts=False, vocab_size=23, chunk_tokens=5
+    )
     (loss * SCALE).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     torch.testing.assert_close(hidden.grad.double(), reference(case).hidden, atol=1e-6, rtol=1e-5)
@@ -445,6 +461,7 @@ def test_chunks_are_as_few_and_as_even_as_the_limit_allows(num_tokens: int, voca
     assert 1 <= chunk_tokens <= at_once
     num_chunks = -(-num_tokens // chunk_tokens)
     assert num_chunks == -(-num_tokens // at_once)
+    assert chunk_tokens == -(-num_tokens // num_chunks)
 
 
 def test_a_label_outside_of_the_vocabulary_is_an_error() -> None:
