@@ -209,6 +209,7 @@ def check_replicas(module: PipelineModule, unit: ModelParallelUnit, *, step: int
 
     It costs a few passes over the weights on their device, about 50 bytes of memory traffic for each number, 64 MiB of
     memory, one wait for the device, and one collective over all ranks, of about 100 bytes for each tensor of each rank.
+    A CPU core takes about 1 s for 10^8 numbers.
 
     Args:
         module: this rank's stages.
