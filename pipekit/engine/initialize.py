@@ -133,15 +133,15 @@ def _check_replicas(model: PipelineModule, zero: int) -> None:
     num_stages = model.mpu().num_stages
     if num_stages > 1:
         raise ConfigError(
-            f"zero_optimization.stage={zero} does not go with the {num_stages} stages of this PipelineModule: it shards "
-            "gradients after every micro-batch, and a pipeline adds them up over all of them; try stage 1, or "
+            f"zero_optimization.stage={zero} does not go with the {num_stages} stages of this PipelineModule: it "
+            "shards gradients after every micro-batch, and a pipeline adds them up over all of them; try stage 1, or "
             "num_stages=1"
         )
     if model.schedule != "1f1b":
         name = model.schedule.name if isinstance(model.schedule, Schedule) else model.schedule
         raise ConfigError(
-            f"schedule={name} does not go with zero_optimization.stage={zero}, which takes each micro-batch forward and "
-            "back at once; try schedule='1f1b', or stage 1"
+            f"schedule={name} does not go with zero_optimization.stage={zero}, which takes each micro-batch forward "
+            "and back at once; try schedule='1f1b', or stage 1"
         )
 
 

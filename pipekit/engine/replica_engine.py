@@ -65,7 +65,7 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
             )
         given = {**prepare_optimizer(module, build_optimizer, config), **deepspeed_args}
         sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
-        # DeepSpeed counts modules and parameters through all engines of a process, and compares the numbers of all ranks.
+        # DeepSpeed numbers modules and parameters through all engines of a process, and compares what ranks have.
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
         Init.param_id = 0
         super().__init__(
