@@ -117,8 +117,10 @@ class Targets:
 
     def narrow(self, start: int, length: int) -> Targets:
         """Return those of some of the tokens; the mean stays that of all."""
-        parts = (tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts))
-        return Targets(*parts, self.num_counted)
+        columns, is_here, counts = (
+            tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts)
+        )
+        return Targets(columns, is_here, counts, self.num_counted)
 
 
 def _check(labels: Tensor, vocab_size: int) -> None:
@@ -160,7 +162,7 @@ def join_sums(sums: Tensor, scores: Tensor, group: TensorGroup | None) -> tuple[
 
 def mean_loss(sums: Tensor, scores: Tensor, targets: Targets) -> Tensor:
     """Return the mean loss of the tokens that count, fp32, given what the whole logits say (`join_sums`)."""
-    largest, total = sums.split(1, -1)
+    largest, total = sums.chunk(2, -1)
     losses = (largest - scores) + total.log()
     return losses.masked_fill_(~targets.counts, 0).sum().div_(targets.num_counted).float()
 
@@ -174,7 +176,7 @@ def logits_gradient(logits: Tensor, sums: Tensor, targets: Targets, grad: Tensor
         targets: the labels.
         grad: that of the mean loss.
     """
-    largest, total = sums.split(1, -1)
+    largest, total = sums.chunk(2, -1)
     weights = (grad.to(sums.dtype) / targets.num_counted).expand_as(total).masked_fill(~targets.counts, 0)
     gradient = torch.sub(logits, largest).exp_().mul_(weights / total)
     gradient.scatter_add_(1, targets.columns, -weights * targets.is_here)
