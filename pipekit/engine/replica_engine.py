@@ -84,13 +84,15 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         if profile:
             self.executor.stopwatch = Stopwatch(self.device)
 
+    # DeepSpeed's own pipeline engine sets these two; its plain one has functions in their place.
+
     @property
-    def micro_batches(self) -> int:
+    def micro_batches(self) -> int:  # type: ignore[override]
         """Micro-batches of a step on each rank."""
         return int(self.gradient_accumulation_steps())
 
     @property
-    def micro_batch_size(self) -> int:
+    def micro_batch_size(self) -> int:  # type: ignore[override]
         """Sequences of a micro-batch."""
         return int(self.train_micro_batch_size_per_gpu())
 
