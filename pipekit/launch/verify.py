@@ -200,10 +200,8 @@ class _Session:
         try:
             self._run(config, 1, folder / "reference", reference=None)
         except LaunchError as error:
-            raise LaunchError(
-                "the model does not run in one process, so that there is nothing to compare with: "
-                f"{_first_words(error)}"
-            ) from None
+            words = _first_words(error).removeprefix("rank 0: ").removeprefix("rank 0 failed: ")
+            raise LaunchError(f"one process, without pipekit's engine, does not get through: {words}") from None
         from pipekit.verify.recording import Recording
 
         names: list[str] = Recording(folder / "reference").facts[0]["random_layers"]
@@ -261,7 +259,8 @@ def _plan_model(config: Config) -> tuple[Config, Sequence[LayerSpec]]:
     except PipekitError:
         raise
     except Exception as error:
-        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()[-_TRACEBACK_LINES:]
+        text = "".join(traceback.format_exception(error))
+        lines = [line for line in text.splitlines() if line.strip(" ~^")][-_TRACEBACK_LINES:]
         raise ConfigError("\n".join(["the model cannot be built:", *lines])) from error
     return config, specs
 
@@ -313,13 +312,13 @@ def _comparable(config: Config, candidates: Sequence[Candidate]) -> tuple[Config
     }
     if config.train.precision not in ("fp32", "auto"):
         notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")
-    if any(candidate.layout.tp > 1 for candidate in candidates):
-        if isinstance(config.model, GPTConfig) and config.model.dropout:
-            changes["model.dropout"] = 0.0
-            notes.append(
-                f"model.dropout={config.model.dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own "
-                "for their parts, so that a run with tp > 1 draws others than one process"
-            )
+    shares_layers = any(candidate.layout.tp > 1 for candidate in candidates)
+    if shares_layers and isinstance(config.model, GPTConfig) and config.model.dropout:
+        changes["model.dropout"] = 0.0
+        notes.append(
+            f"model.dropout={config.model.dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own "
+            "for their parts, so that a run with tp > 1 draws others than one process"
+        )
     return config.updated(changes), notes
 
 

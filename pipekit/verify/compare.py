@@ -86,7 +86,7 @@ def compare_weights(
     """
     changed = flat_norm(after.double() - before.double())
     return _Judge(found, None, layer_names).measure(
-        key, after, lambda norm: tolerance * changed + _ROUNDING * norm, scale=changed
+        key, after, lambda norm: tolerance * changed + _ROUNDING * norm, origin=before
     )
 
 
@@ -157,7 +157,7 @@ class _Judge:
         allowed: Callable[[float], float],
         *,
         floor: Callable[[], float] = lambda: 0.0,
-        scale: float | None = None,
+        origin: Tensor | None = None,
         zero_if_missing: bool = False,
     ) -> Measurement:
         """Return how far the worst copy of a tensor is off.
@@ -167,7 +167,7 @@ class _Judge:
             expected: the tensor of one process; None where it has none.
             allowed: returns the norm that a difference may have, for the norm of the tensor of one process.
             floor: returns what it may have in any case; asked only where that is more than is allowed.
-            scale: what the error is relative to; that norm unless given.
+            origin: what the tensor was before; the error is relative to the change.
             zero_if_missing: whether a tensor that is not there is zero.
         """
         copies = self.found.copies(key)
@@ -191,7 +191,7 @@ class _Judge:
         base = Measurement(
             kind=key.kind,
             step=key.step,
-            error=_over(off_by, norm if scale is None else scale),
+            error=_over(off_by, norm if origin is None else flat_norm(right - origin.double())),
             excess=excess,
             num_copies=len(copies),
             ranks=worst.ranks,
@@ -200,7 +200,10 @@ class _Judge:
         if not base.is_fault:
             return base
         wrong = [copy for off, copy, _ in results if not off <= limit]
-        base = replace(base, num_wrong=len(wrong), ranks=tuple(sorted({rank for copy in wrong for rank in copy.ranks})))
+        ranks = tuple(sorted({rank for copy in wrong for rank in copy.ranks}))
+        start = 0.0 if origin is None else origin.double()
+        ratio = proportion(tensor.double() - start, right - start)
+        base = replace(base, num_wrong=len(wrong), ranks=ranks, ratio=ratio)
         return _explained(base, tensor, right, limit, _axes_apart([copy for _, copy, _ in results], limit))
 
     def _place(self, key: Key) -> dict[str, object]:
@@ -259,7 +262,6 @@ def _explained(base: Measurement, found: Tensor, expected: Tensor, limit: float,
     return replace(
         base,
         apart=apart,
-        ratio=proportion(wrong, expected),
         share=float((distance > threshold).double().mean()),
         found=float(wrong.flatten()[at]),
         expected=float(expected.flatten()[at]),

@@ -54,7 +54,7 @@ def quantify(fault: Measurement) -> str:
 
     Example:
         >>> quantify(Measurement("gradient", 0, 1.0, 10.0, layer="head", ratio=2.0, found=0.5, expected=0.25))
-        '2.00 x that of one process'
+        '2 x that of one process'
         >>> quantify(Measurement("loss", 0, 0.5, 5000.0, found=3.0, expected=2.0))
         '3, and 2 in one process: off by 50 %'
     """
@@ -63,7 +63,8 @@ def quantify(fault: Measurement) -> str:
     if fault.layer is None:
         return f"{fault.found:.7g}, and {fault.expected:.7g} in one process: off by {_percent(fault.error)}"
     if fault.ratio is not None and abs(fault.ratio) > 1e-6:
-        return f"{fault.ratio:.2f} x that of one process"
+        what = "changed by " if fault.kind == "weights" else ""
+        return f"{what}{fault.ratio:.4g} x that of one process"
     of_what = "of the change" if fault.kind == "weights" else "of its norm"
     text = f"off by {_percent(fault.error)} {of_what}"
     if fault.found is not None and fault.expected is not None:
@@ -225,6 +226,11 @@ def _of_weights(fault: Measurement, setting: Setting, others: Sequence[str]) -> 
         return "the gradients agree; the replicas have made different updates, or hold stale weights"
     if "pipe" in fault.apart:
         return "the gradients agree; the stages that share it have made different updates"
+    if fault.ratio is not None:
+        return (
+            "the gradients agree; likely a learning rate, or a limit of the gradient's norm, that depends on the rank "
+            "or on the number of ranks"
+        )
     return (
         "the gradients agree, and the optimizer makes other weights of them in one process; likely an optimizer whose "
         "update of an element depends on other elements (of a rank's own part, or of the stage's list of parameters), "

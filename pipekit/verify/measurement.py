@@ -22,6 +22,16 @@ KINDS: tuple[Kind, ...] = (
 """In the order of cause: what comes later is made of what comes before."""
 
 
+_WORDS: dict[Kind, str] = {
+    "initial weights": "initial weights",
+    "output": "outputs",
+    "loss": "loss",
+    "input gradient": "input gradients",
+    "gradient": "gradients",
+    "gradient norm": "gradient norm",
+    "weights": "weights",
+}
+
 TOLERANCE = 1e-4
 """How far a loss, an output or a gradient may be from that of one process, relative to its norm."""
 
@@ -52,7 +62,8 @@ class Measurement:
         num_copies: how many ranks, or groups of tensor-parallel ranks, hold a copy.
         num_wrong: how many of the copies are at fault.
         apart: the axes along which the copies differ from each other.
-        ratio: what the tensor of one process must be multiplied with, where nothing else is wrong.
+        ratio: what the tensor of one process, or the change of weights, must be multiplied with, where nothing else is
+            wrong.
         share: the share of the elements that are at fault.
         found: the number, or the element that is furthest off.
         expected: the same in one process.
@@ -137,13 +148,12 @@ def agreeing(measurements: Sequence[Measurement], fault: Measurement) -> list[st
     """
     here = _order_of_cause(fault)
     words = []
-    for kind in KINDS:
-        before = [found for found in measurements if found.kind == kind and _order_of_cause(found) < here]
-        if not before:
-            continue
-        if kind == fault.kind and fault.layer is not None:
-            continue
-        words.append({"initial weights": kind, "weights": kind}.get(kind, kind if kind.endswith("s") else f"{kind}s"))
+    if fault.step > 0:
+        words.append("all of step 1" if fault.step == 1 else f"all of steps 1 to {fault.step}")
+    for kind, word in _WORDS.items():
+        before = [found for found in measurements if (found.kind, found.step) == (kind, fault.step)]
+        if kind != fault.kind and any(_order_of_cause(found) < here for found in before):
+            words.append(word)
     return words
 
 

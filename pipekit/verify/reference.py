@@ -84,8 +84,8 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
         rates.append(lr)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise PipekitError(
-                f"in one process the loss of step {step + 1} is {loss:g} and the gradient's norm {norm:g}, so that "
-                "there is nothing to compare with; lower optimizer.lr, or verify fewer steps (--steps)"
+                f"the loss of step {step + 1} is {loss:g} and the gradient's norm {norm:g}, so that there is nothing "
+                "to compare with; lower optimizer.lr, or verify fewer steps (--steps)"
             )
     for name, parameter in parameters.items():
         recorder.write(Key("weights", num_steps - 1, layer_of[name], name), parameter)

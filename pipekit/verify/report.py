@@ -115,7 +115,7 @@ def _result(result: Result) -> dict[str, Any]:
         return found
     assert result.setting is not None
     others = others_at_fault(result.measurements, fault)
-    values = {name: _finite(value) if isinstance(value, float) else value for name, value in asdict(fault).items()}
+    values = {name: _plain(value) for name, value in asdict(fault).items()}
     found["first_difference"] = {
         **values,
         "what": describe(fault),
@@ -126,6 +126,10 @@ def _result(result: Result) -> dict[str, Any]:
         "other_layers": others,
     }
     return found
+
+
+def _plain(value: Any) -> Any:
+    return _finite(value) if isinstance(value, float) else list(value) if isinstance(value, tuple) else value
 
 
 def _finite(value: float) -> float | None:

@@ -78,7 +78,7 @@ def fault_table(found: Mapping[str, Any]) -> Table:
     facts.add_column()
     name = layout_text(found["layout"])
     if found["verdict"] == "failed":
-        lines = found["failure"].splitlines()
+        lines = [line for line in found["failure"].splitlines() if line.strip(" ~^")]
         shown = lines if len(lines) <= _SHOWN_FAILURE_LINES else [lines[0], "...", *lines[2 - _SHOWN_FAILURE_LINES :]]
         facts.add_row(name, escape("\n".join(["failed:", *shown] if len(shown) > 1 else [f"failed: {shown[0]}"])))
         return facts
@@ -109,15 +109,22 @@ def remarks_table(report: Mapping[str, Any]) -> Table:
 
 def summary(layouts: Sequence[Mapping[str, Any]]) -> str:
     """Return the verdict on one line."""
-    number = len(layouts)
-    wrong = [layout_text(found["layout"]) for found in layouts if found["verdict"] != "agrees"]
-    if not wrong:
-        which = f"{layout_text(layouts[0]['layout'])} trains" if number == 1 else f"all {number} layouts train"
-        return f"{which} the same model as one process"
-    if number == 1:
-        return f"{wrong[0]} does not train the same model as one process"
-    do = "does" if len(wrong) == 1 else "do"
-    return f"{len(wrong)} of {number} layouts {do} not train the same model as one process: {', '.join(wrong)}"
+    names: dict[str, list[str]] = {"agrees": [], "differs": [], "failed": []}
+    for found in layouts:
+        names[found["verdict"]].append(layout_text(found["layout"]))
+    same = "the same model as one process"
+    if len(names["agrees"]) == len(layouts):
+        return (
+            f"{names['agrees'][0]} trains {same}" if len(layouts) == 1 else f"all {len(layouts)} layouts train {same}"
+        )
+    parts = []
+    if names["differs"]:
+        parts.append(f"{', '.join(names['differs'])} {'does' if len(names['differs']) == 1 else 'do'} not train {same}")
+    if names["failed"]:
+        parts.append(f"{', '.join(names['failed'])} failed")
+    if names["agrees"]:
+        parts.append(f"{', '.join(names['agrees'])} {'does' if len(names['agrees']) == 1 else 'do'}")
+    return "; ".join(parts)
 
 
 def layout_text(layout: Mapping[str, int]) -> str:
