@@ -293,10 +293,8 @@ def train_sometimes(rank: int, case: Case) -> list[float]:
 
 LAYOUTS = [
     Case(zero=1, pp=2),
-    Case(zero=2, dp=2),
-    Case(zero=3, dp=2),
-    Case(zero=3, dp=4),
     Case(zero=2, dp=2, offload="optimizer"),
+    Case(zero=3, dp=4),
     Case(zero=3, dp=2, offload="parameters"),
     Case(zero=1, pp=2, offload="optimizer"),
 ]
@@ -307,6 +305,8 @@ def test_any_layout_goes_on_from_any_other(gloo: GlooWorkers, tmp_path: Path, wr
     expected = reference(True, 0.5, "adamw")
     run(gloo, writer, save=str(tmp_path))
     for reader in LAYOUTS:
+        if reader == writer:
+            continue
         for result in run(gloo, reader, load=str(tmp_path / "step-00000010")):
             assert result["losses"] == pytest.approx(expected["losses"][10:], rel=1e-4)
             assert result["norms"] == pytest.approx(expected["norms"][10:], rel=1e-4)
