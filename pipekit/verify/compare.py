@@ -272,6 +272,7 @@ def proportion(found: Tensor, expected: Tensor) -> float | None:
     """Return what `expected` must be multiplied with to be `found`, or None where nothing does.
 
     Example:
+        >>> import torch
         >>> proportion(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0]))
         2.0
         >>> proportion(torch.tensor([2.0, -4.0]), torch.tensor([1.0, 2.0])) is None

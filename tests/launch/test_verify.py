@@ -201,7 +201,7 @@ def verify(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         env=environ,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=580,
         check=False,
     )
     assert list((workspace / "tmp").glob("pipekit-verify*")) == []
