@@ -120,6 +120,8 @@ def plan_run(
     if measure and parallel.partition == "profile":
         measuring = Measuring(device, num_threads, on_progress)
     model = describe_model(config, specs, example, precision=precision, measuring=measuring)
+    # What cannot be cut is refused here, by all ranks alike.
+    model.shapes_of(layout.tp)
     choice = Choice(
         layout,
         zero=parallel.zero,

@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 
 from pipekit.config import GPTConfig
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, LayoutError
 from pipekit.models import build_gpt2
 from pipekit.models.hf_gpt2 import plan_hf_config
-from pipekit.parameters import count_layer_parameters, count_parameters
+from pipekit.parameters import count_layer_parameters, count_parameters, parameter_shapes
 from pipekit.specs import LayerSpec, TiedLayerSpec
 
 
@@ -141,3 +141,34 @@ def test_arguments_that_do_not_fit_are_named_with_the_layer() -> None:
 def test_a_model_may_hold_several_tied_keys() -> None:
     specs = [TiedLayerSpec(key, nn.Linear, 2, 2) for key in ("a", "b", "a", "b", "a")]
     assert count_parameters(specs) == 12
+
+
+def test_a_tensor_parallel_rank_has_its_part_of_matrices_and_all_of_norms_and_positions() -> None:
+    config = GPTConfig(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, max_positions=16)
+    shapes = {name: shape for layer in parameter_shapes(build_gpt2(config), tp=4) for name, shape in layer.items()}
+    assert shapes == {
+        "embed.weight": (17, 32),
+        "position.weight": (16, 32),
+        "blocks.0.attention.norm.weight": (32,),
+        "blocks.0.attention.norm.bias": (32,),
+        "blocks.0.attention.q.weight": (8, 32),
+        "blocks.0.attention.q.bias": (8,),
+        "blocks.0.attention.kv.weight": (32, 32),  # fewer heads than ranks: all of them
+        "blocks.0.attention.kv.bias": (32,),
+        "blocks.0.attention.projection.weight": (32, 8),
+        "blocks.0.attention.projection.bias": (32,),
+        "blocks.0.mlp.norm.weight": (32,),
+        "blocks.0.mlp.norm.bias": (32,),
+        "blocks.0.mlp.expand.weight": (32, 32),
+        "blocks.0.mlp.expand.bias": (32,),
+        "blocks.0.mlp.contract.weight": (32, 32),
+        "blocks.0.mlp.contract.bias": (32,),
+        "final_norm.weight": (32,),
+        "final_norm.bias": (32,),
+    }
+
+
+def test_a_layer_that_cannot_be_shared_out_is_named() -> None:
+    config = GPTConfig(vocab_size=67, hidden_size=24, num_layers=1, num_heads=3, max_positions=16)
+    with pytest.raises(LayoutError, match=r"layer 'blocks.0.attention': .*model.num_heads=3.*try parallel.tp=1"):
+        parameter_shapes(build_gpt2(config), tp=2)

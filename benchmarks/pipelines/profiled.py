@@ -69,7 +69,7 @@ class ProfiledModel:
     def _planned(self) -> PlannedModel:
         return PlannedModel(
             costs_of=lambda micro_batch_size: self.costs,
-            shapes=self.shapes,
+            shapes_of=lambda tp: self.shapes,
             layer_names=self.layer_names,
             sequence_length=self.sequence_length,
             precision=self.precision,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from pipekit.nested import Structure, unflatten
 from pipekit.planner.layer_costs import LayerCosts
 from pipekit.planner.model_costs import ModelCosts
 from pipekit.planner.observe import Form, Observed, observe
+from pipekit.shapes import ShapeRules
 from pipekit.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names, spec_key
+from pipekit.tensor_parallel import Logits
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -33,6 +36,8 @@ def describe_layers(
     labels: Any = None,
 ) -> ModelCosts:
     """Return what each layer costs for one micro-batch, and what the loss costs.
+
+    Where the last layer returns `Logits`, whose scores the loss computes, the loss is a part of that layer.
 
     Operations are those of matrix products, convolutions and attention; nothing else is counted. Attention is taken to
     be fused (see `pipekit.planner.observe`).
@@ -59,12 +64,16 @@ def describe_layers(
     described: dict[Hashable, Observed] = {}
     layers: list[LayerCosts] = []
     for spec, name in zip(specs, layer_names(specs), strict=True):
-        key = layer_key(spec, form)
+        is_last = len(layers) == len(specs) - 1
+        loss = None
+        if is_last and loss_fn is not None and gives_logits(spec, form, name=name, dtype=dtype):
+            loss = take_loss(loss_fn, labels)
+        key = (layer_key(spec, form), loss is None)
         if key not in described:
-            described[key] = describe_layer(spec, form, name=name, dtype=dtype)
+            described[key] = describe_layer(spec, form, name=name, dtype=dtype, loss=loss)
         layers.append(described[key].costs)
         form = described[key].outputs
-    return ModelCosts(layers, None if loss_fn is None else describe_loss(loss_fn, form, labels))
+    return ModelCosts(layers, None if loss_fn is None or is_loss(form) else describe_loss(loss_fn, form, labels))
 
 
 def layer_key(spec: LayerSpec, inputs: Form) -> Hashable:
@@ -73,7 +82,9 @@ def layer_key(spec: LayerSpec, inputs: Form) -> Hashable:
     return spec_key(spec), forward_fn, inputs.key
 
 
-def describe_layer(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dtype) -> Observed:
+def describe_layer(
+    spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dtype, loss: Callable[[Any], Any] | None = None
+) -> Observed:
     """Return what one layer costs, and the form of what it returns.
 
     Args:
@@ -81,6 +92,7 @@ def describe_layer(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dty
         inputs: the form of what it is given.
         name: its logical name, for errors.
         dtype: of its weights.
+        loss: computes the loss of what the layer returns, if that is `Logits`.
 
     Raises:
         ConfigError: if it does not fit its inputs, or cannot run without values.
@@ -88,7 +100,7 @@ def describe_layer(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dty
     what = f"layer {name!r} ({spec.type_name})"
     with _failures(what, inputs, mend="the layer before it", needs="values, or tensors on a device of its own"):
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
-        return observe_module(layer, apply_layer(layer, spec), leaves_of(inputs), inputs.structure)
+        return observe_module(layer, apply_layer(layer, spec, loss), leaves_of(inputs), inputs.structure)
 
 
 def observe_module(
@@ -108,10 +120,41 @@ def observe_module(
         return observe(call, leaves, structure, parameters=trained, held=held)
 
 
-def apply_layer(layer: nn.Module, spec: LayerSpec) -> Callable[[Any], Any]:
-    """Return what a stage calls with a layer's inputs."""
+def apply_layer(layer: nn.Module, spec: LayerSpec, loss: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
+    """Return what a stage calls with a layer's inputs; for `Logits`, with the loss of these behind it."""
     forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
-    return layer if forward_fn is None else lambda inputs: forward_fn(layer, inputs)
+    forward = layer if forward_fn is None else partial(forward_fn, layer)
+    if loss is None:
+        return forward
+
+    def with_loss(inputs: Any) -> Any:
+        outputs = forward(inputs)
+        return loss(outputs) if isinstance(outputs, Logits) else outputs
+
+    return with_loss
+
+
+def gives_logits(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dtype) -> bool:
+    """Return whether a layer returns `Logits`, as far as can be told without values."""
+    try:
+        layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
+        with torch.no_grad(), torch.device("meta"), ShapeRules():
+            return isinstance(apply_layer(layer, spec)(unflatten(leaves_of(inputs), inputs.structure)), Logits)
+    except Exception:  # whoever describes or measures the layer says what is wrong
+        return False
+
+
+def take_loss(loss_fn: LossFn, labels: Any) -> Callable[[Any], Any]:
+    """Return what computes the loss of outputs, on torch's meta device."""
+    form = Form.of(labels, "the labels")
+    compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
+    given = unflatten(leaves_of(form), form.structure)
+    return lambda outputs: compute(outputs, given)
+
+
+def is_loss(outputs: Form) -> bool:
+    """Return whether what the last layer returns is the loss already."""
+    return [tensor.shape for tensor in outputs.tensors] == [()]
 
 
 def describe_loss(loss_fn: LossFn, outputs: Form, labels: Any) -> LayerCosts:
@@ -128,11 +171,12 @@ def describe_loss(loss_fn: LossFn, outputs: Form, labels: Any) -> LayerCosts:
     label_form = Form.of(labels, "the labels")
     loss_name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     given_forms = f"{outputs} and the labels {label_form}"
-    with _failures(f"the loss function {loss_name}", given_forms, mend="the last layer or the labels", needs="values"):
-        compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
-        given = unflatten(leaves_of(label_form), label_form.structure)
-        with torch.device("meta"):
-            return observe(lambda x: compute(x, given), leaves_of(outputs), outputs.structure).costs
+    what = f"the loss function {loss_name}"
+    with (
+        _failures(what, given_forms, mend="the last layer or the labels", needs="values"),
+        torch.device("meta"),
+    ):
+        return observe(take_loss(loss_fn, labels), leaves_of(outputs), outputs.structure).costs
 
 
 @contextmanager

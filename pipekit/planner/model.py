@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -85,7 +85,7 @@ def describe_model(
 
     return PlannedModel(
         costs_of=costs_of,
-        shapes=parameter_shapes(specs),
+        shapes_of=cache(partial(parameter_shapes, specs)),
         layer_names=layer_names(specs),
         sequence_length=config.train.sequence_length,
         precision=precision,

@@ -257,9 +257,15 @@ def _convolution_backward(results: Sequence[Any], grad: Tensor, x: Tensor, weigh
 _aten = torch.ops.aten
 _FLOPS: dict[Any, Callable[..., int]] = {
     _aten.mm.default: _product,
+    _aten.mm.out: _product,
     _aten.bmm.default: _product,
+    _aten.bmm.out: _product,
     _aten.addmm.default: _sum_and_product,
+    _aten.addmm.out: _sum_and_product,
+    _aten.addmm_.default: _sum_and_product,
     _aten.baddbmm.default: _sum_and_product,
+    _aten.baddbmm.out: _sum_and_product,
+    _aten.baddbmm_.default: _sum_and_product,
     _aten.convolution.default: _convolution,
     _aten.convolution_backward.default: _convolution_backward,
 }

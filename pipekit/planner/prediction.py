@@ -14,7 +14,7 @@ from pipekit.planner.elements import Shape, count_elements
 from pipekit.planner.layer_costs import layer_flops, layer_seconds
 from pipekit.planner.memory import MemoryParts, Precision, cut_stages, memory_of_ranks
 from pipekit.planner.model_costs import ModelCosts, stage_extras
-from pipekit.planner.sharding import shard_layers, shard_shapes
+from pipekit.planner.sharding import shard_layers
 from pipekit.planner.timing import Cluster, StepTimes, stage_costs, step_times
 from pipekit.schedules import SCHEDULE_NAMES, Schedule, plan_schedule
 
@@ -67,7 +67,8 @@ class PlannedModel:
 
     Attributes:
         costs_of: returns what its layers cost for a micro-batch of so many sequences.
-        shapes: the shapes of each layer's trainable parameters by logical name.
+        shapes_of: returns the shapes of each layer's trainable parameters by logical name, as one rank of so many
+            tensor-parallel ones has them.
         layer_names: logical name of each layer.
         sequence_length: tokens of a sequence.
         precision: of weights and activations.
@@ -76,7 +77,7 @@ class PlannedModel:
     """
 
     costs_of: Callable[[int], ModelCosts]
-    shapes: Sequence[Mapping[str, Shape]]
+    shapes_of: Callable[[int], Sequence[Mapping[str, Shape]]]
     layer_names: Sequence[str]
     sequence_length: int
     precision: Precision
@@ -86,12 +87,12 @@ class PlannedModel:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, tied ones once."""
-        return count_elements(*self.shapes)
+        return count_elements(*self.shapes_of(1))
 
     @property
     def layer_parameters(self) -> list[int]:
         """Trainable parameters of each layer; a tied layer's wherever it occurs."""
-        return [count_elements(layer) for layer in self.shapes]
+        return [count_elements(layer) for layer in self.shapes_of(1)]
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def predict(
     cut = tuple(balance(model, choice, schedule.placement) if boundaries is None else boundaries)
     tp, dp = choice.layout.tp, choice.layout.dp
     cluster = Cluster(device, choice.layout)
-    stages = cut_stages(shard_layers(costs.layers, tp), shard_shapes(model.shapes, tp), cut)
+    stages = cut_stages(shard_layers(costs.layers, tp), model.shapes_of(tp), cut)
     loss = None if costs.loss is None else shard_layers([costs.loss], tp)[0]
     stage_parameters = [count_elements(stage.parameters) for stage in stages]
     times = step_times(

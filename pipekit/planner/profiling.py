@@ -29,8 +29,11 @@ from pipekit.planner.describe import (
     describe_layer,
     describe_loss,
     first_line,
+    gives_logits,
+    is_loss,
     layer_key,
     observe_module,
+    take_loss,
 )
 from pipekit.planner.fingerprint import Fingerprinter, Plain, UnstableError
 from pipekit.planner.layer_costs import LayerCosts
@@ -91,13 +94,17 @@ def profile_layers(
     profiled: dict[Hashable, Observed] = {}
     layers: list[LayerCosts] = []
     for layer_idx, (spec, name) in enumerate(zip(specs, layer_names(specs), strict=True)):
-        key = layer_key(spec, form)
+        is_last = layer_idx == len(specs) - 1
+        loss = None
+        if is_last and loss_fn is not None and gives_logits(spec, form, name=name, dtype=dtype):
+            loss = profiler.loss_of(loss_fn, labels)
+        key = (layer_key(spec, form), loss is None)
         if key not in profiled:
-            subject = profiler.layer(spec, name, form, given)
+            subject = profiler.layer(spec, name, form, given, loss)
             profiled[key] = profiler.profile(subject, partial(_report, report, layer_idx / len(specs)))
         layers.append(profiled[key].costs)
         form, given = profiled[key].outputs, None
-    if loss_fn is None:
+    if loss_fn is None or is_loss(form):
         return ModelCosts(layers)
     loss = profiler.profile(profiler.loss(loss_fn, form, labels), partial(_report, report, 1.0))
     return ModelCosts(layers, loss.costs)
@@ -124,6 +131,34 @@ class _Subject:
     describe: Callable[[], LayerCosts]
 
 
+class _Loss:
+    """A loss function with the labels that it is given."""
+
+    def __init__(self, loss_fn: LossFn, labels: Any, fingerprinter: Fingerprinter, device: torch.device) -> None:
+        self._loss_fn = loss_fn
+        self._labels = labels
+        self._form = Form.of(labels, "the labels")
+        self._fingerprinter = fingerprinter
+        self._device = device
+
+    def identify(self) -> Plain:
+        """Tell what it is, as plain data."""
+        # A loss that is a module has the tensors that its text does not tell.
+        state = self._loss_fn.state_dict() if isinstance(self._loss_fn, nn.Module) else {}
+        return [self._fingerprinter.of(self._loss_fn), self._fingerprinter.of(dict(state)), plain_form(self._form)]
+
+    def build(self) -> Callable[[Any], Any]:
+        """Return what computes the loss of outputs where layers are measured."""
+        loss_fn = self._loss_fn
+        compute = copy.deepcopy(loss_fn).to(self._device) if isinstance(loss_fn, nn.Module) else loss_fn
+        given = unflatten(build_values(self._form, self._device, self._labels), self._form.structure)
+        return lambda outputs: compute(outputs, given)
+
+    def describe(self) -> Callable[[Any], Any]:
+        """Return what computes it on torch's meta device."""
+        return take_loss(self._loss_fn, self._labels)
+
+
 class _Profiler:
     """Measures layers on one device."""
 
@@ -141,37 +176,35 @@ class _Profiler:
             "torch": torch.__version__,
         }
 
-    def layer(self, spec: LayerSpec, name: str, inputs: Form, given: Any) -> _Subject:
+    def layer(self, spec: LayerSpec, name: str, inputs: Form, given: Any, loss: _Loss | None) -> _Subject:
         def identify() -> Plain:
-            return self._fingerprinter.of_layer(spec, build_on_meta(spec, name=name).modules())
+            layer = self._fingerprinter.of_layer(spec, build_on_meta(spec, name=name).modules())
+            return layer if loss is None else [layer, loss.identify()]
 
         def build() -> tuple[nn.Module, Callable[[Any], Any]]:
             layer = build_layer(spec, name=name, seed=0).to(device=self._device, dtype=self._dtype).train()
-            return layer, apply_layer(layer, spec)
+            return layer, apply_layer(layer, spec, None if loss is None else loss.build())
 
         def describe() -> LayerCosts:
-            return describe_layer(spec, inputs, name=name, dtype=self._dtype).costs
+            taken = None if loss is None else loss.describe()
+            return describe_layer(spec, inputs, name=name, dtype=self._dtype, loss=taken).costs
 
         return _Subject(f"layer {name!r} ({spec.type_name})", inputs, given, identify, build, describe)
 
+    def loss_of(self, loss_fn: LossFn, labels: Any) -> _Loss:
+        return _Loss(loss_fn, labels, self._fingerprinter, self._device)
+
     def loss(self, loss_fn: LossFn, inputs: Form, labels: Any) -> _Subject:
-        label_form = Form.of(labels, "the labels")
-
-        def identify() -> Plain:
-            # A loss that is a module has the tensors that its text does not tell.
-            state = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
-            return [self._fingerprinter.of(loss_fn), self._fingerprinter.of(dict(state)), plain_form(label_form)]
-
-        def build() -> tuple[nn.Module, Callable[[Any], Any]]:
-            compute = copy.deepcopy(loss_fn).to(self._device) if isinstance(loss_fn, nn.Module) else loss_fn
-            given = unflatten(build_values(label_form, self._device, labels), label_form.structure)
-            return nn.Module(), lambda outputs: compute(outputs, given)
+        loss = self.loss_of(loss_fn, labels)
 
         def describe() -> LayerCosts:
             return describe_loss(loss_fn, inputs, labels)
 
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-        return _Subject(f"the loss function {name}", inputs, None, identify, build, describe)
+        build = loss.build
+        return _Subject(
+            f"the loss function {name}", inputs, None, loss.identify, lambda: (nn.Module(), build()), describe
+        )
 
     def profile(self, subject: _Subject, report: Callable[[str], None]) -> Observed:
         with _failures(subject):

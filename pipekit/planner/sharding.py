@@ -1,11 +1,10 @@
-"""What a tensor-parallel rank has of a layer: its share of every matrix, and of every activation."""
+"""What a tensor-parallel rank computes and holds of a layer: its share of the operations, and of every activation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from pipekit.planner.elements import Shape
 from pipekit.planner.layer_costs import LayerCosts
 
 
@@ -33,16 +32,3 @@ def _shard(layer: LayerCosts, tp: int) -> LayerCosts:
         output_bytes=-(-layer.output_bytes // tp),
         saved_bytes=-(-layer.saved_bytes // tp),
     )
-
-
-def shard_shapes(shapes: Sequence[Mapping[str, Shape]], tp: int) -> list[dict[str, Shape]]:
-    """Return the shapes that one of `tp` ranks has of each layer's parameters: matrices are cut, vectors are not.
-
-    Example:
-        >>> shard_shapes([{"weight": (8, 4), "bias": (8,)}], tp=2)
-        [{'weight': (4, 4), 'bias': (8,)}]
-    """
-    return [
-        {name: (-(-shape[0] // tp), *shape[1:]) if len(shape) > 1 else shape for name, shape in layer.items()}
-        for layer in shapes
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ def model(
         costs_of=lambda size: ModelCosts(
             [scaled(costs, size) for costs in layers], None if loss is None else scaled(loss, size)
         ),
-        shapes=[{f"layers.{index}.weight": (costs.parameters, 1)} for index, costs in enumerate(layers)],
+        shapes_of=lambda tp: [
+            {f"layers.{index}.weight": (-(-costs.parameters // tp), 1)} for index, costs in enumerate(layers)
+        ],
         layer_names=[f"layers.{index}" for index in range(len(layers))],
         sequence_length=8,
         precision=precision,
@@ -111,4 +113,6 @@ def gpt(num_layers: int, hidden_size: int, num_heads: int, precision: Precision 
         ids = torch.empty(size, 2048, dtype=torch.int64, device="meta")
         return describe_layers(specs, ids, dtype=dtype, loss_fn=language_model_loss, labels=ids)
 
-    return PlannedModel(costs_of, parameter_shapes(specs), layer_names(specs), 2048, precision, OptimizerConfig())
+    return PlannedModel(
+        costs_of, cache(partial(parameter_shapes, specs)), layer_names(specs), 2048, precision, OptimizerConfig()
+    )

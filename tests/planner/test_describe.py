@@ -341,3 +341,25 @@ assert sum(layer.parameters for layer in costs.layers) > 1e12
 assert not {"sympy", "torch._dynamo"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_loss_that_computes_the_scores_itself_is_part_of_the_head() -> None:
+    # 2 x 16 tokens of 67 words, through the head in chunks of 5.
+    specs = build_gpt2(GPTConfig(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, max_positions=16))
+    chunked = build_gpt2(
+        GPTConfig(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, max_positions=16), loss_chunk_tokens=5
+    )
+    tokens = torch.empty(2, 16, dtype=torch.int64, device="meta")
+    plain, fused = (
+        describe_layers(each, tokens, dtype=torch.float32, loss_fn=language_model_loss, labels=tokens)
+        for each in (specs, chunked)
+    )
+    assert plain.loss is not None
+    assert fused.loss is None
+    head, other = fused.layers[-1], plain.layers[-1]
+    assert head.parameters == other.parameters
+    assert head.forward_flops == other.forward_flops == 2 * 32 * 67 * 32
+    # The backward computes the scores again.
+    assert head.flops == other.flops + other.forward_flops
+    # The scores are held neither by the head nor by the loss.
+    assert head.saved_bytes + head.output_bytes < 2 * 16 * 67 * 4 < other.output_bytes + plain.loss.saved_bytes

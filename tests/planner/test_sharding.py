@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipekit.planner.sharding import shard_layers, shard_shapes
+from pipekit.planner.sharding import shard_layers
 from planner.planned import layer
 
 
@@ -16,9 +16,3 @@ def test_everything_is_shared_out_and_rounded_up() -> None:
 def test_alone_a_rank_has_it_all() -> None:
     layers = [layer(), layer(7)]
     assert shard_layers(layers, 1) == layers
-
-
-def test_matrices_are_cut_and_vectors_are_not() -> None:
-    shapes = [{"weight": (10, 4), "bias": (10,)}, {}]
-    assert shard_shapes(shapes, 4) == [{"weight": (3, 4), "bias": (10,)}, {}]
-    assert shard_shapes(shapes, 1) == shapes
