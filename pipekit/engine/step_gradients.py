@@ -24,7 +24,12 @@ def call_before_update(engine: TrainingEngine, call: Callable[[GradientOf], None
             tensor-parallel ranks share out, this rank's part.
     """
     if isinstance(engine, ReplicaEngine):
-        _call_first(engine, "step", lambda: engine.is_gradient_accumulation_boundary() and call(safe_get_full_grad))
+
+        def call_at_boundary() -> None:
+            if engine.is_gradient_accumulation_boundary():
+                call(safe_get_full_grad)
+
+        _call_first(engine, "step", call_at_boundary)
     else:
         _call_first(engine.view, "hand_over_gradients", lambda: call(engine.view.gradient))
 

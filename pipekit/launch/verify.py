@@ -272,11 +272,11 @@ def _choose(
 
     parallel, train = config.parallel, config.train
     holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_parts for spec in specs)
-    is_gpt = isinstance(config.model, GPTConfig)
+    model = config.model if isinstance(config.model, GPTConfig) else None
     facts = Facts(
         num_layers=len(specs),
-        num_heads=config.model.num_heads if is_gpt else None,
-        num_kv_heads=config.model.num_kv_heads or config.model.num_heads if is_gpt else None,
+        num_heads=model and model.num_heads,
+        num_kv_heads=model and (model.num_kv_heads or model.num_heads),
         sequence_length=train.sequence_length if holds_parts else None,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 from torch import Tensor
@@ -56,12 +57,10 @@ def compare_recordings(
     for step in range(len(expected.facts[0]["losses"])):
         yield _compare_numbers(found, expected, "losses", step, tolerance)
         allowance = tolerance * (_DRIFT if step else 1)
-        floor = _SHARE_OF_GRADIENT * float(expected.facts[0]["norms"][step])
+        own = _SHARE_OF_GRADIENT * float(expected.facts[0]["norms"][step])
         for key in judge.union("gradient", step):
             reference = expected.load(key) if expected.copies(key) else None
-            yield judge.measure(
-                key, reference, lambda norm, part=floor, most=allowance: most * (norm + part), zero_if_missing=True
-            )
+            yield judge.measure(key, reference, partial(_allowed, allowance, own), zero_if_missing=True)
         yield _compare_numbers(found, expected, "norms", step, allowance)
 
 
@@ -106,9 +105,17 @@ def _compare_flow(judge: _Judge, tolerance: float) -> Iterator[Measurement]:
             yield judge.measure(
                 key,
                 known[0].load() if known else None,
-                lambda norm: tolerance * norm,
-                floor=lambda key=key, made_of=made_of: tolerance * _CANCELLED * _norm_like(expected, made_of, key),
+                partial(_allowed, tolerance, 0.0),
+                floor=partial(_cancelled, tolerance, expected, made_of, key),
             )
+
+
+def _allowed(tolerance: float, own: float, norm: float) -> float:
+    return tolerance * (norm + own)
+
+
+def _cancelled(tolerance: float, expected: Recording, made_of: Key, key: Key) -> float:
+    return tolerance * _CANCELLED * _norm_like(expected, made_of, key)
 
 
 def _norm_like(recording: Recording, source: Key, key: Key) -> float:

@@ -49,7 +49,7 @@ def run_reference(config: Config, *, num_devices: int | None, num_threads: int, 
     _compute_alike(num_threads)
     plan = plan_trial(config, world_size=1, num_devices=num_devices, measure=False, num_threads=num_threads)
     # A trial may ask the unit for its place in the run, which needs a world, of which this process is all.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     device = torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu")
     unit = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
     trial = load_trial(config)(TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None))

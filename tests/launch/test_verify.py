@@ -192,7 +192,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def verify(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    before = {path for path in workspace.rglob("*") if not {"cache", "__pycache__"} & set(path.parts)}
+    before = files(workspace)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(workspace / "tmp")}
     (workspace / "tmp").mkdir(exist_ok=True)
     done = subprocess.run(
@@ -205,9 +205,16 @@ def verify(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         check=False,
     )
     assert list((workspace / "tmp").glob("pipekit-verify*")) == []
-    after = {path for path in workspace.rglob("*") if not {"cache", "__pycache__"} & set(path.parts)}
-    assert after - before <= {workspace / "tmp"}
+    assert files(workspace) == before
     return done
+
+
+def files(workspace: Path) -> set[Path]:
+    return {
+        path
+        for path in workspace.rglob("*")
+        if not {"cache", "tmp", "__pycache__"} & set(path.relative_to(workspace).parts)
+    }
 
 
 def first_difference(workspace: Path, layout: str, *overrides: str, builder: str = "sound") -> dict[str, Any]:
