@@ -11,7 +11,8 @@ import typer
 
 app = typer.Typer(
     name="pipekit",
-    help="Build GPT-style models as lists of layer specs, and train them across pipeline, tensor and ZeRO data parallelism.",
+    help="Build GPT-style models as lists of layer specs, and train them across pipeline, tensor and ZeRO data "
+    "parallelism.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

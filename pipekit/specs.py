@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipekit.errors import ConfigError
 from pipekit.rng import fold_seed
@@ -88,7 +88,7 @@ class TiedLayerSpec(LayerSpec):
         key: str,
         typename: Callable[..., nn.Module],
         *args: Any,
-        forward_fn: Callable[[Any, Any], Tensor] | None = None,
+        forward_fn: Callable[[Any, Any], Any] | None = None,
         tied_weight_attr: str | Sequence[str] = "weight",
         name: str | None = None,
         **kwargs: Any,

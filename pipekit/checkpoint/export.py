@@ -95,6 +95,12 @@ def export_checkpoint(
             f"{checkpoint}: its model is built by {builder.builder}, which has no counterpart in transformers; "
             f"read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
         )
+    if builder.num_kv_heads not in (None, builder.num_heads):
+        raise CheckpointError(
+            f"{checkpoint}: its model has model.num_kv_heads={builder.num_kv_heads} for {builder.num_heads} heads, and "
+            f"the GPT-2 of transformers knows no grouped queries; read its tensors from {checkpoint}/{WEIGHTS}-*"
+            ".safetensors, which hold them under their own names"
+        )
     model, config = load_model(checkpoint)
     assert isinstance(config.model, GPTConfig)
     final = out.resolve()

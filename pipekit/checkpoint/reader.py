@@ -53,7 +53,8 @@ class CheckpointReader:
             else:
                 stored = self._files[file_name].get_slice(name)
                 before = (slice(None),) * shard.dim
-                tensor = torch.cat([stored[(*before, part)] for part in shard.slices], shard.dim)
+                indices = [(*before, part) for part in shard.slices]
+                tensor = torch.cat([stored[index] for index in indices], shard.dim)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file_name}: damaged ({error})") from None
         return tensor

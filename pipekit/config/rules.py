@@ -124,14 +124,14 @@ def zero_fits(parallel: ParallelConfig) -> Iterator[Fault]:
     if parallel.schedule != "1f1b":
         yield rule_fault(
             "parallel.zero parallel.schedule",
-            f"parallel.schedule={parallel.schedule} does not go with parallel.zero={zero}, which takes each micro-batch "
-            "forward and back at once; try parallel.schedule=1f1b, or parallel.zero=1",
+            f"parallel.schedule={parallel.schedule} does not go with parallel.zero={zero}, which takes each "
+            "micro-batch forward and back at once; try parallel.schedule=1f1b, or parallel.zero=1",
         )
     elif parallel.stages_per_rank is not None and parallel.stages_per_rank > 1:
         yield rule_fault(
             "parallel.zero parallel.stages_per_rank",
-            f"parallel.stages_per_rank={parallel.stages_per_rank} does not go with parallel.zero={zero}, which runs the "
-            "model as one stage; remove it, or set parallel.zero=1",
+            f"parallel.stages_per_rank={parallel.stages_per_rank} does not go with parallel.zero={zero}, which runs "
+            "the model as one stage; remove it, or set parallel.zero=1",
         )
 
 
@@ -175,8 +175,8 @@ def deepspeed_fits_zero(deepspeed: Mapping[str, Any], parallel: ParallelConfig) 
         if key in section and parallel.offload not in settings and "device" not in (section[key] or {}):
             yield rule_fault(
                 f"deepspeed.zero_optimization.{key} parallel.offload",
-                f"deepspeed.zero_optimization.{key}: has no effect with parallel.offload={parallel.offload}; remove it, "
-                f"or set parallel.offload={settings[0]}",
+                f"deepspeed.zero_optimization.{key}: has no effect with parallel.offload={parallel.offload}; remove "
+                f"it, or set parallel.offload={settings[0]}",
             )
     for key in section:
         if key.startswith("stage3_") and parallel.zero < 3:

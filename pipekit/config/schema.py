@@ -79,8 +79,8 @@ class ParallelConfig(Section):
     too, 3 the weights too. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
 
     offload: Literal["none", "optimizer", "parameters"] = Field(default="none", examples=["optimizer"])
-    """What is kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there (needs
-    `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`)."""
+    """What is kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there
+    (needs `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`)."""
 
     partition: str = Field(
         default="parameters",

@@ -29,7 +29,7 @@ def offloads_optimizer(deepspeed_config: Mapping[str, Any]) -> bool:
         False
     """
     section = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return section.get("device", "none") != "none"
+    return bool(section.get("device", "none") != "none")
 
 
 def with_cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -51,13 +51,14 @@ def with_cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     if first is not None:
         if dist.get_rank() == 0:
             _logger.warning(
-                "parallel.offload: DeepSpeed's Adam for CPUs cannot be compiled here (%s), so torch's makes the updates, "
-                "which takes longer; install a C++ compiler and ninja to have it",
+                "parallel.offload: DeepSpeed's Adam for CPUs cannot be compiled here (%s), so torch's makes the "
+                "updates, which takes longer; install a C++ compiler and ninja to have it",
                 first,
             )
         return optimizer
     groups = [{key: group[key] for key in _TAKEN} for group in optimizer.param_groups]
-    return DeepSpeedCPUAdam(groups, adamw_mode=decouples)
+    adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=decouples)
+    return adam
 
 
 @cache

@@ -159,7 +159,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         ]
         if gradients:
             total = self.module.tensor_group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            pieces = total.split([gradient.numel() for gradient in gradients])
+            pieces = torch.split(total, [gradient.numel() for gradient in gradients])
             for gradient, piece in zip(gradients, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
 

@@ -291,8 +291,8 @@ def check_unit(
         mine = describe_unit(unit)
         if layout is not None and _degrees(mine.layout) != _degrees(layout):
             raise LayoutError(
-                f"rank {mine.rank}: layout is {mine.layout}, and that of the run is {layout}; make the unit of the layout "
-                "that build_unit is given"
+                f"rank {mine.rank}: layout is {mine.layout}, and that of the run is {layout}; make the unit of the "
+                "layout that build_unit is given"
             )
         if placement is not None and mine.placement != tuple(placement):
             raise LayoutError(

@@ -99,10 +99,11 @@ def verify_config(config: Config, options: VerifyOptions) -> Verification:
     """
     num_gpus = None if config.run.device == "cpu" else num_accelerators(os.environ)
     config, specs = _plan_model(config)
-    num_devices = options.num_devices or num_gpus or max(_own_layout(config, 1).world_size, _DEFAULT_CPU_DEVICES)
+    num_devices = options.num_devices or num_gpus or max(_own_layout(config, None).world_size, _DEFAULT_CPU_DEVICES)
     if num_gpus is not None and num_devices > num_gpus:
         raise LayoutError(f"--devices {num_devices}: there are {num_gpus} GPUs; try --devices {num_gpus}")
-    fitting, rejected = _choose(config, specs, num_devices, options.layouts)
+    own = _own_layout(config, num_devices if num_gpus else None)
+    fitting, rejected = _choose(config, specs, own, num_devices, options.layouts)
     if not fitting:
         reasons = "\n  ".join(f"{candidate}: {reason}" for candidate, reason in rejected)
         raise LayoutError(f"no layout fits {num_devices} devices, so that there is nothing to verify:\n  {reasons}")
@@ -266,7 +267,7 @@ def _plan_model(config: Config) -> tuple[Config, Sequence[LayerSpec]]:
 
 
 def _choose(
-    config: Config, specs: Sequence[LayerSpec], num_devices: int, named: str | None
+    config: Config, specs: Sequence[LayerSpec], own_layout: Layout, num_devices: int, named: str | None
 ) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
     from pipekit.specs import flow_of_spec
 
@@ -275,14 +276,14 @@ def _choose(
     model = config.model if isinstance(config.model, GPTConfig) else None
     facts = Facts(
         num_layers=len(specs),
-        num_heads=model and model.num_heads,
-        num_kv_heads=model and (model.num_kv_heads or model.num_heads),
+        num_heads=None if model is None else model.num_heads,
+        num_kv_heads=None if model is None else model.num_kv_heads or model.num_heads,
         sequence_length=train.sequence_length if holds_parts else None,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
     )
     if named is None:
-        own = None if parallel.auto else Candidate(_own_layout(config, num_devices), parallel.zero, is_configured=True)
+        own = None if parallel.auto else Candidate(own_layout, parallel.zero, is_configured=True)
         return plan_candidates(num_devices, facts, own=own, zero=parallel.zero, order=parallel.order)
     candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
     reasons = {candidate: reason_against(candidate.layout, num_devices, facts) for candidate in candidates}
@@ -291,11 +292,11 @@ def _choose(
     ]
 
 
-def _own_layout(config: Config, num_devices: int) -> Layout:
-    """Return the configuration's layout; `dp: auto` fills the devices."""
+def _own_layout(config: Config, num_gpus: int | None) -> Layout:
+    """Return the configuration's layout, also where there are too few GPUs for it; `dp: auto` fills those there are."""
     parallel = config.parallel
-    one = parallel.pp * parallel.tp
-    dp = max(1, num_devices // one) if parallel.dp == "auto" else parallel.dp
+    filled = max(1, (num_gpus or 0) // (parallel.pp * parallel.tp))
+    dp = filled if parallel.dp == "auto" else parallel.dp
     return Layout(pp=parallel.pp, dp=dp, tp=parallel.tp, order=parallel.order)
 
 

@@ -106,8 +106,8 @@ def profile_layers(
         form, given = profiled[key].outputs, None
     if loss_fn is None or is_loss(form):
         return ModelCosts(layers)
-    loss = profiler.profile(profiler.loss(loss_fn, form, labels), partial(_report, report, 1.0))
-    return ModelCosts(layers, loss.costs)
+    measured = profiler.profile(profiler.loss(loss_fn, form, labels), partial(_report, report, 1.0))
+    return ModelCosts(layers, measured.costs)
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,12 @@ def check_divisible(sequence_length: int, group: TensorGroup) -> None:
 
 def copy_to_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return `x`, for a computation that is shared out; the gradient is summed over the group."""
-    return x if group is None else _Copy.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group is None else _Copy.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 def sum_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the sum of the partial results `x` over the group, whole on every rank."""
-    return x if group is None else _Sum.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group is None else _Sum.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 def sum_parts_to_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
@@ -141,17 +141,18 @@ def sum_parts_to_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     if group is None:
         return x
     check_divisible(x.shape[SEQUENCE_DIM], group)
-    return _SumToParts.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    own: Tensor = _SumToParts.apply(x, group)  # type: ignore[no-untyped-call]
+    return own
 
 
 def gather_sequence_for_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what ranks share out."""
-    return x if group is None else _GatherForParts.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group is None else _GatherForParts.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 def gather_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what all ranks compute alike."""
-    return x if group is None else _GatherSequence.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group is None else _GatherSequence.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 def split_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
@@ -160,4 +161,4 @@ def split_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     Raises:
         LayoutError: if the sequence cannot be cut into equal parts.
     """
-    return x if group is None else _SplitSequence.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return x if group is None else _SplitSequence.apply(x, group)  # type: ignore[no-untyped-call]

@@ -126,6 +126,15 @@ def test_a_model_trained_without_text_has_no_tokenizer(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] is None
 
 
+def test_grouped_queries_have_no_counterpart(tmp_path: Path) -> None:
+    model = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "max_positions": 8, "vocab_size": 9}
+    config = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 8}})
+    checkpoint = write_checkpoint(tmp_path / "run", config, {"a.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"model.num_kv_heads=2 for 4 heads, and the GPT-2 of transformers knows"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_a_counterpart_is_refused_and_not_built(tmp_path: Path) -> None:
     config = parse_config({"model": "no_such_module:build", "train": {"steps": 1}})
     checkpoint = write_checkpoint(tmp_path / "run", config, {"a.weight": torch.zeros(2)})
