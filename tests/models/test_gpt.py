@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import threading
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pipekit.config import GPTConfig
-from pipekit.errors import ConfigError
-from pipekit.models.gpt import AttentionHalf, PositionEmbedding, build_gpt2
+from pipekit.errors import ConfigError, LayoutError
+from pipekit.models import language_model_loss
+from pipekit.models.gpt import AttentionHalf, Head, PositionEmbedding, build_gpt2
 from pipekit.sequential import SequentialModel
-from pipekit.specs import TiedLayerSpec, layer_names
+from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
+from pipekit.tensor_parallel import (
+    IN_PARTS,
+    Logits,
+    PlannedGroup,
+    SequenceFlow,
+    TensorGroup,
+    shard_layer,
+    whole_outputs,
+)
+from tensor_parallel.cut_model import CutModel, assert_all_close, join_gradients, join_parameters
+from tensor_parallel.threads import run_ranks
 
 
 def small(**changes: Any) -> GPTConfig:
@@ -162,3 +177,361 @@ def test_a_sequence_longer_than_the_positions_is_refused() -> None:
 def test_a_vocabulary_of_unknown_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size=auto.*give a number"):
         build_gpt2(small(vocab_size="auto"))
+
+
+# Against plain torch
+
+LABELS_LEFT_OUT = 3
+
+
+def for_ranks(**changes: Any) -> GPTConfig:
+    """Return the sizes of a model that four ranks can share out; they need not divide its vocabulary."""
+    sizes = {"vocab_size": 23, "hidden_size": 16, "num_heads": 4, "ffn_size": 26, "max_positions": 12}
+    return small(**{**sizes, **changes})
+
+
+def tokens_and_labels() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    tokens, labels = torch.randint(23, (2, 2, 8), generator=generator)
+    labels[0, :LABELS_LEFT_OUT] = -100
+    return tokens, labels
+
+
+def plain_gpt(weights: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:
+    """Return the logits of GPT-2 with these logical tensors, of torch's operations only."""
+    width, heads, eps = config.hidden_size, config.num_heads, config.layer_norm_eps
+    kv_heads = config.num_kv_heads or heads
+    length = tokens.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    x = weights["embed.weight"][tokens] + weights["position.weight"][:length]
+    for block in range(config.num_layers):
+        name = f"blocks.{block}.attention"
+        y = norm(x, f"{name}.norm")
+        if kv_heads == heads:
+            q, k, v = linear(y, f"{name}.qkv").chunk(3, -1)
+        else:
+            q, (k, v) = linear(y, f"{name}.q"), linear(y, f"{name}.kv").chunk(2, -1)
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = (each.unflatten(-1, (kv_heads, -1)).transpose(1, 2) for each in (k, v))
+        k, v = (each.repeat_interleave(heads // kv_heads, 1) for each in (k, v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(width // heads)
+        y = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{name}.projection")
+        name = f"blocks.{block}.mlp"
+        y = F.gelu(linear(norm(x, f"{name}.norm"), f"{name}.expand"), approximate="tanh")
+        x = x + linear(y, f"{name}.contract")
+    return norm(x, "final_norm") @ weights.get("head.weight", weights["embed.weight"]).T
+
+
+class Outcome(NamedTuple):
+    """What one micro-batch gives."""
+
+    logits: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def random_weights(specs: list[LayerSpec]) -> dict[str, Tensor]:
+    """Return logical tensors of which none is zero or one, as initial biases and norms are."""
+    generator = torch.Generator().manual_seed(9)
+    model = CutModel(specs, None, sequence_parallel=False)
+    return {
+        # What is float32 exactly, so that it may be loaded before it is made float64.
+        name: torch.randn(parameter.shape, generator=generator).mul(0.3).add("norm.weight" in name).double()
+        for name, parameter in model.parameters().items()
+    }
+
+
+@cache
+def plain_outcome(tied: bool, num_kv_heads: int | None) -> Outcome:
+    config = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads)
+    weights = {name: tensor.requires_grad_() for name, tensor in random_weights(build_gpt2(config)).items()}
+    tokens, labels = tokens_and_labels()
+    logits = plain_gpt(weights, config, tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: tensor.grad for name, tensor in weights.items() if tensor.grad is not None}
+    assert gradients.keys() == weights.keys()
+    return Outcome(logits.detach(), loss.detach(), gradients)
+
+
+def assert_same(actual: Outcome, expected: Outcome) -> None:
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-10, atol=1e-10)
+    # The loss, and with it every gradient, is computed in fp32.
+    torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=1e-6, atol=1e-6)
+    assert_all_close(actual.gradients, expected.gradients, tolerance=2e-6)
+
+
+def run_cut(size: int, specs: list[LayerSpec], weights: dict[str, Tensor], sequence_parallel: bool) -> Outcome:
+    tokens, labels = tokens_and_labels()
+
+    def run(group: TensorGroup) -> tuple[Tensor, Tensor, dict[str, nn.Parameter]]:
+        model = CutModel(specs, group, sequence_parallel=sequence_parallel, weights=weights)
+        outputs = model(tokens)
+        loss = language_model_loss(outputs, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return whole_outputs(outputs).detach(), loss.detach(), model.parameters()
+
+    logits, losses, parameters = zip(*run_ranks(size, run), strict=True)
+    for rank in range(size):
+        assert torch.equal(logits[rank], logits[0])
+        assert torch.equal(losses[rank], losses[0])
+    return Outcome(logits[0], losses[0], join_gradients(parameters))
+
+
+grouped_queries = pytest.mark.parametrize("num_kv_heads", [None, 1, 2], ids=["4 heads", "1 kv head", "2 kv heads"])
+tying = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+sequences = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole sequence", "sequence parallel"])
+
+
+@grouped_queries
+@tying
+def test_the_model_is_gpt2(tied: bool, num_kv_heads: int | None) -> None:
+    config = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads)
+    specs = build_gpt2(config)
+    model = CutModel(specs, None, sequence_parallel=False, weights=random_weights(specs))
+    tokens, labels = tokens_and_labels()
+    logits = model(tokens)
+    loss = language_model_loss(logits, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    actual = Outcome(logits.detach(), loss.detach(), join_gradients([model.parameters()]))
+    assert_same(actual, plain_outcome(tied, num_kv_heads))
+
+
+@sequences
+@grouped_queries
+@tying
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_together_compute_what_one_process_does(
+    size: int, tied: bool, num_kv_heads: int | None, sequence_parallel: bool
+) -> None:
+    specs = build_gpt2(for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads))
+    actual = run_cut(size, specs, random_weights(specs), sequence_parallel)
+    assert_same(actual, plain_outcome(tied, num_kv_heads))
+
+
+@sequences
+@tying
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_loss_may_go_through_the_tokens_in_chunks(size: int, tied: bool, sequence_parallel: bool) -> None:
+    specs = build_gpt2(for_ranks(tied_embedding=tied), loss_chunk_tokens=3)
+    assert_same(run_cut(size, specs, random_weights(specs), sequence_parallel), plain_outcome(tied, None))
+
+
+@grouped_queries
+@tying
+@pytest.mark.parametrize("size", [2, 4])
+def test_initial_weights_do_not_depend_on_the_ranks(size: int, tied: bool, num_kv_heads: int | None) -> None:
+    specs = build_gpt2(for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads))
+    whole = SequentialModel(specs, seed=7).logical_tensors()
+    ranks = [
+        CutModel(specs, PlannedGroup(rank, size), sequence_parallel=True, seed=7, dtype=torch.float32).parameters()
+        for rank in range(size)
+    ]
+    joined = join_parameters(ranks)
+    assert joined.keys() == whole.keys()
+    for name, tensor in joined.items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 1])
+def test_heads_that_the_ranks_do_not_divide_are_refused(num_kv_heads: int | None) -> None:
+    spec = build_gpt2(for_ranks(num_kv_heads=num_kv_heads))[2]
+    with pytest.raises(LayoutError, match=r"parallel\.tp=6 does not divide model\.num_heads=4.*try parallel\.tp=2$"):
+        shard_layer(spec.build(), PlannedGroup(0, 6), in_parts=True)
+
+
+def test_logits_that_are_shared_out_are_not_computed_before_the_loss_asks() -> None:
+    head = Head(4, 23, init_std=1.0)
+    assert isinstance(head(torch.ones(1, 2, 4)), Tensor)
+    shard_layer(head, PlannedGroup(2, 4), in_parts=True)
+    assert head.weight.shape == (6, 4)
+    logits = head(torch.ones(1, 2, 4))
+    assert isinstance(logits, Logits)
+    assert logits.shape == (1, 8, 23)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_positions_of_a_part_are_those_of_the_whole_sequence(in_parts: bool) -> None:
+    for rank in range(3):
+        layer = PositionEmbedding(12, 4, dropout=0.0, init_std=1.0)
+        shard_layer(layer, PlannedGroup(rank, 3), in_parts=in_parts)
+        first = 4 * rank if in_parts else 0
+        assert torch.equal(layer(torch.zeros(1, 4, 4))[0], layer.weight[first : first + 4])
+        if in_parts:
+            with pytest.raises(ConfigError, match=r"15 tokens is longer than model\.max_positions=12"):
+                layer(torch.zeros(1, 5, 4))
+
+
+@tying
+def test_the_sequence_stays_in_parts_from_the_embedding_to_the_head(tied: bool) -> None:
+    first, *between, last = [flow_of_spec(spec) for spec in build_gpt2(for_ranks(tied_embedding=tied))]
+    assert first == SequenceFlow(gives_part=True)
+    assert set(between) == {IN_PARTS}
+    assert last == SequenceFlow(takes_part=True)
+
+
+# Dropout
+
+
+def ranks_from_one_seed(spec: LayerSpec, in_parts: bool, prepare: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return each rank's output, and the generator's state after it; the ranks run one after the other."""
+    results = []
+    for rank in range(2):
+        layer = build_layer(spec, name="layer", seed=0)
+        with torch.no_grad():
+            prepare(layer)
+        shard_layer(layer, PlannedGroup(rank, 2), in_parts=in_parts)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            results.append((layer(x).detach(), torch.get_rng_state()))
+    return results
+
+
+def one_from_every_linear(layer: nn.Module) -> None:
+    """Make a half block add one to everything, before dropout; the position embedding too."""
+    for name, parameter in layer.named_parameters():
+        if name.startswith(("projection", "contract")):
+            parameter.fill_(float(name.endswith("bias")))
+        elif isinstance(layer, PositionEmbedding):
+            parameter.fill_(1)
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
+@pytest.mark.parametrize("layer_idx", [1, 2, 3], ids=["position", "attention", "mlp"])
+def test_ranks_drop_a_whole_activation_alike_and_each_its_own_part_by_itself(layer_idx: int, in_parts: bool) -> None:
+    spec = build_gpt2(for_ranks(dropout=0.5))[layer_idx]
+    (first, state), (second, other_state) = ranks_from_one_seed(
+        spec, in_parts, one_from_every_linear, torch.zeros(2, 6, 16)
+    )
+    assert set(first.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(first, second) == (not in_parts)
+    assert torch.equal(state, other_state), "the next layer would draw differently"
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
+def test_ranks_drop_what_tokens_look_at_by_themselves(in_parts: bool) -> None:
+    def every_value_is_one(layer: nn.Module) -> None:
+        assert isinstance(layer, AttentionHalf)
+        assert layer.qkv is not None
+        layer.qkv.weight.zero_()
+        layer.qkv.bias.fill_(1)
+
+    dropped: list[Tensor] = []
+
+    def catch(module: nn.Module, taken: tuple[Tensor]) -> None:
+        dropped.append(taken[0].detach())
+
+    def prepare(layer: nn.Module) -> None:
+        every_value_is_one(layer)
+        layer.get_submodule("projection").register_forward_pre_hook(catch)
+
+    spec = build_gpt2(for_ranks(dropout=0.5))[2]
+    (_, state), (_, other_state) = ranks_from_one_seed(spec, in_parts, prepare, torch.randn(2, 6, 16))
+    assert not torch.equal(dropped[0], dropped[1]), "the ranks' heads are different ones"
+    assert torch.equal(state, other_state)
+
+
+@pytest.mark.parametrize("layer_idx", [1, 2, 3], ids=["position", "attention", "mlp"])
+def test_ranks_drop_nothing_in_evaluation(layer_idx: int) -> None:
+    spec = build_gpt2(for_ranks(dropout=0.5))[layer_idx]
+
+    def prepare(layer: nn.Module) -> None:
+        one_from_every_linear(layer)
+        layer.eval()
+
+    for output, _ in ranks_from_one_seed(spec, True, prepare, torch.zeros(2, 6, 16)):
+        assert torch.equal(output, torch.ones(2, 6, 16))
+
+
+# Layers of the user's own between them
+
+_drawing = threading.Lock()
+
+
+class Mixer(nn.Module):
+    """Knows nothing of tensor parallelism: attends to everything, drops out, and passes a mask on beside its output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before = nn.Linear(width, width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y, _ = self.attention(self.before(x), x, x, need_weights=False)
+        # As the engine does, every rank seeds a layer alike; ranks are threads here, which share the generator.
+        with _drawing, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            y = F.dropout(y, 0.3)
+        return {"pair": (x + y, None), "mask": torch.ones(x.shape[:2], dtype=torch.bool)}
+
+
+class Unpack(nn.Module):
+    """Takes the whole sequence of what came before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        x = inputs["pair"][0]
+        assert inputs["mask"].shape == x.shape[:2], "tokens and mask are of different lengths"
+        return x.cumsum(1) * self.scale  # type: ignore[no-any-return]
+
+
+class UnpackParts(Unpack):
+    """Takes this rank's part of the sequence, and the whole mask."""
+
+    sequence_flow = IN_PARTS
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        assert inputs["mask"].shape == (2, 8)
+        return inputs["pair"][0] * self.scale  # type: ignore[no-any-return]
+
+
+@sequences
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("unpack", [Unpack, UnpackParts])
+def test_a_users_layer_need_not_know_of_it(unpack: type[Unpack], size: int, sequence_parallel: bool) -> None:
+    specs = build_gpt2(for_ranks())
+    specs[3:3] = [LayerSpec(Mixer, 16, name="mixer"), LayerSpec(unpack, 16, name="unpack")]
+    weights = random_weights(specs)
+    tokens, labels = tokens_and_labels()
+    model = CutModel(specs, None, sequence_parallel=False, weights=weights)
+    logits = model(tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = Outcome(logits.detach(), loss.detach(), join_gradients([model.parameters()]))
+    assert_same(run_cut(size, specs, weights, sequence_parallel), expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_users_layer_may_come_last(size: int) -> None:
+    """Its peers gather what it takes; a loss of the whole is the same on all of them."""
+    specs = [*build_gpt2(for_ranks())[:4], LayerSpec(nn.Linear, 16, 23, name="scores")]
+    weights = random_weights(specs)
+    tokens, labels = tokens_and_labels()
+    model = CutModel(specs, None, sequence_parallel=False, weights=weights)
+    logits = model(tokens)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = Outcome(logits.detach(), loss.detach().double(), join_gradients([model.parameters()]))
+    assert_same(run_cut(size, specs, weights, True), expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_model_that_ends_in_parts_returns_the_whole_sequence(size: int) -> None:
+    specs = build_gpt2(for_ranks())[:-1]
+    weights, (tokens, _) = random_weights(specs), tokens_and_labels()
+    expected = CutModel(specs, None, sequence_parallel=False, weights=weights)(tokens)
+    for actual in run_ranks(
+        size, lambda group: CutModel(specs, group, sequence_parallel=True, weights=weights)(tokens)
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
