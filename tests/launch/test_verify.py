@@ -210,11 +210,9 @@ def verify(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def files(workspace: Path) -> set[Path]:
-    return {
-        path
-        for path in workspace.rglob("*")
-        if not {"cache", "tmp", "__pycache__"} & set(path.relative_to(workspace).parts)
-    }
+    """Return what lies in the workspace, but for caches."""
+    paths = {path.relative_to(workspace) for path in workspace.rglob("*")}
+    return {path for path in paths if not {"cache", "tmp", "__pycache__"} & set(path.parts)}
 
 
 def first_difference(workspace: Path, layout: str, *overrides: str, builder: str = "sound") -> dict[str, Any]:

@@ -199,16 +199,37 @@ def test_proportional_tensors_are_known(ratio: float) -> None:
     assert proportion(tensor, torch.zeros(4, 6)) is None
 
 
+def test_copies_that_differ_along_one_axis_are_told_apart_from_those_that_differ_along_two(
+    tmp_path: Path, expected: Recording
+) -> None:
+    ranks = []
+    for pipe in range(2):
+        for data in range(2):
+            ranks.append((Coordinate(pipe, data, 0), {**sound(), GRADIENT: (1 + data) * sound()[GRADIENT]}))
+    fault = first(list(compare_recordings(record(tmp_path / "layout", ranks), expected, NAMES)))
+    assert (fault.apart, fault.ranks, fault.num_wrong) == (("data",), (1, 3), 2)
+
+
 class TestUpdates:
     """Weights are compared with what the optimizer makes of the layout's own gradients."""
 
     specs = (LayerSpec(nn.Linear, 3, 3, name="first"), LayerSpec(nn.Linear, 3, 2, name="second"))
 
-    def run(self, folder: Path, *, scale: float = 1.0, forget: str = "", noise: float = 0.0) -> list[Measurement]:
+    def run(
+        self,
+        folder: Path,
+        *,
+        lr: float = 0.1,
+        scale: float = 1.0,
+        clipping: float = 1.0,
+        forget: str = "",
+        noise: float = 1.0,
+        kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    ) -> list[Measurement]:
         """Train two steps, record gradients and weights, and compare; optionally with updates that are wrong."""
         model = SequentialModel(self.specs)
         parameters = logical_parameters(model)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=1.0)
+        optimizer = kind(list(parameters.values()), lr=1.0)  # type: ignore[call-arg]
         recorder = Recorder(folder / "rank-0", rank=0, coordinate=Coordinate(0, 0, 0))
         for step in range(2):
             kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -217,7 +238,7 @@ class TestUpdates:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
                 parameter.grad[0] *= noise
                 recorder.write(Key("gradient", step, model.names.index(name.split(".")[0]), name), parameter.grad)
-            make_update(optimizer, list(parameters.values()), lr=scale * 0.1, gradient_clipping=1.0)
+            make_update(optimizer, list(parameters.values()), lr=scale * lr, gradient_clipping=clipping)
             for name, parameter in parameters.items():
                 if name == forget:
                     parameter.data.copy_(kept[name])
@@ -227,22 +248,30 @@ class TestUpdates:
             compare_updates(
                 SequentialModel(self.specs),
                 Recording(folder),
-                build_optimizer=lambda trainable: torch.optim.AdamW(trainable, lr=1.0),
-                rates=[0.1, 0.1],
+                build_optimizer=lambda trainable: kind(trainable, lr=1.0),  # type: ignore[call-arg]
+                rates=[lr, lr],
                 gradient_clipping=1.0,
             )
         )
 
     @pytest.mark.parametrize("noise", [0.0, 1e-8, 1.0])
-    def test_the_same_optimizer_agrees_whatever_the_gradients_are(self, tmp_path: Path, noise: float) -> None:
-        found = self.run(tmp_path / "run", noise=noise)
+    @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+    def test_the_same_optimizer_agrees_whatever_the_gradients_are(
+        self, tmp_path: Path, noise: float, kind: type[torch.optim.Optimizer]
+    ) -> None:
+        found = self.run(tmp_path / "run", noise=noise, kind=kind)
         assert len(found) == 8
         assert first_fault(found) is None
 
-    def test_another_learning_rate(self, tmp_path: Path) -> None:
-        fault = first(self.run(tmp_path / "run", scale=1.001))
+    @pytest.mark.parametrize("lr", [0.1, 1e-3])
+    def test_another_learning_rate(self, tmp_path: Path, lr: float) -> None:
+        fault = first(self.run(tmp_path / "run", lr=lr, scale=1.01))
         assert (fault.kind, fault.step, fault.layer) == ("weights", 0, "first")
-        assert fault.ratio == pytest.approx(1.001, rel=1e-4)
+        assert fault.ratio == pytest.approx(1.01, rel=1e-3)
+
+    def test_another_clipping(self, tmp_path: Path) -> None:
+        fault = first(self.run(tmp_path / "run", clipping=2.0, kind=torch.optim.SGD))
+        assert fault.ratio == pytest.approx(2.0, rel=1e-3)
 
     def test_an_update_that_was_not_made(self, tmp_path: Path) -> None:
         fault = first(self.run(tmp_path / "run", forget="second.bias"))
