@@ -186,10 +186,16 @@ class _SplitLinear(TorchFunctionMode):
 
 def _split(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    if not trained or type(input) is not Tensor or torch.is_autocast_enabled(input.device.type):
+    if not trained or type(input) is not Tensor or autocasts(input):
         return F.linear(input, weight, bias)
     output: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return output
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return whether what is computed from `x` is cast to another type first."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 split_linear = _SplitLinear

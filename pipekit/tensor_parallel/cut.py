@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from pipekit.errors import LayoutError
 from pipekit.tensor_parallel.group import TensorGroup
 from pipekit.tensor_parallel.layers import TensorParallelModule
-from pipekit.tensor_parallel.shards import mark_partial_gradient, shard_of
+from pipekit.tensor_parallel.shards import mark_partial_gradient, part_of_parameter, shard_of
 
 
 def shard_layer(layer: nn.Module, group: TensorGroup, *, in_parts: bool) -> None:
@@ -21,11 +22,17 @@ def shard_layer(layer: nn.Module, group: TensorGroup, *, in_parts: bool) -> None
         in_parts: whether the layer works on this rank's part of the sequence; see `SequenceFlow`.
 
     Raises:
-        LayoutError: if a module has less to share out than there are ranks.
+        LayoutError: if a module has less to share out than there are ranks, or shares what is cut with one that is not.
     """
     for module in list(layer.modules()):
         if isinstance(module, TensorParallelModule):
             module.shard(group, in_parts=in_parts)
+    for path, parameter in layer.named_parameters(remove_duplicate=False):
+        if part_of_parameter(parameter) is not None:
+            raise LayoutError(
+                f"{type(layer).__name__}.{path} is shared with a module that parallel.tp={group.size} cuts, and is not "
+                "cut itself; use tensor-parallel modules for both, or parameters of their own"
+            )
     if in_parts:
         for parameter in layer.parameters():
             if shard_of(parameter) is None:

@@ -47,8 +47,8 @@ def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
 def convert(activations: Any, *, is_part: bool, wants_part: bool, group: TensorGroup | None) -> Any:
     """Return activations as the next layer takes them.
 
-    Floating-point tensors `(B, S, ...)` of three dimensions or more are joined or split along the sequence; others,
-    such as token ids and masks, are whole everywhere.
+    Floating-point tensors of three dimensions, `(B, S, D)`, are joined or split along the sequence; others, such as
+    token ids and masks, are whole everywhere.
 
     Args:
         activations: what the layer before has returned.
@@ -64,4 +64,4 @@ def convert(activations: Any, *, is_part: bool, wants_part: bool, group: TensorG
 
 
 def _has_sequence(tensor: Tensor) -> bool:
-    return tensor.ndim >= 3 and tensor.is_floating_point()
+    return tensor.ndim == 3 and tensor.is_floating_point()

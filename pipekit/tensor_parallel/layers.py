@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipekit.errors import ConfigError, LayoutError
+from pipekit.errors import ConfigError, DataError, LayoutError
 from pipekit.tensor_parallel.collectives import (
     SEQUENCE_DIM,
     copy_to_parts,
@@ -27,7 +27,7 @@ from pipekit.tensor_parallel.collectives import (
 )
 from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensor_parallel.shards import Shard, cut_parameter, mark_partial_gradient
-from pipekit.weight_gradients import OuterProduct, SumOverRows, defer_weight_gradient, is_deferred
+from pipekit.weight_gradients import OuterProduct, SumOverRows, autocasts, defer_weight_gradient, is_deferred
 
 
 class TensorParallelModule(nn.Module):
@@ -114,7 +114,7 @@ class RowParallelLinear(TensorParallelModule, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         partial = F.linear(x, self.weight)
         y = sum_parts_to_sequence(partial, self.group) if self.in_parts else sum_parts(partial, self.group)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class VocabularyParallelEmbedding(TensorParallelModule):
@@ -140,10 +140,26 @@ class VocabularyParallelEmbedding(TensorParallelModule):
         if self.group is None:
             return F.embedding(token_ids, self.weight)
         (rows,) = Shard(0, (self.vocab_size,), self.group.rank, self.group.size).slices
+        if token_ids.device.type == "cpu" and token_ids.numel():
+            check_ids(token_ids, self.vocab_size)
         elsewhere = (token_ids < rows.start) | (token_ids >= rows.stop)
         found = F.embedding((token_ids - rows.start).masked_fill(elsewhere, 0), self.weight)
         partial = found.masked_fill(elsewhere.unsqueeze(-1), 0)
         return sum_parts_to_sequence(partial, self.group) if self.in_parts else sum_parts(partial, self.group)
+
+
+def check_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Check that every id is that of a token; on GPUs nobody waits for the answer.
+
+    Raises:
+        DataError: if one is not.
+    """
+    lowest, highest = (int(bound) for bound in token_ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise DataError(
+            f"token ids from {lowest} to {highest}, and the embedding has {vocab_size} rows; see that the data were "
+            "made with the model's tokenizer, or raise model.vocab_size"
+        )
 
 
 class KeyValueLinear(TensorParallelModule, nn.Linear):
@@ -222,7 +238,7 @@ def column_parallel_linears(
         group: the tensor-parallel peers; None computes `F.linear`.
         in_parts: whether `x` is a part of the sequence.
     """
-    if group is not None and not torch.is_autocast_enabled(x.device.type):
+    if group is not None and not autocasts(x):
         flat = [tensor for layer in layers for tensor in layer]
         outputs: tuple[Tensor, ...] = _ColumnLinears.apply(x, group, in_parts, *flat)  # type: ignore[no-untyped-call]
         return outputs

@@ -80,19 +80,28 @@ def part_of(length: int, rank: int, size: int) -> tuple[int, int]:
     """Return where a rank's part of `length` elements begins and ends: as even as can be, the larger parts first.
 
     Example:
-        >>> [part_of(5, rank, 2) for rank in range(2)]
-        [(0, 3), (3, 5)]
+        >>> [part_of(6, rank, 4) for rank in range(4)]
+        [(0, 2), (2, 4), (4, 5), (5, 6)]
     """
-    return -(-length * rank // size), -(-length * (rank + 1) // size)
+    even, larger = divmod(length, size)
+    return rank * even + min(rank, larger), (rank + 1) * even + min(rank + 1, larger)
 
 
 def cut_parameter(module: nn.Module, name: str, shard: Shard) -> None:
-    """Replace a whole parameter of `module` by this rank's part of it.
+    """Replace a whole parameter of `module` by this rank's part of it; modules that share it share the part.
 
     Raises:
-        LayoutError: if a rank would get nothing of it.
+        LayoutError: if a rank would get nothing of it, or another module that shares it is cut in another way.
     """
     whole = module.get_parameter(name)
+    if (other := part_of_parameter(whole)) is not None:
+        if shard_of(other) != shard:
+            raise LayoutError(
+                f"{type(module).__name__}.{name} is shared with a module that is cut in another way under "
+                f"parallel.tp={shard.size}; give both the same kind of cut, or parameters of their own"
+            )
+        setattr(module, name, other)
+        return
     if min(shard.blocks) < shard.size:
         raise LayoutError(
             f"parallel.tp={shard.size} is more than {type(module).__name__}.{name} has to share out along dimension "
@@ -101,6 +110,7 @@ def cut_parameter(module: nn.Module, name: str, shard: Shard) -> None:
     with torch.no_grad():
         part = nn.Parameter(shard.take(whole), requires_grad=whole.requires_grad)
     part.tensor_shard = shard  # type: ignore[attr-defined]
+    whole.tensor_part = part  # type: ignore[attr-defined]
     # By these names DeepSpeed knows that the gradient norm counts it on every tensor-parallel rank.
     part.tensor_model_parallel = part.model_parallel = True  # type: ignore[attr-defined]
     setattr(module, name, part)
@@ -110,6 +120,12 @@ def shard_of(parameter: Tensor) -> Shard | None:
     """Return which part of its logical tensor a parameter is; None where it is whole."""
     shard: Shard | None = getattr(parameter, "tensor_shard", None)
     return shard
+
+
+def part_of_parameter(whole: Tensor) -> nn.Parameter | None:
+    """Return the part that a whole parameter has been replaced by; None if it has not been cut."""
+    part: nn.Parameter | None = getattr(whole, "tensor_part", None)
+    return part
 
 
 def mark_partial_gradient(parameter: nn.Parameter) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from pipekit.config import CustomModelConfig, ModelConfig
 from pipekit.plan import Plan
+from pipekit.planner.elements import count_elements
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.run_folder import RunFolder
 
@@ -73,7 +74,8 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     facts.add_row(
         "layout",
         f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO "
-        f"{config.parallel.zero}",
+        f"{config.parallel.zero}"
+        + (", sequence parallel" if config.parallel.sequence_parallel and plan.layout.tp > 1 else ""),
     )
     if plan.chosen is not None:
         facts.add_row("chosen", plan.chosen)
@@ -93,10 +95,11 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     several = len(plan.placement) > plan.layout.pp
     if several:
         stages.add_column("rank", justify="right")
-    stages.add_column("parameters", justify="right")
+    stages.add_column("parameters" if plan.layout.tp == 1 else "parameters on a rank", justify="right")
     stages.add_column("layers", overflow="fold")
+    shapes = plan.model.shapes_of(plan.layout.tp)
     for stage, layers in enumerate(plan.stages):
-        num_parameters = sum(plan.layer_parameters[layer_idx] for layer_idx in layers)
+        num_parameters = count_elements(*(shapes[layer_idx] for layer_idx in layers))
         where = [str(stage), str(plan.placement[stage])] if several else [str(stage)]
         stages.add_row(
             *where, f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipekit.errors import LayoutError
 from pipekit.specs import LayerSpec, build_layer
 from pipekit.tensor_parallel import (
     ColumnParallelLinear,
@@ -128,3 +129,35 @@ def test_a_weight_that_two_modules_share_stays_one() -> None:
     shard_layer(layer, PlannedGroup(1, 2), in_parts=False)
     assert layer.queries.weight.shape == (3, 4)
     assert layer.keys.weight is layer.queries.weight
+
+
+class Half(nn.Module):
+    """Shares what is cut with a module that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.column = ColumnParallelLinear(8, 8, bias=False)
+        self.plain = nn.Linear(8, 8, bias=False)
+        self.plain.weight = self.column.weight
+
+
+class Crossed(nn.Module):
+    """Shares a weight that one module cuts by rows and the other by columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.column = ColumnParallelLinear(8, 8, bias=False)
+        self.row = RowParallelLinear(8, 8, bias=False)
+        self.row.weight = self.column.weight
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Half, r"Half.plain.weight is shared with a module that parallel.tp=2 cuts, and is not cut itself"),
+        (Crossed, r"RowParallelLinear.weight is shared with a module that is cut in another way under parallel.tp=2"),
+    ],
+)
+def test_a_weight_is_not_untied_silently(layer: type[nn.Module], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        shard_layer(layer(), PlannedGroup(rank=0, size=2), in_parts=False)

@@ -53,7 +53,8 @@ def activations() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
         "hidden": torch.randn(B, S, D, generator=generator, dtype=torch.float64),
-        "heads": (torch.randn(B, S, 2, D, generator=generator, dtype=torch.float64), None),
+        "heads": (torch.randn(B, S, 2 * D, generator=generator, dtype=torch.float64), None),
+        "added_mask": torch.randn(B, 1, S, S, generator=generator),
         "mask": torch.rand(B, 1, S, S, generator=generator) > 0.5,
         "token_ids": torch.randint(9, (B, S), generator=generator),
         "many_ids": torch.randint(9, (B, S, 2), generator=generator),
@@ -76,7 +77,7 @@ def test_tensors_along_the_sequence_are_split_and_joined_and_others_are_left() -
         assert torch.equal(parts["heads"][0], whole["heads"][0][:, own])
         assert parts["heads"][1] is None
         assert isinstance(parts["heads"], tuple)
-        for name in ("mask", "token_ids", "many_ids", "loss"):
+        for name in ("mask", "added_mask", "token_ids", "many_ids", "loss"):
             assert parts[name] is whole[name]
             assert joined[name] is whole[name]
         assert [a is b for a, b in zip(parts["lengths"], whole["lengths"], strict=True)] == [True, True]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from pipekit.errors import ConfigError, LayoutError
+from pipekit.errors import ConfigError, DataError, LayoutError
 from pipekit.tensor_parallel import (
     ColumnParallelLinear,
     KeyValueLinear,
@@ -707,3 +707,11 @@ class GatedNetwork(nn.Module):
 def test_a_users_own_module_is_shared_out_as_it_says(size: int, in_parts: bool) -> None:
     expected = run_plain(GatedNetwork(), inputs())
     assert_same(run_cut(size, in_parts, GatedNetwork, inputs()), expected)
+
+
+@pytest.mark.parametrize("token_ids", [[0, 7], [-1, 3]])
+def test_an_id_that_is_no_token_is_refused(token_ids: list[int]) -> None:
+    embedding = VocabularyParallelEmbedding(7, 4)
+    shard_layer(embedding, PlannedGroup(rank=0, size=2), in_parts=False)
+    with pytest.raises(DataError, match="the embedding has 7 rows"):
+        embedding(torch.tensor([token_ids]))
