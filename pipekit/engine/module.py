@@ -291,14 +291,16 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 if self.observe_layer is not None:
                     self.observe_layer(layer_idx, inputs, dropout_path)
             if layer_idx == len(self.layer_specs) - 1:
-                inputs = convert(
-                    inputs, is_part=self._flows[layer_idx].gives_part, wants_part=False, group=self.tensor_group
-                )
+                inputs = convert(inputs, is_part=self.gives_part(layer_idx), wants_part=False, group=self.tensor_group)
         return inputs
+
+    def gives_part(self, layer_idx: int) -> bool:
+        """Return whether one of this rank's layers returns this rank's part of the sequence."""
+        return self._flows[layer_idx].gives_part
 
     def _as_taken(self, inputs: Activations, layer_idx: int) -> Activations:
         """Return what the layer before has returned as this one takes it: the whole sequence, or this rank's part."""
-        is_part = layer_idx > 0 and self._flows[layer_idx - 1].gives_part
+        is_part = layer_idx > 0 and self.gives_part(layer_idx - 1)
         wants_part = self._flows[layer_idx].takes_part
         return convert(inputs, is_part=is_part, wants_part=wants_part, group=self.tensor_group)
 

@@ -60,8 +60,9 @@ def convert(activations: Any, *, is_part: bool, wants_part: bool, group: TensorG
         return activations
     change = split_sequence if wants_part else gather_sequence
     tensors, structure = flatten(activations, "what a layer has returned")
-    return unflatten([change(tensor, group) if _has_sequence(tensor) else tensor for tensor in tensors], structure)
+    return unflatten([change(tensor, group) if has_sequence(tensor) else tensor for tensor in tensors], structure)
 
 
-def _has_sequence(tensor: Tensor) -> bool:
+def has_sequence(tensor: Tensor) -> bool:
+    """Return whether what passes between layers is taken to be along the sequence."""
     return tensor.ndim == 3 and tensor.is_floating_point()

@@ -16,6 +16,7 @@ from pipekit.config import Config
 from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.plan import Plan
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
+from pipekit.tensor_parallel.flow import has_sequence
 from pipekit.tensor_parallel.shards import Shard, shard_of
 from pipekit.training.context import TrialContext
 from pipekit.training.planning import load_trial, plan_trial
@@ -167,10 +168,10 @@ def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> No
 
 def _parts_of(module: Any) -> Callable[[int, Tensor], Shard | None]:
     """Return what tells which part of a layer's output this rank has, under sequence parallelism."""
-    group = getattr(module, "tensor_group", None)
+    group = module.tensor_group
 
     def part(layer_idx: int, tensor: Tensor) -> Shard | None:
-        if group is None or not module._flows[layer_idx].gives_part or tensor.ndim < 3:
+        if group is None or not module.gives_part(layer_idx) or not has_sequence(tensor):
             return None
         return Shard(SEQUENCE_DIM, (tensor.shape[SEQUENCE_DIM] * group.size,), group.rank, group.size)
 
