@@ -25,6 +25,7 @@ from pipekit.tensor_parallel.cross_entropy import (
     sum_up,
 )
 from pipekit.tensor_parallel.group import Pending, TensorGroup
+from pipekit.weight_gradients import autocasts
 
 
 def plan_chunk_tokens(num_tokens: int, vocab_part: int, *, limit_bytes: int = 64 * 2**20) -> int | None:
@@ -89,9 +90,9 @@ def chunked_head_loss(
         >>> f"{loss:.4f} is ln 8"
         '2.0794 is ln 8'
     """
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocasts(hidden):
         # As F.linear would, once for all chunks.
+        device = hidden.device.type
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return chunked_head_loss(

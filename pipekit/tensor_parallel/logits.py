@@ -102,8 +102,7 @@ class Logits:
         lengths = [shard.shape_of(rank, own.shape)[-1] for rank in range(shard.size)]
         # Ranks gather tensors of one shape, and the parts of a vocabulary may differ by one.
         padded = F.pad(own, (0, max(lengths) - own.shape[-1]))
-        parts = self.group.all_gather(padded, shard.dim).chunk(shard.size, shard.dim)
-        return shard.join([part[..., :length] for part, length in zip(parts, lengths, strict=True)])
+        return shard.join(self.group.all_gather(padded, shard.dim).chunk(shard.size, shard.dim))
 
 
 def whole_outputs(outputs: Any) -> Any:

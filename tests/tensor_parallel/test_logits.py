@@ -48,6 +48,7 @@ def test_whole_logits_are_those_of_the_whole_head(tp: int, vocab_size: int, in_p
     alone = make_logits(None, vocab_size)
     expected = F.linear(alone.hidden, alone.weight).detach()
     torch.testing.assert_close(alone.whole(), expected)
+    assert not alone.whole().requires_grad
     for logits in run_ranks(tp, lambda group: make_logits(group, vocab_size, in_parts=in_parts).whole()):
         assert not logits.requires_grad
         assert logits.shape == (B, S, vocab_size)
