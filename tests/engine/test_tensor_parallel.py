@@ -12,13 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, micro_batches, reference_run, train_job
+from engine_jobs import (
+    SEQUENCE,
+    VOCAB,
+    Case,
+    batch,
+    build_engine,
+    micro_batches,
+    model_specs,
+    reference_run,
+    train_job,
+)
 from gloo_workers import GlooWorkers
 from pipekit.errors import ConfigError, DataError
+from pipekit.models import language_model_loss
+from pipekit.sequential import SequentialModel
 from pipekit.specs import LayerSpec
 from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 pytestmark = pytest.mark.distributed
+
+
+def show(case: Case) -> str:
+    default = Case()
+    changed = {key: value for key, value in vars(case).items() if value != getattr(default, key)}
+    return "-".join(f"{key}={value}" for key, value in changed.items()) or "default"
 
 
 @cache
@@ -65,7 +83,7 @@ def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorke
         Case(tp=2, num_kv_heads=1),
         Case(tp=4, num_kv_heads=2, sequence_parallel=False),
     ],
-    ids=str,
+    ids=show,
 )
 def test_tensor_parallel_ranks_train_as_one_process_does(gloo: GlooWorkers, case: Case) -> None:
     check_against_reference(gloo, case)
@@ -152,7 +170,7 @@ SAVED = Case(pp=2, tp=2, steps=20)
 
 
 @pytest.mark.parametrize(
-    "case", [Case(), Case(tp=4), Case(pp=2, dp=2), Case(dp=2, tp=2, sequence_parallel=False)], ids=str
+    "case", [Case(), Case(tp=4), Case(pp=2, dp=2), Case(dp=2, tp=2, sequence_parallel=False)], ids=show
 )
 def test_a_checkpoint_of_one_degree_goes_on_under_another(gloo: GlooWorkers, case: Case, tmp_path: Path) -> None:
     saved = gloo.run(4, train_job, SAVED, {"save": str(tmp_path)})[0]
@@ -227,3 +245,66 @@ def logits_under_zero_3(rank: int) -> str:
 def test_zero_3_refuses_a_loss_that_needs_weights_which_it_has_let_go(gloo: GlooWorkers) -> None:
     for message in gloo.run(2, logits_under_zero_3):
         assert "try ZeRO-2" in message
+
+
+def evaluate(rank: int, case: Case) -> tuple[float, Tensor | None]:
+    engine = build_engine(case)
+    seen: list[Tensor] = []
+    data = micro_batches(0, case, engine.unit.data_parallel_rank)
+    loss, logits = engine.eval_batch(data, return_logits=True, observe=lambda outputs, labels: seen.append(outputs))
+    assert (logits is None) == (not engine.unit.is_last_stage)
+    if logits is not None:
+        assert torch.equal(torch.cat(seen), logits)
+    return float(loss), logits
+
+
+@pytest.mark.parametrize(
+    "case", [Case(tp=2, pp=2), Case(tp=2, sequence_parallel=False, tied=False, loss_chunk_tokens=5)], ids=show
+)
+def test_an_evaluation_gives_whole_logits(gloo: GlooWorkers, case: Case) -> None:
+    inputs, labels = batch(0)
+    with torch.no_grad():
+        expected = SequentialModel(model_specs(case), seed=1)(inputs)
+    for loss, logits in gloo.run(case.world_size, evaluate, case):
+        assert loss == pytest.approx(F.cross_entropy(expected.flatten(0, 1), labels.flatten()).item(), rel=1e-5)
+        if logits is not None:
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def train_deepspeed_script(rank: int) -> list[float]:
+    """Train as a script of DeepSpeed does, whose topology has a tensor-parallel axis."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    import pipekit
+
+    module = pipekit.PipelineModule(
+        mixer_specs(),
+        topology=PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1),
+        loss_fn=language_model_loss,
+        base_seed=1,
+        device="cpu",
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 8,
+        "zero_optimization": {"stage": 1},
+    }
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+    engine, *_ = pipekit.initialize(model=module, optimizer=optimizer, config=config)
+    return [float(engine.train_batch(micro_batches(step, Case(), 0))) for step in range(5)]
+
+
+def test_a_script_of_deepspeed_with_a_tensor_parallel_topology(gloo: GlooWorkers) -> None:
+    model = SequentialModel(mixer_specs(), seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    expected = []
+    for step in range(5):
+        inputs, labels = batch(step)
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert expected[-1] < 0.9 * expected[0]
+    for losses in gloo.run(4, train_deepspeed_script):
+        assert losses == pytest.approx(expected, rel=1e-5)
