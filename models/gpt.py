@@ -244,7 +244,11 @@ def score_vocabulary(module: TokenEmbedding | Head, x: Tensor, loss_chunk_tokens
     """
     parts = module.group if module.in_parts else None
     num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
-    chunk = plan_chunk_tokens(num_tokens, module.weight.shape[0]) if loss_chunk_tokens == "auto" else loss_chunk_tokens
+    chunk = loss_chunk_tokens
+    if chunk == "auto":
+        # The largest part, so that all ranks decide alike.
+        tp = 1 if module.group is None else module.group.size
+        chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp))
     if module.group is None and chunk is None:
         return F.linear(x, module.weight)
     return Logits(

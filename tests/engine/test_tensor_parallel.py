@@ -287,6 +287,7 @@ def train_deepspeed_script(rank: int) -> list[float]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 8,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 1},
     }
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
