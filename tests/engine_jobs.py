@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,43 @@ def reference_run(case: Case, specs: list[LayerSpec] | None = None) -> dict[str,
         norms.append(float(norm))
     weights = {name: tensor.detach().clone() for name, tensor in model.logical_tensors().items()}
     return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def show(case: Case) -> str:
+    """Return what a case has other than the default, for the names of tests."""
+    default = Case()
+    changed = {key: value for key, value in vars(case).items() if value != getattr(default, key)}
+    return "-".join(f"{key}={value}" for key, value in changed.items()) or "default"
+
+
+@cache
+def _reference(tied: bool, clip: float, optimizer: str, num_kv_heads: int | None, steps: int) -> dict[str, Any]:
+    return reference_run(Case(tied=tied, clip=clip, optimizer=optimizer, num_kv_heads=num_kv_heads, steps=steps))
+
+
+def reference(case: Case) -> dict[str, Any]:
+    """Return what one process with nothing but torch has, whatever the layout of the case."""
+    return _reference(case.tied, case.clip, case.optimizer, case.num_kv_heads, case.steps)
+
+
+def assert_trained_as_one_process(results: list[dict[str, Any]], case: Case) -> None:
+    """Compare losses, gradient norms and final weights of `train_job`, each to a relative 1e-4."""
+    expected = reference(case)
+    for result in results:
+        for kind in ("losses", "norms"):
+            difference = max(abs(ours / theirs - 1) for ours, theirs in zip(result[kind], expected[kind], strict=True))
+            assert difference <= 1e-4, f"{kind} differ by {difference:.1e}"
+        for name, weights in result["weights"].items():
+            theirs = expected["weights"][name]
+            if name.endswith(("qkv.bias", ".kv.bias")):
+                # Attention does not depend on the keys' bias; Adam blows its rounding errors up to full steps.
+                keys = slice(32, 64) if name.endswith("qkv.bias") else slice(0, len(theirs) // 2)
+                weights, theirs = weights.clone(), theirs.clone()
+                weights[keys] = theirs[keys] = 0.0
+            difference = float((weights - theirs).norm() / theirs.norm())
+            assert difference <= 1e-4, f"{name} differs by {difference:.1e}"
+    held = {name for result in results for name in result["weights"]}
+    assert held == expected["weights"].keys()
 
 
 def build_engine(

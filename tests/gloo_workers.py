@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 class RankError(AssertionError):
@@ -87,7 +87,7 @@ def _serve(connection: Connection) -> None:
         try:
             from pipekit.engine.distributed import join_processes, leave_processes
 
-            join_processes(device="cpu", timeout_s=60.0, local_rank=rank)
+            join_processes(device="cpu", timeout_s=180.0, local_rank=rank)
             result = job(rank, *args)
             torch.distributed.barrier()
             leave_processes()
