@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -68,9 +70,12 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         # DeepSpeed numbers modules and parameters through all engines of a process, and compares what ranks have.
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
         Init.param_id = 0
-        super().__init__(
-            args=None, model=module, mpu=mpu, config=config, config_class=DeepSpeedConfig(config, mpu), **given
-        )
+        # ZeRO-3 puts a function of its own in the place of F.linear, for all that this process does from then on.
+        with _linear(F.linear):
+            super().__init__(
+                args=None, model=module, mpu=mpu, config=config, config_class=DeepSpeedConfig(config, mpu), **given
+            )
+            self._own_linear = F.linear
         self.unit = mpu
         self.view = view_optimizer(self.optimizer, mpu)
         self.executor = Executor(module, mpu, view=self.view, device=self.device, forward=self, backward=self._backward)
@@ -111,7 +116,7 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         self._begin_training(data_iter)
         self._micro_batches_done = 0
-        with self._diagnostics.watch(self.global_steps):
+        with self._diagnostics.watch(self.global_steps), _linear(self._own_linear):
             losses = self.executor.run(
                 self.schedule, self.data_iterator, loss_fn=self._loss, dropout_step=self.global_steps
             )
@@ -121,6 +126,10 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self.step()
         self.view.clear_gradients()
         return self._mean_of_replicas(losses)
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        with _linear(self._own_linear):
+            return super().eval_batch(*args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Any) -> Any:
         if isinstance(outputs, Logits) and self.zero_optimization_partition_weights():
@@ -141,6 +150,17 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self.backward(loss)
         if not is_last:
             self.step()
+
+
+@contextmanager
+def _linear(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `F.linear` be a function inside, and what it was before outside."""
+    before = F.linear
+    F.linear = function
+    try:
+        yield
+    finally:
+        F.linear = before
 
 
 class _AgreeingReader(MicroBatchReader):

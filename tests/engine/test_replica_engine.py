@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 
 import pytest
@@ -466,3 +467,13 @@ def sum_gradients(rank: int) -> list[float]:
     assert partial.grad is not None
     assert other.grad is not None
     return [float(partial.grad), float(other.grad)]
+
+
+def linear_after_zero_3(rank: int) -> bool:
+    train_job(rank, Case(zero=3, steps=1), {})
+    return isinstance(F.linear, BuiltinFunctionType)
+
+
+def test_zero_3_leaves_torchs_functions_as_they_were(gloo: GlooWorkers) -> None:
+    # Another function in the place of F.linear would keep schedules from putting weight gradients off.
+    assert gloo.run(1, linear_after_zero_3) == [True]
