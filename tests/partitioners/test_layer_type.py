@@ -45,7 +45,7 @@ def test_a_pattern_without_a_match_is_refused_with_the_types() -> None:
         partition_by_type(GPT2, "transformer", 2)
     assert str(caught.value) == (
         "parallel.partition=type:transformer matches no layer; the layers' types are TokenEmbedding, "
-        "PositionEmbedding, AttentionHalf, MLPHalf, LayerNorm"
+        "PositionEmbedding, AttentionHalf, MLPHalf, FinalNorm"
     )
 
 
