@@ -35,12 +35,11 @@ from pipekit.tensor_parallel import (
     Logits,
     RowParallelLinear,
     SequenceFlow,
-    Shard,
     TensorGroup,
     TensorParallelModule,
     VocabularyParallelEmbedding,
+    VocabularyParallelModule,
     column_parallel_linears,
-    cut_parameter,
     plan_chunk_tokens,
     sharded_dropout,
     sharded_randomness,
@@ -185,7 +184,7 @@ class FinalNorm(nn.LayerNorm):
     sequence_flow = IN_PARTS
 
 
-class Head(TensorParallelModule):
+class Head(VocabularyParallelModule):
     """Scores every token of the vocabulary: `(B, S, D)` to `(B, S, V)`.
 
     Args:
@@ -200,15 +199,8 @@ class Head(TensorParallelModule):
     def __init__(
         self, hidden_size: int, vocab_size: int, *, init_std: float, loss_chunk_tokens: LossChunk = None
     ) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
+        super().__init__(vocab_size, hidden_size, init_std=init_std)
         self.loss_chunk_tokens = loss_chunk_tokens
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.normal_(self.weight, std=init_std)
-
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
-        cut_parameter(self, "weight", Shard(0, (self.vocab_size,), group.rank, group.size))
 
     def forward(self, x: Tensor) -> Tensor | Logits:
         return score_vocabulary(self, x, self.loss_chunk_tokens)
@@ -230,7 +222,7 @@ class TiedHead:
         return score_vocabulary(embedding, x, self.loss_chunk_tokens)
 
 
-def score_vocabulary(module: TokenEmbedding | Head, x: Tensor, loss_chunk_tokens: LossChunk) -> Tensor | Logits:
+def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tokens: LossChunk) -> Tensor | Logits:
     """Return the scores of every token of the vocabulary, `(B, S, V)`.
 
     Where tensor-parallel ranks share the vocabulary out, or the loss goes through the tokens in chunks, they are

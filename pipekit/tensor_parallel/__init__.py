@@ -21,6 +21,7 @@ from pipekit.tensor_parallel.layers import (
     RowParallelLinear,
     TensorParallelModule,
     VocabularyParallelEmbedding,
+    VocabularyParallelModule,
     column_parallel_linear,
     column_parallel_linears,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "TensorGroup",
     "TensorParallelModule",
     "VocabularyParallelEmbedding",
+    "VocabularyParallelModule",
     "chunked_head_loss",
     "column_parallel_linear",
     "column_parallel_linears",

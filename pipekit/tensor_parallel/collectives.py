@@ -9,6 +9,7 @@ Recomputation in Large Transformer Models", section 4.2.1 (their counterparts al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,87 +24,42 @@ SEQUENCE_DIM = 1
 """Activations are `(B, S, ...)`."""
 
 
-class _Copy(torch.autograd.Function):
-    """A whole activation enters what is computed in parts: its gradient is the sum of theirs."""
+Exchange = Callable[[Tensor, TensorGroup], Tensor]
+
+
+class _Exchange(torch.autograd.Function):
+    """One exchange in the forward, and the one that belongs to it in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.all_reduce(grad.clone()), None
-
-
-class _Sum(torch.autograd.Function):
-    """Partial results become a whole activation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        return group.all_reduce(x.clone())
+    def forward(ctx: Any, x: Tensor, group: TensorGroup, forward: Exchange, backward: Exchange) -> Tensor:
+        ctx.group, ctx.exchange = group, backward
+        return forward(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None
+        return ctx.exchange(grad, ctx.group), None, None, None
 
 
-class _SumToParts(torch.autograd.Function):
-    """Partial results of the whole sequence become this rank's part of their sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return group.reduce_scatter(x, SEQUENCE_DIM)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.all_gather(grad, SEQUENCE_DIM), None
+def _exchange(x: Tensor, group: TensorGroup | None, forward: Exchange, backward: Exchange) -> Tensor:
+    return x if group is None else _Exchange.apply(x, group, forward, backward)  # type: ignore[no-untyped-call]
 
 
-class _GatherForParts(torch.autograd.Function):
-    """The sequence is joined for what is computed in parts: its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return group.all_gather(x, SEQUENCE_DIM)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.reduce_scatter(grad, SEQUENCE_DIM), None
+def _keep(x: Tensor, group: TensorGroup) -> Tensor:
+    return x.view_as(x)
 
 
-class _GatherSequence(torch.autograd.Function):
-    """The sequence is joined for what every rank computes alike."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return group.all_gather(x, SEQUENCE_DIM)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _own_part(grad, ctx.group), None
+def _sum(x: Tensor, group: TensorGroup) -> Tensor:
+    return group.all_reduce(x.clone())
 
 
-class _SplitSequence(torch.autograd.Function):
-    """What every rank has whole becomes its part of the sequence."""
+def _gather(x: Tensor, group: TensorGroup) -> Tensor:
+    return group.all_gather(x, SEQUENCE_DIM)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return _own_part(x, group)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.all_gather(grad, SEQUENCE_DIM), None
+def _own_part_of_sum(x: Tensor, group: TensorGroup) -> Tensor:
+    check_divisible(x.shape[SEQUENCE_DIM], group)
+    return group.reduce_scatter(x, SEQUENCE_DIM)
 
 
 def _own_part(x: Tensor, group: TensorGroup) -> Tensor:
@@ -128,31 +84,31 @@ def check_divisible(sequence_length: int, group: TensorGroup) -> None:
 
 def copy_to_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return `x`, for a computation that is shared out; the gradient is summed over the group."""
-    return x if group is None else _Copy.apply(x, group)  # type: ignore[no-untyped-call]
+    return _exchange(x, group, _keep, _sum)
 
 
 def sum_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the sum of the partial results `x` over the group, whole on every rank."""
-    return x if group is None else _Sum.apply(x, group)  # type: ignore[no-untyped-call]
+    return _exchange(x, group, _sum, _keep)
 
 
 def sum_parts_to_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return this rank's part `(B, S / tp, ...)` of the sum of the partial results `x` `(B, S, ...)`."""
-    if group is None:
-        return x
-    check_divisible(x.shape[SEQUENCE_DIM], group)
-    own: Tensor = _SumToParts.apply(x, group)  # type: ignore[no-untyped-call]
-    return own
+    """Return this rank's part `(B, S / tp, ...)` of the sum of the partial results `x` `(B, S, ...)`.
+
+    Raises:
+        LayoutError: if the sequence cannot be cut into equal parts.
+    """
+    return _exchange(x, group, _own_part_of_sum, _gather)
 
 
 def gather_sequence_for_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what ranks share out."""
-    return x if group is None else _GatherForParts.apply(x, group)  # type: ignore[no-untyped-call]
+    return _exchange(x, group, _gather, _own_part_of_sum)
 
 
 def gather_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what all ranks compute alike."""
-    return x if group is None else _GatherSequence.apply(x, group)  # type: ignore[no-untyped-call]
+    return _exchange(x, group, _gather, _own_part)
 
 
 def split_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
@@ -161,4 +117,4 @@ def split_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     Raises:
         LayoutError: if the sequence cannot be cut into equal parts.
     """
-    return x if group is None else _SplitSequence.apply(x, group)  # type: ignore[no-untyped-call]
+    return _exchange(x, group, _own_part, _gather)

@@ -26,7 +26,7 @@ from pipekit.tensor_parallel.collectives import (
     sum_parts_to_sequence,
 )
 from pipekit.tensor_parallel.group import Pending, TensorGroup
-from pipekit.tensor_parallel.shards import Shard, cut_parameter, mark_partial_gradient
+from pipekit.tensor_parallel.shards import Shard, cut_parameter, mark_partial_gradient, part_of
 from pipekit.weight_gradients import OuterProduct, SumOverRows, autocasts, defer_weight_gradient, is_deferred
 
 
@@ -117,13 +117,15 @@ class RowParallelLinear(TensorParallelModule, nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class VocabularyParallelEmbedding(TensorParallelModule):
-    """Looks token ids up, of which each rank holds some rows: `(B, S)` int64 to `(B, S, D)`.
+class VocabularyParallelModule(TensorParallelModule):
+    """Has a row for every token of the vocabulary, of which each rank holds some; for embeddings and heads.
+
+    Its `weight` is `(V, D)`.
 
     Args:
         vocab_size: V; need not be a multiple of the tensor-parallel degree.
         hidden_size: D.
-        init_std: standard deviation of the initial weights `(V, D)`.
+        init_std: standard deviation of the initial weights.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, init_std: float = 1.0) -> None:
@@ -136,24 +138,23 @@ class VocabularyParallelEmbedding(TensorParallelModule):
         super().shard(group, in_parts=in_parts)
         cut_parameter(self, "weight", Shard(0, (self.vocab_size,), group.rank, group.size))
 
+
+class VocabularyParallelEmbedding(VocabularyParallelModule):
+    """Looks token ids up: `(B, S)` int64 to `(B, S, D)`."""
+
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.group is None:
             return F.embedding(token_ids, self.weight)
-        (rows,) = Shard(0, (self.vocab_size,), self.group.rank, self.group.size).slices
         if token_ids.device.type == "cpu" and token_ids.numel():
-            check_ids(token_ids, self.vocab_size)
-        elsewhere = (token_ids < rows.start) | (token_ids >= rows.stop)
-        found = F.embedding((token_ids - rows.start).masked_fill(elsewhere, 0), self.weight)
+            _check_ids(token_ids, self.vocab_size)
+        first, end = part_of(self.vocab_size, self.group.rank, self.group.size)
+        elsewhere = (token_ids < first) | (token_ids >= end)
+        found = F.embedding((token_ids - first).masked_fill(elsewhere, 0), self.weight)
         partial = found.masked_fill(elsewhere.unsqueeze(-1), 0)
         return sum_parts_to_sequence(partial, self.group) if self.in_parts else sum_parts(partial, self.group)
 
 
-def check_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Check that every id is that of a token; on GPUs nobody waits for the answer.
-
-    Raises:
-        DataError: if one is not.
-    """
+def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
     lowest, highest = (int(bound) for bound in token_ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
         raise DataError(
@@ -162,7 +163,7 @@ def check_ids(token_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-class KeyValueLinear(TensorParallelModule, nn.Linear):
+class KeyValueLinear(ColumnParallelLinear):
     """The keys and values of grouped-query attention: of each head's E outputs, a rank computes those that it needs.
 
     Where there are fewer heads than ranks, each rank keeps the whole projection, and computes the one head that its
@@ -176,26 +177,23 @@ class KeyValueLinear(TensorParallelModule, nn.Linear):
     """
 
     def __init__(self, in_features: int, num_kv_heads: int, head_size: int, *, bias: bool = True) -> None:
-        super().__init__(in_features, 2 * num_kv_heads * head_size, bias)
+        width = num_kv_heads * head_size
+        super().__init__(in_features, 2 * width, bias, blocks=(width, width))
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self._own_rows: list[slice] | None = None
 
     def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
-        width = self.num_kv_heads * self.head_size
         if self.num_kv_heads % group.size == 0:
-            shard = Shard(0, (width, width), group.rank, group.size)
-            cut_parameter(self, "weight", shard)
-            if self.bias is not None:
-                cut_parameter(self, "bias", shard)
+            super().shard(group, in_parts=in_parts)
             return
         if group.size % self.num_kv_heads:
             raise LayoutError(
                 f"parallel.tp={group.size} and {self.num_kv_heads} key-value heads do not go together: one must divide "
                 f"the other; try parallel.tp={math.gcd(group.size, self.num_kv_heads)}"
             )
-        first = group.rank * self.num_kv_heads // group.size * self.head_size
+        TensorParallelModule.shard(self, group, in_parts=in_parts)
+        first, width = group.rank * self.num_kv_heads // group.size * self.head_size, self.blocks[0]
         self._own_rows = [slice(start, start + self.head_size) for start in (first, width + first)]
         for parameter in self.parameters():
             mark_partial_gradient(parameter)
@@ -267,7 +265,12 @@ class _ColumnLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weights, biases, group = ctx.saved_tensors, ctx.weights, ctx.biases, ctx.group
-        needs_input, (needs_weight, needs_bias) = ctx.needs_input_grad[0], _by_kind(ctx.needs_input_grad[3:])
+        # In the order of the forward's arguments, in which weights and biases take turns.
+        needs_input, needs_weight, needs_bias = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[3::2],
+            ctx.needs_input_grad[4::2],
+        )
         inputs = _Inputs(x, group if ctx.in_parts else None)
         if any(needed and not is_deferred(weight) for needed, weight in zip(needs_weight, weights, strict=True)):
             inputs.start()
@@ -288,10 +291,6 @@ class _ColumnLinears(torch.autograd.Function):
                 bias_gradient = defer_weight_gradient(biases[index], SumOverRows(grad))
             gradients += [weight_gradient, bias_gradient]
         return None if summing is None else summing.wait(), None, None, *gradients
-
-
-def _by_kind(needed: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
-    return needed[0::2], needed[1::2]
 
 
 class _Inputs:
