@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipekit.config import Config, GPTConfig
+from pipekit.layers.specs import LayerSpec
 from pipekit.models.custom import build_custom, load_object
 from pipekit.models.gpt import build_gpt2
 from pipekit.models.loss import language_model_loss
-from pipekit.specs import LayerSpec
 
 __all__ = ["build_gpt2", "build_layers", "language_model_loss", "load_object"]
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from pipekit.config import Config, CustomModelConfig
-from pipekit.config.suggest import closest
 from pipekit.errors import ConfigError
-from pipekit.specs import LayerSpec
+from pipekit.layers.specs import LayerSpec
+from pipekit.settings.suggest import closest
 
 
 def load_object(path: str, *, key: str) -> Any:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError, LayoutError
-from pipekit.specs import LayerSpec, TiedLayerSpec
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.tensor_parallel import (
     IN_PARTS,
     ColumnParallelLinear,

@@ -11,51 +11,51 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipekit.checkpoint.export import export_checkpoint
+    from pipekit.commands.train import train
     from pipekit.config import Config, load_config, parse_config
+    from pipekit.costs.example import Example
+    from pipekit.distributed.mpu import ModelParallelUnit
     from pipekit.engine.engine import PipelineEngine
     from pipekit.engine.initialize import initialize
     from pipekit.engine.module import PipelineModule
-    from pipekit.engine.mpu import ModelParallelUnit
     from pipekit.errors import PipekitError
-    from pipekit.launch.train import train
+    from pipekit.inference.export import export_checkpoint
+    from pipekit.layers.specs import LayerSpec, TiedLayerSpec
     from pipekit.layout import Layout
-    from pipekit.planner.example import Example
     from pipekit.schedules import Action, Costs, Schedule, Timeline, plan_schedule, simulate
-    from pipekit.specs import LayerSpec, TiedLayerSpec
+    from pipekit.tensors.weight_gradients import defer_weight_gradient
     from pipekit.training.callbacks import Callback, StepMetrics
     from pipekit.training.language_model import LanguageModelTrial
     from pipekit.training.trainer import Trainer
     from pipekit.training.trial import Trial
-    from pipekit.weight_gradients import defer_weight_gradient
 
 _HOMES = {
     "Action": "pipekit.schedules",
     "Callback": "pipekit.training.callbacks",
     "Config": "pipekit.config",
     "Costs": "pipekit.schedules",
-    "Example": "pipekit.planner.example",
+    "Example": "pipekit.costs.example",
     "LanguageModelTrial": "pipekit.training.language_model",
-    "LayerSpec": "pipekit.specs",
+    "LayerSpec": "pipekit.layers.specs",
     "Layout": "pipekit.layout",
-    "ModelParallelUnit": "pipekit.engine.mpu",
+    "ModelParallelUnit": "pipekit.distributed.mpu",
     "PipekitError": "pipekit.errors",
     "PipelineEngine": "pipekit.engine.engine",
     "PipelineModule": "pipekit.engine.module",
     "Schedule": "pipekit.schedules",
     "StepMetrics": "pipekit.training.callbacks",
-    "TiedLayerSpec": "pipekit.specs",
+    "TiedLayerSpec": "pipekit.layers.specs",
     "Timeline": "pipekit.schedules",
     "Trainer": "pipekit.training.trainer",
     "Trial": "pipekit.training.trial",
-    "defer_weight_gradient": "pipekit.weight_gradients",
-    "export_checkpoint": "pipekit.checkpoint.export",
+    "defer_weight_gradient": "pipekit.tensors.weight_gradients",
+    "export_checkpoint": "pipekit.inference.export",
     "initialize": "pipekit.engine.initialize",
     "load_config": "pipekit.config",
     "parse_config": "pipekit.config",
     "plan_schedule": "pipekit.schedules",
     "simulate": "pipekit.schedules",
-    "train": "pipekit.launch.train",
+    "train": "pipekit.commands.train",
 }
 
 __all__ = [

@@ -31,7 +31,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
-    from pipekit.launch.train import train as run
+    from pipekit.commands.train import train as run
 
     run(config, overrides or [])
 
@@ -64,8 +64,8 @@ def plan(
     ] = None,
 ) -> None:
     """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
-    from pipekit.launch.plan import PlanOptions
-    from pipekit.launch.plan import plan as run
+    from pipekit.commands.plan import PlanOptions
+    from pipekit.commands.plan import plan as run
 
     options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure, as_json, html)
     run(config, overrides or [], options)
@@ -101,8 +101,8 @@ def verify(
 ) -> None:
     """Run a few steps of a model under every layout that fits and in one process, and name the first layer that
     differs."""
-    from pipekit.launch.verify import VerifyOptions
-    from pipekit.launch.verify import verify as run
+    from pipekit.commands.verify import VerifyOptions
+    from pipekit.commands.verify import verify as run
 
     options = VerifyOptions(steps, devices, layouts, tolerance, as_json, keep)
     if not run(config, overrides or [], options):
@@ -119,7 +119,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
-    from pipekit.checkpoint.export import export_checkpoint
+    from pipekit.inference.export import export_checkpoint
 
     check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite)
     typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
@@ -142,7 +142,7 @@ def generate(
     device: Annotated[_Device, typer.Option(help="What to compute on.")] = "auto",
 ) -> None:
     """Sample text from a trained model."""
-    from pipekit.sampling import stream_text
+    from pipekit.inference.sampling import stream_text
 
     for piece in stream_text(
         source,
@@ -189,7 +189,7 @@ def schedule(
     ] = None,
 ) -> None:
     """Show who does what when: plan a pipeline schedule, prove that it runs, and simulate a step."""
-    from pipekit.schedules.preview import preview
+    from pipekit.commands.schedule import preview
 
     typer.echo(
         preview(

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipekit.config import GPTConfig
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_gpt2, language_model_loss
-from pipekit.sequential import SequentialModel
-from pipekit.specs import LayerSpec
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
 
@@ -152,10 +152,10 @@ def build_engine(
     extra: dict[str, Any] | None = None,
     profile: bool = False,
 ) -> Any:
-    from pipekit.engine.deepspeed_config import plan_deepspeed_config
+    from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
+    from pipekit.distributed.mpu import ModelParallelUnit
     from pipekit.engine.engine import PipelineEngine
     from pipekit.engine.module import PipelineModule
-    from pipekit.engine.mpu import ModelParallelUnit
     from pipekit.engine.replica_engine import ReplicaEngine
     from pipekit.layout import Layout
     from pipekit.partitioners import partition_uniform
@@ -211,8 +211,8 @@ def train(
     rank: int, case: Case, *, save: str | None = None, save_after: int = 10, load: str | None = None
 ) -> dict[str, Any]:
     """Train, and return losses, gradient norms, an evaluation, and this stage's fp32 weights."""
-    from pipekit.checkpoint.load import load_checkpoint
     from pipekit.checkpoint.reader import CheckpointReader
+    from pipekit.engine.load import load_checkpoint
     from pipekit.engine.tensor_group import join_shards
 
     engine = build_engine(case)
@@ -239,7 +239,7 @@ def train_job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
 
 def save_engine(engine: Any, folder: Path, step: int) -> Path:
     from pipekit.checkpoint.manifest import TrainingState
-    from pipekit.checkpoint.save import save_checkpoint
+    from pipekit.engine.save import save_checkpoint
 
     state = TrainingState(
         step=step,

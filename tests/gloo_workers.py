@@ -85,7 +85,7 @@ def _serve(connection: Connection) -> None:
             MASTER_PORT=str(port),
         )
         try:
-            from pipekit.engine.distributed import join_processes, leave_processes
+            from pipekit.distributed.processes import join_processes, leave_processes
 
             join_processes(device="cpu", timeout_s=180.0, local_rank=rank)
             result = job(rank, *args)

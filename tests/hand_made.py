@@ -14,8 +14,8 @@ from torch import Tensor
 from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
 from pipekit.config import Config, parse_config
 from pipekit.data.tokenizer import train_tokenizer
+from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
-from pipekit.sequential import SequentialModel
 
 TEXT = "def function(argument):\n    return argument + 1\n"
 

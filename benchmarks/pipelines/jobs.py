@@ -57,9 +57,9 @@ def calibrate(say: Say, setting: EmulatedSetting) -> Costs:
 
 def profile(say: Say, setting: Setting) -> ProfiledModel:
     """Return what each layer costs in this process alone; nothing is read that was measured before."""
-    from pipekit.parameters import parameter_shapes
-    from pipekit.planner.profiling import profile_layers
-    from pipekit.specs import layer_names
+    from pipekit.costs.profiling import profile_layers
+    from pipekit.layers.parameters import parameter_shapes
+    from pipekit.layers.specs import layer_names
 
     workload = setting.build_workload()
     inputs, labels = next(workload.micro_batches())

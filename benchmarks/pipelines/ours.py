@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.layout import Layout
 from pipekit.schedules import Costs, Schedule
 from pipelines.ranks import WAIT_LIMIT_S

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
@@ -12,6 +11,7 @@ from deepspeed.pipe import PipelineModule as DeepSpeedPipelineModule
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
+import deepspeed
 from pipelines.turns import Step
 from pipelines.workload import Workload
 

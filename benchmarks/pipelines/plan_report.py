@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from pipekit.planner.layer_costs import LayerCosts
-from pipekit.planner.prediction import Prediction
+from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.predictions.prediction import Prediction
 from pipelines.profiled import ProfiledModel
 from pipelines.requirements import Requirement
 from pipelines.settings import Setting

@@ -9,10 +9,10 @@ from typing import NoReturn
 from pipekit.config import OptimizerConfig
 from pipekit.layout import Layout
 from pipekit.partitioners import LayerFacts
-from pipekit.planner.devices import find_device
-from pipekit.planner.facts import layer_facts
-from pipekit.planner.model_costs import ModelCosts
-from pipekit.planner.prediction import Choice, PlannedModel, Prediction, predict
+from pipekit.predictions.devices import find_device
+from pipekit.predictions.facts import layer_facts
+from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.prediction import Choice, PlannedModel, Prediction, predict
 from pipekit.schedules import Schedule, default_stages_per_rank
 from pipelines.settings import Precision, Setting
 

@@ -204,7 +204,7 @@ def _redirect_output(log: str) -> None:
 def _run_joined(rank: int, job: Callable[..., Result], say: Say, args: tuple[Any, ...]) -> Result:
     import torch
 
-    from pipekit.engine.distributed import join_processes, leave_processes
+    from pipekit.distributed.processes import join_processes, leave_processes
 
     torch.set_num_threads(1)
     join_processes(device="cpu", timeout_s=WAIT_LIMIT_S, local_rank=rank)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipekit.engine.deepspeed_config import plan_deepspeed_config
-from pipekit.specs import LayerSpec, build_layer
+from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
+from pipekit.layers.specs import LayerSpec, build_layer
 from pipelines.settings import Precision
 
 

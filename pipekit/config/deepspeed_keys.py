@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipekit.config.base import Fault, alternatives, show
-from pipekit.config.suggest import closest
+from pipekit.settings.base import Fault, alternatives, show
+from pipekit.settings.suggest import closest
 
 KeyTree = dict[str, "KeyTree | None"]
 """Keys of a section; None means that whatever stands under the key is taken as it is."""

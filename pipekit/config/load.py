@@ -13,14 +13,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipekit.config.base import Fault, Section, alternatives, config_error, show
-from pipekit.config.faults import mapping_fault, section_faults, unknown_key_fault
 from pipekit.config.model import PRESETS, CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config, WandbConfig
-from pipekit.config.suggest import closest, suggest_key
-from pipekit.config.yaml_source import read_yaml
 from pipekit.errors import ConfigError
+from pipekit.settings.base import Fault, Section, alternatives, config_error, show
+from pipekit.settings.faults import mapping_fault, section_faults, unknown_key_fault
+from pipekit.settings.suggest import closest, suggest_key
+from pipekit.settings.yaml_source import read_yaml
 
 Key = tuple[str, ...]
 

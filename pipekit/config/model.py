@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipekit.config.base import Section, alternatives
+from pipekit.settings.base import Section, alternatives
 
 PresetName = Literal["tiny", "mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pipekit.config.base import Fault, alternatives, rule_fault, show
 from pipekit.config.deepspeed_keys import check_deepspeed_keys
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
+from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
     from pipekit.config.model import ModelConfig

@@ -21,13 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from pipekit.config.base import Section, config_error
 from pipekit.config.model import CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
-from pipekit.config.yaml_source import write_yaml
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
+from pipekit.settings.base import Section, config_error
+from pipekit.settings.yaml_source import write_yaml
 
 
 class RunConfig(Section):

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.errors import CommunicationError, PipekitError
-from pipekit.nested import Structure
 from pipekit.schedules import Action
 from pipekit.schedules.receipts import Receipts
+from pipekit.tensors.nested import Structure
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype

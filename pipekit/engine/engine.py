@@ -11,12 +11,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor
 
+from pipekit.deepspeed.optimizers import view_optimizer
+from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.engine.optimizers import view_optimizer
 from pipekit.engine.reduction import GradientReducer
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.engine.training_engine import OptimizerBuilder, SchedulePlanner, TrainingEngine, prepare_optimizer

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipekit.deepspeed.optimizers import OptimizerView
+from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import MessageMeta, Receiver, Sender, TensorMeta, encode_meta
 from pipekit.engine.micro_batches import MicroBatchReader, StepData, to_device
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.engine.optimizers import OptimizerView
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
-from pipekit.nested import flatten, unflatten
 from pipekit.schedules import Action, Schedule
 from pipekit.schedules.messages import destination, plan_messages
 from pipekit.schedules.receipts import Receipts, plan_receipts
-from pipekit.weight_gradients import WeightGradients, deferring
+from pipekit.tensors.nested import flatten, unflatten
+from pipekit.tensors.weight_gradients import WeightGradients, deferring
 
 Observer = Callable[[Any, Any], None]
 """Called with the last layer's outputs and the labels of a micro-batch."""

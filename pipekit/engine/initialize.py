@@ -12,7 +12,7 @@ from torch import nn
 
 from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
 from pipekit.data.loader import MapDataset
-from pipekit.engine.deepspeed_config import complete_deepspeed_config
+from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.replica_engine import ReplicaEngine

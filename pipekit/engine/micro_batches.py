@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.data.loader import BatchLoader
+from pipekit.distributed.mpu import ModelParallelUnit, RankGroup
 from pipekit.engine.channels import wait
-from pipekit.engine.mpu import ModelParallelUnit, RankGroup
 from pipekit.errors import DataError
-from pipekit.nested import flatten, unflatten
+from pipekit.tensors.nested import flatten, unflatten
 
 MicroBatch = tuple[Any, Any]
 """The inputs and the labels of one micro-batch: tensors, or tuples, lists and dicts of them."""

@@ -15,18 +15,18 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipekit.engine.adoption import adopt_layers, build_unit
-from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.deepspeed.adoption import adopt_layers, build_unit
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.unit_check import check_unit
 from pipekit.engine.tensor_group import ProcessTensorGroup
-from pipekit.engine.unit_check import check_unit
-from pipekit.parameters import count_layer_parameters
+from pipekit.layers.parameters import count_layer_parameters
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.partitioners import LayerFacts, partition
 from pipekit.rng import fold_seed
 from pipekit.schedules import Schedule
-from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.tensor_parallel import SequenceFlow, shard_layer, shard_of
 from pipekit.tensor_parallel.flow import convert
-from pipekit.weight_gradients import split_linear
+from pipekit.tensors.weight_gradients import split_linear
 
 Activations = Any
 """What passes between layers: a tensor, or tuples, lists and dicts of tensors."""

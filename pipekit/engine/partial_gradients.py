@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipekit.engine.mpu import RankGroup
+from pipekit.distributed.mpu import RankGroup
 
 
 def sum_gradients_over(group: RankGroup, parameters: Iterable[nn.Parameter]) -> None:

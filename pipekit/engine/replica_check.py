@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit
 from pipekit.errors import ReplicaError
 from pipekit.layout import Axis, Coordinate
 from pipekit.tensor_parallel import Shard, shard_of

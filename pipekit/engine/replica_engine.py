@@ -15,13 +15,13 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor
 
+from pipekit.deepspeed.optimizers import view_optimizer
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.processes import raise_together
 from pipekit.engine.diagnostics import Diagnostics
-from pipekit.engine.distributed import raise_together
 from pipekit.engine.executor import Executor
 from pipekit.engine.micro_batches import MicroBatchReader, StepData
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.engine.optimizers import view_optimizer
 from pipekit.engine.partial_gradients import sum_gradients_over
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.engine.training_engine import OptimizerBuilder, TrainingEngine, prepare_optimizer

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipekit.deepspeed.optimizers import whole_shape
+from pipekit.distributed.mpu import RankGroup
 from pipekit.engine.channels import wait
-from pipekit.engine.mpu import RankGroup
-from pipekit.engine.optimizers import whole_shape
 from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensor_parallel.shards import shard_of
 

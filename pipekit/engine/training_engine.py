@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
+from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
+from pipekit.deepspeed.optimizers import OptimizerView
+from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait
-from pipekit.engine.cpu_adam import offloads_optimizer, with_cpu_adam
 from pipekit.engine.executor import Executor, Observer
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.engine.optimizers import OptimizerView
 from pipekit.engine.replica_check import check_replicas
 from pipekit.errors import PipekitError
-from pipekit.host_memory import keep_freed_memory
-from pipekit.nested import flatten, unflatten
 from pipekit.schedules import Costs, Schedule, Timeline, plan_1f1b, plan_forward_only
 from pipekit.tensor_parallel import whole_outputs
+from pipekit.tensors.host_memory import keep_freed_memory
+from pipekit.tensors.nested import flatten, unflatten
 
 OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulePlanner = Callable[[int, Costs | None], Schedule]
@@ -263,7 +263,7 @@ class TrainingEngine:
             save_latest: accepted; `latest` always names the newest.
             exclude_frozen_parameters: accepted; frozen parameters are always written.
         """
-        from pipekit.checkpoint.engine_state import save_engine
+        from pipekit.engine.engine_state import save_engine
 
         save_engine(self, Path(save_dir), name=tag, client_state=client_state or {})
         return True
@@ -292,7 +292,7 @@ class TrainingEngine:
         Returns:
             The checkpoint's path and the `client_state` it holds; None and None where the folder holds no checkpoint.
         """
-        from pipekit.checkpoint.engine_state import load_engine
+        from pipekit.engine.engine_state import load_engine
 
         if custom_load_fn is not None:
             raise PipekitError("load_checkpoint takes no custom_load_fn; change the weights after loading")

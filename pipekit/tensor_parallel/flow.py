@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pipekit.nested import flatten, unflatten
 from pipekit.tensor_parallel.collectives import gather_sequence, split_sequence
 from pipekit.tensor_parallel.group import TensorGroup
+from pipekit.tensors.nested import flatten, unflatten
 
 
 @dataclass(frozen=True)

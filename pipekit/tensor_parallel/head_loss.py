@@ -25,7 +25,7 @@ from pipekit.tensor_parallel.cross_entropy import (
     sum_up,
 )
 from pipekit.tensor_parallel.group import Pending, TensorGroup
-from pipekit.weight_gradients import autocasts
+from pipekit.tensors.weight_gradients import autocasts
 
 
 def plan_chunk_tokens(num_tokens: int, vocab_part: int, *, limit_bytes: int = 64 * 2**20) -> int | None:
@@ -68,8 +68,9 @@ def chunked_head_loss(
     It is the same on all tensor ranks. One collective in the forward serves all tokens; in the backward the gradient of
     `hidden` is summed behind the last chunk's part of the weight's. That of a 16-bit weight is accumulated in fp32.
 
-    The weight's gradient is computed in the backward also where others are put off (`pipekit.weight_gradients`): it
-    needs the gradients of the logits, which would have to be kept, all of them, or else computed a third time.
+    The weight's gradient is computed in the backward also where others are put off
+    (`pipekit.tensors.weight_gradients`): it needs the gradients of the logits, which would have to be kept, all of
+    them, or else computed a third time.
 
     Args:
         hidden: `(B, S, D)`; with `in_parts` this rank's part of the sequence, `(B, S / tp, D)`.

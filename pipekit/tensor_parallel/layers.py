@@ -27,7 +27,7 @@ from pipekit.tensor_parallel.collectives import (
 )
 from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensor_parallel.shards import Shard, cut_parameter, mark_partial_gradient, part_of
-from pipekit.weight_gradients import OuterProduct, SumOverRows, autocasts, defer_weight_gradient, is_deferred
+from pipekit.tensors.weight_gradients import OuterProduct, SumOverRows, autocasts, defer_weight_gradient, is_deferred
 
 
 class TensorParallelModule(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from pipekit.plan import Plan
-from pipekit.training.run_folder import RunFolder, trim_metrics
+from pipekit.plan.plan import Plan
+from pipekit.plan.run_folder import RunFolder, trim_metrics
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipekit.config import CustomModelConfig, ModelConfig
-from pipekit.plan import Plan
-from pipekit.planner.elements import count_elements
+from pipekit.plan.plan import Plan
+from pipekit.plan.run_folder import RunFolder
+from pipekit.predictions.elements import count_elements
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
-from pipekit.training.run_folder import RunFolder
 
 _PLAIN_WIDTH = 120
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from pipekit.config import Config
-from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.plan import Plan
-from pipekit.training.run_folder import RunFolder
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.plan.plan import Plan
+from pipekit.plan.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

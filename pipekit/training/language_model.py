@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from pipekit.config import Config, GPTConfig
+from pipekit.costs.example import Example, language_model_example
 from pipekit.data.dataset import TokenDataset
 from pipekit.data.loader import MapDataset
 from pipekit.data.prepare import PreparedData, prepare_data
 from pipekit.errors import ConfigError
+from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers, language_model_loss
-from pipekit.planner.example import Example, language_model_example
-from pipekit.specs import LayerSpec
 from pipekit.training.trial import ProgressCallback, Trial
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from pipekit.config import WandbConfig
 from pipekit.errors import ConfigError
-from pipekit.plan import Plan
+from pipekit.plan.plan import Plan
+from pipekit.plan.run_folder import RunFolder
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
-from pipekit.training.run_folder import RunFolder
 
 
 class WandbLogger(Callback):

@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 from pipekit.config import Config
-from pipekit.engine.distributed import join_processes, leave_processes, raise_together
-from pipekit.engine.unit_check import check_unit
+from pipekit.distributed.processes import join_processes, leave_processes, raise_together
+from pipekit.distributed.unit_check import check_unit
 from pipekit.errors import ConfigError
-from pipekit.plan import Plan
+from pipekit.plan.choose import load_trial, plan_trial, resumable
+from pipekit.plan.plan import Plan
+from pipekit.plan.run_folder import RunFolder, find_start, write_config
 from pipekit.schedules import write_csv
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import TensorBoardLogger, WandbLogger
-from pipekit.training.planning import load_trial, plan_trial, resumable
-from pipekit.training.run_folder import RunFolder, find_start, write_config
 from pipekit.training.trainer import Trainer
 
 

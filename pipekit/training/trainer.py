@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipekit.checkpoint.load import load_checkpoint
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.checkpoint.save import save_checkpoint
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
-from pipekit.engine.deepspeed_config import plan_deepspeed_config
+from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
 from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.load import load_checkpoint
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.replica_engine import ReplicaEngine
+from pipekit.engine.save import save_checkpoint
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
+from pipekit.plan.run_folder import check_data
 from pipekit.schedules import Costs, Schedule, plan_schedule
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.profile import save_profile
-from pipekit.training.run_folder import check_data
 from pipekit.training.trial import Trial
 
 # A loss that stays infinite or not a number will not come back by itself.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.config import Config
+from pipekit.costs.example import Example
 from pipekit.data.loader import MapDataset
-from pipekit.engine.mpu import ModelParallelUnit
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
-from pipekit.planner.example import Example
-from pipekit.specs import LayerSpec
 from pipekit.training.callbacks import Callback
 from pipekit.training.context import TrialContext
 from pipekit.training.lr import learning_rate

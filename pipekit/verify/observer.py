@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pipekit.nested import flatten
 from pipekit.tensor_parallel.logits import whole_outputs
 from pipekit.tensor_parallel.shards import Shard
+from pipekit.tensors.nested import flatten
 from pipekit.verify.recording import Key, Recorder
 
 ShardOf = Callable[[int, Tensor], Shard | None]

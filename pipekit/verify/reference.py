@@ -17,9 +17,9 @@ from pipekit.data.loader import BatchLoader
 from pipekit.data.order import sample_order
 from pipekit.engine.micro_batches import to_device
 from pipekit.errors import PipekitError
+from pipekit.layers.sequential import SequentialModel
 from pipekit.layout import Coordinate
 from pipekit.rng import fold_seed
-from pipekit.sequential import SequentialModel
 from pipekit.training.trial import Trial
 from pipekit.verify.observer import FlowObserver
 from pipekit.verify.recording import Key, Recorder

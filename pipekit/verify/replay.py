@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from pipekit.sequential import SequentialModel
+from pipekit.layers.sequential import SequentialModel
 from pipekit.verify.compare import compare_weights
 from pipekit.verify.measurement import TOLERANCE, Measurement
 from pipekit.verify.recording import Recording

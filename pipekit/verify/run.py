@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.config import Config
-from pipekit.engine.mpu import ModelParallelUnit
-from pipekit.plan import Plan
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.plan.choose import load_trial, plan_trial
+from pipekit.plan.plan import Plan
+from pipekit.plan.run_folder import RunFolder
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
 from pipekit.tensor_parallel.flow import has_sequence
 from pipekit.tensor_parallel.shards import Shard, shard_of
 from pipekit.training.context import TrialContext
-from pipekit.training.planning import load_trial, plan_trial
-from pipekit.training.run_folder import RunFolder
 from pipekit.training.trial import Trial
 from pipekit.verify.compare import compare_recordings
 from pipekit.verify.measurement import MEASUREMENTS_FILE, Kind, Measurement, save_measurements
@@ -86,8 +86,8 @@ def run_layout(
         PipekitError: if the layout cannot run.
     """
     # DeepSpeed takes seconds to load, and the reference does without it.
-    from pipekit.engine.distributed import join_processes, leave_processes
-    from pipekit.engine.unit_check import check_unit
+    from pipekit.distributed.processes import join_processes, leave_processes
+    from pipekit.distributed.unit_check import check_unit
     from pipekit.training.trainer import Trainer
 
     _compute_alike(num_threads)

@@ -130,7 +130,7 @@ def test_another_model_is_refused_on_every_rank(gloo: GlooWorkers, tmp_path: Pat
 
 
 def load_as_untied(rank: int, checkpoint: str) -> str:
-    from pipekit.checkpoint.load import load_checkpoint
+    from pipekit.engine.load import load_checkpoint
 
     engine = build_engine(Case(pp=2, tied=False))
     with pytest.raises(CheckpointError) as caught:
@@ -146,7 +146,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(gloo: GlooW
 
 
 def fail_to_write(rank: int, folder: str) -> str:
-    import pipekit.checkpoint.save as save
+    import pipekit.engine.save as save
 
     engine = build_engine(Case(pp=2))
     engine.train_batch(micro_batches(0, Case(pp=2), 0))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipekit.config import Config, GPTConfig, TrainConfig, load_config, parse_config
-from pipekit.config.base import Section
 from pipekit.config.load import section_keys
 from pipekit.errors import ConfigError
+from pipekit.settings.base import Section
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 fractions = st.floats(0, 1, exclude_max=True)

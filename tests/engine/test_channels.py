@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from engine_jobs import VOCAB, Case, build_engine, micro_batches
 from gloo_workers import GlooWorkers
 from pipekit.engine.channels import Sender
+from pipekit.layers.specs import LayerSpec
 from pipekit.schedules import Action, Schedule, plan_1f1b, plan_schedule
 from pipekit.schedules.receipts import Receipts, plan_receipts
-from pipekit.specs import LayerSpec
 
 NUM_MICRO_BATCHES = 8
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, Case, build_engine, micro_batches
 from gloo_workers import GlooWorkers, RankError
 from pipekit.errors import CommunicationError, PipekitError
-from pipekit.specs import LayerSpec, TiedLayerSpec
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 
 pytestmark = pytest.mark.distributed
 
@@ -208,7 +208,7 @@ def test_a_tied_layer_that_leaves_its_weight_unused_is_named(gloo: GlooWorkers) 
 def wait_in_vain(rank: int) -> str:
     import time
 
-    from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.distributed.mpu import ModelParallelUnit
     from pipekit.layout import Layout
 
     case = Case(pp=2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, micro_batches
 from engine_jobs import Case as EngineCase
 from gloo_workers import GlooWorkers, RankError
-from pipekit.specs import LayerSpec
+from pipekit.layers.specs import LayerSpec
 
 pytestmark = pytest.mark.distributed
 
@@ -107,7 +107,6 @@ def test_a_deepspeed_script_trains_as_it_does_alone(gloo: GlooWorkers, options: 
 
 def pass_others(rank: int) -> tuple[str, str]:
     import deepspeed
-
     import pipekit
 
     model = nn.Linear(4, 4)

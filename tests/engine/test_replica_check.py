@@ -17,8 +17,8 @@ from gloo_workers import GlooWorkers
 from pipekit.engine import replica_check
 from pipekit.engine.replica_check import ReplicaDescription, TensorDigest, find_replica_faults, sum_bits
 from pipekit.errors import ReplicaError
+from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
-from pipekit.specs import LayerSpec
 from pipekit.tensor_parallel import Shard, shard_of
 
 

@@ -31,9 +31,9 @@ from engine_jobs import (
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.errors import ConfigError, DataError, PipekitError
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
 from pipekit.models import language_model_loss
-from pipekit.sequential import SequentialModel
-from pipekit.specs import LayerSpec
 
 pytestmark = pytest.mark.distributed
 
@@ -458,7 +458,7 @@ def test_gradients_are_summed_over_the_tensor_group_as_they_come(gloo: GlooWorke
 
 
 def sum_gradients(rank: int) -> list[float]:
-    from pipekit.engine.mpu import ModelParallelUnit
+    from pipekit.distributed.mpu import ModelParallelUnit
     from pipekit.engine.partial_gradients import sum_gradients_over
     from pipekit.layout import Layout
 

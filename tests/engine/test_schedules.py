@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine_jobs import VOCAB, Case, batch, build_engine, micro_batches, model_specs
 from gloo_workers import GlooWorkers
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
 from pipekit.schedules import Action, Schedule, plan_schedule, write_csv
-from pipekit.sequential import SequentialModel
-from pipekit.specs import LayerSpec
-from pipekit.weight_gradients import defer_weight_gradient
+from pipekit.tensors.weight_gradients import defer_weight_gradient
 
 pytestmark = pytest.mark.distributed
 
@@ -227,7 +227,7 @@ def train_own(rank: int, schedule: str, pp: int) -> tuple[list[float], list[int]
     engine = build_engine(case, specs=own_specs())
     handed: list[int] = []
     if schedule == "zb-h1":
-        from pipekit.weight_gradients import WeightGradients
+        from pipekit.tensors.weight_gradients import WeightGradients
 
         compute = WeightGradients.compute
 

@@ -27,9 +27,9 @@ from engine_jobs import (
 )
 from gloo_workers import GlooWorkers
 from pipekit.errors import ConfigError, DataError
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
 from pipekit.models import language_model_loss
-from pipekit.sequential import SequentialModel
-from pipekit.specs import LayerSpec
 from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 pytestmark = pytest.mark.distributed

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipekit.commands.verify import _choose, _comparable, _config_of, _own_layout
 from pipekit.config import Config, parse_config
-from pipekit.launch.verify import _choose, _comparable, _config_of, _own_layout
 from pipekit.layout import Layout
 from pipekit.models import build_layers
 from pipekit.verify.layouts import Candidate

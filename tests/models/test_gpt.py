@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError, LayoutError
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.models import language_model_loss
 from pipekit.models.gpt import AttentionHalf, Head, PositionEmbedding, build_gpt2
-from pipekit.sequential import SequentialModel
-from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.tensor_parallel import (
     IN_PARTS,
     Logits,

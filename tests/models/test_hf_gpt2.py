@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pipekit.config import GPTConfig
 from pipekit.errors import CheckpointError, ConfigError
+from pipekit.layers.sequential import SequentialModel
 from pipekit.models.gpt import build_gpt2
 from pipekit.models.hf_gpt2 import from_hf, plan_hf_config, plan_renames, read_hf_config, to_hf
 from pipekit.models.loss import language_model_loss
-from pipekit.sequential import SequentialModel
 
 TOLERANCE = 1e-5  # of logits near 1, in fp32
 

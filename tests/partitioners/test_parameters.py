@@ -6,8 +6,8 @@ import pytest
 
 from pipekit.config import GPTConfig
 from pipekit.errors import LayoutError
+from pipekit.layers.parameters import count_layer_parameters
 from pipekit.models import build_gpt2
-from pipekit.parameters import count_layer_parameters
 from pipekit.partitioners import partition_by_parameters, stage_costs
 
 

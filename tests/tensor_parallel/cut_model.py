@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipekit.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.tensor_parallel import WHOLE, TensorGroup, has_partial_gradient, shard_layer, shard_of
 from pipekit.tensor_parallel.flow import convert
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.errors import LayoutError
-from pipekit.specs import LayerSpec, build_layer
+from pipekit.layers.specs import LayerSpec, build_layer
 from pipekit.tensor_parallel import (
     ColumnParallelLinear,
     KeyValueLinear,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.errors import LayoutError, PipekitError
-from pipekit.specs import LayerSpec, TiedLayerSpec, flow_of_spec
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, flow_of_spec
 from pipekit.tensor_parallel import IN_PARTS, WHOLE, PlannedGroup, SequenceFlow, TensorGroup
 from pipekit.tensor_parallel.flow import convert, flow_of
 from tensor_parallel.threads import run_ranks

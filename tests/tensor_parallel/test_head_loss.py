@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pipekit.errors import DataError
 from pipekit.tensor_parallel import PlannedGroup, Shard, TensorGroup, chunked_head_loss, plan_chunk_tokens
 from pipekit.tensor_parallel.group import Pending
-from pipekit.weight_gradients import deferring
+from pipekit.tensors.weight_gradients import deferring
 from tensor_parallel.live_memory import LiveMemory
 from tensor_parallel.threads import run_ranks
 

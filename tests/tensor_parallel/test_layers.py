@@ -32,7 +32,7 @@ from pipekit.tensor_parallel import (
     shard_of,
 )
 from pipekit.tensor_parallel.group import Pending
-from pipekit.weight_gradients import Compute, add_gradient, deferring
+from pipekit.tensors.weight_gradients import Compute, add_gradient, deferring
 from tensor_parallel.cut_model import assert_all_close, join_gradients, join_parameters
 from tensor_parallel.threads import run_ranks
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Coordinate
 from pipekit.rng import fold_seed
-from pipekit.sequential import SequentialModel
-from pipekit.specs import LayerSpec
 from pipekit.tensor_parallel.shards import Shard
 from pipekit.verify.compare import compare_recordings, proportion
 from pipekit.verify.measurement import Measurement, first_fault

@@ -1,0 +1,162 @@
+"""`pipekit plan`: what a run will take, without starting it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipekit.config import Config, GPTConfig, load_config
+from pipekit.errors import ConfigError
+from pipekit.launch.resources import num_accelerators, num_usable_cpus, threads_per_process
+from pipekit.predictions.devices import Device, find_device
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How to plan.
+
+    Attributes:
+        num_devices: devices whose layouts are compared; None takes the configuration's layout.
+        device: name of what each rank computes on; what is present unless given.
+        device_files: YAML files with devices of one's own.
+        max_tp: largest tensor-parallel degree to compare.
+        measure: whether layers are timed on this machine.
+        as_json: whether to print JSON in place of tables.
+        html: file to write a page to.
+    """
+
+    num_devices: int | None = None
+    device: str | None = None
+    device_files: Sequence[Path] = ()
+    max_tp: int = 1
+    measure: bool = False
+    as_json: bool = False
+    html: Path | None = None
+
+
+def plan(path: str | Path, overrides: Sequence[str], options: PlanOptions) -> None:
+    """Print what a run of the configuration at `path` will take.
+
+    Raises:
+        PipekitError: if the configuration is wrong, or nothing fits.
+    """
+    report = plan_report(load_config(path, overrides), options)
+    if options.html is not None:
+        from pipekit.commands.plan_page import render_html
+
+        try:
+            options.html.write_text(render_html(report), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--html {options.html}: cannot be written: {error.strerror}; name another file"
+            ) from None
+    if options.as_json:
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+        return
+    from pipekit.commands.plan_tables import show_report
+    from pipekit.training.console import make_console
+
+    show_report(report, make_console())
+    if options.html is not None:
+        sys.stdout.write(f"{options.html} has it as a page\n")
+
+
+def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
+    """Return what a run will take as plain data.
+
+    Raises:
+        PipekitError: if nothing fits.
+    """
+    from pipekit.partitioners import compare_partitions
+    from pipekit.plan.choose import best_layout, plan_specs, search
+    from pipekit.plan.plan import plan_run
+    from pipekit.predictions.prediction import predict
+    from pipekit.predictions.report import report
+
+    compares = options.num_devices is not None or config.parallel.auto
+    _check_options(options, compares=compares)
+    present = None if config.run.device == "cpu" else num_accelerators(os.environ)
+    if compares:
+        number = options.num_devices or present or num_usable_cpus()
+    else:
+        number = _num_devices(config, present if options.device is None else None)
+    device = _device(options, present, number)
+    is_gpu = device.name != "cpu"
+    # What the plan is for need not be here.
+    config = config.updated({"run.device": "cuda" if is_gpu else "cpu"})
+    if options.measure:
+        config = config.updated({"parallel.partition": "profile"})
+    elif options.device is not None and config.parallel.partition == "profile":
+        # Layers are timed on what is present, which a device that is named need not be.
+        config = config.updated({"parallel.partition": "flops"})
+    config, specs, trial = plan_specs(config, _tell, prepare=_needs_data(config))
+    if compares:
+        found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
+        best = best_layout(found, number, device)
+        return report(best, device, found.model.layer_names, found.result)
+    made = plan_run(
+        config,
+        specs,
+        world_size=None,
+        num_devices=number if is_gpu else None,
+        example=partial(trial.example, config),
+        num_threads=threads_per_process(config.run.threads_per_process, number, num_usable_cpus()),
+        on_progress=_tell,
+        memory_bytes=device.memory_bytes,
+    )
+    prediction = predict(made.model, made.choice, device, boundaries=made.boundaries)
+    stages = made.schedule.num_stages
+    partitions = compare_partitions(made.facts, stages) if stages > 1 else ()
+    return report(prediction, device, made.layer_names, partitions=partitions)
+
+
+def _check_options(options: PlanOptions, *, compares: bool) -> None:
+    if options.measure and options.device is not None:
+        raise ConfigError(f"--measure times layers on this machine, not on --device {options.device}; drop one")
+    if options.measure and compares:
+        raise ConfigError(
+            "--measure times the layers for one layout; compare layouts without it, by --devices alone, and then "
+            "measure the one that you choose"
+        )
+    if options.max_tp > 1 and not compares:
+        raise ConfigError(
+            f"--max-tp {options.max_tp} is for comparing layouts; add --devices with the number of devices"
+        )
+
+
+def _num_devices(config: Config, present: int | None) -> int:
+    """Return the devices of the configuration's layout; `dp: auto` fills those present."""
+    parallel = config.parallel
+    one = parallel.pp * parallel.tp
+    if parallel.dp == "auto":
+        return one * max(1, (present or 0) // one)
+    return one * parallel.dp
+
+
+def _device(options: PlanOptions, present: int | None, num_processes: int) -> Device:
+    if options.device is not None:
+        return find_device(options.device, options.device_files)
+    if options.device_files:
+        import torch
+
+        return find_device(torch.cuda.get_device_name(0) if present else "cpu", options.device_files)
+    from pipekit.plan.choose import present_device
+
+    return present_device(present, num_processes)
+
+
+def _tell(message: str, fraction: float | None) -> None:
+    """Say what takes its time, beside the output."""
+    if not fraction:
+        sys.stderr.write(f"{message} ...\n")
+
+
+def _needs_data(config: Config) -> bool:
+    """Return whether the model's sizes follow from its data."""
+    return not (isinstance(config.model, GPTConfig) and config.model.vocab_size != "auto")

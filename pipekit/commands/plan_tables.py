@@ -1,0 +1,157 @@
+"""A report as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from textwrap import shorten
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipekit.commands.figures import bytes_text, count_text, seconds_text
+from pipekit.predictions.report import choice_of
+from pipekit.training.console import print_table
+
+_WIDE = 110
+_BAR = 9
+_STARTS = 36
+
+
+def show_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of a plan: the run, its ranks, and the layouts that were compared."""
+    is_narrow = console.width < _WIDE
+    tables = [facts_table(report), ranks_table(report, is_narrow=is_narrow)]
+    if "partitions" in report:
+        tables.append(partitions_table(report["partitions"]))
+    if "layouts" in report:
+        tables.append(layouts_table(report["layouts"], is_narrow=is_narrow))
+    for table in tables:
+        console.print()
+        print_table(table, console)
+    console.print()
+    if "layouts" in report:
+        console.print(counts_text(report), highlight=False, markup=False)
+
+
+def facts_table(report: Mapping[str, Any]) -> Table:
+    """Return the run in a few rows."""
+    layout, device = report["layout"], report["device"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold cyan", no_wrap=True)
+    facts.add_column()
+    facts.add_row("model", f"{report['parameters']:,} parameters")
+    facts.add_row("layout", str(choice_of(layout)))
+    number = layout["pp"] * layout["dp"] * layout["tp"]
+    facts.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}")
+    facts.add_row(
+        "step",
+        f"{seconds_text(report['step_time_s'])}: compute {seconds_text(report['compute_s'])}, of which "
+        f"{100 * report['bubble_fraction']:.1f} % bubble; reduction {seconds_text(report['reduction_s'])}; update "
+        f"{seconds_text(report['update_s'])}",
+    )
+    facts.add_row(
+        "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.3g} TFLOP/s on each device"
+    )
+    most = max(rank["memory_bytes"]["total"] for rank in report["stages"])
+    fits = "" if most <= device["memory_bytes"] else ", which does not fit"
+    facts.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
+    return facts
+
+
+def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
+    """Return a row for each pipeline rank: its layers, and what it computes and holds.
+
+    Args:
+        report: the run.
+        is_narrow: whether to do without the bars.
+    """
+    limit = report["device"]["memory_bytes"]
+    table = _new_table(is_narrow=is_narrow)
+    for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("used" if is_narrow else "of the device", justify="right" if is_narrow else "left", no_wrap=True)
+    for rank in report["stages"]:
+        memory = rank["memory_bytes"]
+        states = memory["gradients"] + memory["optimizer_states"] + memory["masters"]
+        share = memory["total"] / limit
+        bar = "" if is_narrow else "█" * min(_BAR, max(1, round(share * _BAR))) + " "
+        colour = "red" if share > 1 else "yellow" if share > 0.9 else "green"
+        table.add_row(
+            str(rank["rank"]),
+            " ".join(f"{first}-{last}" if last > first else f"{first}" for first, last, *_ in rank["layers"]),
+            count_text(rank["parameters"]),
+            seconds_text(rank["time_s"]),
+            bytes_text(memory["weights"]),
+            bytes_text(states),
+            bytes_text(memory["activations"] + memory["logits"]),
+            bytes_text(memory["total"]),
+            f"[{colour}]{bar}[/]{100 * share:.0f} %",
+        )
+    return table
+
+
+def partitions_table(partitions: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for each way to cut the model, the most even first."""
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("partition", no_wrap=True)
+    table.add_column("busiest over mean", justify="right", no_wrap=True)
+    table.add_column("stages begin with layer", no_wrap=True)
+    for other in partitions:
+        starts = shorten(" ".join(map(str, other["boundaries"][:-1])), _STARTS, placeholder=" ...")
+        table.add_row(other["method"], f"{other['imbalance']:.3f}", starts)
+    return table
+
+
+def layouts_table(layouts: Sequence[Mapping[str, Any]], *, is_narrow: bool = False) -> Table:
+    """Return a row for each layout, the fastest first.
+
+    Args:
+        layouts: what was compared.
+        is_narrow: whether to do without what other columns tell.
+    """
+    table = _new_table(is_narrow=is_narrow, gap=2)
+    left_out = {"step", "ZeRO"} if is_narrow else set()
+    for name in ("", "tokens/s", "step", "bubble", "memory", "pp", "dp", "tp", "ZeRO"):
+        if name not in left_out:
+            table.add_column(name, justify="right", no_wrap=True)
+    for name in ("schedule", "batches", "checkpointing"):
+        table.add_column(name, no_wrap=True)
+    for place, found in enumerate(layouts, start=1):
+        layout = found["layout"]
+        table.add_row(
+            str(place),
+            f"{found['tokens_per_s']:,.0f}",
+            *([] if is_narrow else [seconds_text(found["step_time_s"])]),
+            f"{100 * found['bubble_fraction']:.1f} %",
+            bytes_text(found["memory_bytes"]),
+            str(layout["pp"]),
+            str(layout["dp"]),
+            str(layout["tp"]),
+            *([] if is_narrow else [str(layout["zero"])]),
+            layout["schedule"],
+            f"{layout['num_micro_batches']:,} of {layout['micro_batch_size']}",
+            "yes" if layout["activation_checkpointing"] else "no",
+        )
+    return table
+
+
+def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
+    padding = (0, 1 if is_narrow else gap // 2)
+    return Table(box=None, padding=padding, header_style="bold", pad_edge=not is_narrow, collapse_padding=is_narrow)
+
+
+def counts_text(report: Mapping[str, Any]) -> str:
+    """Return how many layouts can run, and how many cannot, by the kind of reason, with an example of each."""
+    lines = [f"{report['num_fitting']:,} layouts were simulated and fit"]
+    if report["num_open"]:
+        lines.append(f"{report['num_open']:,} more are slower by an estimate, and were not simulated")
+    kinds: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for layout in report["rejected"]:
+        kind = "do not fit into the memory" if layout["reason"].startswith("needs") else "cannot be built"
+        kinds[kind] += 1
+        examples.setdefault(kind, f"{choice_of(layout['layout'])}: {layout['reason']}")
+    lines += [f"{number:,} {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]
+    return "\n".join(lines)

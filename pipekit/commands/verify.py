@@ -1,0 +1,381 @@
+"""`pipekit verify`: run a model under every layout that fits, and hold each to one process that uses torch alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipekit.config import Config, GPTConfig, load_config
+from pipekit.errors import ConfigError, LaunchError, LayoutError, PipekitError
+from pipekit.launch.environment import detect_ranks
+from pipekit.launch.extensions import extensions_dir, guard_extension_builds
+from pipekit.launch.local import run_local
+from pipekit.launch.resources import num_accelerators, num_usable_cpus, thread_environ, threads_per_process
+from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
+from pipekit.layout import Layout
+from pipekit.verify.explain import Setting, show_names
+from pipekit.verify.layouts import Candidate, Facts, parse_layouts, plan_candidates, reason_against
+from pipekit.verify.measurement import MEASUREMENTS_FILE, TOLERANCE, load_measurements
+from pipekit.verify.report import Result, Verification, report
+
+if TYPE_CHECKING:
+    from pipekit.layers.specs import LayerSpec
+
+_DEFAULT_CPU_DEVICES = 4
+_TRACEBACK_LINES = 6
+# What belongs to the configuration's own layout, and to no other.
+_OWN_KEYS: dict[str, Any] = {
+    "parallel.partition": "parameters",
+    "parallel.boundaries": None,
+    "parallel.stages_per_rank": None,
+    "parallel.max_in_flight": None,
+}
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How to verify.
+
+    Attributes:
+        num_steps: updates under each layout.
+        num_devices: processes that may run at once; None takes the GPUs present, or on a CPU as many as the
+            configuration needs, and four at least.
+        layouts: the layouts to run, such as `pp2,pp2xdp2`; None takes the configuration's own and small ones.
+        tolerance: the largest relative difference that is allowed.
+        as_json: whether to print JSON in place of tables.
+        keep: folder to keep recordings and logs in; None keeps nothing.
+    """
+
+    num_steps: int = 3
+    num_devices: int | None = None
+    layouts: str | None = None
+    tolerance: float = TOLERANCE
+    as_json: bool = False
+    keep: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a process of a verification is to do."""
+
+    folder: str
+    reference: str | None
+    num_steps: int
+    tolerance: float
+
+
+def verify(path: str | Path, overrides: Sequence[str], options: VerifyOptions) -> bool:
+    """Verify the configuration at `path`, print what was found, and return whether every layout agrees.
+
+    Raises:
+        PipekitError: if the configuration is wrong, the model does not run in one process, or no layout fits.
+    """
+    found = verify_config(load_config(path, overrides), options)
+    if options.as_json:
+        sys.stdout.write(json.dumps(report(found), indent=1) + "\n")
+        return found.agrees
+    from pipekit.commands.verify_tables import show_report
+    from pipekit.training.console import make_console
+
+    show_report(report(found), make_console())
+    return found.agrees
+
+
+def verify_config(config: Config, options: VerifyOptions) -> Verification:
+    """Run a configuration's model in one process and under each layout, and return what was found.
+
+    Raises:
+        PipekitError: if the model does not run in one process, or no layout fits.
+    """
+    num_gpus = None if config.run.device == "cpu" else num_accelerators(os.environ)
+    config, specs = _plan_model(config)
+    num_devices = options.num_devices or num_gpus or max(_own_layout(config, None).world_size, _DEFAULT_CPU_DEVICES)
+    if num_gpus is not None and num_devices > num_gpus:
+        raise LayoutError(f"--devices {num_devices}: there are {num_gpus} GPUs; try --devices {num_gpus}")
+    own = _own_layout(config, num_devices if num_gpus else None)
+    fitting, rejected = _choose(config, specs, own, num_devices, options.layouts)
+    if not fitting:
+        reasons = "\n  ".join(f"{candidate}: {reason}" for candidate, reason in rejected)
+        raise LayoutError(f"no layout fits {num_devices} devices, so that there is nothing to verify:\n  {reasons}")
+    config, notes = _comparable(config, fitting)
+    session = _Session(config, specs, num_gpus, options)
+    results = []
+    with _working_folder(options.keep) as folder:
+        random_layers = session.run_reference(folder)
+        if random_layers and any(candidate.layout.tp > 1 for candidate in fitting):
+            notes.append(
+                f"random numbers are drawn by {show_names(random_layers)}; those that are drawn for a tensor-parallel "
+                "rank's part of an activation (sharded_randomness) differ from those of one process by design: verify "
+                "without dropout"
+            )
+        for candidate in fitting:
+            try:
+                candidate_config = _config_of(config, candidate)
+            except ConfigError as error:
+                rejected.append((candidate, str(error).splitlines()[0]))
+                continue
+            results.append(session.run_candidate(folder, candidate, candidate_config))
+    if not results:
+        raise LayoutError("\n  ".join(["no layout can run:", *(f"{place}: {reason}" for place, reason in rejected)]))
+    return Verification(
+        model=_describe_model(config, len(specs)),
+        device="cuda" if num_gpus else "cpu",
+        num_steps=options.num_steps,
+        global_batch_size=config.train.global_batch_size,
+        tolerance=options.tolerance,
+        results=results,
+        rejected=rejected,
+        notes=notes,
+    )
+
+
+def rank_main(config_path: str, task: str) -> None:
+    """Be one process of a verification: a configuration's path, and what to do as JSON."""
+    tie_to_parent(os.environ)
+    with report_failure(error_file_from(os.environ)):
+        ranks = detect_ranks(os.environ)
+        assert ranks is not None, "pipekit.commands.verify_rank is started by pipekit verify"
+        config, todo = load_config(config_path), _Task(**json.loads(task))
+        num_devices = None if config.run.device == "cpu" else num_accelerators(os.environ)
+        num_threads = threads_per_process(config.run.threads_per_process, ranks.world_size, num_usable_cpus())
+        from pipekit.verify import run
+
+        if todo.reference is None:
+            run.run_reference(
+                config,
+                num_devices=num_devices,
+                num_threads=num_threads,
+                folder=Path(todo.folder),
+                num_steps=todo.num_steps,
+            )
+            return
+        run.run_layout(
+            config,
+            rank=ranks.rank,
+            local_rank=ranks.local_rank,
+            world_size=ranks.world_size,
+            num_devices=num_devices,
+            num_threads=num_threads,
+            folder=Path(todo.folder),
+            reference=Path(todo.reference),
+            tolerance=todo.tolerance,
+        )
+
+
+class _Session:
+    """Starts the processes of a verification, one layout after the other."""
+
+    def __init__(
+        self, config: Config, specs: Sequence[LayerSpec], num_gpus: int | None, options: VerifyOptions
+    ) -> None:
+        from pipekit.layers.specs import TiedLayerSpec, layer_names
+
+        self._config = config
+        self._num_gpus = num_gpus
+        self._options = options
+        self._names = layer_names(specs)
+        self._tied = frozenset(
+            name for name, spec in zip(self._names, specs, strict=True) if isinstance(spec, TiedLayerSpec)
+        )
+        for note in guard_extension_builds({**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions_dir(os.environ))}):
+            sys.stderr.write(f"{note}\n")
+
+    def run_reference(self, folder: Path) -> list[str]:
+        """Record what every layout is held to, and return the layers that draw random numbers.
+
+        Raises:
+            PipekitError: if the model does not run in one process.
+        """
+        _tell("running one process without pipekit's engine")
+        config = _config_of(self._config, Candidate(Layout(), 0))
+        try:
+            self._run(config, 1, folder / "reference", reference=None)
+        except LaunchError as error:
+            words = _first_words(error).removeprefix("rank 0: ").removeprefix("rank 0 failed: ")
+            raise LaunchError(f"one process, without pipekit's engine, does not get through: {words}") from None
+        from pipekit.verify.recording import Recording
+
+        names: list[str] = Recording(folder / "reference").facts[0]["random_layers"]
+        return names
+
+    def run_candidate(self, folder: Path, candidate: Candidate, config: Config) -> Result:
+        """Run a layout, and return what was found."""
+        _tell(f"running {candidate}")
+        place = folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
+        started_s = time.perf_counter()
+        try:
+            self._run(config, candidate.layout.world_size, place, reference=folder / "reference")
+        except LaunchError as error:
+            return Result(candidate, time.perf_counter() - started_s, failure=_first_words(error))
+        measurements, boundaries = load_measurements(place / MEASUREMENTS_FILE)
+        time_s = time.perf_counter() - started_s
+        if self._options.keep is None:
+            shutil.rmtree(place, ignore_errors=True)
+        setting = Setting(candidate.layout, self._names, boundaries, self._tied)
+        return Result(candidate, time_s, measurements, setting)
+
+    def _run(self, config: Config, world_size: int, place: Path, *, reference: Path | None) -> None:
+        place.mkdir(parents=True)
+        path = place / "config.yaml"
+        path.write_text(config.updated({"run.dir": str(place / "run")}).to_yaml(), encoding="utf-8")
+        task = _Task(
+            str(place),
+            None if reference is None else str(reference),
+            self._options.num_steps,
+            self._options.tolerance,
+        )
+        environ = thread_environ(config.run.threads_per_process, world_size, os.environ)
+        environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
+        if not self._num_gpus:
+            environ["DS_ACCELERATOR"] = "cpu"
+        run_local(
+            [sys.executable, "-m", "pipekit.commands.verify_rank", str(path), json.dumps(asdict(task))],
+            world_size=world_size,
+            log_dir=place / "logs",
+            env=environ,
+            stdout_rank=-1,
+        )
+
+
+def _plan_model(config: Config) -> tuple[Config, Sequence[LayerSpec]]:
+    """Return the configuration with its sizes known, and the model.
+
+    Raises:
+        PipekitError: if the model cannot be built.
+    """
+    from pipekit.plan.choose import plan_specs
+
+    try:
+        config, specs, _ = plan_specs(config, _tell)
+    except PipekitError:
+        raise
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        lines = [line for line in text.splitlines() if line.strip(" ~^")][-_TRACEBACK_LINES:]
+        raise ConfigError("\n".join(["the model cannot be built:", *lines])) from error
+    return config, specs
+
+
+def _choose(
+    config: Config, specs: Sequence[LayerSpec], own_layout: Layout, num_devices: int, named: str | None
+) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+    from pipekit.layers.specs import flow_of_spec
+
+    parallel, train = config.parallel, config.train
+    holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_parts for spec in specs)
+    model = config.model if isinstance(config.model, GPTConfig) else None
+    facts = Facts(
+        num_layers=len(specs),
+        num_heads=None if model is None else model.num_heads,
+        num_kv_heads=None if model is None else model.num_kv_heads or model.num_heads,
+        sequence_length=train.sequence_length if holds_parts else None,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+    )
+    if named is None:
+        own = None if parallel.auto else Candidate(own_layout, parallel.zero, is_configured=True)
+        return plan_candidates(num_devices, facts, own=own, zero=parallel.zero, order=parallel.order)
+    candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
+    reasons = {candidate: reason_against(candidate.layout, num_devices, facts) for candidate in candidates}
+    return [candidate for candidate, reason in reasons.items() if reason is None], [
+        (candidate, reason) for candidate, reason in reasons.items() if reason is not None
+    ]
+
+
+def _own_layout(config: Config, num_gpus: int | None) -> Layout:
+    """Return the configuration's layout, also where there are too few GPUs for it; `dp: auto` fills those there are."""
+    parallel = config.parallel
+    filled = max(1, (num_gpus or 0) // (parallel.pp * parallel.tp))
+    dp = filled if parallel.dp == "auto" else parallel.dp
+    return Layout(pp=parallel.pp, dp=dp, tp=parallel.tp, order=parallel.order)
+
+
+def _comparable(config: Config, candidates: Sequence[Candidate]) -> tuple[Config, list[str]]:
+    """Return the configuration as every layout runs it, and what was changed for that."""
+    notes = []
+    changes: dict[str, Any] = {
+        "train.precision": "fp32",
+        "train.eval_interval": None,
+        "checkpoint.resume": "never",
+        "logging.wandb": None,
+        "logging.tensorboard": False,
+        "logging.profile": False,
+    }
+    if config.train.precision not in ("fp32", "auto"):
+        notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")
+    shares_layers = any(candidate.layout.tp > 1 for candidate in candidates)
+    if shares_layers and isinstance(config.model, GPTConfig) and config.model.dropout:
+        changes["model.dropout"] = 0.0
+        notes.append(
+            f"model.dropout={config.model.dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own "
+            "for their parts, so that a run with tp > 1 draws others than one process"
+        )
+    return config.updated(changes), notes
+
+
+def _config_of(config: Config, candidate: Candidate) -> Config:
+    """Return the configuration with a layout, and with its schedule, where that can run.
+
+    Raises:
+        ConfigError: if the layout cannot run.
+    """
+    layout = candidate.layout
+    changes: dict[str, Any] = {
+        "parallel.auto": False,
+        "parallel.pp": layout.pp,
+        "parallel.dp": layout.dp,
+        "parallel.tp": layout.tp,
+        "parallel.zero": candidate.zero,
+    }
+    if candidate.is_configured:
+        return config.updated(changes)
+    changes |= _OWN_KEYS
+    schedule = config.parallel.schedule
+    if layout.pp == 1 or schedule == "auto" or schedule.endswith(".csv"):
+        schedule = "1f1b"
+    try:
+        return config.updated({**changes, "parallel.schedule": schedule})
+    except ConfigError:
+        return config.updated({**changes, "parallel.schedule": "1f1b"})
+
+
+@contextmanager
+def _working_folder(keep: Path | None) -> Iterator[Path]:
+    """Make a folder for recordings, which is removed at the end unless it is to be kept."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="pipekit-verify-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise ConfigError(f"--keep {keep}: is there already; name a folder that is not, or is empty")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep.absolute()
+
+
+def _describe_model(config: Config, num_layers: int) -> str:
+    model = config.model
+    name = (model.preset or f"{model.family}") if isinstance(model, GPTConfig) else model.builder
+    trial = f", {config.run.trial}" if config.run.trial else ""
+    return f"{name}{trial}, {num_layers} layers"
+
+
+def _first_words(error: LaunchError) -> str:
+    """Return what a failed rank has to say, without the path of a log that is gone when it is read."""
+    lines = [line for line in str(error).splitlines() if not line.startswith("the whole log of rank")]
+    return "\n".join(lines)
+
+
+def _tell(message: str, fraction: float | None = None) -> None:
+    """Say what takes its time, beside the output."""
+    if not fraction:
+        sys.stderr.write(f"{message} ...\n")

@@ -1,0 +1,172 @@
+"""Times one layer on a device: its forward, its input gradient and its weight gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipekit.costs.observe import Form
+from pipekit.tensors.host_memory import count_page_faults
+from pipekit.tensors.nested import Structure, flatten, unflatten
+from pipekit.tensors.weight_gradients import add_gradient, deferring, split_linear
+
+_WARM_UPS = 2
+_FEWEST_REPEATS = 3
+_ENOUGH_S = 5.0
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Median seconds of a layer, and the form of what it returned."""
+
+    forward_s: float
+    input_gradient_s: float
+    weight_gradient_s: float
+    outputs: Form
+
+
+def time_layer(
+    call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure, *, device: torch.device, repeats: int
+) -> LayerTimes:
+    """Return how long a layer takes, by the clock on CPUs and by events of the stream on GPUs.
+
+    On CPUs those repeats count that were given the fewest fresh pages by the system: what a large layer pays for them
+    is many times what it computes for, and a run has its pages after a few steps.
+
+    Args:
+        call: the layer; it is given the nested inputs.
+        leaves: the tensors that enter.
+        structure: how they hang together.
+        device: what it is on.
+        repeats: how often it is run after warming up; a layer that takes seconds is run less often.
+
+    Raises:
+        PipekitError: if the layer returns what cannot be passed on.
+        Exception: whatever the layer raises.
+    """
+    watch = _Watch(device)
+    started_s = time.perf_counter()
+    faults = [count_page_faults()]
+    outputs, gradients = _run(call, leaves, structure, None, watch)
+    faults.append(count_page_faults())
+    for run in range(1, _WARM_UPS + repeats):
+        if run >= _WARM_UPS + _FEWEST_REPEATS and time.perf_counter() - started_s > _ENOUGH_S:
+            break
+        _run(call, leaves, structure, gradients, watch)
+        faults.append(count_page_faults())
+    fresh_pages = [after - before for before, after in pairwise(faults)]
+    settled = _settled(fresh_pages) if device.type == "cpu" else range(_WARM_UPS, len(fresh_pages))
+    forward_s, input_gradient_s, weight_gradient_s = (
+        median(column[run] for run in settled) for column in watch.seconds(3)
+    )
+    return LayerTimes(forward_s, input_gradient_s, weight_gradient_s, outputs)
+
+
+def _settled(fresh_pages: Sequence[int]) -> list[int]:
+    """Return the runs behind the warm-ups with the fewest fresh pages, `_FEWEST_REPEATS` or more where there are.
+
+    Example:
+        >>> _settled([900, 900, 900, 0, 900, 0, 0, 0])
+        [3, 5, 6, 7]
+    """
+    most = sorted(fresh_pages[_WARM_UPS:])[:_FEWEST_REPEATS][-1]
+    return [run for run in range(_WARM_UPS, len(fresh_pages)) if fresh_pages[run] <= most]
+
+
+def _run(
+    call: Callable[[Any], Any],
+    leaves: Sequence[Tensor],
+    structure: Structure,
+    gradients: list[Tensor] | None,
+    watch: _Watch,
+) -> tuple[Form, list[Tensor]]:
+    # A layer may change its input in place, which a leaf that requires a gradient does not allow.
+    entered = unflatten([leaf.clone() if leaf.requires_grad else leaf for leaf in leaves], structure)
+    with watch, split_linear():
+        returned = call(entered)
+    tensors, output_structure = flatten(returned, "its output")
+    outputs = Form(Form.of(tensors, "its output").tensors, output_structure)
+    results = [tensor for tensor in tensors if tensor.requires_grad]
+    if gradients is None:
+        gradients = [leaf.detach() for leaf in build_values(Form.of(results, "its output"), watch.device)]
+    with watch, deferring() as deferred:
+        if results:
+            torch.autograd.backward(results, gradients)
+    with watch, torch.no_grad():
+        # As in a run: the gradients of earlier micro-batches are there already.
+        deferred.compute(add_gradient)
+    return outputs, gradients
+
+
+def build_values(form: Form, device: torch.device, given: Any = None) -> list[Tensor]:
+    """Return tensors of a form on a device, the same ones every time.
+
+    Args:
+        form: what they are like.
+        device: where they are.
+        given: nested tensors of this form to take the values of; where it is None or they are on the meta device, they
+            are random numbers, True for booleans and zeros for integers.
+
+    Example:
+        >>> form = Form.of([torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)], "an example")
+        >>> build_values(form, torch.device("cpu"))
+        [tensor([0, 0]), tensor([True])]
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    sources = [None for _ in form.tensors] if given is None else flatten(given, "the example")[0]
+    built = []
+    for tensor, source in zip(form.tensors, sources, strict=True):
+        if source is not None and source.device.type != "meta":
+            values = source.detach()
+        elif tensor.dtype.is_floating_point:
+            values = torch.randn(tensor.shape, generator=generator, device=device)
+        else:
+            values = torch.full(tensor.shape, tensor.dtype is torch.bool)
+        # A copy, since a layer may change it.
+        copied = values.to(device=device, dtype=tensor.dtype, copy=True)
+        built.append(copied.requires_grad_(tensor.requires_grad))
+    return built
+
+
+class _Watch:
+    """Context manager that times what runs inside, again and again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[float | torch.cuda.Event] = []
+
+    def __enter__(self) -> None:
+        self._marks.append(self._now())
+
+    def __exit__(self, *exception: object) -> None:
+        self._marks.append(self._now())
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, num_columns: int) -> list[list[float]]:
+        """Return what was timed in turns of `num_columns`: for each of them its seconds, in order."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        spans = [_elapsed_s(start, end) for start, end in zip(self._marks[::2], self._marks[1::2], strict=True)]
+        return [spans[column::num_columns] for column in range(num_columns)]
+
+
+def _elapsed_s(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float):
+        assert isinstance(end, float)
+        return end - start
+    assert not isinstance(end, float)
+    elapsed_ms: float = start.elapsed_time(end)
+    return elapsed_ms / 1000

@@ -1,0 +1,104 @@
+"""A configuration's model as predictions need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from pipekit.config import Config
+from pipekit.costs.describe import describe_layers
+from pipekit.costs.example import Example
+from pipekit.costs.profiling import ProgressCallback, profile_layers
+from pipekit.errors import ConfigError
+from pipekit.layers.parameters import parameter_shapes
+from pipekit.layers.specs import LayerSpec, layer_names
+from pipekit.predictions.memory import Precision
+from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.prediction import PlannedModel
+
+ExampleBuilder = Callable[[int], Example | None]
+"""Returns one micro-batch of so many sequences; None where a trial does not tell."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Where and how layers are timed.
+
+    Attributes:
+        device: what they run on.
+        num_threads: CPU threads of one process of the run; those of this process unless given.
+        on_progress: called with what is being done, and the fraction done.
+    """
+
+    device: str
+    num_threads: int | None = None
+    on_progress: ProgressCallback | None = None
+
+
+def describe_model(
+    config: Config,
+    specs: Sequence[LayerSpec],
+    example: ExampleBuilder,
+    *,
+    precision: Precision,
+    measuring: Measuring | None = None,
+) -> PlannedModel:
+    """Return a model as predictions need it; what its layers cost is found out when it is first asked for.
+
+    Args:
+        config: the configuration.
+        specs: its layers.
+        example: returns a micro-batch.
+        precision: of weights and activations.
+        measuring: where to time the layers; None counts their operations.
+    """
+
+    @cache
+    def costs_of(micro_batch_size: int) -> ModelCosts:
+        given = example(micro_batch_size)
+        if given is None:
+            raise ConfigError(
+                f"run.trial={config.run.trial}: what its layers cost is not known, since it does not say what they are "
+                "given; define the class method example(config, micro_batch_size), which returns a "
+                "pipekit.Example(inputs, labels), or set parallel.partition=parameters"
+            )
+        if measuring is None:
+            return describe_layers(
+                specs, given.inputs, dtype=_DTYPES[precision], loss_fn=given.loss_fn, labels=given.labels
+            )
+        with _threads(measuring.num_threads):
+            return profile_layers(
+                specs,
+                given.inputs,
+                dtype=_DTYPES[precision],
+                device=measuring.device,
+                loss_fn=given.loss_fn,
+                labels=given.labels,
+                on_progress=measuring.on_progress,
+            )
+
+    return PlannedModel(
+        costs_of=costs_of,
+        shapes_of=cache(partial(parameter_shapes, specs)),
+        layer_names=layer_names(specs),
+        sequence_length=config.train.sequence_length,
+        precision=precision,
+        optimizer=config.optimizer,
+        is_timed=measuring is not None,
+    )
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,114 @@
+"""Keeps what was measured of layers: one JSON file for each, named by what the layer and the machine are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from dataclasses import asdict, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipekit.costs.observe import Form, Observed, TensorForm
+from pipekit.errors import PipekitError
+from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.tensors.nested import unflatten
+
+logger = logging.getLogger(__name__)
+
+Plain = Any
+"""Numbers, texts, None, and lists and dicts of them, as JSON gives them back."""
+
+
+class ProfileCache:
+    """A folder of measurements, which any number of processes may read and write.
+
+    Args:
+        folder: where the files are; made with the first of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, identity: Plain) -> Observed | None:
+        """Return what was measured, or None where nothing was, or the file is broken."""
+        path = self._path(identity)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("%s cannot be read, and the layer is measured anew: %s", path, error)
+            return None
+        try:
+            return _parse(json.loads(text), identity)
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration, PipekitError) as error:
+            logger.warning("%s is broken, and the layer is measured anew: %s", path, error)
+            return None
+
+    def save(self, identity: Plain, measured: Observed) -> None:
+        """Keep what was measured; where the folder cannot be written, it is measured again next time."""
+        path = self._path(identity)
+        content = {
+            "identity": identity,
+            "costs": asdict(measured.costs),
+            "outputs": plain_form(measured.outputs),
+        }
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("what was measured cannot be kept in %s: %s", path.parent, error.strerror or error)
+
+    def _path(self, identity: Plain) -> Path:
+        text = json.dumps(identity, sort_keys=True)
+        return self._folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.json"
+
+
+def plain_form(form: Form) -> Plain:
+    """Return a form as JSON gives it back."""
+    tensors = [
+        [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad] for tensor in form.tensors
+    ]
+    return {"tensors": tensors, "structure": form.structure}
+
+
+def _parse(content: Plain, identity: Plain) -> Observed:
+    if content["identity"] != identity:
+        raise ValueError("it is of another layer or machine")
+    return Observed(_parse_costs(content["costs"]), _parse_form(content["outputs"]))
+
+
+def _parse_costs(content: Plain) -> LayerCosts:
+    costs = LayerCosts(**content)
+    for field in fields(costs):
+        value: Any = getattr(costs, field.name)
+        kind = "bool" if field.name.startswith("keeps_") else "float" if field.name.endswith("_s") else "int"
+        if type(value).__name__ != kind or not isfinite(value) or value < 0:
+            raise ValueError(f"{field.name}={value!r}")
+    return costs
+
+
+def _parse_form(content: Plain) -> Form:
+    tensors = []
+    for shape, dtype_name, requires_grad in content["tensors"]:
+        dtype = getattr(torch, dtype_name)
+        if not isinstance(dtype, torch.dtype) or type(requires_grad) is not bool:
+            raise ValueError(f"a tensor of {dtype_name}")
+        tensors.append(TensorForm(tuple(map(int, shape)), dtype, requires_grad))
+    form = Form(tuple(tensors), content["structure"])
+    # As many tensors must be there as the structure has places for.
+    placed = Form.of(unflatten([torch.empty(0) for _ in tensors], form.structure), "a stored form")
+    if placed.structure != form.structure or len(placed.tensors) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors in a structure of {form.structure!r}")
+    return form

@@ -1,0 +1,1 @@
+"""The adapter to DeepSpeed: all that renames for it, configures it or mends it."""

@@ -1,0 +1,1 @@
+"""Processes and process groups: joining, leaving, and the model-parallel unit."""

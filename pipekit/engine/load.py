@@ -1,0 +1,90 @@
+"""Reading a checkpoint into a running engine, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipekit.checkpoint.manifest import WEIGHTS, TrainingState
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.distributed.processes import raise_together
+from pipekit.engine.tensor_group import logical_shape
+from pipekit.engine.training_engine import TrainingEngine
+from pipekit.errors import CheckpointError
+from pipekit.tensor_parallel import shard_of
+
+
+def load_checkpoint(
+    engine: TrainingEngine, reader: CheckpointReader, *, optimizer_states: bool = True
+) -> TrainingState:
+    """Set the engine's weights, fp32 masters, optimizer states and counters, and return where training stands.
+
+    Each rank reads the tensors of its own stage, and of those that tensor-parallel ranks share out its own part.
+    Every rank calls this together.
+
+    Args:
+        engine: what to set.
+        reader: the checkpoint.
+        optimizer_states: False where the optimizer is of another kind now; its states then begin anew.
+
+    Raises:
+        CheckpointError: on every rank, if the checkpoint does not fit the model; nothing has been changed then.
+    """
+    training = reader.manifest.training
+    try:
+        _check_fit(engine, reader)
+        error = None
+    except CheckpointError as failure:
+        error = failure
+    raise_together(error)
+
+    view = engine.view
+    states: list[str] = list(training.optimizer.get("states", [])) if optimizer_states else []
+    view.prepare_states(states, int(training.optimizer.get("step", 0)))
+    trainable: list[tuple[str, nn.Parameter]] = []
+    for name, parameter, _ in engine.module.named_logical_parameters():
+        if parameter.requires_grad:
+            trainable.append((name, parameter))
+        else:
+            view.load_frozen(parameter, _read(reader, name, parameter))
+    view.load_masters((parameter, _read(reader, name, parameter)) for name, parameter in trainable)
+    for state in states:
+        for name, parameter in trainable:
+            view.load_state(parameter, state, _read(reader, name, parameter, state))
+    for name, buffer, _ in engine.module.named_logical_buffers():
+        _copy(buffer, reader.tensor(name))
+
+    engine.global_steps = training.step
+    engine.global_samples = training.consumed_samples
+    view.load_loss_scaler_state(training.loss_scaler)
+    return training
+
+
+def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
+    entries = reader.manifest.tensors
+    ours: dict[str, tuple[int, ...]] = {}
+    for name, parameter, _ in engine.module.named_logical_parameters():
+        ours[name] = logical_shape(parameter)
+    for name, buffer, _ in engine.module.named_logical_buffers():
+        ours[name] = tuple(buffer.shape)
+    faults = []
+    for name, shape in ours.items():
+        if name not in entries:
+            faults.append(f"{name} is not in it")
+        elif entries[name].shape != shape:
+            faults.append(f"{name} is {entries[name].shape} in it and {shape} in the model")
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise CheckpointError(
+            f"{reader.path}: belongs to another model: {shown}; use the model section of its config.yaml, or start a "
+            "new run with another run.dir"
+        )
+
+
+def _read(reader: CheckpointReader, name: str, parameter: nn.Parameter, kind: str = WEIGHTS) -> Tensor:
+    return reader.tensor(name, kind, shard=shard_of(parameter)).to(parameter.device)
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(value)

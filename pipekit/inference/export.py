@@ -1,0 +1,192 @@
+"""Exporting a checkpoint as a Hugging Face folder, and proving that it says what the checkpoint says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS, resolve_checkpoint, write_atomically
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.config import Config, GPTConfig, load_config
+from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
+from pipekit.errors import CheckpointError, PipekitError
+from pipekit.layers.sequential import SequentialModel
+from pipekit.models import build_layers
+from pipekit.models.hf_gpt2 import plan_hf_config, to_hf
+
+MODEL_FILE = "model.safetensors"
+PROOF_FILE = "export_check.json"
+
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+
+# Both sides compute in fp32 with the exported weights; what differs is the order of additions.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """How an export compares with its checkpoint.
+
+    Attributes:
+        reference: what read the export.
+        max_logit_difference: largest absolute difference of a logit.
+        tolerance: the largest difference that passes.
+        num_logits: how many were compared.
+        checkpoint: what was exported.
+        step: of the checkpoint.
+        dtype: of the exported tensors.
+    """
+
+    reference: str
+    max_logit_difference: float
+    tolerance: float
+    num_logits: int
+    checkpoint: str
+    step: int
+    dtype: ExportDtype
+
+
+def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
+    """Return the model of a checkpoint, in one process and in evaluation mode, and its configuration.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, or does not fit its configuration.
+    """
+    config = load_config(checkpoint / CONFIG_FILE)
+    reader = CheckpointReader(checkpoint)
+    model = SequentialModel(build_layers(config), seed=config.train.seed)
+    model.load_logical_tensors(dict(reader.weights()), where=str(checkpoint))
+    return model.eval(), config
+
+
+def export_checkpoint(
+    source: str | Path, out: str | Path, *, dtype: ExportDtype = "float32", overwrite: bool = False
+) -> ExportCheck:
+    """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
+
+    The folder holds `model.safetensors`, `config.json`, `generation_config.json`, the tokenizer's files, and
+    `export_check.json` with the result of the comparison. It appears when all of it is written and has passed.
+
+    Args:
+        source: a run's folder, or one of its checkpoints.
+        out: the folder to write.
+        dtype: of the exported tensors.
+        overwrite: replace an earlier export in `out`.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or its model has no Hugging Face counterpart.
+        PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
+    """
+    checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
+    _check_free(out, overwrite=overwrite)
+    builder = load_config(checkpoint / CONFIG_FILE).model
+    if not isinstance(builder, GPTConfig):
+        raise CheckpointError(
+            f"{checkpoint}: its model is built by {builder.builder}, which has no counterpart in transformers; "
+            f"read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
+        )
+    if builder.num_kv_heads not in (None, builder.num_heads):
+        raise CheckpointError(
+            f"{checkpoint}: its model has model.num_kv_heads={builder.num_kv_heads} for {builder.num_heads} heads, and "
+            f"the GPT-2 of transformers knows no grouped queries; read its tensors from {checkpoint}/{WEIGHTS}-*"
+            ".safetensors, which hold them under their own names"
+        )
+    model, config = load_model(checkpoint)
+    assert isinstance(config.model, GPTConfig)
+    final = out.resolve()
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_folder(temporary, model, config.model, checkpoint, dtype)
+        step = CheckpointReader(checkpoint).manifest.training.step
+        check = _compare(temporary, model, config.model, checkpoint=str(checkpoint), step=step, dtype=dtype)
+        write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:
+        raise PipekitError(f"{out}: could not be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return check
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / PROOF_FILE).is_file():
+        raise PipekitError(
+            f"{out}: is there already and is no earlier export (it has no {PROOF_FILE}), so it is not replaced; give "
+            "another folder"
+        )
+    if not overwrite:
+        raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
+
+
+def _write_folder(
+    folder: Path, model: SequentialModel, config: GPTConfig, checkpoint: Path, dtype: ExportDtype
+) -> None:
+    tensors: Mapping[str, Tensor] = model.logical_tensors()
+    exported = {name: tensor.detach().to(getattr(torch, dtype)).contiguous() for name, tensor in to_hf(config, tensors)}
+    save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
+    end_token_id = None
+    tokenizer_file = checkpoint / TOKENIZER_FILE
+    if tokenizer_file.is_file():
+        end_token_id = load_tokenizer(tokenizer_file).end_token_id
+        write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
+    hf_config = plan_hf_config(config, end_token_id=end_token_id, dtype=dtype)
+    generation = {
+        "bos_token_id": end_token_id,
+        "eos_token_id": end_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 50,
+    }
+    for name, content in (("config.json", hf_config), ("generation_config.json", generation)):
+        write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _compare(
+    folder: Path, model: SequentialModel, config: GPTConfig, *, checkpoint: str, step: int, dtype: ExportDtype
+) -> ExportCheck:
+    """Run one random prompt through the checkpoint's model, its weights rounded to `dtype`, and through the export."""
+    for tensor in model.logical_tensors().values():
+        tensor.copy_(tensor.to(getattr(torch, dtype)))
+    assert isinstance(config.vocab_size, int)
+    generator = torch.Generator().manual_seed(0)
+    length = min(config.max_positions, 128)
+    prompt = torch.randint(config.vocab_size, (2, length), generator=generator)  # (B, S)
+    ours: Tensor = model(prompt)  # (B, S, V)
+    logits, reference = _transformers_logits(folder, prompt)
+    difference = float((ours - logits).abs().max())
+    tolerance = _TOLERANCE * max(1.0, float(ours.abs().max()))
+    if not difference <= tolerance:
+        raise PipekitError(
+            f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains {tolerance:.2g} at "
+            "most; the export was not written"
+        )
+    return ExportCheck(reference, difference, tolerance, ours.numel(), checkpoint, step, dtype)
+
+
+def _transformers_logits(folder: Path, prompt: Tensor) -> tuple[Tensor, str]:
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        theirs: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    theirs.eval()
+    return theirs(prompt).logits.float(), f"transformers {transformers.__version__} GPT2LMHeadModel"

@@ -1,0 +1,102 @@
+"""Text from a trained model: a run, a checkpoint, or an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
+from pipekit.config import GPTConfig
+from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
+from pipekit.errors import CheckpointError, PipekitError
+from pipekit.inference.export import MODEL_FILE, load_model
+from pipekit.inference.generate import generate_tokens
+from pipekit.layers.sequential import SequentialModel
+from pipekit.models.gpt import build_gpt2
+from pipekit.models.hf_gpt2 import from_hf, read_hf_config
+
+
+def stream_text(
+    source: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Iterator[str]:
+    """Yield the prompt, then the text that follows it piece by piece.
+
+    Args:
+        source: a run's folder, one of its checkpoints, or an exported folder.
+        prompt: text to go on from; empty begins a document.
+        max_new_tokens: tokens to draw at most.
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among so many of the likeliest; None among all.
+        seed: of the draws; the same seed gives the same text.
+        device: what to compute on.
+
+    Raises:
+        PipekitError: if there is no model, no tokenizer, or no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PipekitError("--device cuda: no GPU is present; use --device auto or cpu")
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    model, tokenizer, max_positions = _load(source)
+    model.to(place)
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_token_id]
+    yield prompt
+    # The prompt is decoded along: a tokenizer may write a first token otherwise than one that follows another.
+    token_ids = list(prompt_ids)
+    shown = tokenizer.decode(token_ids)
+    for token_id in generate_tokens(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        max_positions=max_positions,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        end_token_id=tokenizer.end_token_id,
+        device=place,
+    ):
+        token_ids.append(token_id)
+        # A character of several bytes may come in several tokens; what there is of the last one waits for the rest.
+        text = tokenizer.decode(token_ids).rstrip("�")
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+
+
+def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
+    if (source / "config.json").is_file() and (source / MODEL_FILE).is_file():
+        try:
+            stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(stored, dict):
+                raise ValueError("config.json holds no mapping")
+            tensors = load_file(source / MODEL_FILE)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"{source}: cut short or damaged ({error}); export it again") from None
+        config = read_hf_config(stored, where=str(source))
+        model = SequentialModel(build_gpt2(config))
+        model.load_logical_tensors(dict(from_hf(config, tensors)), where=str(source))
+        return model.eval(), _load_tokenizer(source), config.max_positions
+    checkpoint = resolve_checkpoint(source)
+    model, run_config = load_model(checkpoint)
+    max_positions = (
+        run_config.model.max_positions if isinstance(run_config.model, GPTConfig) else run_config.train.sequence_length
+    )
+    return model, _load_tokenizer(checkpoint), max_positions
+
+
+def _load_tokenizer(folder: Path) -> TextTokenizer:
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise PipekitError(f"{folder}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")
+    return load_tokenizer(folder / TOKENIZER_FILE)

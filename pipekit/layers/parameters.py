@@ -1,0 +1,66 @@
+"""The parameters of a model without allocating any: each distinct spec is built once, on torch's meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from torch import nn
+
+from pipekit.errors import LayoutError
+from pipekit.layers.specs import LayerSpec, build_on_meta, layer_names, spec_key
+from pipekit.predictions.elements import Shape, count_elements
+from pipekit.tensor_parallel import PlannedGroup, shard_layer
+
+
+def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, Shape]]:
+    """Return the shapes of each layer's trainable parameters by logical name; layers that are tied have the same.
+
+    Args:
+        specs: the model.
+        tp: tensor-parallel degree; the shapes are those of the first tensor-parallel rank, which has the largest parts.
+
+    Raises:
+        LayoutError: if a layer has less to share out than there are tensor-parallel ranks; it names the layer.
+
+    Example:
+        >>> from torch import nn
+        >>> parameter_shapes([LayerSpec(nn.Linear, 4, 2, name="head"), LayerSpec(nn.GELU)])
+        [{'head.weight': (2, 4), 'head.bias': (2,)}, {}]
+    """
+    known: dict[Hashable, dict[str, Shape]] = {}
+    shapes = []
+    for spec, name in zip(specs, layer_names(specs), strict=True):
+        key = spec_key(spec)
+        if key not in known:
+            layer = build_on_meta(spec, name=name)
+            if tp > 1:
+                _cut(layer, name, tp)
+            named = layer.named_parameters()
+            known[key] = {path: tuple(parameter.shape) for path, parameter in named if parameter.requires_grad}
+        shapes.append({f"{name}.{path}": shape for path, shape in known[key].items()})
+    return shapes
+
+
+def _cut(layer: nn.Module, name: str, tp: int) -> None:
+    try:
+        shard_layer(layer, PlannedGroup(rank=0, size=tp), in_parts=False)
+    except LayoutError as error:
+        raise LayoutError(f"layer {name!r}: {error}") from None
+
+
+def count_layer_parameters(specs: Sequence[LayerSpec]) -> list[int]:
+    """Return the trainable parameters of each layer.
+
+    A tied layer's count wherever it occurs, since each stage that holds it pays for a copy.
+
+    Example:
+        >>> from torch import nn
+        >>> count_layer_parameters([LayerSpec(nn.Linear, 4, 2), LayerSpec(nn.GELU)])
+        [10, 0]
+    """
+    return [count_elements(layer) for layer in parameter_shapes(specs)]
+
+
+def count_parameters(specs: Sequence[LayerSpec]) -> int:
+    """Return the trainable parameters of a model, tied ones once."""
+    return count_elements(*parameter_shapes(specs))

@@ -1,0 +1,78 @@
+"""A list of layer specs as one module in one process, to check exports against and to generate with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipekit.errors import CheckpointError
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, layer_names
+from pipekit.tensor_parallel import whole_outputs
+
+
+class SequentialModel(nn.Module):
+    """All layers of a model, one after the other; tied layers share one module.
+
+    Args:
+        specs: the model.
+        seed: of the initial weights, which equal those of a pipeline of any layout.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], *, seed: int = 1234) -> None:
+        super().__init__()
+        self.names = layer_names(specs)
+        self.steps: list[Any] = []
+        modules: dict[str, nn.Module] = {}
+        for spec, name in zip(specs, self.names, strict=True):
+            if name not in modules:
+                modules[name] = build_layer(spec, name=name, seed=seed)
+            module = modules[name]
+            forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
+            self.steps.append(partial(forward_fn, module) if forward_fn else module)
+        # Logical names have dots, which module names must not.
+        self._module_names = list(modules)
+        self.layers = nn.ModuleList(modules.values())
+
+    def forward(self, inputs: Any) -> Any:
+        """Return what the last layer returns; outside training, scores of a vocabulary as a tensor."""
+        for step in self.steps:
+            inputs = step(inputs)
+        return inputs if torch.is_grad_enabled() else whole_outputs(inputs)
+
+    def logical_tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and persistent buffer under its logical name.
+
+        Tied ones come once, and so does a parameter that a layer holds under several names: under the first.
+        """
+        tensors: dict[str, Tensor] = {}
+        for layer_name, layer in zip(self._module_names, self.layers, strict=True):
+            parameters = dict(layer.named_parameters())
+            repeated = dict(layer.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
+            for name, tensor in layer.state_dict(keep_vars=True).items():
+                if name not in repeated:
+                    tensors[f"{layer_name}.{name}"] = tensor
+        return tensors
+
+    def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Set every parameter and buffer.
+
+        Raises:
+            CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the
+                source.
+        """
+        own_tensors = self.logical_tensors()
+        for name in tensors:
+            if name not in own_tensors:
+                raise CheckpointError(f"{where}: holds {name}, which the model has not; it belongs to another model")
+        for name, own in own_tensors.items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                found = "is missing" if name not in tensors else f"is {tuple(tensors[name].shape)}"
+                raise CheckpointError(
+                    f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another model"
+                )
+            with torch.no_grad():
+                own.copy_(tensors[name])

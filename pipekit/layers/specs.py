@@ -1,0 +1,271 @@
+"""Layer specs: a model as plain data.
+
+A model is a list of specs. A spec names a module class and its arguments; nothing is allocated until the rank
+that owns the layer calls `build`. Listing a trillion-parameter model costs nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipekit.errors import ConfigError
+from pipekit.layers.shapes import ShapeRules
+from pipekit.rng import fold_seed
+from pipekit.tensor_parallel.flow import SequenceFlow, flow_of
+
+
+class LayerSpec:
+    """One layer of a model, not yet built.
+
+    Args:
+        typename: an `nn.Module` class, or any callable that returns one.
+        *args: positional arguments of `typename`.
+        name: logical name of the layer; its parameters are called `<name>.<parameter>` in checkpoints and
+            exports. Defaults to `layers.<index in the list>`.
+        **kwargs: keyword arguments of `typename`.
+
+    Example:
+        >>> from torch import nn
+        >>> LayerSpec(nn.Linear, 4, 2, name="head")
+        LayerSpec(Linear, 4, 2, name='head')
+    """
+
+    def __init__(self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any) -> None:
+        if not callable(typename):
+            raise ConfigError(f"LayerSpec takes an nn.Module class, not {typename!r}; write LayerSpec(nn.Linear, 4, 2)")
+        if isinstance(typename, nn.Module):
+            raise ConfigError(
+                f"LayerSpec takes an nn.Module class and its arguments, and {type(typename).__name__}(...) "
+                f"is built already; write LayerSpec({type(typename).__name__}, ...)"
+            )
+        self.typename = typename
+        self.module_args = args
+        self.module_kwargs = kwargs
+        self.name = name
+
+    @property
+    def type_name(self) -> str:
+        """The class name of the layer, as partitioners match it (`type:<regex>`)."""
+        return getattr(self.typename, "__name__", type(self.typename).__name__)
+
+    def build(self) -> nn.Module:
+        """Allocate the layer on the current default device."""
+        return self.typename(*self.module_args, **self.module_kwargs)
+
+    def __repr__(self) -> str:
+        arguments = [self.type_name, *map(repr, self.module_args)]
+        arguments += [f"{key}={value!r}" for key, value in self.module_kwargs.items()]
+        if self.name is not None:
+            arguments.append(f"name={self.name!r}")
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+class TiedLayerSpec(LayerSpec):
+    """A layer that shares its module with every other spec of the same `key`.
+
+    Stages that hold the same key keep one copy each, with equal weights: their gradients are summed before
+    every step.
+
+    Args:
+        key: names the shared module.
+        typename: an `nn.Module` class, or any callable that returns one.
+        *args: positional arguments of `typename`.
+        forward_fn: called as `forward_fn(module, inputs)` in place of `module(inputs)`.
+        tied_weight_attr: the shared parameters, as attribute paths; everything else of the module must not be
+            trained by more than one stage.
+        name: logical name of the shared module; defaults to the one that another spec of the key gives, or
+            `key`.
+        **kwargs: keyword arguments of `typename`.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        typename: Callable[..., nn.Module],
+        *args: Any,
+        forward_fn: Callable[[Any, Any], Any] | None = None,
+        tied_weight_attr: str | Sequence[str] = "weight",
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(typename, *args, name=name, **kwargs)
+        self.key = key
+        self.forward_fn = forward_fn
+        attrs = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        self.tied_weight_attr = attrs
+
+
+def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
+    """Allocate a layer on the CPU, with initial weights that depend on `seed` and `name` alone.
+
+    Torch's generators are left as they were.
+
+    Raises:
+        ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
+    """
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPUs' generators too, and those are not forked.
+        torch.default_generator.manual_seed(fold_seed(seed, "init", name))
+        return _build(spec, name)
+
+
+def build_on_meta(spec: LayerSpec, *, name: str) -> nn.Module:
+    """Return a layer that has shapes and no storage, to be counted or described.
+
+    A layer that cannot be built so, because its constructor reads tensor values, is built on the CPU.
+
+    Raises:
+        ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
+    """
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), ShapeRules():
+            return _build(spec, name)
+    except (RuntimeError, TypeError):
+        return build_layer(spec, name=name, seed=0)
+
+
+def _build(spec: LayerSpec, name: str) -> nn.Module:
+    try:
+        layer = spec.build()
+    except TypeError as error:
+        if _accepts(spec):
+            raise
+        raise ConfigError(f"layer {name!r} cannot be built from {spec!r}: {error}") from None
+    if not isinstance(layer, nn.Module):
+        raise ConfigError(
+            f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is no nn.Module; wrap it in one"
+        )
+    return layer
+
+
+def _accepts(spec: LayerSpec) -> bool:
+    """Return whether the arguments fit the signature, so that a TypeError comes from further inside."""
+    try:
+        inspect.signature(spec.typename).bind(*spec.module_args, **spec.module_kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # a class of an extension module, which tells no signature
+        return True
+    return True
+
+
+def flow_of_spec(spec: LayerSpec) -> SequenceFlow:
+    """Return how a layer deals with the sequence, without allocating it."""
+    if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
+        return flow_of(spec.forward_fn)
+    return flow_of(spec.typename if isinstance(spec.typename, type) else build_on_meta(spec, name=spec.type_name))
+
+
+def spec_key(spec: LayerSpec) -> Hashable:
+    """Return what is equal for specs that build equal layers, apart from their weights.
+
+    Example:
+        >>> from torch import nn
+        >>> spec_key(LayerSpec(nn.Linear, 4, 2, name="a")) == spec_key(LayerSpec(nn.Linear, 4, 2, name="b"))
+        True
+    """
+    return _frozen(spec.typename), _frozen(spec.module_args), _frozen(spec.module_kwargs)
+
+
+def _frozen(value: object) -> Hashable:
+    """Return something hashable, equal for equal arguments; what cannot be hashed equals itself alone."""
+    if isinstance(value, dict):
+        return (dict, tuple((key, _frozen(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(map(_frozen, value)))
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return value
+
+
+class _Itself:
+    """Hashes and compares a value by identity."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value  # kept, so that no other value gets its id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def layer_names(specs: Sequence[LayerSpec]) -> list[str]:
+    """Return the logical name of each layer: its own, a tied layer's key, or `layers.<index>`.
+
+    Raises:
+        ConfigError: if two layers that are not tied share a name, or two of one tied key differ.
+
+    Example:
+        >>> layer_names([LayerSpec(nn.Linear, 4, 4), LayerSpec(nn.Linear, 4, 2, name="head")])
+        ['layers.0', 'head']
+    """
+    tied_names = _tied_names(specs)
+    names: list[str] = []
+    owner: dict[str, int | str] = {}
+    for layer_idx, spec in enumerate(specs):
+        key = spec.key if isinstance(spec, TiedLayerSpec) else None
+        name = tied_names[key] if key is not None else spec.name or f"layers.{layer_idx}"
+        identity = f"tied:{key}" if key is not None else layer_idx
+        if owner.setdefault(name, identity) != identity:
+            raise ConfigError(
+                f"layer {layer_idx} ({spec.type_name}) is named {name!r}, and so is another layer; names "
+                "must differ, since checkpoints are keyed by them; pass another name=... to its "
+                f"{type(spec).__name__}"
+            )
+        names.append(name)
+    return names
+
+
+def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
+    """Return the logical name of each tied key, which is the same on every stage that holds it."""
+    first: dict[str, TiedLayerSpec] = {}
+    given: dict[str, str] = {}
+    for layer_idx, spec in enumerate(specs):
+        if not isinstance(spec, TiedLayerSpec):
+            continue
+        earlier = first.setdefault(spec.key, spec)
+        if isinstance(spec.typename, type) and earlier.typename is not spec.typename:
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and builds {spec.type_name}, and an earlier "
+                f"layer of that key builds {earlier.type_name}; layers of one key share one module: "
+                "give both the same class and arguments, and tell them apart by forward_fn"
+            )
+        if _plain(spec.module_args) != _plain(earlier.module_args) or _plain(spec.module_kwargs) != _plain(
+            earlier.module_kwargs
+        ):
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and is {spec!r}, and an earlier layer of that key is "
+                f"{earlier!r}; layers of one key share one module: give both the same arguments, written in the same "
+                "way, and tell them apart by forward_fn"
+            )
+        if set(spec.tied_weight_attr) != set(earlier.tied_weight_attr):
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and shares {', '.join(spec.tied_weight_attr)}, and an "
+                f"earlier layer of that key shares {', '.join(earlier.tied_weight_attr)}; give both the same "
+                "tied_weight_attr"
+            )
+        if spec.name is not None and given.setdefault(spec.key, spec.name) != spec.name:
+            raise ConfigError(
+                f"layer {layer_idx} is tied by key={spec.key!r} and named {spec.name!r}, and an earlier "
+                f"layer of that key is named {given[spec.key]!r}; they share one module, which has one name: "
+                "give it once"
+            )
+    return {key: given.get(key, key) for key in first}
+
+
+def _plain(value: object) -> object:
+    """Return an argument for comparing: numbers, texts and what holds them as they are, anything else as equal."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else ...

@@ -1,0 +1,1 @@
+"""The plan of a run: every decision, made before the processes start."""

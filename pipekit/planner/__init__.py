@@ -1,1 +1,0 @@
-"""Predicts what a run takes: time and memory of each rank, from what each layer costs."""

@@ -1,0 +1,130 @@
+"""A prediction as plain data: what `pipekit plan --json` prints, and what the page of HTML is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from pipekit.layout import DEFAULT_ORDER, Layout
+from pipekit.partitioners import ComparedPartition
+from pipekit.predictions.devices import Device
+from pipekit.predictions.memory import MemoryParts
+from pipekit.predictions.prediction import Choice, Prediction
+from pipekit.predictions.search import SearchResult
+from pipekit.schedules import Timeline
+
+# A picture of more actions shows nothing.
+_MOST_DRAWN = 6000
+
+
+def report(
+    prediction: Prediction,
+    device: Device,
+    layer_names: Sequence[str],
+    search: SearchResult | None = None,
+    partitions: Sequence[ComparedPartition] = (),
+) -> dict[str, Any]:
+    """Return a prediction as numbers, texts, lists and dicts.
+
+    Args:
+        prediction: of the run.
+        device: what each rank computes on.
+        layer_names: logical name of each layer.
+        search: the layouts that were compared with it, if any.
+        partitions: other ways to cut the model into as many stages, if any.
+    """
+    times = prediction.times
+    found: dict[str, Any] = {
+        "parameters": prediction.num_parameters,
+        "layout": choice_report(prediction.choice),
+        "device": {"name": device.name, "memory_bytes": device.memory_bytes, "source": device.source},
+        "boundaries": list(prediction.boundaries),
+        "step_time_s": prediction.step_time_s,
+        "compute_s": times.compute_s,
+        "reduction_s": times.reduction_s,
+        "update_s": times.update_s,
+        "tokens_per_s": prediction.tokens_per_s,
+        "tflops_per_device": prediction.tflops_per_device,
+        "bubble_fraction": times.bubble_fraction,
+        "stages": [
+            {
+                "rank": rank,
+                "layers": [
+                    [stage.start, stage.stop - 1, layer_names[stage.start], layer_names[stage.stop - 1]]
+                    for stage in predicted.stages
+                ],
+                "parameters": predicted.parameters,
+                "memory_bytes": memory_report(predicted.memory),
+                "time_s": predicted.time_s,
+            }
+            for rank, predicted in enumerate(prediction.ranks)
+        ],
+    }
+    if sum(map(len, times.timeline.spans)) <= _MOST_DRAWN:
+        found["timeline"] = timeline_report(times.timeline)
+    if partitions:
+        found["partitions"] = [
+            {"method": other.method, "boundaries": list(other.boundaries), "imbalance": other.imbalance}
+            for other in partitions
+        ]
+    if search is not None:
+        found["layouts"] = [
+            {
+                "layout": choice_report(other.choice),
+                "tokens_per_s": other.tokens_per_s,
+                "step_time_s": other.step_time_s,
+                "memory_bytes": other.memory_bytes,
+                "bubble_fraction": other.times.bubble_fraction,
+            }
+            for other in search.ranked
+        ]
+        found["num_fitting"] = search.num_fitting
+        found["num_open"] = search.num_open
+        found["rejected"] = [{"layout": choice_report(choice), "reason": reason} for choice, reason in search.rejected]
+    return found
+
+
+def choice_report(choice: Choice) -> dict[str, Any]:
+    """Return a layout as plain data."""
+    layout = choice.layout
+    order = {} if layout.order == DEFAULT_ORDER else {"order": list(layout.order)}
+    return {
+        "pp": layout.pp,
+        "tp": layout.tp,
+        "dp": layout.dp,
+        **order,
+        "zero": choice.zero,
+        "schedule": choice.schedule,
+        "stages_per_rank": choice.stages_per_rank,
+        "micro_batch_size": choice.micro_batch_size,
+        "num_micro_batches": choice.num_micro_batches,
+        "activation_checkpointing": choice.checkpointing,
+    }
+
+
+def choice_of(layout: Mapping[str, Any]) -> Choice:
+    """Return the layout that `choice_report` made plain data of, as far as that tells it."""
+    return Choice(
+        Layout(**{key: layout[key] for key in ("pp", "dp", "tp", "order") if key in layout}),
+        zero=layout["zero"],
+        schedule=layout["schedule"],
+        stages_per_rank=layout["stages_per_rank"],
+        micro_batch_size=layout["micro_batch_size"],
+        num_micro_batches=layout["num_micro_batches"],
+        checkpointing=layout["activation_checkpointing"],
+    )
+
+
+def memory_report(memory: MemoryParts) -> dict[str, int]:
+    """Return the parts of a rank's memory, and what it holds at most."""
+    parts = {field.name: getattr(memory, field.name) for field in fields(memory) if field.name != "is_estimate"}
+    return {**parts, "total": memory.total}
+
+
+def timeline_report(timeline: Timeline) -> list[list[dict[str, Any]]]:
+    """Return when each rank does what."""
+    return [
+        [{"action": str(span.action), "start_s": span.start_s, "end_s": span.end_s} for span in spans]
+        for spans in timeline.spans
+    ]

@@ -1,0 +1,34 @@
+"""What a tensor-parallel rank computes and holds of a layer: its share of the operations, and of every activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipekit.predictions.layer_costs import LayerCosts
+
+
+def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:
+    """Return what one of `tp` ranks computes and holds of each layer: as many parts of everything.
+
+    The norms and dropouts are cut along the sequence, so that every activation is held once in all.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
+    """
+    if tp == 1:
+        return list(layers)
+    made: dict[LayerCosts, LayerCosts] = {}
+    return [made.setdefault(layer, _shard(layer, tp)) for layer in layers]
+
+
+def _shard(layer: LayerCosts, tp: int) -> LayerCosts:
+    return replace(
+        layer,
+        parameters=-(-layer.parameters // tp),
+        forward_flops=-(-layer.forward_flops // tp),
+        input_gradient_flops=-(-layer.input_gradient_flops // tp),
+        weight_gradient_flops=-(-layer.weight_gradient_flops // tp),
+        input_bytes=-(-layer.input_bytes // tp),
+        output_bytes=-(-layer.output_bytes // tp),
+        saved_bytes=-(-layer.saved_bytes // tp),
+    )

@@ -1,0 +1,241 @@
+"""How long a step takes: what each stage computes, what ranks send each other, and the simulated schedule of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pipekit.layout import Axis, Layout
+from pipekit.predictions.devices import Device, Link
+from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.predictions.memory import BYTES_OF, Precision
+from pipekit.schedules import Costs, Schedule, Timeline, simulate
+
+# Gradients are accumulated, and so reduced, in fp32 under every precision.
+_REDUCED_BYTES = 4
+
+# What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
+# written, and the weight itself written in its own format.
+_UPDATE_BYTES = 28
+
+
+def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
+    """Return the seconds of an all-reduce over a ring: every byte passes each link twice, but for a part of `size`.
+
+    Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+
+    Example:
+        >>> all_reduce_s(800, 4, Link(bandwidth=100.0, latency_s=0.0))
+        12.0
+    """
+    if size == 1:
+        return 0.0
+    return 2 * (size - 1) * (link.latency_s + num_bytes / size / link.bandwidth)
+
+
+def all_gather_s(num_bytes: float, size: int, link: Link) -> float:
+    """Return the seconds of an all-gather of `num_bytes` in all over a ring."""
+    return all_reduce_s(num_bytes, size, link) / 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices of a run, and who stands where.
+
+    Attributes:
+        device: what each rank computes on.
+        layout: the grid of ranks; nodes are filled in the order of ranks, so that the order of its axes decides which
+            groups lie within one.
+    """
+
+    device: Device
+    layout: Layout
+
+    @property
+    def tensor_link(self) -> Link:
+        """What joins tensor-parallel peers."""
+        return self._link_along("tensor")
+
+    @property
+    def data_link(self) -> Link:
+        """What joins the replicas of a stage."""
+        return self._link_along("data")
+
+    @property
+    def pipe_link(self) -> Link:
+        """What joins neighbouring pipeline ranks, in the slowest place."""
+        return self._link_along("pipe")
+
+    def _link_along(self, axis: Axis) -> Link:
+        """Return the slowest link that a group along an axis needs.
+
+        Groups fill blocks of consecutive ranks. Where a block lies on two nodes, the group of its first rank, or of one
+        a little behind it, does too.
+        """
+        per_node = self.device.devices_per_node
+        is_one_node = self.layout.world_size <= per_node or self.layout.degree(axis) == 1
+        return (
+            self.device.intra_node if is_one_node or per_node % self.layout.span(axis) == 0 else self.device.inter_node
+        )
+
+
+def reduction_s(parameters: int, cluster: Cluster) -> float:
+    """Return the seconds in which the replicas sum the gradients of so many parameters."""
+    return all_reduce_s(_REDUCED_BYTES * parameters, cluster.layout.dp, cluster.data_link)
+
+
+def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
+    """Return the seconds in which a rank with so many parameters updates its share, and gathers the others'."""
+    weight_bytes = BYTES_OF[precision]
+    # In 16 bits the optimizer's states are always shared out.
+    is_shared = zero > 0 or precision != "fp32"
+    share = parameters / cluster.layout.dp if is_shared else parameters
+    moved_s = share * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
+    return moved_s + (all_gather_s(parameters * weight_bytes, cluster.layout.dp, cluster.data_link) if is_shared else 0)
+
+
+def stage_costs(
+    layers: Sequence[LayerCosts],
+    boundaries: Sequence[int],
+    cluster: Cluster,
+    *,
+    precision: Precision,
+    checkpointing: bool,
+    loss: LayerCosts | None = None,
+) -> Costs:
+    """Return what the actions of each stage take.
+
+    What was measured is taken as it is; anything else takes its operations over what the device reaches in large
+    matmuls, and no less than it takes to start its kernels. Of tensor-parallel layers each rank does its share, with an
+    all-reduce of what each passes on in the forward, and of its input's gradient in the backward.
+
+    Args:
+        layers: of the whole model, for one micro-batch.
+        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        cluster: devices and layout.
+        precision: of weights and activations.
+        checkpointing: whether each backward first repeats the forward.
+        loss: what the last stage does behind its layers.
+    """
+    tp = cluster.layout.tp
+    flops_per_s = cluster.device.matmul_flops(precision) * tp
+    forward_s, input_gradient_s, weight_gradient_s = [], [], []
+    for start, end in pairwise(boundaries):
+        stage = list(layers[start:end])
+        if loss is not None and end == len(layers):
+            stage.append(loss)
+        messages_s = sum(
+            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, cluster.tensor_link)
+            for layer in stage
+            if layer.forward_flops
+        )
+        least_s = cluster.device.launch_s
+        forward = messages_s + sum(
+            _seconds(layer.forward_s, layer.forward_flops, flops_per_s, least_s) for layer in stage
+        )
+        inputs = messages_s + sum(
+            _seconds(layer.input_gradient_s, layer.input_gradient_flops, flops_per_s, least_s) for layer in stage
+        )
+        weights = sum(_seconds(layer.weight_gradient_s, layer.weight_gradient_flops, flops_per_s) for layer in stage)
+        forward_s.append(forward)
+        input_gradient_s.append(inputs + (forward if checkpointing else 0.0))
+        weight_gradient_s.append(weights)
+    passed_on = [layers[boundary - 1].output_bytes for boundary in boundaries[1:-1]]
+    return Costs(
+        forward_s,
+        input_gradient_s,
+        weight_gradient_s,
+        transfer_s=cluster.pipe_link.transfer_s(max(passed_on, default=0) / tp) if passed_on else 0.0,
+    )
+
+
+def _seconds(measured_s: float | None, flops: int, flops_per_s: float, least_s: float = 0.0) -> float:
+    return max(flops / flops_per_s, least_s) if measured_s is None else measured_s
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """How long a step takes, and what of it.
+
+    Attributes:
+        timeline: of the schedule, simulated; of as many micro-batches as were simulated.
+        compute_s: seconds from the first action to the last.
+        reduction_s: seconds for which the step then still waits for the data-parallel reduction.
+        update_s: seconds of the optimizer's update, with the gathering of the updated weights.
+        busy_s: for each rank what its actions take.
+    """
+
+    timeline: Timeline
+    compute_s: float
+    reduction_s: float
+    update_s: float
+    busy_s: tuple[float, ...]
+
+    @property
+    def step_time_s(self) -> float:
+        """Seconds of the whole step."""
+        return self.compute_s + self.reduction_s + self.update_s
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The share of the ranks' time between the first action and the last in which they compute nothing."""
+        return 1 - sum(self.busy_s) / (len(self.busy_s) * self.compute_s) if self.compute_s else 0.0
+
+
+def step_times(
+    schedule: Schedule,
+    num_micro_batches: int,
+    costs: Costs,
+    cluster: Cluster,
+    *,
+    stage_parameters: Sequence[int],
+    precision: Precision,
+    zero: int,
+    shorter: Schedule | None = None,
+) -> StepTimes:
+    """Return how long a step takes.
+
+    The reduction of a stage's gradients begins when its last one is there, one stage after another on each rank.
+
+    Args:
+        schedule: the table; of a step with many micro-batches it may be that of fewer, three for each pipeline rank or
+            more.
+        num_micro_batches: micro-batches of the step.
+        costs: of the stages.
+        cluster: devices and layout.
+        stage_parameters: of each stage, on one tensor-parallel rank.
+        precision: of weights and activations.
+        zero: ZeRO stage.
+        shorter: where `schedule` leaves micro-batches out, the table with one fewer for each pipeline rank: a step
+            grows by what lies between the two.
+    """
+    timeline = simulate(schedule, costs)
+    more = num_micro_batches - schedule.num_micro_batches
+    busy = [sum(span.end_s - span.start_s for span in spans) for spans in timeline.spans]
+    per_micro_batch = [seconds / schedule.num_micro_batches for seconds in busy]
+    longer_s = more * max(max(per_micro_batch), _growth_s(timeline, shorter, costs))
+    done_s = longest_update_s = 0.0
+    for rank, spans in enumerate(timeline.spans):
+        last_s = {span.action.stage: span.end_s for span in spans}
+        free_s = 0.0
+        for stage, end_s in sorted(last_s.items(), key=lambda item: item[1]):
+            free_s = max(free_s, end_s) + reduction_s(stage_parameters[stage], cluster)
+        done_s = max(done_s, free_s)
+        parameters = sum(stage_parameters[stage] for stage in schedule.stages_of(rank))
+        longest_update_s = max(longest_update_s, update_s(parameters, cluster, precision=precision, zero=zero))
+    return StepTimes(
+        timeline=timeline,
+        compute_s=timeline.step_time_s + longer_s,
+        reduction_s=max(0.0, done_s - timeline.step_time_s),
+        update_s=longest_update_s,
+        busy_s=tuple(seconds + more * one for seconds, one in zip(busy, per_micro_batch, strict=True)),
+    )
+
+
+def _growth_s(timeline: Timeline, shorter: Schedule | None, costs: Costs) -> float:
+    """Return by how much a step grows with each micro-batch: under 1F1B messages make that more than what ranks do."""
+    if shorter is None:
+        return 0.0
+    fewer = timeline.schedule.num_micro_batches - shorter.num_micro_batches
+    return (timeline.step_time_s - simulate(shorter, costs).step_time_s) / fewer

@@ -1,0 +1,267 @@
+"""The page of a predicted run."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from pipekit.commands.plan_page import render_html
+from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_zb_v, simulate
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+PARTS = ("weights", "gradients", "masters", "optimizer_states", "activations", "communication", "logits")
+LAYOUT = {
+    "pp": 2,
+    "tp": 1,
+    "dp": 4,
+    "zero": 1,
+    "schedule": "1f1b",
+    "micro_batch_size": 2,
+    "num_micro_batches": 4,
+    "activation_checkpointing": False,
+}
+
+
+def spans_of(schedule: Schedule) -> list[list[dict[str, Any]]]:
+    timeline = simulate(schedule, Costs.uniform(schedule.num_stages, forward_s=0.01))
+    return [
+        [{"action": str(span.action), "start_s": span.start_s, "end_s": span.end_s} for span in row]
+        for row in timeline.spans
+    ]
+
+
+def stage(rank: int, total_bytes: float, *layers: list[Any]) -> dict[str, Any]:
+    memory = {part: total_bytes / len(PARTS) for part in PARTS}
+    return {
+        "rank": rank,
+        "layers": list(layers),
+        "parameters": 62_000_000 + rank,
+        "memory_bytes": {**memory, "total": total_bytes},
+        "time_s": 0.0125,
+    }
+
+
+REPORT: dict[str, Any] = {
+    "parameters": 124_439_808,
+    "layout": LAYOUT,
+    "device": {"name": "a100-80gb", "memory_bytes": 80_000_000_000},
+    "step_time_s": 0.25,
+    "tokens_per_s": 131_072.0,
+    "tflops_per_device": 151.5,
+    "bubble_fraction": 0.2,
+    "stages": [
+        stage(0, 60e9, [0, 6, "embedding", "block.5"]),
+        stage(1, 20e9, [7, 12, "block.6", "block.11"], [13, 13, "head", "head"]),
+    ],
+    "timeline": spans_of(plan_1f1b(num_stages=2, num_micro_batches=4)),
+    "layouts": [
+        {
+            "layout": LAYOUT,
+            "tokens_per_s": 131_072.0,
+            "step_time_s": 0.25,
+            "memory_bytes": 60e9,
+            "bubble_fraction": 0.2,
+        },
+        {
+            "layout": {**LAYOUT, "pp": 4, "dp": 2, "schedule": "zb-h1"},
+            "tokens_per_s": 120_000.0,
+            "step_time_s": 0.27,
+            "memory_bytes": 30e9,
+            "bubble_fraction": 0.3,
+        },
+    ],
+    "rejected": [{"layout": {**LAYOUT, "pp": 1, "dp": 8}, "reason": "rank 0 needs 96.0 GB of 80.0 GB"}],
+}
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(REPORT), **keys}
+
+
+class Page(HTMLParser):
+    """What a page holds; a tag that is not closed in order is an error."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice: {tag} {attrs}"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+
+def test_a_page_is_well_formed_and_says_everything() -> None:
+    page = Page(render_html(REPORT))
+    assert page.open == []
+    for said in (
+        "124.4 M parameters on a100-80gb, pp 2, tp 1, dp 4",
+        "rank 0", "rank 1", "0 to 6: embedding to block.5", "7 to 12: block.6 to block.11", "13 head",
+        "131.1 k", "250 ms", "151.5", "20 %", "60.0 GB, 75 %", "12.5 ms", "zb-h1", "rank 0 needs 96.0 GB of 80.0 GB",
+        "optimizer states", "fp32 masters", "logits", "forward", "backward",
+    ):  # fmt: skip
+        assert said in page.text, said
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "img", "iframe", "object"})
+
+
+def test_a_page_loads_nothing() -> None:
+    html = render_html(REPORT)
+    assert not re.search(r"https?:|//|url\(|@import|javascript:", html)
+    for _, attributes in Page(html).tags:
+        assert set(attributes).isdisjoint({"src", "href", "xlink:href", "onclick", "onload"})
+    assert "default-src 'none'" in html
+
+
+def test_a_page_follows_the_scheme_and_the_width_of_the_screen() -> None:
+    html = render_html(REPORT)
+    assert "prefers-color-scheme: dark" in html
+    assert "max-width: 520px" in html
+    assert "width=device-width" in html
+
+
+@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=y>', "a & b", "</title></style>"])
+def test_text_is_escaped(evil: str) -> None:
+    report = changed(
+        device={"name": evil, "memory_bytes": 80e9},
+        stages=[stage(0, 60e9, [0, 1, evil, evil])],
+        layout={**LAYOUT, "schedule": evil},
+        rejected=[{"layout": {**LAYOUT, "schedule": evil, evil: evil}, "reason": evil}],
+    )
+    report["layouts"][0]["layout"] = {evil: evil}
+    html = render_html(report)
+    page = Page(html)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img"})
+    assert page.text.count(evil) >= 8
+    assert "a & b" not in html
+
+
+@pytest.mark.parametrize("key", ["timeline", "layouts", "rejected"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_parts_may_be_absent(key: str, empty: bool) -> None:
+    report = changed(**{key: []})
+    if not empty:
+        del report[key]
+    heading = {"timeline": "Timeline of a step", "layouts": "Layouts", "rejected": "Rejected layouts"}[key]
+    page = Page(render_html(report))
+    assert heading not in page.texts
+    assert heading in Page(render_html(REPORT)).texts
+    assert "Stages" in page.texts
+
+
+def test_figures_that_are_not_known_are_dashes() -> None:
+    page = Page(render_html(changed(tflops_per_device=None, tokens_per_s=None)))
+    assert page.texts.count("-") == 2
+
+
+def bars(html: str) -> list[list[tuple[float, float]]]:
+    """Return for each rank where the parts of its bar begin and how wide they are, in per cent."""
+    pictures = re.findall(r'<svg role="img" aria-label="memory of rank \d+">(.*?)</svg>', html)
+    return [[(float(x), float(w)) for x, w in re.findall(r'x="([\d.]+)%" width="([\d.]+)%"', one)] for one in pictures]
+
+
+def test_memory_is_stacked_to_scale_against_the_limit() -> None:
+    html = render_html(REPORT)
+    limit = float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0])
+    for parts, share in zip(bars(html), (60 / 80, 20 / 80), strict=True):
+        assert len(parts) == len(PARTS)
+        for (start, width), (following, _) in pairwise(parts):
+            assert start + width == pytest.approx(following, abs=0.01)
+        assert sum(parts[-1]) == pytest.approx(limit * share, abs=0.01)
+    assert "too much" not in html
+
+
+def test_the_update_takes_the_place_of_what_is_gone_by_then() -> None:
+    parts = {"weights": 20e9, "activations": 5e9, "logits": 1e9, "communication": 1e9, "update": 30e9, "total": 50e9}
+    html = render_html(changed(stages=[{**stage(0, 0, [0, 0, "a", "a"]), "memory_bytes": parts}]))
+    limit = float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0])
+    assert len(bars(html)[0]) == 2
+    assert sum(bars(html)[0][-1]) == pytest.approx(limit * 50 / 80, abs=0.01)
+    assert "reduction and update" in html
+    parts |= {"update": 6e9, "total": 27e9}
+    html = render_html(changed(stages=[{**stage(0, 0, [0, 0, "a", "a"]), "memory_bytes": parts}]))
+    assert len(bars(html)[0]) == 4
+    assert "reduction and update" not in html
+
+
+def test_memory_beyond_the_limit_is_said_and_fits_the_page() -> None:
+    html = render_html(changed(stages=[stage(0, 100e9, [0, 0, "a", "a"])]))
+    assert "100.0 GB, 125 %, 20.0 GB too much" in html
+    assert sum(bars(html)[0][-1]) == pytest.approx(98, abs=0.1)
+    assert float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0]) < 80
+
+
+def boxes(html: str) -> dict[str, tuple[float, float]]:
+    """Return where each action of the timeline begins and how wide it is."""
+    found = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"[^>]*><title>(\w+),', html)
+    return {action: (float(x), float(width)) for x, width, action in found}
+
+
+def test_the_timeline_is_to_scale() -> None:
+    html = render_html(REPORT)
+    found = boxes(html)
+    assert set(found) == {span["action"] for row in REPORT["timeline"] for span in row}
+    per_s = (found["0B0"][0] - found["0F0"][0]) / (REPORT["timeline"][0][2]["start_s"])
+    for row in REPORT["timeline"]:
+        for span in row:
+            start, width = found[span["action"]]
+            assert start - found["0F0"][0] == pytest.approx(span["start_s"] * per_s, abs=0.02)
+            assert width == pytest.approx((span["end_s"] - span["start_s"]) * per_s - 0.6, abs=0.02)
+
+
+def test_numbers_stand_where_they_have_room() -> None:
+    wide = render_html(REPORT)
+    numbers = re.findall(r'text-anchor="middle" style="fill:[^"]*">(\d+)</text>', wide)
+    # A forward is a hundredth of the backward, and too narrow for its number.
+    assert sorted(numbers) == sorted(str(number) for number in range(4) for _ in range(2))
+
+
+def test_kinds_have_the_colours_of_the_other_pictures() -> None:
+    html = render_html(changed(timeline=spans_of(plan_zb_v(pp=2, num_micro_batches=4))))
+    for colour, name in (("#56B4E9", "forward"), ("#F0B429", "input gradient"), ("#009E73", "weight gradient")):
+        assert f'fill="{colour}"/></svg>{name}' in html
+    assert "later stages are darker" in html
+    assert "#3C7EA3" in html  # forward of a later stage
+    assert "darker" not in render_html(REPORT)
+
+
+def test_a_cut_timeline_says_so() -> None:
+    assert "Only the first" not in render_html(REPORT)
+    assert "Only the first 4 of 512 micro-batches" in render_html(changed(layout={**LAYOUT, "num_micro_batches": 512}))
+
+
+def test_a_long_timeline_stays_within_bounds() -> None:
+    html = render_html(changed(timeline=spans_of(plan_1f1b(num_stages=4, num_micro_batches=200))))
+    width = float(re.findall(r"min-width:(\d+)px", html)[0])
+    assert 900 <= width <= 6000
+    assert len(boxes(html)) == 4 * 200 * 2
+
+
+def test_the_layout_that_is_shown_is_marked_among_the_others() -> None:
+    rows = re.findall(r'<tr class="here">(.*?)</tr>', render_html(REPORT))
+    assert len(rows) == 1
+    assert "<td>1</td><td>2</td><td>1</td><td>4</td>" in rows[0]

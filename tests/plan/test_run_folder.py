@@ -1,0 +1,145 @@
+"""Whether a configuration may go on in a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipekit.checkpoint.manifest import Manifest, TrainingState
+from pipekit.config import Config, load_config, parse_config
+from pipekit.errors import CheckpointError, ConfigError
+from pipekit.plan.run_folder import RunFolder, check_data, find_start, read_metrics, trim_metrics, write_config
+
+
+def config_in(tmp_path: Path, *overrides: str) -> Config:
+    values = {"model": {"preset": "tiny"}, "train": {"steps": 10}, "run": {"dir": str(tmp_path / "run")}}
+    return parse_config(values, overrides)
+
+
+def add_checkpoint(folder: RunFolder, step: int, fingerprint: str = "abc") -> Path:
+    path = folder.checkpoints / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    state = TrainingState(step=step, consumed_samples=step, seed=1, lr=0.1, optimizer={}, data_fingerprint=fingerprint)
+    (path / "manifest.json").write_text(Manifest(state, {}, {}).to_json())
+    return path
+
+
+def test_a_new_folder_starts_anew_and_nothing_is_written(tmp_path: Path) -> None:
+    assert find_start(config_in(tmp_path)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_goes_on_from_the_newest(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    write_config(folder, config)
+    add_checkpoint(folder, 3)
+    newest = add_checkpoint(folder, 6)
+    assert find_start(config) == newest
+    other_layout = config_in(tmp_path, "parallel.pp=2", "train.steps=20", "optimizer.lr=1e-4")
+    assert find_start(other_layout) == newest
+
+
+def test_never_does_not_overwrite(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert find_start(config_in(tmp_path, "checkpoint.resume=never")) is None
+    add_checkpoint(folder, 3)
+    with pytest.raises(ConfigError, match="never would overwrite the 1 checkpoints"):
+        find_start(config_in(tmp_path, "checkpoint.resume=never"))
+
+
+@pytest.mark.parametrize(
+    "override", ["model.num_layers=3", "train.seed=5", "train.sequence_length=64", "data.vocab_size=512"]
+)
+def test_another_run_is_refused(tmp_path: Path, override: str) -> None:
+    write_config(RunFolder(tmp_path / "run"), config_in(tmp_path))
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"another configuration: {key} differs.*another run.dir"):
+        find_start(config_in(tmp_path, override))
+
+
+def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
+    elsewhere = RunFolder(tmp_path / "other")
+    first = add_checkpoint(elsewhere, 1)
+    add_checkpoint(elsewhere, 2)
+    (first / "config.yaml").write_text(config_in(tmp_path).to_yaml())
+    assert find_start(config_in(tmp_path, f"checkpoint.resume={first}")) == first
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_start(config_in(tmp_path, f"checkpoint.resume={tmp_path / 'none'}"))
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        find_start(config_in(tmp_path))
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    checkpoint = add_checkpoint(RunFolder(tmp_path / "run"), 3)
+    check_data(checkpoint, "abc")
+    with pytest.raises(CheckpointError, match="trained on other data"):
+        check_data(checkpoint, "def")
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "lo')
+    trim_metrics(path, 3)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
+    trim_metrics(tmp_path / "none.jsonl", 3)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_named_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    other = add_checkpoint(RunFolder(tmp_path / "other"), 1)
+    (other / "config.yaml").write_text(config_in(tmp_path, "model.num_layers=3").to_yaml())
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.resume=.* is of another configuration: model\.num_layers differs"
+    ):
+        find_start(config_in(tmp_path, f"checkpoint.resume={other}"))
+
+
+def test_a_run_can_be_named_and_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    other = RunFolder(tmp_path / "other")
+    add_checkpoint(other, 1)
+    newest = add_checkpoint(other, 2)
+    (newest / "config.yaml").write_text(config_in(tmp_path).to_yaml())
+    assert find_start(config_in(tmp_path, f"checkpoint.resume={other.path}")) == newest
+
+
+def test_what_differs_is_listed_and_long_lists_are_cut(tmp_path: Path) -> None:
+    write_config(RunFolder(tmp_path / "run"), config_in(tmp_path))
+    changes = ("model.num_layers=3", "model.dropout=0.1", "model.init_std=0.1", "train.seed=5", "data.vocab_size=512")
+    with pytest.raises(ConfigError, match=r"num_layers, .* and 1 more differ from .*config\.yaml; give another"):
+        find_start(config_in(tmp_path, *changes))
+
+
+def test_a_cut_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    state = TrainingState(step=3, consumed_samples=3, seed=1, lr=0.1, optimizer={})
+    newest = add_checkpoint(folder, 3)
+    (newest / "manifest.json").write_text(Manifest(state, {}, {"weights-0000.safetensors": 10}).to_json())
+    with pytest.raises(CheckpointError, match="is missing: the checkpoint is cut short"):
+        find_start(config_in(tmp_path))
+
+
+def test_the_newest_by_name_is_not_taken_where_latest_names_another(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    older = add_checkpoint(folder, 3)
+    add_checkpoint(folder, 6)
+    (folder.checkpoints / "latest").write_text("step-00000003\n")
+    assert find_start(config_in(tmp_path)) == older
+
+
+def test_data_without_a_fingerprint_are_not_compared(tmp_path: Path) -> None:
+    check_data(add_checkpoint(RunFolder(tmp_path / "run"), 3, fingerprint=""), "abc")
+
+
+def test_the_written_configuration_loads_back(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "train.steps=7")
+    folder = RunFolder(tmp_path / "deep/run")
+    write_config(folder, config)
+    assert load_config(folder.config) == config
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]

@@ -1,0 +1,389 @@
+"""What ranks hold, against running processes to the byte, and against what can be worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from engine_jobs import GLOBAL_BATCH, Case, batch, build_engine, micro_batches, model_specs
+from gloo_workers import GlooWorkers
+from pipekit.config import OptimizerConfig
+from pipekit.errors import LayoutError
+from pipekit.layers.parameters import parameter_shapes
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
+from pipekit.models import language_model_loss
+from pipekit.partitioners import partition_uniform
+from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.predictions.memory import (
+    _AHEAD,
+    MemoryParts,
+    Precision,
+    StageContents,
+    cut_stages,
+    memory_of_ranks,
+    recomputation_bytes,
+)
+from pipekit.schedules import Action, plan_1f1b, plan_schedule, plan_zb_h1
+from pipekit.tensors.weight_gradients import WeightGradients
+
+STANDING = ("weights", "masters", "optimizer_states", "gradients")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of all storages, each once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@contextmanager
+def recording(found: list[Tensor]) -> Iterator[None]:
+    """Collect what backwards keep of what runs inside."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def measured_layers(case: Case) -> list[LayerCosts]:
+    """Run every layer and the loss by itself, and return what its backward keeps; the loss comes last."""
+    model = SequentialModel(model_specs(case), seed=1).to(DTYPES[case.precision])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # Tokens and labels are of the step, not of a micro-batch under way.
+    x, labels = (tensor[: case.micro_batch_size] for tensor in batch(0))
+    layers = []
+    for step in [*model.steps, lambda logits: language_model_loss(logits, labels)]:
+        kept: list[Tensor] = []
+        is_float = x.is_floating_point()
+        x = x.detach().requires_grad_(is_float)
+        with recording(kept):
+            y = step(x)
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kept if tensor.is_floating_point()}
+        own = [tensor for pointer, tensor in storages.items() if pointer not in {*weights, x.data_ptr(), y.data_ptr()}]
+        layers.append(
+            LayerCosts(
+                parameters=0,
+                forward_flops=0,
+                input_gradient_flops=0,
+                weight_gradient_flops=0,
+                input_bytes=num_bytes([x]) if is_float else 0,
+                output_bytes=num_bytes([y]),
+                saved_bytes=num_bytes(own),
+                keeps_input=x.data_ptr() in storages,
+                keeps_output=y.data_ptr() in storages,
+            )
+        )
+        x = y
+    return layers
+
+
+def predicted(case: Case) -> list[tuple[MemoryParts, int]]:
+    """Return for each rank of a pipeline what it holds, and how much of that is a recomputation."""
+    schedule = plan_schedule(case.schedule, pp=case.pp, num_micro_batches=num_micro_batches(case))
+    *layers, loss = measured_layers(case)
+    boundaries = case.boundaries or partition_uniform(len(layers), schedule.num_stages)
+    stages = cut_stages(layers, parameter_shapes(model_specs(case)), boundaries)
+    held = memory_of_ranks(
+        stages,
+        schedule,
+        loss=loss,
+        precision=case.precision,  # type: ignore[arg-type]
+        zero=case.zero,
+        dp=case.dp,
+        optimizer=OptimizerConfig(type=case.optimizer, momentum=0.9),  # type: ignore[arg-type]
+        checkpointing=case.checkpointing,
+    )
+    recomputed = [recomputation_bytes(stage.layers) if case.checkpointing else 0 for stage in stages]
+    return [(parts, max(recomputed[stage] for stage in schedule.stages_of(rank))) for rank, parts in enumerate(held)]
+
+
+def num_micro_batches(case: Case) -> int:
+    return GLOBAL_BATCH // (case.micro_batch_size * case.dp)
+
+
+class Probe:
+    """Stands in for the stopwatch: how much is alive after every forward, and before gradients are given away."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._outputs: dict[tuple[int, int], int] = {}
+        self._passed_on = 0
+        self._in_forward = False
+        self.activations = self.gradients = 0
+        layers = engine.module._layers
+        engine.module._layers = {layer_idx: self._observed(layer) for layer_idx, layer in layers.items()}
+        for name in ("accumulate", "hand_over_gradients"):
+            setattr(engine.view, name, self._after_counting(getattr(engine.view, name)))
+        engine.executor.stopwatch = self
+
+    def _observed(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            return self.keep(layer(self.keep(x)))
+
+        return run
+
+    def _after_counting(self, method: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            self.gradients = max(self.gradients, num_bytes(gradients(self._engine)))
+            method()
+
+        return run
+
+    def begin(self) -> None:
+        self._seen, self._outputs = {}, {}
+
+    def start(self, action: Action) -> None:
+        self._in_forward = action.kind == "F"
+
+    def stop(self, action: Action) -> None:
+        if action.kind == "F":
+            self._outputs[action.stage, action.micro_batch] = self._passed_on
+        elif action.kind in "BI":
+            # Gloo tells who waits for a send that it is done, and nobody else: what was sent lives as long as the step.
+            self._seen.pop(self._outputs[action.stage, action.micro_batch], None)
+        alive = sum(size for storage, size in self._seen.values() if not storage.expired())
+        self.activations = max(self.activations, alive)
+        self._in_forward = False
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Take up what is saved in a forward."""
+        if self._in_forward:
+            self.note(tensor)
+        return tensor
+
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in self._weights:
+            weak = StorageWeakRef(storage)
+            self._seen[weak.cdata] = weak, storage.nbytes()
+            self._passed_on = weak.cdata
+
+
+@contextmanager
+def noting_deferred(probe: Probe) -> Iterator[None]:
+    """Let the probe see the gradients of outputs, which linear layers keep until their weight gradients."""
+    append = WeightGradients.append
+
+    def noted(self: WeightGradients, weight: Tensor, compute: Any) -> None:
+        probe.note(compute._grad)
+        if hasattr(compute, "_inputs"):
+            probe.note(compute._inputs())
+        append(self, weight, compute)
+
+    WeightGradients.append = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        WeightGradients.append = append  # type: ignore[method-assign]
+
+
+def gradients(engine: Any) -> list[Tensor]:
+    """Return every gradient that is held, wherever."""
+    found: list[Any] = []
+    for parameter in engine.module.parameters():
+        found += [parameter.grad, getattr(parameter, "grad_accum", None), getattr(parameter, "_hp_grad", None)]
+    found += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
+    for pieces in getattr(engine.optimizer, "averaged_gradients", {}).values():
+        found += pieces or []
+    return [tensor for tensor in found if tensor is not None]
+
+
+def measure(rank: int, case: Case, specs: list[LayerSpec] | None = None) -> dict[str, int]:
+    """Train two steps, and return what is held in the second."""
+    engine = build_engine(case, specs=specs)
+    engine.train_batch(micro_batches(0, case, engine.unit.data_parallel_rank))
+    probe = Probe(engine)
+    with torch.autograd.graph.saved_tensors_hooks(probe.keep, lambda tensor: tensor), noting_deferred(probe):
+        engine.train_batch(micro_batches(1, case, engine.unit.data_parallel_rank))
+    weights = list(engine.module.parameters())
+    torch_optimizer = engine.view.torch_optimizer
+    masters = [parameter for group in torch_optimizer.param_groups for parameter in group["params"]]
+    states = [value for state in torch_optimizer.state.values() for value in state.values()]
+    return {
+        "pipe_rank": engine.unit.pipe_rank,
+        "weights": num_bytes(weights),
+        "masters": num_bytes(weights + masters) - num_bytes(weights),
+        "optimizer_states": num_bytes(state for state in states if isinstance(state, Tensor)),
+        "gradients": probe.gradients,
+        "activations": probe.activations,
+    }
+
+
+CASES = [
+    Case(pp=2, zero=0),
+    Case(pp=2, zero=1, checkpointing=True),
+    Case(pp=4, zero=0, tied=False, checkpointing=True),
+    Case(pp=4, zero=1, boundaries=(0, 4, 8, 9, 10)),
+    Case(pp=2, dp=2, zero=0, optimizer="sgd"),
+    Case(pp=2, dp=2, zero=1, tied=False),
+    Case(dp=4, zero=1, micro_batch_size=2),
+    Case(pp=2, precision="bf16", tied=False, checkpointing=True),
+    Case(pp=4, precision="bf16", boundaries=(0, 4, 8, 9, 10)),
+    Case(pp=2, dp=2, precision="bf16", zero=0),
+    Case(pp=2, precision="fp16", schedule="gpipe"),
+    Case(pp=2, schedule="interleaved-1f1b"),
+    Case(pp=2, precision="bf16", schedule="interleaved-1f1b"),
+    Case(pp=2, schedule="zb-h1", zero=0),
+    Case(pp=2, schedule="zb-v", tied=False),
+    Case(pp=4, schedule="zb-v", checkpointing=True),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_running_processes_hold_what_was_predicted(gloo: GlooWorkers, case: Case) -> None:
+    expected = predicted(case)
+    for found in gloo.run(case.world_size, measure, case):
+        parts, recomputation = expected[found["pipe_rank"]]
+        for name in STANDING:
+            assert found[name] == getattr(parts, name), name
+        assert found["activations"] == pytest.approx(parts.activations - recomputation, rel=0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 1), ("bf16", 1)])
+def test_a_rank_without_parameters_holds_an_idle_one(gloo: GlooWorkers, precision: Precision, zero: int) -> None:
+    specs = [*model_specs(Case(tied=False))[:-1], LayerSpec(nn.GELU), model_specs(Case(tied=False))[-1]]
+    case = Case(pp=3, precision=precision, zero=zero, boundaries=(0, 9, 10, 11))
+    stages = cut_stages([LINEAR] * len(specs), parameter_shapes(specs), [0, 9, 10, 11])
+    schedule = plan_1f1b(num_stages=3, num_micro_batches=8)
+    for found in gloo.run(3, measure, case, specs):
+        pipe_rank = found["pipe_rank"]
+        parts = memory_of_ranks(stages, schedule, loss=None, precision=precision, zero=zero, dp=1)[pipe_rank]
+        assert {name: found[name] for name in STANDING} == {name: getattr(parts, name) for name in STANDING}
+
+
+LINEAR = LayerCosts(
+    20, 40, 40, 40, input_bytes=16, output_bytes=20, saved_bytes=0, keeps_input=True, keeps_output=False
+)
+WIDE = replace(LINEAR, input_bytes=20, output_bytes=40, saved_bytes=1000, keeps_output=True)
+LOSS = replace(LINEAR, input_bytes=40, output_bytes=4, saved_bytes=80, keeps_input=False)
+
+
+def two_stages(pipe_rank: int = 0, **options: Any) -> MemoryParts:
+    """Return what a rank of two holds: 21 elements that decay and 7 that do not on the first stage, 9 on the second."""
+    stages = [
+        StageContents([LINEAR], {"a.weight": (3, 7), "a.bias": (7,)}),
+        StageContents([WIDE], {"b.weight": (3, 3)}),
+    ]
+    schedule = options.pop("schedule", plan_1f1b(num_stages=2, num_micro_batches=4))
+    settings = {"precision": "fp32", "zero": 1, "dp": 1, "loss": LOSS, **options}
+    return memory_of_ranks(stages, schedule, **settings)[pipe_rank]
+
+
+def test_groups_are_filled_up_to_the_alignment_of_all_replicas() -> None:
+    # 21 and 7 elements; two for each replica: 22 + 8, 24 + 8 and 24 + 12.
+    assert [two_stages(dp=dp).weights for dp in (1, 2, 3, 6)] == [4 * 30, 4 * 32, 4 * 36, 4 * 36]
+    assert [two_stages(dp=dp).masters for dp in (1, 2, 3, 6)] == [4 * 30, 4 * 16, 4 * 12, 4 * 6]
+    # Two moments, and a step count for each group.
+    assert two_stages(dp=2).optimizer_states == 2 * 4 * 16 + 4 * 2
+    assert two_stages(dp=2, zero=0).optimizer_states == 2 * 4 * 28 + 4 * 2
+    assert two_stages(dp=2, zero=0).masters == 0
+
+
+def test_moments_follow_from_the_optimizer() -> None:
+    assert two_stages(optimizer=OptimizerConfig(type="sgd")).optimizer_states == 0
+    assert two_stages(optimizer=OptimizerConfig(type="sgd", momentum=0.9)).optimizer_states == 4 * 30
+    assert two_stages(optimizer=OptimizerConfig(type="adam")) == two_stages()
+
+
+def test_16_bits_hold_masters_and_gradients_in_fp32() -> None:
+    bf16, fp16 = (two_stages(precision=precision, zero=0) for precision in ("bf16", "fp16"))
+    assert bf16.weights == fp16.weights == 2 * 30
+    assert bf16.masters == fp16.masters == 4 * 30
+    # The flat buffer and a backward's own gradients; in fp16 each parameter's go when they come.
+    assert (bf16.gradients, fp16.gradients) == (4 * 30 + 2 * 28, 4 * 28)
+
+
+def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
+    layers, weight = [LINEAR, WIDE, WIDE, WIDE], {"embedding.weight": (5, 4)}
+    stages = cut_stages(layers, [weight, {}, {}, weight], [0, 1, 2, 3, 4])
+    schedule = plan_schedule("zb-v", pp=2, num_micro_batches=4)
+    parts = memory_of_ranks(stages, schedule, loss=LOSS, precision="fp32", zero=0, dp=1)[0]
+    assert parts.weights == parts.gradients == 80
+
+
+def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
+    assert two_stages().activations == 2 * (16 + 20)
+    assert two_stages(1, loss=None).activations == 20 + 1000 + 40
+    # Recomputed is one layer at a time, its output too where it is kept.
+    assert two_stages(1, loss=None, checkpointing=True).activations == 20 + 40 + 1000 + 40
+
+
+def test_the_loss_keeps_what_its_backward_needs() -> None:
+    # The logits are kept because the last layer keeps its output, which checkpointing does not let it.
+    assert two_stages(1).activations == 20 + 1000 + 40 + 80 + 4
+    assert two_stages(1, checkpointing=True).activations == 20 + 80 + 4 + 1000 + 40
+    assert (
+        two_stages(1, checkpointing=True, loss=replace(LOSS, keeps_input=True)).activations == 20 + 40 + 80 + 4 + 1040
+    )
+
+
+def test_the_input_of_a_layer_that_keeps_nothing_is_not_kept_by_checkpointing() -> None:
+    layers = [WIDE, replace(LINEAR, input_bytes=40, keeps_input=False), WIDE]
+    stages = [StageContents(layers, {})]
+    options: dict[str, Any] = {"loss": None, "precision": "fp32", "zero": 0, "dp": 1, "checkpointing": True}
+    parts = memory_of_ranks(stages, plan_1f1b(num_stages=1, num_micro_batches=4), **options)[0]
+    assert parts.activations == 20 + 20 + 40 + recomputation_bytes(layers)
+
+
+def test_what_is_passed_between_stages_of_a_rank_is_there_once() -> None:
+    schedule = plan_schedule("zb-v", pp=2, num_micro_batches=1)
+    same = replace(LINEAR, output_bytes=16)
+    stages = [StageContents([same], {}) for _ in range(4)]
+    held = memory_of_ranks(stages, schedule, loss=None, precision="fp32", zero=0, dp=1)
+    assert [parts.activations for parts in held] == [2 * 32, 2 * 32 - 16]
+
+
+def test_split_backwards_keep_what_was_recomputed_until_the_weight_gradient() -> None:
+    whole = two_stages(1, checkpointing=True).activations
+    split = two_stages(1, checkpointing=True, schedule=plan_zb_h1(num_stages=2, num_micro_batches=4)).activations
+    assert split >= whole + 1000
+
+
+def test_the_last_stage_holds_the_gradients_of_its_logits_for_a_moment() -> None:
+    assert (two_stages(0).logits, two_stages(1).logits, two_stages(1, loss=None).logits) == (0, 2 * 80, 0)
+
+
+def test_two_messages_are_received_ahead_and_gradients_are_passed_on() -> None:
+    from pipekit.engine import channels
+
+    # The message between the stages has 20 bytes. Rank 0 receives gradients, of which one more is in use.
+    assert two_stages(0).communication == 2 * 20 + 20
+    assert two_stages(1).communication == 2 * 20 + 20
+    assert _AHEAD == channels._AHEAD
+
+
+def test_the_reduction_and_the_update_come_after_the_activations() -> None:
+    parts = two_stages(dp=2)
+    assert parts.update == 4 * 28
+    standing = parts.weights + parts.gradients + parts.optimizer_states + parts.masters
+    assert parts.total == standing + max(parts.activations + parts.logits + parts.communication, parts.update)
+    # A replica alone reduces nothing; ZeRO flattens the larger group's gradients.
+    assert [two_stages(zero=zero).update for zero in (0, 1)] == [0, 4 * 22]
+    assert two_stages(precision="bf16").update == 0
+
+
+def test_zero_2_and_3_are_estimates() -> None:
+    one, two, three = (two_stages(dp=2, zero=zero) for zero in (1, 2, 3))
+    assert [parts.is_estimate for parts in (one, two, three)] == [False, True, True]
+    assert one.gradients > two.gradients == three.gradients == 4 * 16
+    assert one.weights == two.weights == 2 * three.weights
+
+
+def test_stages_that_do_not_fit_the_schedule_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"2 stages do not fit the schedule 1f1b, which has 3; cut the layers"):
+        two_stages(schedule=plan_1f1b(num_stages=3, num_micro_batches=4))

@@ -1,0 +1,111 @@
+"""Layouts compared, against predictions of all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipekit.predictions import search
+from pipekit.predictions.devices import Device, find_device
+from pipekit.predictions.prediction import PlannedModel, Prediction, predict
+from pipekit.predictions.search import SearchSpace, choices, impossible, search_layouts
+from predictions.planned import choice, device, gpt, layer, model
+
+SPACE = SearchSpace(8, 32, micro_batch_sizes=(1, 2, 4))
+
+
+def all_predictions(planned: PlannedModel, space: SearchSpace, on: Device) -> list[Prediction]:
+    """Return every layout that can be built, the fastest first, whether it fits or not."""
+    possible = [given for given in choices(planned, space) if impossible(planned, given, on) is None]
+    return sorted((predict(planned, given, on) for given in possible), key=lambda found: found.step_time_s)
+
+
+@pytest.fixture(scope="module")
+def small() -> PlannedModel:
+    return gpt(6, 768, 12, "bf16")
+
+
+@pytest.fixture(scope="module")
+def everything(small: PlannedModel) -> list[Prediction]:
+    return all_predictions(small, SPACE, find_device("h100"))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 1.0])
+def test_the_best_that_fits_is_found_and_nothing_that_fits_is_rejected(
+    small: PlannedModel, everything: list[Prediction], share: float
+) -> None:
+    needs = sorted(found.memory_bytes for found in everything)
+    limit = needs[int(share * (len(needs) - 1))]
+    found = search_layouts(
+        small, SPACE, find_device("h100").model_copy(update={"memory_bytes": limit}), num_ranked=1000
+    )
+    fitting = [other for other in everything if other.memory_bytes <= limit]
+    assert found.num_open == 0
+    assert {prediction.choice for prediction in found.ranked} == {other.choice for other in fitting}
+    assert found.num_fitting == len(fitting)
+    assert found.ranked[0].step_time_s == pytest.approx(fitting[0].step_time_s)
+    assert len(found.rejected) + len(found.ranked) == len(list(choices(small, SPACE)))
+    assert all(reason for _, reason in found.rejected)
+
+
+def test_where_not_all_are_simulated_the_first_is_hardly_slower_than_the_best(
+    small: PlannedModel, everything: list[Prediction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_MOST_SIMULATED", 0)
+    found = search_layouts(small, SPACE, find_device("h100"))
+    assert len(found.ranked) == 1
+    assert found.num_open == len(everything) - 1
+    assert found.ranked[0].step_time_s < 1.2 * everything[0].step_time_s
+
+
+def test_the_fastest_stands_first() -> None:
+    found = search_layouts(model([layer()] * 8), SPACE, device(), num_ranked=5)
+    times = [prediction.step_time_s for prediction in found.ranked]
+    assert times == sorted(times)
+    assert len(times) == 5
+    assert found.num_fitting > 5
+
+
+def test_what_does_not_fit_says_how_much_it_lacks() -> None:
+    found = search_layouts(model([layer()] * 8), SPACE, device(memory_bytes=1))
+    assert found.ranked == ()
+    needs = [reason for _, reason in found.rejected if reason.startswith("needs")]
+    assert needs
+    assert found.rejected[0][1] == needs[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pp": 8, "schedule": "zb-v", "stages_per_rank": 2}, "16 stages are more than the 8 layers"),
+        ({"tp": 16}, "tp=16 is more than the 8 devices of a node"),
+        (
+            {"pp": 4, "schedule": "interleaved-1f1b", "stages_per_rank": 2, "num_micro_batches": 6},
+            "interleaved-1f1b needs a multiple of pp=4 micro-batches, and a step has 6",
+        ),
+        ({"pp": 8, "num_micro_batches": 6}, None),
+    ],
+)
+def test_what_cannot_be_built_says_why(changes: dict[str, object], reason: str | None) -> None:
+    assert impossible(model([layer()] * 8), choice(**changes), device()) == reason
+
+
+def test_every_choice_fills_the_devices_with_the_batch() -> None:
+    planned = model([layer()] * 8)
+    found = list(choices(planned, SearchSpace(12, 24, tp=(1, 2, 8))))
+    assert all(given.layout.world_size == 12 and given.global_batch_size == 24 for given in found)
+    assert {given.layout.tp for given in found} == {1, 2}
+    assert len(set(found)) == len(found)
+    assert {given.layout.pp for given in found} == {1, 2, 3, 4, 6}
+    assert all(given.zero == 0 for given in found if given.layout.dp == 1)
+    # One rank has no schedule to choose.
+    assert {given.schedule for given in found if given.layout.pp == 1} == {"1f1b"}
+
+
+def test_in_16_bits_there_is_no_zero_0() -> None:
+    planned = model([layer()] * 8, precision="bf16")
+    assert {given.zero for given in choices(planned, SPACE)} == {1}
+
+
+def test_the_same_search_finds_the_same() -> None:
+    planned = model([layer(parameters=1000)] * 8)
+    assert search_layouts(planned, SPACE, device()) == search_layouts(planned, SPACE, device())

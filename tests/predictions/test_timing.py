@@ -1,0 +1,199 @@
+"""The time of a step, against what can be worked out by hand and against whole simulations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipekit.layout import Axis, Layout
+from pipekit.predictions.devices import Link
+from pipekit.predictions.timing import Cluster, StepTimes, all_gather_s, all_reduce_s, stage_costs, step_times
+from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
+from predictions.planned import device, layer
+
+FAST = {"bandwidth": 1000.0, "latency_s": 0.0}
+SLOW = {"bandwidth": 10.0, "latency_s": 0.0}
+
+
+def times(schedule: Schedule, costs: Costs, *, parameters: list[int], dp: int = 1, **changes: object) -> StepTimes:
+    """Return the time of a step in fp32 on plain devices."""
+    pp = len(schedule.ranks)
+    settings = {"precision": "fp32", "zero": 0, **changes}
+    cluster = Cluster(device(), Layout(pp=pp, dp=dp))
+    return step_times(
+        schedule,
+        schedule.num_micro_batches,
+        costs,
+        cluster,
+        stage_parameters=parameters,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_an_all_reduce_sends_every_share_around_the_ring_twice() -> None:
+    link = Link(bandwidth=100.0, latency_s=0.5)
+    assert all_reduce_s(800, 4, link) == 6 * (0.5 + 200 / 100)
+    assert all_gather_s(800, 4, link) == 3 * (0.5 + 200 / 100)
+    assert all_reduce_s(800, 1, link) == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensor", "data", "pipe"),
+    [
+        ({"pp": 2, "dp": 2, "tp": 2}, "intra", "intra", "intra"),
+        ({"pp": 4, "dp": 2, "tp": 2}, "intra", "intra", "inter"),  # ranks 4 and 8 are neighbours
+        ({"pp": 2, "dp": 4, "tp": 4}, "intra", "inter", "inter"),
+        ({"pp": 4, "dp": 6, "tp": 1}, "intra", "inter", "inter"),  # ranks 6 to 11 lie on two nodes
+        ({"pp": 1, "dp": 6, "tp": 1}, "intra", "intra", "intra"),
+        ({"pp": 2, "dp": 4, "tp": 4, "order": ("tensor", "data", "pipe")}, "inter", "intra", "intra"),
+        ({"pp": 2, "dp": 4, "tp": 4, "order": ("data", "tensor", "pipe")}, "intra", "inter", "intra"),
+    ],
+)
+def test_groups_use_the_slowest_link_that_they_need(layout: dict[str, Any], tensor: str, data: str, pipe: str) -> None:
+    cluster = Cluster(device(intra_node=FAST, inter_node=SLOW), Layout(**layout))
+    links = {"intra": cluster.device.intra_node, "inter": cluster.device.inter_node}
+    assert (cluster.tensor_link, cluster.data_link, cluster.pipe_link) == (links[tensor], links[data], links[pipe])
+
+
+@settings(max_examples=300)
+@given(
+    degrees=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
+    order=st.permutations(["pipe", "data", "tensor"]),
+    per_node=st.integers(1, 16),
+)
+def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
+    degrees: tuple[int, int, int], order: list[Axis], per_node: int
+) -> None:
+    layout = Layout(*degrees, order=tuple(order))  # type: ignore[arg-type]
+    cluster = Cluster(device(intra_node=FAST, inter_node=SLOW, devices_per_node=per_node), layout)
+    links: dict[Axis, Link] = {
+        "pipe": cluster.pipe_link,
+        "data": cluster.data_link,
+        "tensor": cluster.tensor_link,
+    }
+    for axis, link in links.items():
+        is_slow = any(len({rank // per_node for rank in ranks}) > 1 for ranks in layout.groups(axis))
+        assert (link == cluster.device.inter_node) == is_slow
+
+
+def test_stages_take_their_operations_or_what_was_measured() -> None:
+    layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
+    cluster = Cluster(device(), Layout(pp=2))
+    costs = stage_costs(layers, [0, 2, 3], cluster, precision="fp32", checkpointing=False, loss=layer(50))
+    assert costs.forward_s == [4.0, 5.5]
+    assert costs.input_gradient_s == [4.0, 1.5]
+    assert costs.weight_gradient_s == [4.0, 1.5]
+    assert costs.transfer_s == 0.4
+
+
+def test_checkpointing_repeats_the_forward() -> None:
+    costs = stage_costs([layer(100)], [0, 1], Cluster(device(), Layout()), precision="fp32", checkpointing=True)
+    assert (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s) == ([1.0], [2.0], [1.0])
+    assert costs.transfer_s == 0
+
+
+def test_tensor_parallel_ranks_share_the_operations_and_sum_what_they_pass_on() -> None:
+    layers = [layer(100, passed_bytes=8), layer(0, passed_bytes=8), replace(layer(100), output_bytes=1000)]
+    costs = stage_costs(layers, [0, 3], Cluster(device(), Layout(tp=4)), precision="fp32", checkpointing=False)
+    message_s = all_reduce_s(8, 4, device().intra_node)
+    assert costs.forward_s == [pytest.approx(2 * 0.25 + 2 * message_s)]
+    assert costs.input_gradient_s == costs.forward_s
+    assert costs.weight_gradient_s == [0.5]
+
+
+def test_without_a_pipeline_a_reduction_stands_behind_the_step() -> None:
+    alone = times(plan_1f1b(num_stages=1, num_micro_batches=2), Costs.uniform(1), parameters=[100], dp=2)
+    assert (alone.compute_s, alone.reduction_s, alone.bubble_fraction) == (6, 4, 0)
+    assert alone.step_time_s == 6 + 4 + alone.update_s
+
+
+def test_a_reduction_that_others_compute_behind_is_hidden() -> None:
+    schedule = plan_1f1b(num_stages=2, num_micro_batches=2)
+    # The last stage is done at 7, and the first at 9; a reduction of 100 parameters takes 4.
+    assert times(schedule, Costs.uniform(2), parameters=[0, 100], dp=2).reduction_s == 2
+    assert times(schedule, Costs.uniform(2), parameters=[100, 0], dp=2).reduction_s == 4
+    assert times(schedule, Costs.uniform(2), parameters=[0, 50], dp=2).reduction_s == 0
+
+
+def test_the_stages_of_a_rank_are_reduced_one_after_the_other() -> None:
+    schedule = plan_zb_v(pp=1, num_micro_batches=2)
+    one = times(schedule, Costs.uniform(2), parameters=[100, 0], dp=2).reduction_s
+    both = times(schedule, Costs.uniform(2), parameters=[100, 1000], dp=2).reduction_s
+    assert one == 4
+    assert both > 40
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "update_s"),
+    [("fp32", 0, 32 * 1000 / 1e6), ("fp32", 1, 32 * 500 / 1e6 + 20), ("bf16", 0, 30 * 500 / 1e6 + 10)],
+)
+def test_shared_optimizer_states_are_updated_in_shares_and_weights_gathered(
+    precision: str, zero: int, update_s: float
+) -> None:
+    schedule = plan_1f1b(num_stages=1, num_micro_batches=1)
+    found = times(schedule, Costs.uniform(1), parameters=[1000], dp=2, precision=precision, zero=zero)
+    assert found.update_s == pytest.approx(update_s)
+
+
+STAGES = {"1f1b": 1, "zb-h1": 1, "interleaved-1f1b": 2, "zb-v": 2}
+
+
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from(sorted(STAGES)),
+    pp=st.integers(2, 5),
+    rounds=st.integers(4, 9),
+    seconds=st.lists(st.floats(1, 1.3), min_size=30, max_size=30),
+    transfer_s=st.sampled_from([0.0, 0.05, 0.3]),
+)
+def test_a_long_step_is_told_from_a_shorter_one(
+    name: str, pp: int, rounds: int, seconds: list[float], transfer_s: float
+) -> None:
+    num_stages, num_micro_batches = pp * STAGES[name], pp * rounds
+    costs = Costs(
+        seconds[:num_stages], seconds[10 : 10 + num_stages], seconds[20 : 20 + num_stages], transfer_s=transfer_s
+    )
+
+    def table(number: int) -> Schedule:
+        return plan_schedule(name, pp=pp, num_micro_batches=number, stages_per_rank=STAGES[name])
+
+    def step(schedule: Schedule, shorter: Schedule | None) -> StepTimes:
+        return step_times(
+            schedule,
+            num_micro_batches,
+            costs,
+            Cluster(device(), Layout(pp=pp)),
+            stage_parameters=[10] * num_stages,
+            precision="fp32",
+            zero=0,
+            shorter=shorter,
+        )
+
+    whole, told = step(table(num_micro_batches), None), step(table(3 * pp), table(2 * pp))
+    assert told.compute_s == pytest.approx(whole.compute_s, rel=0.025)
+    assert told.busy_s == pytest.approx(whole.busy_s)
+    assert told.bubble_fraction == pytest.approx(whole.bubble_fraction, abs=0.025)
+
+
+def test_messages_that_hold_1f1b_up_make_every_micro_batch_longer() -> None:
+    costs = Costs.uniform(4, transfer_s=0.5)
+    cluster = Cluster(device(), Layout(pp=4))
+
+    def compute_s(number: int, shorter: int | None) -> float:
+        return step_times(
+            plan_1f1b(num_stages=4, num_micro_batches=number),
+            64,
+            costs,
+            cluster,
+            stage_parameters=[0] * 4,
+            precision="fp32",
+            zero=0,
+            shorter=shorter and plan_1f1b(num_stages=4, num_micro_batches=shorter),  # type: ignore[arg-type]
+        ).compute_s
+
+    assert compute_s(12, 8) == pytest.approx(compute_s(64, None))
+    assert compute_s(12, None) < 0.9 * compute_s(64, None)

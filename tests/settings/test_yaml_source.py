@@ -1,0 +1,96 @@
+"""Lines are those of the file, and what is written is read back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipekit.settings.yaml_source import read_yaml, write_yaml
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8", exclude_characters="\r\x85\u2028\u2029"), max_size=20)
+    | st.sampled_from(
+        ["on", "no", "1e3", "3e-4", "0x1f", "010", "2024-01-01", "1:30", "null", "~", "", "<<", "=", "- a"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(plain)
+def test_what_is_written_is_read_back(value: object):
+    source = read_yaml(write_yaml({"value": value}))
+    assert source.faults == []
+    assert source.value == {"value": value}
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.text("xyz0123456789.eE+-", max_size=8), max_size=4))
+def test_other_readers_agree_on_what_is_written(value: dict[str, str]):
+    assert yaml.safe_load(write_yaml(value)) == value
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_any_number_that_python_prints_is_read(number: float):
+    assert read_yaml(f"x: {number!r}").value == {"x": number}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1e3", 1000.0),
+        ("-.5", -0.5),
+        ("+1.", 1.0),
+        ("0x10", 16),
+        ("0o17", 15),
+        ("010", 10),
+        ("1_000", 1000),
+        ("-7", -7),
+        (".inf", math.inf),
+        ("true", True),
+        ("FALSE", False),
+        ("on", "on"),
+        ("no", "no"),
+        ("2024-01-01", "2024-01-01"),
+        ("1:30", "1:30"),
+        ("~", None),
+        ("", None),
+        ("e3", "e3"),
+        ("1e", "1e"),
+        (".", "."),
+        ("1.2.3", "1.2.3"),
+        ("'5'", "5"),
+        ("-", "-"),
+    ],
+)
+def test_plain_words(text: str, value: object):
+    source = read_yaml(f"x: [{text}]" if text not in ("", "-") else f"x: '{text}'" if text else "x:")
+    got = source.value["x"]
+    got = got[0] if isinstance(got, list) else got
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_lines_of_nested_keys():
+    source = read_yaml("# title\na:\n  b: 1\n\n  c: {d: 2,\n      e: 3}\nf: [1, {g: 2}]\n")
+    assert source.lines == {
+        ("a",): 2,
+        ("a", "b"): 3,
+        ("a", "c"): 5,
+        ("a", "c", "d"): 5,
+        ("a", "c", "e"): 6,
+        ("f",): 7,
+        ("f", "1", "g"): 7,
+    }
+
+
+def test_keys_are_text():
+    assert read_yaml("1: a\ntrue: b\n").value == {"1": "a", "true": "b"}
