@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipekit.errors import CommunicationError, PipekitError
 from pipekit.schedules import Action
-from pipekit.schedules.receipts import Receipts
+from pipekit.schedules.acknowledgements import Acknowledgements
 from pipekit.tensors.nested import Structure
 
 _DTYPES = {
@@ -145,13 +145,13 @@ class Sender:
         # By step and action, in the order of sending: a step that failed may have left some behind.
         self._pending: dict[tuple[int, Action], _Sent] = {}
         self._step = 0
-        self._receipts = Receipts((), {})
+        self._acknowledgements = Acknowledgements((), {})
         self._num_received = 0
 
-    def start(self, receipts: Receipts) -> None:
-        """Begin a step in which answers prove `receipts`."""
+    def start(self, acknowledgements: Acknowledgements) -> None:
+        """Begin a step whose `acknowledgements` are these."""
         self._step += 1
-        self._receipts = receipts
+        self._acknowledgements = acknowledgements
         self._num_received = 0
 
     def send(self, action: Action, tensors: Sequence[Tensor], what: str, *, header: Tensor | None = None) -> None:
@@ -175,11 +175,11 @@ class Sender:
                 return
             del self._pending[oldest]
 
-    def let_go(self, answer: Action) -> None:
+    def release(self, answer: Action) -> None:
         """Drop what the receiver has for certain, now that the result of `answer` has arrived from it."""
-        num_received = self._receipts.proved.get(answer, 0)
+        num_received = self._acknowledgements.confirmed.get(answer, 0)
         # Waiting takes no time where the message is received, and must not be done twice.
-        for action in self._receipts.used[self._num_received : num_received]:
+        for action in self._acknowledgements.used[self._num_received : num_received]:
             sent = self._pending.pop((self._step, action), None)
             if sent is not None:
                 self._wait(sent)

@@ -18,8 +18,8 @@ from pipekit.engine.module import PipelineModule
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Schedule
+from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
 from pipekit.schedules.messages import destination, plan_messages
-from pipekit.schedules.receipts import Receipts, plan_receipts
 from pipekit.tensors.nested import flatten, unflatten
 from pipekit.tensors.weight_gradients import WeightGradients, deferring
 
@@ -42,7 +42,7 @@ class _Table:
     schedule: Schedule
     actions: tuple[Action, ...]
     received_from: dict[int, tuple[Action, ...]]
-    receipts: dict[int, Receipts]
+    acknowledgements: dict[int, Acknowledgements]
     gradient_of: dict[tuple[int, int], Action]
     last_of_stage: frozenset[Action]
 
@@ -118,8 +118,8 @@ class Executor:
         table = self._read_table(schedule)
         step_data = self.reader.read(data, schedule.num_micro_batches)
         self._shape_classes = step_data.shape_classes
-        for peer, receipts in table.receipts.items():
-            self._sender(peer).start(receipts)
+        for peer, acknowledgements in table.acknowledgements.items():
+            self._sender(peer).start(acknowledgements)
         for peer, messages in table.received_from.items():
             self._receiver(peer).start(messages)
         # Evaluations are not timed: what was timed last is a training step.
@@ -167,7 +167,7 @@ class Executor:
             if action.kind != "F"
         }
         self._table = _Table(
-            schedule, actions, received, plan_receipts(schedule, rank), gradients, frozenset(last.values())
+            schedule, actions, received, plan_acknowledgements(schedule, rank), gradients, frozenset(last.values())
         )
         return self._table
 
@@ -238,7 +238,7 @@ class _Run:
     ) -> None:
         self._executor = executor
         self._schedule = table.schedule
-        self._receipts = table.receipts
+        self._acknowledgements = table.acknowledgements
         self._gradient_of = table.gradient_of
         self._mpu = executor._mpu
         self._view = executor._view
@@ -344,8 +344,8 @@ class _Run:
     def _receive(self, source: int, result_of: Action, what: str) -> tuple[Tensor, ...]:
         tensors = self._executor._receiver(source).receive(result_of, what)
         # A message without tensors is never sent, so that it proves nothing.
-        if tensors and source in self._receipts:
-            self._executor._sender(source).let_go(result_of)
+        if tensors and source in self._acknowledgements:
+            self._executor._sender(source).release(result_of)
         return tensors
 
     def weight_gradients(self, action: Action) -> None:

@@ -1,4 +1,4 @@
-"""The words of a schedule: an action, and the table of them."""
+"""Actions of a schedule: a stage does a forward or a backward for a micro-batch, written as `0F3`."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Action:
     micro_batch: int
 
     @property
-    def held(self) -> int:
-        """By how many activations its rank holds more: a forward takes one up, the end of a backward gives it back."""
+    def activation_change(self) -> int:
+        """Change of the activations that its rank holds: a forward adds one, the end of a backward frees one."""
         return {"F": 1, "B": -1, "I": 0, "W": -1}[self.kind]
 
     @classmethod

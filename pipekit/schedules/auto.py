@@ -8,6 +8,7 @@ from itertools import product
 
 from pipekit.errors import ConfigError
 from pipekit.schedules.action import Action
+from pipekit.schedules.fill_bubbles import fill_bubbles
 from pipekit.schedules.gpipe import plan_gpipe
 from pipekit.schedules.interleaved import plan_interleaved_1f1b
 from pipekit.schedules.list_scheduling import Priorities, list_schedule
@@ -15,7 +16,6 @@ from pipekit.schedules.one_f_one_b import plan_1f1b
 from pipekit.schedules.placement import plan_placement
 from pipekit.schedules.schedule import Schedule
 from pipekit.schedules.simulate import Costs, simulate
-from pipekit.schedules.weight_filling import fill_weight_gradients
 from pipekit.schedules.zb_v import plan_zb_v
 from pipekit.schedules.zero_bubble import plan_zb_h1
 
@@ -94,9 +94,7 @@ def _candidates(costs: Costs, placement: tuple[int, ...], num_micro_batches: int
         orders += [_more_ahead(pp, num_micro_batches, slope, limit) for slope in (1.5, 2.0, 3.0)]
     everything = [len(placement) * num_micro_batches] * pp
     for order, hold_back, patience in product(orders, (range(pp), everything), (0.0, 0.5, 1.0)):
-        filled = fill_weight_gradients(
-            order, costs, max_in_flight=limit, hold_back=hold_back, patience=patience, name="auto"
-        )
+        filled = fill_bubbles(order, costs, max_in_flight=limit, hold_back=hold_back, patience=patience, name="auto")
         if filled is not None:
             yield filled
     eagerness = sorted({0, pp // 2, pp - 1, limit})

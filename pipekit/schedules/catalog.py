@@ -10,7 +10,7 @@ from pipekit.schedules.auto import plan_auto
 from pipekit.schedules.csv_file import read_csv
 from pipekit.schedules.gpipe import plan_gpipe
 from pipekit.schedules.interleaved import plan_interleaved_1f1b
-from pipekit.schedules.joining import join_backwards
+from pipekit.schedules.merge_backwards import merge_backwards
 from pipekit.schedules.one_f_one_b import plan_1f1b
 from pipekit.schedules.placement import plan_placement
 from pipekit.schedules.schedule import Schedule
@@ -141,7 +141,7 @@ def plan_schedule(
         max_in_flight=max_in_flight,
     )
     # What nobody has measured yet stays split, so that the halves can be timed.
-    return schedule if costs is None else join_backwards(schedule, costs)
+    return schedule if costs is None else merge_backwards(schedule, costs)
 
 
 def _check_name(name: str) -> None:

@@ -18,7 +18,7 @@ def write_csv(schedule: Schedule, path: str | Path) -> None:
 
 
 def read_csv(path: str | Path) -> Schedule:
-    """Return the table of a file, proved to run.
+    """Return the validated table of a file.
 
     One row a rank and one action a cell, in order; empty cells, empty lines and lines that begin with `#` do not count.
     The highest micro-batch tells how many there are.

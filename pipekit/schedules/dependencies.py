@@ -30,7 +30,7 @@ def needs(action: Action, schedule: Schedule) -> tuple[Action, ...]:
     return own, Action(stage + 1, "I" if split else "B", micro_batch)
 
 
-def carry_out(schedule: Schedule) -> tuple[list[tuple[int, Action]], dict[int, Action]]:
+def dry_run(schedule: Schedule) -> tuple[list[tuple[int, Action]], dict[int, Action]]:
     """Do the actions of a table, each rank in the order of its row, where sends never wait for the receiver.
 
     Returns:

@@ -61,7 +61,7 @@ def list_schedule(
     arrival["F"][0] = [0.0] * num_micro_batches
     rows: list[list[Action]] = [[] for _ in range(num_ranks)]
     free_s = [0.0] * num_ranks
-    held = [0] * num_ranks
+    in_flight = [0] * num_ranks
     waiting_weights = [0] * num_ranks
     last_kind = ["I"] * num_ranks
 
@@ -72,7 +72,7 @@ def list_schedule(
     def may_forward(rank: int, stage: int) -> bool:
         # A later stage of the rank keeps room for one, or what the earlier ones hold could never get past it.
         later = len(stages_of[rank]) - 1 - stages_of[rank].index(stage)
-        return held[rank] < max_in_flight[rank] - later
+        return in_flight[rank] < max_in_flight[rank] - later
 
     def choose(rank: int, now_s: float) -> tuple[str, int] | float | None:
         """Return what to begin, or until when to wait, or None where only another rank's action can help."""
@@ -116,7 +116,7 @@ def list_schedule(
         end_s = now_s + costs.of(action)
         free_s[rank] = end_s
         heapq.heappush(events, (end_s, rank))
-        held[rank] += action.held
+        in_flight[rank] += action.activation_change
         waiting_weights[rank] += {"F": 0, "I": 1, "W": -1}[kind]
         if kind != "W":
             last_kind[rank] = kind

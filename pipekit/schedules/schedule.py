@@ -54,10 +54,10 @@ class Schedule:
             >>> [plan_1f1b(num_stages=4, num_micro_batches=8).peak_in_flight(rank) for rank in range(4)]
             [4, 3, 2, 1]
         """
-        held = peak = 0
+        in_flight = peak = 0
         for action in self.ranks[pipe_rank]:
-            held += action.held
-            peak = max(peak, held)
+            in_flight += action.activation_change
+            peak = max(peak, in_flight)
         return peak
 
     def peak_of_stages(self) -> list[int]:
@@ -68,11 +68,11 @@ class Schedule:
             >>> plan_1f1b(num_stages=4, num_micro_batches=8).peak_of_stages()
             [4, 3, 2, 1]
         """
-        held, peaks = [0] * self.num_stages, [0] * self.num_stages
+        in_flight, peaks = [0] * self.num_stages, [0] * self.num_stages
         for actions in self.ranks:
             for action in actions:
-                held[action.stage] += action.held
-                peaks[action.stage] = max(peaks[action.stage], held[action.stage])
+                in_flight[action.stage] += action.activation_change
+                peaks[action.stage] = max(peaks[action.stage], in_flight[action.stage])
         return peaks
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import median
 
 from pipekit.schedules.action import Action
-from pipekit.schedules.dependencies import carry_out, needs
+from pipekit.schedules.dependencies import dry_run, needs
 from pipekit.schedules.schedule import Schedule
 from pipekit.schedules.validate import validate
 
@@ -114,7 +114,7 @@ class Timeline:
         for actions in self.schedule.ranks:
             held = peak = 0.0
             for action in actions:
-                held += action.held * costs.bytes_of(action.stage)
+                held += action.activation_change * costs.bytes_of(action.stage)
                 peak = max(peak, held)
             peaks.append(peak)
         return tuple(peaks)
@@ -132,7 +132,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         >>> timeline.step_time_s, round(timeline.bubble_fraction, 3)
         (33.0, 0.273)
     """
-    order, stuck = carry_out(schedule)
+    order, stuck = dry_run(schedule)
     if stuck:
         validate(schedule)
     ends: dict[Action, float] = {}

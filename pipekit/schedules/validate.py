@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipekit.errors import ScheduleError
 from pipekit.schedules.action import Action
-from pipekit.schedules.dependencies import carry_out, needs
+from pipekit.schedules.dependencies import dry_run, needs
 from pipekit.schedules.messages import plan_messages
 from pipekit.schedules.schedule import Schedule
 
@@ -40,7 +40,7 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
     _check_stages(schedule)
     _check_complete(schedule)
     _check_order(schedule)
-    _, stuck = carry_out(schedule)
+    _, stuck = dry_run(schedule)
     if stuck:
         _refuse_deadlock(schedule, stuck, "every send is buffered")
     if channels == "blocking":
@@ -149,7 +149,7 @@ def _check_blocking(schedule: Schedule) -> None:
 
 
 def _refuse_deadlock(schedule: Schedule, stuck: dict[int, Action], channels: str) -> None:
-    done = {action for _, action in carry_out(schedule)[0]}
+    done = {action for _, action in dry_run(schedule)[0]}
     waits, cell = [], None
     for rank, missing in sorted(stuck.items()):
         position = next(i for i, action in enumerate(schedule.ranks[rank]) if action not in done)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipekit.schedules.action import Action, ActionKind
+from pipekit.schedules.fill_bubbles import fill_bubbles
 from pipekit.schedules.schedule import Schedule
 from pipekit.schedules.simulate import Costs
-from pipekit.schedules.weight_filling import fill_weight_gradients
 
 
 def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
@@ -28,7 +28,7 @@ def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
         1F0 2F0 2I0 1I0 2W0 1W0
     """
     order = Schedule("zb-v", num_micro_batches, tuple(_order(rank, pp, num_micro_batches) for rank in range(pp)))
-    schedule = fill_weight_gradients(
+    schedule = fill_bubbles(
         order,
         Costs.uniform(2 * pp),
         max_in_flight=2 * pp,

@@ -15,7 +15,7 @@ from gloo_workers import GlooWorkers
 from pipekit.engine.channels import Sender
 from pipekit.layers.specs import LayerSpec
 from pipekit.schedules import Action, Schedule, plan_1f1b, plan_schedule
-from pipekit.schedules.receipts import Receipts, plan_receipts
+from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
 
 NUM_MICRO_BATCHES = 8
 
@@ -66,7 +66,7 @@ def send(sender: Sender, micro_batch: int, *, header: Tensor | None = None) -> S
 def start() -> tuple[Sender, Group, Group]:
     group, headers = Group(), Group()
     sender = build_sender(group, headers)
-    sender.start(plan_receipts(plan_1f1b(num_stages=2, num_micro_batches=4), 0)[1])
+    sender.start(plan_acknowledgements(plan_1f1b(num_stages=2, num_micro_batches=4), 0)[1])
     return sender, group, headers
 
 
@@ -74,12 +74,12 @@ def test_an_answer_frees_what_it_proves_and_waits_for_nothing_else() -> None:
     sender, group, headers = start()
     alive = [send(sender, 0, header=torch.zeros(8)), send(sender, 1), send(sender, 2)]
     group.works[0].received = headers.works[0].received = group.works[1].received = True
-    sender.let_go(Action(1, "B", 1))
+    sender.release(Action(1, "B", 1))
     assert [storage.expired() for storage in alive] == [True, True, False]
     assert [work.waited for work in group.works] == [True, True, False]
     assert headers.works[0].waited
     # An answer that was overtaken proves nothing more.
-    sender.let_go(Action(1, "B", 0))
+    sender.release(Action(1, "B", 0))
     group.works[2].received = True
     sender.drain()
     assert alive[2].expired()
@@ -89,10 +89,10 @@ def test_an_answer_frees_what_it_proves_and_waits_for_nothing_else() -> None:
 def test_what_a_failed_step_left_is_not_taken_for_what_was_sent_again() -> None:
     sender, group, _ = start()
     left = send(sender, 0)
-    sender.start(plan_receipts(plan_1f1b(num_stages=2, num_micro_batches=4), 0)[1])
+    sender.start(plan_acknowledgements(plan_1f1b(num_stages=2, num_micro_batches=4), 0)[1])
     again = send(sender, 0)
     group.works[1].received = True
-    sender.let_go(Action(1, "B", 0))
+    sender.release(Action(1, "B", 0))
     assert (left.expired(), again.expired()) == (False, True)
     group.works[0].received = True
     sender.drain()
@@ -102,7 +102,7 @@ def test_what_a_failed_step_left_is_not_taken_for_what_was_sent_again() -> None:
 def test_sends_that_tell_that_they_are_done_are_dropped_at_the_next() -> None:
     group = Group(tells=True)
     sender = build_sender(group, Group())
-    sender.start(Receipts((), {}))
+    sender.start(Acknowledgements((), {}))
     first = send(sender, 0)
     group.works[0].received = True
     second = send(sender, 1)
@@ -111,8 +111,8 @@ def test_sends_that_tell_that_they_are_done_are_dropped_at_the_next() -> None:
 
 
 def kept_at_most(schedule: Schedule, rank: int, peer: int) -> int:
-    """Return how many messages a rank has sent at most, and not yet proved to be received."""
-    receipts = plan_receipts(schedule, rank)[peer]
+    """Return how many messages a rank has sent at most, and not yet confirmed to be received."""
+    acknowledgements = plan_acknowledgements(schedule, rank)[peer]
     split = schedule.split_backwards
     kept: set[Action] = set()
     peak = 0
@@ -120,9 +120,9 @@ def kept_at_most(schedule: Schedule, rank: int, peer: int) -> int:
         stage, micro_batch = action.stage, action.micro_batch
         behind = Action(stage + 1, "I" if (stage + 1, micro_batch) in split else "B", micro_batch)
         answer = Action(stage - 1, "F", micro_batch) if action.kind == "F" else behind
-        if action.kind != "W" and answer in receipts.proved:
-            kept -= set(receipts.used[: receipts.proved[answer]])
-        if action in receipts.used:
+        if action.kind != "W" and answer in acknowledgements.confirmed:
+            kept -= set(acknowledgements.used[: acknowledgements.confirmed[answer]])
+        if action in acknowledgements.used:
             kept.add(action)
             peak = max(peak, len(kept))
     return peak

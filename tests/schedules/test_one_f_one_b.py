@@ -13,7 +13,7 @@ stages = st.integers(1, 9)
 micro_batches = st.integers(1, 20)
 
 
-def carry_out(schedule: Schedule) -> list[Action]:
+def dry_run(schedule: Schedule) -> list[Action]:
     """Do every action as soon as what it needs has been done; fail if no rank can go on."""
     num_stages = len(schedule.ranks)
     positions = [0] * num_stages
@@ -57,7 +57,7 @@ def test_every_micro_batch_passes_every_stage_once_each_way(num_stages: int, num
     for stage, actions in enumerate(schedule.ranks):
         expected = Counter(Action(stage, kind, m) for kind in ("F", "B") for m in range(num_micro_batches))
         assert Counter(actions) == expected
-    carry_out(schedule)
+    dry_run(schedule)
 
 
 @given(stages, micro_batches)
@@ -72,4 +72,4 @@ def test_forward_only_forwards_in_turn(num_stages: int, num_micro_batches: int) 
     schedule = plan_forward_only(num_stages=num_stages, num_micro_batches=num_micro_batches)
     for stage, actions in enumerate(schedule.ranks):
         assert list(actions) == [Action(stage, "F", m) for m in range(num_micro_batches)]
-    carry_out(schedule)
+    dry_run(schedule)

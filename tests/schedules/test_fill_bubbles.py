@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_gpipe, plan_zb_h1, simulate, validate
-from pipekit.schedules.weight_filling import fill_weight_gradients
+from pipekit.schedules.fill_bubbles import fill_bubbles
 from schedules.tables import schedules
 
 EVERYTHING = 10**6
@@ -26,7 +26,7 @@ def order_of(schedule: Schedule) -> list[list[tuple[int, bool, int]]]:
 def test_forwards_and_input_gradients_stay_in_order(
     schedule: Schedule, patience: float, transfer_s: float, hold_back: int
 ) -> None:
-    filled = fill_weight_gradients(
+    filled = fill_bubbles(
         schedule,
         Costs.uniform(schedule.num_stages, transfer_s=transfer_s),
         max_in_flight=EVERYTHING,
@@ -46,7 +46,7 @@ def test_forwards_and_input_gradients_stay_in_order(
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 6))
 def test_no_rank_holds_more_than_it_may(pp: int, m: int, room: int) -> None:
-    filled = fill_weight_gradients(
+    filled = fill_bubbles(
         plan_1f1b(num_stages=pp, num_micro_batches=m),
         Costs.uniform(pp),
         max_in_flight=pp + room,
@@ -61,7 +61,7 @@ def test_no_rank_holds_more_than_it_may(pp: int, m: int, room: int) -> None:
 @pytest.mark.parametrize(("pp", "m"), [(1, 3), (2, 8), (4, 8), (8, 16)])
 def test_1f1b_filled_is_as_fast_as_zb_h1(pp: int, m: int) -> None:
     costs = Costs.uniform(pp)
-    filled = fill_weight_gradients(
+    filled = fill_bubbles(
         plan_1f1b(num_stages=pp, num_micro_batches=m),
         costs,
         max_in_flight=pp,
@@ -75,7 +75,7 @@ def test_1f1b_filled_is_as_fast_as_zb_h1(pp: int, m: int) -> None:
 
 
 def test_an_order_that_needs_more_room_gives_no_table() -> None:
-    filled = fill_weight_gradients(
+    filled = fill_bubbles(
         plan_gpipe(num_stages=2, num_micro_batches=4),
         Costs.uniform(2),
         max_in_flight=3,
@@ -95,7 +95,7 @@ def test_an_order_that_needs_more_room_gives_no_table() -> None:
     ],
 )
 def test_the_wait_for_a_message_is_filled(transfer_s: float, rows: list[str]) -> None:
-    filled = fill_weight_gradients(
+    filled = fill_bubbles(
         plan_1f1b(num_stages=2, num_micro_batches=4),
         Costs.uniform(2, transfer_s=transfer_s),
         max_in_flight=4,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_h1, simulate, validate
-from pipekit.schedules.joining import join_backwards
+from pipekit.schedules.merge_backwards import merge_backwards
 from schedules.tables import schedules
 
 
@@ -15,7 +15,7 @@ from schedules.tables import schedules
 @given(schedules, st.sampled_from([0.0, 0.3]), st.sampled_from([0.0, 0.1]))
 def test_the_step_gets_no_longer_and_the_order_stays(schedule: Schedule, transfer_s: float, overhead_s: float) -> None:
     costs = Costs.uniform(schedule.num_stages, transfer_s=transfer_s, overhead_s=overhead_s)
-    joined = join_backwards(schedule, costs)
+    joined = merge_backwards(schedule, costs)
     validate(joined)
     assert simulate(joined, costs).step_time_s <= simulate(schedule, costs).step_time_s * (1 + 1e-6)
     for before, after in zip(schedule.ranks, joined.ranks, strict=True):
@@ -26,7 +26,7 @@ def test_the_step_gets_no_longer_and_the_order_stays(schedule: Schedule, transfe
 
 def test_the_first_rank_never_splits_under_zb_h1_and_a_rank_behind_splits_what_it_must() -> None:
     schedule = plan_zb_h1(num_stages=4, num_micro_batches=8)
-    joined = join_backwards(schedule, Costs.uniform(4))
+    joined = merge_backwards(schedule, Costs.uniform(4))
     assert not any(stage == 0 for stage, _ in joined.split_backwards)
     assert any(stage == 3 for stage, _ in joined.split_backwards)
     # With whole backwards alone it would be 1F1B, whose step is longer.
@@ -35,7 +35,7 @@ def test_the_first_rank_never_splits_under_zb_h1_and_a_rank_behind_splits_what_i
 
 
 def test_what_has_no_gap_to_fill_is_joined_whole() -> None:
-    assert not join_backwards(plan_zb_h1(num_stages=1, num_micro_batches=5), Costs.uniform(1)).split_backwards
+    assert not merge_backwards(plan_zb_h1(num_stages=1, num_micro_batches=5), Costs.uniform(1)).split_backwards
 
 
 @pytest.mark.parametrize("costs", [None, Costs.uniform(4)])

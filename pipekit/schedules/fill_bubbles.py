@@ -1,4 +1,4 @@
-"""Weight gradients into the gaps: a table whose forwards and input gradients are in order already."""
+"""Weight gradients moved into the bubbles of a table whose forwards and input gradients are in order already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipekit.schedules.schedule import Schedule
 from pipekit.schedules.simulate import Costs
 
 
-def fill_weight_gradients(
+def fill_bubbles(
     schedule: Schedule,
     costs: Costs,
     *,
@@ -20,25 +20,25 @@ def fill_weight_gradients(
     patience: float,
     name: str,
 ) -> Schedule | None:
-    """Return the table with each backward split and its weight gradient moved to where the rank would wait.
+    """Split each backward, and move its weight gradient into the bubbles, where the rank would wait.
 
     Forwards and input gradients stay in their order. A weight gradient runs where the next of them has not arrived,
-    where a forward needs the room, or where more of them wait than the rank may hold back.
+    where a forward needs the memory, or where more of them wait than the rank may hold back.
 
     Args:
         schedule: whose order of forwards and backwards to keep.
-        costs: by which a rank knows that it would wait.
+        costs: seconds of each action, which tell when a rank would wait.
         max_in_flight: stage activations that a rank may hold.
-        hold_back: how many weight gradients may wait on each rank though it has other work.
-        patience: for how long a rank rather waits for that other work, in weight gradients.
-        name: of the table.
+        hold_back: for each rank, how many weight gradients may wait although it has other work.
+        patience: how long a rank waits for that other work before it does a weight gradient, in weight gradients.
+        name: name of the new table.
 
     Returns:
         The table, or None where the order of its forwards cannot keep to `max_in_flight`.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
-        >>> print(fill_weight_gradients(plan_1f1b(num_stages=2, num_micro_batches=3), Costs.uniform(2),
+        >>> print(fill_bubbles(plan_1f1b(num_stages=2, num_micro_batches=3), Costs.uniform(2),
         ...     max_in_flight=2, hold_back=(0, 1), patience=0.0, name="mine"))
         0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2
         1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
@@ -50,7 +50,7 @@ def fill_weight_gradients(
     ]
     weights: list[deque[Action]] = [deque() for _ in range(num_ranks)]
     rows: list[list[Action]] = [[] for _ in range(num_ranks)]
-    held = [0] * num_ranks
+    in_flight = [0] * num_ranks
     free_s = [0.0] * num_ranks
     never = float("inf")
     arrival_s = {Action(0, "F", micro_batch): 0.0 for micro_batch in range(schedule.num_micro_batches)}
@@ -61,7 +61,7 @@ def fill_weight_gradients(
             continue
         following = order[rank][0] if order[rank] else None
         coming_s = arrival_s.get(following, never) if following else never
-        if following and following.kind == "F" and held[rank] >= max_in_flight:
+        if following and following.kind == "F" and in_flight[rank] >= max_in_flight:
             coming_s = never
         first = weights[rank][0] if weights[rank] else None
         if first and len(weights[rank]) > hold_back[rank]:
@@ -78,7 +78,7 @@ def fill_weight_gradients(
         free_s[rank] = end_s = now_s + costs.of(action)
         heapq.heappush(events, (end_s, rank))
         stage, micro_batch = action.stage, action.micro_batch
-        held[rank] += action.held
+        in_flight[rank] += action.activation_change
         if action.kind == "I":
             weights[rank].append(Action(stage, "W", micro_batch))
         target = None

@@ -1,4 +1,4 @@
-"""What a rank's messages have done when an answer arrives: read off the table."""
+"""Acknowledgements: the messages that the answers of a pipeline peer confirm to be received, read off the table."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pipekit.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Receipts:
-    """What one rank knows of its messages to another from the messages that come back.
+class Acknowledgements:
+    """The messages of one rank to another that the messages coming back confirm to be received.
 
     Attributes:
         used: the actions whose results the one sends to the other, in the order in which the other's row uses them.
-        proved: for each action of the other whose result comes back, how many of `used` it proves to be received, from
-            the first on.
+        confirmed: for each action of the other whose result comes back, how many of `used`, from the first on, it
+            confirms to be received.
     """
 
     used: tuple[Action, ...]
-    proved: Mapping[Action, int]
+    confirmed: Mapping[Action, int]
 
 
-def plan_receipts(schedule: Schedule, pipe_rank: int) -> dict[int, Receipts]:
-    """Return, for each rank that `pipe_rank` sends to, which messages are received for certain, and from when on.
+def plan_acknowledgements(schedule: Schedule, pipe_rank: int) -> dict[int, Acknowledgements]:
+    """Return the acknowledgements of every rank that `pipe_rank` sends to.
 
     A rank does its actions in the order of its row. So when the result of one of them arrives, that rank has received
     all that this action and those before it in the row use.
@@ -37,23 +37,23 @@ def plan_receipts(schedule: Schedule, pipe_rank: int) -> dict[int, Receipts]:
         >>> print(schedule)
         0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2
         1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
-        >>> receipts = plan_receipts(schedule, 1)[0]
-        >>> [str(action) for action in receipts.used]
+        >>> acknowledgements = plan_acknowledgements(schedule, 1)[0]
+        >>> [str(action) for action in acknowledgements.used]
         ['1I0', '1I1', '1I2']
-        >>> {str(action): count for action, count in receipts.proved.items()}
+        >>> {str(action): count for action, count in acknowledgements.confirmed.items()}
         {'0F0': 0, '0F1': 0, '0F2': 1}
     """
     messages = plan_messages(schedule)
-    receipts = {}
+    acknowledgements = {}
     for (source, peer), sent in messages.items():
         if source != pipe_rank:
             continue
         outgoing, incoming = set(sent), set(messages.get((peer, pipe_rank), ()))
         used: list[Action] = []
-        proved = {}
+        confirmed = {}
         for action in schedule.ranks[peer]:
             used += [other for other in needs(action, schedule) if other in outgoing]
             if action in incoming:
-                proved[action] = len(used)
-        receipts[peer] = Receipts(tuple(used), proved)
-    return receipts
+                confirmed[action] = len(used)
+        acknowledgements[peer] = Acknowledgements(tuple(used), confirmed)
+    return acknowledgements

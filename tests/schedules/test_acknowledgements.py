@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipekit.schedules import Action, Schedule, plan_1f1b, plan_forward_only, plan_placement, validate
-from pipekit.schedules.receipts import plan_receipts
+from pipekit.schedules.acknowledgements import plan_acknowledgements
 from schedules.tables import needed, rank_of, schedules
 
 
@@ -76,21 +76,21 @@ def sent(schedule: Schedule, source: int, target: int) -> list[Action]:
 def check(schedule: Schedule) -> None:
     """Compare with the definition: an answer proves what it and what stands before it in the answering row use.
 
-    And nothing is proved that was not sent before the answer is used.
+    And nothing is confirmed that was not sent before the answer is used.
     """
     every_rank = range(len(schedule.ranks))
     for rank in every_rank:
-        found = plan_receipts(schedule, rank)
+        found = plan_acknowledgements(schedule, rank)
         assert set(found) == {peer for peer in every_rank if sent(schedule, rank, peer)}
-        for peer, receipts in found.items():
+        for peer, acknowledgements in found.items():
             row, own_row = schedule.ranks[peer], schedule.ranks[rank]
             messages = sent(schedule, rank, peer)
-            assert sorted(receipts.used) == sorted(messages)
-            assert set(receipts.proved) == set(sent(schedule, peer, rank))
-            for answer, count in receipts.proved.items():
-                proved = {action for action in messages if user_of(action, row) <= row.index(answer)}
-                assert set(receipts.used[:count]) == proved
-                assert all(own_row.index(action) < user_of(answer, own_row) for action in proved)
+            assert sorted(acknowledgements.used) == sorted(messages)
+            assert set(acknowledgements.confirmed) == set(sent(schedule, peer, rank))
+            for answer, count in acknowledgements.confirmed.items():
+                confirmed = {action for action in messages if user_of(action, row) <= row.index(answer)}
+                assert set(acknowledgements.used[:count]) == confirmed
+                assert all(own_row.index(action) < user_of(answer, own_row) for action in confirmed)
 
 
 @given(schedules)
@@ -105,15 +105,15 @@ def test_answers_prove_what_stands_before_them_in_any_table(schedule: Schedule) 
 
 
 def test_a_gradient_proves_its_activation() -> None:
-    receipts = plan_receipts(plan_1f1b(num_stages=2, num_micro_batches=4), 0)[1]
-    for answer, count in receipts.proved.items():
-        assert receipts.used[count - 1] == Action(0, "F", answer.micro_batch)
+    acknowledgements = plan_acknowledgements(plan_1f1b(num_stages=2, num_micro_batches=4), 0)[1]
+    for answer, count in acknowledgements.confirmed.items():
+        assert acknowledgements.used[count - 1] == Action(0, "F", answer.micro_batch)
 
 
 def test_a_table_of_forwards_proves_nothing_without_answers() -> None:
     looped = plan_forward_only(num_stages=2, num_micro_batches=4)
-    assert [len(plan_receipts(looped, rank)) for rank in (0, 1)] == [1, 0]
-    assert plan_receipts(looped, 0)[1].proved == {}
+    assert [len(plan_acknowledgements(looped, rank)) for rank in (0, 1)] == [1, 0]
+    assert plan_acknowledgements(looped, 0)[1].confirmed == {}
     # Where the last stage lives with the first, its inputs prove what they were made of.
     v = plan_forward_only(num_stages=4, num_micro_batches=4, placement=(0, 1, 1, 0))
-    assert max(plan_receipts(v, 0)[1].proved.values()) == 4
+    assert max(plan_acknowledgements(v, 0)[1].confirmed.values()) == 4
