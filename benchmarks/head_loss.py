@@ -80,7 +80,7 @@ def loss_of(
     if by_chunk:
         chunk_tokens = plan_chunk_tokens(labels.numel(), len(weight)) or labels.numel()
         return chunked_head_loss(
-            hidden, weight, labels, group, in_parts=False, vocab_size=vocab_size, chunk_tokens=chunk_tokens
+            hidden, weight, labels, group, sequence_parallel=False, vocab_size=vocab_size, chunk_tokens=chunk_tokens
         )
     if group is None:
         return F.cross_entropy(F.linear(hidden, weight).float().flatten(0, 1), labels.flatten())

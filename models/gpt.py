@@ -29,7 +29,7 @@ from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.tensor_parallel import (
-    IN_PARTS,
+    SHARDED,
     ColumnParallelLinear,
     KeyValueLinear,
     Logits,
@@ -54,7 +54,7 @@ class TokenEmbedding(VocabularyParallelEmbedding):
     Its `weight` `(V, D)` is the head's too, where they are tied.
     """
 
-    sequence_flow = SequenceFlow(gives_part=True)
+    sequence_flow = SequenceFlow(returns_shard=True)
 
 
 class PositionEmbedding(TensorParallelModule):
@@ -63,7 +63,7 @@ class PositionEmbedding(TensorParallelModule):
     Its `weight` is `(P, D)`. The forward raises a ConfigError for a sequence of more than P tokens.
     """
 
-    sequence_flow = IN_PARTS
+    sequence_flow = SHARDED
 
     def __init__(self, max_positions: int, hidden_size: int, *, dropout: float, init_std: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class PositionEmbedding(TensorParallelModule):
         nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.group if self.in_parts else None
+        parts = self.group if self.sequence_parallel else None
         length, max_positions = x.shape[1], self.weight.shape[0]
         num_tokens, first = (length, 0) if parts is None else (length * parts.size, length * parts.rank)
         if num_tokens > max_positions:
@@ -92,7 +92,7 @@ class AttentionHalf(TensorParallelModule):
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
     """
 
-    sequence_flow = IN_PARTS
+    sequence_flow = SHARDED
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class AttentionHalf(TensorParallelModule):
         self.projection = _linear(RowParallelLinear, hidden_size, hidden_size, std=residual_std)
         self.dropout = dropout
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
         if self.num_heads % group.size:
             raise LayoutError(
                 f"parallel.tp={group.size} does not divide model.num_heads={self.num_heads}, and a rank computes whole "
@@ -137,7 +137,7 @@ class AttentionHalf(TensorParallelModule):
                 q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
             )  # (B, H, S, E)
         y = self.projection(rearrange(y, "b h s e -> b s (h e)"))  # (B, S, D)
-        return x + sharded_dropout(y, self.dropout, self.training, self.group if self.in_parts else None)
+        return x + sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values `(B, heads, S, E)` of this rank's heads."""
@@ -146,7 +146,7 @@ class AttentionHalf(TensorParallelModule):
             queries, keys, values = rearrange(qkv, "b s (three h e) -> three b h s e", three=3, e=self.head_size)
             return queries, keys, values
         own = [(self.q.weight, self.q.bias), self.kv.own()]
-        q, kv = column_parallel_linears(x, own, self.group, in_parts=self.in_parts)
+        q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
         keys, values = rearrange(kv, "b s (two h e) -> two b h s e", two=2, e=self.head_size)
         return rearrange(q, "b s (h e) -> b h s e", e=self.head_size), keys, values
 
@@ -154,7 +154,7 @@ class AttentionHalf(TensorParallelModule):
 class MLPHalf(TensorParallelModule):
     """`x + mlp(norm(x))`: `(B, S, D)` to `(B, S, D)` through a width of F."""
 
-    sequence_flow = IN_PARTS
+    sequence_flow = SHARDED
 
     def __init__(
         self,
@@ -175,13 +175,13 @@ class MLPHalf(TensorParallelModule):
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(self.expand(self.norm(x)), approximate="tanh")  # (B, S, F)
         y = self.contract(y)  # (B, S, D)
-        return x + sharded_dropout(y, self.dropout, self.training, self.group if self.in_parts else None)
+        return x + sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
 
 class FinalNorm(nn.LayerNorm):
     """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
 
-    sequence_flow = IN_PARTS
+    sequence_flow = SHARDED
 
 
 class Head(VocabularyParallelModule):
@@ -194,7 +194,7 @@ class Head(VocabularyParallelModule):
         loss_chunk_tokens: see `score_vocabulary`.
     """
 
-    sequence_flow = SequenceFlow(takes_part=True)
+    sequence_flow = SequenceFlow(takes_shard=True)
 
     def __init__(
         self, hidden_size: int, vocab_size: int, *, init_std: float, loss_chunk_tokens: LossChunk = None
@@ -216,7 +216,7 @@ class TiedHead:
 
     loss_chunk_tokens: LossChunk = None
 
-    sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_part=True)
+    sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_shard=True)
 
     def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
         return score_vocabulary(embedding, x, self.loss_chunk_tokens)
@@ -234,7 +234,7 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
         loss_chunk_tokens: how many tokens the loss computes the scores of at a time: None of all, `auto` of all where
             they are few.
     """
-    parts = module.group if module.in_parts else None
+    parts = module.group if module.sequence_parallel else None
     num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
     chunk = loss_chunk_tokens
     if chunk == "auto":
@@ -247,7 +247,7 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
         x,
         module.weight,
         module.group,
-        in_parts=module.in_parts,
+        sequence_parallel=module.sequence_parallel,
         vocab_size=module.vocab_size,
         chunk_tokens=chunk,
     )

@@ -272,7 +272,7 @@ def _choose(
     from pipekit.layers.specs import flow_of_spec
 
     parallel, train = config.parallel, config.train
-    holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_parts for spec in specs)
+    holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_shard for spec in specs)
     model = config.model if isinstance(config.model, GPTConfig) else None
     facts = Facts(
         num_layers=len(specs),

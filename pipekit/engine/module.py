@@ -197,10 +197,10 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         spec = self.layer_specs[layer_idx]
         layer = build_layer(spec, name=self.layer_names[layer_idx], seed=self.seed)
         if self.tensor_group is not None:
-            works_on_parts = self.sequence_parallel and any(
-                flow_of_spec(same).works_on_parts for same in self._sharing(spec)
+            works_on_shard = self.sequence_parallel and any(
+                flow_of_spec(same).works_on_shard for same in self._sharing(spec)
             )
-            shard_layer(layer, self.tensor_group, in_parts=works_on_parts)
+            shard_layer(layer, self.tensor_group, sequence_parallel=works_on_shard)
         return layer
 
     def _sharing(self, spec: LayerSpec) -> list[LayerSpec]:
@@ -291,18 +291,20 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 if self.observe_layer is not None:
                     self.observe_layer(layer_idx, inputs, dropout_path)
             if layer_idx == len(self.layer_specs) - 1:
-                inputs = convert(inputs, is_part=self.gives_part(layer_idx), wants_part=False, group=self.tensor_group)
+                inputs = convert(
+                    inputs, is_shard=self.returns_shard(layer_idx), wants_shard=False, group=self.tensor_group
+                )
         return inputs
 
-    def gives_part(self, layer_idx: int) -> bool:
+    def returns_shard(self, layer_idx: int) -> bool:
         """Return whether one of this rank's layers returns this rank's part of the sequence."""
-        return self._flows[layer_idx].gives_part
+        return self._flows[layer_idx].returns_shard
 
     def _as_taken(self, inputs: Activations, layer_idx: int) -> Activations:
         """Return what the layer before has returned as this one takes it: the whole sequence, or this rank's part."""
-        is_part = layer_idx > 0 and self.gives_part(layer_idx - 1)
-        wants_part = self._flows[layer_idx].takes_part
-        return convert(inputs, is_part=is_part, wants_part=wants_part, group=self.tensor_group)
+        is_shard = layer_idx > 0 and self.returns_shard(layer_idx - 1)
+        wants_shard = self._flows[layer_idx].takes_shard
+        return convert(inputs, is_shard=is_shard, wants_shard=wants_shard, group=self.tensor_group)
 
     def stage_parameters(self, stage: int) -> list[nn.Parameter]:
         """Return the trainable parameters of one of this rank's stages."""

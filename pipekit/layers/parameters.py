@@ -43,7 +43,7 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
 
 def _cut(layer: nn.Module, name: str, tp: int) -> None:
     try:
-        shard_layer(layer, PlannedGroup(rank=0, size=tp), in_parts=False)
+        shard_layer(layer, PlannedGroup(rank=0, size=tp), sequence_parallel=False)
     except LayoutError as error:
         raise LayoutError(f"layer {name!r}: {error}") from None
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pipekit.tensor_parallel.collectives import (
-    copy_to_parts,
+    copy_to_shards,
     gather_sequence,
-    gather_sequence_for_parts,
+    gather_sequence_for_shards,
+    reduce_scatter_sequence,
     split_sequence,
-    sum_parts,
-    sum_parts_to_sequence,
+    sum_partials,
 )
 from pipekit.tensor_parallel.cross_entropy import vocabulary_parallel_cross_entropy
-from pipekit.tensor_parallel.cut import shard_layer
-from pipekit.tensor_parallel.flow import IN_PARTS, WHOLE, SequenceFlow
+from pipekit.tensor_parallel.flow import SHARDED, WHOLE, SequenceFlow
 from pipekit.tensor_parallel.group import PlannedGroup, TensorGroup
 from pipekit.tensor_parallel.head_loss import chunked_head_loss, plan_chunk_tokens
 from pipekit.tensor_parallel.layers import (
@@ -27,10 +26,11 @@ from pipekit.tensor_parallel.layers import (
 )
 from pipekit.tensor_parallel.logits import Logits, whole_outputs
 from pipekit.tensor_parallel.randomness import sharded_dropout, sharded_randomness
-from pipekit.tensor_parallel.shards import Shard, cut_parameter, has_partial_gradient, shard_of
+from pipekit.tensor_parallel.shard_layer import shard_layer
+from pipekit.tensor_parallel.shards import Shard, has_partial_gradient, shard_of, shard_parameter
 
 __all__ = [
-    "IN_PARTS",
+    "SHARDED",
     "WHOLE",
     "ColumnParallelLinear",
     "KeyValueLinear",
@@ -46,19 +46,19 @@ __all__ = [
     "chunked_head_loss",
     "column_parallel_linear",
     "column_parallel_linears",
-    "copy_to_parts",
-    "cut_parameter",
+    "copy_to_shards",
     "gather_sequence",
-    "gather_sequence_for_parts",
+    "gather_sequence_for_shards",
     "has_partial_gradient",
     "plan_chunk_tokens",
+    "reduce_scatter_sequence",
     "shard_layer",
     "shard_of",
+    "shard_parameter",
     "sharded_dropout",
     "sharded_randomness",
     "split_sequence",
-    "sum_parts",
-    "sum_parts_to_sequence",
+    "sum_partials",
     "vocabulary_parallel_cross_entropy",
     "whole_outputs",
 ]

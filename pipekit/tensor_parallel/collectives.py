@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pipekit.errors import LayoutError
 from pipekit.tensor_parallel.group import TensorGroup
-from pipekit.tensor_parallel.shards import part_of
+from pipekit.tensor_parallel.shards import shard_bounds
 
 SEQUENCE_DIM = 1
 """Activations are `(B, S, ...)`."""
@@ -64,7 +64,7 @@ def _own_part_of_sum(x: Tensor, group: TensorGroup) -> Tensor:
 
 def _own_part(x: Tensor, group: TensorGroup) -> Tensor:
     check_divisible(x.shape[SEQUENCE_DIM], group)
-    first, last = part_of(x.shape[SEQUENCE_DIM], group.rank, group.size)
+    first, last = shard_bounds(x.shape[SEQUENCE_DIM], group.rank, group.size)
     return x.narrow(SEQUENCE_DIM, first, last - first).contiguous()
 
 
@@ -82,17 +82,17 @@ def check_divisible(sequence_length: int, group: TensorGroup) -> None:
         )
 
 
-def copy_to_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
+def copy_to_shards(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return `x`, for a computation that is shared out; the gradient is summed over the group."""
     return _exchange(x, group, _keep, _sum)
 
 
-def sum_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
+def sum_partials(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the sum of the partial results `x` over the group, whole on every rank."""
     return _exchange(x, group, _sum, _keep)
 
 
-def sum_parts_to_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
+def reduce_scatter_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return this rank's part `(B, S / tp, ...)` of the sum of the partial results `x` `(B, S, ...)`.
 
     Raises:
@@ -101,7 +101,7 @@ def sum_parts_to_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
     return _exchange(x, group, _own_part_of_sum, _gather)
 
 
-def gather_sequence_for_parts(x: Tensor, group: TensorGroup | None) -> Tensor:
+def gather_sequence_for_shards(x: Tensor, group: TensorGroup | None) -> Tensor:
     """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what ranks share out."""
     return _exchange(x, group, _gather, _own_part_of_sum)
 

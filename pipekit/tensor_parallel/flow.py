@@ -21,21 +21,21 @@ class SequenceFlow:
     function. One that says nothing takes and returns the whole sequence.
 
     Attributes:
-        takes_part: whether it takes `(B, S / tp, ...)`, this rank's part of the sequence.
-        gives_part: whether it returns this rank's part.
+        takes_shard: whether it takes `(B, S / tp, ...)`, this rank's part of the sequence.
+        returns_shard: whether it returns this rank's part.
     """
 
-    takes_part: bool = False
-    gives_part: bool = False
+    takes_shard: bool = False
+    returns_shard: bool = False
 
     @property
-    def works_on_parts(self) -> bool:
+    def works_on_shard(self) -> bool:
         """Whether what the layer computes outside its tensor-parallel modules is on this rank's part."""
-        return self.takes_part or self.gives_part
+        return self.takes_shard or self.returns_shard
 
 
 WHOLE = SequenceFlow()
-IN_PARTS = SequenceFlow(takes_part=True, gives_part=True)
+SHARDED = SequenceFlow(takes_shard=True, returns_shard=True)
 
 
 def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
@@ -44,7 +44,7 @@ def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
     return flow
 
 
-def convert(activations: Any, *, is_part: bool, wants_part: bool, group: TensorGroup | None) -> Any:
+def convert(activations: Any, *, is_shard: bool, wants_shard: bool, group: TensorGroup | None) -> Any:
     """Return activations as the next layer takes them.
 
     Floating-point tensors of three dimensions, `(B, S, D)`, are joined or split along the sequence; others, such as
@@ -52,13 +52,13 @@ def convert(activations: Any, *, is_part: bool, wants_part: bool, group: TensorG
 
     Args:
         activations: what the layer before has returned.
-        is_part: whether that is this rank's part of the sequence.
-        wants_part: whether the next layer takes this rank's part.
+        is_shard: whether that is this rank's part of the sequence.
+        wants_shard: whether the next layer takes this rank's part.
         group: the tensor-parallel peers.
     """
-    if group is None or is_part == wants_part:
+    if group is None or is_shard == wants_shard:
         return activations
-    change = split_sequence if wants_part else gather_sequence
+    change = split_sequence if wants_shard else gather_sequence
     tensors, structure = flatten(activations, "what a layer has returned")
     return unflatten([change(tensor, group) if has_sequence(tensor) else tensor for tensor in tensors], structure)
 

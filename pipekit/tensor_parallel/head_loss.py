@@ -28,12 +28,12 @@ from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensors.weight_gradients import autocasts
 
 
-def plan_chunk_tokens(num_tokens: int, vocab_part: int, *, limit_bytes: int = 64 * 2**20) -> int | None:
+def plan_chunk_tokens(num_tokens: int, vocab_shard_size: int, *, limit_bytes: int = 64 * 2**20) -> int | None:
     """Return how many tokens the loss should take at a time; None where all fit.
 
     Args:
         num_tokens: tokens of a micro-batch, B * S.
-        vocab_part: how many scores of a token a rank computes, V / tp.
+        vocab_shard_size: how many scores of a token a rank computes, V / tp.
         limit_bytes: what the fp32 logits of a chunk may take; of a single token they may take more.
 
     Returns:
@@ -45,7 +45,7 @@ def plan_chunk_tokens(num_tokens: int, vocab_part: int, *, limit_bytes: int = 64
         >>> plan_chunk_tokens(4096, 512) is None
         True
     """
-    token_bytes = vocab_part * torch.float32.itemsize
+    token_bytes = vocab_shard_size * torch.float32.itemsize
     if num_tokens * token_bytes <= limit_bytes:
         return None
     num_chunks = -(-num_tokens // max(1, limit_bytes // token_bytes))
@@ -58,7 +58,7 @@ def chunked_head_loss(
     labels: Tensor,
     group: TensorGroup | None,
     *,
-    in_parts: bool,
+    sequence_parallel: bool,
     vocab_size: int,
     chunk_tokens: int,
     ignored_label: int = IGNORED_LABEL,
@@ -73,11 +73,11 @@ def chunked_head_loss(
     them, or else computed a third time.
 
     Args:
-        hidden: `(B, S, D)`; with `in_parts` this rank's part of the sequence, `(B, S / tp, D)`.
+        hidden: `(B, S, D)`; with `sequence_parallel` this rank's part of the sequence, `(B, S / tp, D)`.
         weight: `(V / tp, D)`: this rank's rows, as `Shard(0, (V,), rank, tp)` shares them out.
         labels: `(B, S)` int64, the next token of each, of the whole sequence.
         group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
-        in_parts: whether `hidden` is a part of the sequence.
+        sequence_parallel: whether `hidden` is a part of the sequence.
         vocab_size: V.
         chunk_tokens: how many tokens are taken at a time; `plan_chunk_tokens` finds a good number.
         ignored_label: tokens of this label are left out of the mean.
@@ -87,7 +87,8 @@ def chunked_head_loss(
 
     Example:
         >>> hidden, weight, labels = torch.ones(1, 5, 4), torch.ones(8, 4), torch.arange(5).reshape(1, 5)
-        >>> loss = chunked_head_loss(hidden, weight, labels, None, in_parts=False, vocab_size=8, chunk_tokens=2)
+        >>> how = {"sequence_parallel": False, "vocab_size": 8, "chunk_tokens": 2}
+        >>> loss = chunked_head_loss(hidden, weight, labels, None, **how)
         >>> f"{loss:.4f} is ln 8"
         '2.0794 is ln 8'
     """
@@ -101,14 +102,14 @@ def chunked_head_loss(
                 weight.to(dtype),
                 labels,
                 group,
-                in_parts=in_parts,
+                sequence_parallel=sequence_parallel,
                 vocab_size=vocab_size,
                 chunk_tokens=chunk_tokens,
                 ignored_label=ignored_label,
             )
-    num_tokens = hidden[..., 0].numel() * (group.size if group is not None and in_parts else 1)
+    num_tokens = hidden[..., 0].numel() * (group.size if group is not None and sequence_parallel else 1)
     targets = Targets.of(labels, group, num_tokens=num_tokens, vocab_size=vocab_size, ignored=ignored_label)
-    loss: Tensor = _HeadLoss.apply(hidden, weight, targets, group, in_parts, chunk_tokens)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(hidden, weight, targets, group, sequence_parallel, chunk_tokens)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -120,10 +121,10 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Targets,
         group: TensorGroup | None,
-        in_parts: bool,
+        sequence_parallel: bool,
         chunk_tokens: int,
     ) -> Tensor:
-        x = _tokens(hidden, group, in_parts)
+        x = _tokens(hidden, group, sequence_parallel)
         parts = [
             sum_up(F.linear(x[chunk], weight), targets.narrow(chunk.start, chunk.stop - chunk.start))
             for chunk in _chunks(len(x), chunk_tokens)
@@ -133,15 +134,25 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, sums)
         # By itself, so that activation checkpointing does not stand a copy in for it.
         ctx.weight = weight
-        ctx.targets, ctx.group, ctx.in_parts, ctx.chunk_tokens = targets, group, in_parts, chunk_tokens
+        ctx.targets, ctx.group, ctx.sequence_parallel, ctx.chunk_tokens = (
+            targets,
+            group,
+            sequence_parallel,
+            chunk_tokens,
+        )
         return mean_loss(sums, scores, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, sums), weight, group, in_parts = ctx.saved_tensors, ctx.weight, ctx.group, ctx.in_parts
+        (hidden, sums), weight, group, sequence_parallel = (
+            ctx.saved_tensors,
+            ctx.weight,
+            ctx.group,
+            ctx.sequence_parallel,
+        )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        x = _tokens(hidden, group, in_parts)
+        x = _tokens(hidden, group, sequence_parallel)
         partial = x.new_empty(x.shape) if needs_hidden else None
         weight_gradient = _Accumulated(weight) if needs_weight else None
         summing: Pending | None = None
@@ -151,7 +162,7 @@ class _HeadLoss(torch.autograd.Function):
             if partial is not None:
                 torch.mm(gradient, weight, out=partial[chunk])
                 if chunk.stop == len(x) and group is not None:
-                    summing = _start_sum(partial, hidden, group, in_parts)
+                    summing = _start_sum(partial, hidden, group, sequence_parallel)
             if weight_gradient is not None:
                 weight_gradient.add(gradient, x[chunk])
         hidden_gradient = partial if summing is None else summing.wait()
@@ -162,9 +173,11 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _tokens(hidden: Tensor, group: TensorGroup | None, in_parts: bool) -> Tensor:
+def _tokens(hidden: Tensor, group: TensorGroup | None, sequence_parallel: bool) -> Tensor:
     """Return the activations of all tokens, `(T, D)`."""
-    return (group.all_gather(hidden, SEQUENCE_DIM) if group is not None and in_parts else hidden).flatten(0, -2)
+    return (group.all_gather(hidden, SEQUENCE_DIM) if group is not None and sequence_parallel else hidden).flatten(
+        0, -2
+    )
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
@@ -172,9 +185,9 @@ def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
 
-def _start_sum(partial: Tensor, hidden: Tensor, group: TensorGroup, in_parts: bool) -> Pending:
+def _start_sum(partial: Tensor, hidden: Tensor, group: TensorGroup, sequence_parallel: bool) -> Pending:
     """Begin to sum the ranks' gradients `(T, D)` of the activations, of which each gets its part."""
-    if in_parts:
+    if sequence_parallel:
         return group.start_reduce_scatter(partial.view(hidden.shape[0], -1, hidden.shape[-1]), SEQUENCE_DIM)
     return group.start_all_reduce(partial)
 

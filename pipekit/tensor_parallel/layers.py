@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 from pipekit.errors import ConfigError, DataError, LayoutError
 from pipekit.tensor_parallel.collectives import (
     SEQUENCE_DIM,
-    copy_to_parts,
-    gather_sequence_for_parts,
-    sum_parts,
-    sum_parts_to_sequence,
+    copy_to_shards,
+    gather_sequence_for_shards,
+    reduce_scatter_sequence,
+    sum_partials,
 )
 from pipekit.tensor_parallel.group import Pending, TensorGroup
-from pipekit.tensor_parallel.shards import Shard, cut_parameter, mark_partial_gradient, part_of
+from pipekit.tensor_parallel.shards import Shard, mark_partial_gradient, shard_bounds, shard_parameter
 from pipekit.tensors.weight_gradients import OuterProduct, SumOverRows, autocasts, defer_weight_gradient, is_deferred
 
 
@@ -35,23 +35,23 @@ class TensorParallelModule(nn.Module):
 
     Attributes:
         group: the tensor-parallel peers; None where the module is whole.
-        in_parts: whether its whole activations are held as each rank's part of the sequence.
+        sequence_parallel: whether its whole activations are held as each rank's part of the sequence.
     """
 
     group: TensorGroup | None = None
-    in_parts: bool = False
+    sequence_parallel: bool = False
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         """Keep this rank's part of every parameter. Called once, when the layer that it is in has been built.
 
         Args:
             group: the tensor-parallel peers.
-            in_parts: whether activations outside are this rank's part of the sequence.
+            sequence_parallel: whether activations outside are this rank's part of the sequence.
 
         Raises:
             LayoutError: if there is not enough to share out.
         """
-        self.group, self.in_parts = group, in_parts
+        self.group, self.sequence_parallel = group, sequence_parallel
 
 
 class ColumnParallelLinear(TensorParallelModule, nn.Linear):
@@ -88,15 +88,15 @@ class ColumnParallelLinear(TensorParallelModule, nn.Linear):
                 f"out_features={out_features}; make both the same"
             )
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
         shard = Shard(0, self.blocks, group.rank, group.size)
-        cut_parameter(self, "weight", shard)
+        shard_parameter(self, "weight", shard)
         if self.bias is not None:
-            cut_parameter(self, "bias", shard)
+            shard_parameter(self, "bias", shard)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, self.weight, self.bias, self.group, in_parts=self.in_parts)
+        return column_parallel_linear(x, self.weight, self.bias, self.group, sequence_parallel=self.sequence_parallel)
 
 
 class RowParallelLinear(TensorParallelModule, nn.Linear):
@@ -105,15 +105,19 @@ class RowParallelLinear(TensorParallelModule, nn.Linear):
     The results are summed over the group; the bias is added to the sum.
     """
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
-        cut_parameter(self, "weight", Shard(1, (self.in_features,), group.rank, group.size))
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
+        shard_parameter(self, "weight", Shard(1, (self.in_features,), group.rank, group.size))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group is None:
             return F.linear(x, self.weight, self.bias)
         partial = F.linear(x, self.weight)
-        y = sum_parts_to_sequence(partial, self.group) if self.in_parts else sum_parts(partial, self.group)
+        y = (
+            reduce_scatter_sequence(partial, self.group)
+            if self.sequence_parallel
+            else sum_partials(partial, self.group)
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -134,9 +138,9 @@ class VocabularyParallelModule(TensorParallelModule):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=init_std)
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
-        cut_parameter(self, "weight", Shard(0, (self.vocab_size,), group.rank, group.size))
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
+        shard_parameter(self, "weight", Shard(0, (self.vocab_size,), group.rank, group.size))
 
 
 class VocabularyParallelEmbedding(VocabularyParallelModule):
@@ -147,11 +151,15 @@ class VocabularyParallelEmbedding(VocabularyParallelModule):
             return F.embedding(token_ids, self.weight)
         if token_ids.device.type == "cpu" and token_ids.numel():
             _check_ids(token_ids, self.vocab_size)
-        first, end = part_of(self.vocab_size, self.group.rank, self.group.size)
+        first, end = shard_bounds(self.vocab_size, self.group.rank, self.group.size)
         elsewhere = (token_ids < first) | (token_ids >= end)
         found = F.embedding((token_ids - first).masked_fill(elsewhere, 0), self.weight)
         partial = found.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return sum_parts_to_sequence(partial, self.group) if self.in_parts else sum_parts(partial, self.group)
+        return (
+            reduce_scatter_sequence(partial, self.group)
+            if self.sequence_parallel
+            else sum_partials(partial, self.group)
+        )
 
 
 def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
@@ -183,16 +191,16 @@ class KeyValueLinear(ColumnParallelLinear):
         self.head_size = head_size
         self._own_rows: list[slice] | None = None
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         if self.num_kv_heads % group.size == 0:
-            super().shard(group, in_parts=in_parts)
+            super().shard(group, sequence_parallel=sequence_parallel)
             return
         if group.size % self.num_kv_heads:
             raise LayoutError(
                 f"parallel.tp={group.size} and {self.num_kv_heads} key-value heads do not go together: one must divide "
                 f"the other; try parallel.tp={math.gcd(group.size, self.num_kv_heads)}"
             )
-        TensorParallelModule.shard(self, group, in_parts=in_parts)
+        TensorParallelModule.shard(self, group, sequence_parallel=sequence_parallel)
         first, width = group.rank * self.num_kv_heads // group.size * self.head_size, self.blocks[0]
         self._own_rows = [slice(start, start + self.head_size) for start in (first, width + first)]
         for parameter in self.parameters():
@@ -206,27 +214,31 @@ class KeyValueLinear(ColumnParallelLinear):
         return weight, None if self.bias is None else torch.cat([self.bias[rows] for rows in self._own_rows])
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, *self.own(), self.group, in_parts=self.in_parts)
+        return column_parallel_linear(x, *self.own(), self.group, sequence_parallel=self.sequence_parallel)
 
 
 def column_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup | None, *, in_parts: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup | None, *, sequence_parallel: bool = False
 ) -> Tensor:
     """Return this rank's outputs `(..., O / tp)` of a linear layer.
 
     Args:
-        x: `(..., I)`; with `in_parts` this rank's part of the sequence, `(B, S / tp, I)`.
+        x: `(..., I)`; with `sequence_parallel` this rank's part of the sequence, `(B, S / tp, I)`.
         weight: `(O / tp, I)`.
         bias: `(O / tp)`.
         group: the tensor-parallel peers; None computes `F.linear`.
-        in_parts: whether `x` is a part of the sequence.
+        sequence_parallel: whether `x` is a part of the sequence.
     """
-    (output,) = column_parallel_linears(x, [(weight, bias)], group, in_parts=in_parts)
+    (output,) = column_parallel_linears(x, [(weight, bias)], group, sequence_parallel=sequence_parallel)
     return output
 
 
 def column_parallel_linears(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], group: TensorGroup | None, *, in_parts: bool = False
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None]],
+    group: TensorGroup | None,
+    *,
+    sequence_parallel: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return this rank's outputs of several linear layers, whose input is gathered, and its gradient summed, once.
 
@@ -234,13 +246,13 @@ def column_parallel_linears(
         x: as for `column_parallel_linear`.
         layers: weight and bias of each.
         group: the tensor-parallel peers; None computes `F.linear`.
-        in_parts: whether `x` is a part of the sequence.
+        sequence_parallel: whether `x` is a part of the sequence.
     """
     if group is not None and not autocasts(x):
         flat = [tensor for layer in layers for tensor in layer]
-        outputs: tuple[Tensor, ...] = _ColumnLinears.apply(x, group, in_parts, *flat)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _ColumnLinears.apply(x, group, sequence_parallel, *flat)  # type: ignore[no-untyped-call]
         return outputs
-    x = gather_sequence_for_parts(x, group) if in_parts else copy_to_parts(x, group)
+    x = gather_sequence_for_shards(x, group) if sequence_parallel else copy_to_shards(x, group)
     return tuple(F.linear(x, weight, bias) for weight, bias in layers)
 
 
@@ -252,11 +264,13 @@ class _ColumnLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup, in_parts: bool, *layers: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, group: TensorGroup, sequence_parallel: bool, *layers: Tensor | None
+    ) -> tuple[Tensor, ...]:
         weights, biases = layers[0::2], layers[1::2]
         ctx.save_for_backward(x)
-        ctx.weights, ctx.biases, ctx.group, ctx.in_parts = weights, biases, group, in_parts
-        whole = group.all_gather(x, SEQUENCE_DIM) if in_parts else x
+        ctx.weights, ctx.biases, ctx.group, ctx.sequence_parallel = weights, biases, group, sequence_parallel
+        whole = group.all_gather(x, SEQUENCE_DIM) if sequence_parallel else x
         return tuple(
             F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True) if weight is not None
         )
@@ -271,7 +285,7 @@ class _ColumnLinears(torch.autograd.Function):
             ctx.needs_input_grad[3::2],
             ctx.needs_input_grad[4::2],
         )
-        inputs = _Inputs(x, group if ctx.in_parts else None)
+        inputs = _Inputs(x, group if ctx.sequence_parallel else None)
         if any(needed and not is_deferred(weight) for needed, weight in zip(needs_weight, weights, strict=True)):
             inputs.start()
         summing = None
@@ -280,7 +294,9 @@ class _ColumnLinears(torch.autograd.Function):
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 partial += grad.matmul(weight)
             summing = (
-                group.start_reduce_scatter(partial, SEQUENCE_DIM) if ctx.in_parts else group.start_all_reduce(partial)
+                group.start_reduce_scatter(partial, SEQUENCE_DIM)
+                if ctx.sequence_parallel
+                else group.start_all_reduce(partial)
             )
         gradients: list[Tensor | None] = []
         for index, grad in enumerate(grads):

@@ -22,10 +22,10 @@ class Logits:
     A loss takes what it needs of them (`cross_entropy`); what must see all of them asks for `whole()`.
 
     Args:
-        hidden: `(B, S, D)`; with `in_parts` this rank's part of the sequence, `(B, S / tp, D)`.
+        hidden: `(B, S, D)`; with `sequence_parallel` this rank's part of the sequence, `(B, S / tp, D)`.
         weight: the head's, `(V / tp, D)`: this rank's rows, as `Shard(0, (V,), rank, tp)` shares them out.
         group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
-        in_parts: whether `hidden` is a part of the sequence.
+        sequence_parallel: whether `hidden` is a part of the sequence.
         vocab_size: V.
         chunk_tokens: how many tokens the loss takes at a time, as `plan_chunk_tokens` says; None for all at once.
 
@@ -43,14 +43,14 @@ class Logits:
         weight: Tensor,
         group: TensorGroup | None,
         *,
-        in_parts: bool = False,
+        sequence_parallel: bool = False,
         vocab_size: int,
         chunk_tokens: int | None = None,
     ) -> None:
         self.hidden = hidden
         self.weight = weight
         self.group = group
-        self.in_parts = in_parts and group is not None
+        self.sequence_parallel = sequence_parallel and group is not None
         self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
 
@@ -58,7 +58,7 @@ class Logits:
     def shape(self) -> torch.Size:
         """`(B, S, V)`, of the whole sequence and vocabulary."""
         batch, num_tokens, _ = self.hidden.shape
-        num_parts = self.group.size if self.group is not None and self.in_parts else 1
+        num_parts = self.group.size if self.group is not None and self.sequence_parallel else 1
         return torch.Size((batch, num_tokens * num_parts, self.vocab_size))
 
     def cross_entropy(self, labels: Tensor, *, ignored_label: int = IGNORED_LABEL) -> Tensor:
@@ -78,12 +78,14 @@ class Logits:
                 self.weight,
                 labels,
                 self.group,
-                in_parts=self.in_parts,
+                sequence_parallel=self.sequence_parallel,
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.chunk_tokens,
                 ignored_label=ignored_label,
             )
-        logits = column_parallel_linear(self.hidden, self.weight, None, self.group, in_parts=self.in_parts)
+        logits = column_parallel_linear(
+            self.hidden, self.weight, None, self.group, sequence_parallel=self.sequence_parallel
+        )
         return vocabulary_parallel_cross_entropy(
             logits, labels, self.group, vocab_size=self.vocab_size, ignored_label=ignored_label
         )
@@ -96,7 +98,7 @@ class Logits:
         """
         if self.group is None:
             return F.linear(self.hidden, self.weight)
-        hidden = self.group.all_gather(self.hidden, SEQUENCE_DIM) if self.in_parts else self.hidden
+        hidden = self.group.all_gather(self.hidden, SEQUENCE_DIM) if self.sequence_parallel else self.hidden
         own = F.linear(hidden, self.weight)
         shard = Shard(own.ndim - 1, (self.vocab_size,), self.group.rank, self.group.size)
         lengths = [shard.shape_of(rank, own.shape)[-1] for rank in range(shard.size)]

@@ -40,7 +40,7 @@ class Shard:
         """Return what `rank` holds along `dim`: a slice of each block."""
         slices, start = [], 0
         for length in self.blocks:
-            first, last = part_of(length, rank, self.size)
+            first, last = shard_bounds(length, rank, self.size)
             slices.append(slice(start + first, start + last))
             start += length
         return slices
@@ -76,25 +76,25 @@ class Shard:
         return (*shape[: self.dim], length, *shape[self.dim + 1 :])
 
 
-def part_of(length: int, rank: int, size: int) -> tuple[int, int]:
+def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
     """Return where a rank's part of `length` elements begins and ends: as even as can be, the larger parts first.
 
     Example:
-        >>> [part_of(6, rank, 4) for rank in range(4)]
+        >>> [shard_bounds(6, rank, 4) for rank in range(4)]
         [(0, 2), (2, 4), (4, 5), (5, 6)]
     """
     even, larger = divmod(length, size)
     return rank * even + min(rank, larger), (rank + 1) * even + min(rank + 1, larger)
 
 
-def cut_parameter(module: nn.Module, name: str, shard: Shard) -> None:
+def shard_parameter(module: nn.Module, name: str, shard: Shard) -> None:
     """Replace a whole parameter of `module` by this rank's part of it; modules that share it share the part.
 
     Raises:
         LayoutError: if a rank would get nothing of it, or another module that shares it is cut in another way.
     """
     whole = module.get_parameter(name)
-    if (other := part_of_parameter(whole)) is not None:
+    if (other := replacement_of(whole)) is not None:
         if shard_of(other) != shard:
             raise LayoutError(
                 f"{type(module).__name__}.{name} is shared with a module that is cut in another way under "
@@ -110,7 +110,7 @@ def cut_parameter(module: nn.Module, name: str, shard: Shard) -> None:
     with torch.no_grad():
         part = nn.Parameter(shard.take(whole), requires_grad=whole.requires_grad)
     part.tensor_shard = shard  # type: ignore[attr-defined]
-    whole.tensor_part = part  # type: ignore[attr-defined]
+    whole.tensor_replacement = part  # type: ignore[attr-defined]
     # By these names DeepSpeed knows that the gradient norm counts it on every tensor-parallel rank.
     part.tensor_model_parallel = part.model_parallel = True  # type: ignore[attr-defined]
     setattr(module, name, part)
@@ -122,9 +122,9 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return shard
 
 
-def part_of_parameter(whole: Tensor) -> nn.Parameter | None:
+def replacement_of(whole: Tensor) -> nn.Parameter | None:
     """Return the part that a whole parameter has been replaced by; None if it has not been cut."""
-    part: nn.Parameter | None = getattr(whole, "tensor_part", None)
+    part: nn.Parameter | None = getattr(whole, "tensor_replacement", None)
     return part
 
 

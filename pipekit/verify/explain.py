@@ -168,7 +168,7 @@ def _of_input_gradient(fault: Measurement, setting: Setting, others: Sequence[st
     )
     if setting.layout.tp > 1:
         text += (
-            ": likely a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_parts makes "
+            ": likely a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_shards makes "
             "one in the backward, ColumnParallelLinear its own)"
         )
     else:

@@ -171,7 +171,7 @@ def _parts_of(module: Any) -> Callable[[int, Tensor], Shard | None]:
     group = module.tensor_group
 
     def part(layer_idx: int, tensor: Tensor) -> Shard | None:
-        if group is None or not module.gives_part(layer_idx) or not has_sequence(tensor):
+        if group is None or not module.returns_shard(layer_idx) or not has_sequence(tensor):
             return None
         return Shard(SEQUENCE_DIM, (tensor.shape[SEQUENCE_DIM] * group.size,), group.rank, group.size)
 

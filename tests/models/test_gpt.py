@@ -19,7 +19,7 @@ from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_
 from pipekit.models import language_model_loss
 from pipekit.models.gpt import AttentionHalf, Head, PositionEmbedding, build_gpt2
 from pipekit.tensor_parallel import (
-    IN_PARTS,
+    SHARDED,
     Logits,
     PlannedGroup,
     SequenceFlow,
@@ -27,7 +27,7 @@ from pipekit.tensor_parallel import (
     shard_layer,
     whole_outputs,
 )
-from tensor_parallel.cut_model import CutModel, assert_all_close, join_gradients, join_parameters
+from tensor_parallel.sharded_model import CutModel, assert_all_close, join_gradients, join_parameters
 from tensor_parallel.threads import run_ranks
 
 
@@ -269,7 +269,7 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
     assert_all_close(actual.gradients, expected.gradients, tolerance=2e-6)
 
 
-def run_cut(size: int, specs: list[LayerSpec], weights: dict[str, Tensor], sequence_parallel: bool) -> Outcome:
+def run_sharded(size: int, specs: list[LayerSpec], weights: dict[str, Tensor], sequence_parallel: bool) -> Outcome:
     tokens, labels = tokens_and_labels()
 
     def run(group: TensorGroup) -> tuple[Tensor, Tensor, dict[str, nn.Parameter]]:
@@ -313,7 +313,7 @@ def test_ranks_together_compute_what_one_process_does(
     size: int, tied: bool, num_kv_heads: int | None, sequence_parallel: bool
 ) -> None:
     specs = build_gpt2(for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads))
-    actual = run_cut(size, specs, random_weights(specs), sequence_parallel)
+    actual = run_sharded(size, specs, random_weights(specs), sequence_parallel)
     assert_same(actual, plain_outcome(tied, num_kv_heads))
 
 
@@ -322,7 +322,7 @@ def test_ranks_together_compute_what_one_process_does(
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_loss_may_go_through_the_tokens_in_chunks(size: int, tied: bool, sequence_parallel: bool) -> None:
     specs = build_gpt2(for_ranks(tied_embedding=tied), loss_chunk_tokens=3)
-    assert_same(run_cut(size, specs, random_weights(specs), sequence_parallel), plain_outcome(tied, None))
+    assert_same(run_sharded(size, specs, random_weights(specs), sequence_parallel), plain_outcome(tied, None))
 
 
 @grouped_queries
@@ -345,27 +345,27 @@ def test_initial_weights_do_not_depend_on_the_ranks(size: int, tied: bool, num_k
 def test_heads_that_the_ranks_do_not_divide_are_refused(num_kv_heads: int | None) -> None:
     spec = build_gpt2(for_ranks(num_kv_heads=num_kv_heads))[2]
     with pytest.raises(LayoutError, match=r"parallel\.tp=6 does not divide model\.num_heads=4.*try parallel\.tp=2$"):
-        shard_layer(spec.build(), PlannedGroup(0, 6), in_parts=True)
+        shard_layer(spec.build(), PlannedGroup(0, 6), sequence_parallel=True)
 
 
 def test_logits_that_are_shared_out_are_not_computed_before_the_loss_asks() -> None:
     head = Head(4, 23, init_std=1.0)
     assert isinstance(head(torch.ones(1, 2, 4)), Tensor)
-    shard_layer(head, PlannedGroup(2, 4), in_parts=True)
+    shard_layer(head, PlannedGroup(2, 4), sequence_parallel=True)
     assert head.weight.shape == (6, 4)
     logits = head(torch.ones(1, 2, 4))
     assert isinstance(logits, Logits)
     assert logits.shape == (1, 8, 23)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_positions_of_a_part_are_those_of_the_whole_sequence(in_parts: bool) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_positions_of_a_part_are_those_of_the_whole_sequence(sequence_parallel: bool) -> None:
     for rank in range(3):
         layer = PositionEmbedding(12, 4, dropout=0.0, init_std=1.0)
-        shard_layer(layer, PlannedGroup(rank, 3), in_parts=in_parts)
-        first = 4 * rank if in_parts else 0
+        shard_layer(layer, PlannedGroup(rank, 3), sequence_parallel=sequence_parallel)
+        first = 4 * rank if sequence_parallel else 0
         assert torch.equal(layer(torch.zeros(1, 4, 4))[0], layer.weight[first : first + 4])
-        if in_parts:
+        if sequence_parallel:
             with pytest.raises(ConfigError, match=r"15 tokens is longer than model\.max_positions=12"):
                 layer(torch.zeros(1, 5, 4))
 
@@ -373,22 +373,24 @@ def test_positions_of_a_part_are_those_of_the_whole_sequence(in_parts: bool) -> 
 @tying
 def test_the_sequence_stays_in_parts_from_the_embedding_to_the_head(tied: bool) -> None:
     first, *between, last = [flow_of_spec(spec) for spec in build_gpt2(for_ranks(tied_embedding=tied))]
-    assert first == SequenceFlow(gives_part=True)
-    assert set(between) == {IN_PARTS}
-    assert last == SequenceFlow(takes_part=True)
+    assert first == SequenceFlow(returns_shard=True)
+    assert set(between) == {SHARDED}
+    assert last == SequenceFlow(takes_shard=True)
 
 
 # Dropout
 
 
-def ranks_from_one_seed(spec: LayerSpec, in_parts: bool, prepare: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def ranks_from_one_seed(
+    spec: LayerSpec, sequence_parallel: bool, prepare: Any, x: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     """Return each rank's output, and the generator's state after it; the ranks run one after the other."""
     results = []
     for rank in range(2):
         layer = build_layer(spec, name="layer", seed=0)
         with torch.no_grad():
             prepare(layer)
-        shard_layer(layer, PlannedGroup(rank, 2), in_parts=in_parts)
+        shard_layer(layer, PlannedGroup(rank, 2), sequence_parallel=sequence_parallel)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
             results.append((layer(x).detach(), torch.get_rng_state()))
@@ -404,20 +406,22 @@ def one_from_every_linear(layer: nn.Module) -> None:
             parameter.fill_(1)
 
 
-@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "in parts"])
 @pytest.mark.parametrize("layer_idx", [1, 2, 3], ids=["position", "attention", "mlp"])
-def test_ranks_drop_a_whole_activation_alike_and_each_its_own_part_by_itself(layer_idx: int, in_parts: bool) -> None:
+def test_ranks_drop_a_whole_activation_alike_and_each_its_own_part_by_itself(
+    layer_idx: int, sequence_parallel: bool
+) -> None:
     spec = build_gpt2(for_ranks(dropout=0.5))[layer_idx]
     (first, state), (second, other_state) = ranks_from_one_seed(
-        spec, in_parts, one_from_every_linear, torch.zeros(2, 6, 16)
+        spec, sequence_parallel, one_from_every_linear, torch.zeros(2, 6, 16)
     )
     assert set(first.unique().tolist()) == {0.0, 2.0}
-    assert torch.equal(first, second) == (not in_parts)
+    assert torch.equal(first, second) == (not sequence_parallel)
     assert torch.equal(state, other_state), "the next layer would draw differently"
 
 
-@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
-def test_ranks_drop_what_tokens_look_at_by_themselves(in_parts: bool) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "in parts"])
+def test_ranks_drop_what_tokens_look_at_by_themselves(sequence_parallel: bool) -> None:
     def every_value_is_one(layer: nn.Module) -> None:
         assert isinstance(layer, AttentionHalf)
         assert layer.qkv is not None
@@ -434,7 +438,7 @@ def test_ranks_drop_what_tokens_look_at_by_themselves(in_parts: bool) -> None:
         layer.get_submodule("projection").register_forward_pre_hook(catch)
 
     spec = build_gpt2(for_ranks(dropout=0.5))[2]
-    (_, state), (_, other_state) = ranks_from_one_seed(spec, in_parts, prepare, torch.randn(2, 6, 16))
+    (_, state), (_, other_state) = ranks_from_one_seed(spec, sequence_parallel, prepare, torch.randn(2, 6, 16))
     assert not torch.equal(dropped[0], dropped[1]), "the ranks' heads are different ones"
     assert torch.equal(state, other_state)
 
@@ -489,7 +493,7 @@ class Unpack(nn.Module):
 class UnpackParts(Unpack):
     """Takes this rank's part of the sequence, and the whole mask."""
 
-    sequence_flow = IN_PARTS
+    sequence_flow = SHARDED
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         assert inputs["mask"].shape == (2, 8)
@@ -509,7 +513,7 @@ def test_a_users_layer_need_not_know_of_it(unpack: type[Unpack], size: int, sequ
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     expected = Outcome(logits.detach(), loss.detach(), join_gradients([model.parameters()]))
-    assert_same(run_cut(size, specs, weights, sequence_parallel), expected)
+    assert_same(run_sharded(size, specs, weights, sequence_parallel), expected)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -523,7 +527,7 @@ def test_a_users_layer_may_come_last(size: int) -> None:
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     expected = Outcome(logits.detach(), loss.detach().double(), join_gradients([model.parameters()]))
-    assert_same(run_cut(size, specs, weights, True), expected)
+    assert_same(run_sharded(size, specs, weights, True), expected)
 
 
 @pytest.mark.parametrize("size", [2, 4])

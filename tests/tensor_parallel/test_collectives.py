@@ -13,12 +13,12 @@ from pipekit.errors import LayoutError
 from pipekit.tensor_parallel import (
     PlannedGroup,
     TensorGroup,
-    copy_to_parts,
+    copy_to_shards,
     gather_sequence,
-    gather_sequence_for_parts,
+    gather_sequence_for_shards,
+    reduce_scatter_sequence,
     split_sequence,
-    sum_parts,
-    sum_parts_to_sequence,
+    sum_partials,
 )
 from tensor_parallel.threads import run_ranks
 
@@ -52,11 +52,11 @@ def parts_of(whole: Tensor, size: int) -> list[Tensor]:
 
 CASES = {
     # What each rank does with its copy is its own, so that the results do not count as alike.
-    "copy_to_parts": Case(copy_to_parts, "whole", False, lambda xs: list(xs)),
-    "sum_parts": Case(sum_parts, "own", True, lambda xs: [total(xs)] * len(xs)),
-    "sum_parts_to_sequence": Case(sum_parts_to_sequence, "own", False, lambda xs: parts_of(total(xs), len(xs))),
-    "gather_sequence_for_parts": Case(
-        gather_sequence_for_parts, "part", False, lambda xs: [torch.cat(xs, 1)] * len(xs)
+    "copy_to_shards": Case(copy_to_shards, "whole", False, lambda xs: list(xs)),
+    "sum_partials": Case(sum_partials, "own", True, lambda xs: [total(xs)] * len(xs)),
+    "reduce_scatter_sequence": Case(reduce_scatter_sequence, "own", False, lambda xs: parts_of(total(xs), len(xs))),
+    "gather_sequence_for_shards": Case(
+        gather_sequence_for_shards, "part", False, lambda xs: [torch.cat(xs, 1)] * len(xs)
     ),
     "gather_sequence": Case(gather_sequence, "part", True, lambda xs: [torch.cat(xs, 1)] * len(xs)),
     "split_sequence": Case(
@@ -140,7 +140,7 @@ def test_what_needs_no_gradient_gets_none(name: str) -> None:
     assert run_ranks(2, run) == [False, False]
 
 
-@pytest.mark.parametrize("apply", [split_sequence, sum_parts_to_sequence])
+@pytest.mark.parametrize("apply", [split_sequence, reduce_scatter_sequence])
 def test_a_sequence_that_cannot_be_cut_evenly_is_refused(apply: Callable[[Tensor, TensorGroup], Tensor]) -> None:
     with pytest.raises(LayoutError, match=r"10 tokens .*3 equal parts.*pad it to 12.*sequence_parallel=false"):
         apply(torch.ones(1, 10, 2), PlannedGroup(0, 3))

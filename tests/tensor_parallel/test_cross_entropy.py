@@ -27,7 +27,7 @@ def reference(logits: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64
     return loss.detach(), whole.grad
 
 
-def in_parts(logits: Tensor, labels: Tensor, tp: int) -> tuple[list[Tensor], Tensor]:
+def sequence_parallel(logits: Tensor, labels: Tensor, tp: int) -> tuple[list[Tensor], Tensor]:
     """Return the loss of each rank, and the gradient of the logits, joined."""
     vocab_size = logits.shape[-1]
 
@@ -54,7 +54,7 @@ def test_it_is_the_loss_of_torch(tp: int, vocab_size: int) -> None:
     labels = torch.randint(vocab_size, (2, 5), generator=torch.Generator().manual_seed(1))
     labels[0, 1] = labels[1, 4] = -100
     expected, expected_gradient = reference(logits, labels)
-    losses, gradient = in_parts(logits, labels, tp)
+    losses, gradient = sequence_parallel(logits, labels, tp)
     assert all(loss.dtype == torch.float32 and torch.equal(loss, losses[0]) for loss in losses)
     torch.testing.assert_close(losses[0].double(), expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-6, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_it_is_the_loss_of_torch_for_any_shape(
     labels = torch.randint(vocab_size, (1, num_tokens), generator=generator)
     labels[torch.rand(1, num_tokens, generator=generator) < ignored] = -100
     expected, expected_gradient = reference(logits, labels)
-    losses, gradient = in_parts(logits, labels, tp)
+    losses, gradient = sequence_parallel(logits, labels, tp)
     torch.testing.assert_close(losses[0].double(), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
     torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-5, rtol=1e-5, equal_nan=True)
 
@@ -91,7 +91,7 @@ def test_labels_at_the_borders_of_parts_are_found() -> None:
     for column in range(6):
         label = torch.full((1, 6), -100)
         label[0, column] = borders[0, column]
-        losses, gradient = in_parts(logits, label, tp)
+        losses, gradient = sequence_parallel(logits, label, tp)
         torch.testing.assert_close(losses[0].double(), reference(logits, label)[0])
         assert gradient[0, column].argmin() == borders[0, column]
 
@@ -99,7 +99,7 @@ def test_labels_at_the_borders_of_parts_are_found() -> None:
 def test_the_mean_of_no_token_is_nan_as_in_torch() -> None:
     logits, labels = scores((1, 3, 8)), torch.full((1, 3), -100)
     expected, expected_gradient = reference(logits, labels, torch.float32)
-    losses, gradient = in_parts(logits, labels, 2)
+    losses, gradient = sequence_parallel(logits, labels, 2)
     assert expected.isnan()
     assert all(loss.isnan() for loss in losses)
     torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
@@ -128,7 +128,7 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
     logits = scores((2, 4, 5000)).bfloat16()
     labels = torch.randint(5000, (2, 4), generator=torch.Generator().manual_seed(1))
     expected, expected_gradient = reference(logits, labels)
-    losses, gradient = in_parts(logits, labels, 2)
+    losses, gradient = sequence_parallel(logits, labels, 2)
     torch.testing.assert_close(losses[0].double(), expected, atol=1e-5, rtol=0)
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-8, rtol=2**-8)
@@ -136,7 +136,7 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     logits = torch.tensor([[[3e4, -3e4, 3e4, 1.0]]])
-    losses, gradient = in_parts(logits, torch.tensor([[0]]), 2)
+    losses, gradient = sequence_parallel(logits, torch.tensor([[0]]), 2)
     assert abs(losses[0].item() - 0.6931472) < 1e-6
     torch.testing.assert_close(gradient, SCALE * torch.tensor([[[-0.5, 0, 0.5, 0]]]))
 
@@ -146,7 +146,7 @@ def test_a_rank_whose_part_of_the_vocabulary_is_masked_out_adds_nothing() -> Non
     logits[..., 4:] = -torch.inf
     labels = torch.tensor([[1, 2]])
     expected, expected_gradient = reference(logits, labels)
-    losses, gradient = in_parts(logits, labels, 2)
+    losses, gradient = sequence_parallel(logits, labels, 2)
     torch.testing.assert_close(losses[0].double(), expected)
     torch.testing.assert_close(gradient.double(), expected_gradient)
 
@@ -197,7 +197,7 @@ def test_one_fp32_copy_of_the_logits_is_made_at_a_time(dtype: torch.dtype) -> No
 def test_a_label_outside_of_the_vocabulary_is_an_error(label: int) -> None:
     labels = torch.tensor([[0, label]])
     with pytest.raises(DataError, match=rf"label {label} is no token of a vocabulary of 8; set model\.vocab_size"):
-        in_parts(torch.zeros(1, 2, 8), labels, 2)
+        sequence_parallel(torch.zeros(1, 2, 8), labels, 2)
     with pytest.raises(DataError, match=f"label {label} is no token"):
         vocabulary_parallel_cross_entropy(torch.zeros(1, 2, 8), labels, None, vocab_size=8)
 

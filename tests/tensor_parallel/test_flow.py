@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipekit.errors import LayoutError, PipekitError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, flow_of_spec
-from pipekit.tensor_parallel import IN_PARTS, WHOLE, PlannedGroup, SequenceFlow, TensorGroup
+from pipekit.tensor_parallel import SHARDED, WHOLE, PlannedGroup, SequenceFlow, TensorGroup
 from pipekit.tensor_parallel.flow import convert, flow_of
 from tensor_parallel.threads import run_ranks
 
@@ -18,34 +18,34 @@ B, S, D = 2, 6, 3
 
 
 class Part(nn.Identity):
-    sequence_flow = IN_PARTS
+    sequence_flow = SHARDED
 
 
 def head(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-head.sequence_flow = SequenceFlow(takes_part=True)  # type: ignore[attr-defined]
+head.sequence_flow = SequenceFlow(takes_shard=True)  # type: ignore[attr-defined]
 
 
 def test_a_layer_that_says_nothing_takes_and_gives_the_whole_sequence() -> None:
-    assert flow_of(nn.Identity()) == flow_of(len) == WHOLE == SequenceFlow(takes_part=False, gives_part=False)
-    assert flow_of(Part()) == IN_PARTS == SequenceFlow(takes_part=True, gives_part=True)
+    assert flow_of(nn.Identity()) == flow_of(len) == WHOLE == SequenceFlow(takes_shard=False, returns_shard=False)
+    assert flow_of(Part()) == SHARDED == SequenceFlow(takes_shard=True, returns_shard=True)
 
 
 def test_a_spec_tells_what_its_layer_would() -> None:
     assert flow_of_spec(LayerSpec(nn.Identity)) == WHOLE
-    assert flow_of_spec(LayerSpec(Part)) == IN_PARTS
-    assert flow_of_spec(LayerSpec(lambda: Part())) == IN_PARTS
-    assert flow_of_spec(TiedLayerSpec("x", Part)) == IN_PARTS
-    assert flow_of_spec(TiedLayerSpec("x", Part, forward_fn=head)) == SequenceFlow(takes_part=True)
+    assert flow_of_spec(LayerSpec(Part)) == SHARDED
+    assert flow_of_spec(LayerSpec(lambda: Part())) == SHARDED
+    assert flow_of_spec(TiedLayerSpec("x", Part)) == SHARDED
+    assert flow_of_spec(TiedLayerSpec("x", Part, forward_fn=head)) == SequenceFlow(takes_shard=True)
     assert flow_of_spec(TiedLayerSpec("x", Part, forward_fn=lambda module, x: x)) == WHOLE
 
 
 @pytest.mark.parametrize("takes", [False, True])
 @pytest.mark.parametrize("gives", [False, True])
 def test_a_layer_works_on_parts_if_it_takes_or_gives_them(takes: bool, gives: bool) -> None:
-    assert SequenceFlow(takes_part=takes, gives_part=gives).works_on_parts == (takes or gives)
+    assert SequenceFlow(takes_shard=takes, returns_shard=gives).works_on_shard == (takes or gives)
 
 
 def activations() -> dict[str, Any]:
@@ -67,8 +67,8 @@ def test_tensors_along_the_sequence_are_split_and_joined_and_others_are_left() -
     size, whole = 3, activations()
 
     def run(group: TensorGroup) -> tuple[dict[str, Any], dict[str, Any]]:
-        parts = convert(whole, is_part=False, wants_part=True, group=group)
-        return parts, convert(parts, is_part=True, wants_part=False, group=group)
+        parts = convert(whole, is_shard=False, wants_shard=True, group=group)
+        return parts, convert(parts, is_shard=True, wants_shard=False, group=group)
 
     for rank, (parts, joined) in enumerate(run_ranks(size, run)):
         own = slice(rank * S // size, (rank + 1) * S // size)
@@ -85,15 +85,15 @@ def test_tensors_along_the_sequence_are_split_and_joined_and_others_are_left() -
         assert torch.equal(joined["heads"][0], whole["heads"][0])
 
 
-@pytest.mark.parametrize("is_part", [False, True])
-def test_what_comes_as_it_is_wanted_is_left(is_part: bool) -> None:
+@pytest.mark.parametrize("is_shard", [False, True])
+def test_what_comes_as_it_is_wanted_is_left(is_shard: bool) -> None:
     x = activations()
-    assert convert(x, is_part=is_part, wants_part=is_part, group=PlannedGroup(0, 2)) is x
+    assert convert(x, is_shard=is_shard, wants_shard=is_shard, group=PlannedGroup(0, 2)) is x
 
 
 def test_without_a_group_nothing_is_converted() -> None:
     x = object()
-    assert convert(x, is_part=False, wants_part=True, group=None) is x
+    assert convert(x, is_shard=False, wants_shard=True, group=None) is x
 
 
 def test_gradients_go_back_the_same_way() -> None:
@@ -106,9 +106,9 @@ def test_gradients_go_back_the_same_way() -> None:
     def run(group: TensorGroup) -> tuple[Tensor | None, Tensor | None]:
         own = x.detach().chunk(size, 1)[group.rank].clone().requires_grad_()
         own_scale = scale.detach().clone().requires_grad_()
-        taken = convert((own,), is_part=True, wants_part=False, group=group)[0]
+        taken = convert((own,), is_shard=True, wants_shard=False, group=group)[0]
         given = (taken.cumsum(1) * own_scale) ** 2
-        part = convert({"x": given}, is_part=False, wants_part=True, group=group)["x"]
+        part = convert({"x": given}, is_shard=False, wants_shard=True, group=group)["x"]
         (part * weight.chunk(size, 1)[group.rank]).sum().backward()
         return own.grad, own_scale.grad
 
@@ -120,9 +120,9 @@ def test_gradients_go_back_the_same_way() -> None:
 
 def test_a_sequence_that_has_no_equal_parts_is_refused() -> None:
     with pytest.raises(LayoutError, match="6 tokens cannot be cut into the 4 equal parts"):
-        convert(activations(), is_part=False, wants_part=True, group=PlannedGroup(0, 4))
+        convert(activations(), is_shard=False, wants_shard=True, group=PlannedGroup(0, 4))
 
 
 def test_what_is_no_activation_is_named() -> None:
     with pytest.raises(PipekitError, match="what a layer has returned holds a int"):
-        convert((torch.ones(B, S, D), 3), is_part=False, wants_part=True, group=PlannedGroup(0, 2))
+        convert((torch.ones(B, S, D), 3), is_shard=False, wants_shard=True, group=PlannedGroup(0, 2))

@@ -67,7 +67,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     return Outcome(loss.detach(), hidden.grad, weight.grad)
 
 
-def chunked(case: Case, tp: int, chunk_tokens: int, *, in_parts: bool = False) -> Outcome:
+def chunked(case: Case, tp: int, chunk_tokens: int, *, sequence_parallel: bool = False) -> Outcome:
     """Return what the ranks compute, joined; `tp=0` goes without a group."""
     vocab_size = case.vocab_size
 
@@ -75,11 +75,17 @@ def chunked(case: Case, tp: int, chunk_tokens: int, *, in_parts: bool = False) -
         hidden, weight = case.hidden.detach(), case.weight.detach()
         if group is not None:
             weight = Shard(0, (vocab_size,), group.rank, group.size).take(weight)
-            if in_parts:
+            if sequence_parallel:
                 hidden = Shard(1, (hidden.shape[1],), group.rank, group.size).take(hidden)
         hidden, weight = hidden.clone().requires_grad_(), nn.Parameter(weight.clone())
         loss = chunked_head_loss(
-            hidden, weight, case.labels, group, in_parts=in_parts, vocab_size=vocab_size, chunk_tokens=chunk_tokens
+            hidden,
+            weight,
+            case.labels,
+            group,
+            sequence_parallel=sequence_parallel,
+            vocab_size=vocab_size,
+            chunk_tokens=chunk_tokens,
         )
         (loss * SCALE).backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
@@ -90,10 +96,10 @@ def chunked(case: Case, tp: int, chunk_tokens: int, *, in_parts: bool = False) -
     outcomes = [compute(None)] if tp == 0 else run_ranks(tp, compute)
     for other in outcomes[1:]:
         assert torch.equal(other.loss.nan_to_num(), outcomes[0].loss.nan_to_num())
-        assert in_parts or torch.equal(other.hidden, outcomes[0].hidden)
+        assert sequence_parallel or torch.equal(other.hidden, outcomes[0].hidden)
     return Outcome(
         outcomes[0].loss,
-        torch.cat([outcome.hidden for outcome in outcomes], 1) if in_parts else outcomes[0].hidden,
+        torch.cat([outcome.hidden for outcome in outcomes], 1) if sequence_parallel else outcomes[0].hidden,
         torch.cat([outcome.weight for outcome in outcomes]),
     )
 
@@ -111,12 +117,12 @@ def assert_close(actual: Outcome, expected: Outcome, *, tolerance: float) -> Non
         )
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("tp", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 24, 100])
-def test_it_is_the_loss_of_torch(tp: int, chunk_tokens: int, in_parts: bool) -> None:
+def test_it_is_the_loss_of_torch(tp: int, chunk_tokens: int, sequence_parallel: bool) -> None:
     case = make_case()
-    assert_close(chunked(case, tp, chunk_tokens, in_parts=in_parts), reference(case), tolerance=3e-6)
+    assert_close(chunked(case, tp, chunk_tokens, sequence_parallel=sequence_parallel), reference(case), tolerance=3e-6)
 
 
 @given(
@@ -124,17 +130,23 @@ def test_it_is_the_loss_of_torch(tp: int, chunk_tokens: int, in_parts: bool) -> 
     tp=st.integers(0, 4),
     tokens=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     chunk_tokens=st.integers(1, 40),
-    in_parts=st.booleans(),
+    sequence_parallel=st.booleans(),
     ignored=st.floats(0, 1),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
 def test_it_is_the_loss_of_torch_for_any_shape(
-    vocab_size: int, tp: int, tokens: tuple[int, int], chunk_tokens: int, in_parts: bool, ignored: float, seed: int
+    vocab_size: int,
+    tp: int,
+    tokens: tuple[int, int],
+    chunk_tokens: int,
+    sequence_parallel: bool,
+    ignored: float,
+    seed: int,
 ) -> None:
     batch, length = tokens
     case = make_case(vocab_size, (batch, length * max(tp, 1)), seed=seed, ignored=ignored)
-    assert_close(chunked(case, tp, chunk_tokens, in_parts=in_parts), reference(case), tolerance=1e-5)
+    assert_close(chunked(case, tp, chunk_tokens, sequence_parallel=sequence_parallel), reference(case), tolerance=1e-5)
 
 
 def test_in_double_precision_only_the_loss_is_rounded() -> None:
@@ -155,13 +167,13 @@ def test_labels_at_the_borders_of_parts_are_found() -> None:
         assert_close(actual, reference(case._replace(labels=labels)), tolerance=3e-6)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("tp", [0, 2, 3])
-def test_bf16_is_as_exact_as_at_once(tp: int, in_parts: bool) -> None:
+def test_bf16_is_as_exact_as_at_once(tp: int, sequence_parallel: bool) -> None:
     case = make_case(501, (2, 48), 32)
     case = case._replace(hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16() / 4)
     exact, at_once = reference(case), reference(case, torch.bfloat16)
-    actual = chunked(case, tp, 7, in_parts=in_parts)
+    actual = chunked(case, tp, 7, sequence_parallel=sequence_parallel)
     assert_close(actual, at_once, tolerance=2**-6)
     # The logits of both are rounded to bf16, so neither is exact.
     for ours, theirs, truth in zip(actual, at_once, exact, strict=True):
@@ -196,7 +208,7 @@ def test_a_tied_weight_gets_both_gradients() -> None:
 
     ours = gradient(
         lambda hidden, weight: chunked_head_loss(
-            hidden, weight, case.labels, None, in_parts=False, vocab_size=10, chunk_tokens=3
+            hidden, weight, case.labels, None, sequence_parallel=False, vocab_size=10, chunk_tokens=3
         )
     )
     theirs = gradient(
@@ -206,19 +218,19 @@ def test_a_tied_weight_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_it_runs_under_activation_checkpointing(use_reentrant: bool, in_parts: bool) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_it_runs_under_activation_checkpointing(use_reentrant: bool, sequence_parallel: bool) -> None:
     case = make_case()
     expected = reference(case)
 
     def compute(group: TensorGroup) -> Outcome:
-        hidden = Shard(1, (12,), group.rank, 2).take(case.hidden) if in_parts else case.hidden.clone()
+        hidden = Shard(1, (12,), group.rank, 2).take(case.hidden) if sequence_parallel else case.hidden.clone()
         hidden.requires_grad_()
         weight = nn.Parameter(Shard(0, (23,), group.rank, 2).take(case.weight))
 
         def head(x: Tensor) -> Tensor:
             return chunked_head_loss(
-                x * 1, weight, case.labels, group, in_parts=in_parts, vocab_size=23, chunk_tokens=5
+                x * 1, weight, case.labels, group, sequence_parallel=sequence_parallel, vocab_size=23, chunk_tokens=5
             )
 
         loss: Any = checkpoint(head, hidden, use_reentrant=use_reentrant, preserve_rng_state=False)
@@ -228,7 +240,7 @@ def test_it_runs_under_activation_checkpointing(use_reentrant: bool, in_parts: b
         return Outcome(loss.detach(), hidden.grad, weight.grad)
 
     first, second = run_ranks(2, compute)
-    hidden = torch.cat([first.hidden, second.hidden], 1) if in_parts else first.hidden
+    hidden = torch.cat([first.hidden, second.hidden], 1) if sequence_parallel else first.hidden
     actual = Outcome(first.loss, hidden, torch.cat([first.weight, second.weight]))
     assert_close(actual, expected, tolerance=3e-6)
 
@@ -246,7 +258,7 @@ def test_what_is_not_trained_gets_no_gradient(frozen: str) -> None:
     case, expected = make_case(), reference(make_case())
     hidden = case.hidden.clone().requires_grad_(frozen != "hidden")
     weight = case.weight.clone().requires_grad_(frozen != "weight")
-    loss = chunked_head_loss(hidden, weight, case.labels, None, in_parts=False, vocab_size=23, chunk_tokens=5)
+    loss = chunked_head_loss(hidden, weight, case.labels, None, sequence_parallel=False, vocab_size=23, chunk_tokens=5)
     (loss * SCALE).backward()  # type: ignore[no-untyped-call]
     trained, untrained = (hidden, weight) if frozen == "weight" else (weight, hidden)
     assert untrained.grad is None
@@ -259,7 +271,7 @@ def test_the_gradient_of_frozen_activations_is_not_summed() -> None:
     events: list[str] = []
     hidden, weight, labels = torch.ones(1, 6, 5), nn.Parameter(torch.ones(4, 5)), torch.arange(6).reshape(1, 6)
     loss = chunked_head_loss(
-        hidden, weight, labels, RecordingGroup(events), in_parts=False, vocab_size=8, chunk_tokens=3
+        hidden, weight, labels, RecordingGroup(events), sequence_parallel=False, vocab_size=8, chunk_tokens=3
     )
     events.clear()
     loss.backward()  # type: ignore[no-untyped-call]
@@ -278,7 +290,7 @@ def test_activations_need_not_be_contiguous(order: tuple[int, int, int]) -> None
     hidden = case.hidden.permute(*back).contiguous().permute(*order).detach().requires_grad_()
     assert not hidden.is_contiguous()
     loss = chunked_head_loss(
-        hidden, case.weight, case.labels, Alone(0, 1), in_parts=False, vocab_size=23, chunk_tokens=5
+        hidden, case.weight, case.labels, Alone(0, 1), sequence_parallel=False, vocab_size=23, chunk_tokens=5
     )
     (loss * SCALE).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
@@ -289,7 +301,9 @@ def test_autocast_computes_the_logits_in_its_type() -> None:
     case = make_case(101, (2, 12), 16)
     hidden, weight = case.hidden.clone().requires_grad_(), nn.Parameter(case.weight.clone())
     with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_head_loss(hidden, weight, case.labels, None, in_parts=False, vocab_size=101, chunk_tokens=5)
+        loss = chunked_head_loss(
+            hidden, weight, case.labels, None, sequence_parallel=False, vocab_size=101, chunk_tokens=5
+        )
     (loss * SCALE).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -348,17 +362,23 @@ class RecordWeightGradient(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_activations_gradient_is_summed_behind_the_weights(in_parts: bool, dtype: torch.dtype) -> None:
+def test_the_activations_gradient_is_summed_behind_the_weights(sequence_parallel: bool, dtype: torch.dtype) -> None:
     events: list[str] = []
-    hidden = torch.randn(1, 3 if in_parts else 6, 5, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(1, 3 if sequence_parallel else 6, 5, dtype=dtype, requires_grad=True)
     weight = nn.Parameter(torch.randn(4, 5, dtype=dtype))
     labels = torch.arange(6).reshape(1, 6)
     loss = chunked_head_loss(
-        hidden, weight, labels, RecordingGroup(events), in_parts=in_parts, vocab_size=8, chunk_tokens=3
+        hidden,
+        weight,
+        labels,
+        RecordingGroup(events),
+        sequence_parallel=sequence_parallel,
+        vocab_size=8,
+        chunk_tokens=3,
     )
-    gathering = ["gathering of (1, 3, 5) begins", "gathering of (1, 3, 5) is waited for"] if in_parts else []
+    gathering = ["gathering of (1, 3, 5) begins", "gathering of (1, 3, 5) is waited for"] if sequence_parallel else []
     # One collective for all tokens.
     assert events == [*gathering, "gathering of (6, 1, 3) begins", "gathering of (6, 1, 3) is waited for"]
     events.clear()
@@ -373,7 +393,9 @@ def test_shapes_alone_are_enough() -> None:
     hidden = torch.empty(2, 3, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
     weight = nn.Parameter(torch.empty(5, 4, device="meta", dtype=torch.bfloat16))
     labels = torch.empty(2, 6, dtype=torch.int64, device="meta")
-    loss = chunked_head_loss(hidden, weight, labels, PlannedGroup(0, 2), in_parts=True, vocab_size=9, chunk_tokens=5)
+    loss = chunked_head_loss(
+        hidden, weight, labels, PlannedGroup(0, 2), sequence_parallel=True, vocab_size=9, chunk_tokens=5
+    )
     loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -398,8 +420,8 @@ def peak_bytes(hidden: Tensor, weight: Tensor, loss_of: Callable[[Tensor, Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_vocabulary_takes_at_most_a_third_of_the_memory(dtype: torch.dtype) -> None:
-    def make(vocab_part: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(1, NUM_TOKENS, WIDTH).to(dtype), torch.randn(vocab_part, WIDTH).to(dtype)
+    def make(vocab_shard_size: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(1, NUM_TOKENS, WIDTH).to(dtype), torch.randn(vocab_shard_size, WIDTH).to(dtype)
 
     labels = torch.arange(NUM_TOKENS).reshape(1, NUM_TOKENS) * 1000
     plain_bytes = peak_bytes(
@@ -421,7 +443,7 @@ def test_a_large_vocabulary_takes_at_most_a_third_of_the_memory(dtype: torch.dty
                 weight,
                 labels,
                 group,
-                in_parts=False,
+                sequence_parallel=False,
                 vocab_size=VOCAB_SIZE,
                 chunk_tokens=chunk_tokens,
             ),
@@ -443,18 +465,20 @@ def test_only_two_numbers_for_each_token_outlive_the_forward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        chunked_head_loss(hidden, weight, case.labels, None, in_parts=False, vocab_size=4096, chunk_tokens=8)
+        chunked_head_loss(hidden, weight, case.labels, None, sequence_parallel=False, vocab_size=4096, chunk_tokens=8)
     assert sorted(tuple(tensor.shape) for tensor in kept) == [(1, 64, 6), (64, 2)]
 
 
 # Planning the chunks
 
 
-@given(num_tokens=st.integers(1, 10**5), vocab_part=st.integers(1, 10**6), limit_bytes=st.integers(4, 10**9))
-def test_chunks_are_as_few_and_as_even_as_the_limit_allows(num_tokens: int, vocab_part: int, limit_bytes: int) -> None:
-    chunk_tokens = plan_chunk_tokens(num_tokens, vocab_part, limit_bytes=limit_bytes)
-    at_once = max(1, limit_bytes // (4 * vocab_part))
-    if num_tokens <= limit_bytes // (4 * vocab_part):
+@given(num_tokens=st.integers(1, 10**5), vocab_shard_size=st.integers(1, 10**6), limit_bytes=st.integers(4, 10**9))
+def test_chunks_are_as_few_and_as_even_as_the_limit_allows(
+    num_tokens: int, vocab_shard_size: int, limit_bytes: int
+) -> None:
+    chunk_tokens = plan_chunk_tokens(num_tokens, vocab_shard_size, limit_bytes=limit_bytes)
+    at_once = max(1, limit_bytes // (4 * vocab_shard_size))
+    if num_tokens <= limit_bytes // (4 * vocab_shard_size):
         assert chunk_tokens is None
         return
     assert chunk_tokens is not None
@@ -473,4 +497,4 @@ def test_a_label_outside_of_the_vocabulary_is_an_error() -> None:
 def test_there_is_a_label_for_each_token_of_the_whole_sequence() -> None:
     case = make_case(8, (1, 4))
     with pytest.raises(DataError, match=r"labels of shape \(1, 2\) are for 2 tokens, and the model has scored 4"):
-        chunked(case._replace(labels=torch.tensor([[0, 1]])), 2, 1, in_parts=True)
+        chunked(case._replace(labels=torch.tensor([[0, 1]])), 2, 1, sequence_parallel=True)

@@ -25,22 +25,22 @@ from pipekit.tensor_parallel import (
     TensorParallelModule,
     VocabularyParallelEmbedding,
     column_parallel_linears,
-    copy_to_parts,
-    cut_parameter,
-    gather_sequence_for_parts,
+    copy_to_shards,
+    gather_sequence_for_shards,
     shard_layer,
     shard_of,
+    shard_parameter,
 )
 from pipekit.tensor_parallel.group import Pending
 from pipekit.tensors.weight_gradients import Compute, add_gradient, deferring
-from tensor_parallel.cut_model import assert_all_close, join_gradients, join_parameters
+from tensor_parallel.sharded_model import assert_all_close, join_gradients, join_parameters
 from tensor_parallel.threads import run_ranks
 
 B, S, IN, WIDTH, OUT = 2, 12, 5, 14, 6
 """Batch, tokens, inputs, a width that 3 and 4 do not divide, outputs."""
 
 DEGREES = [1, 2, 3, 4]
-both_flows = pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
+both_flows = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "in parts"])
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -103,13 +103,13 @@ def run_plain(module: nn.Module, x: Tensor) -> Outcome:
     return Outcome(y.detach(), x.grad, {name: p.grad for name, p in module.named_parameters() if p.grad is not None})
 
 
-def own_part(whole: Tensor, group: TensorGroup, in_parts: bool) -> Tensor:
-    return whole.chunk(group.size, 1)[group.rank].contiguous() if in_parts else whole
+def own_part(whole: Tensor, group: TensorGroup, sequence_parallel: bool) -> Tensor:
+    return whole.chunk(group.size, 1)[group.rank].contiguous() if sequence_parallel else whole
 
 
-def run_cut(
+def run_sharded(
     size: int,
-    in_parts: bool,
+    sequence_parallel: bool,
     build: Callable[[], nn.Module],
     x: Tensor,
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x),
@@ -118,10 +118,10 @@ def run_cut(
 
     def run(group: TensorGroup) -> tuple[Tensor, Tensor | None, dict[str, nn.Parameter]]:
         module = build()
-        shard_layer(module, group, in_parts=in_parts)
-        own = own_part(x.detach(), group, in_parts).clone().requires_grad_(x.requires_grad)
+        shard_layer(module, group, sequence_parallel=sequence_parallel)
+        own = own_part(x.detach(), group, sequence_parallel).clone().requires_grad_(x.requires_grad)
         y = call(module, own)
-        y.backward(own_part(output_gradient(y.dtype), group, in_parts))  # type: ignore[no-untyped-call]
+        y.backward(own_part(output_gradient(y.dtype), group, sequence_parallel))  # type: ignore[no-untyped-call]
         return y.detach(), own.grad, dict(module.named_parameters())
 
     outputs, input_gradients, parameters = zip(*run_ranks(size, run), strict=True)
@@ -129,14 +129,14 @@ def run_cut(
     if not x.requires_grad:
         assert all(gradient is None for gradient in input_gradients)
     return Outcome(
-        together(outputs, in_parts),
-        together(input_gradients, in_parts) if x.requires_grad else None,
+        together(outputs, sequence_parallel),
+        together(input_gradients, sequence_parallel) if x.requires_grad else None,
         join_gradients(trained),
     )
 
 
-def together(tensors: Sequence[Tensor], in_parts: bool) -> Tensor:
-    if in_parts:
+def together(tensors: Sequence[Tensor], sequence_parallel: bool) -> Tensor:
+    if sequence_parallel:
         return torch.cat(list(tensors), 1)
     for tensor in tensors:
         torch.testing.assert_close(tensor, tensors[0])
@@ -159,9 +159,9 @@ def assert_same(actual: Outcome, expected: Outcome, *, tolerance: float = 1e-10)
 @both_flows
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("size", DEGREES)
-def test_column_and_row_compute_what_torch_does(size: int, bias: bool, in_parts: bool) -> None:
+def test_column_and_row_compute_what_torch_does(size: int, bias: bool, sequence_parallel: bool) -> None:
     expected = run_plain(Plain(bias=bias), inputs())
-    actual = run_cut(size, in_parts, partial(Network, bias=bias), inputs())
+    actual = run_sharded(size, sequence_parallel, partial(Network, bias=bias), inputs())
     assert_same(actual, expected)
 
 
@@ -176,7 +176,7 @@ def test_inputs_need_not_have_three_dimensions() -> None:
 
     def run(group: TensorGroup) -> tuple[Tensor, Tensor | None]:
         module, own = Network(), x.detach().clone().requires_grad_()
-        shard_layer(module, group, in_parts=False)
+        shard_layer(module, group, sequence_parallel=False)
         y = module(own)
         y.sum().backward()
         return y.detach(), own.grad
@@ -187,25 +187,25 @@ def test_inputs_need_not_have_three_dimensions() -> None:
 
 
 @both_flows
-def test_inputs_that_need_no_gradient(in_parts: bool) -> None:
+def test_inputs_that_need_no_gradient(sequence_parallel: bool) -> None:
     expected = run_plain(Plain(), inputs(requires_grad=False))
-    assert_same(run_cut(2, in_parts, Network, inputs(requires_grad=False)), expected)
+    assert_same(run_sharded(2, sequence_parallel, Network, inputs(requires_grad=False)), expected)
 
 
 @both_flows
 @pytest.mark.parametrize("frozen", ["column.weight", "column.bias", "row.weight", "row.bias", "column", "all"])
-def test_frozen_weights_get_no_gradient(frozen: str, in_parts: bool) -> None:
+def test_frozen_weights_get_no_gradient(frozen: str, sequence_parallel: bool) -> None:
     def freeze(module: nn.Module) -> nn.Module:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(not (frozen == "all" or name.startswith(frozen)))
         return module
 
     expected = run_plain(freeze(Plain()), inputs())
-    assert_same(run_cut(3, in_parts, lambda: freeze(Network()), inputs()), expected)
+    assert_same(run_sharded(3, sequence_parallel, lambda: freeze(Network()), inputs()), expected)
 
 
 @both_flows
-def test_a_weight_that_is_used_twice_sums_its_gradients(in_parts: bool) -> None:
+def test_a_weight_that_is_used_twice_sums_its_gradients(sequence_parallel: bool) -> None:
     def twice(module: nn.Module, x: Tensor) -> Tensor:
         return module(x) + module(2 * x)  # type: ignore[no-any-return]
 
@@ -213,11 +213,11 @@ def test_a_weight_that_is_used_twice_sums_its_gradients(in_parts: bool) -> None:
     y = twice(plain, x)
     y.backward(output_gradient())  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    assert_same(run_cut(2, in_parts, Network, inputs(), twice), Outcome(y.detach(), x.grad, gradients))
+    assert_same(run_sharded(2, sequence_parallel, Network, inputs(), twice), Outcome(y.detach(), x.grad, gradients))
 
 
 @both_flows
-def test_under_autocast_they_are_as_torchs_layers_are(in_parts: bool) -> None:
+def test_under_autocast_they_are_as_torchs_layers_are(sequence_parallel: bool) -> None:
     def automatic(module: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return module(x)  # type: ignore[no-any-return]
@@ -227,7 +227,9 @@ def test_under_autocast_they_are_as_torchs_layers_are(in_parts: bool) -> None:
     y.backward(output_gradient(y.dtype))  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     expected = Outcome(y.detach(), x.grad, gradients)
-    actual = run_cut(2, in_parts, partial(Network, dtype=torch.float32), inputs(dtype=torch.float32), automatic)
+    actual = run_sharded(
+        2, sequence_parallel, partial(Network, dtype=torch.float32), inputs(dtype=torch.float32), automatic
+    )
     assert actual.gradients["column.weight"].dtype == torch.float32
     # bf16 has 8 bits; the products are of some ten terms of size one.
     for name, gradient in expected.gradients.items():
@@ -240,11 +242,11 @@ def test_under_autocast_they_are_as_torchs_layers_are(in_parts: bool) -> None:
 
 
 @both_flows
-def test_under_autocast_the_type_of_the_output_is_that_of_torchs_layers(in_parts: bool) -> None:
+def test_under_autocast_the_type_of_the_output_is_that_of_torchs_layers(sequence_parallel: bool) -> None:
     def output_type(group: TensorGroup | None, kind: type[nn.Linear]) -> torch.dtype:
         layer = kind(IN, OUT)
         if group is not None:
-            shard_layer(layer, group, in_parts=in_parts)
+            shard_layer(layer, group, sequence_parallel=sequence_parallel)
         x = torch.ones(B, S, layer.weight.shape[1])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return layer(x).dtype  # type: ignore[no-any-return]
@@ -254,25 +256,25 @@ def test_under_autocast_the_type_of_the_output_is_that_of_torchs_layers(in_parts
 
 
 @both_flows
-def test_activation_checkpointing_recomputes_the_same(in_parts: bool) -> None:
+def test_activation_checkpointing_recomputes_the_same(sequence_parallel: bool) -> None:
     def recomputed(module: nn.Module, x: Tensor) -> Tensor:
         # The generator is the process's, and ranks here are threads of it.
         return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
-    assert_same(run_cut(2, in_parts, Network, inputs(), recomputed), run_plain(Plain(), inputs()))
+    assert_same(run_sharded(2, sequence_parallel, Network, inputs(), recomputed), run_plain(Plain(), inputs()))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
 @both_flows
-def test_weight_gradients_that_are_put_off_are_the_same(in_parts: bool, checkpointed: bool) -> None:
+def test_weight_gradients_that_are_put_off_are_the_same(sequence_parallel: bool, checkpointed: bool) -> None:
     x, expected = inputs(), run_plain(Plain(), inputs())
 
     def run(group: TensorGroup) -> dict[str, nn.Parameter]:
         module = Network()
-        shard_layer(module, group, in_parts=in_parts)
-        own = own_part(x.detach(), group, in_parts).clone().requires_grad_()
+        shard_layer(module, group, sequence_parallel=sequence_parallel)
+        own = own_part(x.detach(), group, sequence_parallel).clone().requires_grad_()
         y = checkpoint(module, own, use_reentrant=False, preserve_rng_state=False) if checkpointed else module(own)
-        y.backward(own_part(output_gradient(), group, in_parts))
+        y.backward(own_part(output_gradient(), group, sequence_parallel))
         assert own.grad is not None
         return dict(module.named_parameters())
 
@@ -306,7 +308,7 @@ def test_blocks_that_are_not_the_outputs_are_refused() -> None:
 
 @both_flows
 @pytest.mark.parametrize("size", DEGREES)
-def test_several_layers_of_one_input(size: int, in_parts: bool) -> None:
+def test_several_layers_of_one_input(size: int, sequence_parallel: bool) -> None:
     widths, has_bias = (8, 5, 7), (True, False, True)
     whole = [nn.Linear(IN, width, bias, dtype=torch.float64) for width, bias in zip(widths, has_bias, strict=True)]
     x = inputs()
@@ -321,10 +323,10 @@ def test_several_layers_of_one_input(size: int, in_parts: bool) -> None:
             layer = ColumnParallelLinear(IN, linear.out_features, linear.bias is not None, dtype=torch.float64)
             layer.load_state_dict(linear.state_dict())
             layers.append(layer)
-        shard_layer(layers, group, in_parts=in_parts)
-        own = own_part(x.detach(), group, in_parts).clone().requires_grad_()
+        shard_layer(layers, group, sequence_parallel=sequence_parallel)
+        own = own_part(x.detach(), group, sequence_parallel).clone().requires_grad_()
         pairs = [(layer.weight, layer.bias) for layer in layers]
-        ys = column_parallel_linears(own, pairs, group, in_parts=in_parts)
+        ys = column_parallel_linears(own, pairs, group, sequence_parallel=sequence_parallel)
         torch.autograd.backward(
             ys,
             [
@@ -337,7 +339,7 @@ def test_several_layers_of_one_input(size: int, in_parts: bool) -> None:
     parts, input_gradients, parameters = zip(*run_ranks(size, run), strict=True)
     for each, output in zip(zip(*parts, strict=True), outputs, strict=True):
         torch.testing.assert_close(torch.cat(each, 2), output.detach())
-    torch.testing.assert_close(together(input_gradients, in_parts), x.grad)
+    torch.testing.assert_close(together(input_gradients, sequence_parallel), x.grad)
     expected = {
         f"{index}.{name}": p.grad for index, linear in enumerate(whole) for name, p in linear.named_parameters()
     }
@@ -345,17 +347,17 @@ def test_several_layers_of_one_input(size: int, in_parts: bool) -> None:
 
 
 @both_flows
-def test_an_output_that_is_not_used_changes_nothing(in_parts: bool) -> None:
+def test_an_output_that_is_not_used_changes_nothing(sequence_parallel: bool) -> None:
     x, weights = inputs(), [drawn(4, IN, seed=20), drawn(6, IN, seed=21)]
     F.linear(x, weights[0]).sum().backward()
 
     def run(group: TensorGroup) -> Tensor | None:
-        own = own_part(x.detach(), group, in_parts).clone().requires_grad_()
+        own = own_part(x.detach(), group, sequence_parallel).clone().requires_grad_()
         pairs = [(Shard(0, (len(weight),), group.rank, 2).take(weight), None) for weight in weights]
-        column_parallel_linears(own, pairs, group, in_parts=in_parts)[0].sum().backward()
+        column_parallel_linears(own, pairs, group, sequence_parallel=sequence_parallel)[0].sum().backward()
         return own.grad
 
-    torch.testing.assert_close(together(run_ranks(2, run), in_parts), x.grad)  # type: ignore[arg-type]
+    torch.testing.assert_close(together(run_ranks(2, run), sequence_parallel), x.grad)  # type: ignore[arg-type]
 
 
 def test_several_layers_without_a_group() -> None:
@@ -367,7 +369,7 @@ def test_several_layers_without_a_group() -> None:
 
 @both_flows
 @pytest.mark.parametrize("size", [2, 3])
-def test_of_every_block_a_rank_computes_some(size: int, in_parts: bool) -> None:
+def test_of_every_block_a_rank_computes_some(size: int, sequence_parallel: bool) -> None:
     blocks = (6, 4, 5)
     linear, x = nn.Linear(IN, 15, dtype=torch.float64), inputs()
     expected = linear(x)
@@ -377,8 +379,8 @@ def test_of_every_block_a_rank_computes_some(size: int, in_parts: bool) -> None:
     def run(group: TensorGroup) -> tuple[Tensor, Tensor | None, dict[str, nn.Parameter]]:
         layer = ColumnParallelLinear(IN, 15, blocks=blocks, dtype=torch.float64)
         layer.load_state_dict(linear.state_dict())
-        shard_layer(layer, group, in_parts=in_parts)
-        own = own_part(x.detach(), group, in_parts).clone().requires_grad_()
+        shard_layer(layer, group, sequence_parallel=sequence_parallel)
+        own = own_part(x.detach(), group, sequence_parallel).clone().requires_grad_()
         y = layer(own)
         y.backward(Shard(2, blocks, group.rank, size).take(gradient))
         return y.detach(), own.grad, dict(layer.named_parameters())
@@ -389,7 +391,7 @@ def test_of_every_block_a_rank_computes_some(size: int, in_parts: bool) -> None:
         thirds = [expected[..., start : start + length] for start, length in zip(starts, blocks, strict=True)]
         wanted = torch.cat([third.tensor_split(uneven(third.shape[-1], size), -1)[rank] for third in thirds], -1)
         torch.testing.assert_close(output, wanted.detach())
-    torch.testing.assert_close(together(input_gradients, in_parts), x.grad)
+    torch.testing.assert_close(together(input_gradients, sequence_parallel), x.grad)
     assert_all_close(join_gradients(parameters), {"weight": linear.weight.grad, "bias": linear.bias.grad})  # type: ignore[dict-item]
 
 
@@ -404,7 +406,7 @@ def uneven(length: int, size: int) -> list[int]:
 @both_flows
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("size", "num_kv_heads"), [(1, 3), (2, 4), (2, 2), (2, 1), (4, 2), (3, 1), (4, 4)])
-def test_keys_and_values_of_a_ranks_heads(size: int, num_kv_heads: int, bias: bool, in_parts: bool) -> None:
+def test_keys_and_values_of_a_ranks_heads(size: int, num_kv_heads: int, bias: bool, sequence_parallel: bool) -> None:
     head_size, width = 3, num_kv_heads * 3
     linear, x = nn.Linear(IN, 2 * width, bias, dtype=torch.float64), inputs()
 
@@ -427,8 +429,8 @@ def test_keys_and_values_of_a_ranks_heads(size: int, num_kv_heads: int, bias: bo
     def run(group: TensorGroup) -> tuple[Tensor, Tensor | None, dict[str, nn.Parameter]]:
         layer = KeyValueLinear(IN, num_kv_heads, head_size, bias=bias).double()
         layer.load_state_dict(linear.state_dict())
-        shard_layer(layer, group, in_parts=in_parts)
-        part = own_part(x.detach(), group, in_parts).clone().requires_grad_()
+        shard_layer(layer, group, sequence_parallel=sequence_parallel)
+        part = own_part(x.detach(), group, sequence_parallel).clone().requires_grad_()
         y = layer(part)
         y.backward(gradients[group.rank])
         return y.detach(), part.grad, dict(layer.named_parameters())
@@ -436,7 +438,7 @@ def test_keys_and_values_of_a_ranks_heads(size: int, num_kv_heads: int, bias: bo
     outputs, input_gradients, parameters = zip(*run_ranks(size, run), strict=True)
     for output, wanted in zip(outputs, own, strict=True):
         torch.testing.assert_close(output, wanted.detach())
-    torch.testing.assert_close(together(input_gradients, in_parts), x.grad)
+    torch.testing.assert_close(together(input_gradients, sequence_parallel), x.grad)
     assert_all_close(
         join_gradients(parameters),
         {name: parameter.grad for name, parameter in linear.named_parameters() if parameter.grad is not None},
@@ -452,7 +454,7 @@ def test_heads_of_keys_and_values_that_do_not_go_into_the_ranks(size: int, num_k
         LayoutError,
         match=rf"parallel\.tp={size} and {num_kv_heads} key-value heads .*; try parallel\.tp={instead}$",
     ):
-        shard_layer(layer, PlannedGroup(0, size), in_parts=False)
+        shard_layer(layer, PlannedGroup(0, size), sequence_parallel=False)
 
 
 # Embedding
@@ -461,7 +463,7 @@ def test_heads_of_keys_and_values_that_do_not_go_into_the_ranks(size: int, num_k
 @both_flows
 @pytest.mark.parametrize("size", DEGREES)
 @pytest.mark.parametrize("vocab_size", [4, 12, 13, 23])
-def test_tokens_are_looked_up_on_the_rank_that_has_them(vocab_size: int, size: int, in_parts: bool) -> None:
+def test_tokens_are_looked_up_on_the_rank_that_has_them(vocab_size: int, size: int, sequence_parallel: bool) -> None:
     borders = sorted(
         {
             index
@@ -479,13 +481,13 @@ def test_tokens_are_looked_up_on_the_rank_that_has_them(vocab_size: int, size: i
     def run(group: TensorGroup) -> tuple[Tensor, dict[str, nn.Parameter]]:
         layer = VocabularyParallelEmbedding(vocab_size, OUT).double()
         layer.load_state_dict({"weight": weight.detach()})
-        shard_layer(layer, group, in_parts=in_parts)
+        shard_layer(layer, group, sequence_parallel=sequence_parallel)
         y = layer(token_ids)
-        y.backward(own_part(gradient, group, in_parts))
+        y.backward(own_part(gradient, group, sequence_parallel))
         return y.detach(), dict(layer.named_parameters())
 
     outputs, parameters = zip(*run_ranks(size, run), strict=True)
-    torch.testing.assert_close(together(outputs, in_parts), expected.detach())
+    torch.testing.assert_close(together(outputs, sequence_parallel), expected.detach())
     assert_all_close(join_gradients(parameters), {"weight": weight.grad})  # type: ignore[dict-item]
     assert_all_close(join_parameters(parameters), {"weight": weight.detach()}, tolerance=0)
 
@@ -508,7 +510,7 @@ def test_an_embedding_draws_its_weights_as_it_is_told() -> None:
 )
 def test_a_layer_with_less_to_share_out_than_there_are_ranks(build: Callable[[], nn.Module], least: int) -> None:
     with pytest.raises(LayoutError, match=rf"parallel\.tp=4 is more than .* \({least}\); try parallel\.tp={least}"):
-        shard_layer(build(), PlannedGroup(0, 4), in_parts=False)
+        shard_layer(build(), PlannedGroup(0, 4), sequence_parallel=False)
 
 
 # What runs behind what
@@ -559,7 +561,7 @@ class RecordProducts(TorchDispatchMode):
 
 
 def record_backward(
-    in_parts: bool,
+    sequence_parallel: bool,
     *,
     num_layers: int = 1,
     put_off: bool = False,
@@ -567,12 +569,14 @@ def record_backward(
 ) -> list[str]:
     """Return what happens, in order, in the backward of column-parallel layers of one input."""
     events: list[str] = []
-    x = drawn(B, S // 2 if in_parts else S, IN, seed=1).requires_grad_()
+    x = drawn(B, S // 2 if sequence_parallel else S, IN, seed=1).requires_grad_()
     weights = [nn.Parameter(drawn(8, IN, seed=index)) for index in range(num_layers)]
     biases = [nn.Parameter(drawn(8, seed=index)) for index in range(num_layers)]
     change(x, weights)
-    outputs = column_parallel_linears(x, list(zip(weights, biases, strict=True)), Recorder(events), in_parts=in_parts)
-    assert events == (["gathering begins", "gathering ends"] if in_parts else [])
+    outputs = column_parallel_linears(
+        x, list(zip(weights, biases, strict=True)), Recorder(events), sequence_parallel=sequence_parallel
+    )
+    assert events == (["gathering begins", "gathering ends"] if sequence_parallel else [])
     events.clear()
     names = {(B * S, IN): "input gradient", (8, IN): "weight gradient"}
     with RecordProducts(names, events), deferring() if put_off else nullcontext():
@@ -603,36 +607,38 @@ def test_parts_are_gathered_again_behind_the_inputs_gradient(num_layers: int) ->
 
 
 @both_flows
-def test_a_backward_that_puts_weights_off_gathers_no_inputs(in_parts: bool) -> None:
-    name = "sum to parts" if in_parts else "sum"
-    assert record_backward(in_parts, put_off=True) == ["input gradient", f"{name} begins", f"{name} ends"]
+def test_a_backward_that_puts_weights_off_gathers_no_inputs(sequence_parallel: bool) -> None:
+    name = "sum to parts" if sequence_parallel else "sum"
+    assert record_backward(sequence_parallel, put_off=True) == ["input gradient", f"{name} begins", f"{name} ends"]
 
 
 @both_flows
-def test_frozen_weights_cost_nothing(in_parts: bool) -> None:
+def test_frozen_weights_cost_nothing(sequence_parallel: bool) -> None:
     def freeze(x: Tensor, weights: list[nn.Parameter]) -> None:
         for weight in weights:
             weight.requires_grad_(False)
 
-    name = "sum to parts" if in_parts else "sum"
-    assert record_backward(in_parts, change=freeze) == ["input gradient", f"{name} begins", f"{name} ends"]
+    name = "sum to parts" if sequence_parallel else "sum"
+    assert record_backward(sequence_parallel, change=freeze) == ["input gradient", f"{name} begins", f"{name} ends"]
 
 
 @both_flows
-def test_inputs_that_need_no_gradient_cost_nothing(in_parts: bool) -> None:
+def test_inputs_that_need_no_gradient_cost_nothing(sequence_parallel: bool) -> None:
 
     def freeze(x: Tensor, weights: list[nn.Parameter]) -> None:
         x.requires_grad_(False)
 
-    events = record_backward(in_parts, change=freeze)
-    assert events == [*(["gathering begins", "gathering ends"] if in_parts else []), "weight gradient"]
+    events = record_backward(sequence_parallel, change=freeze)
+    assert events == [*(["gathering begins", "gathering ends"] if sequence_parallel else []), "weight gradient"]
 
 
 def test_put_off_weights_of_one_input_gather_it_once() -> None:
     events: list[str] = []
     x = drawn(B, S // 2, IN, seed=1).requires_grad_()
     weights = [nn.Parameter(drawn(8, IN, seed=index)) for index in range(2)]
-    outputs = column_parallel_linears(x, [(weight, None) for weight in weights], Recorder(events), in_parts=True)
+    outputs = column_parallel_linears(
+        x, [(weight, None) for weight in weights], Recorder(events), sequence_parallel=True
+    )
     with deferring() as later:
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     events.clear()
@@ -649,7 +655,7 @@ def test_a_rank_keeps_its_part_of_the_inputs_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
     ):
-        column_parallel_linears(x, [(weight, None)], PlannedGroup(0, 2), in_parts=True)
+        column_parallel_linears(x, [(weight, None)], PlannedGroup(0, 2), sequence_parallel=True)
     assert kept == [(B, S // 2, IN)]
 
 
@@ -658,11 +664,11 @@ def test_a_rank_keeps_its_part_of_the_inputs_only() -> None:
 
 @both_flows
 @pytest.mark.parametrize("rank", range(3))
-def test_planned_layers_have_the_real_shapes(rank: int, in_parts: bool) -> None:
+def test_planned_layers_have_the_real_shapes(rank: int, sequence_parallel: bool) -> None:
     def shapes(group: TensorGroup, device: str) -> list[tuple[int, ...]]:
         embedding = VocabularyParallelEmbedding(13, IN)
         network = nn.Sequential(embedding, Network(), KeyValueLinear(OUT, 3, 2)).to(device, torch.float64)
-        shard_layer(network, group, in_parts=in_parts)
+        shard_layer(network, group, sequence_parallel=sequence_parallel)
         y = network(torch.zeros(B, S, dtype=torch.int64, device=device))
         y.sum().backward()
         gradients = [parameter.grad for parameter in network.parameters()]
@@ -682,12 +688,12 @@ class Gate(TensorParallelModule):
         super().__init__()
         self.scale = nn.Parameter(drawn(IN, seed=40))
 
-    def shard(self, group: TensorGroup, *, in_parts: bool) -> None:
-        super().shard(group, in_parts=in_parts)
-        cut_parameter(self, "scale", Shard(0, (IN,), group.rank, group.size))
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
+        shard_parameter(self, "scale", Shard(0, (IN,), group.rank, group.size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_sequence_for_parts(x, self.group) if self.in_parts else copy_to_parts(x, self.group)
+        x = gather_sequence_for_shards(x, self.group) if self.sequence_parallel else copy_to_shards(x, self.group)
         shard = shard_of(self.scale)
         return (x if shard is None else x[..., shard.slices[0]]) * self.scale
 
@@ -704,14 +710,14 @@ class GatedNetwork(nn.Module):
 
 @both_flows
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_users_own_module_is_shared_out_as_it_says(size: int, in_parts: bool) -> None:
+def test_a_users_own_module_is_shared_out_as_it_says(size: int, sequence_parallel: bool) -> None:
     expected = run_plain(GatedNetwork(), inputs())
-    assert_same(run_cut(size, in_parts, GatedNetwork, inputs()), expected)
+    assert_same(run_sharded(size, sequence_parallel, GatedNetwork, inputs()), expected)
 
 
 @pytest.mark.parametrize("token_ids", [[0, 7], [-1, 3]])
 def test_an_id_that_is_no_token_is_refused(token_ids: list[int]) -> None:
     embedding = VocabularyParallelEmbedding(7, 4)
-    shard_layer(embedding, PlannedGroup(rank=0, size=2), in_parts=False)
+    shard_layer(embedding, PlannedGroup(rank=0, size=2), sequence_parallel=False)
     with pytest.raises(DataError, match="the embedding has 7 rows"):
         embedding(torch.tensor([token_ids]))

@@ -15,7 +15,7 @@ B, S, D = 2, 12, 6
 
 
 def make_logits(
-    group: TensorGroup | None, vocab_size: int, *, in_parts: bool = False, chunk_tokens: int | None = None
+    group: TensorGroup | None, vocab_size: int, *, sequence_parallel: bool = False, chunk_tokens: int | None = None
 ) -> Logits:
     """Return a rank's part of one and the same model's logits; its parts of the sequence where they are in parts."""
     generator = torch.Generator().manual_seed(0)
@@ -23,13 +23,13 @@ def make_logits(
     weight = torch.randn(vocab_size, D, generator=generator)
     if group is not None:
         weight = Shard(0, (vocab_size,), group.rank, group.size).take(weight)
-        if in_parts:
+        if sequence_parallel:
             hidden = Shard(1, (S,), group.rank, group.size).take(hidden)
     return Logits(
         hidden.requires_grad_(),
         nn.Parameter(weight),
         group,
-        in_parts=in_parts,
+        sequence_parallel=sequence_parallel,
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
@@ -41,24 +41,28 @@ def make_labels(vocab_size: int) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
 @pytest.mark.parametrize("vocab_size", [12, 13, 23])
-def test_whole_logits_are_those_of_the_whole_head(tp: int, vocab_size: int, in_parts: bool) -> None:
+def test_whole_logits_are_those_of_the_whole_head(tp: int, vocab_size: int, sequence_parallel: bool) -> None:
     alone = make_logits(None, vocab_size)
     expected = F.linear(alone.hidden, alone.weight).detach()
     torch.testing.assert_close(alone.whole(), expected)
     assert not alone.whole().requires_grad
-    for logits in run_ranks(tp, lambda group: make_logits(group, vocab_size, in_parts=in_parts).whole()):
+    for logits in run_ranks(
+        tp, lambda group: make_logits(group, vocab_size, sequence_parallel=sequence_parallel).whole()
+    ):
         assert not logits.requires_grad
         assert logits.shape == (B, S, vocab_size)
         torch.testing.assert_close(logits, expected)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [None, 5])
 @pytest.mark.parametrize("tp", [0, 2, 3])
-def test_the_loss_and_its_gradients_are_those_of_torch(tp: int, chunk_tokens: int | None, in_parts: bool) -> None:
+def test_the_loss_and_its_gradients_are_those_of_torch(
+    tp: int, chunk_tokens: int | None, sequence_parallel: bool
+) -> None:
     labels = make_labels(23)
     alone = make_logits(None, 23)
     expected = F.cross_entropy(F.linear(alone.hidden, alone.weight).flatten(0, 1), labels.flatten())
@@ -66,7 +70,7 @@ def test_the_loss_and_its_gradients_are_those_of_torch(tp: int, chunk_tokens: in
     assert alone.hidden.grad is not None
 
     def compute(group: TensorGroup | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        logits = make_logits(group, 23, in_parts=in_parts, chunk_tokens=chunk_tokens)
+        logits = make_logits(group, 23, sequence_parallel=sequence_parallel, chunk_tokens=chunk_tokens)
         loss = language_model_loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), logits.hidden.grad, logits.weight.grad
@@ -74,7 +78,7 @@ def test_the_loss_and_its_gradients_are_those_of_torch(tp: int, chunk_tokens: in
     losses, hidden, weight = zip(*([compute(None)] if tp == 0 else run_ranks(tp, compute)), strict=True)
     for loss in losses:
         torch.testing.assert_close(loss, expected.detach())
-    parts = in_parts and tp > 0
+    parts = sequence_parallel and tp > 0
     torch.testing.assert_close(torch.cat(hidden, 1) if parts else hidden[0], alone.hidden.grad)
     torch.testing.assert_close(torch.cat(weight), alone.weight.grad)
 
@@ -92,10 +96,10 @@ def test_another_label_can_be_ignored() -> None:
         torch.testing.assert_close(logits.cross_entropy(labels, ignored_label=0), expected)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_the_shape_is_that_of_the_whole(in_parts: bool) -> None:
-    assert make_logits(PlannedGroup(1, 3), 23, in_parts=in_parts).shape == (B, S, 23)
-    assert make_logits(None, 23, in_parts=in_parts).shape == (B, S, 23)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_shape_is_that_of_the_whole(sequence_parallel: bool) -> None:
+    assert make_logits(PlannedGroup(1, 3), 23, sequence_parallel=sequence_parallel).shape == (B, S, 23)
+    assert make_logits(None, 23, sequence_parallel=sequence_parallel).shape == (B, S, 23)
 
 
 def test_shapes_alone_are_enough() -> None:
@@ -103,7 +107,7 @@ def test_shapes_alone_are_enough() -> None:
         torch.empty(2, 3, 4, device="meta"),
         torch.empty(8, 4, device="meta"),
         PlannedGroup(0, 3),
-        in_parts=True,
+        sequence_parallel=True,
         vocab_size=23,
     )
     assert logits.whole().shape == logits.shape == (2, 9, 23)

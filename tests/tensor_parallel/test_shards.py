@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipekit.errors import LayoutError
-from pipekit.tensor_parallel import Shard, cut_parameter, has_partial_gradient, shard_of
-from pipekit.tensor_parallel.shards import mark_partial_gradient, part_of
+from pipekit.tensor_parallel import Shard, has_partial_gradient, shard_of, shard_parameter
+from pipekit.tensor_parallel.shards import mark_partial_gradient, shard_bounds
 
 
 @st.composite
@@ -26,7 +26,7 @@ def cuts(draw: st.DrawFn) -> tuple[list[int], int, tuple[int, ...], int]:
 
 @given(st.integers(0, 100), st.integers(1, 12))
 def test_parts_are_as_even_as_can_be_and_follow_one_another(length: int, size: int) -> None:
-    parts = [part_of(length, rank, size) for rank in range(size)]
+    parts = [shard_bounds(length, rank, size) for rank in range(size)]
     assert [index for first, last in parts for index in range(first, last)] == list(range(length))
     lengths = [last - first for first, last in parts]
     assert max(lengths) - min(lengths) <= 1
@@ -34,7 +34,7 @@ def test_parts_are_as_even_as_can_be_and_follow_one_another(length: int, size: i
 
 @given(st.integers(0, 100), st.integers(1, 12))
 def test_the_larger_parts_come_first(length: int, size: int) -> None:
-    lengths = [last - first for first, last in (part_of(length, rank, size) for rank in range(size))]
+    lengths = [last - first for first, last in (shard_bounds(length, rank, size) for rank in range(size))]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -56,7 +56,7 @@ def test_a_rank_has_some_of_every_block_and_all_have_everything_once(
             number * 100 + index
             for number, length in enumerate(blocks)
             for index in range(length)
-            if part_of(length, rank, size)[0] <= index < part_of(length, rank, size)[1]
+            if shard_bounds(length, rank, size)[0] <= index < shard_bounds(length, rank, size)[1]
         ]
         assert line == expected
         positions = [index for each in shard.slices for index in range(each.start, each.stop)]
@@ -94,7 +94,7 @@ def test_a_parameter_that_is_cut_says_so() -> None:
     whole = linear.weight.detach().clone()
     shard = Shard(0, (4, 2), 1, 2)
     assert shard_of(linear.weight) is None
-    cut_parameter(linear, "weight", shard)
+    shard_parameter(linear, "weight", shard)
     assert isinstance(linear.weight, nn.Parameter)
     assert torch.equal(linear.weight.detach(), whole[[2, 3, 5]])
     assert shard_of(linear.weight) == shard
@@ -111,13 +111,13 @@ def test_a_parameter_that_is_cut_says_so() -> None:
 def test_a_frozen_parameter_stays_frozen() -> None:
     linear = nn.Linear(4, 6)
     linear.weight.requires_grad_(False)
-    cut_parameter(linear, "weight", Shard(0, (6,), 0, 2))
+    shard_parameter(linear, "weight", Shard(0, (6,), 0, 2))
     assert not linear.weight.requires_grad
 
 
 def test_marks_stay_when_a_layer_gets_another_type() -> None:
     linear = nn.Linear(4, 6)
-    cut_parameter(linear, "weight", Shard(0, (6,), 0, 2))
+    shard_parameter(linear, "weight", Shard(0, (6,), 0, 2))
     mark_partial_gradient(linear.bias)
     linear.to(torch.bfloat16)
     assert shard_of(linear.weight) == Shard(0, (6,), 0, 2)
@@ -128,8 +128,8 @@ def test_marks_stay_when_a_layer_gets_another_type() -> None:
 def test_a_parameter_that_leaves_a_rank_with_nothing_is_refused(blocks: tuple[int, ...], least: int) -> None:
     linear = nn.Linear(4, sum(blocks))
     with pytest.raises(LayoutError, match=rf"parallel\.tp=4 .*Linear\.weight .*\({least}\); try parallel\.tp={least}"):
-        cut_parameter(linear, "weight", Shard(0, blocks, 0, 4))
-    cut_parameter(linear, "weight", Shard(0, blocks, least - 1, least))
+        shard_parameter(linear, "weight", Shard(0, blocks, 0, 4))
+    shard_parameter(linear, "weight", Shard(0, blocks, least - 1, least))
 
 
 def test_a_gradient_is_partial_where_it_is_marked_only() -> None:

@@ -32,7 +32,7 @@ def fault(kind: Kind, layer: str | None = "block", **facts: object) -> Measureme
         (fault("output", note="is (4, 5), and (4, 6) in one process"), {"tp": 2}, "the shape of what it returns"),
         (fault("loss", None), {"dp": 2}, "every layer returns what it does in one process"),
         (fault("loss", None, step=2), {"dp": 2}, "all that was compared before step 3 agrees"),
-        (fault("input gradient"), {"tp": 2}, "copy_to_parts"),
+        (fault("input gradient"), {"tp": 2}, "copy_to_shards"),
         (fault("input gradient"), {"pp": 2}, "or what went back over to the stage before"),
         (fault("input gradient", LOSS), {"dp": 2}, "the backward of the loss function"),
         (fault("gradient", apart=("data",)), {"dp": 2}, "not averaged over parallel.dp"),

@@ -51,7 +51,7 @@ class CutModel:
                 layer.load_state_dict({key: weights[f"{name}.{key}"] for key in layer.state_dict()})
             if group is not None:
                 flows = (flow for flow, other in zip(self.flows, self.names, strict=True) if other == name)
-                shard_layer(layer, group, in_parts=any(flow.works_on_parts for flow in flows))
+                shard_layer(layer, group, sequence_parallel=any(flow.works_on_shard for flow in flows))
             self.layers[name] = layer.to(dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -63,14 +63,14 @@ class CutModel:
         }
 
     def __call__(self, activations: Any) -> Any:
-        is_part = False
+        is_shard = False
         for spec, name, flow in zip(self.specs, self.names, self.flows, strict=True):
-            taken = convert(activations, is_part=is_part, wants_part=flow.takes_part, group=self.group)
+            taken = convert(activations, is_shard=is_shard, wants_shard=flow.takes_shard, group=self.group)
             layer = self.layers[name]
             tied = isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None
             activations = spec.forward_fn(layer, taken) if tied else layer(taken)  # type: ignore[attr-defined]
-            is_part = flow.gives_part
-        return convert(activations, is_part=is_part, wants_part=False, group=self.group)
+            is_shard = flow.returns_shard
+        return convert(activations, is_shard=is_shard, wants_shard=False, group=self.group)
 
 
 def join_parameters(ranks: Sequence[Mapping[str, nn.Parameter]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pipekit.tensor_parallel import (
     shard_layer,
     shard_of,
 )
-from tensor_parallel.cut_model import join_parameters
+from tensor_parallel.sharded_model import join_parameters
 
 
 class Block(nn.Module):
@@ -35,11 +35,11 @@ class Block(nn.Module):
         nn.init.normal_(self.contract.bias)
 
 
-def cut(size: int, in_parts: bool = False) -> list[nn.Module]:
+def cut(size: int, sequence_parallel: bool = False) -> list[nn.Module]:
     layers = []
     for rank in range(size):
         layer = build_layer(LayerSpec(Block), name="block", seed=3)
-        shard_layer(layer, PlannedGroup(rank, size), in_parts=in_parts)
+        shard_layer(layer, PlannedGroup(rank, size), sequence_parallel=sequence_parallel)
         layers.append(layer)
     return layers
 
@@ -55,9 +55,9 @@ def test_initial_weights_do_not_depend_on_the_ranks(size: int) -> None:
     torch.testing.assert_close(columns.T @ columns, torch.eye(6))
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_every_parameter_says_what_a_rank_has_of_it(in_parts: bool) -> None:
-    for rank, layer in enumerate(cut(2, in_parts)):
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_every_parameter_says_what_a_rank_has_of_it(sequence_parallel: bool) -> None:
+    for rank, layer in enumerate(cut(2, sequence_parallel)):
         parameters = dict(layer.named_parameters())
         shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
         assert {name for name, shard in shards.items() if shard is not None} == {
@@ -69,11 +69,11 @@ def test_every_parameter_says_what_a_rank_has_of_it(in_parts: bool) -> None:
         partial = {name for name, parameter in parameters.items() if has_partial_gradient(parameter)}
         # Of the one head of keys and values, two ranks' queries each give a part of the gradient.
         keys = {"keys.weight", "keys.bias"}
-        assert partial == (keys | {"norm.weight", "norm.bias", "contract.bias"} if in_parts else keys)
+        assert partial == (keys | {"norm.weight", "norm.bias", "contract.bias"} if sequence_parallel else keys)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_every_module_in_a_layer_is_cut_once(in_parts: bool) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_every_module_in_a_layer_is_cut_once(sequence_parallel: bool) -> None:
     calls: list[str] = []
 
     class Counting(TensorParallelModule):
@@ -82,23 +82,23 @@ def test_every_module_in_a_layer_is_cut_once(in_parts: bool) -> None:
             self.name = name
             self.inside = nn.ModuleList(inside)
 
-        def shard(self, group: PlannedGroup, *, in_parts: bool) -> None:  # type: ignore[override]
-            super().shard(group, in_parts=in_parts)
+        def shard(self, group: PlannedGroup, *, sequence_parallel: bool) -> None:  # type: ignore[override]
+            super().shard(group, sequence_parallel=sequence_parallel)
             calls.append(self.name)
 
     deepest = Counting("deepest")
     layer = nn.Sequential(Counting("outer", Counting("inner", deepest), deepest))
     group = PlannedGroup(1, 2)
-    shard_layer(layer, group, in_parts=in_parts)
+    shard_layer(layer, group, sequence_parallel=sequence_parallel)
     assert sorted(calls) == ["deepest", "inner", "outer"]
     assert deepest.group is group
-    assert deepest.in_parts is in_parts
+    assert deepest.sequence_parallel is sequence_parallel
 
 
 def test_a_layer_that_knows_nothing_of_it_stays_whole() -> None:
     layer = nn.MultiheadAttention(4, 2)
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-    shard_layer(layer, PlannedGroup(1, 2), in_parts=False)
+    shard_layer(layer, PlannedGroup(1, 2), sequence_parallel=False)
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter, before[name])
         assert shard_of(parameter) is None
@@ -126,7 +126,7 @@ class Shared(nn.Module):
 
 def test_a_weight_that_two_modules_share_stays_one() -> None:
     layer = Shared()
-    shard_layer(layer, PlannedGroup(1, 2), in_parts=False)
+    shard_layer(layer, PlannedGroup(1, 2), sequence_parallel=False)
     assert layer.queries.weight.shape == (3, 4)
     assert layer.keys.weight is layer.queries.weight
 
@@ -160,4 +160,4 @@ class Crossed(nn.Module):
 )
 def test_a_weight_is_not_untied_silently(layer: type[nn.Module], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
-        shard_layer(layer(), PlannedGroup(rank=0, size=2), in_parts=False)
+        shard_layer(layer(), PlannedGroup(rank=0, size=2), sequence_parallel=False)
