@@ -23,8 +23,8 @@ from pipekit.launch.local import run_local
 from pipekit.launch.resources import num_accelerators, num_usable_cpus, thread_environ, threads_per_process
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 from pipekit.layout import Layout
-from pipekit.verify.explain import Setting, show_names
-from pipekit.verify.layouts import Candidate, Facts, parse_layouts, plan_candidates, reason_against
+from pipekit.verify.explain import LayoutContext, show_names
+from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, reason_against
 from pipekit.verify.measurement import MEASUREMENTS_FILE, TOLERANCE, load_measurements
 from pipekit.verify.report import Result, Verification, report
 
@@ -197,7 +197,7 @@ class _Session:
             PipekitError: if the model does not run in one process.
         """
         _tell("running one process without pipekit's engine")
-        config = _config_of(self._config, Candidate(Layout(), 0))
+        config = _config_of(self._config, LayoutCandidate(Layout(), 0))
         try:
             self._run(config, 1, folder / "reference", reference=None)
         except LaunchError as error:
@@ -205,10 +205,10 @@ class _Session:
             raise LaunchError(f"one process, without pipekit's engine, does not get through: {words}") from None
         from pipekit.verify.recording import Recording
 
-        names: list[str] = Recording(folder / "reference").facts[0]["random_layers"]
+        names: list[str] = Recording(folder / "reference").summaries[0]["random_layers"]
         return names
 
-    def run_candidate(self, folder: Path, candidate: Candidate, config: Config) -> Result:
+    def run_candidate(self, folder: Path, candidate: LayoutCandidate, config: Config) -> Result:
         """Run a layout, and return what was found."""
         _tell(f"running {candidate}")
         place = folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
@@ -221,8 +221,8 @@ class _Session:
         time_s = time.perf_counter() - started_s
         if self._options.keep is None:
             shutil.rmtree(place, ignore_errors=True)
-        setting = Setting(candidate.layout, self._names, boundaries, self._tied)
-        return Result(candidate, time_s, measurements, setting)
+        context = LayoutContext(candidate.layout, self._names, boundaries, self._tied)
+        return Result(candidate, time_s, measurements, context)
 
     def _run(self, config: Config, world_size: int, place: Path, *, reference: Path | None) -> None:
         place.mkdir(parents=True)
@@ -268,13 +268,13 @@ def _plan_model(config: Config) -> tuple[Config, Sequence[LayerSpec]]:
 
 def _choose(
     config: Config, specs: Sequence[LayerSpec], own_layout: Layout, num_devices: int, named: str | None
-) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+) -> tuple[list[LayoutCandidate], list[tuple[LayoutCandidate, str]]]:
     from pipekit.layers.specs import flow_of_spec
 
     parallel, train = config.parallel, config.train
     holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_shard for spec in specs)
     model = config.model if isinstance(config.model, GPTConfig) else None
-    facts = Facts(
+    limits = LayoutLimits(
         num_layers=len(specs),
         num_heads=None if model is None else model.num_heads,
         num_kv_heads=None if model is None else model.num_kv_heads or model.num_heads,
@@ -283,10 +283,10 @@ def _choose(
         micro_batch_size=train.micro_batch_size,
     )
     if named is None:
-        own = None if parallel.auto else Candidate(own_layout, parallel.zero, is_configured=True)
-        return plan_candidates(num_devices, facts, own=own, zero=parallel.zero, order=parallel.order)
+        own = None if parallel.auto else LayoutCandidate(own_layout, parallel.zero, is_configured=True)
+        return plan_candidates(num_devices, limits, own=own, zero=parallel.zero, order=parallel.order)
     candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
-    reasons = {candidate: reason_against(candidate.layout, num_devices, facts) for candidate in candidates}
+    reasons = {candidate: reason_against(candidate.layout, num_devices, limits) for candidate in candidates}
     return [candidate for candidate, reason in reasons.items() if reason is None], [
         (candidate, reason) for candidate, reason in reasons.items() if reason is not None
     ]
@@ -300,7 +300,7 @@ def _own_layout(config: Config, num_gpus: int | None) -> Layout:
     return Layout(pp=parallel.pp, dp=dp, tp=parallel.tp, order=parallel.order)
 
 
-def _comparable(config: Config, candidates: Sequence[Candidate]) -> tuple[Config, list[str]]:
+def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[Config, list[str]]:
     """Return the configuration as every layout runs it, and what was changed for that."""
     notes = []
     changes: dict[str, Any] = {
@@ -323,7 +323,7 @@ def _comparable(config: Config, candidates: Sequence[Candidate]) -> tuple[Config
     return config.updated(changes), notes
 
 
-def _config_of(config: Config, candidate: Candidate) -> Config:
+def _config_of(config: Config, candidate: LayoutCandidate) -> Config:
     """Return the configuration with a layout, and with its schedule, where that can run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Comparing what the ranks of a layout have recorded with what one process has.
+"""Comparison of the recording of a layout with that of one process.
 
 What is allowed follows from what fp32 can tell apart, and is the same rule for every tensor:
 
@@ -23,7 +23,7 @@ from itertools import combinations
 from torch import Tensor
 
 from pipekit.verify.measurement import LOSS, TOLERANCE, Measurement
-from pipekit.verify.recording import Copy, Key, Recording, flat_norm
+from pipekit.verify.recording import Recording, TensorCopy, TensorKey, flat_norm
 
 # Torch draws the same numbers everywhere; what is then made of them, a QR decomposition for instance, may be rounded.
 _INITIAL = 1e-5
@@ -50,23 +50,23 @@ def compare_recordings(
         layer_names: logical name of each layer.
         tolerance: see `TOLERANCE`.
     """
-    judge = _Judge(found, expected, layer_names)
+    comparison = _Comparison(found, expected, layer_names)
     for key in expected.keys("initial weights"):
-        yield judge.measure(key, expected.load(key), lambda norm: _INITIAL * norm)
-    yield from _compare_flow(judge, tolerance)
-    for step in range(len(expected.facts[0]["losses"])):
+        yield comparison.measure(key, expected.load(key), lambda norm: _INITIAL * norm)
+    yield from _compare_flow(comparison, tolerance)
+    for step in range(len(expected.summaries[0]["losses"])):
         yield _compare_numbers(found, expected, "losses", step, tolerance)
         allowance = tolerance * (_DRIFT if step else 1)
-        own = _SHARE_OF_GRADIENT * float(expected.facts[0]["norms"][step])
-        for key in judge.union("gradient", step):
+        own = _SHARE_OF_GRADIENT * float(expected.summaries[0]["norms"][step])
+        for key in comparison.union("gradient", step):
             reference = expected.load(key) if expected.copies(key) else None
-            yield judge.measure(key, reference, partial(_allowed, allowance, own), zero_if_missing=True)
+            yield comparison.measure(key, reference, partial(_allowed, allowance, own), zero_if_missing=True)
         yield _compare_numbers(found, expected, "norms", step, allowance)
 
 
 def compare_weights(
     found: Recording,
-    key: Key,
+    key: TensorKey,
     layer_names: Sequence[str],
     *,
     before: Tensor,
@@ -84,25 +84,25 @@ def compare_weights(
         tolerance: see `TOLERANCE`; relative to what has changed.
     """
     changed = flat_norm(after.double() - before.double())
-    return _Judge(found, None, layer_names).measure(
+    return _Comparison(found, None, layer_names).measure(
         key, after, lambda norm: tolerance * changed + _ROUNDING * norm, origin=before
     )
 
 
-def _compare_flow(judge: _Judge, tolerance: float) -> Iterator[Measurement]:
-    """Compare what passes forward and back between the layers of the first step."""
-    expected = judge.expected
+def _compare_flow(comparison: _Comparison, tolerance: float) -> Iterator[Measurement]:
+    """Compare the activations between layers in the first step, and their gradients."""
+    expected = comparison.expected
     assert expected is not None
-    loss = len(judge.layer_names)
+    loss = len(comparison.layer_names)
     for kind, source in (("output", -1), ("input gradient", +1)):
-        for key in judge.union(kind, 0):
+        for key in comparison.union(kind, 0):
             known = expected.copies(key)
             # The loss may take what the last layer returns without its ever being one tensor.
-            if kind == "input gradient" and key.layer_idx == loss and not (known and judge.found.copies(key)):
+            if kind == "input gradient" and key.layer_idx == loss and not (known and comparison.found.copies(key)):
                 continue
 
-            made_of = Key(key.kind, key.step, key.layer_idx + source, key.name, key.micro_batch)
-            yield judge.measure(
+            made_of = TensorKey(key.kind, key.step, key.layer_idx + source, key.name, key.micro_batch)
+            yield comparison.measure(
                 key,
                 known[0].load() if known else None,
                 partial(_allowed, tolerance, 0.0),
@@ -114,11 +114,11 @@ def _allowed(tolerance: float, own: float, norm: float) -> float:
     return tolerance * (norm + own)
 
 
-def _cancelled(tolerance: float, expected: Recording, made_of: Key, key: Key) -> float:
+def _cancelled(tolerance: float, expected: Recording, made_of: TensorKey, key: TensorKey) -> float:
     return tolerance * _CANCELLED * _norm_like(expected, made_of, key)
 
 
-def _norm_like(recording: Recording, source: Key, key: Key) -> float:
+def _norm_like(recording: Recording, source: TensorKey, key: TensorKey) -> float:
     """Return the norm that the tensor `key` would have with elements as large as those of `source`."""
     if not (recording.copies(source) and recording.copies(key)):
         return 0.0
@@ -127,8 +127,11 @@ def _norm_like(recording: Recording, source: Key, key: Key) -> float:
 
 
 def _compare_numbers(found: Recording, expected: Recording, name: str, step: int, tolerance: float) -> Measurement:
-    right = float(expected.facts[0][name][step])
-    values = [(abs(float(facts[name][step]) - right), facts["rank"], float(facts[name][step])) for facts in found.facts]
+    right = float(expected.summaries[0][name][step])
+    values = [
+        (abs(float(summary[name][step]) - right), summary["rank"], float(summary[name][step]))
+        for summary in found.summaries
+    ]
     _, rank, value = max(values, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
     error = abs(value - right) / abs(right) if right and math.isfinite(value) else abs(value - right) and math.inf
     return Measurement(
@@ -143,7 +146,7 @@ def _compare_numbers(found: Recording, expected: Recording, name: str, step: int
     )
 
 
-class _Judge:
+class _Comparison:
     """Measures tensors of a layout, in every copy that there is."""
 
     def __init__(self, found: Recording, expected: Recording | None, layer_names: Sequence[str]) -> None:
@@ -151,7 +154,7 @@ class _Judge:
         self.expected = expected
         self.layer_names = layer_names
 
-    def union(self, kind: str, step: int) -> list[Key]:
+    def union(self, kind: str, step: int) -> list[TensorKey]:
         """Return the tensors of a kind in a step that the layout or the one process has."""
         assert self.expected is not None
         keys = {*self.found.keys(kind), *self.expected.keys(kind)}  # type: ignore[arg-type]
@@ -159,7 +162,7 @@ class _Judge:
 
     def measure(
         self,
-        key: Key,
+        key: TensorKey,
         expected: Tensor | None,
         allowed: Callable[[float], float],
         *,
@@ -213,7 +216,7 @@ class _Judge:
         base = replace(base, num_wrong=len(wrong), ranks=ranks, ratio=ratio)
         return _explained(base, tensor, right, limit, _axes_apart([copy for _, copy, _ in results], limit))
 
-    def _place(self, key: Key) -> dict[str, object]:
+    def _place(self, key: TensorKey) -> dict[str, object]:
         return {
             "layer": [*self.layer_names, LOSS][key.layer_idx],
             "layer_idx": key.layer_idx,
@@ -223,8 +226,8 @@ class _Judge:
 
     def _without_partner(
         self,
-        key: Key,
-        copies: Sequence[Copy],
+        key: TensorKey,
+        copies: Sequence[TensorCopy],
         expected: Tensor | None,
         allowed: Callable[[float], float],
         *,
@@ -246,7 +249,9 @@ class _Judge:
         note = "is there, and not in one process" if expected is None else "is not there, and is in one process"
         return self._incomparable(key, copies, ranks, note)
 
-    def _incomparable(self, key: Key, copies: Sequence[Copy], ranks: tuple[int, ...], note: str) -> Measurement:
+    def _incomparable(
+        self, key: TensorKey, copies: Sequence[TensorCopy], ranks: tuple[int, ...], note: str
+    ) -> Measurement:
         return Measurement(
             key.kind,
             key.step,
@@ -293,7 +298,7 @@ def proportion(found: Tensor, expected: Tensor) -> float | None:
     return ratio if flat_norm(wrong - ratio * right) <= _PROPORTIONAL * flat_norm(wrong) else None
 
 
-def _axes_apart(copies: Sequence[Copy], limit: float) -> tuple[str, ...]:
+def _axes_apart(copies: Sequence[TensorCopy], limit: float) -> tuple[str, ...]:
     """Return the axes along which copies differ by more than is allowed."""
     axes: dict[str, None] = {}
     for one, other in combinations(copies, 2):

@@ -1,4 +1,4 @@
-"""What a difference is, in words, and what usually causes one of its kind."""
+"""Description of a difference in words, and the usual cause of one of its kind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _SHOWN_NAMES = 4
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What there is to know of a layout in which something differs.
+class LayoutContext:
+    """Layout, stages and layer names of a run in which something differs.
 
     Attributes:
         layout: the grid of ranks.
@@ -29,7 +29,7 @@ class Setting:
 
 
 def describe(fault: Measurement) -> str:
-    """Return what differs, as a phrase.
+    """Return the differing tensor or number as a phrase.
 
     Example:
         >>> describe(Measurement("gradient", 0, 1.0, 10.0, layer="embed", tensor="embed.weight"))
@@ -50,7 +50,7 @@ def describe(fault: Measurement) -> str:
 
 
 def quantify(fault: Measurement) -> str:
-    """Return by how much it differs.
+    """Return the size of a difference in words.
 
     Example:
         >>> quantify(Measurement("gradient", 0, 1.0, 10.0, layer="head", ratio=2.0, found=0.5, expected=0.25))
@@ -75,15 +75,15 @@ def quantify(fault: Measurement) -> str:
     return text
 
 
-def locate(fault: Measurement, setting: Setting) -> str:
-    """Return which ranks have it wrong; empty where there is but one.
+def locate(fault: Measurement, context: LayoutContext) -> str:
+    """Return the ranks at fault in words; empty where there is only one rank.
 
     Example:
-        >>> setting = Setting(Layout(dp=2), ["a"], [0, 1], frozenset())
-        >>> locate(Measurement("gradient", 0, 1.0, 9.0, layer="a", ranks=(1,), num_copies=2, num_wrong=1), setting)
+        >>> context = LayoutContext(Layout(dp=2), ["a"], [0, 1], frozenset())
+        >>> locate(Measurement("gradient", 0, 1.0, 9.0, layer="a", ranks=(1,), num_copies=2, num_wrong=1), context)
         'rank 1; 1 of the 2 copies is off'
     """
-    if not fault.ranks or setting.layout.world_size == 1:
+    if not fault.ranks or context.layout.world_size == 1:
         return ""
     ranks = f"rank{'s' if len(fault.ranks) > 1 else ''} {', '.join(map(str, fault.ranks))}"
     if fault.num_copies == 1:
@@ -95,12 +95,12 @@ def locate(fault: Measurement, setting: Setting) -> str:
     return f"{ranks}; {fault.num_wrong} of the {fault.num_copies} copies {'is' if fault.num_wrong == 1 else 'are'} off"
 
 
-def likely_cause(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
-    """Return what usually causes such a difference.
+def likely_cause(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
+    """Return the usual cause of such a difference.
 
     Args:
         fault: the first difference.
-        setting: of the layout.
+        context: of the layout.
         others: layers with a difference of the same kind in the same step.
     """
     cause = {
@@ -112,10 +112,10 @@ def likely_cause(fault: Measurement, setting: Setting, others: Sequence[str]) ->
         "gradient norm": _of_norm,
         "weights": _of_weights,
     }[fault.kind]
-    return cause(fault, setting, others)
+    return cause(fault, context, others)
 
 
-def _of_initial_weights(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+def _of_initial_weights(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
     return (
         f"what {fault.layer} draws in its constructor does not follow from train.seed and its name alone: a generator "
         "of its own, a seed that depends on the rank or the time, numbers drawn when its module was imported; draw "
@@ -123,15 +123,15 @@ def _of_initial_weights(fault: Measurement, setting: Setting, others: Sequence[s
     )
 
 
-def _of_output(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
-    before = setting.layer_names[fault.layer_idx - 1] if fault.layer_idx else None
+def _of_output(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
+    before = context.layer_names[fault.layer_idx - 1] if fault.layer_idx else None
     given = "its weights agree" + (f", and so does what {before} passes to it" if before else "")
     if fault.note:
         return f"{given}; the shape of what it returns depends on the layout"
     causes = []
     if "tensor" in fault.apart:
         return f"{given}; its tensor-parallel ranks return different results, which were not summed or gathered"
-    if setting.layout.tp > 1:
+    if context.layout.tp > 1:
         causes.append(
             "a sum over the tensor-parallel ranks that is missing or made twice in its forward (RowParallelLinear "
             "makes its own), or a wrong part of a weight"
@@ -140,45 +140,45 @@ def _of_output(fault: Measurement, setting: Setting, others: Sequence[str]) -> s
         "random numbers that it draws from a generator of its own, in place of torch's default one, which is seeded "
         "for each step, micro-batch and layer"
     )
-    if setting.layout.dp > 1 or setting.layout.pp > 1:
+    if context.layout.dp > 1 or context.layout.pp > 1:
         causes.append("something that it keeps from one micro-batch to the next, or reads from its rank")
-    if fault.layer_idx in setting.boundaries[1:-1]:
+    if fault.layer_idx in context.boundaries[1:-1]:
         causes.append("what came over from the stage before")
     return f"{given}; likely {'; or '.join(causes)}"
 
 
-def _of_loss(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+def _of_loss(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
     if fault.step:
         return (
             f"all that was compared before step {fault.step + 1} agrees; likely other samples in this step, or "
             "something that a layer or the loss keeps from step to step"
         )
-    replicas = ", or the mean over the replicas" if setting.layout.dp > 1 else ""
+    replicas = ", or the mean over the replicas" if context.layout.dp > 1 else ""
     return (
         "every layer returns what it does in one process; likely the loss function keeps something, draws random "
         f"numbers, or reads its rank; or the labels{replicas} are others"
     )
 
 
-def _of_input_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
-    if fault.layer_idx == len(setting.layer_names):
+def _of_input_gradient(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
+    if fault.layer_idx == len(context.layer_names):
         return "every output agrees, and so does the loss; likely the backward of the loss function"
     text = (
         f"all outputs agree, and so does what is passed back to {fault.layer}; what its backward makes of that is wrong"
     )
-    if setting.layout.tp > 1:
+    if context.layout.tp > 1:
         text += (
             ": likely a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_shards makes "
             "one in the backward, ColumnParallelLinear its own)"
         )
     else:
         text += ": likely an autograd function, or a hook on gradients, that reads its rank or keeps something"
-    if fault.layer_idx in setting.boundaries[1:-1]:
+    if fault.layer_idx in context.boundaries[1:-1]:
         text += "; or what went back over to the stage before"
     return text
 
 
-def _of_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+def _of_gradient(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
     given = "all that passes forward and back between layers agrees" if fault.step == 0 else "the steps before agree"
     ratio = fault.ratio
     if "data" in fault.apart:
@@ -193,15 +193,15 @@ def _of_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) ->
     if ratio is not None and ratio > 0:
         factor = round(ratio)
         summed_twice = f": {fault.layer} is tied, and the gradients of its copies are summed twice"
-        tied = summed_twice if _is_tied(fault, setting) else ""
+        tied = summed_twice if _is_tied(fault, context) else ""
         if factor >= 2 and abs(ratio - factor) < 0.02:
             times = "twice" if factor == 2 else f"{factor} times"
-            return f"{given}; it is counted {times}{tied or _degree_hint(factor, setting)}"
+            return f"{given}; it is counted {times}{tied or _degree_hint(factor, context)}"
         if abs(1 / ratio - round(1 / ratio)) < 0.02:
             return f"{given}; it is divided by {round(1 / ratio)}, or so much of it is not counted" + _degree_hint(
-                round(1 / ratio), setting
+                round(1 / ratio), context
             )
-    if _is_tied(fault, setting):
+    if _is_tied(fault, context):
         return (
             f"{given}; {fault.layer} is tied, and what its copies add to the gradient is not summed, or summed more "
             "than once"
@@ -214,14 +214,14 @@ def _of_gradient(fault: Measurement, setting: Setting, others: Sequence[str]) ->
     )
 
 
-def _of_norm(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+def _of_norm(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
     return (
         "every gradient agrees; a parameter that several ranks hold is counted more than once in the norm, or not at "
         "all, so that gradients are clipped otherwise"
     )
 
 
-def _of_weights(fault: Measurement, setting: Setting, others: Sequence[str]) -> str:
+def _of_weights(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
     if "data" in fault.apart:
         return "the gradients agree; the replicas have made different updates, or hold stale weights"
     if "pipe" in fault.apart:
@@ -238,17 +238,17 @@ def _of_weights(fault: Measurement, setting: Setting, others: Sequence[str]) -> 
     )
 
 
-def _degree_hint(factor: int, setting: Setting) -> str:
-    axes = [name for name in ("pp", "dp", "tp") if getattr(setting.layout, name) == factor > 1]
+def _degree_hint(factor: int, context: LayoutContext) -> str:
+    axes = [name for name in ("pp", "dp", "tp") if getattr(context.layout, name) == factor > 1]
     return f" (parallel.{axes[0]} is {factor})" if len(axes) == 1 else ""
 
 
-def _is_tied(fault: Measurement, setting: Setting) -> bool:
-    return fault.layer in setting.tied
+def _is_tied(fault: Measurement, context: LayoutContext) -> bool:
+    return fault.layer in context.tied
 
 
 def _percent(share: float) -> str:
-    """Return a share for people.
+    """Return a fraction as a percentage.
 
     Example:
         >>> _percent(0.5), _percent(0.00002), _percent(float("inf"))

@@ -1,4 +1,4 @@
-"""Which layouts to verify: the configuration's own, and small ones that use each axis alone and with the others."""
+"""Layouts to verify: the configuration's own, and small ones that use each axis alone and with the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXAMPLE = "pp2,dp2xzero0,pp2xdp2"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LayoutCandidate:
     """A layout to verify.
 
     Attributes:
@@ -37,14 +37,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What decides whether a layout fits.
+class LayoutLimits:
+    """Sizes of a model and its batches that decide whether a layout fits.
 
     Attributes:
         num_layers: length of the list of layers.
         num_heads: attention heads; None where they are not known.
         num_kv_heads: heads of keys and values; None where they are not known.
-        sequence_length: tokens of a sequence where ranks hold parts of it; None where they do not.
+        sequence_length: tokens of a sequence where ranks keep shards of it; None where they do not.
         global_batch_size: sequences of a step.
         micro_batch_size: sequences that one rank computes at a time.
     """
@@ -69,8 +69,8 @@ def show_layout(layout: Layout) -> str:
 
 
 def plan_candidates(
-    num_devices: int, facts: Facts, *, own: Candidate | None, zero: int, order: Order = DEFAULT_ORDER
-) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+    num_devices: int, limits: LayoutLimits, *, own: LayoutCandidate | None, zero: int, order: Order = DEFAULT_ORDER
+) -> tuple[list[LayoutCandidate], list[tuple[LayoutCandidate, str]]]:
     """Return the layouts to verify, and those that do not fit, each with the reason.
 
     Each axis comes alone, with each other, and all three together, by twos; then each alone, by as many as there are
@@ -78,26 +78,27 @@ def plan_candidates(
 
     Args:
         num_devices: processes that may run at once.
-        facts: what decides what fits.
+        limits: sizes that decide which layouts fit.
         own: the configuration's own layout, which comes first; None where it has none.
         zero: the configuration's ZeRO stage; a pipeline has 1 at most.
         order: the axes, outermost first.
 
     Example:
-        >>> facts = Facts(12, num_heads=3, num_kv_heads=3, sequence_length=128, global_batch_size=8, micro_batch_size=2)
-        >>> fitting, rejected = plan_candidates(4, facts, own=None, zero=1)
+        >>> heads, batch = {"num_heads": 3, "num_kv_heads": 3}, {"global_batch_size": 8, "micro_batch_size": 2}
+        >>> limits = LayoutLimits(12, **heads, sequence_length=128, **batch)
+        >>> fitting, rejected = plan_candidates(4, limits, own=None, zero=1)
         >>> [str(candidate) for candidate in fitting]
         ['pp=2', 'dp=2', 'pp=2 x dp=2', 'pp=4', 'dp=4']
         >>> [f"{candidate}: {reason}" for candidate, reason in rejected][0]
         'tp=2: 2 does not divide the 3 attention heads'
     """
-    chosen: dict[Layout, Candidate] = {} if own is None else {own.layout: own}
+    chosen: dict[Layout, LayoutCandidate] = {} if own is None else {own.layout: own}
     for layout in _small_layouts(num_devices, order):
-        chosen.setdefault(layout, Candidate(layout, zero_of(layout, zero)))
-    fitting: list[Candidate] = []
-    rejected: list[tuple[Candidate, str]] = []
+        chosen.setdefault(layout, LayoutCandidate(layout, zero_of(layout, zero)))
+    fitting: list[LayoutCandidate] = []
+    rejected: list[tuple[LayoutCandidate, str]] = []
     for candidate in chosen.values():
-        reason = reason_against(candidate.layout, num_devices, facts)
+        reason = reason_against(candidate.layout, num_devices, limits)
         if reason is not None:
             rejected.append((candidate, reason))
         elif len(fitting) < MAX_LAYOUTS:
@@ -105,7 +106,7 @@ def plan_candidates(
     return fitting, rejected
 
 
-def parse_layouts(text: str, *, zero: int, order: Order = DEFAULT_ORDER) -> list[Candidate]:
+def parse_layouts(text: str, *, zero: int, order: Order = DEFAULT_ORDER) -> list[LayoutCandidate]:
     """Return the layouts that a user has named, as in `pp2,dp2xzero0,pp2xtp2`.
 
     Args:
@@ -133,7 +134,7 @@ def parse_layouts(text: str, *, zero: int, order: Order = DEFAULT_ORDER) -> list
             degrees[match[1]] = int(match[2])
         given = degrees.pop("zero", None)
         layout = Layout(**degrees, order=order)
-        candidates.append(Candidate(layout, zero_of(layout, zero) if given is None else given))
+        candidates.append(LayoutCandidate(layout, zero_of(layout, zero) if given is None else given))
     return list(dict.fromkeys(candidates))
 
 
@@ -142,25 +143,25 @@ def zero_of(layout: Layout, zero: int) -> int:
     return min(zero, 1) if layout.pp > 1 else zero
 
 
-def reason_against(layout: Layout, num_devices: int, facts: Facts) -> str | None:
-    """Return why a layout does not fit, or None where it does."""
+def reason_against(layout: Layout, num_devices: int, limits: LayoutLimits) -> str | None:
+    """Return the reason why a layout does not fit, or None where it does."""
     if layout.world_size > num_devices:
         return f"needs {layout.world_size} processes, and there are {num_devices} devices; see --devices"
-    if layout.pp > facts.num_layers:
-        return f"{layout.pp} stages are more than the {facts.num_layers} layers"
-    if facts.global_batch_size % (facts.micro_batch_size * layout.dp):
+    if layout.pp > limits.num_layers:
+        return f"{layout.pp} stages are more than the {limits.num_layers} layers"
+    if limits.global_batch_size % (limits.micro_batch_size * layout.dp):
         return (
-            f"train.global_batch_size={facts.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size={facts.micro_batch_size} x dp={layout.dp}"
+            f"train.global_batch_size={limits.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={limits.micro_batch_size} x dp={layout.dp}"
         )
-    if facts.num_heads is not None and facts.num_heads % layout.tp:
-        return f"{layout.tp} does not divide the {facts.num_heads} attention heads"
+    if limits.num_heads is not None and limits.num_heads % layout.tp:
+        return f"{layout.tp} does not divide the {limits.num_heads} attention heads"
     # Ranks may share a head of keys and values.
-    if facts.num_kv_heads is not None and facts.num_kv_heads % layout.tp and layout.tp % facts.num_kv_heads:
-        return f"{layout.tp} neither divides the {facts.num_kv_heads} heads of keys and values, nor is a multiple"
-    if facts.sequence_length is not None and facts.sequence_length % layout.tp:
-        best = gcd(facts.sequence_length, layout.tp)
-        return f"{layout.tp} does not divide train.sequence_length={facts.sequence_length}; tp={best} does"
+    if limits.num_kv_heads is not None and limits.num_kv_heads % layout.tp and layout.tp % limits.num_kv_heads:
+        return f"{layout.tp} neither divides the {limits.num_kv_heads} heads of keys and values, nor is a multiple"
+    if limits.sequence_length is not None and limits.sequence_length % layout.tp:
+        best = gcd(limits.sequence_length, layout.tp)
+        return f"{layout.tp} does not divide train.sequence_length={limits.sequence_length}; tp={best} does"
     return None
 
 

@@ -1,4 +1,4 @@
-"""How far a tensor or a number of a layout is from that of one process, and which of many differences comes first."""
+"""Measurements: the difference of a tensor or number from that of one process, and the first of many differences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["initial weights", "output", "loss", "input gradient", "gradient", "gradient norm", "weights"]
+MeasurementKind = Literal["initial weights", "output", "loss", "input gradient", "gradient", "gradient norm", "weights"]
 
-KINDS: tuple[Kind, ...] = (
+KINDS: tuple[MeasurementKind, ...] = (
     "initial weights",
     "output",
     "loss",
@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = (
 """In the order of cause: what comes later is made of what comes before."""
 
 
-_WORDS: dict[Kind, str] = {
+_WORDS: dict[MeasurementKind, str] = {
     "initial weights": "initial weights",
     "output": "outputs",
     "loss": "loss",
@@ -33,18 +33,18 @@ _WORDS: dict[Kind, str] = {
 }
 
 TOLERANCE = 1e-4
-"""How far a loss, an output or a gradient may be from that of one process, relative to its norm."""
+"""Largest allowed difference of a loss, an output or a gradient from that of one process, relative to its norm."""
 
 
 LOSS = "the loss"
-"""What comes behind the last layer."""
+"""Name of the place behind the last layer."""
 
 MEASUREMENTS_FILE = "measurements.json"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How far one tensor or number is from that of one process, where it is furthest.
+    """Largest difference of one tensor or number from that of one process.
 
     Attributes:
         kind: what was compared.
@@ -64,13 +64,13 @@ class Measurement:
         apart: the axes along which the copies differ from each other.
         ratio: what the tensor of one process, or the change of weights, must be multiplied with, where nothing else is
             wrong.
-        share: the share of the elements that are at fault.
+        share: the fraction of the elements that are at fault.
         found: the number, or the element that is furthest off.
         expected: the same in one process.
         note: what is wrong where nothing could be compared.
     """
 
-    kind: Kind
+    kind: MeasurementKind
     step: int
     error: float
     excess: float
@@ -116,7 +116,7 @@ def _order_of_cause(found: Measurement) -> tuple[int, int, int, int, str]:
     return found.step, KINDS.index(found.kind), layer_idx, found.micro_batch, found.tensor
 
 
-def worst(measurements: Iterable[Measurement], *kinds: Kind) -> Measurement | None:
+def worst(measurements: Iterable[Measurement], *kinds: MeasurementKind) -> Measurement | None:
     """Return the measurement of some kinds that comes closest to its limit, or goes furthest beyond."""
     return max((found for found in measurements if found.kind in kinds), key=lambda found: found.excess, default=None)
 
@@ -138,7 +138,7 @@ def others_at_fault(measurements: Iterable[Measurement], fault: Measurement) -> 
 
 
 def agreeing(measurements: Sequence[Measurement], fault: Measurement) -> list[str]:
-    """Return what agrees before the fault, in words.
+    """Return the kinds of tensors that agree before the fault, in words.
 
     Example:
         >>> before = Measurement("initial weights", 0, 0.0, 0.0, layer="a")
@@ -158,13 +158,13 @@ def agreeing(measurements: Sequence[Measurement], fault: Measurement) -> list[st
 
 
 def save_measurements(path: Path, measurements: Sequence[Measurement], *, boundaries: Sequence[int]) -> None:
-    """Write what was measured under a layout, and where its stages begin."""
+    """Write the measurements of a layout and the boundaries of its stages."""
     written = {"boundaries": list(boundaries), "measurements": [asdict(found) for found in measurements]}
     path.write_text(json.dumps(written), encoding="utf-8")
 
 
 def load_measurements(path: Path) -> tuple[list[Measurement], list[int]]:
-    """Read what was measured under a layout, and where its stages begin."""
+    """Read the measurements of a layout and the boundaries of its stages."""
     written = json.loads(path.read_text(encoding="utf-8"))
     lines = [{**line, "ranks": tuple(line["ranks"]), "apart": tuple(line["apart"])} for line in written["measurements"]]
     return [Measurement(**line) for line in lines], written["boundaries"]

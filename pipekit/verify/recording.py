@@ -1,4 +1,4 @@
-"""What a rank saw of some steps, on disk: tensors that are written one at a time and read one at a time."""
+"""Recordings of training steps on disk: the tensors that each rank saw, written and read one at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pipekit.layout import Coordinate
 from pipekit.tensor_parallel.shards import Shard
-from pipekit.verify.measurement import Kind
+from pipekit.verify.measurement import MeasurementKind
 
-_INDEX, _FACTS = "index.jsonl", "facts.json"
+_INDEX, _SUMMARY = "index.jsonl", "summary.json"
 
 
 @dataclass(frozen=True, order=True)
-class Key:
-    """Names one logical tensor of a run, the same under every layout.
+class TensorKey:
+    """Identity of one logical tensor of a run, the same under every layout.
 
     Attributes:
         kind: what it is.
@@ -33,7 +33,7 @@ class Key:
         micro_batch: index of the micro-batch in the global batch; -1 for what belongs to the whole step.
     """
 
-    kind: Kind
+    kind: MeasurementKind
     step: int
     layer_idx: int
     name: str
@@ -56,8 +56,8 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A logical tensor as one rank has it, or as some tensor-parallel ranks have it together.
+class TensorCopy:
+    """Copy of a logical tensor: that of one rank, or the shards of some tensor-parallel ranks together.
 
     Attributes:
         coordinate: where the first of these ranks stands.
@@ -69,14 +69,14 @@ class Copy:
     _entries: tuple[_Entry, ...]
 
     def load(self) -> Tensor:
-        """Read it; what several ranks share is joined."""
-        parts = [entry.load() for entry in self._entries]
+        """Read it, and join its shards."""
+        shards = [entry.load() for entry in self._entries]
         shard = self._entries[0].shard
-        return parts[0] if shard is None else shard.join(parts)
+        return shards[0] if shard is None else shard.join(shards)
 
 
 class Recorder:
-    """Writes what one rank sees, each tensor as soon as it is there, so that none is held.
+    """Writes the tensors that one rank sees, each as soon as it is there, so that none stays in memory.
 
     Args:
         folder: of this rank's files.
@@ -88,11 +88,11 @@ class Recorder:
         folder.mkdir(parents=True)
         self._folder = folder
         self._num_tensors = 0
-        self._facts: dict[str, Any] = {"rank": rank, **asdict(coordinate)}
+        self._summary: dict[str, Any] = {"rank": rank, **asdict(coordinate)}
         self._index = (folder / _INDEX).open("w", encoding="utf-8")
 
-    def write(self, key: Key, tensor: Tensor, *, shard: Shard | None = None) -> None:
-        """Write a tensor; `shard` says which part of the logical one it is."""
+    def write(self, key: TensorKey, tensor: Tensor, *, shard: Shard | None = None) -> None:
+        """Write a tensor, or the `shard` of one."""
         name = f"{self._num_tensors:06d}.safetensors"
         self._num_tensors += 1
         # A view would be written with all that it is a view of.
@@ -100,55 +100,58 @@ class Recorder:
         line = {"key": asdict(key), "file": name, "shard": None if shard is None else asdict(shard)}
         self._index.write(json.dumps(line) + "\n")
 
-    def finish(self, **facts: Any) -> None:
-        """Write what can be written as JSON, beside the tensors."""
+    def finish(self, **summary: Any) -> None:
+        """Write the rank's summary as JSON, beside the tensors."""
         self._index.close()
-        (self._folder / _FACTS).write_text(json.dumps({**self._facts, **facts}), encoding="utf-8")
+        (self._folder / _SUMMARY).write_text(json.dumps({**self._summary, **summary}), encoding="utf-8")
 
 
 class Recording:
-    """What all ranks of a run have written.
+    """The tensors and the summaries that all ranks of a run have written.
 
     Args:
         folder: holds a folder for each rank.
+
+    Attributes:
+        summaries: for each rank its place in the layout and what `Recorder.finish` was given, such as its losses.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._entries: dict[Key, list[_Entry]] = defaultdict(list)
-        self.facts: list[dict[str, Any]] = []
-        for rank_folder in sorted(path for path in folder.iterdir() if (path / _FACTS).is_file()):
-            facts = json.loads((rank_folder / _FACTS).read_text(encoding="utf-8"))
-            self.facts.append(facts)
-            coordinate = Coordinate(facts["pipe"], facts["data"], facts["tensor"])
+        self._entries: dict[TensorKey, list[_Entry]] = defaultdict(list)
+        self.summaries: list[dict[str, Any]] = []
+        for rank_folder in sorted(path for path in folder.iterdir() if (path / _SUMMARY).is_file()):
+            summary = json.loads((rank_folder / _SUMMARY).read_text(encoding="utf-8"))
+            self.summaries.append(summary)
+            coordinate = Coordinate(summary["pipe"], summary["data"], summary["tensor"])
             for line in (rank_folder / _INDEX).read_text(encoding="utf-8").splitlines():
                 written = json.loads(line)
                 shard = None if written["shard"] is None else _read_shard(written["shard"])
-                entry = _Entry(rank_folder / written["file"], coordinate, facts["rank"], shard)
-                self._entries[Key(**written["key"])].append(entry)
+                entry = _Entry(rank_folder / written["file"], coordinate, summary["rank"], shard)
+                self._entries[TensorKey(**written["key"])].append(entry)
 
-    def keys(self, kind: Kind | None = None) -> list[Key]:
+    def keys(self, kind: MeasurementKind | None = None) -> list[TensorKey]:
         """Return the tensors of one kind, or all."""
         return sorted(key for key in self._entries if kind is None or key.kind == kind)
 
-    def copies(self, key: Key) -> list[Copy]:
+    def copies(self, key: TensorKey) -> list[TensorCopy]:
         """Return each copy of a logical tensor; none where nobody has it."""
         return list(_copies(self._entries.get(key, [])))
 
-    def load(self, key: Key) -> Tensor:
+    def load(self, key: TensorKey) -> Tensor:
         """Return the first copy of a logical tensor."""
         return self.copies(key)[0].load()
 
 
-def _copies(entries: Sequence[_Entry]) -> Iterator[Copy]:
-    shared: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
+def _copies(entries: Sequence[_Entry]) -> Iterator[TensorCopy]:
+    sharded: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
     for entry in sorted(entries, key=lambda entry: entry.rank):
         if entry.shard is None:
-            yield Copy(entry.coordinate, (entry.rank,), (entry,))
+            yield TensorCopy(entry.coordinate, (entry.rank,), (entry,))
         else:
-            shared[entry.coordinate.pipe, entry.coordinate.data].append(entry)
-    for parts in shared.values():
-        parts.sort(key=lambda entry: entry.coordinate.tensor)
-        yield Copy(parts[0].coordinate, tuple(entry.rank for entry in parts), tuple(parts))
+            sharded[entry.coordinate.pipe, entry.coordinate.data].append(entry)
+    for shards in sharded.values():
+        shards.sort(key=lambda entry: entry.coordinate.tensor)
+        yield TensorCopy(shards[0].coordinate, tuple(entry.rank for entry in shards), tuple(shards))
 
 
 def _read_shard(written: Mapping[str, Any]) -> Shard:

@@ -1,7 +1,8 @@
-"""The run that every layout is held to: one process, torch, and nothing else.
+"""Reference run in one process by plain torch, which every layout is compared with.
 
 Micro-batches come one after the other, their gradients are averaged, clipped by `torch.nn.utils.clip_grad_norm_`, and
-handed to the user's optimizer. No line of the engine takes part, nor does DeepSpeed.
+handed to the user's optimizer. DeepSpeed takes no part, nor does the engine, but for the function that moves a batch
+to the device.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pipekit.layers.sequential import SequentialModel
 from pipekit.layout import Coordinate
 from pipekit.rng import fold_seed
 from pipekit.training.trial import Trial
-from pipekit.verify.observer import FlowObserver
-from pipekit.verify.recording import Key, Recorder
+from pipekit.verify.activation_recorder import ActivationRecorder
+from pipekit.verify.recording import Recorder, TensorKey
 from pipekit.verify.replay import logical_parameters, make_update
 
 
@@ -52,7 +53,7 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
     optimizer = trial.build_optimizer(trainable)
     for name, parameter in parameters.items():
-        recorder.write(Key("initial weights", 0, layer_of[name], name), parameter)
+        recorder.write(TensorKey("initial weights", 0, layer_of[name], name), parameter)
     dataset = trial.build_train_dataset()
     loader = BatchLoader(
         dataset,
@@ -64,18 +65,27 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     random_layers: dict[str, None] = {}
     model.train()
     for step in range(num_steps):
-        observer = FlowObserver(recorder, num_micro_batches=loader.num_micro_batches) if step == 0 else None
+        record_activations = (
+            ActivationRecorder(recorder, num_micro_batches=loader.num_micro_batches) if step == 0 else None
+        )
         loss = 0.0
         for micro_batch, batch in enumerate(loader.step_batches(step * train.global_batch_size)):
             inputs, labels = to_device(batch, device)
             path = (step, micro_batch)
-            outputs = _forward(model, inputs, seed=train.seed, path=path, observer=observer, drawing=random_layers)
+            outputs = _forward(
+                model,
+                inputs,
+                seed=train.seed,
+                path=path,
+                record_activations=record_activations,
+                drawing=random_layers,
+            )
             part: Tensor = trial.loss(outputs, labels) / loader.num_micro_batches
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part)
         for name, parameter in parameters.items():
             if parameter.grad is not None:
-                recorder.write(Key("gradient", step, layer_of[name], name), parameter.grad)
+                recorder.write(TensorKey("gradient", step, layer_of[name], name), parameter.grad)
         lr = trial.learning_rate(step)
         norm = make_update(optimizer, trainable, lr=lr, gradient_clipping=train.gradient_clipping)
         optimizer.zero_grad()
@@ -88,7 +98,7 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
                 "to compare with; lower optimizer.lr, or verify fewer steps (--steps)"
             )
     for name, parameter in parameters.items():
-        recorder.write(Key("weights", num_steps - 1, layer_of[name], name), parameter)
+        recorder.write(TensorKey("weights", num_steps - 1, layer_of[name], name), parameter)
     recorder.finish(losses=losses, norms=norms, rates=rates, random_layers=list(random_layers))
 
 
@@ -98,7 +108,7 @@ def _forward(
     *,
     seed: int,
     path: tuple[int, int],
-    observer: FlowObserver | None,
+    record_activations: ActivationRecorder | None,
     drawing: dict[str, None],
 ) -> Any:
     """Run the layers on one micro-batch; those that draw random numbers are noted in `drawing`."""
@@ -108,8 +118,8 @@ def _forward(
         inputs = layer(inputs)
         if not all(map(torch.equal, before, _generator_states())):
             drawing[model.names[layer_idx]] = None
-        if observer is not None:
-            observer(layer_idx, inputs, path)
+        if record_activations is not None:
+            record_activations(layer_idx, inputs, path)
     return inputs
 
 

@@ -1,4 +1,4 @@
-"""What a verification has found, as plain data."""
+"""Result of a verification, as plain data."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipekit.verify.explain import Setting, describe, likely_cause, locate, quantify
-from pipekit.verify.layouts import Candidate
-from pipekit.verify.measurement import Kind, Measurement, agreeing, first_fault, others_at_fault, worst
+from pipekit.verify.explain import LayoutContext, describe, likely_cause, locate, quantify
+from pipekit.verify.layouts import LayoutCandidate
+from pipekit.verify.measurement import Measurement, MeasurementKind, agreeing, first_fault, others_at_fault, worst
 
-COLUMNS: dict[str, tuple[Kind, ...]] = {
+COLUMNS: dict[str, tuple[MeasurementKind, ...]] = {
     "loss": ("loss",),
     "outputs": ("output",),
     "gradients": ("input gradient", "gradient", "gradient norm"),
     "weights": ("initial weights", "weights"),
 }
-"""What the columns of the table are the largest relative difference of."""
+"""Kinds of measurements of which each column of the table shows the largest relative difference."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What has become of one layout.
+    """Result of one layout.
 
     Attributes:
         candidate: the layout.
         time_s: how long it took, in seconds.
         measurements: what was compared; empty where it failed.
-        setting: what is known of it; None where it failed.
+        context: its stages and layer names; None where it failed.
         failure: why it failed; empty where it did not.
     """
 
-    candidate: Candidate
+    candidate: LayoutCandidate
     time_s: float
     measurements: Sequence[Measurement] = ()
-    setting: Setting | None = None
+    context: LayoutContext | None = None
     failure: str = ""
 
     @property
@@ -48,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a verification was, and what it has found.
+    """Settings and results of a verification.
 
     Attributes:
         model: the model, in a few words.
@@ -67,7 +67,7 @@ class Verification:
     global_batch_size: int
     tolerance: float
     results: Sequence[Result]
-    rejected: Sequence[tuple[Candidate, str]] = ()
+    rejected: Sequence[tuple[LayoutCandidate, str]] = ()
     notes: Sequence[str] = field(default=())
 
     @property
@@ -77,7 +77,7 @@ class Verification:
 
 
 def report(verification: Verification) -> dict[str, Any]:
-    """Return a verification as what JSON can hold; what is infinite or was not compared is null."""
+    """Return a verification as JSON values; an infinite number, or one that was not compared, is null."""
     return {
         "agrees": verification.agrees,
         "model": verification.model,
@@ -92,7 +92,7 @@ def report(verification: Verification) -> dict[str, Any]:
     }
 
 
-def _degrees(candidate: Candidate) -> dict[str, int]:
+def _degrees(candidate: LayoutCandidate) -> dict[str, int]:
     layout = candidate.layout
     return {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp, "zero": candidate.zero}
 
@@ -113,15 +113,15 @@ def _result(result: Result) -> dict[str, Any]:
     fault = first_fault(result.measurements)
     if fault is None:
         return found
-    assert result.setting is not None
+    assert result.context is not None
     others = others_at_fault(result.measurements, fault)
     values = {name: _plain(value) for name, value in asdict(fault).items()}
     found["first_difference"] = {
         **values,
         "what": describe(fault),
         "by": quantify(fault),
-        "where": locate(fault, result.setting),
-        "cause": likely_cause(fault, result.setting, others),
+        "where": locate(fault, result.context),
+        "cause": likely_cause(fault, result.context, others),
         "agrees_before": agreeing(result.measurements, fault),
         "other_layers": others,
     }

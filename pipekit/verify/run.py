@@ -22,10 +22,10 @@ from pipekit.tensor_parallel.flow import has_sequence
 from pipekit.tensor_parallel.shards import Shard, shard_of
 from pipekit.training.context import TrialContext
 from pipekit.training.trial import Trial
+from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.compare import compare_recordings
-from pipekit.verify.measurement import MEASUREMENTS_FILE, Kind, Measurement, save_measurements
-from pipekit.verify.observer import FlowObserver
-from pipekit.verify.recording import Key, Recorder, Recording
+from pipekit.verify.measurement import MEASUREMENTS_FILE, Measurement, MeasurementKind, save_measurements
+from pipekit.verify.recording import Recorder, Recording, TensorKey
 from pipekit.verify.reference import build_model, record_reference
 from pipekit.verify.replay import compare_updates
 
@@ -92,7 +92,7 @@ def run_layout(
 
     _compute_alike(num_threads)
     expected = Recording(reference)
-    num_steps = len(expected.facts[0]["losses"])
+    num_steps = len(expected.summaries[0]["losses"])
     plan = plan_trial(
         config, world_size=world_size, num_devices=num_devices, measure=rank == 0, num_threads=num_threads
     )
@@ -120,7 +120,7 @@ def compare_run(trial: Trial, found: Recording, expected: Recording, *, toleranc
         build_model(trial),
         found,
         build_optimizer=trial.build_optimizer,
-        rates=expected.facts[0]["rates"],
+        rates=expected.summaries[0]["rates"],
         gradient_clipping=trial.context.config.train.gradient_clipping,
         tolerance=tolerance,
     )
@@ -134,11 +134,11 @@ def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> No
     module, plan = engine.module, trainer.context.plan
     layer_of = {f"{name}.": layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
 
-    def key(kind: Kind, step: int, name: str) -> Key:
+    def key(kind: MeasurementKind, step: int, name: str) -> TensorKey:
         layer = max((prefix for prefix in layer_of if name.startswith(prefix)), key=len)
-        return Key(kind, step, layer_of[layer], name)
+        return TensorKey(kind, step, layer_of[layer], name)
 
-    def record_weights(kind: Kind, step: int) -> None:
+    def record_weights(kind: MeasurementKind, step: int) -> None:
         for name, parameter, _ in module.named_logical_parameters():
             # As they are computed with, frozen or not: under ZeRO-3 they are gathered.
             weights = engine.view.full_frozen(parameter)
@@ -154,7 +154,7 @@ def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> No
     norms: list[float] = []
     call_before_update(engine, record_gradients)
     record_weights("initial weights", 0)
-    module.observe_layer = FlowObserver(
+    module.observe_layer = ActivationRecorder(
         recorder, num_micro_batches=plan.batch.num_micro_batches, shard_of_output=_parts_of(module)
     )
     for step in range(num_steps):

@@ -9,8 +9,8 @@ import math
 from pipekit.commands.verify_tables import show_report
 from pipekit.layout import Layout
 from pipekit.training.console import make_console
-from pipekit.verify.explain import Setting
-from pipekit.verify.layouts import Candidate
+from pipekit.verify.explain import LayoutContext
+from pipekit.verify.layouts import LayoutCandidate
 from pipekit.verify.measurement import Measurement
 from pipekit.verify.report import Result, Verification, report
 
@@ -18,8 +18,8 @@ NAMES = ["embed", "block", "embed"]
 
 
 def result(layout: Layout, *measurements: Measurement, failure: str = "") -> Result:
-    setting = Setting(layout, NAMES, [0, 3], frozenset({"embed"}))
-    return Result(Candidate(layout, 1), 1.5, () if failure else measurements, setting, failure)
+    context = LayoutContext(layout, NAMES, [0, 3], frozenset({"embed"}))
+    return Result(LayoutCandidate(layout, 1), 1.5, () if failure else measurements, context, failure)
 
 
 GOOD = (Measurement("loss", 0, 1e-7, 1e-3), Measurement("gradient", 0, 2e-7, 2e-3, layer="embed", layer_idx=0))
@@ -37,7 +37,7 @@ def verification(*results: Result) -> Verification:
         global_batch_size=8,
         tolerance=1e-4,
         results=results,
-        rejected=[(Candidate(Layout(tp=3), 1), "3 does not divide the 4 attention heads")],
+        rejected=[(LayoutCandidate(Layout(tp=3), 1), "3 does not divide the 4 attention heads")],
         notes=["model.dropout=0.1 was taken as 0"],
     )
 

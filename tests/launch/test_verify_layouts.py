@@ -10,7 +10,7 @@ from pipekit.commands.verify import _choose, _comparable, _config_of, _own_layou
 from pipekit.config import Config, parse_config
 from pipekit.layout import Layout
 from pipekit.models import build_layers
-from pipekit.verify.layouts import Candidate
+from pipekit.verify.layouts import LayoutCandidate
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 32}
 
@@ -43,9 +43,9 @@ def test_sequences_must_divide_where_ranks_hold_parts_of_them() -> None:
 
 def test_the_own_layout_keeps_its_schedule_and_stages() -> None:
     config = config_of({"pp": 2, "schedule": "zb-v", "partition": "uniform"})
-    own = _config_of(config, Candidate(Layout(pp=2), 1, is_configured=True))
+    own = _config_of(config, LayoutCandidate(Layout(pp=2), 1, is_configured=True))
     assert own.parallel.partition == "uniform"
-    other = _config_of(config, Candidate(Layout(pp=2, dp=2), 0))
+    other = _config_of(config, LayoutCandidate(Layout(pp=2, dp=2), 0))
     assert (other.parallel.schedule, other.parallel.partition) == ("zb-v", "parameters")
     assert (other.parallel.pp, other.parallel.dp, other.parallel.zero) == (2, 2, 0)
 
@@ -61,16 +61,16 @@ def test_the_own_layout_keeps_its_schedule_and_stages() -> None:
     ],
 )
 def test_others_take_1f1b_where_the_schedule_cannot_run(parallel: Any, layout: Layout) -> None:
-    found = _config_of(config_of(parallel), Candidate(layout, 1))
+    found = _config_of(config_of(parallel), LayoutCandidate(layout, 1))
     assert (found.parallel.schedule, found.parallel.auto) == ("1f1b", False)
     assert found.parallel.boundaries is None
 
 
 def test_runs_are_made_comparable() -> None:
     config = config_of({}, model={"dropout": 0.1}, train={"precision": "bf16", "eval_interval": 1})
-    with_tp, notes = _comparable(config, [Candidate(Layout(tp=2), 1)])
+    with_tp, notes = _comparable(config, [LayoutCandidate(Layout(tp=2), 1)])
     assert (with_tp.train.precision, with_tp.train.eval_interval, with_tp.model.dropout) == ("fp32", None, 0.0)  # type: ignore
     assert len(notes) == 2
-    without_tp, notes = _comparable(config, [Candidate(Layout(pp=2), 1)])
+    without_tp, notes = _comparable(config, [LayoutCandidate(Layout(pp=2), 1)])
     assert without_tp.model.dropout == 0.1  # type: ignore[union-attr]
     assert len(notes) == 1

@@ -17,27 +17,27 @@ from pipekit.rng import fold_seed
 from pipekit.tensor_parallel.shards import Shard
 from pipekit.verify.compare import compare_recordings, proportion
 from pipekit.verify.measurement import Measurement, first_fault
-from pipekit.verify.recording import Key, Recorder, Recording
+from pipekit.verify.recording import Recorder, Recording, TensorKey
 from pipekit.verify.replay import compare_updates, logical_parameters, make_update
 
 NAMES = ["embed", "middle", "head"]
-WEIGHT = Key("initial weights", 0, 1, "middle.weight")
-OUTPUT = Key("output", 0, 1, "", 0)
-PASSED_BACK = Key("input gradient", 0, 1, "", 0)
-GRADIENT = Key("gradient", 0, 1, "middle.weight")
-SMALL = Key("gradient", 0, 1, "middle.bias")
+WEIGHT = TensorKey("initial weights", 0, 1, "middle.weight")
+OUTPUT = TensorKey("output", 0, 1, "", 0)
+PASSED_BACK = TensorKey("input gradient", 0, 1, "", 0)
+GRADIENT = TensorKey("gradient", 0, 1, "middle.weight")
+SMALL = TensorKey("gradient", 0, 1, "middle.bias")
 
-Tensors = Mapping[Key, Tensor]
+Tensors = Mapping[TensorKey, Tensor]
 
 
-def sound() -> dict[Key, Tensor]:
+def sound() -> dict[TensorKey, Tensor]:
     """What one process has: large and small tensors of each kind."""
     tensors = {}
     for layer_idx, name in enumerate(NAMES):
         keys = [
-            Key("initial weights", 0, layer_idx, f"{name}.weight"),
-            Key("gradient", 0, layer_idx, f"{name}.weight"),
-            *(Key(kind, 0, layer_idx, "", g) for g in (0, 1) for kind in ("output", "input gradient")),
+            TensorKey("initial weights", 0, layer_idx, f"{name}.weight"),
+            TensorKey("gradient", 0, layer_idx, f"{name}.weight"),
+            *(TensorKey(kind, 0, layer_idx, "", g) for g in (0, 1) for kind in ("output", "input gradient")),
         ]
         for key in keys:
             generator = torch.Generator().manual_seed(fold_seed(0, str(key)))
@@ -64,7 +64,7 @@ def expected(tmp_path: Path) -> Recording:
 
 @pytest.fixture
 def differences(tmp_path: Path, expected: Recording) -> Callable[..., list[Measurement]]:
-    def compare(*changes: dict[Key, Tensor | None], loss: float = 2.0, norm: float = 5.0) -> list[Measurement]:
+    def compare(*changes: dict[TensorKey, Tensor | None], loss: float = 2.0, norm: float = 5.0) -> list[Measurement]:
         """Compare replicas, each of which has some tensors changed or without."""
         ranks = []
         for rank, changed in enumerate(changes):
@@ -91,12 +91,12 @@ def test_equal_runs_agree(differences: Callable[..., list[Measurement]]) -> None
 
 
 @pytest.mark.parametrize("key", [OUTPUT, PASSED_BACK, GRADIENT])
-def test_rounding_is_allowed_and_no_more(differences: Callable[..., list[Measurement]], key: Key) -> None:
+def test_rounding_is_allowed_and_no_more(differences: Callable[..., list[Measurement]], key: TensorKey) -> None:
     assert first_fault(differences({key: sound()[key] * (1 + 5e-5)})) is None
 
 
 @pytest.mark.parametrize("key", [WEIGHT, OUTPUT, PASSED_BACK, GRADIENT])
-def test_more_than_rounding_is_a_fault(differences: Callable[..., list[Measurement]], key: Key) -> None:
+def test_more_than_rounding_is_a_fault(differences: Callable[..., list[Measurement]], key: TensorKey) -> None:
     fault = first(differences({}, {key: sound()[key] * 1.002}))
     assert (fault.kind, fault.layer, fault.micro_batch) == (key.kind, "middle", key.micro_batch)
     assert fault.error == pytest.approx(0.002, rel=1e-3)
@@ -150,12 +150,12 @@ def test_what_cannot_be_compared_is_a_fault(
 
 def test_no_gradient_is_a_gradient_of_zero(differences: Callable[..., list[Measurement]]) -> None:
     assert first_fault(differences({SMALL: None})) is None
-    unused = Key("gradient", 0, 0, "embed.unused")
+    unused = TensorKey("gradient", 0, 0, "embed.unused")
     assert first_fault(differences({unused: torch.zeros(3)})) is None
 
 
 def test_a_gradient_that_only_the_layout_has(differences: Callable[..., list[Measurement]]) -> None:
-    fault = first(differences({Key("gradient", 0, 0, "embed.unused"): torch.ones(3)}))
+    fault = first(differences({TensorKey("gradient", 0, 0, "embed.unused"): torch.ones(3)}))
     assert fault.note == "is there, and not in one process"
 
 
@@ -237,12 +237,12 @@ class TestUpdates:
                 generator = torch.Generator().manual_seed(step)
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
                 parameter.grad[0] *= noise
-                recorder.write(Key("gradient", step, model.names.index(name.split(".")[0]), name), parameter.grad)
+                recorder.write(TensorKey("gradient", step, model.names.index(name.split(".")[0]), name), parameter.grad)
             make_update(optimizer, list(parameters.values()), lr=scale * lr, gradient_clipping=clipping)
             for name, parameter in parameters.items():
                 if name == forget:
                     parameter.data.copy_(kept[name])
-                recorder.write(Key("weights", step, model.names.index(name.split(".")[0]), name), parameter)
+                recorder.write(TensorKey("weights", step, model.names.index(name.split(".")[0]), name), parameter)
         recorder.finish(losses=[1.0, 1.0], norms=[1.0, 1.0])
         return list(
             compare_updates(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from pipekit.layout import Layout
-from pipekit.verify.explain import Setting, describe, likely_cause, locate, quantify
-from pipekit.verify.measurement import LOSS, Kind, Measurement
+from pipekit.verify.explain import LayoutContext, describe, likely_cause, locate, quantify
+from pipekit.verify.measurement import LOSS, Measurement, MeasurementKind
 
 NAMES = ["embed", "block", "head"]
 
 
-def setting(**degrees: int) -> Setting:
+def context(**degrees: int) -> LayoutContext:
     boundaries = [0, 1, 3] if degrees.get("pp", 1) > 1 else [0, 3]
-    return Setting(Layout(**degrees), NAMES, boundaries, frozenset({"embed"}))
+    return LayoutContext(Layout(**degrees), NAMES, boundaries, frozenset({"embed"}))
 
 
-def fault(kind: Kind, layer: str | None = "block", **facts: object) -> Measurement:
+def fault(kind: MeasurementKind, layer: str | None = "block", **fields: object) -> Measurement:
     layer_idx = -1 if layer is None else [*NAMES, LOSS].index(layer)
-    return Measurement(kind, facts.pop("step", 0), 0.5, 5e3, layer=layer, layer_idx=layer_idx, **facts)  # type: ignore
+    return Measurement(kind, fields.pop("step", 0), 0.5, 5e3, layer=layer, layer_idx=layer_idx, **fields)  # type: ignore
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def fault(kind: Kind, layer: str | None = "block", **facts: object) -> Measureme
     ],
 )
 def test_each_difference_has_its_usual_cause(found: Measurement, degrees: dict[str, int], words: str) -> None:
-    assert words in likely_cause(found, setting(**degrees), [])
+    assert words in likely_cause(found, context(**degrees), [])
 
 
 def test_a_difference_is_described() -> None:
@@ -76,9 +76,9 @@ def test_how_much_it_is_off_is_said() -> None:
 
 def test_ranks_are_named() -> None:
     everywhere = fault("gradient", ranks=(0, 1, 2, 3), num_copies=4, num_wrong=4)
-    assert locate(everywhere, setting(dp=4)) == "ranks 0, 1, 2, 3; all 4 copies are off"
-    assert locate(fault("output", ranks=(3,)), setting(pp=4)) == "rank 3"
-    assert locate(fault("gradient", ranks=(1, 2), num_copies=4, num_wrong=2), setting(dp=4)) == (
+    assert locate(everywhere, context(dp=4)) == "ranks 0, 1, 2, 3; all 4 copies are off"
+    assert locate(fault("output", ranks=(3,)), context(pp=4)) == "rank 3"
+    assert locate(fault("gradient", ranks=(1, 2), num_copies=4, num_wrong=2), context(dp=4)) == (
         "ranks 1, 2; 2 of the 4 copies are off"
     )
-    assert locate(fault("output", ranks=(0,)), setting()) == ""
+    assert locate(fault("output", ranks=(0,)), context()) == ""

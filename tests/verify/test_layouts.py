@@ -6,12 +6,19 @@ import pytest
 
 from pipekit.errors import LayoutError
 from pipekit.layout import Layout
-from pipekit.verify.layouts import MAX_LAYOUTS, Candidate, Facts, parse_layouts, plan_candidates, reason_against
+from pipekit.verify.layouts import (
+    MAX_LAYOUTS,
+    LayoutCandidate,
+    LayoutLimits,
+    parse_layouts,
+    plan_candidates,
+    reason_against,
+)
 
-FACTS = Facts(8, num_heads=4, num_kv_heads=2, sequence_length=64, global_batch_size=8, micro_batch_size=2)
+FACTS = LayoutLimits(8, num_heads=4, num_kv_heads=2, sequence_length=64, global_batch_size=8, micro_batch_size=2)
 
 
-def names(num_devices: int, own: Candidate | None = None, zero: int = 1) -> list[str]:
+def names(num_devices: int, own: LayoutCandidate | None = None, zero: int = 1) -> list[str]:
     fitting, _ = plan_candidates(num_devices, FACTS, own=own, zero=zero)
     return [f"{candidate} ZeRO {candidate.zero}" for candidate in fitting]
 
@@ -32,7 +39,7 @@ def test_each_axis_comes_alone_and_with_the_others() -> None:
 
 
 def test_the_layout_of_the_configuration_is_first_and_keeps_its_zero_stage() -> None:
-    own = Candidate(Layout(pp=4), 0, is_configured=True)
+    own = LayoutCandidate(Layout(pp=4), 0, is_configured=True)
     fitting, _ = plan_candidates(4, FACTS, own=own, zero=0)
     assert fitting[0] is own
     assert [candidate.layout for candidate in fitting].count(Layout(pp=4)) == 1
@@ -60,10 +67,12 @@ def test_what_does_not_fit_has_a_reason(layout: Layout, part: str | None) -> Non
 
 def test_stages_heads_and_sequences_that_do_not_divide() -> None:
     assert "9 stages are more than the 8 layers" in str(reason_against(Layout(pp=9), 16, FACTS))
-    odd = Facts(8, num_heads=12, num_kv_heads=3, sequence_length=None, global_batch_size=8, micro_batch_size=2)
+    odd = LayoutLimits(8, num_heads=12, num_kv_heads=3, sequence_length=None, global_batch_size=8, micro_batch_size=2)
     assert "neither divides the 3 heads of keys and values" in str(reason_against(Layout(tp=4), 16, odd))
     assert reason_against(Layout(tp=6), 16, odd) is None
-    long = Facts(8, num_heads=None, num_kv_heads=None, sequence_length=30, global_batch_size=8, micro_batch_size=2)
+    long = LayoutLimits(
+        8, num_heads=None, num_kv_heads=None, sequence_length=30, global_batch_size=8, micro_batch_size=2
+    )
     assert "4 does not divide train.sequence_length=30; tp=2 does" in str(reason_against(Layout(tp=4), 16, long))
 
 

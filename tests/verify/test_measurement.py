@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 from pipekit.verify.measurement import (
-    Kind,
     Measurement,
+    MeasurementKind,
     agreeing,
     first_fault,
     load_measurements,
@@ -18,7 +18,7 @@ from pipekit.verify.measurement import (
 )
 
 
-def fault(kind: Kind, layer_idx: int = -1, *, step: int = 0, micro_batch: int = -1) -> Measurement:
+def fault(kind: MeasurementKind, layer_idx: int = -1, *, step: int = 0, micro_batch: int = -1) -> Measurement:
     layer = None if layer_idx < 0 else f"layer-{layer_idx}"
     return Measurement(
         kind, step, 1.0, 1e4, layer=layer, layer_idx=layer_idx, tensor=f"{layer}.weight", micro_batch=micro_batch

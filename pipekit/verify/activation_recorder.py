@@ -1,4 +1,4 @@
-"""Recording what passes between layers: what each returns, and what the next one passes back."""
+"""Recording of activations between layers, and of their gradients."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from pipekit.tensor_parallel.logits import whole_outputs
 from pipekit.tensor_parallel.shards import Shard
 from pipekit.tensors.nested import flatten
-from pipekit.verify.recording import Key, Recorder
+from pipekit.verify.recording import Recorder, TensorKey
 
-ShardOf = Callable[[int, Tensor], Shard | None]
-"""Returns which part of a layer's output a rank has, given the layer's index and what it returned there."""
+OutputShard = Callable[[int, Tensor], Shard | None]
+"""Returns the shard of a layer's output that a rank has, given the layer's index and the tensor."""
 
 
-class FlowObserver:
+class ActivationRecorder:
     """Records the outputs of layers and the gradients of their inputs, micro-batch by micro-batch.
 
     Args:
         recorder: where to.
         num_micro_batches: of a step in this process. A gradient is recorded as that of the micro-batch's own loss,
-            which is this many times its part in the step's.
-        shard_of_output: returns which part of an output is here; all of it unless given.
+            which is this many times its contribution to the step's.
+        shard_of_output: returns the shard of an output that is here; all of it unless given.
     """
 
     def __init__(
@@ -31,21 +31,21 @@ class FlowObserver:
         recorder: Recorder,
         *,
         num_micro_batches: int,
-        shard_of_output: ShardOf = lambda layer_idx, tensor: None,
+        shard_of_output: OutputShard = lambda layer_idx, tensor: None,
     ) -> None:
         self._recorder = recorder
         self._num_micro_batches = num_micro_batches
         self._shard_of_output = shard_of_output
-        self._seen: set[Key] = set()
+        self._seen: set[TensorKey] = set()
 
     def __call__(self, layer_idx: int, outputs: Any, path: tuple[int, int] | None) -> None:
         """Record what a layer has returned; `path` is the step and the index of the micro-batch."""
-        assert path is not None, "evaluations are not observed"
+        assert path is not None, "evaluations are not recorded"
         step, micro_batch = path
         tensors, _ = flatten(whole_outputs(outputs), f"the output of layer {layer_idx}")
         for place, tensor in enumerate(tensors):
             name = "" if len(tensors) == 1 else f"[{place}]"
-            key = Key("output", step, layer_idx, name, micro_batch)
+            key = TensorKey("output", step, layer_idx, name, micro_batch)
             # What is checkpointed is computed again in the backward.
             if key in self._seen:
                 continue
@@ -53,9 +53,11 @@ class FlowObserver:
             shard = self._shard_of_output(layer_idx, tensor)
             self._recorder.write(key, tensor, shard=shard)
             if tensor.requires_grad:
-                self._observe_gradient(Key("input gradient", step, layer_idx + 1, name, micro_batch), tensor, shard)
+                self._record_gradient(
+                    TensorKey("input gradient", step, layer_idx + 1, name, micro_batch), tensor, shard
+                )
 
-    def _observe_gradient(self, key: Key, tensor: Tensor, shard: Shard | None) -> None:
+    def _record_gradient(self, key: TensorKey, tensor: Tensor, shard: Shard | None) -> None:
         def write(gradient: Tensor) -> None:
             self._recorder.write(key, gradient * self._num_micro_batches, shard=shard)
 
