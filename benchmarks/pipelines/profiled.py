@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pipekit.config import OptimizerConfig
 from pipekit.layout import Layout
 from pipekit.partitioners import LayerFacts
 from pipekit.predictions.devices import find_device
@@ -73,8 +72,6 @@ class ProfiledModel:
             layer_names=self.layer_names,
             sequence_length=self.sequence_length,
             precision=self.precision,
-            # Memory alone depends on it.
-            optimizer=OptimizerConfig(),
             is_timed=True,
         )
 

@@ -150,8 +150,8 @@ def counts_text(report: Mapping[str, Any]) -> str:
     kinds: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for layout in report["rejected"]:
-        kind = "do not fit into the memory" if layout["reason"].startswith("needs") else "cannot be built"
+        kind = "do not fit into the memory" if "lacking_bytes" in layout else "cannot be built"
         kinds[kind] += 1
-        examples.setdefault(kind, f"{choice_of(layout['layout'])}: {layout['reason']}")
+        examples.setdefault(kind, f"{choice_of(layout['layout'])}, which {layout['reason']}")
     lines += [f"{number:,} {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]
     return "\n".join(lines)

@@ -16,7 +16,8 @@ from pipekit.costs.profiling import ProgressCallback, profile_layers
 from pipekit.errors import ConfigError
 from pipekit.layers.parameters import parameter_shapes
 from pipekit.layers.specs import LayerSpec, layer_names
-from pipekit.predictions.memory import Precision
+from pipekit.predictions.elements import Precision
+from pipekit.predictions.memory import ADAM_STATES, OptimizerStates
 from pipekit.predictions.model_costs import ModelCosts
 from pipekit.predictions.prediction import PlannedModel
 
@@ -89,9 +90,15 @@ def describe_model(
         layer_names=layer_names(specs),
         sequence_length=config.train.sequence_length,
         precision=precision,
-        optimizer=config.optimizer,
+        optimizer_states=_optimizer_states(config),
         is_timed=measuring is not None,
     )
+
+
+def _optimizer_states(config: Config) -> OptimizerStates:
+    if config.optimizer.type == "sgd":
+        return OptimizerStates(per_parameter=int(config.optimizer.momentum > 0), per_tensor=0)
+    return ADAM_STATES
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Precision = Literal["fp32", "bf16", "fp16"]
+from pipekit.predictions.elements import Precision
+
 Offload = Literal["none", "optimizer", "parameters"]
 
 

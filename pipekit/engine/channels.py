@@ -21,6 +21,7 @@ from torch import Tensor
 from pipekit.errors import CommunicationError, PipekitError
 from pipekit.schedules import Action
 from pipekit.schedules.acknowledgements import Acknowledgements
+from pipekit.schedules.messages import EARLY_RECEIVES
 from pipekit.tensors.nested import Structure
 
 _DTYPES = {
@@ -31,8 +32,6 @@ _DTYPES = {
     )
 }  # fmt: skip
 _HEADER_BYTES = 16_384
-# Receives asked for ahead of their use: one that is on its way, and one that waits for its turn.
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ class Receiver:
         return buffers
 
     def _post_ahead(self) -> None:
-        while self._unposted and len(self._posted) < _AHEAD:
+        while self._unposted and len(self._posted) < EARLY_RECEIVES:
             meta = self._find_meta(self._unposted[0])
             if meta is None:
                 return

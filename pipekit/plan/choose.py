@@ -170,14 +170,10 @@ def best_layout(found: Search, num_devices: int, device: Device) -> Prediction:
         )
     choice, reason = rejected[0]
     raise LayoutError(
-        f"none of {len(rejected):,} layouts over {over} can run; the nearest is {choice}, which {_lacks(reason)}; try "
+        f"none of {len(rejected):,} layouts over {over} can run; the nearest is {choice}, which {reason}; try "
         "more devices, or a smaller train.sequence_length"
         + (", or compare tensor parallelism (pipekit plan --max-tp 8)" if choice.layout.tp == 1 else "")
     )
-
-
-def _lacks(reason: str) -> str:
-    return reason if reason.startswith("needs") else f"cannot run: {reason}"
 
 
 def choose_layout(

@@ -17,8 +17,8 @@ from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 from pipekit.layout import Layout
 from pipekit.partitioners import LayerFacts, partition
+from pipekit.predictions.elements import Precision
 from pipekit.predictions.facts import layer_facts
-from pipekit.predictions.memory import Precision
 from pipekit.predictions.prediction import Choice, PlannedModel
 from pipekit.schedules import Schedule, plan_schedule
 from pipekit.tensors.host_memory import share_of_memory

@@ -19,8 +19,8 @@ from pipekit.settings.faults import rule_of
 from pipekit.settings.suggest import closest
 from pipekit.settings.yaml_source import YamlSource, read_yaml
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-"""What a matmul's numbers are, as far as its speed is concerned."""
+MatmulFormat = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Number format of a matrix product, which decides its speed."""
 
 _TABLE = Path(__file__).with_name("devices.yaml")
 _VENDOR_WORDS = {"nvidia", "amd", "instinct", "tesla", "geforce"}
@@ -65,7 +65,7 @@ class PeakFlops(Section):
     fp16: PositiveFloat = Field(examples=["312e12"])
     """float16, accumulated in fp32."""
 
-    def __getitem__(self, precision: Precision) -> float:
+    def __getitem__(self, precision: MatmulFormat) -> float:
         """Return the figure of a precision."""
         value: float = getattr(self, precision)
         return value
@@ -111,7 +111,7 @@ class Device(Section):
     efficiency_source: str = Field(min_length=1)
     """Where `efficiency` comes from."""
 
-    def matmul_flops(self, precision: Precision) -> float:
+    def matmul_flops(self, precision: MatmulFormat) -> float:
         """Return the floating-point operations per second that large transformer layers reach.
 
         Example:

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from math import ceil
 
 from pipekit.partitioners import LayerFacts, MemoryLimit
+from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import layer_flops, layer_seconds
-from pipekit.predictions.memory import Precision, recomputation_bytes
+from pipekit.predictions.memory import recomputation_bytes
 from pipekit.predictions.model_costs import ModelCosts, stage_extras
 from pipekit.predictions.prediction import Choice, PlannedModel
 from pipekit.predictions.rough import bytes_of_parameter
 from pipekit.schedules import Schedule
+from pipekit.schedules.messages import EARLY_RECEIVES
 
-# Two ahead from either side, one gradient that is received and one that is sent.
-_MESSAGES = 6
+# From either side, and one gradient that is received and one that is sent.
+_MESSAGES = 2 * EARLY_RECEIVES + 2
 
 
 def layer_facts(

@@ -11,23 +11,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import Literal
 
-from pipekit.config import OptimizerConfig
 from pipekit.errors import LayoutError
-from pipekit.predictions.elements import Shape, count_elements
+from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision, Shape, count_elements
 from pipekit.predictions.layer_costs import LayerCosts, stage_activation_bytes
 from pipekit.schedules import Action, Costs, Schedule, Timeline
-from pipekit.schedules.messages import plan_messages
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
-BYTES_OF: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Of a weight or an activation."""
+from pipekit.schedules.messages import EARLY_RECEIVES, plan_messages
 
 _FP32_BYTES = 4
 # DeepSpeed fills a flat group up to a multiple of this for each replica: 4 bytes in 16-bit elements.
 _ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class OptimizerStates:
+    """Tensors that an optimizer keeps in fp32, beside a master copy of the weights.
+
+    Attributes:
+        per_parameter: numbers for each parameter: the two moments of Adam and AdamW, the momentum of SGD.
+        per_tensor: numbers for each tensor of parameters: the step count of Adam and AdamW.
+    """
+
+    per_parameter: int
+    per_tensor: int
+
+
+ADAM_STATES = OptimizerStates(per_parameter=2, per_tensor=1)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def memory_of_ranks(
     precision: Precision,
     zero: int,
     dp: int,
-    optimizer: OptimizerConfig | None = None,
+    optimizer_states: OptimizerStates = ADAM_STATES,
     checkpointing: bool = False,
 ) -> list[MemoryParts]:
     """Return what each pipeline rank holds at most in a step, once the optimizer has its states.
@@ -117,7 +126,7 @@ def memory_of_ranks(
         precision: of weights and activations.
         zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
         dp: replicas; those of a rank hold as much.
-        optimizer: AdamW unless given.
+        optimizer_states: those that the optimizer keeps.
         checkpointing: whether only the input of every layer is kept.
 
     Raises:
@@ -157,7 +166,7 @@ def memory_of_ranks(
         is_last = schedule.placement[-1] == rank
         found.append(
             replace(
-                _standing(own, precision=precision, zero=zero, dp=dp, optimizer=optimizer or OptimizerConfig()),
+                _standing(own, precision=precision, zero=zero, dp=dp, states=optimizer_states),
                 activations=activations,
                 # A gradient of what the loss keeps, and one of what it made that of.
                 logits=2 * loss.saved_bytes if loss is not None and is_last else 0,
@@ -173,7 +182,7 @@ def recomputation_bytes(layers: Iterable[LayerCosts]) -> int:
 
 
 def _standing(
-    own: Sequence[StageContents], *, precision: Precision, zero: int, dp: int, optimizer: OptimizerConfig
+    own: Sequence[StageContents], *, precision: Precision, zero: int, dp: int, states: OptimizerStates
 ) -> MemoryParts:
     """Return what is there whatever the schedule, and the update; nothing of what passes."""
     shapes = {name: shape for stage in own for name, shape in stage.parameters.items()}
@@ -188,14 +197,13 @@ def _standing(
         # An idle parameter gets no gradient, and so no states.
         flat, num_tensors, num_shard = groups, len(shapes), num_gradients
     num_weights = num_shard if zero == 3 else sum(flat)
-    states, counts = {"adamw": (2, 1), "adam": (2, 1), "sgd": (int(optimizer.momentum > 0), 0)}[optimizer.type]
 
     gradients, of_one_backward = _FP32_BYTES * num_gradients, 0
     if zero > 1:
         gradients = _FP32_BYTES * num_shard
     elif precision == "bf16":
         # A flat fp32 buffer, to which each backward's own gradients are added after it.
-        of_one_backward = BYTES_OF[precision] * max(count_elements(stage.parameters) for stage in own)
+        of_one_backward = BYTES_PER_ELEMENT[precision] * max(count_elements(stage.parameters) for stage in own)
         gradients = _FP32_BYTES * sum(flat) + of_one_backward
     update = 0
     if dp > 1 and zero < 2:
@@ -205,9 +213,9 @@ def _standing(
         # Each group's gradients are flattened and then freed; those of the groups before it are gone.
         update = max(_FP32_BYTES * (size - sum(groups[:index])) for index, size in enumerate(flat))
     return MemoryParts(
-        weights=BYTES_OF[precision] * num_weights,
+        weights=BYTES_PER_ELEMENT[precision] * num_weights,
         gradients=gradients,
-        optimizer_states=_FP32_BYTES * (states * num_shard + counts * num_tensors),
+        optimizer_states=_FP32_BYTES * (states.per_parameter * num_shard + states.per_tensor * num_tensors),
         masters=_FP32_BYTES * num_shard if is_flat else 0,
         activations=0,
         logits=0,
@@ -272,10 +280,6 @@ def _count_halves(actions: Sequence[Action], num_stages: int) -> list[Action]:
     return row
 
 
-# As many receives as a channel asks for ahead of their use; see pipekit/engine/channels.py.
-_AHEAD = 2
-
-
 def _communication(
     stages: Sequence[StageContents], messages: Mapping[tuple[int, int], Sequence[Action]], pipe_rank: int
 ) -> int:
@@ -291,7 +295,7 @@ def _communication(
         gradients = [size(action) for action in passed if action.kind != "F"]
         if target == pipe_rank:
             sizes = [size(action) for action in passed]
-            ahead += max(sum(sizes[first : first + _AHEAD]) for first in range(len(sizes)))
+            ahead += max(sum(sizes[first : first + EARLY_RECEIVES]) for first in range(len(sizes)))
             received += gradients
         else:
             sent += gradients

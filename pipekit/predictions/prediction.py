@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipekit.config import OptimizerConfig
 from pipekit.layout import Layout
 from pipekit.partitioners import balanced_boundaries
 from pipekit.predictions.devices import Device
-from pipekit.predictions.elements import Shape, count_elements
+from pipekit.predictions.elements import Precision, Shape, count_elements
 from pipekit.predictions.layer_costs import layer_flops, layer_seconds
-from pipekit.predictions.memory import MemoryParts, Precision, cut_stages, memory_of_ranks
+from pipekit.predictions.memory import ADAM_STATES, MemoryParts, OptimizerStates, cut_stages, memory_of_ranks
 from pipekit.predictions.model_costs import ModelCosts, stage_extras
 from pipekit.predictions.sharding import shard_layers
 from pipekit.predictions.timing import Cluster, StepTimes, stage_costs, step_times
@@ -72,7 +71,7 @@ class PlannedModel:
         layer_names: logical name of each layer.
         sequence_length: tokens of a sequence.
         precision: of weights and activations.
-        optimizer: what updates it.
+        optimizer_states: tensors that its optimizer keeps.
         is_timed: whether `costs_of` tells measured seconds too.
     """
 
@@ -81,7 +80,7 @@ class PlannedModel:
     layer_names: Sequence[str]
     sequence_length: int
     precision: Precision
-    optimizer: OptimizerConfig
+    optimizer_states: OptimizerStates = ADAM_STATES
     is_timed: bool = False
 
     @property
@@ -234,7 +233,7 @@ def predict(
         precision=model.precision,
         zero=choice.zero,
         dp=dp,
-        optimizer=model.optimizer,
+        optimizer_states=model.optimizer_states,
         checkpointing=choice.checkpointing,
     )
     ranks = []

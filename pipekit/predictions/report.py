@@ -11,6 +11,7 @@ from pipekit.partitioners import ComparedPartition
 from pipekit.predictions.devices import Device
 from pipekit.predictions.memory import MemoryParts
 from pipekit.predictions.prediction import Choice, Prediction
+from pipekit.predictions.rejections import OutOfMemory, Rejection
 from pipekit.predictions.search import SearchResult
 from pipekit.schedules import Timeline
 
@@ -81,8 +82,15 @@ def report(
         ]
         found["num_fitting"] = search.num_fitting
         found["num_open"] = search.num_open
-        found["rejected"] = [{"layout": choice_report(choice), "reason": reason} for choice, reason in search.rejected]
+        found["rejected"] = [
+            {"layout": choice_report(choice), "reason": str(reason), **_lacking(reason)}
+            for choice, reason in search.rejected
+        ]
     return found
+
+
+def _lacking(reason: Rejection) -> dict[str, float]:
+    return {"lacking_bytes": reason.lacking_bytes} if isinstance(reason, OutOfMemory) else {}
 
 
 def choice_report(choice: Choice) -> dict[str, Any]:

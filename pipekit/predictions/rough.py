@@ -9,8 +9,8 @@ from itertools import pairwise
 from math import gcd
 
 from pipekit.partitioners import balanced_boundaries
+from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import layer_flops, stage_activation_bytes
-from pipekit.predictions.memory import Precision
 from pipekit.predictions.model_costs import stage_extras
 from pipekit.predictions.prediction import Choice, PlannedModel
 from pipekit.predictions.sharding import shard_layers

@@ -10,6 +10,7 @@ from math import inf
 from pipekit.layout import Layout
 from pipekit.predictions.devices import Device
 from pipekit.predictions.prediction import Choice, PlannedModel, Prediction, actions_of_micro_batch, predict
+from pipekit.predictions.rejections import NotDivisible, OutOfMemory, Rejection, TooMany
 from pipekit.predictions.rough import Estimator, Rough
 from pipekit.predictions.timing import Cluster
 
@@ -56,7 +57,7 @@ class SearchResult:
     """
 
     ranked: tuple[Prediction, ...]
-    rejected: tuple[tuple[Choice, str], ...]
+    rejected: tuple[tuple[Choice, Rejection], ...]
     num_fitting: int
     num_open: int = 0
 
@@ -73,7 +74,7 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
         device: what each rank computes on.
         num_ranked: how many of the best to return.
     """
-    rejected: list[tuple[float, Choice, str]] = []
+    rejected: list[tuple[float, Choice, Rejection]] = []
     possible: list[tuple[Rough, Choice]] = []
     estimator = Estimator(model)
     for choice in choices(model, space):
@@ -82,11 +83,11 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
             rejected.append((inf, choice, reason))
             continue
         estimate = estimator.estimate(choice, Cluster(device, choice.layout))
-        reason = _too_large(estimate.least_bytes, device, at_least=True)
-        if reason is None:
-            possible.append((estimate, choice))
+        least = OutOfMemory(estimate.least_bytes, device.memory_bytes, is_lower_bound=True)
+        if least.lacking_bytes > 0:
+            rejected.append((estimate.memory_bytes, choice, least))
         else:
-            rejected.append((estimate.memory_bytes, choice, reason))
+            possible.append((estimate, choice))
     # Those that hardly fit come last.
     possible.sort(key=lambda item: (item[0].memory_bytes > device.memory_bytes, item[0].step_time_s))
     fitting: list[Prediction] = []
@@ -97,11 +98,11 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
         num_tried += 1
         actions += min(choice.num_micro_batches, 5 * choice.layout.pp) * actions_of_micro_batch(choice)
         prediction = predict(model, choice, device, boundaries=estimator.boundaries(choice))
-        reason = _too_large(prediction.memory_bytes, device)
-        if reason is None:
-            fitting.append(prediction)
+        need = OutOfMemory(prediction.memory_bytes, device.memory_bytes)
+        if need.lacking_bytes > 0:
+            rejected.append((need.needed_bytes, choice, need))
         else:
-            rejected.append((prediction.memory_bytes, choice, reason))
+            fitting.append(prediction)
     fitting.sort(key=lambda prediction: (prediction.step_time_s, prediction.memory_bytes))
     rejected.sort(key=lambda item: item[0])
     reasons = tuple((choice, reason) for _, choice, reason in rejected)
@@ -129,21 +130,14 @@ def choices(model: PlannedModel, space: SearchSpace) -> Iterator[Choice]:
                 yield Choice(layout, zero, schedule, SCHEDULES[schedule], size, num_micro_batches, checkpointing)
 
 
-def impossible(model: PlannedModel, choice: Choice, device: Device) -> str | None:
-    """Return why a layout cannot run whatever it holds, if it cannot."""
+def impossible(model: PlannedModel, choice: Choice, device: Device) -> Rejection | None:
+    """Reason why a layout cannot be built, memory left aside; None where it can."""
     pp, tp = choice.layout.pp, choice.layout.tp
     num_layers, num_stages = len(model.layer_names), pp * choice.stages_per_rank
     if num_stages > num_layers:
-        return f"{num_stages} stages are more than the {num_layers} layers"
+        return TooMany("stages", num_stages, limit=num_layers, of="layers")
     if tp > device.devices_per_node:
-        return f"tp={tp} is more than the {device.devices_per_node} devices of a node"
+        return TooMany("tensor-parallel ranks", tp, limit=device.devices_per_node, of="devices of a node")
     if choice.schedule == "interleaved-1f1b" and choice.num_micro_batches % pp:
-        return f"interleaved-1f1b needs a multiple of pp={pp} micro-batches, and a step has {choice.num_micro_batches}"
+        return NotDivisible("micro-batches under interleaved-1f1b", choice.num_micro_batches, divisor="pp", by=pp)
     return None
-
-
-def _too_large(memory_bytes: float, device: Device, *, at_least: bool = False) -> str | None:
-    if memory_bytes <= device.memory_bytes:
-        return None
-    needs = "needs at least" if at_least else "needs"
-    return f"{needs} {memory_bytes / 1e9:,.2f} GB of {device.memory_bytes / 1e9:,.2f} GB"

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Device, Link
+from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision
 from pipekit.predictions.layer_costs import LayerCosts
-from pipekit.predictions.memory import BYTES_OF, Precision
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
 
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
@@ -87,7 +87,7 @@ def reduction_s(parameters: int, cluster: Cluster) -> float:
 
 def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
     """Return the seconds in which a rank with so many parameters updates its share, and gathers the others'."""
-    weight_bytes = BYTES_OF[precision]
+    weight_bytes = BYTES_PER_ELEMENT[precision]
     # In 16 bits the optimizer's states are always shared out.
     is_shared = zero > 0 or precision != "fp32"
     share = parameters / cluster.layout.dp if is_shared else parameters

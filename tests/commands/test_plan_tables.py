@@ -70,9 +70,9 @@ def test_what_does_not_fit_says_so() -> None:
 def test_rejected_layouts_are_counted_by_reason(compared: dict[str, Any]) -> None:
     layout = compared["layout"]
     rejected = [
-        {"layout": layout, "reason": "needs 9.00 GB of 8.00 GB"},
-        {"layout": layout, "reason": "needs at least 90.00 GB of 8.00 GB"},
-        {"layout": layout, "reason": "16 stages are more than the 8 layers"},
+        {"layout": layout, "reason": "needs 9.00 GB of 8.00 GB", "lacking_bytes": 1e9},
+        {"layout": layout, "reason": "needs at least 90.00 GB of 8.00 GB", "lacking_bytes": 82e9},
+        {"layout": layout, "reason": "has 16 stages, more than the 8 layers"},
     ]
     lines = counts_text({**compared, "num_fitting": 3, "num_open": 1200, "rejected": rejected}).splitlines()
     assert lines[0] == "3 layouts were simulated and fit"

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from pipekit.config import GPTConfig, OptimizerConfig
+from pipekit.config import GPTConfig
 from pipekit.costs.describe import describe_layers
 from pipekit.layers.parameters import parameter_shapes
 from pipekit.layers.specs import layer_names
 from pipekit.layout import Layout
 from pipekit.models import build_gpt2, language_model_loss
 from pipekit.predictions.devices import Device
+from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import LayerCosts
-from pipekit.predictions.memory import Precision
 from pipekit.predictions.model_costs import ModelCosts
 from pipekit.predictions.prediction import Choice, PlannedModel
 
@@ -77,7 +77,6 @@ def model(
         layer_names=[f"layers.{index}" for index in range(len(layers))],
         sequence_length=8,
         precision=precision,
-        optimizer=OptimizerConfig(),
     )
 
 
@@ -113,6 +112,4 @@ def gpt(num_layers: int, hidden_size: int, num_heads: int, precision: Precision 
         ids = torch.empty(size, 2048, dtype=torch.int64, device="meta")
         return describe_layers(specs, ids, dtype=dtype, loss_fn=language_model_loss, labels=ids)
 
-    return PlannedModel(
-        costs_of, cache(partial(parameter_shapes, specs)), layer_names(specs), 2048, precision, OptimizerConfig()
-    )
+    return PlannedModel(costs_of, cache(partial(parameter_shapes, specs)), layer_names(specs), 2048, precision)

@@ -14,18 +14,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine_jobs import GLOBAL_BATCH, Case, batch, build_engine, micro_batches, model_specs
 from gloo_workers import GlooWorkers
-from pipekit.config import OptimizerConfig
 from pipekit.errors import LayoutError
 from pipekit.layers.parameters import parameter_shapes
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import language_model_loss
 from pipekit.partitioners import partition_uniform
+from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.memory import (
-    _AHEAD,
+    ADAM_STATES,
     MemoryParts,
-    Precision,
+    OptimizerStates,
     StageContents,
     cut_stages,
     memory_of_ranks,
@@ -101,7 +101,7 @@ def predicted(case: Case) -> list[tuple[MemoryParts, int]]:
         precision=case.precision,  # type: ignore[arg-type]
         zero=case.zero,
         dp=case.dp,
-        optimizer=OptimizerConfig(type=case.optimizer, momentum=0.9),  # type: ignore[arg-type]
+        optimizer_states=OptimizerStates(1, 0) if case.optimizer == "sgd" else ADAM_STATES,
         checkpointing=case.checkpointing,
     )
     recomputed = [recomputation_bytes(stage.layers) if case.checkpointing else 0 for stage in stages]
@@ -295,9 +295,9 @@ def test_groups_are_filled_up_to_the_alignment_of_all_replicas() -> None:
 
 
 def test_moments_follow_from_the_optimizer() -> None:
-    assert two_stages(optimizer=OptimizerConfig(type="sgd")).optimizer_states == 0
-    assert two_stages(optimizer=OptimizerConfig(type="sgd", momentum=0.9)).optimizer_states == 4 * 30
-    assert two_stages(optimizer=OptimizerConfig(type="adam")) == two_stages()
+    assert two_stages(optimizer_states=OptimizerStates(0, 0)).optimizer_states == 0
+    assert two_stages(optimizer_states=OptimizerStates(1, 0)).optimizer_states == 4 * 30
+    assert two_stages(optimizer_states=ADAM_STATES) == two_stages()
 
 
 def test_16_bits_hold_masters_and_gradients_in_fp32() -> None:
@@ -359,12 +359,9 @@ def test_the_last_stage_holds_the_gradients_of_its_logits_for_a_moment() -> None
 
 
 def test_two_messages_are_received_ahead_and_gradients_are_passed_on() -> None:
-    from pipekit.engine import channels
-
     # The message between the stages has 20 bytes. Rank 0 receives gradients, of which one more is in use.
     assert two_stages(0).communication == 2 * 20 + 20
     assert two_stages(1).communication == 2 * 20 + 20
-    assert _AHEAD == channels._AHEAD
 
 
 def test_the_reduction_and_the_update_come_after_the_activations() -> None:

@@ -7,6 +7,7 @@ import pytest
 from pipekit.predictions import search
 from pipekit.predictions.devices import Device, find_device
 from pipekit.predictions.prediction import PlannedModel, Prediction, predict
+from pipekit.predictions.rejections import NotDivisible, OutOfMemory, Rejection, TooMany
 from pipekit.predictions.search import SearchSpace, choices, impossible, search_layouts
 from predictions.planned import choice, device, gpt, layer, model
 
@@ -68,24 +69,25 @@ def test_the_fastest_stands_first() -> None:
 def test_what_does_not_fit_says_how_much_it_lacks() -> None:
     found = search_layouts(model([layer()] * 8), SPACE, device(memory_bytes=1))
     assert found.ranked == ()
-    needs = [reason for _, reason in found.rejected if reason.startswith("needs")]
-    assert needs
-    assert found.rejected[0][1] == needs[0]
+    reasons = [reason for _, reason in found.rejected]
+    nearest = reasons[0]
+    assert isinstance(nearest, OutOfMemory)
+    assert nearest.lacking_bytes == nearest.needed_bytes - 1 > 0
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pp": 8, "schedule": "zb-v", "stages_per_rank": 2}, "16 stages are more than the 8 layers"),
-        ({"tp": 16}, "tp=16 is more than the 8 devices of a node"),
+        ({"pp": 8, "schedule": "zb-v", "stages_per_rank": 2}, TooMany("stages", 16, 8, "layers")),
+        ({"tp": 16}, TooMany("tensor-parallel ranks", 16, 8, "devices of a node")),
         (
             {"pp": 4, "schedule": "interleaved-1f1b", "stages_per_rank": 2, "num_micro_batches": 6},
-            "interleaved-1f1b needs a multiple of pp=4 micro-batches, and a step has 6",
+            NotDivisible("micro-batches under interleaved-1f1b", 6, "pp", 4),
         ),
         ({"pp": 8, "num_micro_batches": 6}, None),
     ],
 )
-def test_what_cannot_be_built_says_why(changes: dict[str, object], reason: str | None) -> None:
+def test_what_cannot_be_built_says_why(changes: dict[str, object], reason: Rejection | None) -> None:
     assert impossible(model([layer()] * 8), choice(**changes), device()) == reason
 
 
