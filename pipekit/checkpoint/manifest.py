@@ -15,7 +15,6 @@ It is written under another name and renamed when it is whole; the file `latest`
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -196,16 +195,6 @@ def load_manifest(checkpoint: Path) -> Manifest:
 def _read_manifest(path: Path) -> Manifest:
     # Bytes that are no text make no JSON either.
     return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either wholly there or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _instead(folder: Path, bad_name: str) -> str:

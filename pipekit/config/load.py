@@ -244,7 +244,8 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
         draft.add(fault)
     if draft.faults:
         raise draft.error()
-    return Config(**sections)
+    # Every section and every rule has been checked, so that they are not checked again.
+    return Config.model_construct(**sections)
 
 
 def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:

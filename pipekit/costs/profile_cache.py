@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 from pipekit.costs.observe import Form, Observed, TensorForm
 from pipekit.errors import PipekitError
+from pipekit.files import write_atomically
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.tensors.nested import unflatten
 
@@ -59,14 +58,9 @@ class ProfileCache:
             "costs": asdict(measured.costs),
             "outputs": plain_form(measured.outputs),
         }
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             logger.warning("what was measured cannot be kept in %s: %s", path.parent, error.strerror or error)
 

@@ -35,6 +35,7 @@ from pipekit.data.tokenizer import (
 )
 from pipekit.data.tokens import TokenFileWriter, load_tokens
 from pipekit.errors import DataError
+from pipekit.files import replace_folder
 from pipekit.rng import fold_seed
 
 logger = logging.getLogger(__name__)
@@ -163,9 +164,7 @@ def _build(folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCal
             tokenizer = _build_tokenizer(temporary, config, corpus, report)
             meta = _write_splits(temporary, config, corpus, tokenizer, report)
         (temporary / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():  # broken, or it would have been used
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        replace_folder(temporary, folder)  # An earlier one is broken, or it would have been used.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

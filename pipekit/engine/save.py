@@ -23,12 +23,12 @@ from pipekit.checkpoint.manifest import (
     TrainingState,
     checkpoint_name,
     list_checkpoints,
-    write_atomically,
 )
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
+from pipekit.files import replace_folder, write_atomically
 
 
 def save_checkpoint(
@@ -164,10 +164,7 @@ def _finish(
     versions = {name: version(name) for name in ("pipekit", "torch", "deepspeed")}
     manifest = Manifest(training=training, tensors=tensors, file_bytes=file_bytes, written_by=versions)
     write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
-    if final.exists():
-        # A run that was set back to an earlier step comes by here again.
-        shutil.rmtree(final)
-    temporary.rename(final)
+    replace_folder(temporary, final)  # A run that was set back to an earlier step passes here again.
     write_atomically(final.parent / LATEST_FILE, final.name + "\n")
 
 

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS, resolve_checkpoint, write_atomically
+from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config, GPTConfig, load_config
 from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
+from pipekit.files import replace_folder, write_atomically
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
 from pipekit.models.hf_gpt2 import plan_hf_config, to_hf
@@ -112,9 +113,7 @@ def export_checkpoint(
         step = CheckpointReader(checkpoint).manifest.training.step
         check = _compare(temporary, model, config.model, checkpoint=str(checkpoint), step=step, dtype=dtype)
         write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
+        replace_folder(temporary, final)
     except (OSError, SafetensorError) as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
     finally:

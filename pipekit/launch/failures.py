@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipekit.files import write_atomically
+
 _SHOWN_LINES = 20
 _TAIL_BYTES = 64 * 1024
 
@@ -40,9 +42,7 @@ class FailureReport:
 
     def write(self, path: Path) -> None:
         """Write the report to `path`, whole or not at all."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> FailureReport | None:

@@ -14,10 +14,10 @@ from pipekit.checkpoint.manifest import (
     list_checkpoints,
     load_manifest,
     resolve_checkpoint,
-    write_atomically,
 )
 from pipekit.config import Config, conflicting_keys, load_config
 from pipekit.errors import CheckpointError, ConfigError
+from pipekit.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pipekit.checkpoint.manifest import (
     list_checkpoints,
     load_manifest,
     resolve_checkpoint,
-    write_atomically,
 )
 from pipekit.errors import CheckpointError
+from pipekit.files import write_atomically
 
 
 def write_checkpoint(folder: Path, step: int, content: bytes = b"12345678") -> Path:
@@ -156,11 +156,3 @@ def test_without_any_other_the_latest_file_is_the_one_to_remove(tmp_path: Path) 
 def test_names_sort_as_steps_do(tmp_path: Path) -> None:
     written = [write_checkpoint(tmp_path, step) for step in (100, 9, 99_999_999, 10)]
     assert list_checkpoints(tmp_path) == [written[1], written[3], written[0], written[2]]
-
-
-def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "latest"
-    for text in ("first", "ü\n"):
-        write_atomically(path, text)
-        assert path.read_text(encoding="utf-8") == text
-    assert list(tmp_path.iterdir()) == [path]
