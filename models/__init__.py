@@ -1,24 +1,62 @@
-"""Models as lists of layer specs."""
+"""Models as lists of layer specs: a file for each family, and `transformer`, the layers that they are made of."""
 
 from __future__ import annotations
 
-from pipekit.config import Config, GPTConfig
-from pipekit.layers.specs import LayerSpec
-from pipekit.models.custom import build_custom, load_object
-from pipekit.models.gpt import build_gpt2
-from pipekit.models.loss import language_model_loss
+import pkgutil
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["build_gpt2", "build_layers", "language_model_loss", "load_object"]
+from pipekit.models.custom import CustomModelConfig
+from pipekit.models.family import ModelFamily, TransformerFamily
+from pipekit.settings.suggest import closest
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
+    from pipekit.layers.specs import LayerSpec
+
+DEFAULT_FAMILY = "gpt2"
+"""Family of a model section that names neither a family nor a preset."""
+
+
+@cache
+def find_families() -> dict[str, type[TransformerFamily]]:
+    """Built-in families by name: what the files beside this one assign to `FAMILY`."""
+    names = [info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg]
+    families = [getattr(import_module(f"{__name__}.{name}"), "FAMILY", None) for name in names]
+    return {family.model_fields["family"].default: family for family in families if family is not None}
+
+
+def preset_families() -> dict[str, type[TransformerFamily]]:
+    """Family of each preset; the default family's come first."""
+    families = sorted(find_families().items(), key=lambda item: item[0] != DEFAULT_FAMILY)
+    return {preset: family for _, family in families for preset in family.presets}
+
+
+def family_of(values: object) -> type[ModelFamily] | None:
+    """Class that reads a model section; None where it is neither a mapping nor text.
+
+    Text, or a mapping with `builder`, is the user's own model. Otherwise the family's name decides, then the preset,
+    also a misspelt one.
+    """
+    if isinstance(values, ModelFamily):
+        return type(values)
+    if isinstance(values, str):
+        return CustomModelConfig
+    if not isinstance(values, dict):
+        return None
+    if {"builder", "args"} & set(values):
+        return CustomModelConfig
+    families, presets = find_families(), preset_families()
+    chosen = families.get(str(values.get("family")))
+    named = closest(str(values.get("preset")), presets)
+    return chosen or (presets[named] if named else families[DEFAULT_FAMILY])
 
 
 def build_layers(config: Config) -> list[LayerSpec]:
-    """Return the layer specs of a configuration's model.
+    """Layer specs of a configuration's model.
 
     Raises:
         ConfigError: if the model is the user's own and its builder does not return layer specs.
     """
-    if isinstance(config.model, GPTConfig):
-        # ZeRO-3 lets the weights of the head go before the loss.
-        chunk = config.train.loss_chunk_tokens if config.parallel.zero < 3 else None
-        return build_gpt2(config.model, loss_chunk_tokens=chunk)
-    return build_custom(config)
+    return config.model.build_layers(config)

@@ -1,20 +1,82 @@
-"""A user's own model: a function that returns a list of layer specs."""
+"""The user's own model: a function that returns a list of layer specs."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from pydantic import Field, field_validator, model_validator
 
-from pipekit.config import Config, CustomModelConfig
 from pipekit.errors import ConfigError
-from pipekit.layers.specs import LayerSpec
+from pipekit.models.family import ModelFamily, TransformerFamily
 from pipekit.settings.suggest import closest
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
+    from pipekit.layers.specs import LayerSpec
+
+
+class CustomModelConfig(ModelFamily):
+    """The user's own model: a function that returns a list of layer specs."""
+
+    builder: str = Field(examples=["my_package.my_model:build_layers"])
+    """`package.module:function`; called as `function(config)`, it returns a list of `LayerSpec`."""
+
+    args: dict[str, Any] = Field(default={}, examples=[{"width": 64}])
+    """Anything that the function wants to read, as `config.model.args`."""
+
+    @property
+    def description(self) -> str:
+        return self.builder
+
+    def build_layers(self, config: Config) -> list[LayerSpec]:
+        """List of layer specs of the user's builder, called as `builder(config)`.
+
+        Raises:
+            ConfigError: if the builder cannot be imported or called, or returns something else than a list of
+                layer specs.
+        """
+        where = f"model.builder={self.builder}"
+        builder: Callable[[Config], Any] = load_object(self.builder, key="model.builder")
+        if not callable(builder):
+            raise ConfigError(f"{where}: is {_describe(builder)}, and must be a function that takes the configuration")
+        if not _takes_one_argument(builder):
+            raise ConfigError(
+                f"{where}: is called with one argument, the configuration, and takes "
+                f"{inspect.signature(builder)}; write "
+                f"def {self.builder.rpartition(':')[2]}(config), and read model.args as config.model.args"
+            )
+        specs = builder(config)
+        check_specs(specs, where=f"{where}: it")
+        return list(specs)
+
+    def no_export_reason(self) -> str | None:
+        return f"is built by {self.builder}, which has no counterpart in transformers"
+
+    @classmethod
+    def unknown_key_remedy(cls, key: str) -> str | None:
+        if key in TransformerFamily.model_fields:
+            return f"the settings of your own model stand under model.args, as model.args.{key}"
+        return None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, values: Any) -> Any:
+        return {"builder": values} if isinstance(values, str) else values
+
+    @field_validator("builder")
+    @classmethod
+    def _names_a_function(cls, builder: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", builder):
+            raise ValueError(
+                "must name a function as package.module:function; for example builder: my_package.my_model:build_layers"
+            )
+        return builder
 
 
 def load_object(path: str, *, key: str) -> Any:
@@ -52,29 +114,6 @@ def load_object(path: str, *, key: str) -> Any:
     return found
 
 
-def build_custom(config: Config) -> list[LayerSpec]:
-    """Return the layer specs of the user's own builder, called as `builder(config)`.
-
-    Raises:
-        ConfigError: if the builder cannot be imported or called, or returns something else than a list of
-            layer specs.
-    """
-    assert isinstance(config.model, CustomModelConfig)
-    where = f"model.builder={config.model.builder}"
-    builder: Callable[[Config], Any] = load_object(config.model.builder, key="model.builder")
-    if not callable(builder):
-        raise ConfigError(f"{where}: is {_describe(builder)}, and must be a function that takes the configuration")
-    if not _takes_one_argument(builder):
-        raise ConfigError(
-            f"{where}: is called with one argument, the configuration, and takes "
-            f"{inspect.signature(builder)}; write "
-            f"def {config.model.builder.rpartition(':')[2]}(config), and read model.args as config.model.args"
-        )
-    specs = builder(config)
-    check_specs(specs, where=f"{where}: it")
-    return list(specs)
-
-
 def check_specs(specs: Sequence[LayerSpec], *, where: str) -> None:
     """Check that a user's function returned a model.
 
@@ -85,6 +124,8 @@ def check_specs(specs: Sequence[LayerSpec], *, where: str) -> None:
     Raises:
         ConfigError: if it is not a list or tuple of layer specs with one at least.
     """
+    from pipekit.layers.specs import LayerSpec
+
     if not isinstance(specs, (list, tuple)) or not specs:
         what = "an empty list" if isinstance(specs, (list, tuple)) else _describe(specs)
         raise ConfigError(f"{where} returned {what}, and must return a list of LayerSpec, one for each layer")
@@ -110,7 +151,9 @@ def _describe(value: object) -> str:
 
 
 def _instead_of(layer: object) -> str:
-    """Return what to write in place of something that is no layer spec."""
+    """Text to write in place of something that is no layer spec."""
+    from torch import nn
+
     kinds = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("deepspeed.")}
     for name in ("TiedLayerSpec", "LayerSpec"):
         if name in kinds:

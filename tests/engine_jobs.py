@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipekit.config import GPTConfig
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import build_gpt2, language_model_loss
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import language_model_loss
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
 
@@ -49,7 +49,7 @@ class Case:
 
 
 def model_specs(case: Case) -> list[LayerSpec]:
-    config = GPTConfig(
+    config = GPT2Config(
         vocab_size=VOCAB,
         hidden_size=32,
         num_layers=3,
@@ -60,7 +60,7 @@ def model_specs(case: Case) -> list[LayerSpec]:
         dropout=case.dropout,
         init_std=0.1,
     )
-    return build_gpt2(config, loss_chunk_tokens=case.loss_chunk_tokens)
+    return config.layer_specs(loss_chunk_tokens=case.loss_chunk_tokens)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,9 @@ import yaml
 
 import pipekit
 from pipekit.cli import app
-from pipekit.config import PRESETS, config_json_schema, load_config, parse_config
+from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.deepspeed_keys import OWNED_KEYS
+from pipekit.models import preset_families
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -259,8 +260,8 @@ def test_no_key_is_documented_that_is_not_there() -> None:
 
 def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
     tables = page_tables("docs/configuration.md")
-    for name, sizes in PRESETS.items():
-        assert tables["Presets"][name] == [str(size) for size in sizes.values()]
+    for name, family in preset_families().items():
+        assert tables["Presets"][name] == [str(size) for size in family.presets[name].values()]
     refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}
     assert refused == OWNED_KEYS
 
@@ -286,7 +287,7 @@ def test_docstring_examples(name: str) -> None:
 def test_docstring_examples_are_found() -> None:
     assert len(importable_modules()) > 60
     finder = doctest.DocTestFinder(exclude_empty=True)
-    names = ("pipekit.layout", "pipekit.partitioners.minmax", "pipekit.models.gpt", "pipekit.layers.specs")
+    names = ("pipekit.layout", "pipekit.partitioners.minmax", "pipekit.models.gpt2", "pipekit.layers.specs")
     for name in names:
         module = importlib.import_module(name)
         assert any(test.examples for test in finder.find(module)), name

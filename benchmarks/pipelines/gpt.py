@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from pipekit.config import GPTConfig
-from pipekit.models import build_gpt2, language_model_loss
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import language_model_loss
 from pipelines.settings import GPTSetting
 from pipelines.workload import Workload
 
 
 def build_gpt_workload(setting: GPTSetting) -> Workload:
     """Return the layers of the model, one batch of random tokens, and AdamW."""
-    config = GPTConfig(
+    config = GPT2Config(
         vocab_size=setting.vocab_size,
         hidden_size=setting.hidden_size,
         num_layers=setting.num_blocks,
@@ -25,7 +25,7 @@ def build_gpt_workload(setting: GPTSetting) -> Workload:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(setting.vocab_size, (num_sequences, setting.sequence_length), generator=generator)
     return Workload(
-        specs=build_gpt2(config),
+        specs=config.layer_specs(),
         pp=setting.pp,
         num_micro_batches=setting.num_micro_batches,
         precision=setting.precision,

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipekit.config import Config, GPTConfig, load_config
+from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError
 from pipekit.launch.resources import num_accelerators, num_usable_cpus, threads_per_process
 from pipekit.predictions.devices import Device, find_device
@@ -95,7 +95,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     elif options.device is not None and config.parallel.partition == "profile":
         # Layers are timed on what is present, which a device that is named need not be.
         config = config.updated({"parallel.partition": "flops"})
-    config, specs, trial = plan_specs(config, _tell, prepare=_needs_data(config))
+    config, specs, trial = plan_specs(config, _tell, prepare=config.model.needs_data)
     if compares:
         found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
         best = best_layout(found, number, device)
@@ -110,9 +110,9 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         on_progress=_tell,
         memory_bytes=device.memory_bytes,
     )
-    prediction = predict(made.model, made.parallel_plan, device, made.boundaries)
+    prediction = predict(made.model, made.choice, device, boundaries=made.boundaries)
     stages = made.schedule.num_stages
-    partitions = compare_partitions(made.partition_inputs, stages) if stages > 1 else ()
+    partitions = compare_partitions(made.facts, stages) if stages > 1 else ()
     return report(prediction, device, made.layer_names, partitions=partitions)
 
 
@@ -155,8 +155,3 @@ def _tell(message: str, fraction: float | None) -> None:
     """Say what takes its time, beside the output."""
     if not fraction:
         sys.stderr.write(f"{message} ...\n")
-
-
-def _needs_data(config: Config) -> bool:
-    """Return whether the model's sizes follow from its data."""
-    return not (isinstance(config.model, GPTConfig) and config.model.vocab_size != "auto")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipekit.config import Config, GPTConfig, load_config
+from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, LaunchError, LayoutError, PipekitError
 from pipekit.launch.environment import detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
@@ -273,11 +273,9 @@ def _choose(
 
     parallel, train = config.parallel, config.train
     holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_shard for spec in specs)
-    model = config.model if isinstance(config.model, GPTConfig) else None
     limits = LayoutLimits(
         num_layers=len(specs),
-        num_heads=None if model is None else model.num_heads,
-        num_kv_heads=None if model is None else model.num_kv_heads or model.num_heads,
+        heads=config.model.attention_heads,
         sequence_length=train.sequence_length if holds_parts else None,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
@@ -314,11 +312,11 @@ def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[
     if config.train.precision not in ("fp32", "auto"):
         notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")
     shares_layers = any(candidate.layout.tp > 1 for candidate in candidates)
-    if shares_layers and isinstance(config.model, GPTConfig) and config.model.dropout:
-        changes["model.dropout"] = 0.0
+    for key, dropout in config.model.dropouts.items() if shares_layers else ():
+        changes[key] = 0.0
         notes.append(
-            f"model.dropout={config.model.dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own "
-            "for their parts, so that a run with tp > 1 draws others than one process"
+            f"{key}={dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own for their parts, so that "
+            "a run with tp > 1 draws others than one process"
         )
     return config.updated(changes), notes
 
@@ -363,10 +361,8 @@ def _working_folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _describe_model(config: Config, num_layers: int) -> str:
-    model = config.model
-    name = (model.preset or f"{model.family}") if isinstance(model, GPTConfig) else model.builder
     trial = f", {config.run.trial}" if config.run.trial else ""
-    return f"{name}{trial}, {num_layers} layers"
+    return f"{config.model.description}{trial}, {num_layers} layers"
 
 
 def _first_words(error: LaunchError) -> str:

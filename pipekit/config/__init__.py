@@ -4,7 +4,6 @@ from pipekit.config.batch import BatchPlan, plan_batch
 from pipekit.config.compare import conflicting_keys
 from pipekit.config.json_schema import config_json_schema
 from pipekit.config.load import load_config, parse_config, update_config
-from pipekit.config.model import PRESETS, CustomModelConfig, GPTConfig, ModelConfig
 from pipekit.config.resolve import resolve_layout
 from pipekit.config.schema import (
     CheckpointConfig,
@@ -20,15 +19,11 @@ from pipekit.config.schema import (
 )
 
 __all__ = [
-    "PRESETS",
     "BatchPlan",
     "CheckpointConfig",
     "Config",
-    "CustomModelConfig",
     "DataConfig",
-    "GPTConfig",
     "LoggingConfig",
-    "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",

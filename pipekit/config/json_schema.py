@@ -11,10 +11,6 @@ from pipekit.config.schema import Config
 def config_json_schema() -> dict[str, Any]:
     """Return the JSON schema of a configuration file, with the help text of every key as its description."""
     schema = Config.model_json_schema(mode="validation")
-    definitions = schema["$defs"]
-    # A preset supplies the sizes, and the feed-forward width follows from the hidden size.
-    definitions["GPTConfig"].pop("required", None)
-    definitions["GPTConfig"]["properties"]["ffn_size"]["type"] = ["integer", "null"]
     model = schema["properties"]["model"]
     model.pop("discriminator", None)
     branches = model.pop("oneOf")

@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipekit.config.model import PRESETS, CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config, WandbConfig
 from pipekit.errors import ConfigError
+from pipekit.models import family_of, find_families, preset_families
+from pipekit.models.custom import CustomModelConfig
 from pipekit.settings.base import Fault, Section, alternatives, config_error, show
 from pipekit.settings.faults import mapping_fault, section_faults, unknown_key_fault
 from pipekit.settings.suggest import closest, suggest_key
@@ -152,9 +153,7 @@ def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
         5
     """
     draft = _Draft()
-    draft.values = config.model_dump()
-    if isinstance(config.model, GPTConfig):
-        draft.values["model"] = config.model.given()
+    draft.values = {**config.model_dump(), "model": config.model.given()}
     for key, value in changes.items():
         draft.set(tuple(key.split(".")), value, _Place(""))
     return _finish(draft, default_dir=None)
@@ -165,7 +164,8 @@ def section_keys() -> dict[str, list[str]]:
     keys = {"": list(Config.model_fields)}
     for name, field in Config.model_fields.items():
         if name == "model":
-            keys[name] = [*GPTConfig.model_fields, *CustomModelConfig.model_fields]
+            classes: list[type[Section]] = [*find_families().values(), CustomModelConfig]
+            keys[name] = list(dict.fromkeys(key for section in classes for key in section.model_fields))
         elif name != "deepspeed":
             keys[name] = list(field.annotation.model_fields)  # type: ignore[union-attr]
     keys["logging.wandb"] = list(WandbConfig.model_fields)
@@ -266,7 +266,7 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
     if name == "run" and values.get("dir") is None:
         values = {key: value for key, value in values.items() if key != "dir"}
         values |= {} if default_dir is None else {"dir": default_dir}
-    if section is GPTConfig and (fault := _idle_preset(draft, values)):
+    if name == "model" and (fault := _idle_preset(draft, values)):
         draft.add(fault)
     # Unknown keys are set aside, so that what is left can still be checked for everything else.
     for key in values:
@@ -287,7 +287,7 @@ def _model_shape_fault(values: object) -> Fault | None:
     if values is None:
         return Fault(key, f"model: missing; for example model: {_EXAMPLES['model']}, or model: {_BUILDER}")
     if isinstance(values, str) and ":" not in values:
-        preset = closest(values, PRESETS) or "tiny"
+        preset = closest(values, preset_families()) or "tiny"
         rule = "must be a mapping, or package.module:function"
         return Fault(key, f"model={show(values)}: {rule}; for a preset write model: {{preset: {preset}}}")
     return None
@@ -296,7 +296,7 @@ def _model_shape_fault(values: object) -> Fault | None:
 def _section_class(name: str, values: object) -> type[Section] | None:
     """Return the class of a section; None for `deepspeed`, which has no class."""
     if name == "model":
-        return model_class_of(values)
+        return family_of(values)
     annotation = Config.model_fields[name].annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
@@ -306,8 +306,9 @@ def _idle_preset(draft: _Draft, values: dict[str, Any]) -> Fault | None:
     key = ("model", "preset")
     if draft.place_of(key).override is None:
         return None
-    sizes = list(PRESETS["tiny"])
-    if not all(size in values and draft.place_of(("model", size)).override is None for size in sizes):
+    family = preset_families().get(str(values.get("preset")))
+    sizes = list(family.presets[values["preset"]]) if family else []
+    if not sizes or not all(size in values and draft.place_of(("model", size)).override is None for size in sizes):
         return None
     given = alternatives((f"model.{size}" for size in sizes), last="and")
     owner = draft.label or "the configuration"

@@ -15,7 +15,6 @@ from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
-    from pipekit.config.model import ModelConfig
     from pipekit.config.schema import (
         DataConfig,
         OptimizerConfig,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         SchedulerConfig,
         TrainConfig,
     )
+    from pipekit.models.family import ModelFamily
 
 
 def check_rules(sections: Mapping[str, Any]) -> list[Fault]:
@@ -35,9 +35,9 @@ def check_rules(sections: Mapping[str, Any]) -> list[Fault]:
     ]
 
 
-def sequence_fits_positions(model: ModelConfig, train: TrainConfig) -> Iterator[Fault]:
-    """A built-in model has a position embedding for every token of a sequence."""
-    max_positions = getattr(model, "max_positions", None)
+def sequence_fits_positions(model: ModelFamily, train: TrainConfig) -> Iterator[Fault]:
+    """A built-in model has a position for every token of a sequence."""
+    max_positions = model.longest_sequence
     if max_positions is not None and train.sequence_length > max_positions:
         yield rule_fault(
             "train.sequence_length model.max_positions",
@@ -47,23 +47,11 @@ def sequence_fits_positions(model: ModelConfig, train: TrainConfig) -> Iterator[
         )
 
 
-def tensor_parallel_fits(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
+def tensor_parallel_fits(model: ModelFamily, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
     """Tensor-parallel ranks share out whole heads, and equal parts of the sequence."""
-    tp, num_heads = parallel.tp, getattr(model, "num_heads", None)
-    if num_heads is not None and num_heads % tp:
-        yield rule_fault(
-            "parallel.tp model.num_heads",
-            f"parallel.tp={tp} does not divide model.num_heads={num_heads}, and a rank computes whole heads; "
-            f"try parallel.tp={alternatives(_divisors(num_heads, tp))}",
-        )
-    num_kv_heads = getattr(model, "num_kv_heads", None)
-    if num_kv_heads is not None and num_kv_heads % tp and tp % num_kv_heads:
-        shared = (n for n in _divisors(num_heads or num_kv_heads, tp) if num_kv_heads % n == 0 or n % num_kv_heads == 0)
-        yield rule_fault(
-            "parallel.tp model.num_kv_heads",
-            f"parallel.tp={tp} and model.num_kv_heads={num_kv_heads}: one must divide the other; "
-            f"try parallel.tp={alternatives(list(shared))}",
-        )
+    tp, heads = parallel.tp, model.attention_heads
+    if heads is not None and (fault := heads.fault(tp)):
+        yield fault
     if parallel.sequence_parallel and train.sequence_length % tp:
         length = train.sequence_length
         yield rule_fault(
@@ -72,10 +60,6 @@ def tensor_parallel_fits(model: ModelConfig, parallel: ParallelConfig, train: Tr
             f"sequence into equal parts; try train.sequence_length={alternatives(near_multiples(length, tp))}, or "
             "parallel.sequence_parallel=false",
         )
-
-
-def _divisors(number: int, most: int) -> list[int]:
-    return [n for n in range(1, most + 1) if number % n == 0][-3:]
 
 
 def near_multiples(number: int, unit: int) -> list[int]:
@@ -89,9 +73,9 @@ def near_multiples(number: int, unit: int) -> list[int]:
     return [below, below + unit] if below else [unit]
 
 
-def zero_3_fits_the_head(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
+def zero_3_fits_the_head(model: ModelFamily, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
     """ZeRO-3 lets the weights of a layer go when it has run, and a loss that computes scores itself needs them then."""
-    if parallel.zero < 3 or getattr(model, "family", None) is None:
+    if parallel.zero < 3 or not model.loss_computes_logits:
         return
     why = "whose loss needs the head's weights after ZeRO-3 has let them go"
     if parallel.tp > 1:
@@ -187,7 +171,7 @@ def deepspeed_fits_zero(deepspeed: Mapping[str, Any], parallel: ParallelConfig) 
             )
 
 
-def stages_have_layers(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+def stages_have_layers(model: ModelFamily, parallel: ParallelConfig) -> Iterator[Fault]:
     """Every stage needs a layer of its own."""
     num_layers, num_stages = model.num_layer_specs, _num_stages(parallel)
     if num_layers is not None and num_stages is not None and num_stages > num_layers:
@@ -195,8 +179,8 @@ def stages_have_layers(model: ModelConfig, parallel: ParallelConfig) -> Iterator
         product = f" x {per_rank} on each rank, {num_stages}" if per_rank > 1 else ""
         yield rule_fault(
             "parallel.pp model.num_layers",
-            f"parallel.pp={parallel.pp}{product} stages are more than the model's {num_layers} layers (2 for each of "
-            f"model.num_layers={num_layers // 2 - 2}, and 4 more); try parallel.pp={num_layers // per_rank} or less",
+            f"parallel.pp={parallel.pp}{product} stages are more than the model's {num_layers} layers "
+            f"({model.layer_count}); try parallel.pp={num_layers // per_rank} or less",
         )
 
 
@@ -265,7 +249,7 @@ def auto_chooses_alone(parallel: ParallelConfig) -> Iterator[Fault]:
             )
 
 
-def boundaries_cover_the_model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+def boundaries_cover_the_model(model: ModelFamily, parallel: ParallelConfig) -> Iterator[Fault]:
     """Manual boundaries are given exactly when they are used, and give every stage a layer."""
     num_layers, num_stages = model.num_layer_specs, _num_stages(parallel)
     boundaries = parallel.boundaries

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -21,10 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from pipekit.config.model import CustomModelConfig, GPTConfig, model_class_of
 from pipekit.config.rules import check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
+from pipekit.models import family_of, find_families
+from pipekit.models.custom import CustomModelConfig
+from pipekit.models.family import ModelFamily
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
 from pipekit.settings.base import Section, config_error
 from pipekit.settings.yaml_source import write_yaml
@@ -347,16 +351,23 @@ class LoggingConfig(Section):
     """Whether to write TensorBoard event files into the run folder."""
 
 
+if TYPE_CHECKING:
+    ModelSection = ModelFamily
+else:
+    _FAMILIES = (*find_families().values(), CustomModelConfig)
+    ModelSection = Annotated[
+        reduce(or_, (Annotated[family, Tag(family.__name__)] for family in _FAMILIES)),
+        Discriminator(lambda values: getattr(family_of(values), "__name__", None)),
+    ]
+
+
 class Config(Section):
     """Everything about a run. Read one with `load_config`, or build one from a dict with `parse_config`."""
 
     run: RunConfig = RunConfig()
     """Where a run lives and what it runs on."""
 
-    model: Annotated[
-        Annotated[GPTConfig, Tag("gpt")] | Annotated[CustomModelConfig, Tag("custom")],
-        Discriminator(lambda values: {GPTConfig: "gpt", CustomModelConfig: "custom"}.get(model_class_of(values))),
-    ] = Field(default=..., examples=[{"preset": "tiny"}])
+    model: ModelSection = Field(default=..., examples=[{"preset": "tiny"}])
     """What is trained: a preset, sizes, or `package.module:function` of your own list of layer specs."""
 
     parallel: ParallelConfig = ParallelConfig()

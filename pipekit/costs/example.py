@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipekit.models import language_model_loss
+from pipekit.models.transformer import language_model_loss
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.config import Config, GPTConfig, load_config
+from pipekit.config import Config, load_config
 from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import replace_folder, write_atomically
+from pipekit.inference.hugging_face import to_hf
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
-from pipekit.models.hf_gpt2 import plan_hf_config, to_hf
+from pipekit.models.family import TransformerFamily
 
 MODEL_FILE = "model.safetensors"
 PROOF_FILE = "export_check.json"
@@ -90,20 +91,13 @@ def export_checkpoint(
     """
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
     _check_free(out, overwrite=overwrite)
-    builder = load_config(checkpoint / CONFIG_FILE).model
-    if not isinstance(builder, GPTConfig):
+    if reason := load_config(checkpoint / CONFIG_FILE).model.no_export_reason():
         raise CheckpointError(
-            f"{checkpoint}: its model is built by {builder.builder}, which has no counterpart in transformers; "
-            f"read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold them under their own names"
-        )
-    if builder.num_kv_heads not in (None, builder.num_heads):
-        raise CheckpointError(
-            f"{checkpoint}: its model has model.num_kv_heads={builder.num_kv_heads} for {builder.num_heads} heads, and "
-            f"the GPT-2 of transformers knows no grouped queries; read its tensors from {checkpoint}/{WEIGHTS}-*"
-            ".safetensors, which hold them under their own names"
+            f"{checkpoint}: its model {reason}; read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold "
+            "them under their own names"
         )
     model, config = load_model(checkpoint)
-    assert isinstance(config.model, GPTConfig)
+    assert isinstance(config.model, TransformerFamily)
     final = out.resolve()
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -134,7 +128,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def _write_folder(
-    folder: Path, model: SequentialModel, config: GPTConfig, checkpoint: Path, dtype: ExportDtype
+    folder: Path, model: SequentialModel, config: TransformerFamily, checkpoint: Path, dtype: ExportDtype
 ) -> None:
     tensors: Mapping[str, Tensor] = model.logical_tensors()
     exported = {name: tensor.detach().to(getattr(torch, dtype)).contiguous() for name, tensor in to_hf(config, tensors)}
@@ -144,7 +138,7 @@ def _write_folder(
     if tokenizer_file.is_file():
         end_token_id = load_tokenizer(tokenizer_file).end_token_id
         write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
-    hf_config = plan_hf_config(config, end_token_id=end_token_id, dtype=dtype)
+    hf_config = config.hf_config(end_token_id=end_token_id, dtype=dtype)
     generation = {
         "bos_token_id": end_token_id,
         "eos_token_id": end_token_id,
@@ -158,7 +152,7 @@ def _write_folder(
 
 @torch.no_grad()
 def _compare(
-    folder: Path, model: SequentialModel, config: GPTConfig, *, checkpoint: str, step: int, dtype: ExportDtype
+    folder: Path, model: SequentialModel, config: TransformerFamily, *, checkpoint: str, step: int, dtype: ExportDtype
 ) -> ExportCheck:
     """Run one random prompt through the checkpoint's model, its weights rounded to `dtype`, and through the export."""
     for tensor in model.logical_tensors().values():
@@ -168,7 +162,7 @@ def _compare(
     length = min(config.max_positions, 128)
     prompt = torch.randint(config.vocab_size, (2, length), generator=generator)  # (B, S)
     ours: Tensor = model(prompt)  # (B, S, V)
-    logits, reference = _transformers_logits(folder, prompt)
+    logits, reference = _transformers_logits(folder, prompt, config.hf_class)
     difference = float((ours - logits).abs().max())
     tolerance = _TOLERANCE * max(1.0, float(ours.abs().max()))
     if not difference <= tolerance:
@@ -179,13 +173,14 @@ def _compare(
     return ExportCheck(reference, difference, tolerance, ours.numel(), checkpoint, step, dtype)
 
 
-def _transformers_logits(folder: Path, prompt: Tensor) -> tuple[Tensor, str]:
+def _transformers_logits(folder: Path, prompt: Tensor, hf_class: str) -> tuple[Tensor, str]:
     import transformers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        theirs: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        reader = getattr(transformers, hf_class)
+        theirs: Any = reader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     theirs.eval()
-    return theirs(prompt).logits.float(), f"transformers {transformers.__version__} GPT2LMHeadModel"
+    return theirs(prompt).logits.float(), f"transformers {transformers.__version__} {hf_class}"

@@ -12,14 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
-from pipekit.config import GPTConfig
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.inference.export import MODEL_FILE, load_model
 from pipekit.inference.generate import generate_tokens
+from pipekit.inference.hugging_face import from_hf, read_hf_config
 from pipekit.layers.sequential import SequentialModel
-from pipekit.models.gpt import build_gpt2
-from pipekit.models.hf_gpt2 import from_hf, read_hf_config
 
 
 def stream_text(
@@ -85,15 +83,13 @@ def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
         except (ValueError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{source}: cut short or damaged ({error}); export it again") from None
         config = read_hf_config(stored, where=str(source))
-        model = SequentialModel(build_gpt2(config))
+        model = SequentialModel(config.layer_specs())
         model.load_logical_tensors(dict(from_hf(config, tensors)), where=str(source))
         return model.eval(), _load_tokenizer(source), config.max_positions
     checkpoint = resolve_checkpoint(source)
     model, run_config = load_model(checkpoint)
-    max_positions = (
-        run_config.model.max_positions if isinstance(run_config.model, GPTConfig) else run_config.train.sequence_length
-    )
-    return model, _load_tokenizer(checkpoint), max_positions
+    longest = run_config.model.longest_sequence or run_config.train.sequence_length
+    return model, _load_tokenizer(checkpoint), longest
 
 
 def _load_tokenizer(folder: Path) -> TextTokenizer:

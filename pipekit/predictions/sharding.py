@@ -1,4 +1,4 @@
-"""Costs of a layer on one tensor-parallel rank: its shard of the operations and of every activation."""
+"""What a tensor-parallel rank computes and holds of a layer: its share of the operations, and of every activation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pipekit.predictions.layer_costs import LayerCosts
 
 
 def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:
-    """Costs of each layer on one of `tp` ranks: one part in `tp` of everything.
+    """Return what one of `tp` ranks computes and holds of each layer: as many parts of everything.
 
-    Norms and dropouts are sharded along the sequence, so that the ranks together hold every activation once.
+    The norms and dropouts are cut along the sequence, so that every activation is held once in all.
 
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
     """

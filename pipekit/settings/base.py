@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +21,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def missing_remedy(cls, keys: Sequence[str]) -> str | None:
+        """Text to type instead where required keys are missing; None gives an example of each."""
+        return None
+
+    @classmethod
+    def unknown_key_remedy(cls, key: str) -> str | None:
+        """Text to type instead of a key that the section does not have; None suggests similar ones."""
+        return None
 
 
 @dataclass(frozen=True)

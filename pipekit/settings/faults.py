@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipekit.config.model import CustomModelConfig, GPTConfig
 from pipekit.settings.base import Fault, Section, alternatives, show
 from pipekit.settings.suggest import closest, suggest_key
 
@@ -56,10 +55,7 @@ def section_faults(
 
 def unknown_key_fault(section: type[Section], key: tuple[str, ...], keys: Mapping[str, Iterable[str]]) -> Fault:
     """Return the fault of a key that its section does not have."""
-    if section is CustomModelConfig and key[-1] in GPTConfig.model_fields:
-        remedy = f"the settings of your own model stand under model.args, as model.args.{key[-1]}"
-    else:
-        remedy = suggest_key(key[-1], key[:-1], keys)
+    remedy = section.unknown_key_remedy(key[-1]) or suggest_key(key[-1], key[:-1], keys)
     return Fault(key, f"{'.'.join(key)}: unknown key; {remedy}")
 
 
@@ -142,11 +138,9 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _missing_faults(name: str, section: type[Section], missing: list[str]) -> list[Fault]:
-    if section is GPTConfig and missing:
-        sizes = alternatives((f"model.{key}" for key in missing), last="and")
-        verb, them = ("are", "them") if len(missing) > 1 else ("is", "it")
-        remedy = f"give {them}, or name a preset, for example model.preset=tiny"
-        return [Fault((name,), f"{sizes} {verb} missing; {remedy}")]
+    if missing and (remedy := section.missing_remedy(missing)):
+        missing_keys = alternatives((f"{name}.{key}" for key in missing), last="and")
+        return [Fault((name,), f"{missing_keys} {'are' if len(missing) > 1 else 'is'} missing; {remedy}")]
     return [
         Fault(
             (name, key),

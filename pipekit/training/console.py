@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from pipekit.config import CustomModelConfig, ModelConfig
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
 from pipekit.predictions.elements import count_elements
@@ -69,7 +68,7 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
     facts.add_column(style="bold cyan", no_wrap=True)
     facts.add_column()
     facts.add_row(
-        "model", f"{_show_model(config.model)}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers"
+        "model", f"{config.model.description}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers"
     )
     facts.add_row(
         "layout",
@@ -119,12 +118,6 @@ def print_table(table: Table, console: Console) -> None:
         console.print(table)
     # Where lines are kept, the padding of the last column is only in the way.
     console.print("\n".join(line.rstrip() for line in capture.get().splitlines()), markup=False)
-
-
-def _show_model(model: ModelConfig) -> str:
-    if isinstance(model, CustomModelConfig):
-        return model.builder
-    return model.preset or f"{model.family} {model.hidden_size} wide"
 
 
 def _show_layers(names: list[str]) -> str:

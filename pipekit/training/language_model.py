@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pipekit.config import Config, GPTConfig
+from pipekit.config import Config
 from pipekit.costs.example import Example, language_model_example
 from pipekit.data.dataset import TokenDataset
 from pipekit.data.loader import MapDataset
 from pipekit.data.prepare import PreparedData, prepare_data
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import build_layers, language_model_loss
+from pipekit.models import build_layers
+from pipekit.models.transformer import language_model_loss
 from pipekit.training.trial import ProgressCallback, Trial
 
 
@@ -26,17 +27,8 @@ class LanguageModelTrial(Trial):
     def resolve(cls, config: Config, on_progress: ProgressCallback | None = None) -> Config:
         """Prepare the text, and settle the size of the vocabulary."""
         data = _prepare(config, on_progress)
-        if not isinstance(config.model, GPTConfig):
-            return config
-        if config.model.vocab_size == "auto":
-            return config.updated({"model.vocab_size": data.vocab_size})
-        if config.model.vocab_size < data.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} tokens "
-                f"({data.tokenizer_path}), and every token needs a row; try model.vocab_size={data.vocab_size} or "
-                "auto, or a smaller data.vocab_size"
-            )
-        return config
+        changes = config.model.fit_vocabulary(data.vocab_size, tokenizer=data.tokenizer_path)
+        return config.updated(changes) if changes else config
 
     @classmethod
     def build_layers(cls, config: Config) -> list[LayerSpec]:

@@ -10,6 +10,7 @@ from math import gcd
 
 from pipekit.errors import LayoutError
 from pipekit.layout import DEFAULT_ORDER, Layout, Order
+from pipekit.models.family import AttentionHeads
 
 MAX_LAYOUTS = 8
 """How many are verified, unless they are named."""
@@ -42,16 +43,14 @@ class LayoutLimits:
 
     Attributes:
         num_layers: length of the list of layers.
-        num_heads: attention heads; None where they are not known.
-        num_kv_heads: heads of keys and values; None where they are not known.
+        heads: attention heads; None where they are not known.
         sequence_length: tokens of a sequence where ranks keep shards of it; None where they do not.
         global_batch_size: sequences of a step.
         micro_batch_size: sequences that one rank computes at a time.
     """
 
     num_layers: int
-    num_heads: int | None
-    num_kv_heads: int | None
+    heads: AttentionHeads | None
     sequence_length: int | None
     global_batch_size: int
     micro_batch_size: int
@@ -84,13 +83,13 @@ def plan_candidates(
         order: the axes, outermost first.
 
     Example:
-        >>> heads, batch = {"num_heads": 3, "num_kv_heads": 3}, {"global_batch_size": 8, "micro_batch_size": 2}
-        >>> limits = LayoutLimits(12, **heads, sequence_length=128, **batch)
+        >>> sizes = {"sequence_length": 128, "global_batch_size": 8, "micro_batch_size": 2}
+        >>> limits = LayoutLimits(12, AttentionHeads(3, 3), **sizes)
         >>> fitting, rejected = plan_candidates(4, limits, own=None, zero=1)
         >>> [str(candidate) for candidate in fitting]
         ['pp=2', 'dp=2', 'pp=2 x dp=2', 'pp=4', 'dp=4']
         >>> [f"{candidate}: {reason}" for candidate, reason in rejected][0]
-        'tp=2: 2 does not divide the 3 attention heads'
+        'tp=2: parallel.tp=2 does not divide model.num_heads=3, and a rank computes whole heads; try parallel.tp=1'
     """
     chosen: dict[Layout, LayoutCandidate] = {} if own is None else {own.layout: own}
     for layout in _small_layouts(num_devices, order):
@@ -154,11 +153,8 @@ def reason_against(layout: Layout, num_devices: int, limits: LayoutLimits) -> st
             f"train.global_batch_size={limits.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={limits.micro_batch_size} x dp={layout.dp}"
         )
-    if limits.num_heads is not None and limits.num_heads % layout.tp:
-        return f"{layout.tp} does not divide the {limits.num_heads} attention heads"
-    # Ranks may share a head of keys and values.
-    if limits.num_kv_heads is not None and limits.num_kv_heads % layout.tp and layout.tp % limits.num_kv_heads:
-        return f"{layout.tp} neither divides the {limits.num_kv_heads} heads of keys and values, nor is a multiple"
+    if limits.heads is not None and (fault := limits.heads.fault(layout.tp)):
+        return fault.message
     if limits.sequence_length is not None and limits.sequence_length % layout.tp:
         best = gcd(limits.sequence_length, layout.tp)
         return f"{layout.tp} does not divide train.sequence_length={limits.sequence_length}; tp={best} does"

@@ -24,15 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipekit import LanguageModelTrial, LayerSpec
-from pipekit.config import GPTConfig
-from pipekit.models import build_gpt2
-from pipekit.models.gpt import MLPHalf
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import MLPHalf
 from pipekit.tensor_parallel import RowParallelLinear
 
 
 def sound(config):
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 32, "init_std": 0.1}
-    return build_gpt2(GPTConfig(vocab_size=config.data.vocab_size, **sizes, **config.model.args))
+    return GPT2Config(vocab_size=config.data.vocab_size, **sizes, **config.model.args).layer_specs()
 
 
 def with_mlp(kind):

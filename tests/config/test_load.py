@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipekit.config import Config, GPTConfig, RunConfig, load_config, parse_config
+from pipekit.config import Config, RunConfig, load_config, parse_config
 from pipekit.errors import ConfigError
+from pipekit.models.gpt2 import GPT2Config
 
 MODEL = "model: {preset: tiny}\n"
 TRAIN = "train: {steps: 300}\n"
@@ -36,7 +37,7 @@ def refusal(path: str, *overrides: str) -> str:
 def test_a_small_file_gives_a_whole_configuration(write):
     config = load_config(write(MODEL + TRAIN))
     assert config.train.steps == 300
-    assert isinstance(config.model, GPTConfig)
+    assert isinstance(config.model, GPT2Config)
     assert (config.model.hidden_size, config.model.ffn_size) == (128, 512)
     assert config.run.dir == "runs/c"
 
@@ -335,7 +336,7 @@ class TestDicts:
         assert str(caught.value) == "train.setps: unknown key; did you mean 'train.steps'?"
 
     def test_sections_may_be_built_already(self):
-        values = {"model": GPTConfig(preset="tiny"), "train": {"steps": 3}, "run": RunConfig(dir="x")}
+        values = {"model": GPT2Config(preset="tiny"), "train": {"steps": 3}, "run": RunConfig(dir="x")}
         config = parse_config(values, ["run.device=cpu"])
         assert (config.run.dir, config.run.device) == ("x", "cpu")
         assert config == parse_config(
@@ -362,7 +363,7 @@ class TestUpdated:
 
     def test_what_follows_from_a_size_or_a_preset_follows(self):
         assert self.config.updated({"model.hidden_size": 64}).model.ffn_size == 256
-        assert self.config.updated({"model.preset": "gpt2"}).model == GPTConfig(preset="gpt2")
+        assert self.config.updated({"model.preset": "gpt2"}).model == GPT2Config(preset="gpt2")
 
     def test_a_size_that_was_chosen_stays(self):
         chosen = self.config.updated({"model.num_layers": 2})

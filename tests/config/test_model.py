@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from pipekit.config import PRESETS, GPTConfig, parse_config
+from pipekit.config import parse_config
 from pipekit.errors import ConfigError
+from pipekit.models import preset_families
+from pipekit.models.gpt2 import GPT2Config
 
 RELEASED = {  # width, blocks, heads: table 2 of the GPT-2 paper, and the released checkpoints' n_head
     "gpt2": (768, 12, 12),
@@ -18,7 +20,7 @@ RELEASED = {  # width, blocks, heads: table 2 of the GPT-2 paper, and the releas
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_gpt2_presets_are_the_released_models(name: str):
-    model = GPTConfig(preset=name)  # type: ignore[arg-type]
+    model = GPT2Config(preset=name)  # type: ignore[arg-type]
     assert (model.hidden_size, model.num_layers, model.num_heads) == RELEASED[name]
     assert (model.vocab_size, model.max_positions, model.ffn_size) == (50257, 1024, 4 * model.hidden_size)
 
@@ -26,7 +28,7 @@ def test_gpt2_presets_are_the_released_models(name: str):
 def test_gpt2_presets_have_the_sizes_of_transformers():
     """The default of the reference implementation is the smallest released model."""
     transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.GPT2Config(), GPTConfig(preset="gpt2")
+    theirs, ours = transformers.GPT2Config(), GPT2Config(preset="gpt2")
     assert (ours.vocab_size, ours.max_positions, ours.hidden_size) == (
         theirs.vocab_size, theirs.n_positions, theirs.n_embd,
     )  # fmt: skip
@@ -34,19 +36,19 @@ def test_gpt2_presets_have_the_sizes_of_transformers():
     assert (ours.layer_norm_eps, ours.init_std) == (theirs.layer_norm_epsilon, theirs.initializer_range)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", preset_families())
 def test_every_preset_loads(name: str):
     parse_config({"model": {"preset": name}, "train": {"steps": 1}})
 
 
 def test_sizes_beside_a_preset_take_precedence():
-    model = GPTConfig(preset="gpt2", num_layers=2, hidden_size=48)
+    model = GPT2Config(preset="gpt2", num_layers=2, hidden_size=48)
     assert (model.num_layers, model.hidden_size, model.ffn_size, model.num_heads) == (2, 48, 192, 12)
     assert model.num_layer_specs == 8
 
 
 def test_a_preset_is_not_needed():
-    model = GPTConfig(hidden_size=8, num_layers=1, num_heads=2, max_positions=16, vocab_size=10, ffn_size=9)
+    model = GPT2Config(hidden_size=8, num_layers=1, num_heads=2, max_positions=16, vocab_size=10, ffn_size=9)
     assert (model.ffn_size, model.preset) == (9, None)
 
 
@@ -60,19 +62,19 @@ def test_heads_divide_the_width(heads: int, width: int, choices: str):
         parse_config({"model": {"preset": "tiny", "num_heads": heads, "hidden_size": width}, "train": {"steps": 1}})
     assert str(caught.value) == message
     with pytest.raises(ValidationError, match="does not divide"):
-        GPTConfig(preset="tiny", num_heads=heads, hidden_size=width)
+        GPT2Config(preset="tiny", num_heads=heads, hidden_size=width)
 
 
 def test_given_leaves_out_what_follows():
-    model = GPTConfig(preset="tiny", num_layers=2, dropout=0.1)
+    model = GPT2Config(preset="tiny", num_layers=2, dropout=0.1)
     assert model.given() == {"preset": "tiny", "num_layers": 2, "dropout": 0.1}
-    assert GPTConfig(**model.given()) == model
+    assert GPT2Config(**model.given()) == model
 
 
 def test_vocabulary_size_can_be_filled_in():
-    model = GPTConfig(preset="tiny")
+    model = GPT2Config(preset="tiny")
     assert model.vocab_size == "auto"
-    assert model.with_vocab_size(100).vocab_size == 100
+    assert model.fit_vocabulary(100, tokenizer="t.json") == {"model.vocab_size": 100}
 
 
 def test_a_function_may_be_given_as_text_or_as_a_mapping():

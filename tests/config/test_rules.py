@@ -21,7 +21,7 @@ BROKEN = {
         "parallel.tp=3 does not divide model.num_heads=4, and a rank computes whole heads; try parallel.tp=1 or 2"
     ),
     ("parallel.tp=4", "model.num_heads=12", "model.hidden_size=96", "model.num_kv_heads=6"): (
-        "parallel.tp=4 and model.num_kv_heads=6: one must divide the other; try parallel.tp=2 or 3"
+        "parallel.tp=4 and model.num_kv_heads=6: one must divide the other; try parallel.tp=1, 2 or 3"
     ),
     ("parallel.tp=4", "train.sequence_length=66"): (
         "parallel.tp=4 does not divide train.sequence_length=66, and sequence parallelism cuts every sequence into "

@@ -12,9 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipekit.config import Config, GPTConfig, TrainConfig, load_config, parse_config
+from pipekit.config import Config, TrainConfig, load_config, parse_config
 from pipekit.config.load import section_keys
 from pipekit.errors import ConfigError
+from pipekit.models.gpt2 import GPT2Config
 from pipekit.settings.base import Section
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
@@ -98,7 +99,7 @@ def test_yaml_shows_every_key():
     config = parse_config({"model": {"preset": "tiny"}, "train": {"steps": 3}})
     shown = yaml.safe_load(config.to_yaml())
     assert set(shown) == set(Config.model_fields)
-    assert set(shown["model"]) == set(GPTConfig.model_fields)
+    assert set(shown["model"]) == set(GPT2Config.model_fields)
     assert (shown["model"]["hidden_size"], shown["optimizer"]["lr"]) == (128, 3e-4)
 
 
@@ -116,7 +117,7 @@ def test_a_configuration_is_frozen():
 
 def test_rules_hold_for_a_configuration_built_in_python():
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=8 is not a multiple"):
-        Config(model=GPTConfig(preset="tiny"), train=TrainConfig(steps=3, micro_batch_size=3))
+        Config(model=GPT2Config(preset="tiny"), train=TrainConfig(steps=3, micro_batch_size=3))
 
 
 def test_decay_ends_with_the_run_unless_said_otherwise():

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipekit.config import GPTConfig
 from pipekit.costs.describe import describe_layers
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
-from pipekit.models import build_gpt2, language_model_loss
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import language_model_loss
 from pipekit.predictions.layer_costs import stage_activation_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def token_ids(batch: int, num_tokens: int) -> Tensor:
 
 def gpt(**changes: Any) -> list[LayerSpec]:
     settings: dict[str, Any] = {"preset": "tiny", "vocab_size": 512, "dropout": 0.0} | changes
-    return build_gpt2(GPTConfig(**settings))
+    return GPT2Config(**settings).layer_specs()
 
 
 @pytest.mark.parametrize(("num_tokens", "tied"), [(256, True), (1024, False), (2048, True)])
@@ -277,7 +277,7 @@ def test_equal_layers_are_described_once() -> None:
 def test_a_tied_layer_is_applied_by_its_own_function() -> None:
     specs = gpt(num_layers=1, tied_embedding=True)
     costs = describe_layers(specs, token_ids(2, 8), dtype=torch.float32).layers
-    width = GPTConfig(preset="tiny", vocab_size=512).hidden_size
+    width = GPT2Config(preset="tiny", vocab_size=512).hidden_size
     assert costs[0].parameters == costs[-1].parameters == 512 * width
     assert (costs[0].forward_flops, costs[-1].forward_flops) == (0, 2 * 2 * 8 * 512 * width)
 
@@ -330,11 +330,11 @@ def test_a_sequence_that_is_too_long_keeps_its_own_error() -> None:
 def test_a_trillion_parameters_are_described_without_torchs_compiler() -> None:
     code = """
 import sys, torch
-from pipekit.config import GPTConfig
-from pipekit.models import build_gpt2, language_model_loss
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import language_model_loss
 from pipekit.costs.describe import describe_layers
-specs = build_gpt2(GPTConfig(preset="gpt2", vocab_size=51200, num_layers=128, hidden_size=25600, num_heads=160,
-                             max_positions=2048, dropout=0.1, tied_embedding=False))
+specs = GPT2Config(preset="gpt2", vocab_size=51200, num_layers=128, hidden_size=25600, num_heads=160,
+                             max_positions=2048, dropout=0.1, tied_embedding=False).layer_specs()
 ids = torch.empty(1, 2048, dtype=torch.int64, device="meta")
 costs = describe_layers(specs, ids, dtype=torch.bfloat16, loss_fn=language_model_loss, labels=ids)
 assert sum(layer.parameters for layer in costs.layers) > 1e12
@@ -345,10 +345,8 @@ assert not {"sympy", "torch._dynamo"} & sys.modules.keys()
 
 def test_a_loss_that_computes_the_scores_itself_is_part_of_the_head() -> None:
     # 2 x 16 tokens of 67 words, through the head in chunks of 5.
-    specs = build_gpt2(GPTConfig(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, max_positions=16))
-    chunked = build_gpt2(
-        GPTConfig(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, max_positions=16), loss_chunk_tokens=5
-    )
+    model = GPT2Config(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, max_positions=16)
+    specs, chunked = model.layer_specs(), model.layer_specs(loss_chunk_tokens=5)
     tokens = torch.empty(2, 16, dtype=torch.int64, device="meta")
     plain, fused = (
         describe_layers(each, tokens, dtype=torch.float32, loss_fn=language_model_loss, labels=tokens)

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipekit.config import GPTConfig
 from pipekit.costs.describe import describe_layers
 from pipekit.costs.fingerprint import Fingerprinter, UnstableError
 from pipekit.costs.profiling import profile_layers
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import build_gpt2, language_model_loss
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import language_model_loss
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.model_costs import ModelCosts
 from pipekit.tensors import weight_gradients
@@ -67,7 +67,7 @@ Profile = Callable[..., ModelCosts]
 
 
 def test_costs_are_those_described_with_seconds(profile: Profile) -> None:
-    specs = build_gpt2(GPTConfig(preset="tiny", vocab_size=512, num_layers=2, dropout=0.1))
+    specs = GPT2Config(preset="tiny", vocab_size=512, num_layers=2, dropout=0.1).layer_specs()
     ids = torch.randint(512, (2, 16))
     kwargs = {"dtype": torch.float32, "loss_fn": language_model_loss, "labels": ids}
     measured, described = profile(specs, ids, **kwargs), describe_layers(specs, ids, **kwargs)

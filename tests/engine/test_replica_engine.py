@@ -33,7 +33,7 @@ from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.errors import ConfigError, DataError, PipekitError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import language_model_loss
+from pipekit.models.transformer import language_model_loss
 
 pytestmark = pytest.mark.distributed
 

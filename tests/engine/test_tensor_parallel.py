@@ -29,7 +29,7 @@ from gloo_workers import GlooWorkers
 from pipekit.errors import ConfigError, DataError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import language_model_loss
+from pipekit.models.transformer import language_model_loss
 from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 pytestmark = pytest.mark.distributed

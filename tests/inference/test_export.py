@@ -16,7 +16,8 @@ from pipekit.config import parse_config
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.inference import export
 from pipekit.inference.export import export_checkpoint, load_model
-from pipekit.models import hf_gpt2
+from pipekit.models.family import TensorRename
+from pipekit.models.gpt2 import GPT2Config
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -57,15 +58,15 @@ def test_16_bit_exports_hold_rounded_weights(checkpoint: Path, tmp_path: Path, d
 def test_a_wrong_export_is_caught_and_not_left_behind(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = hf_gpt2.plan_renames
+    right = GPT2Config.hf_renames
 
-    def swapped(config: object) -> list[hf_gpt2.TensorRename]:
+    def swapped(config: object) -> list[TensorRename]:
         renames = right(config)  # type: ignore[arg-type]
         names = {"blocks.0.attention.norm.bias": "blocks.0.mlp.norm.bias"}
         names |= {value: key for key, value in names.items()}
         return [replace(rename, ours=names.get(rename.ours, rename.ours)) for rename in renames]
 
-    monkeypatch.setattr(hf_gpt2, "plan_renames", swapped)
+    monkeypatch.setattr(GPT2Config, "hf_renames", swapped)
     with pytest.raises(PipekitError, match=r"from the checkpoint's.*not written"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -130,7 +131,7 @@ def test_grouped_queries_have_no_counterpart(tmp_path: Path) -> None:
     model = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "max_positions": 8, "vocab_size": 9}
     config = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 8}})
     checkpoint = write_checkpoint(tmp_path / "run", config, {"a.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"model.num_kv_heads=2 for 4 heads, and the GPT-2 of transformers knows"):
+    with pytest.raises(CheckpointError, match=r"model.num_kv_heads=2 for 4 heads, and GPT2LMHeadModel knows"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -10,12 +10,10 @@ import torch
 import transformers
 from torch import nn
 
-from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layers.parameters import count_layer_parameters, count_parameters, parameter_shapes
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
-from pipekit.models import build_gpt2
-from pipekit.models.hf_gpt2 import plan_hf_config
+from pipekit.models.gpt2 import GPT2Config
 
 
 @pytest.mark.parametrize(
@@ -28,27 +26,27 @@ from pipekit.models.hf_gpt2 import plan_hf_config
     ],
 )
 def test_the_released_models_have_their_known_sizes(preset: Any, expected: int) -> None:
-    config = GPTConfig(preset=preset)
-    assert count_parameters(build_gpt2(config)) == expected
-    stored = plan_hf_config(config, end_token_id=0, dtype="float32")
+    config = GPT2Config(preset=preset)
+    assert count_parameters(config.layer_specs()) == expected
+    stored = config.hf_config(end_token_id=0, dtype="float32")
     with torch.device("meta"):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(stored))
     assert theirs.num_parameters() == expected
 
 
 def test_a_tied_layer_counts_once_in_the_model_and_on_each_stage_that_holds_it() -> None:
-    specs = build_gpt2(GPTConfig(preset="gpt2"))
+    specs = GPT2Config(preset="gpt2").layer_specs()
     layers = count_layer_parameters(specs)
     assert layers[0] == layers[-1] == 50257 * 768
     assert sum(layers) - count_parameters(specs) == 50257 * 768
-    untied = build_gpt2(GPTConfig(preset="gpt2", tied_embedding=False))
+    untied = GPT2Config(preset="gpt2", tied_embedding=False).layer_specs()
     assert count_parameters(untied) == sum(count_layer_parameters(untied)) == sum(layers)
 
 
 def test_a_trillion_parameters_are_counted_at_once_and_without_memory() -> None:
-    config = GPTConfig(vocab_size=256_000, hidden_size=25_600, num_layers=128, num_heads=160, max_positions=8192)
+    config = GPT2Config(vocab_size=256_000, hidden_size=25_600, num_layers=128, num_heads=160, max_positions=8192)
     start = time.process_time()
-    total = count_parameters(build_gpt2(config))
+    total = count_parameters(config.layer_specs())
     assert time.process_time() - start < 10  # most of it is the first use of the meta device
     blocks = 128 * (12 * 25_600**2 + 13 * 25_600)
     assert total == blocks + (256_000 + 8192 + 2) * 25_600
@@ -144,8 +142,8 @@ def test_a_model_may_hold_several_tied_keys() -> None:
 
 
 def test_a_tensor_parallel_rank_has_its_part_of_matrices_and_all_of_norms_and_positions() -> None:
-    config = GPTConfig(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, max_positions=16)
-    shapes = {name: shape for layer in parameter_shapes(build_gpt2(config), tp=4) for name, shape in layer.items()}
+    config = GPT2Config(vocab_size=67, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, max_positions=16)
+    shapes = {name: shape for layer in parameter_shapes(config.layer_specs(), tp=4) for name, shape in layer.items()}
     assert shapes == {
         "embed.weight": (17, 32),
         "position.weight": (16, 32),
@@ -169,6 +167,6 @@ def test_a_tensor_parallel_rank_has_its_part_of_matrices_and_all_of_norms_and_po
 
 
 def test_a_layer_that_cannot_be_shared_out_is_named() -> None:
-    config = GPTConfig(vocab_size=67, hidden_size=24, num_layers=1, num_heads=3, max_positions=16)
+    config = GPT2Config(vocab_size=67, hidden_size=24, num_layers=1, num_heads=3, max_positions=16)
     with pytest.raises(LayoutError, match=r"layer 'blocks.0.attention': .*model.num_heads=3.*try parallel.tp=1"):
-        parameter_shapes(build_gpt2(config), tp=2)
+        parameter_shapes(config.layer_specs(), tp=2)

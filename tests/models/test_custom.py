@@ -15,8 +15,8 @@ from torch import nn
 from pipekit.config import parse_config
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import build_layers, load_object
-from pipekit.models.custom import check_specs
+from pipekit.models import build_layers
+from pipekit.models.custom import check_specs, load_object
 
 _numbers = count()
 

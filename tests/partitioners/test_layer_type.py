@@ -6,12 +6,11 @@ from itertools import pairwise
 
 import pytest
 
-from pipekit.config import GPTConfig
 from pipekit.errors import LayoutError
-from pipekit.models import build_gpt2
+from pipekit.models.gpt2 import GPT2Config
 from pipekit.partitioners import partition_by_type
 
-GPT2 = [spec.type_name for spec in build_gpt2(GPTConfig(preset="gpt2"))]
+GPT2 = [spec.type_name for spec in GPT2Config(preset="gpt2").layer_specs()]
 
 
 @pytest.mark.parametrize("pattern", ["AttentionHalf", "attention", "^Att.*half$"])

@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipekit.config import GPTConfig
 from pipekit.errors import LayoutError
 from pipekit.layers.specs import layer_names
-from pipekit.models import build_gpt2
+from pipekit.models.gpt2 import GPT2Config
 from pipekit.partitioners import layout_boundaries
 from pipekit.partitioners.layout_string import read_layout
 
-NAMES = layer_names(build_gpt2(GPTConfig(preset="gpt2", num_layers=4)))  # 2 layers, 4 blocks of 2, 2 layers
+NAMES = layer_names(GPT2Config(preset="gpt2", num_layers=4).layer_specs())  # 2 layers, 4 blocks of 2, 2 layers
 
 
 def spell(layout: str) -> str:

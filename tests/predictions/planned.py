@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 
-from pipekit.config import GPTConfig
 from pipekit.costs.describe import describe_layers
 from pipekit.layers.parameters import parameter_shapes
 from pipekit.layers.specs import layer_names
 from pipekit.layout import Layout
-from pipekit.models import build_gpt2, language_model_loss
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import language_model_loss
 from pipekit.predictions.devices import Device
 from pipekit.predictions.elements import Precision
-from pipekit.predictions.estimate import Estimator
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.model_costs import ModelCosts
-from pipekit.predictions.parallel_plan import ParallelPlan
-from pipekit.predictions.prediction import PlannedModel, Prediction
-from pipekit.predictions.prediction import predict as predict_boundaries
+from pipekit.predictions.prediction import Choice, PlannedModel
 
 
 def device(**changes: Any) -> Device:
@@ -83,12 +80,7 @@ def model(
     )
 
 
-def predict(planned: PlannedModel, plan: ParallelPlan, on: Device) -> Prediction:
-    """Predict a layout whose stages balance the ranks' operations."""
-    return predict_boundaries(planned, plan, on, Estimator(planned).boundaries(plan))
-
-
-def plan(**changes: Any) -> ParallelPlan:
+def choice(**changes: Any) -> Choice:
     """Return a layout: one device under 1F1B, and a micro-batch of one sequence, unless told otherwise."""
     values: dict[str, Any] = {
         "zero": 0,
@@ -99,20 +91,20 @@ def plan(**changes: Any) -> ParallelPlan:
         "checkpointing": False,
     }
     layout = Layout(pp=changes.pop("pp", 1), dp=changes.pop("dp", 1), tp=changes.pop("tp", 1))
-    return ParallelPlan(layout, **{**values, **changes})
+    return Choice(layout, **{**values, **changes})
 
 
 @cache
 def gpt(num_layers: int, hidden_size: int, num_heads: int, precision: Precision = "fp16") -> PlannedModel:
     """Return a GPT of the published runs: sequences of 2,048 tokens of 51,200."""
-    config = GPTConfig(
+    config = GPT2Config(
         vocab_size=51200,
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         max_positions=2048,
     )
-    specs = build_gpt2(config)
+    specs = config.layer_specs()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     @cache

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipekit.models import language_model_loss
+from pipekit.models.transformer import language_model_loss
 from pipekit.tensor_parallel import Logits, PlannedGroup, Shard, TensorGroup, whole_outputs
 from tensor_parallel.threads import run_ranks
 

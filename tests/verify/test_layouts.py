@@ -6,6 +6,7 @@ import pytest
 
 from pipekit.errors import LayoutError
 from pipekit.layout import Layout
+from pipekit.models.family import AttentionHeads
 from pipekit.verify.layouts import (
     MAX_LAYOUTS,
     LayoutCandidate,
@@ -15,7 +16,7 @@ from pipekit.verify.layouts import (
     reason_against,
 )
 
-FACTS = LayoutLimits(8, num_heads=4, num_kv_heads=2, sequence_length=64, global_batch_size=8, micro_batch_size=2)
+FACTS = LayoutLimits(8, heads=AttentionHeads(4, 2), sequence_length=64, global_batch_size=8, micro_batch_size=2)
 
 
 def names(num_devices: int, own: LayoutCandidate | None = None, zero: int = 1) -> list[str]:
@@ -54,7 +55,7 @@ def test_a_pipeline_has_zero_1_at_most() -> None:
     [
         (Layout(pp=2, dp=2, tp=2), "needs 8 processes, and there are 4"),
         (Layout(dp=3), "train.global_batch_size=8 is not a multiple of train.micro_batch_size=2 x dp=3"),
-        (Layout(tp=3), "3 does not divide the 4 attention heads"),
+        (Layout(tp=3), "parallel.tp=3 does not divide model.num_heads=4"),
         (Layout(dp=4), None),
         (Layout(tp=4), None),
         (Layout(pp=4), None),
@@ -67,12 +68,10 @@ def test_what_does_not_fit_has_a_reason(layout: Layout, part: str | None) -> Non
 
 def test_stages_heads_and_sequences_that_do_not_divide() -> None:
     assert "9 stages are more than the 8 layers" in str(reason_against(Layout(pp=9), 16, FACTS))
-    odd = LayoutLimits(8, num_heads=12, num_kv_heads=3, sequence_length=None, global_batch_size=8, micro_batch_size=2)
-    assert "neither divides the 3 heads of keys and values" in str(reason_against(Layout(tp=4), 16, odd))
+    odd = LayoutLimits(8, heads=AttentionHeads(12, 3), sequence_length=None, global_batch_size=8, micro_batch_size=2)
+    assert "model.num_kv_heads=3: one must divide the other" in str(reason_against(Layout(tp=4), 16, odd))
     assert reason_against(Layout(tp=6), 16, odd) is None
-    long = LayoutLimits(
-        8, num_heads=None, num_kv_heads=None, sequence_length=30, global_batch_size=8, micro_batch_size=2
-    )
+    long = LayoutLimits(8, heads=None, sequence_length=30, global_batch_size=8, micro_batch_size=2)
     assert "4 does not divide train.sequence_length=30; tp=2 does" in str(reason_against(Layout(tp=4), 16, long))
 
 

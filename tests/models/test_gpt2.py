@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipekit.config import GPTConfig
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
-from pipekit.models import language_model_loss
-from pipekit.models.gpt import AttentionHalf, Head, PositionEmbedding, build_gpt2
+from pipekit.models.gpt2 import GPT2Config
+from pipekit.models.transformer import AttentionHalf, Head, PositionEmbedding, language_model_loss
 from pipekit.tensor_parallel import (
     SHARDED,
     Logits,
@@ -31,7 +30,7 @@ from tensor_parallel.sharded_model import CutModel, assert_all_close, join_gradi
 from tensor_parallel.threads import run_ranks
 
 
-def small(**changes: Any) -> GPTConfig:
+def small(**changes: Any) -> GPT2Config:
     sizes: dict[str, Any] = {
         "vocab_size": 61,
         "hidden_size": 24,
@@ -39,11 +38,11 @@ def small(**changes: Any) -> GPTConfig:
         "num_heads": 3,
         "max_positions": 10,
     }
-    return GPTConfig(**{**sizes, **changes})
+    return GPT2Config(**{**sizes, **changes})
 
 
 def test_the_layers_are_named_in_order() -> None:
-    assert layer_names(build_gpt2(small(tied_embedding=False))) == [
+    assert layer_names(small(tied_embedding=False).layer_specs()) == [
         "embed",
         "position",
         "blocks.0.attention",
@@ -53,7 +52,7 @@ def test_the_layers_are_named_in_order() -> None:
         "final_norm",
         "head",
     ]
-    tied = build_gpt2(small())
+    tied = small().layer_specs()
     assert layer_names(tied)[-1] == "embed"
     assert [isinstance(spec, TiedLayerSpec) for spec in tied] == [True, *[False] * 6, True]
 
@@ -61,12 +60,12 @@ def test_the_layers_are_named_in_order() -> None:
 @pytest.mark.parametrize("num_layers", [1, 5])
 def test_the_configuration_knows_how_many_layers_there_are(num_layers: int) -> None:
     config = small(num_layers=num_layers)
-    assert len(build_gpt2(config)) == config.num_layer_specs
+    assert len(config.layer_specs()) == config.num_layer_specs
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tensors_have_logical_names_and_a_tied_one_is_held_once(tied: bool) -> None:
-    tensors = SequentialModel(build_gpt2(small(num_layers=1, tied_embedding=tied))).logical_tensors()
+    tensors = SequentialModel(small(num_layers=1, tied_embedding=tied).layer_specs()).logical_tensors()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == {
         "embed.weight": (61, 24),
@@ -91,13 +90,13 @@ def test_tensors_have_logical_names_and_a_tied_one_is_held_once(tied: bool) -> N
 
 def test_each_layer_maps_one_tensor_to_one_tensor() -> None:
     x = torch.randint(61, (3, 10))
-    for index, spec in enumerate(specs := build_gpt2(small(tied_embedding=False))):
+    for index, spec in enumerate(specs := small(tied_embedding=False).layer_specs()):
         x = spec.build()(x)
         assert x.shape == (3, 10, 61 if index == len(specs) - 1 else 24)
 
 
 def test_a_token_sees_only_those_before_it() -> None:
-    model = SequentialModel(build_gpt2(small(init_std=0.5))).eval()
+    model = SequentialModel(small(init_std=0.5).layer_specs()).eval()
     tokens = torch.randint(61, (2, 10), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 61
@@ -108,7 +107,7 @@ def test_a_token_sees_only_those_before_it() -> None:
 
 def test_initial_weights_are_those_of_gpt2() -> None:
     config = small(hidden_size=192, num_layers=8, vocab_size=4000, max_positions=300, init_std=0.02)
-    tensors = SequentialModel(build_gpt2(config), seed=3).logical_tensors()
+    tensors = SequentialModel(config.layer_specs(), seed=3).logical_tensors()
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if name.endswith("bias"):
@@ -123,7 +122,7 @@ def test_initial_weights_are_those_of_gpt2() -> None:
 
 
 def test_dropout_acts_in_training_only() -> None:
-    model = SequentialModel(build_gpt2(small(dropout=0.5, init_std=0.3)))
+    model = SequentialModel(small(dropout=0.5, init_std=0.3).layer_specs())
     tokens = torch.randint(61, (1, 8))
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
@@ -132,7 +131,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 @pytest.mark.parametrize("layer_idx", [1, 2, 3], ids=["position", "attention", "mlp"])
 def test_every_layer_with_dropout_drops(layer_idx: int) -> None:
-    layer = build_gpt2(small(dropout=0.5, init_std=0.3))[layer_idx].build()
+    layer = small(dropout=0.5, init_std=0.3).layer_specs()[layer_idx].build()
     x = torch.randn(1, 8, 24)
     assert not torch.equal(layer(x), layer(x))
 
@@ -149,7 +148,7 @@ def test_attention_drops_what_a_token_looks_at() -> None:
 
 
 def test_half_blocks_add_to_their_input() -> None:
-    for spec in build_gpt2(small())[2:4]:
+    for spec in small().layer_specs()[2:4]:
         half = spec.build()
         with torch.no_grad():
             (half.projection if hasattr(half, "projection") else half.contract).weight.zero_()  # type: ignore[union-attr, operator]
@@ -158,12 +157,12 @@ def test_half_blocks_add_to_their_input() -> None:
 
 
 def test_ffn_size_need_not_be_four_times_the_width() -> None:
-    tensors = SequentialModel(build_gpt2(small(ffn_size=7))).logical_tensors()
+    tensors = SequentialModel(small(ffn_size=7).layer_specs()).logical_tensors()
     assert tensors["blocks.0.mlp.expand.weight"].shape == (7, 24)
 
 
 def test_the_released_sizes_list_without_allocating() -> None:
-    specs = build_gpt2(GPTConfig(preset="gpt2-xl"))
+    specs = GPT2Config(preset="gpt2-xl").layer_specs()
     assert len(specs) == 100
     assert not any(isinstance(spec, nn.Module) for spec in specs)
 
@@ -176,7 +175,7 @@ def test_a_sequence_longer_than_the_positions_is_refused() -> None:
 
 def test_a_vocabulary_of_unknown_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size=auto.*give a number"):
-        build_gpt2(small(vocab_size="auto"))
+        small(vocab_size="auto").layer_specs()
 
 
 # Against plain torch
@@ -184,7 +183,7 @@ def test_a_vocabulary_of_unknown_size_is_refused() -> None:
 LABELS_LEFT_OUT = 3
 
 
-def for_ranks(**changes: Any) -> GPTConfig:
+def for_ranks(**changes: Any) -> GPT2Config:
     """Return the sizes of a model that four ranks can share out; they need not divide its vocabulary."""
     sizes = {"vocab_size": 23, "hidden_size": 16, "num_heads": 4, "ffn_size": 26, "max_positions": 12}
     return small(**{**sizes, **changes})
@@ -197,7 +196,7 @@ def tokens_and_labels() -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def plain_gpt(weights: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:
+def plain_gpt(weights: dict[str, Tensor], config: GPT2Config, tokens: Tensor) -> Tensor:
     """Return the logits of GPT-2 with these logical tensors, of torch's operations only."""
     width, heads, eps = config.hidden_size, config.num_heads, config.layer_norm_eps
     kv_heads = config.num_kv_heads or heads
@@ -252,7 +251,7 @@ def random_weights(specs: list[LayerSpec]) -> dict[str, Tensor]:
 @cache
 def plain_outcome(tied: bool, num_kv_heads: int | None) -> Outcome:
     config = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads)
-    weights = {name: tensor.requires_grad_() for name, tensor in random_weights(build_gpt2(config)).items()}
+    weights = {name: tensor.requires_grad_() for name, tensor in random_weights(config.layer_specs()).items()}
     tokens, labels = tokens_and_labels()
     logits = plain_gpt(weights, config, tokens)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -295,7 +294,7 @@ sequences = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["wh
 @tying
 def test_the_model_is_gpt2(tied: bool, num_kv_heads: int | None) -> None:
     config = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads)
-    specs = build_gpt2(config)
+    specs = config.layer_specs()
     model = CutModel(specs, None, sequence_parallel=False, weights=random_weights(specs))
     tokens, labels = tokens_and_labels()
     logits = model(tokens)
@@ -312,7 +311,7 @@ def test_the_model_is_gpt2(tied: bool, num_kv_heads: int | None) -> None:
 def test_ranks_together_compute_what_one_process_does(
     size: int, tied: bool, num_kv_heads: int | None, sequence_parallel: bool
 ) -> None:
-    specs = build_gpt2(for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads))
+    specs = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads).layer_specs()
     actual = run_sharded(size, specs, random_weights(specs), sequence_parallel)
     assert_same(actual, plain_outcome(tied, num_kv_heads))
 
@@ -321,7 +320,7 @@ def test_ranks_together_compute_what_one_process_does(
 @tying
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_loss_may_go_through_the_tokens_in_chunks(size: int, tied: bool, sequence_parallel: bool) -> None:
-    specs = build_gpt2(for_ranks(tied_embedding=tied), loss_chunk_tokens=3)
+    specs = for_ranks(tied_embedding=tied).layer_specs(loss_chunk_tokens=3)
     assert_same(run_sharded(size, specs, random_weights(specs), sequence_parallel), plain_outcome(tied, None))
 
 
@@ -329,7 +328,7 @@ def test_the_loss_may_go_through_the_tokens_in_chunks(size: int, tied: bool, seq
 @tying
 @pytest.mark.parametrize("size", [2, 4])
 def test_initial_weights_do_not_depend_on_the_ranks(size: int, tied: bool, num_kv_heads: int | None) -> None:
-    specs = build_gpt2(for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads))
+    specs = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads).layer_specs()
     whole = SequentialModel(specs, seed=7).logical_tensors()
     ranks = [
         CutModel(specs, PlannedGroup(rank, size), sequence_parallel=True, seed=7, dtype=torch.float32).parameters()
@@ -343,8 +342,8 @@ def test_initial_weights_do_not_depend_on_the_ranks(size: int, tied: bool, num_k
 
 @pytest.mark.parametrize("num_kv_heads", [None, 1])
 def test_heads_that_the_ranks_do_not_divide_are_refused(num_kv_heads: int | None) -> None:
-    spec = build_gpt2(for_ranks(num_kv_heads=num_kv_heads))[2]
-    with pytest.raises(LayoutError, match=r"parallel\.tp=6 does not divide model\.num_heads=4.*try parallel\.tp=2$"):
+    spec = for_ranks(num_kv_heads=num_kv_heads).layer_specs()[2]
+    with pytest.raises(LayoutError, match=r"tp=6 does not divide model\.num_heads=4.*try parallel\.tp=1, 2 or 4$"):
         shard_layer(spec.build(), PlannedGroup(0, 6), sequence_parallel=True)
 
 
@@ -372,7 +371,7 @@ def test_positions_of_a_part_are_those_of_the_whole_sequence(sequence_parallel: 
 
 @tying
 def test_the_sequence_stays_in_parts_from_the_embedding_to_the_head(tied: bool) -> None:
-    first, *between, last = [flow_of_spec(spec) for spec in build_gpt2(for_ranks(tied_embedding=tied))]
+    first, *between, last = [flow_of_spec(spec) for spec in for_ranks(tied_embedding=tied).layer_specs()]
     assert first == SequenceFlow(returns_shard=True)
     assert set(between) == {SHARDED}
     assert last == SequenceFlow(takes_shard=True)
@@ -411,7 +410,7 @@ def one_from_every_linear(layer: nn.Module) -> None:
 def test_ranks_drop_a_whole_activation_alike_and_each_its_own_part_by_itself(
     layer_idx: int, sequence_parallel: bool
 ) -> None:
-    spec = build_gpt2(for_ranks(dropout=0.5))[layer_idx]
+    spec = for_ranks(dropout=0.5).layer_specs()[layer_idx]
     (first, state), (second, other_state) = ranks_from_one_seed(
         spec, sequence_parallel, one_from_every_linear, torch.zeros(2, 6, 16)
     )
@@ -437,7 +436,7 @@ def test_ranks_drop_what_tokens_look_at_by_themselves(sequence_parallel: bool) -
         every_value_is_one(layer)
         layer.get_submodule("projection").register_forward_pre_hook(catch)
 
-    spec = build_gpt2(for_ranks(dropout=0.5))[2]
+    spec = for_ranks(dropout=0.5).layer_specs()[2]
     (_, state), (_, other_state) = ranks_from_one_seed(spec, sequence_parallel, prepare, torch.randn(2, 6, 16))
     assert not torch.equal(dropped[0], dropped[1]), "the ranks' heads are different ones"
     assert torch.equal(state, other_state)
@@ -445,7 +444,7 @@ def test_ranks_drop_what_tokens_look_at_by_themselves(sequence_parallel: bool) -
 
 @pytest.mark.parametrize("layer_idx", [1, 2, 3], ids=["position", "attention", "mlp"])
 def test_ranks_drop_nothing_in_evaluation(layer_idx: int) -> None:
-    spec = build_gpt2(for_ranks(dropout=0.5))[layer_idx]
+    spec = for_ranks(dropout=0.5).layer_specs()[layer_idx]
 
     def prepare(layer: nn.Module) -> None:
         one_from_every_linear(layer)
@@ -504,7 +503,7 @@ class UnpackParts(Unpack):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("unpack", [Unpack, UnpackParts])
 def test_a_users_layer_need_not_know_of_it(unpack: type[Unpack], size: int, sequence_parallel: bool) -> None:
-    specs = build_gpt2(for_ranks())
+    specs = for_ranks().layer_specs()
     specs[3:3] = [LayerSpec(Mixer, 16, name="mixer"), LayerSpec(unpack, 16, name="unpack")]
     weights = random_weights(specs)
     tokens, labels = tokens_and_labels()
@@ -519,7 +518,7 @@ def test_a_users_layer_need_not_know_of_it(unpack: type[Unpack], size: int, sequ
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_users_layer_may_come_last(size: int) -> None:
     """Its peers gather what it takes; a loss of the whole is the same on all of them."""
-    specs = [*build_gpt2(for_ranks())[:4], LayerSpec(nn.Linear, 16, 23, name="scores")]
+    specs = [*for_ranks().layer_specs()[:4], LayerSpec(nn.Linear, 16, 23, name="scores")]
     weights = random_weights(specs)
     tokens, labels = tokens_and_labels()
     model = CutModel(specs, None, sequence_parallel=False, weights=weights)
@@ -532,7 +531,7 @@ def test_a_users_layer_may_come_last(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_model_that_ends_in_parts_returns_the_whole_sequence(size: int) -> None:
-    specs = build_gpt2(for_ranks())[:-1]
+    specs = for_ranks().layer_specs()[:-1]
     weights, (tokens, _) = random_weights(specs), tokens_and_labels()
     expected = CutModel(specs, None, sequence_parallel=False, weights=weights)(tokens)
     for actual in run_ranks(

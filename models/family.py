@@ -1,0 +1,359 @@
+"""The door of a model family: its configuration, and everything else that is particular to it.
+
+A family is one file beside this one, which assigns its class to `FAMILY`. No other code names it. It imports torch
+inside functions alone, so that reading a configuration does not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from pipekit.errors import ConfigError
+from pipekit.settings.base import Fault, Section, alternatives, rule_fault
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
+    from pipekit.layers.specs import LayerSpec
+
+LossChunk = int | Literal["auto"] | None
+"""Tokens that a loss computes the scores of at a time; see `pipekit.models.transformer.head.score_vocabulary`."""
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """Heads of an attention layer, of which a tensor-parallel rank computes whole ones.
+
+    Attributes:
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+
+    def fault(self, tp: int) -> Fault | None:
+        """Fault of a tensor-parallel degree that does not share out the heads; None where it does.
+
+        Example:
+            >>> AttentionHeads(12, 12).fault(4)
+            >>> AttentionHeads(3, 3).fault(2).message
+            'parallel.tp=2 does not divide model.num_heads=3, and a rank computes whole heads; try parallel.tp=1'
+        """
+        if self.num_heads % tp:
+            text = f"parallel.tp={tp} does not divide model.num_heads={self.num_heads}, and a rank computes whole heads"
+        elif not self._shares_kv_heads(tp):
+            text = f"parallel.tp={tp} and model.num_kv_heads={self.num_kv_heads}: one must divide the other"
+        else:
+            return None
+        fitting = [n for n in range(1, tp) if self.num_heads % n == 0 and self._shares_kv_heads(n)]
+        key = "num_heads" if self.num_heads % tp else "num_kv_heads"
+        return rule_fault(f"parallel.tp model.{key}", f"{text}; try parallel.tp={alternatives(fitting[-3:])}")
+
+    def _shares_kv_heads(self, tp: int) -> bool:
+        return self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+
+
+@dataclass(frozen=True)
+class TensorRename:
+    """One tensor under its logical name and under that of Hugging Face `transformers`.
+
+    Attributes:
+        ours: logical name.
+        theirs: name in the class of `transformers`.
+        pattern: how theirs is made of ours, as `einops.rearrange` has it; None where both are alike.
+        sizes: lengths that the pattern needs.
+    """
+
+    ours: str
+    theirs: str
+    pattern: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+class ModelFamily(Section):
+    """A model of one family: the `model` section of a configuration.
+
+    What is defined here holds for a model of which nothing is known before it is built.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings that each preset stands for. Names are unique among all families, and imply theirs."""
+
+    @property
+    def description(self) -> str:
+        """The model in a few words, for the console."""
+        raise NotImplementedError
+
+    @property
+    def num_layer_specs(self) -> int | None:
+        """Length of the list of layers, to partition; None where it is not known before the model is built."""
+        return None
+
+    @property
+    def layer_count(self) -> str:
+        """`num_layer_specs` as a sum of settings, for messages."""
+        return ""
+
+    @property
+    def attention_heads(self) -> AttentionHeads | None:
+        """Heads that tensor-parallel ranks share out; None where they are not known."""
+        return None
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """Most tokens that a sequence may have; None where that is not known."""
+        return None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the sizes of the layers may follow from the data."""
+        return True
+
+    @property
+    def loss_computes_logits(self) -> bool:
+        """Whether the loss computes the logits, so that it reads the weights of the head."""
+        return False
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """Dropout probabilities that are not 0, by dotted key."""
+        return {}
+
+    def given(self) -> dict[str, Any]:
+        """Settings without those that follow from others."""
+        return self.model_dump()
+
+    def fit_vocabulary(self, num_tokens: int, *, tokenizer: object) -> dict[str, Any]:
+        """Changes, by dotted key, for a tokenizer of `num_tokens`.
+
+        Args:
+            num_tokens: size of the tokenizer.
+            tokenizer: its path, for messages.
+
+        Raises:
+            ConfigError: if the vocabulary is too small.
+        """
+        return {}
+
+    def build_layers(self, config: Config) -> list[LayerSpec]:
+        """List of layer specs of a run.
+
+        Raises:
+            ConfigError: if the model cannot be built.
+        """
+        raise NotImplementedError
+
+    def no_export_reason(self) -> str | None:
+        """Clause on why `transformers` cannot read such a model; None where it can."""
+        return None
+
+
+class TransformerFamily(ModelFamily):
+    """A decoder-only transformer of a built-in family. A preset fills the sizes that are not given.
+
+    Class attributes are what the family is called, here and by `transformers`.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))  # a preset supplies them
+
+    hf_model_type: ClassVar[str]
+    """`model_type` of its `config.json`."""
+
+    hf_class: ClassVar[str]
+    """Class of `transformers` that reads it."""
+
+    hf_keys: ClassVar[Mapping[str, str]]
+    """Keys of its `config.json` by the setting that each holds."""
+
+    hf_fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
+    """Keys of its `config.json` that change what the model computes, with the values that it can have here; the first
+    is written, and is what a missing key means."""
+
+    family: str
+    """Architecture of the blocks."""
+
+    preset: str | None = None
+    """Named sizes; any size given beside it takes precedence."""
+
+    vocab_size: PositiveInt | Literal["auto"] = Field(default="auto", examples=[50257])
+    """Number of token ids that the model knows; `auto` takes that of the tokenizer."""
+
+    hidden_size: PositiveInt = Field(default=..., examples=[128])
+    """Width of the residual stream; a multiple of `num_heads`."""
+
+    num_layers: PositiveInt = Field(default=..., examples=[4])
+    """Number of transformer blocks."""
+
+    num_heads: PositiveInt = Field(default=..., examples=[4])
+    """Attention heads per block; divides `hidden_size`."""
+
+    ffn_size: PositiveInt = Field(default=..., examples=[512], json_schema_extra={"type": ["integer", "null"]})
+    """Width inside the feed-forward half of a block; 4 x `hidden_size` where it is not given."""
+
+    max_positions: PositiveInt = Field(default=..., examples=[256])
+    """Longest sequence in tokens; `train.sequence_length` may not exceed it."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of zeroing an activation during training."""
+
+    def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
+        """List of layer specs of the model.
+
+        Args:
+            loss_chunk_tokens: see `pipekit.models.transformer.head.score_vocabulary`.
+
+        Raises:
+            ConfigError: if the vocabulary's size is not known yet.
+        """
+        raise NotImplementedError
+
+    def hf_renames(self) -> list[TensorRename]:
+        """Both names of every tensor."""
+        raise NotImplementedError
+
+    def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
+        """Content of `config.json`.
+
+        Args:
+            end_token_id: id of the token that ends a document; None where the model was not trained on text.
+            dtype: of the exported tensors, such as `float32`.
+        """
+        return {
+            "architectures": [self.hf_class],
+            "model_type": self.hf_model_type,
+            **{key: values[0] for key, values in self.hf_fixed.items()},
+            **{key: getattr(self, name) for name, key in self.hf_keys.items()},
+            "bos_token_id": end_token_id,
+            "eos_token_id": end_token_id,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
+
+    @classmethod
+    def from_hf_config(cls, stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
+        """Model that a `config.json` describes.
+
+        Raises:
+            ConfigError: if these layers do not compute it.
+        """
+        for key, values in cls.hf_fixed.items():
+            if stored.get(key, values[0]) not in values:
+                known = " or ".join(map(repr, values))
+                raise ConfigError(f"{where}/config.json: {key}={stored[key]!r}; only {known} is known")
+        required = [name for name, info in cls.model_fields.items() if info.is_required() and name in cls.hf_keys]
+        keys = [cls.hf_keys[name] for name in ["vocab_size", *required] if name != "ffn_size"]
+        if missing := [key for key in keys if key not in stored]:
+            raise ConfigError(f"{where}/config.json: has no {', '.join(missing)}, and describes no {cls.hf_class}")
+        try:
+            return cls(**{name: stored[key] for name, key in cls.hf_keys.items() if key in stored})
+        except ValidationError as error:
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc']))}{': ' if fault['loc'] else ''}{fault['msg']}"
+                for fault in error.errors()
+            )
+            raise ConfigError(f"{where}/config.json: describes no {cls.hf_class}: {faults}") from None
+
+    @property
+    def description(self) -> str:
+        return self.preset or f"{self.family} {self.hidden_size} wide"
+
+    @property
+    def attention_heads(self) -> AttentionHeads:
+        return AttentionHeads(self.num_heads, self.num_heads)
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.max_positions
+
+    @property
+    def needs_data(self) -> bool:
+        return self.vocab_size == "auto"
+
+    @property
+    def loss_computes_logits(self) -> bool:
+        return True
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        return {"model.dropout": self.dropout} if self.dropout else {}
+
+    @property
+    def known_vocab_size(self) -> int:
+        """`vocab_size` as a number.
+
+        Raises:
+            ConfigError: if it is `auto`.
+        """
+        if self.vocab_size == "auto":
+            raise ConfigError(
+                "model.vocab_size=auto: the size is the tokenizer's, and none has been read yet; give a number"
+            )
+        return self.vocab_size
+
+    def given(self) -> dict[str, Any]:
+        """Settings without those that follow from the preset, the width or the defaults.
+
+        The family is among them unless the preset implies it.
+        """
+        derived: dict[str, Any] = {name: info.default for name, info in type(self).model_fields.items()}
+        derived |= {"ffn_size": 4 * self.hidden_size}
+        derived |= self.presets[self.preset] if self.preset else {"family": None}
+        return {name: value for name, value in self.model_dump().items() if value != derived[name]}
+
+    def fit_vocabulary(self, num_tokens: int, *, tokenizer: object) -> dict[str, Any]:
+        if self.vocab_size == "auto":
+            return {"model.vocab_size": num_tokens}
+        if self.vocab_size < num_tokens:
+            raise ConfigError(
+                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's {num_tokens} tokens "
+                f"({tokenizer}), and every token needs a row; try model.vocab_size={num_tokens} or auto, or a smaller "
+                "data.vocab_size"
+            )
+        return {}
+
+    def build_layers(self, config: Config) -> list[LayerSpec]:
+        # ZeRO-3 lets the weights of the head go before the loss.
+        chunk = config.train.loss_chunk_tokens if config.parallel.zero < 3 else None
+        return self.layer_specs(loss_chunk_tokens=chunk)
+
+    @classmethod
+    def missing_remedy(cls, keys: Sequence[str]) -> str:
+        them, preset = "them" if len(keys) > 1 else "it", next(iter(cls.presets))
+        return f"give {them}, or name a preset, for example model.preset={preset}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sizes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        filled = {**(cls.presets.get(preset, {}) if isinstance(preset, str) else {}), **values}
+        if filled.get("ffn_size") is None:
+            hidden_size = filled.get("hidden_size")
+            # Where the width itself is at fault, only the width is reported.
+            filled["ffn_size"] = 4 * hidden_size if type(hidden_size) is int and hidden_size > 0 else 1
+        return filled
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TransformerFamily:
+        if self.hidden_size % self.num_heads:
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            near = [n for n in divisors if n < self.num_heads][-3:] + [n for n in divisors if n > self.num_heads][:1]
+            text = f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}"
+            raise setting_error("num_heads", f"{text}; try {alternatives(near)}")
+        return self
+
+
+def setting_error(key: str, text: str) -> PydanticCustomError:
+    """Error of a validator that says all there is to say about a setting.
+
+    Args:
+        key: the setting.
+        text: where, which value, which rule, and what to type instead.
+    """
+    return PydanticCustomError("rule", "{text}", {"key": key, "text": text})

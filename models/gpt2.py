@@ -1,0 +1,177 @@
+"""GPT-2: learned positions, layer norm before each half of a block, GELU by its tanh approximation, a tied head.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from pipekit.models.family import AttentionHeads, LossChunk, TensorRename, TransformerFamily, setting_error
+from pipekit.settings.base import alternatives
+
+if TYPE_CHECKING:
+    from pipekit.layers.specs import LayerSpec
+
+
+def _released(hidden_size: int, num_layers: int, num_heads: int) -> dict[str, int | str]:
+    return {
+        "vocab_size": 50257,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "max_positions": 1024,
+    }
+
+
+class GPT2Config(TransformerFamily):
+    """A GPT-2. A preset fills the sizes that are not given; the `gpt2` ones are the released models.
+
+    Example:
+        >>> GPT2Config(preset="tiny", num_layers=2).ffn_size
+        512
+    """
+
+    presets: ClassVar = {
+        "tiny": {"vocab_size": "auto", "hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_positions": 256},
+        "mini": {"vocab_size": "auto", "hidden_size": 256, "num_layers": 6, "num_heads": 8, "max_positions": 512},
+        "gpt2": _released(768, 12, 12),
+        "gpt2-medium": _released(1024, 24, 16),
+        "gpt2-large": _released(1280, 36, 20),
+        "gpt2-xl": _released(1600, 48, 25),
+    }
+    hf_model_type: ClassVar = "gpt2"
+    hf_class: ClassVar = "GPT2LMHeadModel"
+    hf_keys: ClassVar = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "max_positions": "n_positions",
+        "ffn_size": "n_inner",
+        "dropout": "resid_pdrop",
+        "tied_embedding": "tie_word_embeddings",
+        "layer_norm_eps": "layer_norm_epsilon",
+        "init_std": "initializer_range",
+    }
+    hf_fixed: ClassVar = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+
+    family: Literal["gpt2"] = "gpt2"
+    """Architecture of the blocks."""
+
+    preset: Literal["tiny", "mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
+    """Named sizes; any size given beside it takes precedence."""
+
+    num_kv_heads: PositiveInt | None = Field(default=None, examples=[2])
+    """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head
+    its own."""
+
+    tied_embedding: bool = True
+    """Whether the head shares the weight of the token embedding."""
+
+    layer_norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in every layer norm."""
+
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def num_layer_specs(self) -> int:
+        return 2 * self.num_layers + 4
+
+    @property
+    def layer_count(self) -> str:
+        return f"2 for each of model.num_layers={self.num_layers}, and 4 more"
+
+    @property
+    def attention_heads(self) -> AttentionHeads:
+        return AttentionHeads(self.num_heads, self.num_kv_heads or self.num_heads)
+
+    def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
+        """Token and position embedding, two halves for each block, final norm, head.
+
+        Example:
+            >>> specs = GPT2Config(preset="tiny", vocab_size=512, num_layers=1).layer_specs()
+            >>> [spec.type_name for spec in specs]
+            ['TokenEmbedding', 'PositionEmbedding', 'AttentionHalf', 'MLPHalf', 'FinalNorm', 'TokenEmbedding']
+        """
+        from pipekit.layers.specs import LayerSpec
+        from pipekit.models.transformer import AttentionHalf, FinalNorm, MLPHalf, PositionEmbedding, embedding_and_head
+
+        width, std = self.hidden_size, self.init_std
+        embedding, head = embedding_and_head(
+            self.known_vocab_size, width, tied=self.tied_embedding, init_std=std, loss_chunk_tokens=loss_chunk_tokens
+        )
+        # Two residual additions a block: their sum keeps its size at any depth.
+        residual_std = std / math.sqrt(2 * self.num_layers)
+        common = {"dropout": self.dropout, "eps": self.layer_norm_eps, "init_std": std, "residual_std": residual_std}
+        heads = {} if self.num_kv_heads is None else {"num_kv_heads": self.num_kv_heads}
+        specs = [
+            embedding,
+            LayerSpec(
+                PositionEmbedding, self.max_positions, width, dropout=self.dropout, init_std=std, name="position"
+            ),
+        ]
+        for block in range(self.num_layers):
+            specs += [
+                LayerSpec(AttentionHalf, width, self.num_heads, **heads, **common, name=f"blocks.{block}.attention"),
+                LayerSpec(MLPHalf, width, self.ffn_size, activation="gelu_tanh", **common, name=f"blocks.{block}.mlp"),
+            ]
+        return [*specs, LayerSpec(FinalNorm, width, eps=self.layer_norm_eps, name="final_norm"), head]
+
+    def no_export_reason(self) -> str | None:
+        if self.num_kv_heads in (None, self.num_heads):
+            return None
+        return (
+            f"has model.num_kv_heads={self.num_kv_heads} for {self.num_heads} heads, and {self.hf_class} knows no "
+            "grouped queries"
+        )
+
+    def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
+        everywhere = {"n_ctx": self.max_positions, "attn_pdrop": self.dropout, "embd_pdrop": self.dropout}
+        return {**super().hf_config(end_token_id=end_token_id, dtype=dtype), **everywhere}
+
+    def hf_renames(self) -> list[TensorRename]:
+        renames = [
+            TensorRename("embed.weight", "transformer.wte.weight"),
+            TensorRename("position.weight", "transformer.wpe.weight"),
+            TensorRename("final_norm.weight", "transformer.ln_f.weight"),
+            TensorRename("final_norm.bias", "transformer.ln_f.bias"),
+        ]
+        if not self.tied_embedding:
+            renames.append(TensorRename("head.weight", "lm_head.weight"))
+        halves = {
+            "attention.norm": "ln_1",
+            "attention.qkv": "attn.c_attn",
+            "attention.projection": "attn.c_proj",
+            "mlp.norm": "ln_2",
+            "mlp.expand": "mlp.c_fc",
+            "mlp.contract": "mlp.c_proj",
+        }
+        for block in range(self.num_layers):
+            for ours, theirs in halves.items():
+                our_name, their_name = f"blocks.{block}.{ours}", f"transformer.h.{block}.{theirs}"
+                # Their Conv1D is (in, out) where ours is (out, in).
+                pattern = None if ours.endswith("norm") else "rows columns -> columns rows"
+                renames.append(TensorRename(f"{our_name}.weight", f"{their_name}.weight", pattern))
+                renames.append(TensorRename(f"{our_name}.bias", f"{their_name}.bias"))
+        return renames
+
+    @model_validator(mode="after")
+    def _heads_share_keys(self) -> GPT2Config:
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            text = f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
+            raise setting_error("num_kv_heads", f"{text}; try {alternatives(divisors)}")
+        return self
+
+
+FAMILY = GPT2Config

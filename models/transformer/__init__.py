@@ -1,0 +1,22 @@
+"""Layers that transformer families are made of, and their loss.
+
+Each layer takes one tensor and returns one. The attention half and the MLP half of a block are layers of their own, so
+that a partition can cut a block in two.
+"""
+
+from pipekit.models.transformer.attention import AttentionHalf
+from pipekit.models.transformer.embedding import PositionEmbedding, TokenEmbedding
+from pipekit.models.transformer.head import Head, embedding_and_head
+from pipekit.models.transformer.loss import language_model_loss
+from pipekit.models.transformer.mlp import FinalNorm, MLPHalf
+
+__all__ = [
+    "AttentionHalf",
+    "FinalNorm",
+    "Head",
+    "MLPHalf",
+    "PositionEmbedding",
+    "TokenEmbedding",
+    "embedding_and_head",
+    "language_model_loss",
+]

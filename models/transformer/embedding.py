@@ -1,0 +1,54 @@
+"""Token and position embeddings.
+
+Shapes: B sequences, S tokens, D hidden size, V vocabulary size, P positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipekit.errors import ConfigError
+from pipekit.tensor_parallel import (
+    SHARDED,
+    SequenceFlow,
+    TensorParallelModule,
+    VocabularyParallelEmbedding,
+    sharded_dropout,
+)
+
+
+class TokenEmbedding(VocabularyParallelEmbedding):
+    """Looks token ids up: `(B, S)` int64 to `(B, S, D)`.
+
+    Its `weight` `(V, D)` is the head's too, where they are tied.
+    """
+
+    sequence_flow = SequenceFlow(returns_shard=True)
+
+
+class PositionEmbedding(TensorParallelModule):
+    """Adds a learned vector for each position, then drops out: `(B, S, D)` to `(B, S, D)`.
+
+    Its `weight` is `(P, D)`. The forward raises a ConfigError for a sequence of more than P tokens.
+    """
+
+    sequence_flow = SHARDED
+
+    def __init__(self, max_positions: int, hidden_size: int, *, dropout: float, init_std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size))
+        self.dropout = dropout
+        nn.init.normal_(self.weight, std=init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.group if self.sequence_parallel else None
+        length, max_positions = x.shape[1], self.weight.shape[0]
+        num_tokens, first = (length, 0) if parts is None else (length * parts.size, length * parts.rank)
+        if num_tokens > max_positions:
+            raise ConfigError(
+                f"a sequence of {num_tokens} tokens is longer than model.max_positions={max_positions}; "
+                "shorten it, or train a model with more positions"
+            )
+        x = x + self.weight[first : first + length]  # (B, S, D) + (S, D)
+        return sharded_dropout(x, self.dropout, self.training, parts)

@@ -1,0 +1,109 @@
+"""Scores of every token of the vocabulary, by a head of its own or by the embedding.
+
+Shapes: B sequences, S tokens, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec
+from pipekit.models.family import LossChunk
+from pipekit.models.transformer.embedding import TokenEmbedding
+from pipekit.tensor_parallel import Logits, SequenceFlow, VocabularyParallelModule, plan_chunk_tokens
+
+
+class Head(VocabularyParallelModule):
+    """Scores every token of the vocabulary: `(B, S, D)` to `(B, S, V)`.
+
+    Args:
+        hidden_size: D.
+        vocab_size: V.
+        init_std: standard deviation of the initial weights.
+        loss_chunk_tokens: see `score_vocabulary`.
+    """
+
+    sequence_flow = SequenceFlow(takes_shard=True)
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, init_std: float, loss_chunk_tokens: LossChunk = None
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, init_std=init_std)
+        self.loss_chunk_tokens = loss_chunk_tokens
+
+    def forward(self, x: Tensor) -> Tensor | Logits:
+        return score_vocabulary(self, x, self.loss_chunk_tokens)
+
+
+@dataclass(frozen=True)
+class TiedHead:
+    """Scores every token by its embedding: `(B, S, D)` to `(B, S, V)`. The `forward_fn` of a tied `TokenEmbedding`.
+
+    Attributes:
+        loss_chunk_tokens: see `score_vocabulary`.
+    """
+
+    loss_chunk_tokens: LossChunk = None
+
+    sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_shard=True)
+
+    def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
+        return score_vocabulary(embedding, x, self.loss_chunk_tokens)
+
+
+def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tokens: LossChunk) -> Tensor | Logits:
+    """Return the scores of every token of the vocabulary, `(B, S, V)`.
+
+    Where tensor-parallel ranks share the vocabulary out, or the loss goes through the tokens in chunks, they are
+    `Logits`, which are not computed before the loss asks.
+
+    Args:
+        module: has the `weight` `(V, D)`, of which a tensor-parallel rank has some rows.
+        x: `(B, S, D)`, or this rank's part of the sequence.
+        loss_chunk_tokens: how many tokens the loss computes the scores of at a time: None of all, `auto` of all where
+            they are few.
+    """
+    parts = module.group if module.sequence_parallel else None
+    num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
+    chunk = loss_chunk_tokens
+    if chunk == "auto":
+        # The largest part, so that all ranks decide alike.
+        tp = 1 if module.group is None else module.group.size
+        chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp))
+    if module.group is None and chunk is None:
+        return F.linear(x, module.weight)
+    return Logits(
+        x,
+        module.weight,
+        module.group,
+        sequence_parallel=module.sequence_parallel,
+        vocab_size=module.vocab_size,
+        chunk_tokens=chunk,
+    )
+
+
+def embedding_and_head(
+    vocab_size: int, hidden_size: int, *, tied: bool, init_std: float, loss_chunk_tokens: LossChunk
+) -> tuple[LayerSpec, LayerSpec]:
+    """Specs of a model's first layer, `embed`, and of its last, which is the same one again where they are tied.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        tied: whether the head shares the weight of the embedding.
+        init_std: standard deviation of the initial weights.
+        loss_chunk_tokens: see `score_vocabulary`.
+    """
+    sizes = (vocab_size, hidden_size)
+    if tied:
+        head = TiedHead(loss_chunk_tokens)
+        return TiedLayerSpec("embed", TokenEmbedding, *sizes, init_std=init_std), TiedLayerSpec(
+            "embed", TokenEmbedding, *sizes, init_std=init_std, forward_fn=head
+        )
+    return LayerSpec(TokenEmbedding, *sizes, init_std=init_std, name="embed"), LayerSpec(
+        Head, hidden_size, vocab_size, init_std=init_std, loss_chunk_tokens=loss_chunk_tokens, name="head"
+    )

@@ -1,0 +1,60 @@
+"""Models between our names and those of Hugging Face `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from pipekit.errors import CheckpointError, ConfigError
+from pipekit.models import find_families
+from pipekit.models.family import TransformerFamily
+from pipekit.settings.base import alternatives
+
+
+def to_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor under their name and in their order of elements."""
+    for rename in model.hf_renames():
+        tensor = tensors[rename.ours]
+        if rename.pattern is not None:
+            tensor = rearrange(tensor, rename.pattern, **rename.sizes)
+        yield rename.theirs, tensor.contiguous()
+
+
+def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor under our name and in our order of elements.
+
+    The names may lack what is before the first dot, as in the released GPT-2 files, which hold the model without its
+    head.
+
+    Raises:
+        CheckpointError: if a tensor is missing.
+    """
+    for rename in model.hf_renames():
+        bare = rename.theirs.partition(".")[2]
+        theirs = rename.theirs if rename.theirs in tensors else bare
+        if theirs not in tensors:
+            raise CheckpointError(
+                f"{rename.theirs} is missing: the file does not hold the {model.hf_class} of its config.json"
+            )
+        tensor = tensors[theirs]
+        if rename.pattern is not None:
+            left, right = rename.pattern.split(" -> ")
+            tensor = rearrange(tensor, f"{right} -> {left}", **rename.sizes)
+        yield rename.ours, tensor.contiguous()
+
+
+def read_hf_config(stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
+    """Model that a `config.json` describes.
+
+    Raises:
+        ConfigError: if it is of no family here, or these layers do not compute it.
+    """
+    families = {family.hf_model_type: family for family in find_families().values()}
+    family = families.get(str(stored.get("model_type")))
+    if family is None:
+        known = alternatives(map(repr, families))
+        raise ConfigError(f"{where}/config.json: model_type={stored.get('model_type')!r}; only {known} is known")
+    return family.from_hf_config(stored, where=where)
