@@ -63,7 +63,7 @@ QUICK_ROUNDS = 2
 def plan_contender(setting: Setting, schedule: str, model: ProfiledModel, *, method: str = "profile") -> Contender:
     """Return our engine under a schedule, cut by one of our partitions."""
     table = plan_table(schedule, pp=setting.pp, num_micro_batches=setting.num_micro_batches)
-    boundaries = tuple(partition(method, model.facts(setting, table), table.num_stages))
+    boundaries = tuple(partition(method, model.partition_inputs(setting, table), table.num_stages))
     return Contender("pipekit", schedule, method, boundaries, table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipekit.partitioners.balanced import balanced_boundaries
 from pipekit.partitioners.compare import ComparedPartition, compare_partitions, imbalance_of
-from pipekit.partitioners.facts import LayerFacts
+from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.installed import installed_partitioners
 from pipekit.partitioners.layer_type import partition_by_type
 from pipekit.partitioners.layout_string import layout_boundaries
@@ -17,8 +17,8 @@ from pipekit.partitioners.uniform import partition_uniform
 
 __all__ = [
     "ComparedPartition",
-    "LayerFacts",
     "MemoryLimit",
+    "PartitionInputs",
     "balanced_boundaries",
     "compare_partitions",
     "imbalance_of",

@@ -7,7 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 from pipekit.errors import LayoutError
-from pipekit.partitioners.facts import LayerFacts
+from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.local_search import StageSums
 from pipekit.partitioners.methods import partition
 from pipekit.partitioners.minmax import as_whole_numbers
@@ -28,8 +28,8 @@ class ComparedPartition(NamedTuple):
     imbalance: float
 
 
-def compare_partitions(facts: LayerFacts, num_stages: int) -> list[ComparedPartition]:
-    """Return what each method makes of a model that it has the facts for, the most balanced first.
+def compare_partitions(inputs: PartitionInputs, num_stages: int) -> list[ComparedPartition]:
+    """Return what each method makes of a model that it has the inputs for, the most balanced first.
 
     All are measured by the best costs known: the layers' seconds, or their operations, or their parameters. `memory` is
     left out where nothing fits.
@@ -38,49 +38,49 @@ def compare_partitions(facts: LayerFacts, num_stages: int) -> list[ComparedParti
         LayoutError: if there are fewer layers than stages.
 
     Example:
-        >>> facts = LayerFacts(["Embed", "Block", "Block"], lambda: [8, 4, 4], lambda: [0, 6, 6])
-        >>> for found in compare_partitions(facts, 2):
+        >>> inputs = PartitionInputs(["Embed", "Block", "Block"], lambda: [8, 4, 4], lambda: [0, 6, 6])
+        >>> for found in compare_partitions(inputs, 2):
         ...     (found.method, found.boundaries, found.imbalance)
         ('flops', [0, 2, 3], 1.0)
         ('uniform', [0, 2, 3], 1.0)
         ('parameters', [0, 1, 3], 2.0)
     """
-    facts = _remembering(facts)
-    methods = ["profile"] * (facts.measure_seconds is not None) + ["flops"] * (facts.count_flops is not None)
+    inputs = _remembering(inputs)
+    methods = ["profile"] * (inputs.measure_seconds is not None) + ["flops"] * (inputs.count_flops is not None)
     found = []
-    if facts.memory_limit is not None and methods:
+    if inputs.memory_limit is not None and methods:
         methods.append("memory")
     for method in (*methods, "parameters", "uniform"):
         try:
-            boundaries = partition(method, facts, num_stages)
+            boundaries = partition(method, inputs, num_stages)
         except LayoutError:
             if method != "memory":
                 raise
             continue
-        found.append(ComparedPartition(method, boundaries, imbalance_of(boundaries, facts)))
+        found.append(ComparedPartition(method, boundaries, imbalance_of(boundaries, inputs)))
     return sorted(found, key=lambda compared: compared.imbalance)
 
 
-def _remembering(facts: LayerFacts) -> LayerFacts:
-    """Return the same facts, each computed once at most: seconds take long to measure."""
+def _remembering(inputs: PartitionInputs) -> PartitionInputs:
+    """Return the same inputs, each computed once at most: seconds take long to measure."""
     return replace(
-        facts,
-        count_parameters=cache(facts.count_parameters),
-        count_flops=facts.count_flops and cache(facts.count_flops),
-        measure_seconds=facts.measure_seconds and cache(facts.measure_seconds),
-        memory_limit=facts.memory_limit and cache(facts.memory_limit),
+        inputs,
+        count_parameters=cache(inputs.count_parameters),
+        count_flops=inputs.count_flops and cache(inputs.count_flops),
+        measure_seconds=inputs.measure_seconds and cache(inputs.measure_seconds),
+        memory_limit=inputs.memory_limit and cache(inputs.memory_limit),
     )
 
 
-def imbalance_of(boundaries: list[int], facts: LayerFacts) -> float:
+def imbalance_of(boundaries: list[int], inputs: PartitionInputs) -> float:
     """Return the largest cost of a rank over the mean, by the best costs known; 1 where all are equal.
 
     Example:
-        >>> imbalance_of([0, 1, 4], LayerFacts(["Layer"] * 4, lambda: [1, 1, 1, 1]))
+        >>> imbalance_of([0, 1, 4], PartitionInputs(["Layer"] * 4, lambda: [1, 1, 1, 1]))
         1.5
     """
     num_stages = len(boundaries) - 1
-    method = facts.best_costs
-    costs, extras = as_whole_numbers(facts.costs(method), facts.extras(method) or [0] * num_stages)
-    ranks = StageSums([Sums.of(costs).before] * num_stages, extras).ranks(boundaries, facts.ranks_of(num_stages))
+    method = inputs.best_costs
+    costs, extras = as_whole_numbers(inputs.costs(method), inputs.extras(method) or [0] * num_stages)
+    ranks = StageSums([Sums.of(costs).before] * num_stages, extras).ranks(boundaries, inputs.ranks_of(num_stages))
     return max(ranks) * len(ranks) / sum(ranks)

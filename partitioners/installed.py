@@ -1,7 +1,7 @@
 """Partitioners that other packages bring along, by the entry-point group `pipekit.partitioners`.
 
-An entry point names a function `(facts: LayerFacts, num_stages: int) -> boundaries`. In the `pyproject.toml` of its
-package:
+An entry point names a function `(inputs: PartitionInputs, num_stages: int) -> boundaries`. In the `pyproject.toml` of
+its package:
 
     [project.entry-points."pipekit.partitioners"]
     my-partitioner = "my_package.partitioning:my_partitioner"
@@ -17,11 +17,11 @@ from pipekit.errors import LayoutError
 from pipekit.partitioners.manual import partition_manually
 
 if TYPE_CHECKING:
-    from pipekit.partitioners.facts import LayerFacts
+    from pipekit.partitioners.inputs import PartitionInputs
 
 GROUP = "pipekit.partitioners"
 
-Partitioner = Callable[["LayerFacts", int], Sequence[int]]
+Partitioner = Callable[["PartitionInputs", int], Sequence[int]]
 
 
 def installed_partitioners() -> list[str]:
@@ -53,17 +53,19 @@ def load_partitioner(name: str) -> Partitioner:
     if not callable(partitioner):
         raise LayoutError(
             f"parallel.partition={name} is installed as {points[0].value}, which is no function but "
-            f"{partitioner!r}; name a function (facts, num_stages) that returns the boundaries"
+            f"{partitioner!r}; name a function (inputs, num_stages) that returns the boundaries"
         )
     function: Partitioner = partitioner
     return function
 
 
-def partition_by_installed(name: str, facts: LayerFacts, num_stages: int) -> list[int]:
+def partition_by_installed(name: str, inputs: PartitionInputs, num_stages: int) -> list[int]:
     """Return the boundaries that an installed partitioner makes, checked as the user's own are.
 
     Raises:
         LayoutError: if it cannot be loaded, or its boundaries do not make `num_stages` stages of all layers.
     """
-    made = load_partitioner(name)(facts, num_stages)
-    return partition_manually(made, len(facts.type_names), num_stages, source=f"parallel.partition={name}: its result ")
+    made = load_partitioner(name)(inputs, num_stages)
+    return partition_manually(
+        made, len(inputs.type_names), num_stages, source=f"parallel.partition={name}: its result "
+    )

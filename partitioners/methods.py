@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners.balanced import balanced_boundaries
-from pipekit.partitioners.facts import LayerFacts
+from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.installed import installed_partitioners, partition_by_installed
 from pipekit.partitioners.layer_type import partition_by_type
 from pipekit.partitioners.layout_string import layout_boundaries
@@ -17,7 +17,7 @@ BALANCED_METHODS = ("parameters", "uniform", "flops", "profile")
 
 
 def partition(
-    method: str, facts: LayerFacts, num_stages: int, *, boundaries: Sequence[int] | str | None = None
+    method: str, inputs: PartitionInputs, num_stages: int, *, boundaries: Sequence[int] | str | None = None
 ) -> list[int]:
     """Return the stage boundaries of a model.
 
@@ -28,7 +28,7 @@ def partition(
 
     Args:
         method: the name.
-        facts: the layers.
+        inputs: the layers and their costs.
         num_stages: how many stages.
         boundaries: for `manual`: layer indices, or a layout such as `Et*3|t*3L`.
 
@@ -36,26 +36,28 @@ def partition(
         `num_stages + 1` layer indices; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
 
     Raises:
-        LayoutError: if the method is unknown, the layers cannot be cut so, or facts that it needs are missing.
+        LayoutError: if the method is unknown, the layers cannot be cut so, or inputs that it needs are missing.
 
     Example:
-        >>> facts = LayerFacts(["Embed", "Block", "Block", "Head"], lambda: [5, 3, 3, 5], placement=(0, 1, 1, 0))
-        >>> partition("parameters", facts, 4)
+        >>> inputs = PartitionInputs(["Embed", "Block", "Block", "Head"], lambda: [5, 3, 3, 5], placement=(0, 1, 1, 0))
+        >>> partition("parameters", inputs, 4)
         [0, 1, 2, 3, 4]
     """
-    num_layers = len(facts.type_names)
+    num_layers = len(inputs.type_names)
     if method == "manual":
         if isinstance(boundaries, str):
-            return layout_boundaries(boundaries, _names(facts, boundaries), num_stages)
+            return layout_boundaries(boundaries, _names(inputs, boundaries), num_stages)
         return partition_manually(boundaries or (), num_layers, num_stages)
     if method in BALANCED_METHODS:
-        return balanced_boundaries(facts.costs(method), facts.ranks_of(num_stages), stage_extras=facts.extras(method))
+        return balanced_boundaries(
+            inputs.costs(method), inputs.ranks_of(num_stages), stage_extras=inputs.extras(method)
+        )
     if method == "memory":
-        return _partition_by_memory(facts, num_stages)
+        return _partition_by_memory(inputs, num_stages)
     if method.startswith("type:"):
-        return partition_by_type(facts.type_names, method.removeprefix("type:"), num_stages)
+        return partition_by_type(inputs.type_names, method.removeprefix("type:"), num_stages)
     if method in installed_partitioners():
-        return partition_by_installed(method, facts, num_stages)
+        return partition_by_installed(method, inputs, num_stages)
     raise LayoutError(f"parallel.partition={method}: no such partitioner; use {known_methods()}")
 
 
@@ -66,25 +68,25 @@ def known_methods() -> str:
     return f"{', '.join(BALANCED_METHODS)}, memory, type:<regex>, manual or {own}"
 
 
-def _partition_by_memory(facts: LayerFacts, num_stages: int) -> list[int]:
-    if facts.memory_limit is None:
+def _partition_by_memory(inputs: PartitionInputs, num_stages: int) -> list[int]:
+    if inputs.memory_limit is None:
         raise LayoutError(
             "parallel.partition=memory needs to know what the layers hold and what a rank may, and neither is known "
             "here; try parallel.partition=parameters"
         )
-    method = "flops" if facts.measure_seconds is None else "profile"
+    method = "flops" if inputs.measure_seconds is None else "profile"
     return balanced_boundaries(
-        facts.costs(method),
-        facts.ranks_of(num_stages),
-        stage_extras=facts.extras(method),
-        memory=facts.memory_limit(),
+        inputs.costs(method),
+        inputs.ranks_of(num_stages),
+        stage_extras=inputs.extras(method),
+        memory=inputs.memory_limit(),
     )
 
 
-def _names(facts: LayerFacts, layout: str) -> Sequence[str]:
-    if facts.layer_names is None:
+def _names(inputs: PartitionInputs, layout: str) -> Sequence[str]:
+    if inputs.layer_names is None:
         raise LayoutError(
             f"parallel.boundaries={layout} speaks of blocks, and the layers' names are not known here; give a list of "
             "layer indices"
         )
-    return facts.layer_names
+    return inputs.layer_names

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from pipekit.layout import Layout
-from pipekit.partitioners import LayerFacts
+from pipekit.partitioners import PartitionInputs
 from pipekit.predictions.devices import find_device
-from pipekit.predictions.facts import layer_facts
 from pipekit.predictions.model_costs import ModelCosts
-from pipekit.predictions.prediction import Choice, PlannedModel, Prediction, predict
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.partition_inputs import partition_inputs
+from pipekit.predictions.prediction import PlannedModel, Prediction, predict
 from pipekit.schedules import Schedule, default_stages_per_rank
 from pipelines.settings import Precision, Setting
 
@@ -42,20 +43,20 @@ class ProfiledModel:
 
     def predict(self, setting: Setting, schedule: str, boundaries: Sequence[int]) -> Prediction:
         """Return what a step of a schedule takes."""
-        return predict(self._planned(), self._choice(setting, schedule), find_device("cpu"), boundaries=boundaries)
+        return predict(self._planned(), self._plan(setting, schedule), find_device("cpu"), boundaries)
 
-    def facts(self, setting: Setting, table: Schedule) -> LayerFacts:
-        """Return what the partitioners are told under a schedule."""
-        return layer_facts(
+    def partition_inputs(self, setting: Setting, table: Schedule) -> PartitionInputs:
+        """Return the inputs of the partitioners under a schedule."""
+        return partition_inputs(
             self._planned(),
-            self._choice(setting, table.name),
+            self._plan(setting, table.name),
             table,
             type_names=self.type_names,
             limit_bytes=_no_limit,
         )
 
-    def _choice(self, setting: Setting, schedule: str) -> Choice:
-        return Choice(
+    def _plan(self, setting: Setting, schedule: str) -> ParallelPlan:
+        return ParallelPlan(
             Layout(pp=setting.pp),
             zero=self.zero,
             schedule=schedule,

@@ -110,9 +110,9 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         on_progress=_tell,
         memory_bytes=device.memory_bytes,
     )
-    prediction = predict(made.model, made.choice, device, boundaries=made.boundaries)
+    prediction = predict(made.model, made.parallel_plan, device, made.boundaries)
     stages = made.schedule.num_stages
-    partitions = compare_partitions(made.facts, stages) if stages > 1 else ()
+    partitions = compare_partitions(made.partition_inputs, stages) if stages > 1 else ()
     return report(prediction, device, made.layer_names, partitions=partitions)
 
 

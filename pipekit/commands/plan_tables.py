@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipekit.commands.figures import bytes_text, count_text, seconds_text
-from pipekit.predictions.report import choice_of
+from pipekit.predictions.report import read_plan
 from pipekit.training.console import print_table
 
 _WIDE = 110
@@ -22,7 +22,7 @@ _STARTS = 36
 def show_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a plan: the run, its ranks, and the layouts that were compared."""
     is_narrow = console.width < _WIDE
-    tables = [facts_table(report), ranks_table(report, is_narrow=is_narrow)]
+    tables = [summary_table(report), ranks_table(report, is_narrow=is_narrow)]
     if "partitions" in report:
         tables.append(partitions_table(report["partitions"]))
     if "layouts" in report:
@@ -35,29 +35,29 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
         console.print(counts_text(report), highlight=False, markup=False)
 
 
-def facts_table(report: Mapping[str, Any]) -> Table:
+def summary_table(report: Mapping[str, Any]) -> Table:
     """Return the run in a few rows."""
     layout, device = report["layout"], report["device"]
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold cyan", no_wrap=True)
-    facts.add_column()
-    facts.add_row("model", f"{report['parameters']:,} parameters")
-    facts.add_row("layout", str(choice_of(layout)))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    table.add_row("model", f"{report['parameters']:,} parameters")
+    table.add_row("layout", str(read_plan(layout)))
     number = layout["pp"] * layout["dp"] * layout["tp"]
-    facts.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}")
-    facts.add_row(
+    table.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}")
+    table.add_row(
         "step",
         f"{seconds_text(report['step_time_s'])}: compute {seconds_text(report['compute_s'])}, of which "
         f"{100 * report['bubble_fraction']:.1f} % bubble; reduction {seconds_text(report['reduction_s'])}; update "
         f"{seconds_text(report['update_s'])}",
     )
-    facts.add_row(
+    table.add_row(
         "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.3g} TFLOP/s on each device"
     )
     most = max(rank["memory_bytes"]["total"] for rank in report["stages"])
     fits = "" if most <= device["memory_bytes"] else ", which does not fit"
-    facts.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
-    return facts
+    table.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
+    return table
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
@@ -152,6 +152,6 @@ def counts_text(report: Mapping[str, Any]) -> str:
     for layout in report["rejected"]:
         kind = "do not fit into the memory" if "lacking_bytes" in layout else "cannot be built"
         kinds[kind] += 1
-        examples.setdefault(kind, f"{choice_of(layout['layout'])}, which {layout['reason']}")
+        examples.setdefault(kind, f"{read_plan(layout['layout'])}, which {layout['reason']}")
     lines += [f"{number:,} {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from pipekit.distributed.unit_check import check_unit
 from pipekit.engine.tensor_group import ProcessTensorGroup
 from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
-from pipekit.partitioners import LayerFacts, partition
+from pipekit.partitioners import PartitionInputs, partition
 from pipekit.rng import fold_seed
 from pipekit.schedules import Schedule
 from pipekit.tensor_parallel import SequenceFlow, shard_layer, shard_of
@@ -130,7 +130,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.tied_comms = self._build_tied_groups(mpu)
 
     def _cut(self, method: str, placement: Sequence[int]) -> list[int]:
-        facts = LayerFacts(
+        facts = PartitionInputs(
             [spec.type_name for spec in self.layer_specs],
             lambda: count_layer_parameters(self.layer_specs),
             layer_names=layer_names(self.layer_specs),

@@ -167,11 +167,11 @@ def best_layout(found: Search, num_devices: int, device: Device) -> Prediction:
             f"must be {num_devices}, pp at most the {len(found.model.layer_names)} layers, and dp must divide the "
             "batch; try a multiple of the devices, or fewer of them"
         )
-    choice, reason = rejected[0]
+    plan, reason = rejected[0]
     raise LayoutError(
-        f"none of {len(rejected):,} layouts over {over} can run; the nearest is {choice}, which {reason}; try "
+        f"none of {len(rejected):,} layouts over {over} can run; the nearest is {plan}, which {reason}; try "
         "more devices, or a smaller train.sequence_length"
-        + (", or compare tensor parallelism (pipekit plan --max-tp 8)" if choice.layout.tp == 1 else "")
+        + (", or compare tensor parallelism (pipekit plan --max-tp 8)" if plan.layout.tp == 1 else "")
     )
 
 
@@ -194,7 +194,7 @@ def choose_layout(
     """
     device = present_device(num_gpus, num_devices)
     found = search(config, specs, trial, num_devices=num_devices, device=device, is_gpu=bool(num_gpus))
-    best = best_layout(found, num_devices, device).choice
+    best = best_layout(found, num_devices, device).plan
     resolved = config.updated(
         {
             "parallel.auto": False,
@@ -214,11 +214,11 @@ def reason_of_choice(result: SearchResult) -> str:
     """Return in one line what a search chose, and by how much it is ahead of the next."""
     best, *others = result.ranked
     if not others:
-        return f"{best.choice}: the only layout that fits, of {1 + len(result.rejected):,}"
+        return f"{best.plan}: the only layout that fits, of {1 + len(result.rejected):,}"
     which = f"{result.num_fitting:,} layouts that " + ("were simulated" if result.num_open else "fit")
     ahead = others[0].step_time_s / best.step_time_s
     lead = f"{ahead:.2f}x the next" if ahead >= 1.005 else "as fast as the next"
-    return f"{best.choice}: the fastest of {which}, {lead} ({others[0].choice})"
+    return f"{best.plan}: the fastest of {which}, {lead} ({others[0].plan})"
 
 
 def present_device(num_gpus: int | None, num_processes: int) -> Device:

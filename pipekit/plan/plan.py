@@ -16,10 +16,11 @@ from pipekit.costs.profiling import ProgressCallback
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 from pipekit.layout import Layout
-from pipekit.partitioners import LayerFacts, partition
+from pipekit.partitioners import PartitionInputs, partition
 from pipekit.predictions.elements import Precision
-from pipekit.predictions.facts import layer_facts
-from pipekit.predictions.prediction import Choice, PlannedModel
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.partition_inputs import partition_inputs
+from pipekit.predictions.prediction import PlannedModel
 from pipekit.schedules import Schedule, plan_schedule
 from pipekit.tensors.host_memory import share_of_memory
 
@@ -42,8 +43,8 @@ class Plan:
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
         schedule: the pipeline's table; under `auto` the one for equal costs, with which a run begins.
         model: what predictions need of the model.
-        choice: the layout, as predictions take it.
-        facts: the layers, as partitioners take them.
+        parallel_plan: the layout, as predictions take it.
+        partition_inputs: the layers, as partitioners take them.
         chosen: under `parallel: auto`, what was chosen and why.
     """
 
@@ -58,8 +59,8 @@ class Plan:
     boundaries: Sequence[int]
     schedule: Schedule
     model: PlannedModel
-    choice: Choice
-    facts: LayerFacts
+    parallel_plan: ParallelPlan
+    partition_inputs: PartitionInputs
     chosen: str | None = None
 
     @property
@@ -122,7 +123,7 @@ def plan_run(
     model = describe_model(config, specs, example, precision=precision, measuring=measuring)
     # What cannot be cut is refused here, by all ranks alike.
     model.shapes_of(layout.tp)
-    choice = Choice(
+    parallel_plan = ParallelPlan(
         layout,
         zero=parallel.zero,
         schedule=parallel.schedule,
@@ -132,9 +133,9 @@ def plan_run(
         checkpointing=config.train.activation_checkpointing,
         max_in_flight=parallel.max_in_flight,
     )
-    facts = layer_facts(
+    inputs = partition_inputs(
         model,
-        choice,
+        parallel_plan,
         schedule,
         type_names=[spec.type_name for spec in specs],
         limit_bytes=lambda: plan_memory(config, device, layout.world_size, memory_bytes),
@@ -142,7 +143,7 @@ def plan_run(
     # A rank that does not measure is told the boundaries by the one that does. It describes nothing meanwhile, since
     # layers that need values run nowhere but where they are measured.
     method = parallel.partition if measure or parallel.partition != "profile" else "uniform"
-    boundaries = partition(method, facts, schedule.num_stages, boundaries=parallel.boundaries)
+    boundaries = partition(method, inputs, schedule.num_stages, boundaries=parallel.boundaries)
     return Plan(
         config=config,
         device=device,
@@ -155,8 +156,8 @@ def plan_run(
         boundaries=boundaries,
         schedule=schedule,
         model=model,
-        choice=choice,
-        facts=facts,
+        parallel_plan=parallel_plan,
+        partition_inputs=inputs,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a layer costs for one micro-batch, and what a stage of layers holds of it."""
+"""Costs of a layer for one micro-batch, and the activations of a stage."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What one layer costs for one micro-batch.
+    """Operations, bytes and seconds of one layer for one micro-batch.
 
     Attributes:
         parameters: trainable ones; a tied layer's wherever it occurs.
         forward_flops: floating-point operations of the forward; a multiplication and an addition are two.
         input_gradient_flops: of the gradient of its input.
         weight_gradient_flops: of the gradients of its parameters.
-        input_bytes: what enters.
-        output_bytes: what it passes on.
-        saved_bytes: what its backward keeps beside its input and its output.
+        input_bytes: of its input.
+        output_bytes: of its output.
+        saved_bytes: of tensors that its backward keeps beside its input and its output.
         keeps_input: whether its backward keeps its input.
         keeps_output: whether its backward keeps its output.
         forward_s: measured seconds of the forward; None where nothing was measured, as are the next two.
@@ -53,22 +53,22 @@ class LayerCosts:
 
 
 def layer_flops(layer: LayerCosts) -> float:
-    """Return a layer's operations, forward and backward."""
+    """Operations of a layer, forward and backward."""
     return layer.flops
 
 
 def layer_seconds(layer: LayerCosts) -> float:
-    """Return a measured layer's seconds, forward and backward."""
+    """Seconds of a measured layer, forward and backward."""
     assert layer.seconds is not None, "the layer was not measured"
     return layer.seconds
 
 
 def stage_activation_bytes(layers: Sequence[LayerCosts], *, checkpointing: bool) -> int:
-    """Return what a stage holds of one micro-batch from its forward to its backward.
+    """Bytes of activations of a stage for one micro-batch, from its forward to its backward.
 
-    These are what the stage was passed, what it passes on, and between them what the layers' backwards keep: each
-    tensor once, though one layer keeps it as its output and the next as its input. Under activation checkpointing a
-    layer keeps its input alone.
+    These are the stage's input and output, and between them the tensors that the layers' backwards keep: each tensor
+    once, though one layer keeps it as its output and the next as its input. Under activation checkpointing a layer
+    keeps only its input.
 
     Example:
         >>> linear = LayerCosts(20, 40, 40, 40, input_bytes=16, output_bytes=20, saved_bytes=0, keeps_input=True,

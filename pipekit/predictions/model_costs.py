@@ -1,4 +1,4 @@
-"""What a model costs for one micro-batch: its layers and its loss."""
+"""Costs of a model for one micro-batch: its layers and its loss."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipekit.predictions.layer_costs import LayerCosts
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """What a model costs for one micro-batch.
+    """Costs of a model for one micro-batch.
 
     Attributes:
         layers: one for each layer spec, in order.
-        loss: what the loss function costs, which the last stage computes after its layers; None where the last layer
-            returns the loss itself.
+        loss: the loss function, which the last stage computes after its layers; None where the last layer returns the
+            loss itself.
     """
 
     layers: list[LayerCosts]
@@ -29,7 +29,7 @@ class ModelCosts:
 
 
 def stage_extras(costs: ModelCosts, num_stages: int, cost: Callable[[LayerCosts], float]) -> list[float]:
-    """Return what each stage costs beside its layers: the last one the loss."""
+    """Costs of each stage beside its layers: the loss on the last one."""
     extras = [0.0] * num_stages
     if costs.loss is not None:
         extras[-1] = cost(costs.loss)

@@ -1,4 +1,4 @@
-"""A prediction as plain data: what `pipekit plan --json` prints, and what the page of HTML is made of."""
+"""A prediction as plain data: the JSON of `pipekit plan --json`, from which its tables and page are made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pipekit.layout import DEFAULT_ORDER, Layout
 from pipekit.partitioners import ComparedPartition
 from pipekit.predictions.devices import Device
 from pipekit.predictions.memory import MemoryParts
-from pipekit.predictions.prediction import Choice, Prediction
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import Prediction
 from pipekit.predictions.rejections import OutOfMemory, Rejection
 from pipekit.predictions.search import SearchResult
 from pipekit.schedules import Timeline
@@ -26,11 +27,11 @@ def report(
     search: SearchResult | None = None,
     partitions: Sequence[ComparedPartition] = (),
 ) -> dict[str, Any]:
-    """Return a prediction as numbers, texts, lists and dicts.
+    """Prediction as numbers, texts, lists and dicts.
 
     Args:
         prediction: of the run.
-        device: what each rank computes on.
+        device: the device of each rank.
         layer_names: logical name of each layer.
         search: the layouts that were compared with it, if any.
         partitions: other ways to cut the model into as many stages, if any.
@@ -38,7 +39,7 @@ def report(
     times = prediction.times
     found: dict[str, Any] = {
         "parameters": prediction.num_parameters,
-        "layout": choice_report(prediction.choice),
+        "layout": plan_report(prediction.plan),
         "device": {"name": device.name, "memory_bytes": device.memory_bytes, "source": device.source},
         "boundaries": list(prediction.boundaries),
         "step_time_s": prediction.step_time_s,
@@ -72,7 +73,7 @@ def report(
     if search is not None:
         found["layouts"] = [
             {
-                "layout": choice_report(other.choice),
+                "layout": plan_report(other.plan),
                 "tokens_per_s": other.tokens_per_s,
                 "step_time_s": other.step_time_s,
                 "memory_bytes": other.memory_bytes,
@@ -83,8 +84,7 @@ def report(
         found["num_fitting"] = search.num_fitting
         found["num_open"] = search.num_open
         found["rejected"] = [
-            {"layout": choice_report(choice), "reason": str(reason), **_lacking(reason)}
-            for choice, reason in search.rejected
+            {"layout": plan_report(plan), "reason": str(reason), **_lacking(reason)} for plan, reason in search.rejected
         ]
     return found
 
@@ -93,27 +93,27 @@ def _lacking(reason: Rejection) -> dict[str, float]:
     return {"lacking_bytes": reason.lacking_bytes} if isinstance(reason, OutOfMemory) else {}
 
 
-def choice_report(choice: Choice) -> dict[str, Any]:
-    """Return a layout as plain data."""
-    layout = choice.layout
+def plan_report(plan: ParallelPlan) -> dict[str, Any]:
+    """Layout and options as plain data."""
+    layout = plan.layout
     order = {} if layout.order == DEFAULT_ORDER else {"order": list(layout.order)}
     return {
         "pp": layout.pp,
         "tp": layout.tp,
         "dp": layout.dp,
         **order,
-        "zero": choice.zero,
-        "schedule": choice.schedule,
-        "stages_per_rank": choice.stages_per_rank,
-        "micro_batch_size": choice.micro_batch_size,
-        "num_micro_batches": choice.num_micro_batches,
-        "activation_checkpointing": choice.checkpointing,
+        "zero": plan.zero,
+        "schedule": plan.schedule,
+        "stages_per_rank": plan.stages_per_rank,
+        "micro_batch_size": plan.micro_batch_size,
+        "num_micro_batches": plan.num_micro_batches,
+        "activation_checkpointing": plan.checkpointing,
     }
 
 
-def choice_of(layout: Mapping[str, Any]) -> Choice:
-    """Return the layout that `choice_report` made plain data of, as far as that tells it."""
-    return Choice(
+def read_plan(layout: Mapping[str, Any]) -> ParallelPlan:
+    """Layout and options from the plain data of `plan_report`, which leaves `max_in_flight` out."""
+    return ParallelPlan(
         Layout(**{key: layout[key] for key in ("pp", "dp", "tp", "order") if key in layout}),
         zero=layout["zero"],
         schedule=layout["schedule"],
@@ -125,13 +125,13 @@ def choice_of(layout: Mapping[str, Any]) -> Choice:
 
 
 def memory_report(memory: MemoryParts) -> dict[str, int]:
-    """Return the parts of a rank's memory, and what it holds at most."""
+    """Parts of a rank's memory, and its peak in total."""
     parts = {field.name: getattr(memory, field.name) for field in fields(memory) if field.name != "is_estimate"}
     return {**parts, "total": memory.total}
 
 
 def timeline_report(timeline: Timeline) -> list[list[dict[str, Any]]]:
-    """Return when each rank does what."""
+    """Actions of each rank with their times."""
     return [
         [{"action": str(span.action), "start_s": span.start_s, "end_s": span.end_s} for span in spans]
         for spans in timeline.spans

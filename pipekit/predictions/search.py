@@ -1,4 +1,4 @@
-"""Every way to lay a run out over some devices, the fastest first, and why the others cannot be."""
+"""Search over the layouts of a run on some devices: the fastest ones, and why the others cannot run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from math import inf
 
 from pipekit.layout import Layout
 from pipekit.predictions.devices import Device
-from pipekit.predictions.prediction import Choice, PlannedModel, Prediction, actions_of_micro_batch, predict
+from pipekit.predictions.estimate import Estimate, Estimator
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import PlannedModel, Prediction, predict
 from pipekit.predictions.rejections import NotDivisible, OutOfMemory, Rejection, TooMany
-from pipekit.predictions.rough import Estimator, Rough
 from pipekit.predictions.timing import Cluster
 
 # Actions that are simulated in all, some seconds' worth.
@@ -19,12 +20,12 @@ _MOST_SIMULATED = 150_000
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 SCHEDULES = {"1f1b": 1, "zb-h1": 1, "interleaved-1f1b": 2, "zb-v": 2}
-"""The schedules that are compared, and how many stages each puts on a rank."""
+"""Schedules to compare, with the stages that each puts on a rank."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What may be chosen.
+    """Options of the layouts to compare.
 
     Attributes:
         num_devices: devices to fill.
@@ -47,17 +48,17 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was found.
+    """Layouts that were compared.
 
     Attributes:
         ranked: the best layouts, the one with the most tokens a second first.
-        rejected: layouts that cannot run, each with the reason; what lacks the least memory comes first.
+        rejected: layouts that cannot run, each with the reason; that which lacks the least memory comes first.
         num_fitting: how many were simulated and fit.
-        num_open: how many were estimated alone, since others are faster by the estimates; not all of them may fit.
+        num_open: how many were only estimated, since others are faster by the estimates; some of them may not fit.
     """
 
     ranked: tuple[Prediction, ...]
-    rejected: tuple[tuple[Choice, Rejection], ...]
+    rejected: tuple[tuple[ParallelPlan, Rejection], ...]
     num_fitting: int
     num_open: int = 0
 
@@ -65,52 +66,52 @@ class SearchResult:
 def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, num_ranked: int = 10) -> SearchResult:
     """Compare every layout.
 
-    All are estimated, and simulated in the order of the estimates: all of them where they are few and small, and the
-    first ones otherwise. The same arguments give the same result on every machine.
+    All are estimated, and simulated in the order of the estimates: all of them if they are few and small, the fastest
+    ones otherwise. The same arguments give the same result on every machine.
 
     Args:
-        model: what is trained.
-        space: what may be chosen.
-        device: what each rank computes on.
+        model: the model.
+        space: options of the layouts.
+        device: the device of each rank.
         num_ranked: how many of the best to return.
     """
-    rejected: list[tuple[float, Choice, Rejection]] = []
-    possible: list[tuple[Rough, Choice]] = []
+    rejected: list[tuple[float, ParallelPlan, Rejection]] = []
+    possible: list[tuple[Estimate, ParallelPlan]] = []
     estimator = Estimator(model)
-    for choice in choices(model, space):
-        reason = impossible(model, choice, device)
+    for plan in parallel_plans(model, space):
+        reason = why_impossible(model, plan, device)
         if reason is not None:
-            rejected.append((inf, choice, reason))
+            rejected.append((inf, plan, reason))
             continue
-        estimate = estimator.estimate(choice, Cluster(device, choice.layout))
+        estimate = estimator.estimate(plan, Cluster(device, plan.layout))
         least = OutOfMemory(estimate.least_bytes, device.memory_bytes, is_lower_bound=True)
         if least.lacking_bytes > 0:
-            rejected.append((estimate.memory_bytes, choice, least))
+            rejected.append((estimate.memory_bytes, plan, least))
         else:
-            possible.append((estimate, choice))
+            possible.append((estimate, plan))
     # Those that hardly fit come last.
     possible.sort(key=lambda item: (item[0].memory_bytes > device.memory_bytes, item[0].step_time_s))
     fitting: list[Prediction] = []
     actions = num_tried = 0
-    for _, choice in possible:
+    for _, plan in possible:
         if fitting and actions > _MOST_SIMULATED:
             break
         num_tried += 1
-        actions += min(choice.num_micro_batches, 5 * choice.layout.pp) * actions_of_micro_batch(choice)
-        prediction = predict(model, choice, device, boundaries=estimator.boundaries(choice))
+        actions += min(plan.num_micro_batches, 5 * plan.layout.pp) * plan.actions_per_micro_batch
+        prediction = predict(model, plan, device, estimator.boundaries(plan))
         need = OutOfMemory(prediction.memory_bytes, device.memory_bytes)
         if need.lacking_bytes > 0:
-            rejected.append((need.needed_bytes, choice, need))
+            rejected.append((need.needed_bytes, plan, need))
         else:
             fitting.append(prediction)
     fitting.sort(key=lambda prediction: (prediction.step_time_s, prediction.memory_bytes))
     rejected.sort(key=lambda item: item[0])
-    reasons = tuple((choice, reason) for _, choice, reason in rejected)
+    reasons = tuple((plan, reason) for _, plan, reason in rejected)
     return SearchResult(tuple(fitting[:num_ranked]), reasons, len(fitting), len(possible) - num_tried)
 
 
-def choices(model: PlannedModel, space: SearchSpace) -> Iterator[Choice]:
-    """Return every combination of what may be chosen that fills the devices with the batch."""
+def parallel_plans(model: PlannedModel, space: SearchSpace) -> Iterator[ParallelPlan]:
+    """Every combination of options that fills the devices and divides the batch."""
     num_layers = len(model.layer_names)
     # In 16 bits the optimizer's states are always shared out: there is no ZeRO 0.
     stages = space.zero if model.precision == "fp32" else sorted({max(zero, 1) for zero in space.zero})
@@ -127,17 +128,16 @@ def choices(model: PlannedModel, space: SearchSpace) -> Iterator[Choice]:
                 num_micro_batches, rest = divmod(space.global_batch_size, size * layout.dp)
                 if rest or (layout.dp == 1 and zero != min(stages)):
                     continue
-                yield Choice(layout, zero, schedule, SCHEDULES[schedule], size, num_micro_batches, checkpointing)
+                yield ParallelPlan(layout, zero, schedule, SCHEDULES[schedule], size, num_micro_batches, checkpointing)
 
 
-def impossible(model: PlannedModel, choice: Choice, device: Device) -> Rejection | None:
+def why_impossible(model: PlannedModel, plan: ParallelPlan, device: Device) -> Rejection | None:
     """Reason why a layout cannot be built, memory left aside; None where it can."""
-    pp, tp = choice.layout.pp, choice.layout.tp
-    num_layers, num_stages = len(model.layer_names), pp * choice.stages_per_rank
-    if num_stages > num_layers:
-        return TooMany("stages", num_stages, limit=num_layers, of="layers")
+    pp, tp, num_layers = plan.layout.pp, plan.layout.tp, len(model.layer_names)
+    if plan.num_stages > num_layers:
+        return TooMany("stages", plan.num_stages, limit=num_layers, of="layers")
     if tp > device.devices_per_node:
         return TooMany("tensor-parallel ranks", tp, limit=device.devices_per_node, of="devices of a node")
-    if choice.schedule == "interleaved-1f1b" and choice.num_micro_batches % pp:
-        return NotDivisible("micro-batches under interleaved-1f1b", choice.num_micro_batches, divisor="pp", by=pp)
+    if plan.schedule == "interleaved-1f1b" and plan.num_micro_batches % pp:
+        return NotDivisible("micro-batches under interleaved-1f1b", plan.num_micro_batches, divisor="pp", by=pp)
     return None

@@ -1,4 +1,4 @@
-"""What a tensor-parallel rank computes and holds of a layer: its share of the operations, and of every activation."""
+"""Costs of a layer on one tensor-parallel rank: its shard of the operations and of every activation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pipekit.predictions.layer_costs import LayerCosts
 
 
 def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:
-    """Return what one of `tp` ranks computes and holds of each layer: as many parts of everything.
+    """Costs of each layer on one of `tp` ranks: one part in `tp` of everything.
 
-    The norms and dropouts are cut along the sequence, so that every activation is held once in all.
+    Norms and dropouts are sharded along the sequence, so that the ranks together hold every activation once.
 
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
     """

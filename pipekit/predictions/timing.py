@@ -1,4 +1,4 @@
-"""How long a step takes: what each stage computes, what ranks send each other, and the simulated schedule of it all."""
+"""Time of a step: computation of each stage, communication between ranks, and the simulated schedule of both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UPDATE_BYTES = 28
 
 
 def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
-    """Return the seconds of an all-reduce over a ring: every byte passes each link twice, but for a part of `size`.
+    """Seconds of an all-reduce over a ring: every byte passes each link twice, but for one part in `size`.
 
     Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
 
@@ -35,16 +35,16 @@ def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
 
 
 def all_gather_s(num_bytes: float, size: int, link: Link) -> float:
-    """Return the seconds of an all-gather of `num_bytes` in all over a ring."""
+    """Seconds of an all-gather of `num_bytes` in all over a ring."""
     return all_reduce_s(num_bytes, size, link) / 2
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices of a run, and who stands where.
+    """The devices of a run, and the place of each rank.
 
     Attributes:
-        device: what each rank computes on.
+        device: the device of each rank.
         layout: the grid of ranks; nodes are filled in the order of ranks, so that the order of its axes decides which
             groups lie within one.
     """
@@ -54,21 +54,21 @@ class Cluster:
 
     @property
     def tensor_link(self) -> Link:
-        """What joins tensor-parallel peers."""
+        """Link between tensor-parallel peers."""
         return self._link_along("tensor")
 
     @property
     def data_link(self) -> Link:
-        """What joins the replicas of a stage."""
+        """Link between the replicas of a stage."""
         return self._link_along("data")
 
     @property
     def pipe_link(self) -> Link:
-        """What joins neighbouring pipeline ranks, in the slowest place."""
+        """Slowest link between neighbouring pipeline ranks."""
         return self._link_along("pipe")
 
     def _link_along(self, axis: Axis) -> Link:
-        """Return the slowest link that a group along an axis needs.
+        """Slowest link that a group along an axis needs.
 
         Groups fill blocks of consecutive ranks. Where a block lies on two nodes, the group of its first rank, or of one
         a little behind it, does too.
@@ -81,21 +81,21 @@ class Cluster:
 
 
 def reduction_s(parameters: int, cluster: Cluster) -> float:
-    """Return the seconds in which the replicas sum the gradients of so many parameters."""
+    """Seconds in which the replicas sum the gradients of so many parameters."""
     return all_reduce_s(_REDUCED_BYTES * parameters, cluster.layout.dp, cluster.data_link)
 
 
 def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
-    """Return the seconds in which a rank with so many parameters updates its share, and gathers the others'."""
+    """Seconds in which a rank with so many parameters updates its shard, and gathers the others'."""
     weight_bytes = BYTES_PER_ELEMENT[precision]
     # In 16 bits the optimizer's states are always shared out.
     is_shared = zero > 0 or precision != "fp32"
-    share = parameters / cluster.layout.dp if is_shared else parameters
-    moved_s = share * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
+    shard = parameters / cluster.layout.dp if is_shared else parameters
+    moved_s = shard * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
     return moved_s + (all_gather_s(parameters * weight_bytes, cluster.layout.dp, cluster.data_link) if is_shared else 0)
 
 
-def stage_costs(
+def action_costs(
     layers: Sequence[LayerCosts],
     boundaries: Sequence[int],
     cluster: Cluster,
@@ -104,11 +104,11 @@ def stage_costs(
     checkpointing: bool,
     loss: LayerCosts | None = None,
 ) -> Costs:
-    """Return what the actions of each stage take.
+    """Seconds of each stage's actions: forward, input gradient and weight gradient.
 
-    What was measured is taken as it is; anything else takes its operations over what the device reaches in large
-    matmuls, and no less than it takes to start its kernels. Of tensor-parallel layers each rank does its share, with an
-    all-reduce of what each passes on in the forward, and of its input's gradient in the backward.
+    Measured seconds are taken as they are; other layers take their operations over what the device reaches in large
+    matmuls, and no less than it takes to start their kernels. Of tensor-parallel layers each rank does its share, with
+    an all-reduce of each output in the forward, and of each input gradient in the backward.
 
     Args:
         layers: of the whole model, for one micro-batch.
@@ -116,7 +116,7 @@ def stage_costs(
         cluster: devices and layout.
         precision: of weights and activations.
         checkpointing: whether each backward first repeats the forward.
-        loss: what the last stage does behind its layers.
+        loss: costs of the loss, which the last stage computes after its layers.
     """
     tp = cluster.layout.tp
     flops_per_s = cluster.device.matmul_flops(precision) * tp
@@ -156,14 +156,14 @@ def _seconds(measured_s: float | None, flops: int, flops_per_s: float, least_s: 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """How long a step takes, and what of it.
+    """Time of a step and its parts.
 
     Attributes:
         timeline: of the schedule, simulated; of as many micro-batches as were simulated.
         compute_s: seconds from the first action to the last.
         reduction_s: seconds for which the step then still waits for the data-parallel reduction.
         update_s: seconds of the optimizer's update, with the gathering of the updated weights.
-        busy_s: for each rank what its actions take.
+        busy_s: seconds of computation of each rank.
     """
 
     timeline: Timeline
@@ -179,7 +179,7 @@ class StepTimes:
 
     @property
     def bubble_fraction(self) -> float:
-        """The share of the ranks' time between the first action and the last in which they compute nothing."""
+        """Share of the ranks' time between the first action and the last in which they are idle."""
         return 1 - sum(self.busy_s) / (len(self.busy_s) * self.compute_s) if self.compute_s else 0.0
 
 
@@ -194,9 +194,9 @@ def step_times(
     zero: int,
     shorter: Schedule | None = None,
 ) -> StepTimes:
-    """Return how long a step takes.
+    """Time of a step.
 
-    The reduction of a stage's gradients begins when its last one is there, one stage after another on each rank.
+    The reduction of a stage's gradients begins when the last of them is ready, one stage after another on each rank.
 
     Args:
         schedule: the table; of a step with many micro-batches it may be that of fewer, three for each pipeline rank or
@@ -234,7 +234,7 @@ def step_times(
 
 
 def _growth_s(timeline: Timeline, shorter: Schedule | None, costs: Costs) -> float:
-    """Return by how much a step grows with each micro-batch: under 1F1B messages make that more than what ranks do."""
+    """Seconds by which a step grows with each micro-batch: under 1F1B, messages make that more than the computation."""
     if shorter is None:
         return 0.0
     fewer = timeline.schedule.num_micro_batches - shorter.num_micro_batches

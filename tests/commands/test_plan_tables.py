@@ -10,10 +10,9 @@ from rich.console import Console
 
 from pipekit.commands.plan_tables import counts_text, show_report
 from pipekit.partitioners import ComparedPartition
-from pipekit.predictions.prediction import predict
 from pipekit.predictions.report import report
 from pipekit.predictions.search import SearchSpace, search_layouts
-from predictions.planned import choice, device, layer, model
+from predictions.planned import device, layer, model, plan, predict
 
 LAYERS = [layer(10**9, parameters=10**9)] * 16
 FAST = {"bandwidth": 1e11, "latency_s": 1e-6}
@@ -34,7 +33,7 @@ def shown(found: dict[str, Any], width: int) -> str:
 
 @pytest.fixture(scope="module")
 def compared() -> dict[str, Any]:
-    given = choice(pp=4, schedule="zb-v", stages_per_rank=2, num_micro_batches=8)
+    given = plan(pp=4, schedule="zb-v", stages_per_rank=2, num_micro_batches=8)
     planned = model(LAYERS)
     result = search_layouts(planned, SearchSpace(8, 16), BIG)
     partitions = [ComparedPartition("parameters", list(range(0, 200, 2)), 1.25)]
@@ -60,7 +59,7 @@ def test_nothing_is_cut_off_at_any_width(compared: dict[str, Any], width: int) -
 
 def test_what_does_not_fit_says_so() -> None:
     small = device(memory_bytes=10**9)
-    found = report(predict(model(LAYERS), choice(), small), small, model(LAYERS).layer_names)
+    found = report(predict(model(LAYERS), plan(), small), small, model(LAYERS).layer_names)
     text = shown(found, 120)
     assert "on the fullest rank, which does not fit" in text
     assert "%" in text

@@ -10,17 +10,17 @@ import pytest
 
 from pipekit.config import parse_config
 from pipekit.errors import ConfigError, LayoutError
-from pipekit.partitioners import LayerFacts, installed_partitioners, partition
+from pipekit.partitioners import PartitionInputs, installed_partitioners, partition
 
 CODE = """
-def head_alone(facts, num_stages):
-    num_layers = len(facts.type_names)
+def head_alone(inputs, num_stages):
+    num_layers = len(inputs.type_names)
     return [*range(num_stages - 1), num_layers - 1, num_layers]
 
-def wrong(facts, num_stages):
+def wrong(inputs, num_stages):
     return [0, 9]
 
-def no_list(facts, num_stages):
+def no_list(inputs, num_stages):
     return ["a"] * 3
 
 no_function = 3
@@ -41,7 +41,7 @@ other = {module}:head_alone
 """
 
 MODULE = "partitioner_of_a_test"
-FACTS = LayerFacts(["Layer"] * 5, lambda: [1] * 5)
+INPUTS = PartitionInputs(["Layer"] * 5, lambda: [1] * 5)
 BASE = {"model": {"preset": "tiny"}, "train": {"steps": 3}}
 
 
@@ -70,22 +70,22 @@ def test_they_are_named_and_the_configuration_takes_them_without_importing_them(
 
 
 def test_the_boundaries_are_what_they_return(installed: Path) -> None:
-    assert partition("head-alone", FACTS, 2) == [0, 4, 5]
-    assert partition("head-alone", FACTS, 3) == [0, 1, 4, 5]
+    assert partition("head-alone", INPUTS, 2) == [0, 4, 5]
+    assert partition("head-alone", INPUTS, 3) == [0, 1, 4, 5]
 
 
 def test_pipekits_own_come_first(installed: Path) -> None:
-    assert partition("parameters", FACTS, 2) == [0, 3, 5]
+    assert partition("parameters", INPUTS, 2) == [0, 3, 5]
 
 
 def test_what_they_return_is_checked(installed: Path) -> None:
     with pytest.raises(LayoutError) as caught:
-        partition("wrong", FACTS, 2)
+        partition("wrong", INPUTS, 2)
     assert str(caught.value) == (
         "parallel.partition=wrong: its result [0, 9] has 2 entries, and parallel.pp=2 needs 3; try [0, 2, 5]"
     )
     with pytest.raises(LayoutError, match=r"its result \['a', 'a', 'a'\] must be a list of whole numbers; try"):
-        partition("no-list", FACTS, 2)
+        partition("no-list", INPUTS, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_they_return_is_checked(installed: Path) -> None:
 )
 def test_what_cannot_be_loaded_is_told(installed: Path, name: str, fault: str) -> None:
     with pytest.raises(LayoutError, match=f"parallel.partition={name} is installed as {MODULE}.*{fault}"):
-        partition(name, FACTS, 2)
+        partition(name, INPUTS, 2)
 
 
 def test_one_name_of_two_packages_is_refused(installed: Path) -> None:
@@ -106,14 +106,14 @@ def test_one_name_of_two_packages_is_refused(installed: Path) -> None:
     sys.path.insert(0, str(installed / "more"))
     try:
         with pytest.raises(LayoutError, match=rf"installed more than once, as .*{MODULE}:head_alone.*; uninstall one"):
-            partition("head-alone", FACTS, 2)
+            partition("head-alone", INPUTS, 2)
     finally:
         sys.path.remove(str(installed / "more"))
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_installed(installed: Path) -> None:
     for refused in (
-        lambda: partition("best", FACTS, 2),
+        lambda: partition("best", INPUTS, 2),
         lambda: parse_config(BASE, ["parallel.partition=best"]),
     ):
         with pytest.raises(
@@ -125,4 +125,4 @@ def test_an_unknown_name_is_refused_with_those_that_are_installed(installed: Pat
 def test_without_any_the_message_says_so() -> None:
     if not installed_partitioners():
         with pytest.raises(LayoutError, match=r"manual or one that you install \(there are none\)"):
-            partition("best", FACTS, 2)
+            partition("best", INPUTS, 2)

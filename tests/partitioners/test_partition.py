@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 
 from pipekit.errors import LayoutError
-from pipekit.partitioners import LayerFacts, MemoryLimit, partition, stage_costs
+from pipekit.partitioners import MemoryLimit, PartitionInputs, partition, stage_costs
 
 TYPES = ["Embed", "Block", "Block", "Block", "Head"]
 PARAMETERS = [100, 10, 10, 10, 100]
 
 
-def counted() -> LayerFacts:
-    return LayerFacts(TYPES, lambda: PARAMETERS)
+def counted() -> PartitionInputs:
+    return PartitionInputs(TYPES, lambda: PARAMETERS)
 
 
-def uncounted() -> LayerFacts:
+def uncounted() -> PartitionInputs:
     def count() -> list[int]:
         raise AssertionError("this strategy does not ask for parameters")
 
-    return LayerFacts(TYPES, count)
+    return PartitionInputs(TYPES, count)
 
 
 def test_each_name_reaches_its_strategy() -> None:
@@ -32,22 +32,22 @@ def test_each_name_reaches_its_strategy() -> None:
 
 
 def test_counted_operations_and_measured_seconds_are_balanced() -> None:
-    facts = replace(counted(), count_flops=lambda: [0, 2, 2, 2, 6], measure_seconds=lambda: [0.1, 0.1, 0.1, 0.1, 0.9])
-    assert partition("flops", facts, 2) == [0, 4, 5]
-    assert partition("profile", facts, 3) == [0, 2, 4, 5]
+    inputs = replace(counted(), count_flops=lambda: [0, 2, 2, 2, 6], measure_seconds=lambda: [0.1, 0.1, 0.1, 0.1, 0.9])
+    assert partition("flops", inputs, 2) == [0, 4, 5]
+    assert partition("profile", inputs, 3) == [0, 2, 4, 5]
 
 
-@pytest.mark.parametrize(("method", "facts"), [("flops", "counted operations"), ("profile", "measured seconds")])
-def test_costs_that_nobody_knows_are_asked_for(method: str, facts: str) -> None:
-    with pytest.raises(LayoutError, match=f"parallel.partition={method} needs the layers' {facts}, and there are none"):
+@pytest.mark.parametrize(("method", "inputs"), [("flops", "counted operations"), ("profile", "measured seconds")])
+def test_costs_that_nobody_knows_are_asked_for(method: str, inputs: str) -> None:
+    with pytest.raises(LayoutError, match=f"parallel.partition={method} needs the layers' {inputs}, and"):
         partition(method, counted(), 2)
 
 
 @pytest.mark.parametrize("method", ["uniform", "parameters", "flops", "profile"])
 def test_with_several_stages_a_rank_it_is_ranks_that_are_balanced(method: str) -> None:
     costs = [1, 1, 1, 1, 1, 1, 1, 5] if method != "uniform" else [1] * 8
-    facts = LayerFacts(["Layer"] * 8, lambda: costs, lambda: costs, lambda: costs, placement=(0, 1, 1, 0))
-    boundaries = partition(method, facts, 4)
+    inputs = PartitionInputs(["Layer"] * 8, lambda: costs, lambda: costs, lambda: costs, placement=(0, 1, 1, 0))
+    boundaries = partition(method, inputs, 4)
     stages = stage_costs(costs, boundaries)
     assert stages[0] + stages[3] == stages[1] + stages[2] == sum(costs) / 2
 
@@ -59,18 +59,18 @@ def test_extras_of_stages_are_in_the_unit_of_the_method() -> None:
         asked.append(method)
         return [0, 2] if method == "flops" else None
 
-    facts = LayerFacts(["Layer"] * 8, lambda: [1] * 8, lambda: [1] * 8, stage_extras=extras)
-    assert partition("flops", facts, 2) == [0, 5, 8]
-    assert partition("parameters", facts, 2) == [0, 4, 8]
+    inputs = PartitionInputs(["Layer"] * 8, lambda: [1] * 8, lambda: [1] * 8, stage_extras=extras)
+    assert partition("flops", inputs, 2) == [0, 5, 8]
+    assert partition("parameters", inputs, 2) == [0, 4, 8]
     assert asked == ["flops", "parameters"]
 
 
 def test_memory_takes_seconds_where_they_were_measured() -> None:
     limit = MemoryLimit([10] * 8, [5] * 8, in_flight=[4, 1], extra_bytes=[0, 20], limit_bytes=100)
-    facts = LayerFacts(["Layer"] * 8, lambda: [1] * 8, lambda: [1] * 8, memory_limit=lambda: limit)
-    assert partition("flops", facts, 2) == [0, 4, 8]
-    assert partition("memory", facts, 2) == [0, 3, 8]
-    measured = replace(facts, measure_seconds=lambda: [9.0, 1, 1, 1, 1, 1, 1, 1])
+    inputs = PartitionInputs(["Layer"] * 8, lambda: [1] * 8, lambda: [1] * 8, memory_limit=lambda: limit)
+    assert partition("flops", inputs, 2) == [0, 4, 8]
+    assert partition("memory", inputs, 2) == [0, 3, 8]
+    measured = replace(inputs, measure_seconds=lambda: [9.0, 1, 1, 1, 1, 1, 1, 1])
     assert partition("memory", measured, 2) == [0, 3, 8]
     roomy = replace(measured, memory_limit=lambda: replace(limit, limit_bytes=1000))
     assert partition("memory", roomy, 2) == [0, 1, 8]

@@ -106,10 +106,10 @@ def test_a_rank_that_does_not_measure_asks_nothing_of_the_layers(
         )
 
     measured, told = plan_profile(measure=True), plan_profile(measure=False)
-    assert measured.facts.best_costs == "profile"
-    assert len(measured.facts.costs("profile")) == len(specs)
+    assert measured.partition_inputs.best_costs == "profile"
+    assert len(measured.partition_inputs.costs("profile")) == len(specs)
     assert list(told.boundaries) == partition_uniform(5, 2)
-    assert told.facts.measure_seconds is None
+    assert told.partition_inputs.measure_seconds is None
     assert (told.layout, told.schedule, told.batch) == (measured.layout, measured.schedule, measured.batch)
 
 

@@ -17,9 +17,12 @@ from pipekit.models.gpt2 import GPT2Config
 from pipekit.models.transformer import language_model_loss
 from pipekit.predictions.devices import Device
 from pipekit.predictions.elements import Precision
+from pipekit.predictions.estimate import Estimator
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.model_costs import ModelCosts
-from pipekit.predictions.prediction import Choice, PlannedModel
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import PlannedModel, Prediction
+from pipekit.predictions.prediction import predict as predict_boundaries
 
 
 def device(**changes: Any) -> Device:
@@ -80,7 +83,12 @@ def model(
     )
 
 
-def choice(**changes: Any) -> Choice:
+def predict(planned: PlannedModel, plan: ParallelPlan, on: Device) -> Prediction:
+    """Predict a layout whose stages balance the ranks' operations."""
+    return predict_boundaries(planned, plan, on, Estimator(planned).boundaries(plan))
+
+
+def plan(**changes: Any) -> ParallelPlan:
     """Return a layout: one device under 1F1B, and a micro-batch of one sequence, unless told otherwise."""
     values: dict[str, Any] = {
         "zero": 0,
@@ -91,7 +99,7 @@ def choice(**changes: Any) -> Choice:
         "checkpointing": False,
     }
     layout = Layout(pp=changes.pop("pp", 1), dp=changes.pop("dp", 1), tp=changes.pop("tp", 1))
-    return Choice(layout, **{**values, **changes})
+    return ParallelPlan(layout, **{**values, **changes})
 
 
 @cache

@@ -27,9 +27,9 @@ from pipekit.predictions.memory import (
     MemoryParts,
     OptimizerStates,
     StageContents,
-    cut_stages,
-    memory_of_ranks,
+    peak_memory,
     recomputation_bytes,
+    stage_contents,
 )
 from pipekit.schedules import Action, plan_1f1b, plan_schedule, plan_zb_h1
 from pipekit.tensors.weight_gradients import WeightGradients
@@ -93,8 +93,8 @@ def predicted(case: Case) -> list[tuple[MemoryParts, int]]:
     schedule = plan_schedule(case.schedule, pp=case.pp, num_micro_batches=num_micro_batches(case))
     *layers, loss = measured_layers(case)
     boundaries = case.boundaries or partition_uniform(len(layers), schedule.num_stages)
-    stages = cut_stages(layers, parameter_shapes(model_specs(case)), boundaries)
-    held = memory_of_ranks(
+    stages = stage_contents(layers, parameter_shapes(model_specs(case)), boundaries)
+    held = peak_memory(
         stages,
         schedule,
         loss=loss,
@@ -258,11 +258,11 @@ def test_running_processes_hold_what_was_predicted(gloo: GlooWorkers, case: Case
 def test_a_rank_without_parameters_holds_an_idle_one(gloo: GlooWorkers, precision: Precision, zero: int) -> None:
     specs = [*model_specs(Case(tied=False))[:-1], LayerSpec(nn.GELU), model_specs(Case(tied=False))[-1]]
     case = Case(pp=3, precision=precision, zero=zero, boundaries=(0, 9, 10, 11))
-    stages = cut_stages([LINEAR] * len(specs), parameter_shapes(specs), [0, 9, 10, 11])
+    stages = stage_contents([LINEAR] * len(specs), parameter_shapes(specs), [0, 9, 10, 11])
     schedule = plan_1f1b(num_stages=3, num_micro_batches=8)
     for found in gloo.run(3, measure, case, specs):
         pipe_rank = found["pipe_rank"]
-        parts = memory_of_ranks(stages, schedule, loss=None, precision=precision, zero=zero, dp=1)[pipe_rank]
+        parts = peak_memory(stages, schedule, loss=None, precision=precision, zero=zero, dp=1)[pipe_rank]
         assert {name: found[name] for name in STANDING} == {name: getattr(parts, name) for name in STANDING}
 
 
@@ -281,7 +281,7 @@ def two_stages(pipe_rank: int = 0, **options: Any) -> MemoryParts:
     ]
     schedule = options.pop("schedule", plan_1f1b(num_stages=2, num_micro_batches=4))
     settings = {"precision": "fp32", "zero": 1, "dp": 1, "loss": LOSS, **options}
-    return memory_of_ranks(stages, schedule, **settings)[pipe_rank]
+    return peak_memory(stages, schedule, **settings)[pipe_rank]
 
 
 def test_groups_are_filled_up_to_the_alignment_of_all_replicas() -> None:
@@ -310,9 +310,9 @@ def test_16_bits_hold_masters_and_gradients_in_fp32() -> None:
 
 def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
     layers, weight = [LINEAR, WIDE, WIDE, WIDE], {"embedding.weight": (5, 4)}
-    stages = cut_stages(layers, [weight, {}, {}, weight], [0, 1, 2, 3, 4])
+    stages = stage_contents(layers, [weight, {}, {}, weight], [0, 1, 2, 3, 4])
     schedule = plan_schedule("zb-v", pp=2, num_micro_batches=4)
-    parts = memory_of_ranks(stages, schedule, loss=LOSS, precision="fp32", zero=0, dp=1)[0]
+    parts = peak_memory(stages, schedule, loss=LOSS, precision="fp32", zero=0, dp=1)[0]
     assert parts.weights == parts.gradients == 80
 
 
@@ -336,7 +336,7 @@ def test_the_input_of_a_layer_that_keeps_nothing_is_not_kept_by_checkpointing() 
     layers = [WIDE, replace(LINEAR, input_bytes=40, keeps_input=False), WIDE]
     stages = [StageContents(layers, {})]
     options: dict[str, Any] = {"loss": None, "precision": "fp32", "zero": 0, "dp": 1, "checkpointing": True}
-    parts = memory_of_ranks(stages, plan_1f1b(num_stages=1, num_micro_batches=4), **options)[0]
+    parts = peak_memory(stages, plan_1f1b(num_stages=1, num_micro_batches=4), **options)[0]
     assert parts.activations == 20 + 20 + 40 + recomputation_bytes(layers)
 
 
@@ -344,7 +344,7 @@ def test_what_is_passed_between_stages_of_a_rank_is_there_once() -> None:
     schedule = plan_schedule("zb-v", pp=2, num_micro_batches=1)
     same = replace(LINEAR, output_bytes=16)
     stages = [StageContents([same], {}) for _ in range(4)]
-    held = memory_of_ranks(stages, schedule, loss=None, precision="fp32", zero=0, dp=1)
+    held = peak_memory(stages, schedule, loss=None, precision="fp32", zero=0, dp=1)
     assert [parts.activations for parts in held] == [2 * 32, 2 * 32 - 16]
 
 
@@ -382,5 +382,5 @@ def test_zero_2_and_3_are_estimates() -> None:
 
 
 def test_stages_that_do_not_fit_the_schedule_are_refused() -> None:
-    with pytest.raises(LayoutError, match=r"2 stages do not fit the schedule 1f1b, which has 3; cut the layers"):
+    with pytest.raises(LayoutError, match=r"2 stages do not fit the schedule 1f1b, which has 3; divide the layers"):
         two_stages(schedule=plan_1f1b(num_stages=3, num_micro_batches=4))

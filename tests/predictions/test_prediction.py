@@ -6,8 +6,8 @@ import pytest
 
 from pipekit.errors import LayoutError
 from pipekit.predictions.devices import find_device
-from pipekit.predictions.prediction import balance, plan_tables, predict
-from predictions.planned import choice, device, gpt, layer, model
+from pipekit.predictions.prediction import predict as predict_boundaries
+from predictions.planned import device, gpt, layer, model, plan, predict
 
 # Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", table 1.
 SIZES = [(36, 4096, 32, 7.5e9), (48, 8192, 64, 39.1e9), (96, 16384, 128, 310.1e9)]
@@ -35,7 +35,7 @@ def test_published_runs_slow_down_as_predicted() -> None:
         dp = num_devices // 96
         found = predict(
             gpt(96, 12288, 96),
-            choice(pp=12, tp=8, dp=dp, num_micro_batches=1536 // dp, checkpointing=True),
+            plan(pp=12, tp=8, dp=dp, num_micro_batches=1536 // dp, checkpointing=True),
             find_device("a100-80gb"),
         )
         assert found.memory_bytes < 80e9
@@ -46,7 +46,7 @@ def test_published_runs_slow_down_as_predicted() -> None:
 
 
 def test_one_device_computes_one_thing_after_the_other() -> None:
-    found = predict(model([layer(100), layer(300)], loss=layer(50)), choice(num_micro_batches=4), device())
+    found = predict(model([layer(100), layer(300)], loss=layer(50)), plan(num_micro_batches=4), device())
     assert found.times.compute_s == 4 * 3 * 4.5
     assert found.times.bubble_fraction == 0
     assert found.tokens_per_s == 4 * 8 / found.step_time_s
@@ -57,7 +57,7 @@ def test_one_device_computes_one_thing_after_the_other() -> None:
 
 def test_recomputed_operations_count() -> None:
     plain, again = (
-        predict(model([layer()] * 2), choice(num_micro_batches=4, checkpointing=checkpointing), device())
+        predict(model([layer()] * 2), plan(num_micro_batches=4, checkpointing=checkpointing), device())
         for checkpointing in (False, True)
     )
     assert again.times.compute_s == pytest.approx(plain.times.compute_s * 4 / 3)
@@ -66,7 +66,7 @@ def test_recomputed_operations_count() -> None:
 
 
 def test_a_pipeline_of_equal_stages_has_the_bubble_of_the_formula() -> None:
-    found = predict(model([layer(passed_bytes=0)] * 4), choice(pp=4, num_micro_batches=8, schedule="1f1b"), device())
+    found = predict(model([layer(passed_bytes=0)] * 4), plan(pp=4, num_micro_batches=8, schedule="1f1b"), device())
     assert found.boundaries == (0, 1, 2, 3, 4)
     assert found.times.bubble_fraction == pytest.approx(3 / 11)
     assert [rank.time_s for rank in found.ranks] == [24.0] * 4
@@ -74,43 +74,43 @@ def test_a_pipeline_of_equal_stages_has_the_bubble_of_the_formula() -> None:
 
 
 def test_given_boundaries_are_taken() -> None:
-    found = predict(model([layer()] * 4), choice(pp=2, num_micro_batches=2), device(), boundaries=[0, 3, 4])
+    found = predict_boundaries(model([layer()] * 4), plan(pp=2, num_micro_batches=2), device(), [0, 3, 4])
     assert [rank.stages for rank in found.ranks] == [(range(3),), (range(3, 4),)]
     assert [rank.parameters for rank in found.ranks] == [30, 10]
 
 
 def test_balanced_stages_leave_room_for_the_loss() -> None:
     planned = model([layer()] * 8, loss=layer(200))
-    assert balance(planned, choice(pp=2), (0, 1)) == [0, 5, 8]
+    assert predict(planned, plan(pp=2), device()).boundaries == (0, 5, 8)
 
 
 def test_two_stages_of_a_rank_hold_a_tied_parameter_once() -> None:
     tied = gpt(4, 256, 4, "fp32")
-    found = predict(tied, choice(pp=2, schedule="zb-v", stages_per_rank=2, num_micro_batches=2), find_device("h100"))
+    found = predict(tied, plan(pp=2, schedule="zb-v", stages_per_rank=2, num_micro_batches=2), find_device("h100"))
     assert sum(rank.parameters for rank in found.ranks) == tied.num_parameters
 
 
 def test_long_tables_are_planned_for_fewer_micro_batches() -> None:
-    table, shorter = plan_tables(choice(pp=8, num_micro_batches=1001))
+    table, shorter = plan(pp=8, num_micro_batches=1001).plan_schedules()
     assert shorter is not None
     assert (table.num_micro_batches, shorter.num_micro_batches) == (25, 17)
-    short, none = plan_tables(choice(pp=8, num_micro_batches=32))
+    short, none = plan(pp=8, num_micro_batches=32).plan_schedules()
     assert (short.num_micro_batches, none) == (32, None)
 
 
 def test_under_gpipe_every_micro_batch_is_held() -> None:
     planned = model([layer()] * 8)
     few, many = (
-        predict(planned, choice(pp=8, num_micro_batches=number, schedule="gpipe"), device()) for number in (200, 400)
+        predict(planned, plan(pp=8, num_micro_batches=number, schedule="gpipe"), device()) for number in (200, 400)
     )
     assert many.ranks[0].memory.activations == 2 * few.ranks[0].memory.activations
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(LayoutError, match=r"parallel\.pp=3"):
-        predict(model([layer()] * 2), choice(pp=3, num_micro_batches=3), device())
+        predict(model([layer()] * 2), plan(pp=3, num_micro_batches=3), device())
 
 
 def test_a_layout_reads_as_one_line() -> None:
-    shown = str(choice(pp=2, schedule="zb-v", stages_per_rank=2, num_micro_batches=4, checkpointing=True))
+    shown = str(plan(pp=2, schedule="zb-v", stages_per_rank=2, num_micro_batches=4, checkpointing=True))
     assert shown == "pp=2 x dp=1 x tp=1, ZeRO 0, zb-v x 2, 4 micro-batches of 1, checkpointing"

@@ -7,17 +7,18 @@ import json
 import pytest
 
 from pipekit.partitioners import ComparedPartition
-from pipekit.predictions.prediction import Choice, Prediction, predict
-from pipekit.predictions.report import choice_of, choice_report, report
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import Prediction
+from pipekit.predictions.report import plan_report, read_plan, report
 from pipekit.predictions.search import SearchSpace, search_layouts
-from predictions.planned import choice, device, layer, model
+from predictions.planned import device, layer, model, plan, predict
 
 NAMES = [f"layers.{index}" for index in range(8)]
 
 
 @pytest.fixture(scope="module")
 def prediction() -> Prediction:
-    given = choice(pp=2, schedule="zb-v", stages_per_rank=2, num_micro_batches=4)
+    given = plan(pp=2, schedule="zb-v", stages_per_rank=2, num_micro_batches=4)
     return predict(model([layer()] * 8), given, device())
 
 
@@ -45,15 +46,15 @@ def test_what_is_promised_is_there_and_is_json(prediction: Prediction) -> None:
     assert "partitions" not in found
 
 
-@pytest.mark.parametrize("given", [choice(), choice(pp=2, dp=3, tp=4, stages_per_rank=2, checkpointing=True, zero=1)])
-def test_a_layout_is_read_back(given: Choice) -> None:
-    assert choice_of(json.loads(json.dumps(choice_report(given)))) == given
+@pytest.mark.parametrize("given", [plan(), plan(pp=2, dp=3, tp=4, stages_per_rank=2, checkpointing=True, zero=1)])
+def test_a_layout_is_read_back(given: ParallelPlan) -> None:
+    assert read_plan(json.loads(json.dumps(plan_report(given)))) == given
 
 
 def test_the_timeline_is_left_out_where_it_is_long(prediction: Prediction) -> None:
     found = report(prediction, device(), NAMES)
     assert found["timeline"][0][0] == {"action": "0F0", "start_s": 0.0, "end_s": 2.0}
-    long = predict(model([layer()] * 8), choice(pp=8, num_micro_batches=500, schedule="gpipe"), device())
+    long = predict(model([layer()] * 8), plan(pp=8, num_micro_batches=500, schedule="gpipe"), device())
     assert "timeline" not in report(long, device(), NAMES)
 
 

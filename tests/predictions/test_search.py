@@ -6,17 +6,17 @@ import pytest
 
 from pipekit.predictions import search
 from pipekit.predictions.devices import Device, find_device
-from pipekit.predictions.prediction import PlannedModel, Prediction, predict
+from pipekit.predictions.prediction import PlannedModel, Prediction
 from pipekit.predictions.rejections import NotDivisible, OutOfMemory, Rejection, TooMany
-from pipekit.predictions.search import SearchSpace, choices, impossible, search_layouts
-from predictions.planned import choice, device, gpt, layer, model
+from pipekit.predictions.search import SearchSpace, parallel_plans, search_layouts, why_impossible
+from predictions.planned import device, gpt, layer, model, plan, predict
 
 SPACE = SearchSpace(8, 32, micro_batch_sizes=(1, 2, 4))
 
 
 def all_predictions(planned: PlannedModel, space: SearchSpace, on: Device) -> list[Prediction]:
     """Return every layout that can be built, the fastest first, whether it fits or not."""
-    possible = [given for given in choices(planned, space) if impossible(planned, given, on) is None]
+    possible = [given for given in parallel_plans(planned, space) if why_impossible(planned, given, on) is None]
     return sorted((predict(planned, given, on) for given in possible), key=lambda found: found.step_time_s)
 
 
@@ -41,10 +41,10 @@ def test_the_best_that_fits_is_found_and_nothing_that_fits_is_rejected(
     )
     fitting = [other for other in everything if other.memory_bytes <= limit]
     assert found.num_open == 0
-    assert {prediction.choice for prediction in found.ranked} == {other.choice for other in fitting}
+    assert {prediction.plan for prediction in found.ranked} == {other.plan for other in fitting}
     assert found.num_fitting == len(fitting)
     assert found.ranked[0].step_time_s == pytest.approx(fitting[0].step_time_s)
-    assert len(found.rejected) + len(found.ranked) == len(list(choices(small, SPACE)))
+    assert len(found.rejected) + len(found.ranked) == len(list(parallel_plans(small, SPACE)))
     assert all(reason for _, reason in found.rejected)
 
 
@@ -88,12 +88,12 @@ def test_what_does_not_fit_says_how_much_it_lacks() -> None:
     ],
 )
 def test_what_cannot_be_built_says_why(changes: dict[str, object], reason: Rejection | None) -> None:
-    assert impossible(model([layer()] * 8), choice(**changes), device()) == reason
+    assert why_impossible(model([layer()] * 8), plan(**changes), device()) == reason
 
 
 def test_every_choice_fills_the_devices_with_the_batch() -> None:
     planned = model([layer()] * 8)
-    found = list(choices(planned, SearchSpace(12, 24, tp=(1, 2, 8))))
+    found = list(parallel_plans(planned, SearchSpace(12, 24, tp=(1, 2, 8))))
     assert all(given.layout.world_size == 12 and given.global_batch_size == 24 for given in found)
     assert {given.layout.tp for given in found} == {1, 2}
     assert len(set(found)) == len(found)
@@ -105,7 +105,7 @@ def test_every_choice_fills_the_devices_with_the_batch() -> None:
 
 def test_in_16_bits_there_is_no_zero_0() -> None:
     planned = model([layer()] * 8, precision="bf16")
-    assert {given.zero for given in choices(planned, SPACE)} == {1}
+    assert {given.zero for given in parallel_plans(planned, SPACE)} == {1}
 
 
 def test_the_same_search_finds_the_same() -> None:

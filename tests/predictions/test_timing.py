@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Link
-from pipekit.predictions.timing import Cluster, StepTimes, all_gather_s, all_reduce_s, stage_costs, step_times
+from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_gather_s, all_reduce_s, step_times
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
 from predictions.planned import device, layer
 
@@ -83,7 +83,7 @@ def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
 def test_stages_take_their_operations_or_what_was_measured() -> None:
     layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
     cluster = Cluster(device(), Layout(pp=2))
-    costs = stage_costs(layers, [0, 2, 3], cluster, precision="fp32", checkpointing=False, loss=layer(50))
+    costs = action_costs(layers, [0, 2, 3], cluster, precision="fp32", checkpointing=False, loss=layer(50))
     assert costs.forward_s == [4.0, 5.5]
     assert costs.input_gradient_s == [4.0, 1.5]
     assert costs.weight_gradient_s == [4.0, 1.5]
@@ -91,14 +91,14 @@ def test_stages_take_their_operations_or_what_was_measured() -> None:
 
 
 def test_checkpointing_repeats_the_forward() -> None:
-    costs = stage_costs([layer(100)], [0, 1], Cluster(device(), Layout()), precision="fp32", checkpointing=True)
+    costs = action_costs([layer(100)], [0, 1], Cluster(device(), Layout()), precision="fp32", checkpointing=True)
     assert (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s) == ([1.0], [2.0], [1.0])
     assert costs.transfer_s == 0
 
 
 def test_tensor_parallel_ranks_share_the_operations_and_sum_what_they_pass_on() -> None:
     layers = [layer(100, passed_bytes=8), layer(0, passed_bytes=8), replace(layer(100), output_bytes=1000)]
-    costs = stage_costs(layers, [0, 3], Cluster(device(), Layout(tp=4)), precision="fp32", checkpointing=False)
+    costs = action_costs(layers, [0, 3], Cluster(device(), Layout(tp=4)), precision="fp32", checkpointing=False)
     message_s = all_reduce_s(8, 4, device().intra_node)
     assert costs.forward_s == [pytest.approx(2 * 0.25 + 2 * message_s)]
     assert costs.input_gradient_s == costs.forward_s

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from pipekit.predictions.devices import find_device
-from pipekit.predictions.prediction import predict
-from pipekit.predictions.rough import Estimator, bytes_of_parameter
-from pipekit.predictions.search import SCHEDULES, SearchSpace, choices, impossible
+from pipekit.predictions.estimate import Estimator
+from pipekit.predictions.search import SCHEDULES, SearchSpace, parallel_plans, why_impossible
 from pipekit.predictions.timing import Cluster
 from pipekit.schedules import plan_zb_v
-from predictions.planned import choice, device, gpt, layer, model
+from predictions.planned import device, gpt, layer, model, plan, predict
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -21,15 +20,15 @@ def test_balanced_stages_are_estimated_within_a_tenth(
     schedule: str, pp: int, num_micro_batches: int, checkpointing: bool
 ) -> None:
     planned = model([layer(1000)] * 32)
-    given = choice(
+    given = plan(
         pp=pp,
         schedule=schedule,
         stages_per_rank=SCHEDULES[schedule],
         num_micro_batches=num_micro_batches,
         checkpointing=checkpointing,
     )
-    rough = Estimator(planned).estimate(given, Cluster(device(), given.layout))
-    assert rough.step_time_s == pytest.approx(predict(planned, given, device()).step_time_s, rel=0.1)
+    estimate = Estimator(planned).estimate(given, Cluster(device(), given.layout))
+    assert estimate.step_time_s == pytest.approx(predict(planned, given, device()).step_time_s, rel=0.1)
 
 
 @pytest.mark.parametrize(("precision", "num_devices", "tp"), [("fp32", 4, (1,)), ("bf16", 8, (1, 2))])
@@ -39,26 +38,19 @@ def test_what_is_held_at_least_is_never_more_than_what_is_held(
     planned, h100 = gpt(6, 768, 12, precision), find_device("h100")  # type: ignore[arg-type]
     estimator = Estimator(planned)
     checked = 0
-    for given in choices(planned, SearchSpace(num_devices, 16, tp=tp, micro_batch_sizes=(1, 4))):
-        if impossible(planned, given, h100) is None:
+    for given in parallel_plans(planned, SearchSpace(num_devices, 16, tp=tp, micro_batch_sizes=(1, 4))):
+        if why_impossible(planned, given, h100) is None:
             least = estimator.estimate(given, Cluster(h100, given.layout)).least_bytes
-            assert least <= predict(planned, given, h100, boundaries=estimator.boundaries(given)).memory_bytes, given
+            assert least <= predict(planned, given, h100).memory_bytes, given
             checked += 1
     assert checked > 30
 
 
 def test_cuts_of_other_micro_batches_are_the_same() -> None:
     estimator = Estimator(model([layer()] * 8))
-    small = estimator.boundaries(choice(pp=4, micro_batch_size=1))
-    assert estimator.boundaries(choice(pp=4, micro_batch_size=4)) is small
+    small = estimator.boundaries(plan(pp=4, micro_batch_size=1))
+    assert estimator.boundaries(plan(pp=4, micro_batch_size=4)) is small
 
 
 def test_stages_hold_what_the_table_says() -> None:
     assert plan_zb_v(pp=2, num_micro_batches=1).peak_of_stages() == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("precision", "zero", "bytes_each"), [("fp32", 0, 16), ("fp32", 1, 11), ("bf16", 1, 11), ("fp16", 0, 9)]
-)
-def test_bytes_of_a_parameter_over_four_replicas(precision: str, zero: int, bytes_each: float) -> None:
-    assert bytes_of_parameter(precision, zero, 4) == bytes_each  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a partitioner may know of a model."""
+"""Inputs of a partitioner: the layers of a model, their costs, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pipekit.partitioners.memory_limit import MemoryLimit
 
 
 @dataclass(frozen=True)
-class LayerFacts:
-    """What a partitioner may know of a model. What has to be computed is a function, called only by who asks.
+class PartitionInputs:
+    """Layers, costs and memory that a partitioner may ask for; those that take time are functions.
 
     Attributes:
         type_names: class name of each layer.
         count_parameters: returns the trainable parameters of each layer.
         count_flops: returns the floating-point operations of each layer, forward and backward, for one micro-batch.
         measure_seconds: returns the seconds that each layer takes for one micro-batch, forward and backward.
-        stage_extras: returns what each stage costs beside its layers in the unit of a method (`uniform`,
-            `parameters`, `flops` or `profile`), or None for nothing.
-        memory_limit: returns what the layers hold, and how much a rank may.
+        stage_extras: returns the cost of each stage beside its layers in the unit of a method (`uniform`, `parameters`,
+            `flops` or `profile`), or None for nothing.
+        memory_limit: returns the memory of the layers, and the limit of a rank.
         layer_names: logical name of each layer.
         placement: the pipeline rank of each stage; None means that each has a rank of its own.
     """
@@ -35,10 +35,10 @@ class LayerFacts:
     placement: Sequence[int] | None = None
 
     def costs(self, method: str) -> Sequence[float]:
-        """Return what each layer costs by `uniform`, `parameters`, `flops` or `profile`.
+        """Cost of each layer by `uniform`, `parameters`, `flops` or `profile`.
 
         Raises:
-            LayoutError: if nobody can tell.
+            LayoutError: if it is not known.
         """
         if method == "uniform":
             return [1] * len(self.type_names)
@@ -54,7 +54,7 @@ class LayerFacts:
         return tell()
 
     def extras(self, method: str) -> Sequence[float] | None:
-        """Return what each stage costs beside its layers; None for nothing."""
+        """Cost of each stage beside its layers; None for nothing."""
         return None if self.stage_extras is None else self.stage_extras(method)
 
     @property
@@ -65,7 +65,7 @@ class LayerFacts:
         return "parameters" if self.count_flops is None else "flops"
 
     def ranks_of(self, num_stages: int) -> tuple[int, ...]:
-        """Return the pipeline rank of each stage.
+        """Pipeline rank of each stage.
 
         Raises:
             LayoutError: if `placement` is for another number of stages.

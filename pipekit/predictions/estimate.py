@@ -1,4 +1,4 @@
-"""The time of a step and the memory of a rank, quickly: near enough to tell which layouts are worth a simulation."""
+"""Quick estimates of the time of a step and the memory of a rank, to choose the layouts that are worth a simulation."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from itertools import pairwise
 from math import gcd
 
 from pipekit.partitioners import balanced_boundaries
-from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import layer_flops, stage_activation_bytes
+from pipekit.predictions.memory import estimate_memory
 from pipekit.predictions.model_costs import stage_extras
-from pipekit.predictions.prediction import Choice, PlannedModel
+from pipekit.predictions.model_states import bytes_per_parameter
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import PlannedModel
 from pipekit.predictions.sharding import shard_layers
-from pipekit.predictions.timing import Cluster, reduction_s, stage_costs, update_s
+from pipekit.predictions.timing import Cluster, action_costs, reduction_s, update_s
 from pipekit.schedules import Costs, plan_schedule, schedule_placement, simulate
 
 # The bubble of a longer pipeline is that of one with so many ranks and as many micro-batches a rank, times its length.
 _MOST_RANKS = 8
-# Where stages are cut more evenly than here, the fullest rank may hold less.
-_SURELY = 0.75
 # Messages and gradients are told apart by hundredths of a rank's forward.
 _DIGITS = 2
 
 
 @dataclass(frozen=True)
-class Rough:
-    """What a layout takes, roughly.
+class Estimate:
+    """Estimated time and memory of a layout.
 
     Attributes:
         step_time_s: seconds of a step.
-        memory_bytes: what the fullest rank holds.
-        least_bytes: what it holds at the very least.
+        memory_bytes: peak memory of the fullest rank.
+        least_bytes: lower bound on it.
     """
 
     step_time_s: float
@@ -41,14 +41,14 @@ class Rough:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A model cut into stages; the same for every layout with as many of them.
+class _Stages:
+    """The stages of a model; the same for every layout with as many of them.
 
     Attributes:
         boundaries: of the stages.
         parameters: of each stage, on one tensor-parallel rank.
-        activation_bytes: what each stage holds of one micro-batch.
-        loss_bytes: what the loss keeps of it.
+        activation_bytes: activations of each stage for one micro-batch.
+        loss_bytes: bytes that the loss keeps of it.
         tied_parameters: those that are counted in several layers.
     """
 
@@ -60,67 +60,68 @@ class _Cut:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What a schedule makes of stages that are alike.
+class _Pattern:
+    """Bubble and activations in flight of a schedule whose stages are alike.
 
     Attributes:
-        bubble: for how long each rank waits in a step, in forwards of a rank.
-        in_flight: of how many micro-batches each stage holds activations at most.
-        together: the part of this that the stages of a rank hold at the same time, by rank.
+        bubble: idle time of each rank in a step, in forwards of a rank.
+        in_flight: for each stage, the most micro-batches that are in flight at once.
+        overlap: for each rank, the part of its stages' activations that is there at the same time.
     """
 
     bubble: float
     in_flight: Sequence[float]
-    together: Sequence[float]
+    overlap: Sequence[float]
 
 
 class Estimator:
-    """Estimates layouts of one model, and remembers what they have in common."""
+    """Estimates layouts of one model; what they have in common is computed once."""
 
     def __init__(self, model: PlannedModel) -> None:
         self._model = model
-        self._cuts: dict[tuple[int, int, int, bool], _Cut] = {}
+        self._stages: dict[tuple[int, int, int, bool], _Stages] = {}
         self._costs: dict[tuple[int, int, int, bool, tuple[bool, ...]], Costs] = {}
         self._boundaries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
 
-    def estimate(self, choice: Choice, cluster: Cluster) -> Rough:
-        """Return what a layout takes.
+    def estimate(self, plan: ParallelPlan, cluster: Cluster) -> Estimate:
+        """Estimated time and memory of a layout.
 
         The step is that of the busiest rank, with the bubble that the schedule has where stages are alike, the
         reduction over replicas behind it, and the update.
         """
-        layout = choice.layout
-        num_stages = layout.pp * choice.stages_per_rank
-        cut = self._cut(choice.micro_batch_size, num_stages, layout.tp, choice.checkpointing)
-        costs = self._stage_costs(choice, cluster, cut)
+        layout = plan.layout
+        stages = self._stages_of(plan)
+        costs = self._stage_costs(plan, cluster, stages)
         rank_s = [0.0] * layout.pp
         rank_parameters = [0] * layout.pp
-        placement = schedule_placement(choice.schedule, pp=layout.pp, stages_per_rank=choice.stages_per_rank)
+        placement = schedule_placement(plan.schedule, pp=layout.pp, stages_per_rank=plan.stages_per_rank)
         for stage, rank in enumerate(placement):
             rank_s[rank] += costs.forward_s[stage] + costs.input_gradient_s[stage] + costs.weight_gradient_s[stage]
-            rank_parameters[rank] += cut.parameters[stage]
+            rank_parameters[rank] += stages.parameters[stage]
         if placement[0] == placement[-1]:
-            rank_parameters[placement[0]] -= cut.tied_parameters
+            rank_parameters[placement[0]] -= stages.tied_parameters
         parameters = max(rank_parameters)
         precision = self._model.precision
         behind_s = reduction_s(parameters, cluster)
-        behind_s += update_s(parameters, cluster, precision=precision, zero=choice.zero)
-        forward_s, shape = _shape_of(choice, costs)
-        compute_s = choice.num_micro_batches * max(rank_s) + forward_s * shape.bubble
-        standing = bytes_of_parameter(precision, choice.zero, layout.dp)
-        held = [standing * number for number in rank_parameters]
-        least = list(held)
-        for stage, rank in enumerate(placement):
-            activations = shape.in_flight[stage] * cut.activation_bytes[stage]
-            held[rank] += shape.together[rank] * activations
-            least[rank] = max(least[rank], standing * rank_parameters[rank] + activations)
-        held[placement[-1]] += 3 * cut.loss_bytes
-        return Rough(compute_s + behind_s, max(held), _SURELY * max(least))
+        behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero)
+        forward_s, pattern = _pattern_of(plan, costs)
+        compute_s = plan.num_micro_batches * max(rank_s) + forward_s * pattern.bubble
+        memory_bytes, least_bytes = estimate_memory(
+            rank_parameters,
+            [number * size for number, size in zip(pattern.in_flight, stages.activation_bytes, strict=True)],
+            placement,
+            overlap=pattern.overlap,
+            loss_bytes=stages.loss_bytes,
+            per_parameter=bytes_per_parameter(
+                precision=precision, zero=plan.zero, dp=layout.dp, states=self._model.optimizer_states
+            ),
+        )
+        return Estimate(compute_s + behind_s, memory_bytes, least_bytes)
 
-    def boundaries(self, choice: Choice) -> Sequence[int]:
-        """Return the stages under which the ranks of a layout have as many operations each."""
-        placement = schedule_placement(choice.schedule, pp=choice.layout.pp, stages_per_rank=choice.stages_per_rank)
-        return self._balanced(choice.micro_batch_size, placement)
+    def boundaries(self, plan: ParallelPlan) -> Sequence[int]:
+        """Boundaries of the stages that balance the operations of a layout's ranks."""
+        placement = schedule_placement(plan.schedule, pp=plan.layout.pp, stages_per_rank=plan.stages_per_rank)
+        return self._balanced(plan.micro_batch_size, placement)
 
     def _balanced(self, size: int, placement: Sequence[int]) -> list[int]:
         costs = self._model.costs_of(size)
@@ -132,14 +133,15 @@ class Estimator:
             self._boundaries[key] = balanced_boundaries(flops, placement, stage_extras=extras)
         return self._boundaries[key]
 
-    def _cut(self, size: int, num_stages: int, tp: int, checkpointing: bool) -> _Cut:
-        key = (size, num_stages, tp, checkpointing)
-        if key not in self._cuts:
+    def _stages_of(self, plan: ParallelPlan) -> _Stages:
+        key = (plan.micro_batch_size, plan.num_stages, plan.layout.tp, plan.checkpointing)
+        size, num_stages, tp, checkpointing = key
+        if key not in self._stages:
             costs = self._model.costs_of(size)
             # As if each stage had a rank of its own: near enough, and soon found.
             boundaries = self._balanced(size, range(num_stages))
             layers = shard_layers(costs.layers, tp)
-            self._cuts[key] = _Cut(
+            self._stages[key] = _Stages(
                 boundaries,
                 [sum(layer.parameters for layer in layers[start:end]) for start, end in pairwise(boundaries)],
                 [
@@ -149,20 +151,20 @@ class Estimator:
                 0 if costs.loss is None else costs.loss.saved_bytes // tp,
                 (sum(layer.parameters for layer in costs.layers) - self._model.num_parameters) // tp,
             )
-        return self._cuts[key]
+        return self._stages[key]
 
-    def _stage_costs(self, choice: Choice, cluster: Cluster, cut: _Cut) -> Costs:
+    def _stage_costs(self, plan: ParallelPlan, cluster: Cluster, stages: _Stages) -> Costs:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
         are_far = tuple(link == cluster.device.inter_node for link in (cluster.pipe_link, cluster.tensor_link))
-        key = (choice.micro_batch_size, len(cut.parameters), choice.layout.tp, choice.checkpointing, are_far)
+        key = (plan.micro_batch_size, len(stages.parameters), plan.layout.tp, plan.checkpointing, are_far)
         if key not in self._costs:
-            costs = self._model.costs_of(choice.micro_batch_size)
-            self._costs[key] = stage_costs(
+            costs = self._model.costs_of(plan.micro_batch_size)
+            self._costs[key] = action_costs(
                 costs.layers,
-                cut.boundaries,
+                stages.boundaries,
                 cluster,
                 precision=self._model.precision,
-                checkpointing=choice.checkpointing,
+                checkpointing=plan.checkpointing,
                 loss=costs.loss,
             )
         return self._costs[key]
@@ -173,36 +175,36 @@ def _in_lowest_terms(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(number // unit for number in numbers)
 
 
-def _shape_of(choice: Choice, costs: Costs) -> tuple[float, _Shape]:
-    """Return the seconds of a rank's forward, and what the schedule makes of a pipeline."""
-    pp = choice.layout.pp
+def _pattern_of(plan: ParallelPlan, costs: Costs) -> tuple[float, _Pattern]:
+    """Seconds of a rank's forward, and the pattern of the schedule."""
+    pp = plan.layout.pp
     forward_s, inputs_s, weights_s = (
         sum(seconds) / pp for seconds in (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s)
     )
     unit_s = forward_s or 1.0
     ranks = min(pp, _MOST_RANKS)
-    num_micro_batches = max(1, round(choice.num_micro_batches * ranks / pp))
-    if choice.schedule == "interleaved-1f1b":
+    num_micro_batches = max(1, round(plan.num_micro_batches * ranks / pp))
+    if plan.schedule == "interleaved-1f1b":
         num_micro_batches = -(-num_micro_batches // ranks) * ranks
     # More of them make no more bubble, but for what each waits for messages.
-    shape = _shape(
-        choice.schedule,
+    pattern = _pattern(
+        plan.schedule,
         ranks,
-        choice.stages_per_rank,
+        plan.stages_per_rank,
         min(num_micro_batches, 3 * ranks),
         *(round(seconds / unit_s, _DIGITS) for seconds in (forward_s, inputs_s, weights_s, costs.transfer_s)),
     )
     longer = (pp - 1) / (ranks - 1) if ranks > 1 else 1.0
     in_flight = [
-        min(choice.num_micro_batches, pp / ranks * shape.in_flight[stage * ranks // pp])
-        for stage in range(pp * choice.stages_per_rank)
+        min(plan.num_micro_batches, pp / ranks * pattern.in_flight[stage * ranks // pp])
+        for stage in range(plan.num_stages)
     ]
-    together = [shape.together[rank * ranks // pp] for rank in range(pp)]
-    return unit_s, _Shape(longer * shape.bubble, in_flight, together)
+    overlap = [pattern.overlap[rank * ranks // pp] for rank in range(pp)]
+    return unit_s, _Pattern(longer * pattern.bubble, in_flight, overlap)
 
 
 @cache
-def _shape(
+def _pattern(
     schedule: str,
     pp: int,
     stages_per_rank: int,
@@ -211,7 +213,7 @@ def _shape(
     inputs: float,
     weights: float,
     transfer: float,
-) -> _Shape:
+) -> _Pattern:
     table = plan_schedule(schedule, pp=pp, num_micro_batches=num_micro_batches, stages_per_rank=stages_per_rank)
     costs = Costs.uniform(
         pp * stages_per_rank,
@@ -223,16 +225,8 @@ def _shape(
     timeline = simulate(table, costs)
     in_flight = table.peak_of_stages()
     of_ranks = [sum(in_flight[stage] for stage in table.stages_of(rank)) for rank in range(pp)]
-    return _Shape(
+    return _Pattern(
         timeline.step_time_s - num_micro_batches * (forward + inputs + weights),
         in_flight,
         [peak / separate for peak, separate in zip(timeline.peak_bytes, of_ranks, strict=True)],
     )
-
-
-def bytes_of_parameter(precision: Precision, zero: int, dp: int) -> float:
-    """Return what a rank holds for each parameter: weight, gradient, and its share of master and moments."""
-    if precision == "fp32":
-        return 8 + 12 / dp if zero else 16
-    weight_and_gradient = 8 if precision == "bf16" else 6
-    return weight_and_gradient + 12 / dp

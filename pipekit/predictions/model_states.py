@@ -1,0 +1,157 @@
+"""Bytes of weights, gradients, optimizer states and fp32 master weights, as DeepSpeed's optimizers lay them out.
+
+They are counted to the byte under ZeRO 0 and 1, the padding of flattened groups included; under ZeRO 2 and 3 they
+follow from a formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision, Shape, count_elements
+
+_FP32_BYTES = 4
+# DeepSpeed fills a flat group up to a multiple of this for each replica: 4 bytes in 16-bit elements.
+_ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class OptimizerStates:
+    """Tensors that an optimizer keeps in fp32, beside a master copy of the weights.
+
+    Attributes:
+        per_parameter: numbers for each parameter: the two moments of Adam and AdamW, the momentum of SGD.
+        per_tensor: numbers for each tensor of parameters: the step count of Adam and AdamW.
+    """
+
+    per_parameter: int
+    per_tensor: int
+
+
+ADAM_STATES = OptimizerStates(per_parameter=2, per_tensor=1)
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes of one rank that are there from step to step, and of its update.
+
+    Attributes:
+        weights: in the precision of the run.
+        gradients: accumulated in fp32; in bf16 also those of one backward, which are there until they are accumulated.
+        optimizer_states: moments and step counts.
+        masters: fp32 weights beside those of the run.
+        update: temporary buffers of the reduction over replicas and of the update.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    masters: int
+    update: int
+
+    @property
+    def standing(self) -> int:
+        """Bytes that are there throughout."""
+        return self.weights + self.gradients + self.optimizer_states + self.masters
+
+
+def model_states(
+    stages: Sequence[Mapping[str, Shape]], *, precision: Precision, zero: int, dp: int, states: OptimizerStates
+) -> ModelStates:
+    """Exact bytes of a rank's model states.
+
+    Args:
+        stages: the shapes of the trainable parameters of each of its stages, by logical name.
+        precision: of the weights.
+        zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
+        dp: number of replicas.
+        states: tensors of the optimizer.
+
+    Source: `runtime/zero/stage_1_and_2.py` and `runtime/bf16_optimizer.py` of DeepSpeed 0.19.8.
+    """
+    shapes = {name: shape for stage in stages for name, shape in stage.items()}
+    # An idle parameter, which a rank without others has, gets no gradient, and so no states.
+    return _states_of_groups(
+        _group_sizes(shapes.values()),
+        num_gradients=count_elements(shapes),
+        num_tensors=len(shapes),
+        largest_stage=max(map(count_elements, stages)),
+        precision=precision,
+        zero=zero,
+        dp=dp,
+        states=states,
+    )
+
+
+def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: OptimizerStates = ADAM_STATES) -> float:
+    """Bytes of model states for each parameter of a rank, without padding and step counts.
+
+    Example:
+        >>> bytes_per_parameter(precision="fp32", zero=1, dp=4), bytes_per_parameter(precision="fp16", zero=1, dp=4)
+        (11.0, 9.0)
+    """
+    number = _ALIGNMENT * dp  # which is not padded
+    found = _states_of_groups(
+        [number],
+        num_gradients=number,
+        num_tensors=0,
+        largest_stage=number,
+        precision=precision,
+        zero=zero,
+        dp=dp,
+        states=OptimizerStates(states.per_parameter, 0),
+    )
+    return found.standing / number
+
+
+def _states_of_groups(
+    groups: Sequence[int],
+    *,
+    num_gradients: int,
+    num_tensors: int,
+    largest_stage: int,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    states: OptimizerStates,
+) -> ModelStates:
+    is_flat = zero > 0 or precision != "fp32"
+    if is_flat:
+        multiple = _ALIGNMENT * dp
+        flat = [-(-size // multiple) * multiple for size in groups]
+        num_tensors, num_shard = len(flat), sum(flat) // dp
+    else:
+        flat, num_shard = list(groups), num_gradients
+
+    gradients, of_one_backward = _FP32_BYTES * num_gradients, 0
+    if zero > 1:
+        gradients = _FP32_BYTES * num_shard
+    elif precision == "bf16":
+        # A flat fp32 buffer, to which each backward's own gradients are added after it.
+        of_one_backward = BYTES_PER_ELEMENT[precision] * largest_stage
+        gradients = _FP32_BYTES * sum(flat) + of_one_backward
+    update = 0
+    if dp > 1 and zero < 2:
+        # All gradients once more, flattened to be summed over the replicas.
+        update = max(0, _FP32_BYTES * num_gradients - of_one_backward)
+    elif is_flat and precision != "bf16" and zero < 2:
+        # Each group's gradients are flattened and then freed; those of the groups before it are gone.
+        update = max(_FP32_BYTES * (size - sum(groups[:index])) for index, size in enumerate(flat))
+    return ModelStates(
+        weights=BYTES_PER_ELEMENT[precision] * (num_shard if zero == 3 else sum(flat)),
+        gradients=gradients,
+        optimizer_states=_FP32_BYTES * (states.per_parameter * num_shard + states.per_tensor * num_tensors),
+        masters=_FP32_BYTES * num_shard if is_flat else 0,
+        update=update,
+    )
+
+
+def _group_sizes(shapes: Iterable[Shape]) -> list[int]:
+    """Number of elements in each of the optimizer's parameter groups: those with weight decay and those without."""
+    sizes = [0, 0]
+    for shape in shapes:
+        sizes[len(shape) < 2] += prod(shape)
+    # A rank without parameters has an idle one.
+    return [size for size in sizes if size] or [1]

@@ -1,0 +1,60 @@
+"""Inputs of the partitioners for a planned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pipekit.partitioners import PartitionInputs
+from pipekit.predictions.layer_costs import layer_flops, layer_seconds
+from pipekit.predictions.memory import memory_limit
+from pipekit.predictions.model_costs import ModelCosts, stage_extras
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import PlannedModel
+from pipekit.schedules import Schedule
+
+
+def partition_inputs(
+    model: PlannedModel,
+    plan: ParallelPlan,
+    schedule: Schedule,
+    *,
+    type_names: Sequence[str],
+    limit_bytes: Callable[[], int],
+) -> PartitionInputs:
+    """Inputs of the partitioners; costs of layers are computed when a partitioner asks for them.
+
+    Args:
+        model: the model; where it is timed, seconds are known.
+        plan: the layout and its options.
+        schedule: the table of a step.
+        type_names: class name of each layer.
+        limit_bytes: called for the memory of a rank.
+    """
+
+    def costs() -> ModelCosts:
+        return model.costs_of(plan.micro_batch_size)
+
+    def extras(method: str) -> list[float] | None:
+        if method not in ("flops", "profile"):
+            return None
+        return stage_extras(costs(), schedule.num_stages, layer_flops if method == "flops" else layer_seconds)
+
+    return PartitionInputs(
+        type_names,
+        lambda: model.layer_parameters,
+        count_flops=lambda: list(map(layer_flops, costs().layers)),
+        measure_seconds=(lambda: list(map(layer_seconds, costs().layers))) if model.is_timed else None,
+        stage_extras=extras,
+        memory_limit=lambda: memory_limit(
+            costs(),
+            schedule,
+            precision=model.precision,
+            zero=plan.zero,
+            dp=plan.layout.dp,
+            optimizer_states=model.optimizer_states,
+            checkpointing=plan.checkpointing,
+            limit_bytes=limit_bytes(),
+        ),
+        layer_names=model.layer_names,
+        placement=schedule.placement,
+    )
