@@ -33,7 +33,7 @@ LIBRARIES: dict[int, set[str]] = {
     0: {"numpy", "pydantic", "pydantic_core", "yaml"},
     1: {"torch", "einops", "safetensors", "tokenizers", "transformers", "filelock"},
     2: {"deepspeed", "rich", "wandb"},
-    3: {"typer"},
+    3: {"typer", "jinja2"},
 }
 
 # Drawing pictures is pure, and loads its library only when it draws.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from pipekit.commands.figures import seconds_text
 from pipekit.commands.plan_page import render_html
-from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_zb_v, simulate
+from pipekit.schedules import Costs, Schedule, plan_1f1b, simulate
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 PARTS = ("weights", "gradients", "masters", "optimizer_states", "activations", "communication", "logits")
@@ -137,13 +137,6 @@ def test_a_page_loads_nothing() -> None:
     assert "default-src 'none'" in html
 
 
-def test_a_page_follows_the_scheme_and_the_width_of_the_screen() -> None:
-    html = render_html(REPORT)
-    assert "prefers-color-scheme: dark" in html
-    assert "max-width: 520px" in html
-    assert "width=device-width" in html
-
-
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=y>', "a & b", "</title></style>"])
 def test_text_is_escaped(evil: str) -> None:
     report = changed(
@@ -178,75 +171,10 @@ def test_figures_that_are_not_known_are_dashes() -> None:
     assert page.texts.count("-") == 2
 
 
-def bars(html: str) -> list[list[tuple[float, float]]]:
-    """Return for each rank where the parts of its bar begin and how wide they are, in per cent."""
-    pictures = re.findall(r'<svg role="img" aria-label="memory of rank \d+">(.*?)</svg>', html)
-    return [[(float(x), float(w)) for x, w in re.findall(r'x="([\d.]+)%" width="([\d.]+)%"', one)] for one in pictures]
-
-
-def test_memory_is_stacked_to_scale_against_the_limit() -> None:
-    html = render_html(REPORT)
-    limit = float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0])
-    for parts, share in zip(bars(html), (60 / 80, 20 / 80), strict=True):
-        assert len(parts) == len(PARTS)
-        for (start, width), (following, _) in pairwise(parts):
-            assert start + width == pytest.approx(following, abs=0.01)
-        assert sum(parts[-1]) == pytest.approx(limit * share, abs=0.01)
-    assert "too much" not in html
-
-
-def test_the_update_takes_the_place_of_what_is_gone_by_then() -> None:
-    parts = {"weights": 20e9, "activations": 5e9, "logits": 1e9, "communication": 1e9, "update": 30e9, "total": 50e9}
-    html = render_html(changed(stages=[{**stage(0, 0, [0, 0, "a", "a"]), "memory_bytes": parts}]))
-    limit = float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0])
-    assert len(bars(html)[0]) == 2
-    assert sum(bars(html)[0][-1]) == pytest.approx(limit * 50 / 80, abs=0.01)
-    assert "reduction and update" in html
-    parts |= {"update": 6e9, "total": 27e9}
-    html = render_html(changed(stages=[{**stage(0, 0, [0, 0, "a", "a"]), "memory_bytes": parts}]))
-    assert len(bars(html)[0]) == 4
-    assert "reduction and update" not in html
-
-
-def test_memory_beyond_the_limit_is_said_and_fits_the_page() -> None:
+def test_memory_beyond_the_limit_is_said() -> None:
     html = render_html(changed(stages=[stage(0, 100e9, [0, 0, "a", "a"])]))
     assert "100.0 GB, 125 %, 20.0 GB too much" in html
-    assert sum(bars(html)[0][-1]) == pytest.approx(98, abs=0.1)
-    assert float(re.findall(r'class="limit" x1="([\d.]+)%"', html)[0]) < 80
-
-
-def boxes(html: str) -> dict[str, tuple[float, float]]:
-    """Return where each action of the timeline begins and how wide it is."""
-    found = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"[^>]*><title>(\w+),', html)
-    return {action: (float(x), float(width)) for x, width, action in found}
-
-
-def test_the_timeline_is_to_scale() -> None:
-    html = render_html(REPORT)
-    found = boxes(html)
-    assert set(found) == {span["action"] for row in REPORT["timeline"] for span in row}
-    per_s = (found["0B0"][0] - found["0F0"][0]) / (REPORT["timeline"][0][2]["start_s"])
-    for row in REPORT["timeline"]:
-        for span in row:
-            start, width = found[span["action"]]
-            assert start - found["0F0"][0] == pytest.approx(span["start_s"] * per_s, abs=0.02)
-            assert width == pytest.approx((span["end_s"] - span["start_s"]) * per_s - 0.6, abs=0.02)
-
-
-def test_numbers_stand_where_they_have_room() -> None:
-    wide = render_html(REPORT)
-    numbers = re.findall(r'text-anchor="middle" style="fill:[^"]*">(\d+)</text>', wide)
-    # A forward is a hundredth of the backward, and too narrow for its number.
-    assert sorted(numbers) == sorted(str(number) for number in range(4) for _ in range(2))
-
-
-def test_kinds_have_the_colours_of_the_other_pictures() -> None:
-    html = render_html(changed(timeline=spans_of(plan_zb_v(pp=2, num_micro_batches=4))))
-    for colour, name in (("#56B4E9", "forward"), ("#F0B429", "input gradient"), ("#009E73", "weight gradient")):
-        assert f'fill="{colour}"/></svg>{name}' in html
-    assert "later stages are darker" in html
-    assert "#3C7EA3" in html  # forward of a later stage
-    assert "darker" not in render_html(REPORT)
+    assert "too much" not in render_html(REPORT)
 
 
 def test_a_cut_timeline_says_so() -> None:
@@ -254,14 +182,14 @@ def test_a_cut_timeline_says_so() -> None:
     assert "Only the first 4 of 512 micro-batches" in render_html(changed(layout={**LAYOUT, "num_micro_batches": 512}))
 
 
-def test_a_long_timeline_stays_within_bounds() -> None:
-    html = render_html(changed(timeline=spans_of(plan_1f1b(num_stages=4, num_micro_batches=200))))
-    width = float(re.findall(r"min-width:(\d+)px", html)[0])
-    assert 900 <= width <= 6000
-    assert len(boxes(html)) == 4 * 200 * 2
-
-
 def test_the_layout_that_is_shown_is_marked_among_the_others() -> None:
-    rows = re.findall(r'<tr class="here">(.*?)</tr>', render_html(REPORT))
+    rows = re.findall(r'<tr class="here">(.*?)</tr>', render_html(REPORT), re.DOTALL)
     assert len(rows) == 1
     assert "<td>1</td><td>2</td><td>1</td><td>4</td>" in rows[0]
+
+
+def test_every_action_of_the_timeline_is_there_with_its_times() -> None:
+    titles = re.findall(r"<title>(\w+), (.+?) from (.+?)</title>", render_html(REPORT))
+    actions = [span for row in REPORT["timeline"] for span in row]
+    assert [action for action, _, _ in titles] == [span["action"] for span in actions]
+    assert titles[0] == ("0F0", seconds_text(actions[0]["end_s"]), "0 s")
