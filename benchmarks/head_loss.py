@@ -59,9 +59,6 @@ class GlooGroup(TensorGroup):
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
         raise NotImplementedError
 
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class _Sum:
     def __init__(self, tensor: Tensor) -> None:

@@ -22,7 +22,7 @@ DEFAULT_ORDER: Order = ("pipe", "data", "tensor")
 
 @dataclass(frozen=True, order=True)
 class Coordinate:
-    """Where a rank stands: its index along each axis."""
+    """Coordinate of a rank: its index along each axis."""
 
     pipe: int
     data: int
@@ -91,7 +91,7 @@ class Layout:
         return prod(self.degree(inner) for inner in self.order[self.order.index(axis) :])
 
     def coordinate(self, rank: int) -> Coordinate:
-        """Return where `rank` stands.
+        """Return the coordinate of `rank`.
 
         Raises:
             LayoutError: if `rank` is not in `[0, world_size)`.

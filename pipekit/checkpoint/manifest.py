@@ -1,4 +1,4 @@
-"""What a checkpoint is: a folder of safetensors files, and a manifest that says what lies where.
+"""Format of a checkpoint: a folder of safetensors files, and a manifest that lists their tensors.
 
 A checkpoint holds logical tensors under logical names and knows nothing of the layout that wrote it:
 
@@ -51,7 +51,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where training stands. None of it depends on the layout.
+    """Progress of the training, which does not depend on the layout.
 
     Attributes:
         step: optimizer steps done.
@@ -62,8 +62,8 @@ class TrainingState:
         optimizer: class name, number of updates, and names of the states.
         loss_scaler: state of fp16's dynamic loss scale; empty otherwise.
         data_fingerprint: identifies the tokenized data that `consumed_samples` counts.
-        metrics: the last known, for people.
-        client_state: what a training loop of one's own asked to be kept.
+        metrics: the latest metrics, for information.
+        client_state: values that a training loop of your own saved with it.
     """
 
     step: int

@@ -36,7 +36,7 @@ class CheckpointReader:
         Args:
             name: logical name.
             kind: `weights`, or the name of an optimizer state.
-            shard: the part to read; the whole tensor unless given.
+            shard: the shard to read; by default the whole tensor.
 
         Raises:
             CheckpointError: if the checkpoint does not hold it.
@@ -53,7 +53,7 @@ class CheckpointReader:
             else:
                 stored = self._files[file_name].get_slice(name)
                 before = (slice(None),) * shard.dim
-                indices = [(*before, part) for part in shard.slices]
+                indices = [(*before, own) for own in shard.slices]
                 tensor = torch.cat([stored[index] for index in indices], shard.dim)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file_name}: damaged ({error})") from None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step's sequences are shared out."""
+    """Division of one optimizer step's sequences into micro-batches and data-parallel ranks."""
 
     micro_batch_size: int
     """Sequences that one rank computes at a time."""
@@ -32,7 +32,7 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, dp: int) -> BatchPlan:
-    """Return how a step's sequences are shared out over `dp` data-parallel ranks.
+    """Divide a step's sequences into micro-batches on `dp` data-parallel ranks.
 
     Raises:
         ConfigError: if `train.global_batch_size` is not a multiple of `train.micro_batch_size * dp`.

@@ -1,4 +1,4 @@
-"""Whether two configurations describe the same run."""
+"""Comparison of two configurations: can one run go on from the other?"""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def check_deepspeed_keys(section: dict[str, Any]) -> Iterator[Fault]:
 
 
 def unknown_deepspeed_keys(config: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with each key of a configuration of DeepSpeed's own that DeepSpeed does not know.
+    """Yield a message for each unknown key in a configuration file of DeepSpeed's own.
 
     Example:
         >>> list(unknown_deepspeed_keys({"zero_optimisation": {"stage": 1}}))

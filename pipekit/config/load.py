@@ -23,7 +23,7 @@ from pipekit.settings.faults import mapping_fault, section_faults, unknown_key_f
 from pipekit.settings.suggest import closest, suggest_key
 from pipekit.settings.yaml_source import read_yaml
 
-Key = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 _EXAMPLES = {"model": "{preset: tiny}", "train": "{steps: 300}", "deepspeed": "{wall_clock_breakdown: true}"}
 _BUILDER = "my_package.my_model:build_layers"
@@ -31,7 +31,7 @@ _BUILDER = "my_package.my_model:build_layers"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a value was given."""
+    """Place where a value was given: file and line, or the command line."""
 
     label: str
     line: int = 0
@@ -39,16 +39,16 @@ class _Place:
 
 
 class _Draft:
-    """A configuration that is not checked yet: plain values, and the place of each key."""
+    """A configuration that has not been checked yet: plain values, and the place of each key."""
 
     def __init__(self, label: str = "") -> None:
         self.label = label
         self.values: dict[str, Any] = {}
-        self.places: dict[Key, _Place] = {}
+        self.places: dict[KeyPath, _Place] = {}
         self.faults: list[tuple[_Place, str]] = []
 
-    def place_of(self, key: Key) -> _Place:
-        """Return where a key was given, or else the nearest key above it."""
+    def place_of(self, key: KeyPath) -> _Place:
+        """Return the place of a key, or else of the nearest key above it."""
         for length in range(len(key), 0, -1):
             if key[:length] in self.places:
                 return self.places[key[:length]]
@@ -64,7 +64,7 @@ class _Draft:
             message = place.override + message.removeprefix(dotted)
         self.faults.append((place, message))
 
-    def set(self, key: Key, value: Any, place: _Place) -> None:
+    def set(self, key: KeyPath, value: Any, place: _Place) -> None:
         """Give a key a value, in place of whatever stood there."""
         node = self.values
         for depth, part in enumerate(key[:-1], start=1):

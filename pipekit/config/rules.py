@@ -48,7 +48,7 @@ def sequence_fits_positions(model: ModelFamily, train: TrainConfig) -> Iterator[
 
 
 def tensor_parallel_fits(model: ModelFamily, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
-    """Tensor-parallel ranks share out whole heads, and equal parts of the sequence."""
+    """Tensor parallelism shards whole heads, and the sequence into equal shards."""
     tp, heads = parallel.tp, model.attention_heads
     if heads is not None and (fault := heads.fault(tp)):
         yield fault
@@ -74,10 +74,10 @@ def near_multiples(number: int, unit: int) -> list[int]:
 
 
 def zero_3_fits_the_head(model: ModelFamily, parallel: ParallelConfig, train: TrainConfig) -> Iterator[Fault]:
-    """ZeRO-3 lets the weights of a layer go when it has run, and a loss that computes scores itself needs them then."""
+    """ZeRO-3 frees the weights of a layer when it has run, and a loss that computes scores itself needs them then."""
     if parallel.zero < 3 or not model.loss_computes_logits:
         return
-    why = "whose loss needs the head's weights after ZeRO-3 has let them go"
+    why = "whose loss needs the head's weights after ZeRO-3 has freed them"
     if parallel.tp > 1:
         yield rule_fault(
             "parallel.zero parallel.tp",
@@ -120,7 +120,7 @@ def zero_fits(parallel: ParallelConfig) -> Iterator[Fault]:
 
 
 def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
-    """What is kept in host memory is what ZeRO has cut into a piece for each replica."""
+    """Only tensors that ZeRO shards can be kept in host memory."""
     offload, zero = parallel.offload, parallel.zero
     if offload == "none":
         return
@@ -149,7 +149,7 @@ def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
 
 
 def deepspeed_fits_zero(deepspeed: Mapping[str, Any], parallel: ParallelConfig) -> Iterator[Fault]:
-    """Keys of DeepSpeed's for what is not there have no effect."""
+    """DeepSpeed's keys for offload and ZeRO-3 need the settings that they refine."""
     section = deepspeed.get("zero_optimization")
     if not isinstance(section, dict):
         return
@@ -195,7 +195,7 @@ def schedule_fits(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Faul
         yield rule_fault(
             "parallel.max_in_flight parallel.schedule",
             f"parallel.max_in_flight={parallel.max_in_flight} is only for parallel.schedule=auto, and it is "
-            f"{parallel.schedule}, which holds what it holds; remove it, or set parallel.schedule=auto",
+            f"{parallel.schedule}, whose memory follows from its table; remove it, or set parallel.schedule=auto",
         )
     if parallel.stages_per_rank is not None and is_file(parallel.schedule):
         yield rule_fault(
@@ -225,7 +225,7 @@ def _num_stages(parallel: ParallelConfig) -> int | None:
 
 
 def auto_chooses_alone(parallel: ParallelConfig) -> Iterator[Fault]:
-    """What `parallel: auto` chooses is not given beside it."""
+    """Settings that `parallel: auto` chooses are not given beside it."""
     chosen = (
         "pp",
         "tp",
@@ -314,7 +314,7 @@ def batch_divides(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Faul
 
 
 def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
-    """Return what is wrong with the batch sizes for `dp` data-parallel ranks, if anything is."""
+    """Return the fault in the batch sizes for `dp` data-parallel ranks; None if there is none."""
     unit = train.micro_batch_size * dp
     if train.global_batch_size % unit == 0:
         return None

@@ -35,7 +35,7 @@ from pipekit.settings.yaml_source import write_yaml
 
 
 class RunConfig(Section):
-    """Where a run lives and what it runs on."""
+    """Folder, device and threads of a run."""
 
     dir: str = Field(default="runs/run", min_length=1, examples=["runs/my-run"])
     """Folder of the run: checkpoints, logs and the resolved configuration. Relative to the working directory.
@@ -45,31 +45,31 @@ class RunConfig(Section):
     """No wait for another rank lasts longer than this many seconds."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What to compute on; `auto` takes the GPUs where there are any."""
+    """Device to compute on; `auto` takes the GPUs where there are any."""
 
     threads_per_process: PositiveInt | Literal["auto"] = Field(default="auto", examples=[4])
-    """CPU threads of each process; `auto` shares out the cores."""
+    """CPU threads of each process; `auto` divides the cores among them."""
 
     trial: str | None = Field(default=None, min_length=1, examples=["my_package.my_trial:MyTrial"])
     """`package.module:Class` of your own `pipekit.Trial`; null trains a language model."""
 
 
 class ParallelConfig(Section):
-    """How the ranks are laid out: `pp * dp * tp` is the number of processes."""
+    """Layout of the ranks: `pp * dp * tp` is the number of processes."""
 
     auto: bool = False
-    """Whether to take the best plan for the devices present: `parallel: auto` for short. It chooses `pp`, `dp`, `zero`,
+    """Take the best plan for the devices present: `parallel: auto` for short. It chooses `pp`, `dp`, `zero`,
     `schedule`, `stages_per_rank` and `partition`, `train.micro_batch_size` and `train.activation_checkpointing`."""
 
     pp: PositiveInt = Field(default=1, examples=[2])
     """Pipeline-parallel degree: the number of ranks that a model is spread over."""
 
     tp: PositiveInt = Field(default=1, examples=[2])
-    """Tensor-parallel degree: the number of ranks that share each layer out among themselves."""
+    """Tensor-parallel degree: the number of ranks that each layer is sharded over."""
 
     sequence_parallel: bool = True
-    """For `tp` > 1: whether each tensor-parallel rank keeps only its part of the sequence of what passes between layers
-    that can work on parts. It takes less memory, and computes the same."""
+    """For `tp` > 1: each tensor-parallel rank keeps only its shard of the sequence of activations between layers that
+    can work on shards. It takes less memory, and computes the same."""
 
     dp: PositiveInt | Literal["auto"] = Field(default="auto", examples=[2])
     """Data-parallel degree; `auto` fills the processes, or the GPUs, that there are, and is 1 on a CPU."""
@@ -79,18 +79,18 @@ class ParallelConfig(Section):
     neighbouring ranks, so that they share a node."""
 
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, examples=[1])
-    """ZeRO stage, what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer states, 2 the gradients
-    too, 3 the weights too. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
+    """ZeRO stage, which says what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer states, 2 the
+    gradients too, 3 the weights too. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
 
     offload: Literal["none", "optimizer", "parameters"] = Field(default="none", examples=["optimizer"])
-    """What is kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there
+    """Tensors kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there
     (needs `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`)."""
 
     partition: str = Field(
         default="parameters",
         examples=["parameters", "uniform", "flops", "profile", "memory", "type:Attention", "manual"],
     )
-    """How layers are shared out among stages: `parameters` balances their parameters, `uniform` their number, `flops`
+    """Partition of the layers into stages: `parameters` balances their parameters, `uniform` their number, `flops`
     their counted operations, `profile` their measured seconds, `memory` their seconds or operations among the
     partitions that fit into the devices, `type:<regex>` the number of layers whose class name matches, `manual` takes
     `boundaries`; or the name of a partitioner that another package installs."""
@@ -104,16 +104,16 @@ class ParallelConfig(Section):
     behind the last block, and `|` ends a stage; `*3` repeats what is before it, a letter or a group in parentheses."""
 
     memory_limit_gb: PositiveFloat | None = Field(default=None, examples=[80.0])
-    """For `partition: memory` and `parallel: auto`: what a rank may hold, in 10^9 bytes; null is the memory of its GPU,
-    or on a CPU its share of the machine's."""
+    """For `partition: memory` and `parallel: auto`: memory limit of a rank, in 10^9 bytes; null is the memory of its
+    GPU, or on a CPU an equal fraction of the machine's."""
 
     schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
-    """Which rank does what when: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
+    """Pipeline schedule: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
     steps and plans the best for them, or a CSV file with a table of your own."""
 
     stages_per_rank: PositiveInt | None = Field(default=None, examples=[2])
-    """Stages on each pipeline rank; null is what the schedule is made for: 2 under `interleaved-1f1b` and `zb-v`, and
-    1 under the others."""
+    """Stages on each pipeline rank; null is the number that the schedule is made for: 2 under `interleaved-1f1b` and
+    `zb-v`, and 1 under the others."""
 
     max_in_flight: PositiveInt | None = Field(default=None, examples=[8])
     """For `schedule: auto`: of how many micro-batches a rank may hold activations, each stage counted by itself; null
@@ -138,7 +138,7 @@ class ParallelConfig(Section):
 
     @property
     def num_stages(self) -> int:
-        """The number of stages that the model is cut into.
+        """The number of stages that the model is partitioned into.
 
         Raises:
             ScheduleError: if the schedule is a file that holds none.
@@ -179,7 +179,7 @@ class ParallelConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long to train, and on how much at a time."""
+    """Length of the training, batch sizes and precision."""
 
     steps: PositiveInt = Field(default=..., examples=[300])
     """Optimizer steps of the whole run."""
@@ -203,24 +203,24 @@ class TrainConfig(Section):
     """Largest norm of the whole gradient; 0 switches clipping off."""
 
     activation_checkpointing: bool = False
-    """Whether to recompute activations in the backward pass instead of storing them."""
+    """Recompute activations in the backward pass instead of storing them."""
 
     loss_chunk_tokens: PositiveInt | Literal["auto"] | None = Field(default="auto", examples=[1024])
-    """How many tokens the loss of a built-in model computes the scores of the vocabulary for at a time, and again in
-    the backward pass; `auto` all at once where they take little memory, null always all at once."""
+    """Tokens for which the loss of a built-in model computes the scores of the vocabulary at a time, and again in the
+    backward pass; `auto` takes all at once where they need little memory, null always."""
 
     eval_interval: PositiveInt | None = Field(default=None, examples=[100])
-    """Steps between evaluations; null evaluates never."""
+    """Steps between evaluations; null never evaluates."""
 
     eval_batches: PositiveInt = Field(default=8, examples=[8])
     """Global batches per evaluation."""
 
     check_replicas: PositiveInt | None = Field(default=None, examples=[100])
-    """Steps between checks that ranks which hold the same tensor hold the same bits; null checks never."""
+    """Steps between checks that ranks which hold the same tensor hold the same bits; null never checks."""
 
 
 class OptimizerConfig(Section):
-    """What turns gradients into steps."""
+    """Optimizer: the algorithm that turns gradients into updates, and its settings."""
 
     type: Literal["adamw", "adam", "sgd"] = "adamw"
     """The algorithm."""
@@ -244,7 +244,7 @@ class OptimizerConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """How the learning rate moves over the steps."""
+    """Schedule of the learning rate over the steps."""
 
     type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
@@ -275,19 +275,19 @@ class DataConfig(Section):
     """Size of the tokenizer that is trained where `tokenizer` is null."""
 
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, examples=[0.05])
-    """Part of the text that is held out for evaluation."""
+    """Fraction of the text that is held out for evaluation."""
 
     text_key: str = Field(default="text", min_length=1, examples=["text"])
     """Field of a JSONL record that holds the text."""
 
     shuffle: bool = True
-    """Whether every epoch draws a new order of the sequences."""
+    """Draw a new order of the sequences in every epoch."""
 
     cache_dir: str | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
     """Folder of the prepared tokens; null means `~/.cache/pipekit`."""
 
     max_bytes: PositiveInt | None = Field(default=None, examples=[10_000_000])
-    """Read at most so much text; null reads all of it."""
+    """Number of bytes of text to read at most; null reads all of it."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -296,7 +296,7 @@ class DataConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved, and where it goes on from."""
+    """Saving of checkpoints, and the one to resume from."""
 
     interval: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checkpoints; null saves only at the end."""
@@ -306,7 +306,7 @@ class CheckpointConfig(Section):
     the path of a checkpoint folder."""
 
     keep: PositiveInt | None = Field(default=2, examples=[2])
-    """How many of the newest checkpoints stay; null keeps all."""
+    """Number of the newest checkpoints to keep; null keeps all."""
 
 
 class WandbConfig(Section):
@@ -333,7 +333,7 @@ def _wandb_switch(value: Any) -> Any:
 
 
 class LoggingConfig(Section):
-    """What is written down while training."""
+    """Logging: the console, profiles, TensorBoard, Weights & Biases."""
 
     interval: PositiveInt = Field(default=10, examples=[10])
     """Steps between plain console lines."""
@@ -344,11 +344,10 @@ class LoggingConfig(Section):
     """Log to Weights & Biases: true, false, or a mapping of settings."""
 
     profile: bool = False
-    """Whether to time every action of the pipeline, and to draw them, under what the simulator says, into the run
-    folder."""
+    """Time every action of the pipeline, and draw them into the run folder beneath the simulated timeline."""
 
     tensorboard: bool = False
-    """Whether to write TensorBoard event files into the run folder."""
+    """Write TensorBoard event files into the run folder."""
 
 
 if TYPE_CHECKING:
@@ -362,34 +361,34 @@ else:
 
 
 class Config(Section):
-    """Everything about a run. Read one with `load_config`, or build one from a dict with `parse_config`."""
+    """Configuration of a run. Read one with `load_config`, or build one from a dict with `parse_config`."""
 
     run: RunConfig = RunConfig()
-    """Where a run lives and what it runs on."""
+    """Folder, device and threads of a run."""
 
     model: ModelSection = Field(default=..., examples=[{"preset": "tiny"}])
-    """What is trained: a preset, sizes, or `package.module:function` of your own list of layer specs."""
+    """Model to train: a preset, sizes, or `package.module:function` of your own list of layer specs."""
 
     parallel: ParallelConfig = ParallelConfig()
-    """How the ranks are laid out."""
+    """Layout of the ranks."""
 
     train: TrainConfig = Field(default=..., examples=[{"steps": 300}])
-    """How long to train, and on how much at a time."""
+    """Length of the training, batch sizes and precision."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
-    """What turns gradients into steps."""
+    """Optimizer: the algorithm that turns gradients into updates, and its settings."""
 
     scheduler: SchedulerConfig = SchedulerConfig()
-    """How the learning rate moves over the steps."""
+    """Schedule of the learning rate over the steps."""
 
     data: DataConfig = DataConfig()
     """The text to train on, and how it becomes tokens."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the run is saved, and where it goes on from."""
+    """Saving of checkpoints, and the one to resume from."""
 
     logging: LoggingConfig = LoggingConfig()
-    """What is written down while training."""
+    """Logging: the console, profiles, TensorBoard, Weights & Biases."""
 
     deepspeed: dict[str, Any] = Field(default={}, examples=[{"wall_clock_breakdown": True}])
     """Settings passed through to DeepSpeed; keys that pipekit sets itself are refused."""

@@ -1,6 +1,6 @@
-"""Reading text: which files a source names, and the documents in them.
+"""Text corpora: the files that a source names, and the documents in them.
 
-A document longer than a few ten thousand characters is read in parts, so that a file of any size needs little
+A document longer than some tens of thousands of characters is read in passages, so that a file of any size needs little
 memory and a corpus that is one long file can still be divided into training and held-out text.
 """
 
@@ -28,7 +28,7 @@ MAX_PASSAGE_CHARS = 64 * 1024
 MIN_PASSAGE_CHARS = 1024
 MIN_NUM_PASSAGES = 64
 
-# Beside tests and other people's packages, tables that programs have written: they are not prose of any kind.
+# Tests, other people's packages, and tables written by programs, which are no prose.
 _STDLIB_SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
@@ -42,7 +42,7 @@ class CorpusFile:
     """One file of a corpus.
 
     `name` and `mtime_ns` identify its content together with its size. Files that the user did not name one by
-    one (`is_named=False`) are passed over where they are not UTF-8; a named one is then an error.
+    one (`is_named=False`) are skipped where they are not UTF-8; a named one is then an error.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Passage:
-    """A document, or one part of a long one.
+    """A document, or a section of a long one.
 
     `ends_document` is False where the document goes on in the next passage.
     """
@@ -77,7 +77,7 @@ class Corpus:
 
     @property
     def identity(self) -> list[tuple[str, int, int | None]]:
-        """What tells this corpus from another without reading it: name, size and time of each file."""
+        """Name, size and time of each file, which tell this corpus from another without reading it."""
         return [(file.name, file.num_bytes, file.mtime_ns) for file in self.files]
 
 
@@ -100,7 +100,7 @@ def find_corpus(source: str | Sequence[str]) -> Corpus:
 
 
 def read_passages(corpus: Corpus, *, text_key: str = "text", max_bytes: int | None = None) -> Iterator[Passage]:
-    """Yield the documents of `corpus` in order, long ones in several parts; empty ones are left out.
+    """Yield the documents of `corpus` in order, long ones in several passages; empty ones are left out.
 
     Args:
         corpus: the files to read. A `.jsonl` file holds one document a line, any other file is one document.
@@ -127,9 +127,9 @@ def read_passages(corpus: Corpus, *, text_key: str = "text", max_bytes: int | No
 
 
 def plan_passage_chars(num_bytes: int) -> int:
-    """Return how many characters of a document are read at a time.
+    """Number of characters of a document that are read at a time.
 
-    Fewer in a small corpus, so that it too has many parts.
+    A small corpus is read in smaller passages, so that it too has many.
 
     Example:
         >>> plan_passage_chars(1_000_000)
@@ -205,13 +205,13 @@ def _read_file(file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tupl
     try:
         if file.path.suffix.lower() == ".jsonl":
             for text in _read_jsonl(file.path, text_key):
-                yield from _cut(io.StringIO(text, newline=""), max_chars)
+                yield from _split_passages(io.StringIO(text, newline=""), max_chars)
             return
         if not file.is_named and not _is_utf8(file.path):
             logger.warning("%s is not UTF-8 text and is left out", file.path)
             return
         with file.path.open(encoding="utf-8-sig") as stream:
-            yield from _cut(stream, max_chars)
+            yield from _split_passages(stream, max_chars)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file.path}: not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, as with "
@@ -221,18 +221,18 @@ def _read_file(file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tupl
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
 
 
-def _cut(stream: TextIO, max_chars: int) -> Iterator[tuple[str, bool]]:
-    """Yield `(part, is_last)`: parts of `max_chars` to twice as many, cut at line ends if there are any."""
+def _split_passages(stream: TextIO, max_chars: int) -> Iterator[tuple[str, bool]]:
+    """Yield `(text, is_last)`, with `max_chars` to twice as many characters, split at line ends if there are any."""
 
-    def read_part() -> str:
-        part = stream.read(max_chars)
-        return part if part.endswith("\n") or len(part) < max_chars else part + stream.readline(max_chars)
+    def read_passage() -> str:
+        text = stream.read(max_chars)
+        return text if text.endswith("\n") or len(text) < max_chars else text + stream.readline(max_chars)
 
-    part = read_part()
-    while part:
-        following = read_part()
-        yield part, not following
-        part = following
+    text = read_passage()
+    while text:
+        following = read_passage()
+        yield text, not following
+        text = following
 
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
@@ -263,7 +263,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
                     f"{place}: key {text_key!r} holds {_json_type(text)}, not a string; "
                     "set data.text_key to the key with the text"
                 )
-            # JSON can spell half of a surrogate pair, which is no character and has no UTF-8 form.
+            # JSON can write half of a surrogate pair, which is no character and has no UTF-8 form.
             yield text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 

@@ -20,7 +20,7 @@ class MapDataset(Protocol):
 
 
 class BatchLoader:
-    """Give each data-parallel rank its share of every global batch.
+    """Loads each data-parallel rank's micro-batches of every global batch.
 
     The global batch of a step is the next `global_batch_size` positions of the order after
     `consumed_samples`. It is divided in order into micro-batches of `b = micro_batch_size` samples:
@@ -32,12 +32,12 @@ class BatchLoader:
     Args:
         dataset: map-style; its samples are pairs `(inputs, labels)` that `torch.utils.data.default_collate`
             can stack.
-        order: which sample stands at each position.
+        order: the sample at each position.
         global_batch_size: samples of one optimizer step, over all ranks.
         micro_batch_size: samples of one forward pass on one rank.
         dp_rank: this rank's index along the data axis.
         dp: the data-parallel degree.
-        collate: makes a micro-batch of a list of samples; stacks pairs of inputs and labels unless given.
+        collate: makes a micro-batch of a list of samples; by default stacks pairs of inputs and labels.
 
     Raises:
         ConfigError: if `micro_batch_size * dp` does not divide `global_batch_size`, or `dp_rank` is not in

@@ -1,4 +1,4 @@
-"""Which sample stands at each position of a training run, computed without a table.
+"""Sample order: the sample at each position of a training run, computed without a table.
 
 The position of a run in its data is one number, `consumed_samples`. It means the same under every layout and
 batch size, so a run that goes on with other degrees of parallelism neither loses nor repeats a sample.

@@ -137,9 +137,9 @@ def plan_cache_key(config: DataConfig, corpus: Corpus) -> str:
 
 
 def is_held_out(index: int, fraction: float) -> bool:
-    """Return whether passage `index` of a corpus belongs to the validation split.
+    """True if passage `index` of a corpus belongs to the validation split.
 
-    Of every `1 / fraction` passages in a row one is held out, at a place drawn from a hash. So the share is
+    Of every `1 / fraction` passages in a row one is held out, at a place drawn from a hash. So the share held out is
     near `fraction` even in a small corpus, every passage has the same chance whatever its length, and the
     choice never changes.
 
@@ -236,7 +236,7 @@ def _write_splits(
 
 
 def _load_prepared(folder: Path) -> PreparedData | None:
-    """Return what is in a cache folder, or None where it is not there or not whole."""
+    """Return the prepared data of a cache folder, or None if it is missing or incomplete."""
     if not folder.is_dir():
         return None
     try:

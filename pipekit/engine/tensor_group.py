@@ -61,10 +61,6 @@ class ProcessTensorGroup(TensorGroup):
         work = dist.all_reduce(total, group=self._group, async_op=True)
         return _Waiting(work, what, lambda: total.chunk(self.size, dim)[self.rank].clone())
 
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return _Waiting(work, f"the maximum of {_shape(tensor)}", lambda: tensor).wait()
-
 
 def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return the shape of the logical tensor that a parameter is, or is a part of."""

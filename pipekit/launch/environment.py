@@ -1,4 +1,4 @@
-"""Which rank this process is, read from the variables that launchers set.
+"""Rank of this process, read from the environment variables that launchers set.
 
 Each launcher has names of its own for the same few numbers. They are read here into one `RankEnvironment`,
 and nowhere else.
@@ -79,7 +79,7 @@ class RankEnvironment:
 
 
 def detect_ranks(environ: Environ) -> RankEnvironment | None:
-    """Return this process's place in the launch that it is part of, or None where it was started on its own.
+    """Return this process's place in its launch, or None if it was started on its own.
 
     Understood are torchrun and deepspeed, Open MPI, MPICH and Intel MPI, and SLURM's srun. The shell or batch
     script of a SLURM allocation is not a launch: only srun sets `SLURM_STEP_ID`, and a step of one task has
@@ -89,7 +89,7 @@ def detect_ranks(environ: Environ) -> RankEnvironment | None:
         environ: the environment variables, usually `os.environ`.
 
     Raises:
-        LaunchError: if a launcher's variables are there in part only, or contradict each other.
+        LaunchError: if some of a launcher's variables are missing, or they contradict each other.
 
     Example:
         >>> detect_ranks({"HOME": "/root"}) is None
@@ -129,7 +129,7 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_on_node(tasks_per_node: str, node_idx: int) -> int | None:
-    """Return the number of tasks of one node, from SLURM's short form; None where it does not say.
+    """Return the number of tasks of one node, from SLURM's short form; None where the form does not cover it.
 
     Example:
         >>> [tasks_on_node("4(x2),1", node) for node in range(4)]

@@ -95,7 +95,7 @@ def guard_extension_builds(
 
 @dataclass(frozen=True)
 class _LockState:
-    """What is known of a lock. With neither `gone` nor `abandoned`, a build may be under way."""
+    """State of a lock. With neither `gone` nor `abandoned`, a build may be under way."""
 
     gone: bool = False
     abandoned: bool = False
@@ -119,7 +119,7 @@ def _inspect(lock: Path, *, stale_after_s: float) -> _LockState:
 
 
 def _sees_every_builder(lock: Path) -> bool:
-    """Return whether each process that could hold the lock would be found by looking through /proc."""
+    """True if /proc shows every process that could hold the lock."""
     if sys.platform != "linux" or lock.stat().st_uid != os.geteuid():
         return False
     file_system = _file_system(lock.parent)

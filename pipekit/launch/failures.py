@@ -1,4 +1,4 @@
-"""How a rank failed, which rank failed first, and how to say so.
+"""Failures of ranks: reports, the first failure, and its message.
 
 When one rank fails, its neighbours lose their connection and fail too. The user wants to read about the first
 one only.
@@ -25,7 +25,7 @@ FailureKind = Literal["user", "crash", "peer"]
 
 @dataclass(frozen=True)
 class FailureReport:
-    """What a failing worker writes down about itself.
+    """Report that a failing worker writes about itself.
 
     Args:
         kind: "user" is an error with a message of its own; "peer" is the loss of another rank, so the fault
@@ -54,7 +54,7 @@ class FailureReport:
 
 @dataclass(frozen=True)
 class RankFailure:
-    """How one rank ended.
+    """End of one rank that failed.
 
     Args:
         rank: the rank.
@@ -108,7 +108,7 @@ def describe_failure(failure: RankFailure) -> str:
 
 
 def tail_of_log(log: Path, *, start: int = 0) -> str:
-    """Return the last lines of a log, of what was written after its first `start` bytes."""
+    """Return the last lines of a log, not counting its first `start` bytes."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -121,7 +121,7 @@ def tail_of_log(log: Path, *, start: int = 0) -> str:
 
 def _describe_end(returncode: int) -> str:
     if returncode >= 0:
-        return f"ended with exit code {returncode}, without a word of its own"
+        return f"ended with exit code {returncode}, without a message"
     try:
         name = signal.Signals(-returncode).name
     except ValueError:

@@ -134,7 +134,7 @@ class _Worker:
     group_gone: bool = False
 
     def poll(self) -> bool:
-        """Return whether the process is running, and note when it is first seen to have ended."""
+        """True if the process is running; notes the time when it is first seen to have ended."""
         if self.process.poll() is None:
             return True
         if self.ended_s is None:
@@ -143,7 +143,7 @@ class _Worker:
         return False
 
     def failure(self) -> RankFailure | None:
-        """Return how it failed, or None while it runs and where it succeeded."""
+        """Return its failure, or None if it still runs or has succeeded."""
         if self.ended_s is None or self.process.returncode == 0:
             return None
         return RankFailure(
@@ -232,7 +232,7 @@ def _start(job: _Job, rank: int) -> _Worker:
 
 
 def _wait(workers: Sequence[_Worker], signals: _Signals) -> None:
-    """Return when all have succeeded, one has failed, or a signal came."""
+    """Wait until all have succeeded, one has failed, or a signal has come."""
     peer_lost_s: float | None = None
     while True:
         num_running = sum([worker.poll() for worker in workers])

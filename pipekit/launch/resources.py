@@ -1,4 +1,4 @@
-"""What this machine has: accelerators and processor cores, counted without importing torch."""
+"""Accelerators and processor cores of this machine, counted without importing torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NVIDIA_SMI_TIMEOUT_S = 20.0
 
 
 def threads_per_process(setting: Literal["auto"] | int, num_local_ranks: int, num_cpus: int) -> int:
-    """Return how many threads each process computes with.
+    """Number of threads that each process computes with.
 
     Args:
-        setting: the configured number; "auto" shares the cores out.
+        setting: the configured number; "auto" divides the cores among the processes.
         num_local_ranks: number of processes on this machine.
         num_cpus: number of cores that they may use together.
 
@@ -32,7 +32,7 @@ def threads_per_process(setting: Literal["auto"] | int, num_local_ranks: int, nu
 
 
 def thread_environ(setting: Literal["auto"] | int, num_local_ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that hold numerical libraries to their share of the cores.
+    """Environment variables that limit numerical libraries to a process's threads.
 
     An `OMP_NUM_THREADS` of the user's own wins over "auto", and a configured number wins over both.
     """
@@ -74,7 +74,7 @@ def num_accelerators(environ: Mapping[str, str], driver_dir: Path = Path("/proc/
 
 
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:
-    """Return how many devices `CUDA_VISIBLE_DEVICES` leaves.
+    """Number of devices that `CUDA_VISIBLE_DEVICES` leaves visible.
 
     As CUDA counts: those named before the first that does not exist.
 

@@ -1,4 +1,4 @@
-"""A small process that ends the workers when their launcher dies without a chance to do it itself."""
+"""Watcher process that ends the workers when their launcher is killed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ for group in $groups; do kill -s KILL -- "-$group"; done
 class Watcher:
     """Kills process groups after the death of the process that created the watcher, even by SIGKILL.
 
-    It needs nothing of the workers: one that hangs, or has not come to run its first line, is ended too, and
-    so are the processes that it started. Leaving the `with` block ends the watcher, and no group.
+    The workers need not cooperate: one that hangs, or has not run its first line yet, is ended too, and so
+    are the processes that it started. Leaving the `with` block ends the watcher, and no group.
     """
 
     def __enter__(self) -> Watcher:

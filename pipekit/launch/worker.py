@@ -1,4 +1,4 @@
-"""What a worker process does for its launcher: report how it failed, and not outlive it."""
+"""Worker processes: reporting a failure to the launcher, and ending with it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 def error_file_from(environ: Mapping[str, str]) -> Path | None:
-    """Return the file in which the launcher wants to read of a failure; None under another launcher."""
+    """Return the file for the failure report that the launcher asked for; None under another launcher."""
     path = environ.get(ERROR_FILE_VARIABLE)
     return Path(path) if path else None
 
 
 @contextlib.contextmanager
 def report_failure(error_file: Path | None) -> Iterator[None]:
-    """Run the block; if it fails, write down how, and end the process at once.
+    """Run the block; if it fails, write a failure report and end the process at once.
 
     The process ends without Python's clean-up, because the destructor of a process group can wait for ever
     for ranks that are gone. The exit code is 2 after a `PipekitError` and 1 after any other exception; an
@@ -62,7 +62,7 @@ def report_failure(error_file: Path | None) -> Iterator[None]:
 
 
 def failure_kind(error: BaseException) -> FailureKind:
-    """Return whose fault an exception is: the user's, another rank's, or that of the code which raised it.
+    """Classify an exception: the user's fault, another rank's, or that of the code which raised it.
 
     Exceptions of torch are known by their names, since this module does not import torch.
 

@@ -17,10 +17,10 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
 
     Args:
         specs: the model.
-        tp: tensor-parallel degree; the shapes are those of the first tensor-parallel rank, which has the largest parts.
+        tp: tensor-parallel degree; the shapes are those of the first rank, whose shards are the largest.
 
     Raises:
-        LayoutError: if a layer has less to share out than there are tensor-parallel ranks; it names the layer.
+        LayoutError: if a layer is too small for so many tensor-parallel ranks; it names the layer.
 
     Example:
         >>> from torch import nn
@@ -34,14 +34,14 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
         if key not in known:
             layer = build_on_meta(spec, name=name)
             if tp > 1:
-                _cut(layer, name, tp)
+                _shard(layer, name, tp)
             named = layer.named_parameters()
             known[key] = {path: tuple(parameter.shape) for path, parameter in named if parameter.requires_grad}
         shapes.append({f"{name}.{path}": shape for path, shape in known[key].items()})
     return shapes
 
 
-def _cut(layer: nn.Module, name: str, tp: int) -> None:
+def _shard(layer: nn.Module, name: str, tp: int) -> None:
     try:
         shard_layer(layer, PlannedGroup(rank=0, size=tp), sequence_parallel=False)
     except LayoutError as error:

@@ -38,7 +38,7 @@ class SequentialModel(nn.Module):
         self.layers = nn.ModuleList(modules.values())
 
     def forward(self, inputs: Any) -> Any:
-        """Return what the last layer returns; outside training, scores of a vocabulary as a tensor."""
+        """Run all layers and return the output of the last; outside training, `Logits` become a tensor."""
         for step in self.steps:
             inputs = step(inputs)
         return inputs if torch.is_grad_enabled() else whole_outputs(inputs)

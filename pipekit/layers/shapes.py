@@ -22,7 +22,7 @@ _IN_PLACE = "normal_ uniform_ zero_ fill_ copy_ add_ mul_ div_ sub_ relu_"
 
 
 def infer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what an operation on meta tensors returns, or None where torch has to be asked.
+    """Result of an operation on meta tensors, or None if torch has to compute it.
 
     Args:
         func: the operation, such as `torch.ops.aten.mm.default`.
@@ -37,7 +37,7 @@ def infer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     rule = _RULES.get(func)
     if rule is None:
         return None
-    tensors = [part for value in args for part in (value if isinstance(value, (list, tuple)) else (value,))]
+    tensors = [item for value in args for item in (value if isinstance(value, (list, tuple)) else (value,))]
     if any(isinstance(tensor, Tensor) and tensor.device.type != "meta" for tensor in tensors):
         return None
     return rule(*args, **kwargs)
@@ -78,7 +78,7 @@ def _like(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _filled_like(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    """Return what `empty_like`, `zeros_like` and their kin do."""
+    """Result of `empty_like`, `zeros_like` and their kin."""
     if kwargs.get("device") not in (None, torch.device("meta")) or kwargs.get("layout") is not None:
         return None
     if kwargs.get("memory_format") not in (None, torch.preserve_format):
@@ -121,7 +121,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
 
 
 def _made(shape: Sequence[int], **kwargs: Any) -> Tensor | None:
-    """Return what `randn` and `rand` do."""
+    """Result of `randn` and `rand`."""
     if kwargs.get("device") != torch.device("meta") or kwargs.get("layout") is not None:
         return None
     return torch.empty(shape, dtype=kwargs.get("dtype") or torch.get_default_dtype(), device="meta")

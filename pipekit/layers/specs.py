@@ -50,7 +50,7 @@ class LayerSpec:
 
     @property
     def type_name(self) -> str:
-        """The class name of the layer, as partitioners match it (`type:<regex>`)."""
+        """The class name of the layer, which partitioners match (`type:<regex>`)."""
         return getattr(self.typename, "__name__", type(self.typename).__name__)
 
     def build(self) -> nn.Module:
@@ -106,7 +106,7 @@ def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
     Torch's generators are left as they were.
 
     Raises:
-        ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
+        ConfigError: if the spec's arguments do not fit its class, or it builds something that is not a module.
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed the GPUs' generators too, and those are not forked.
@@ -120,7 +120,7 @@ def build_on_meta(spec: LayerSpec, *, name: str) -> nn.Module:
     A layer that cannot be built so, because its constructor reads tensor values, is built on the CPU.
 
     Raises:
-        ConfigError: if the spec's arguments do not fit its class, or what it builds is no module.
+        ConfigError: if the spec's arguments do not fit its class, or it builds something that is not a module.
     """
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]), ShapeRules():
@@ -138,31 +138,31 @@ def _build(spec: LayerSpec, name: str) -> nn.Module:
         raise ConfigError(f"layer {name!r} cannot be built from {spec!r}: {error}") from None
     if not isinstance(layer, nn.Module):
         raise ConfigError(
-            f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is no nn.Module; wrap it in one"
+            f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
         )
     return layer
 
 
 def _accepts(spec: LayerSpec) -> bool:
-    """Return whether the arguments fit the signature, so that a TypeError comes from further inside."""
+    """True if the arguments fit the signature, so that a TypeError comes from further inside."""
     try:
         inspect.signature(spec.typename).bind(*spec.module_args, **spec.module_kwargs)
     except TypeError:
         return False
-    except ValueError:  # a class of an extension module, which tells no signature
+    except ValueError:  # a class of an extension module, which has no signature
         return True
     return True
 
 
 def flow_of_spec(spec: LayerSpec) -> SequenceFlow:
-    """Return how a layer deals with the sequence, without allocating it."""
+    """Return the sequence flow of a layer, without allocating the layer."""
     if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
         return flow_of(spec.forward_fn)
     return flow_of(spec.typename if isinstance(spec.typename, type) else build_on_meta(spec, name=spec.type_name))
 
 
 def spec_key(spec: LayerSpec) -> Hashable:
-    """Return what is equal for specs that build equal layers, apart from their weights.
+    """Key that is equal for specs which build equal layers, apart from their weights.
 
     Example:
         >>> from torch import nn
@@ -173,7 +173,7 @@ def spec_key(spec: LayerSpec) -> Hashable:
 
 
 def _frozen(value: object) -> Hashable:
-    """Return something hashable, equal for equal arguments; what cannot be hashed equals itself alone."""
+    """Hashable form of an argument, equal for equal arguments; an unhashable value equals itself alone."""
     if isinstance(value, dict):
         return (dict, tuple((key, _frozen(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
@@ -181,18 +181,18 @@ def _frozen(value: object) -> Hashable:
     try:
         hash(value)
     except TypeError:
-        return _Itself(value)
+        return _ById(value)
     return value
 
 
-class _Itself:
+class _ById:
     """Hashes and compares a value by identity."""
 
     def __init__(self, value: object) -> None:
-        self.value = value  # kept, so that no other value gets its id
+        self.value = value  # kept alive, so that no other value gets its id
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.value is other.value
+        return isinstance(other, _ById) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -239,9 +239,9 @@ def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
                 f"layer of that key builds {earlier.type_name}; layers of one key share one module: "
                 "give both the same class and arguments, and tell them apart by forward_fn"
             )
-        if _plain(spec.module_args) != _plain(earlier.module_args) or _plain(spec.module_kwargs) != _plain(
-            earlier.module_kwargs
-        ):
+        if _comparable(spec.module_args) != _comparable(earlier.module_args) or _comparable(
+            spec.module_kwargs
+        ) != _comparable(earlier.module_kwargs):
             raise ConfigError(
                 f"layer {layer_idx} is tied by key={spec.key!r} and is {spec!r}, and an earlier layer of that key is "
                 f"{earlier!r}; layers of one key share one module: give both the same arguments, written in the same "
@@ -262,10 +262,10 @@ def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
     return {key: given.get(key, key) for key in first}
 
 
-def _plain(value: object) -> object:
-    """Return an argument for comparing: numbers, texts and what holds them as they are, anything else as equal."""
+def _comparable(value: object) -> object:
+    """Form of an argument for comparing: numbers, text and containers of them as they are, anything else as equal."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_comparable(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else ...

@@ -72,7 +72,7 @@ def plan_auto(
 
 
 def _shortest_step_s(costs: Costs, placement: Sequence[int], num_micro_batches: int) -> float:
-    """Return what no step can be shorter than: a rank's wait for its first input, and then all its work."""
+    """Lower bound of a step's time in seconds: a rank's wait for its first input, and then all its work."""
     arrival_s = 0.0
     totals: dict[int, float] = {}
     for stage, rank in enumerate(placement):

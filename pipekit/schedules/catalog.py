@@ -24,7 +24,7 @@ _TWO_STAGES = ("interleaved-1f1b", "zb-v")
 
 
 def is_file(name: str) -> bool:
-    """Return whether `name` means a table of one's own.
+    """Return True if `name` is the path of a table of your own.
 
     Example:
         >>> is_file("tables/mine.csv"), is_file("zb-h1")
@@ -34,10 +34,10 @@ def is_file(name: str) -> bool:
 
 
 def default_stages_per_rank(name: str) -> int:
-    """Return how many stages a rank holds under a schedule where nothing else is asked for.
+    """Default number of stages on each rank under a schedule.
 
     Raises:
-        ConfigError: if there is no such schedule, or it is a file that holds none.
+        ConfigError: if there is no such schedule, or the file holds none.
     """
     if is_file(name):
         schedule = read_csv(name)
@@ -101,12 +101,12 @@ def plan_schedule(
         name: one of `SCHEDULE_NAMES`, or the path of a CSV file.
         pp: pipeline ranks.
         num_micro_batches: micro-batches of a step on one pipeline.
-        stages_per_rank: stages on each rank; as many as the schedule is made for, unless given.
-        costs: of the stages, for `auto`; equal ones unless given.
+        stages_per_rank: stages on each rank; by default as many as the schedule is made for.
+        costs: costs of the stages, for `auto`; equal ones by default.
         max_in_flight: for `auto`, the stage activations that a rank may hold.
 
     Raises:
-        ConfigError: if the schedule cannot run so; it says with which numbers it can.
+        ConfigError: if the schedule cannot run with these numbers; the message names some with which it can.
 
     Example:
         >>> print(plan_schedule("1f1b", pp=2, num_micro_batches=2))
@@ -140,7 +140,7 @@ def plan_schedule(
         num_micro_batches=num_micro_batches,
         max_in_flight=max_in_flight,
     )
-    # What nobody has measured yet stays split, so that the halves can be timed.
+    # Until costs are measured backwards stay split, so that both halves can be timed.
     return schedule if costs is None else merge_backwards(schedule, costs)
 
 

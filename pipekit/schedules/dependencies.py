@@ -1,4 +1,4 @@
-"""What an action needs, and in which order the actions of a table can be done."""
+"""Dependencies between actions, and an order in which the actions of a table can be done."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pipekit.schedules.schedule import Schedule
 def needs(action: Action, schedule: Schedule) -> tuple[Action, ...]:
     """Return the actions that must have ended before `action` begins.
 
-    A forward needs that of the stage before; a backward its own stage's forward, and the backward of the stage behind,
-    whole or split; a weight gradient its own input gradient.
+    A forward needs the forward of the stage before it; a backward its own stage's forward and the backward of the next
+    stage, whole or split; a weight gradient the input gradient of the same stage.
 
     Example:
         >>> from pipekit.schedules import plan_zb_h1
@@ -31,10 +31,10 @@ def needs(action: Action, schedule: Schedule) -> tuple[Action, ...]:
 
 
 def dry_run(schedule: Schedule) -> tuple[list[tuple[int, Action]], dict[int, Action]]:
-    """Do the actions of a table, each rank in the order of its row, where sends never wait for the receiver.
+    """Run through a table without computing: each rank in the order of its row, sends never waiting for the receiver.
 
     Returns:
-        The actions in an order in which they can be done, each with its rank; and for every rank that gets stuck the
+        The actions with their ranks, in an order in which they can be done; and for every rank that gets stuck the
         action that it waits for in vain.
     """
     order: list[tuple[int, Action]] = []

@@ -152,7 +152,7 @@ def shade(colour: str, depth: float) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """Return what stands out more on a colour, near-black or white, by its relative luminance as WCAG defines it."""
+    """Contrasting text colour on a background: near-black or white, by the relative luminance that WCAG defines."""
     channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
     luminance = sum(weight * channel**2.2 for weight, channel in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
     return "#1A1A1A" if luminance > 0.2 else "white"

@@ -14,7 +14,7 @@ from pipekit.schedules.simulate import Costs
 
 @dataclass(frozen=True)
 class Priorities:
-    """How to choose among actions that can start.
+    """Priorities among the actions that can start.
 
     Attributes:
         backward_first: whether an input gradient goes before a forward; otherwise they take turns.
@@ -75,7 +75,7 @@ def list_schedule(
         return in_flight[rank] < max_in_flight[rank] - later
 
     def choose(rank: int, now_s: float) -> tuple[str, int] | float | None:
-        """Return what to begin, or until when to wait, or None where only another rank's action can help."""
+        """Return the next action, or the time until which to wait, or None if only another rank's action can help."""
         stages = stages_of[rank]
         order = stages[::-1] if priorities.late_stage_first else stages
         forwards = [stage for stage in order if may_forward(rank, stage)]

@@ -1,4 +1,4 @@
-"""What the ranks of a schedule send each other, in which order: read off the table."""
+"""Messages between the ranks of a schedule, in order, read off the table."""
 
 from __future__ import annotations
 

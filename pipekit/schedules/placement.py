@@ -1,4 +1,4 @@
-"""Which pipeline rank each stage lives on."""
+"""Placement of stages: the pipeline rank of each."""
 
 from __future__ import annotations
 

@@ -45,9 +45,9 @@ class Schedule:
         )
 
     def peak_in_flight(self, pipe_rank: int) -> int:
-        """Return how many activations of a stage for a micro-batch a rank holds at most.
+        """Peak number of activations that a rank holds, each that of one stage for one micro-batch.
 
-        A forward takes up one; a whole backward, or a weight gradient, gives one back.
+        A forward adds one; a whole backward, or a weight gradient, frees one.
 
         Example:
             >>> from pipekit.schedules import plan_1f1b
@@ -61,7 +61,7 @@ class Schedule:
         return peak
 
     def peak_of_stages(self) -> list[int]:
-        """Return of how many micro-batches each stage holds activations at most.
+        """Peak number of micro-batches of which each stage holds activations.
 
         Example:
             >>> from pipekit.schedules import plan_1f1b

@@ -15,7 +15,7 @@ from pipekit.schedules.validate import validate
 
 @dataclass(frozen=True)
 class Costs:
-    """What the actions of a step cost.
+    """Costs of the actions of a step.
 
     Attributes:
         forward_s: seconds of each stage's forward for one micro-batch, as are the next two.
@@ -66,13 +66,13 @@ class Costs:
         return seconds[action.kind] + self.overhead_s
 
     def bytes_of(self, stage: int) -> float:
-        """Return what a stage holds of a micro-batch."""
+        """Return the bytes of activations that a stage holds of a micro-batch; 1 where no sizes are given."""
         return 1.0 if self.activation_bytes is None else self.activation_bytes[stage]
 
 
 @dataclass(frozen=True)
 class Span:
-    """When an action runs, in seconds since the step began."""
+    """Start and end of an action, in seconds since the step began."""
 
     action: Action
     start_s: float
@@ -81,7 +81,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each rank does what, simulated or measured.
+    """Timeline of a step: start and end of every action on each rank, simulated or measured.
 
     Attributes:
         schedule: the table.
@@ -95,12 +95,12 @@ class Timeline:
 
     @cached_property
     def step_time_s(self) -> float:
-        """Seconds from the step's begin to the end of its last action."""
+        """Seconds from the start of the step to the end of its last action."""
         return max((spans[-1].end_s for spans in self.spans if spans), default=0.0)
 
     @property
     def bubble_fraction(self) -> float:
-        """The share of all ranks' time in which they compute nothing."""
+        """Fraction of all ranks' time in which they compute nothing, in [0, 1]."""
         if not self.step_time_s:
             return 0.0
         busy_s = sum(span.end_s - span.start_s for spans in self.spans for span in spans)
@@ -108,23 +108,23 @@ class Timeline:
 
     @property
     def peak_bytes(self) -> tuple[float, ...]:
-        """What each rank holds of activations at most; in stage activations where no sizes were given."""
+        """Peak bytes of activations on each rank; in stage activations where no sizes were given."""
         costs = self.costs or Costs.uniform(self.schedule.num_stages)
         peaks = []
         for actions in self.schedule.ranks:
-            held = peak = 0.0
+            in_flight = peak = 0.0
             for action in actions:
-                held += action.activation_change * costs.bytes_of(action.stage)
-                peak = max(peak, held)
+                in_flight += action.activation_change * costs.bytes_of(action.stage)
+                peak = max(peak, in_flight)
             peaks.append(peak)
         return tuple(peaks)
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Return when each action runs: as soon as its rank is free and what it needs has arrived.
+    """Simulate a step: each action runs as soon as its rank is free and its inputs have arrived.
 
     Raises:
-        ScheduleError: if the table is no schedule, or ranks wait for each other for ever.
+        ScheduleError: if the table is not a schedule, or ranks wait for each other for ever.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -148,11 +148,11 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 def median_costs(timelines: Sequence[Timeline]) -> Costs:
-    """Return what measured actions cost: medians of each kind on each stage, of transfers, and of what lies between.
+    """Median costs of measured actions, by kind and stage, and of transfers and overheads.
 
-    The time of a transfer is that between the end of an action and the begin of the one that waited for its result; the
-    overhead that between two actions of a rank of which the second had nothing to wait for. A stage that ran whole
-    backwards only is taken to spend half of them on the weight gradient.
+    A transfer lasts from the end of an action to the start of the one that waited for its result; an overhead is the
+    time between two actions of a rank of which the second had nothing to wait for. Where a stage ran whole backwards
+    only, half of each is taken for the weight gradient.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b

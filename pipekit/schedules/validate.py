@@ -1,4 +1,4 @@
-"""The proof that a table can be run, before anything runs."""
+"""Validation of a table: it trains every micro-batch on every stage, and no rank waits for ever."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SHOWN_CELLS, _SHOWN_RANKS = 6, 8
 
 
 def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
-    """Prove that a table trains every micro-batch on every stage, and comes to an end.
+    """Check that a table trains every micro-batch on every stage, and comes to an end.
 
     Every stage lives on one rank; every micro-batch passes every stage once forward and once backward, whole or split
-    into input and weight gradient, each after what it needs; and no rank waits for ever.
+    into input and weight gradient, each after the actions it needs; and no rank waits for ever.
 
     Args:
         schedule: the table.
@@ -29,7 +29,7 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
             rank sends after each action and waits until the receiver comes to the action that takes it.
 
     Raises:
-        ScheduleError: with the rule that is broken, and the table with the faulty cell between `>` and `<`.
+        ScheduleError: naming the broken rule, with the table, its faulty cell between `>` and `<`.
 
     Example:
         >>> from pipekit.schedules import plan_gpipe, plan_1f1b
@@ -70,7 +70,7 @@ def _check_stages(schedule: Schedule) -> None:
             if rank_of.setdefault(action.stage, rank) != rank:
                 rule = f"stage {action.stage} lives on rank {rank_of[action.stage]}, and a stage lives on one rank"
                 raise _fault(schedule, rule, rank, position)
-    # Lazily: a slip of the pen may name the stage 100000000.
+    # Lazily, since a typing error may name the stage 100000000.
     missing = next((stage for stage in range(max(rank_of)) if stage not in rank_of), None)
     if missing is not None:
         raise ScheduleError(
@@ -112,9 +112,9 @@ def _check_order(schedule: Schedule) -> None:
 
 
 def _check_blocking(schedule: Schedule) -> None:
-    """Carry the table out where a send and its receive wait for each other."""
+    """Run through the table where a send and its receive wait for each other."""
     target_of = {action: target for (_, target), sent in plan_messages(schedule).items() for action in sent}
-    # Each row as what a rank does one after the other: receive what an action needs, do it, send its result.
+    # Each row as a list of messages: receive the inputs of an action, then send its result.
     rows: list[list[tuple[str, Action, int]]] = []
     for rank, actions in enumerate(schedule.ranks):
         row: list[tuple[str, Action, int]] = []

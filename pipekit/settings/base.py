@@ -1,4 +1,4 @@
-"""What every section of the configuration has in common, and the shape of a fault."""
+"""Base class of the configuration's sections, and faults: the mistakes in a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_SHOWN = 80
 
 
 class Section(BaseModel):
-    """A frozen group of settings: unknown keys are refused, and types are taken at their word.
+    """A frozen group of settings that refuses unknown keys and converts no types.
 
     The docstring under each field is its help text: it becomes the description in the JSON schema.
     """

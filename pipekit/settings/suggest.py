@@ -1,4 +1,4 @@
-"""Did you mean: what a mistyped word was probably meant to be."""
+"""Suggestions for mistyped words: did you mean ...?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SYNONYMS: dict[str, str] = {
     "data_path": "data.source",
     "path": "data.source",
 }
-"""What other training programs call a setting, and where it is here."""
+"""Names of settings in other training programs, and the key of each here."""
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
@@ -66,7 +66,7 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Iterable[str]]) -> str:
-    """Return what to type in place of an unknown key: its own section is searched first, then the others.
+    """Return a suggestion for an unknown key, looked for in its own section first, then in the others.
 
     Args:
         key: the unknown key.

@@ -35,7 +35,7 @@ class YamlLoader(yaml.SafeLoader):
 
 
 class YamlDumper(yaml.SafeDumper):
-    """A safe writer that quotes every text which this or an older reader would take for something else."""
+    """A safe writer that quotes every text which a reader of YAML 1.1 or 1.2 would take for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write repeated values out, without anchors."""
@@ -72,7 +72,7 @@ YamlDumper.add_representer(tuple, _represent_sequence)
 
 @dataclass
 class YamlSource:
-    """What a YAML text says, and where it says it."""
+    """Value of a YAML text, with the line of every key."""
 
     value: Any = None
     """The plain value: dicts with string keys, lists, numbers, text, None."""
@@ -81,7 +81,7 @@ class YamlSource:
     """The line, counted from 1, of every key of a mapping."""
 
     faults: list[tuple[int | None, str]] = field(default_factory=list)
-    """What cannot be read, each with its line where that is known."""
+    """Mistakes in the text, each with its line where that is known."""
 
 
 def read_yaml(text: str) -> YamlSource:

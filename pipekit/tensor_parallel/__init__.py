@@ -1,4 +1,4 @@
-"""Layers that a tensor group shares out, the collectives between them, and the loss over a vocabulary in parts."""
+"""Layers sharded over a tensor group, the collectives between them, and the loss over a sharded vocabulary."""
 
 from __future__ import annotations
 

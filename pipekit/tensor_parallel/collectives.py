@@ -1,7 +1,7 @@
 """Collectives of the tensor group, with their gradients.
 
-Between layers an activation is either whole, and the same on all tensor ranks, or each rank has its part of the
-sequence. The gradient of a whole activation is whole on every rank; the gradient of a part is that part's.
+Between layers an activation is either whole, and the same on all tensor ranks, or each rank has its shard of the
+sequence. The gradient of a whole activation is whole on every rank; the gradient of a shard is that of the shard.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (`f` and `g`); Korthikanti et al. 2022, "Reducing Activation
 Recomputation in Large Transformer Models", section 4.2.1 (their counterparts along the sequence).
@@ -57,64 +57,64 @@ def _gather(x: Tensor, group: TensorGroup) -> Tensor:
     return group.all_gather(x, SEQUENCE_DIM)
 
 
-def _own_part_of_sum(x: Tensor, group: TensorGroup) -> Tensor:
+def _reduce_scatter(x: Tensor, group: TensorGroup) -> Tensor:
     check_divisible(x.shape[SEQUENCE_DIM], group)
     return group.reduce_scatter(x, SEQUENCE_DIM)
 
 
-def _own_part(x: Tensor, group: TensorGroup) -> Tensor:
+def _own_shard(x: Tensor, group: TensorGroup) -> Tensor:
     check_divisible(x.shape[SEQUENCE_DIM], group)
     first, last = shard_bounds(x.shape[SEQUENCE_DIM], group.rank, group.size)
     return x.narrow(SEQUENCE_DIM, first, last - first).contiguous()
 
 
 def check_divisible(sequence_length: int, group: TensorGroup) -> None:
-    """Check that a sequence can be cut into equal parts.
+    """Check that a sequence can be split into equal shards.
 
     Raises:
         LayoutError: if it cannot.
     """
     if sequence_length % group.size:
         raise LayoutError(
-            f"a sequence of {sequence_length} tokens cannot be cut into the {group.size} equal parts of sequence "
+            f"a sequence of {sequence_length} tokens cannot be split into {group.size} equal shards for sequence "
             f"parallelism; pad it to {-(-sequence_length // group.size) * group.size}, or set "
             "parallel.sequence_parallel=false"
         )
 
 
 def copy_to_shards(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return `x`, for a computation that is shared out; the gradient is summed over the group."""
+    """Return `x`, for a computation that is sharded over the group; the gradient is summed over it."""
     return _exchange(x, group, _keep, _sum)
 
 
 def sum_partials(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return the sum of the partial results `x` over the group, whole on every rank."""
+    """Sum the partial results `x` over the group; the sum is whole on every rank."""
     return _exchange(x, group, _sum, _keep)
 
 
 def reduce_scatter_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return this rank's part `(B, S / tp, ...)` of the sum of the partial results `x` `(B, S, ...)`.
+    """Sum the partial results `x` `(B, S, ...)`, and return this rank's shard `(B, S / tp, ...)` of the sum.
 
     Raises:
-        LayoutError: if the sequence cannot be cut into equal parts.
+        LayoutError: if the sequence cannot be split into equal shards.
     """
-    return _exchange(x, group, _own_part_of_sum, _gather)
+    return _exchange(x, group, _reduce_scatter, _gather)
 
 
 def gather_sequence_for_shards(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what ranks share out."""
-    return _exchange(x, group, _gather, _own_part_of_sum)
+    """Gather the sequence `(B, S, ...)` from shards `(B, S / tp, ...)`, for a computation sharded over the group."""
+    return _exchange(x, group, _gather, _reduce_scatter)
 
 
 def gather_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return the whole sequence `(B, S, ...)` of the parts `x` `(B, S / tp, ...)`, for what all ranks compute alike."""
-    return _exchange(x, group, _gather, _own_part)
+    """Gather the sequence `(B, S, ...)` from shards `(B, S / tp, ...)`, for a computation that all ranks repeat."""
+    return _exchange(x, group, _gather, _own_shard)
 
 
 def split_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return this rank's part `(B, S / tp, ...)` of what all ranks have whole, `(B, S, ...)`.
+    """Return this rank's shard `(B, S / tp, ...)` of a sequence `(B, S, ...)` that is the same on all ranks.
 
     Raises:
-        LayoutError: if the sequence cannot be cut into equal parts.
+        LayoutError: if the sequence cannot be split into equal shards.
     """
-    return _exchange(x, group, _own_part, _gather)
+    return _exchange(x, group, _own_shard, _gather)

@@ -1,6 +1,6 @@
-"""Cross-entropy over a vocabulary of which each rank has some of the scores.
+"""Cross-entropy over a sharded vocabulary, of which each rank has some of the logits.
 
-What is needed of the other ranks is three numbers for each token: their largest score, their sum of exponentials, and
+A rank needs of the others three numbers for each token: their largest score, their sum of exponentials, and
 the label's score where they have it.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (the fused loss of the output embedding).
@@ -32,14 +32,14 @@ def vocabulary_parallel_cross_entropy(
     all is nan.
 
     Args:
-        logits: `(B, S, V / tp)`, any floating type: this rank's scores, as `Shard(0, (V,), rank, tp)` shares them out.
+        logits: `(B, S, V / tp)`, any floating type: this rank's shard, by `Shard(0, (V,), rank, tp)`.
         labels: `(B, S)` int64, the next token of each.
         group: the tensor-parallel peers; None where the logits are whole, `(B, S, V)`.
         vocab_size: V.
         ignored_label: tokens of this label are left out of the mean.
 
     Raises:
-        DataError: if there is not one label for each token, or, on the CPU, if a label is no token of the vocabulary.
+        DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
 
     Example:
         >>> logits, labels = torch.zeros(1, 3, 8), torch.tensor([[5, 7, -100]])
@@ -70,13 +70,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Targets:
-    """The labels of T tokens, as a rank sees them that has some columns of the logits.
+    """The labels of T tokens, for a rank that has some columns of the logits.
 
     Attributes:
         columns: `(T, 1)` int64, the label's column, 0 where it is another rank's or ignored.
-        is_here: `(T, 1)` bool, whether the label's column is this rank's.
-        counts: `(T, 1)` bool, whether the token is in the mean.
-        num_counted: scalar int64, how many are, in all tokens of the micro-batch.
+        is_here: `(T, 1)` bool, True where the label's column is this rank's.
+        counts: `(T, 1)` bool, True where the token is in the mean.
+        num_counted: scalar int64, the number of tokens in the mean, in the whole micro-batch.
     """
 
     columns: Tensor
@@ -88,17 +88,17 @@ class Targets:
     def of(
         cls, labels: Tensor, group: TensorGroup | None, *, num_tokens: int, vocab_size: int, ignored: int
     ) -> Targets:
-        """Return where the labels are.
+        """Find the labels among this rank's columns.
 
         Args:
             labels: of any shape, T in all.
             group: the tensor-parallel peers; None where this rank has all columns.
-            num_tokens: how many tokens there are logits of.
+            num_tokens: number of tokens that there are logits of.
             vocab_size: V.
             ignored: the label of tokens that are left out of the mean.
 
         Raises:
-            DataError: if T is another number, or, on the CPU, if a label is no token of the vocabulary.
+            DataError: if T is another number, or, on the CPU, if a label is not in the vocabulary.
         """
         if labels.numel() != num_tokens:
             raise DataError(
@@ -116,7 +116,7 @@ class Targets:
         return cls((labels - own.start).masked_fill(~is_here, 0), is_here, counts, counts.sum())
 
     def narrow(self, start: int, length: int) -> Targets:
-        """Return those of some of the tokens; the mean stays that of all."""
+        """Return the targets of some of the tokens; the mean stays that of all."""
         columns, is_here, counts = (
             tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts)
         )
@@ -127,13 +127,13 @@ def _check(labels: Tensor, vocab_size: int) -> None:
     wrong = labels[(labels < 0) | (labels >= vocab_size)]
     if wrong.numel():
         raise DataError(
-            f"label {int(wrong[0])} is no token of a vocabulary of {vocab_size}; set model.vocab_size to the "
+            f"label {int(wrong[0])} is not in a vocabulary of {vocab_size}; set model.vocab_size to the "
             "tokenizer's size, or tokenize the data again"
         )
 
 
 def sum_up(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Return what a rank's logits `(T, V / tp)` say of each token, in fp32 (fp64 for fp64 logits).
+    """Largest logit, sum of exponentials and label's logit of each token, in fp32 (fp64 for fp64 logits).
 
     Returns:
         `(T, 2)`, the largest logit and the sum of the exponentials of how much less than it each is; and `(T, 1)`, the
@@ -142,7 +142,7 @@ def sum_up(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     largest = logits.amax(-1, keepdim=True).to(dtype)
-    # All may be -inf, where the part of the vocabulary that this rank has is masked out.
+    # All may be -inf, where this rank's shard of the vocabulary is masked out.
     reference = largest.masked_fill(largest == -torch.inf, 0)
     total = torch.sub(logits, reference).exp_().sum(-1, keepdim=True)
     scores = logits.gather(1, targets.columns).to(dtype).masked_fill_(~targets.is_here, 0)
@@ -150,7 +150,7 @@ def sum_up(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def join_sums(sums: Tensor, scores: Tensor, group: TensorGroup | None) -> tuple[Tensor, Tensor]:
-    """Return what the whole logits say of each token, given what each rank's do (`sum_up`), in one collective."""
+    """Combine the ranks' results of `sum_up` to those of the whole logits, in one collective."""
     if group is None:
         return sums, scores
     # A rank's three numbers of a token stay side by side: (T, tp, 3).
@@ -161,7 +161,7 @@ def join_sums(sums: Tensor, scores: Tensor, group: TensorGroup | None) -> tuple[
 
 
 def mean_loss(sums: Tensor, scores: Tensor, targets: Targets) -> Tensor:
-    """Return the mean loss of the tokens that count, fp32, given what the whole logits say (`join_sums`)."""
+    """Return the mean loss of the tokens that count, in fp32, from the results of `join_sums`."""
     largest, total = sums.chunk(2, -1)
     losses = (largest - scores) + total.log()
     return losses.masked_fill_(~targets.counts, 0).sum().div_(targets.num_counted).float()

@@ -1,4 +1,4 @@
-"""Whether a layer takes and returns the whole sequence, or this rank's part of it."""
+"""Sequence parallelism between layers: the whole sequence, or this rank's shard of it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipekit.tensors.nested import flatten, unflatten
 
 @dataclass(frozen=True)
 class SequenceFlow:
-    """What a layer takes and returns under sequence parallelism.
+    """Input and output of a layer under sequence parallelism: the whole sequence, or a shard.
 
-    A layer says so by a class attribute `sequence_flow`, or the `forward_fn` of a tied layer by an attribute of the
-    function. One that says nothing takes and returns the whole sequence.
+    A layer declares it by a class attribute `sequence_flow`, or the `forward_fn` of a tied layer by an attribute of the
+    function. One that declares nothing takes and returns the whole sequence.
 
     Attributes:
-        takes_shard: whether it takes `(B, S / tp, ...)`, this rank's part of the sequence.
-        returns_shard: whether it returns this rank's part.
+        takes_shard: True if it takes `(B, S / tp, ...)`, this rank's shard of the sequence.
+        returns_shard: True if it returns this rank's shard.
     """
 
     takes_shard: bool = False
@@ -30,7 +30,7 @@ class SequenceFlow:
 
     @property
     def works_on_shard(self) -> bool:
-        """Whether what the layer computes outside its tensor-parallel modules is on this rank's part."""
+        """True if the layer works on this rank's shard outside its tensor-parallel modules."""
         return self.takes_shard or self.returns_shard
 
 
@@ -39,30 +39,30 @@ SHARDED = SequenceFlow(takes_shard=True, returns_shard=True)
 
 
 def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
-    """Return how a layer, or the `forward_fn` of a tied one, deals with the sequence."""
+    """Return the sequence flow of a layer, or of the `forward_fn` of a tied one."""
     flow: SequenceFlow = getattr(layer, "sequence_flow", WHOLE)
     return flow
 
 
 def convert(activations: Any, *, is_shard: bool, wants_shard: bool, group: TensorGroup | None) -> Any:
-    """Return activations as the next layer takes them.
+    """Convert activations to the form that the next layer takes.
 
     Floating-point tensors of three dimensions, `(B, S, D)`, are joined or split along the sequence; others, such as
     token ids and masks, are whole everywhere.
 
     Args:
-        activations: what the layer before has returned.
-        is_shard: whether that is this rank's part of the sequence.
-        wants_shard: whether the next layer takes this rank's part.
+        activations: output of the previous layer.
+        is_shard: True if that is this rank's shard of the sequence.
+        wants_shard: True if the next layer takes this rank's shard.
         group: the tensor-parallel peers.
     """
     if group is None or is_shard == wants_shard:
         return activations
     change = split_sequence if wants_shard else gather_sequence
-    tensors, structure = flatten(activations, "what a layer has returned")
+    tensors, structure = flatten(activations, "the output of a layer")
     return unflatten([change(tensor, group) if has_sequence(tensor) else tensor for tensor in tensors], structure)
 
 
 def has_sequence(tensor: Tensor) -> bool:
-    """Return whether what passes between layers is taken to be along the sequence."""
+    """True if an activation between layers has a sequence dimension: `(B, S, D)`, floating point."""
     return tensor.ndim == 3 and tensor.is_floating_point()

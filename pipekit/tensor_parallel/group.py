@@ -1,4 +1,4 @@
-"""The tensor-parallel peers of a rank, as layers see them: what can be summed, gathered and scattered among them."""
+"""Tensor group: the tensor-parallel peers of a rank, and the collectives among them, as layers see them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Pending(Protocol):
     """A collective that is under way."""
 
     def wait(self) -> Tensor:
-        """Return its result, as soon as it is there."""
+        """Wait for the result, and return it."""
 
 
 class TensorGroup(ABC):
-    """The ranks that share each layer out among themselves.
+    """The ranks that each layer is sharded over.
 
-    Every collective is called by all of them, in one order. What is begun with `start_*` runs behind what is computed
-    until `wait`, and its argument must not be changed meanwhile.
+    Every collective is called by all of them, in one order. One begun with `start_*` runs behind the computation until
+    `wait`, and its argument must not be changed meanwhile.
 
     Attributes:
         rank: this rank's index in the group.
@@ -40,11 +40,7 @@ class TensorGroup(ABC):
 
     @abstractmethod
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
-        """Begin to sum `tensor` over the group, of which this rank gets its part along `dim`."""
-
-    @abstractmethod
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """Return the elementwise maximum over the group, in place."""
+        """Begin to sum `tensor` over the group; this rank gets its shard of the sum along `dim`."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over the group, in place."""
@@ -55,7 +51,7 @@ class TensorGroup(ABC):
         return self.start_all_gather(tensor, dim).wait()
 
     def reduce_scatter(self, tensor: Tensor, dim: int) -> Tensor:
-        """Return this rank's part along `dim` of the sum over the group."""
+        """Return this rank's shard along `dim` of the sum over the group."""
         return self.start_reduce_scatter(tensor, dim).wait()
 
 
@@ -70,7 +66,7 @@ class Done:
 
 
 class PlannedGroup(TensorGroup):
-    """Peers that are not there: gives the shapes that a rank would get, to plan with.
+    """A group without processes, for planning: collectives return the shapes that a rank would get.
 
     Example:
         >>> PlannedGroup(rank=0, size=4).all_gather(torch.empty(2, 8, device="meta"), dim=1).shape
@@ -88,6 +84,3 @@ class PlannedGroup(TensorGroup):
 
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
         return Done(tensor.narrow(dim, 0, tensor.shape[dim] // self.size).clone())
-
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        return tensor

@@ -1,4 +1,4 @@
-"""Head and loss in one, a chunk of tokens at a time: the logits of a whole micro-batch are never there at once.
+"""Head and loss fused, a chunk of tokens at a time: the logits of a whole micro-batch never exist at once.
 
 With large vocabularies they are the largest tensors of a run: fp32 logits of 4,096 tokens over 128,256 words are 2 GB,
 and torch's loss holds three of that size in its backward. Here the forward goes through the tokens in chunks and keeps
@@ -29,15 +29,15 @@ from pipekit.tensors.weight_gradients import autocasts
 
 
 def plan_chunk_tokens(num_tokens: int, vocab_shard_size: int, *, limit_bytes: int = 64 * 2**20) -> int | None:
-    """Return how many tokens the loss should take at a time; None where all fit.
+    """Number of tokens that the loss takes at a time; None where all fit.
 
     Args:
         num_tokens: tokens of a micro-batch, B * S.
-        vocab_shard_size: how many scores of a token a rank computes, V / tp.
-        limit_bytes: what the fp32 logits of a chunk may take; of a single token they may take more.
+        vocab_shard_size: logits of a token that a rank computes, V / tp.
+        limit_bytes: limit for the fp32 logits of a chunk; those of a single token may take more.
 
     Returns:
-        Chunks of this size, the last of which may be smaller, are as few as the limit allows and as even as can be.
+        Chunks of this size, the last of which may be smaller, are as few as the limit allows and as even as possible.
 
     Example:
         >>> plan_chunk_tokens(4096, 128_256, limit_bytes=64 * 2**20)
@@ -66,24 +66,24 @@ def chunked_head_loss(
     """Return the mean cross-entropy of `hidden @ weight.T` in fp32, a scalar in nats per token.
 
     It is the same on all tensor ranks. One collective in the forward serves all tokens; in the backward the gradient of
-    `hidden` is summed behind the last chunk's part of the weight's. That of a 16-bit weight is accumulated in fp32.
+    `hidden` is summed behind the last chunk's term of the weight's. That of a 16-bit weight is accumulated in fp32.
 
-    The weight's gradient is computed in the backward also where others are put off
-    (`pipekit.tensors.weight_gradients`): it needs the gradients of the logits, which would have to be kept, all of
-    them, or else computed a third time.
+    The weight's gradient is computed in the backward even where others are deferred
+    (`pipekit.tensors.weight_gradients`): it needs the gradients of all logits, which would have to be kept, or else
+    computed a third time.
 
     Args:
-        hidden: `(B, S, D)`; with `sequence_parallel` this rank's part of the sequence, `(B, S / tp, D)`.
-        weight: `(V / tp, D)`: this rank's rows, as `Shard(0, (V,), rank, tp)` shares them out.
+        hidden: `(B, S, D)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, D)`.
+        weight: `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`.
         labels: `(B, S)` int64, the next token of each, of the whole sequence.
         group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
-        sequence_parallel: whether `hidden` is a part of the sequence.
+        sequence_parallel: True if `hidden` is a shard of the sequence.
         vocab_size: V.
-        chunk_tokens: how many tokens are taken at a time; `plan_chunk_tokens` finds a good number.
+        chunk_tokens: number of tokens taken at a time; see `plan_chunk_tokens`.
         ignored_label: tokens of this label are left out of the mean.
 
     Raises:
-        DataError: if there is not one label for each token, or, on the CPU, if a label is no token of the vocabulary.
+        DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
 
     Example:
         >>> hidden, weight, labels = torch.ones(1, 5, 4), torch.ones(8, 4), torch.arange(5).reshape(1, 5)
@@ -125,14 +125,14 @@ class _HeadLoss(torch.autograd.Function):
         chunk_tokens: int,
     ) -> Tensor:
         x = _tokens(hidden, group, sequence_parallel)
-        parts = [
+        chunks = [
             sum_up(F.linear(x[chunk], weight), targets.narrow(chunk.start, chunk.stop - chunk.start))
             for chunk in _chunks(len(x), chunk_tokens)
         ]
-        sums, scores = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        sums, scores = (torch.cat(results) for results in zip(*chunks, strict=True))
         sums, scores = join_sums(sums, scores, group)
         ctx.save_for_backward(hidden, sums)
-        # By itself, so that activation checkpointing does not stand a copy in for it.
+        # Not saved for the backward, where activation checkpointing would replace it by a copy.
         ctx.weight = weight
         ctx.targets, ctx.group, ctx.sequence_parallel, ctx.chunk_tokens = (
             targets,
@@ -186,7 +186,7 @@ def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
 
 
 def _start_sum(partial: Tensor, hidden: Tensor, group: TensorGroup, sequence_parallel: bool) -> Pending:
-    """Begin to sum the ranks' gradients `(T, D)` of the activations, of which each gets its part."""
+    """Begin to sum the ranks' gradients `(T, D)` of the activations; under sequence parallelism each gets its shard."""
     if sequence_parallel:
         return group.start_reduce_scatter(partial.view(hidden.shape[0], -1, hidden.shape[-1]), SEQUENCE_DIM)
     return group.start_all_reduce(partial)
@@ -200,7 +200,7 @@ class _Accumulated:
         self._sum: Tensor | None = None
 
     def add(self, grad: Tensor, inputs: Tensor) -> None:
-        """Add what a chunk's output gradients `(C, V / tp)` and inputs `(C, D)` give."""
+        """Add the term of a chunk's output gradients `(C, V / tp)` and inputs `(C, D)`."""
         if self._sum is None:
             self._sum = torch.mm(grad.t(), inputs).to(torch.promote_types(self._dtype, torch.float32))
         elif self._sum.dtype == self._dtype:

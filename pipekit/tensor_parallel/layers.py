@@ -1,7 +1,7 @@
-"""Linear layers and embeddings that a tensor group shares out.
+"""Linear layers and embeddings that are sharded over a tensor group.
 
-Each is built whole, like the torch layer that it is, and cut by `shard_layer` when the group is known: initial weights
-do not depend on the layout, and with tp=1 it is the torch layer.
+Each is built whole, like the torch layer that it is, and sharded by `shard_layer` when the group is known: initial
+weights do not depend on the layout, and with tp=1 it is the torch layer.
 
 Source: Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism".
 """
@@ -31,25 +31,25 @@ from pipekit.tensors.weight_gradients import OuterProduct, SumOverRows, autocast
 
 
 class TensorParallelModule(nn.Module):
-    """A module whose parameters a tensor group shares out.
+    """A module whose parameters are sharded over a tensor group.
 
     Attributes:
         group: the tensor-parallel peers; None where the module is whole.
-        sequence_parallel: whether its whole activations are held as each rank's part of the sequence.
+        sequence_parallel: True if its whole activations are held as each rank's shard of the sequence.
     """
 
     group: TensorGroup | None = None
     sequence_parallel: bool = False
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
-        """Keep this rank's part of every parameter. Called once, when the layer that it is in has been built.
+        """Keep this rank's shard of every parameter. Called once, when the layer that it is in has been built.
 
         Args:
             group: the tensor-parallel peers.
-            sequence_parallel: whether activations outside are this rank's part of the sequence.
+            sequence_parallel: True if activations outside are this rank's shard of the sequence.
 
         Raises:
-            LayoutError: if there is not enough to share out.
+            LayoutError: if a rank would get nothing.
         """
         self.group, self.sequence_parallel = group, sequence_parallel
 
@@ -63,11 +63,10 @@ class ColumnParallelLinear(TensorParallelModule, nn.Linear):
         in_features: I.
         out_features: O.
         bias: whether there is one.
-        blocks: lengths of the blocks that the outputs consist of, each of which is shared out by itself; one unless
-            given.
+        blocks: lengths of the blocks that the outputs consist of, each of which is sharded by itself; by default one.
 
     Raises:
-        ConfigError: if the blocks are not `out_features` in all.
+        ConfigError: if the blocks do not add up to `out_features`.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class RowParallelLinear(TensorParallelModule, nn.Linear):
 
 
 class VocabularyParallelModule(TensorParallelModule):
-    """Has a row for every token of the vocabulary, of which each rank holds some; for embeddings and heads.
+    """Base of embeddings and heads, whose weight has a row for every token; each rank holds some rows.
 
     Its `weight` is `(V, D)`.
 
@@ -166,13 +165,13 @@ def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
     lowest, highest = (int(bound) for bound in token_ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
         raise DataError(
-            f"token ids from {lowest} to {highest}, and the embedding has {vocab_size} rows; see that the data were "
-            "made with the model's tokenizer, or raise model.vocab_size"
+            f"token ids from {lowest} to {highest}, and the embedding has {vocab_size} rows; prepare the data "
+            "with the model's tokenizer, or raise model.vocab_size"
         )
 
 
 class KeyValueLinear(ColumnParallelLinear):
-    """The keys and values of grouped-query attention: of each head's E outputs, a rank computes those that it needs.
+    """Keys and values of grouped-query attention, sharded by heads of E outputs each.
 
     Where there are fewer heads than ranks, each rank keeps the whole projection, and computes the one head that its
     queries attend to.
@@ -197,8 +196,8 @@ class KeyValueLinear(ColumnParallelLinear):
             return
         if group.size % self.num_kv_heads:
             raise LayoutError(
-                f"parallel.tp={group.size} and {self.num_kv_heads} key-value heads do not go together: one must divide "
-                f"the other; try parallel.tp={math.gcd(group.size, self.num_kv_heads)}"
+                f"parallel.tp={group.size} and {self.num_kv_heads} key-value heads do not fit: one must divide the "
+                f"other; try parallel.tp={math.gcd(group.size, self.num_kv_heads)}"
             )
         TensorParallelModule.shard(self, group, sequence_parallel=sequence_parallel)
         first, width = group.rank * self.num_kv_heads // group.size * self.head_size, self.blocks[0]
@@ -207,7 +206,7 @@ class KeyValueLinear(ColumnParallelLinear):
             mark_partial_gradient(parameter)
 
     def own(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias of what this rank computes."""
+        """Return the weight and the bias of the outputs that this rank computes."""
         if self._own_rows is None:
             return self.weight, self.bias
         weight = torch.cat([self.weight[rows] for rows in self._own_rows])
@@ -223,11 +222,11 @@ def column_parallel_linear(
     """Return this rank's outputs `(..., O / tp)` of a linear layer.
 
     Args:
-        x: `(..., I)`; with `sequence_parallel` this rank's part of the sequence, `(B, S / tp, I)`.
+        x: `(..., I)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, I)`.
         weight: `(O / tp, I)`.
         bias: `(O / tp)`.
         group: the tensor-parallel peers; None computes `F.linear`.
-        sequence_parallel: whether `x` is a part of the sequence.
+        sequence_parallel: True if `x` is a shard of the sequence.
     """
     (output,) = column_parallel_linears(x, [(weight, bias)], group, sequence_parallel=sequence_parallel)
     return output
@@ -240,13 +239,13 @@ def column_parallel_linears(
     *,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return this rank's outputs of several linear layers, whose input is gathered, and its gradient summed, once.
+    """Return this rank's outputs of several linear layers; their input is gathered, and its gradient summed, once.
 
     Args:
         x: as for `column_parallel_linear`.
         layers: weight and bias of each.
         group: the tensor-parallel peers; None computes `F.linear`.
-        sequence_parallel: whether `x` is a part of the sequence.
+        sequence_parallel: True if `x` is a shard of the sequence.
     """
     if group is not None and not autocasts(x):
         flat = [tensor for layer in layers for tensor in layer]
@@ -257,10 +256,10 @@ def column_parallel_linears(
 
 
 class _ColumnLinears(torch.autograd.Function):
-    """Joins the sequence, where it comes in parts, and computes some outputs.
+    """Gathers the sequence, where it is sharded, and computes this rank's outputs.
 
-    Only the part is kept for the backward, which joins it again behind the computation of the input's gradient; that
-    gradient is summed behind the computation of the weights'.
+    Only the shard is kept for the backward, which gathers the sequence again behind the computation of the input's
+    gradient; that gradient is summed behind the computation of the weights'.
     """
 
     @staticmethod
@@ -310,11 +309,11 @@ class _ColumnLinears(torch.autograd.Function):
 
 
 class _Inputs:
-    """The inputs of linear layers in their backward; gathered when they are needed, where a rank keeps its part.
+    """Inputs of linear layers in their backward, gathered when they are needed, if a rank keeps its shard only.
 
     Args:
-        x: the inputs, or this rank's part of them.
-        group: the tensor-parallel peers that have the other parts; None where there are none.
+        x: the inputs, or this rank's shard of them.
+        group: the tensor-parallel peers that have the other shards; None where `x` is whole.
     """
 
     def __init__(self, x: Tensor, group: TensorGroup | None) -> None:

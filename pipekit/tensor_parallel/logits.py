@@ -1,4 +1,4 @@
-"""What a head returns where no rank should hold the logits of a whole micro-batch."""
+"""Logits that are not computed yet: the output of a head, so that no rank holds those of a whole micro-batch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pipekit.tensor_parallel.shards import Shard
 class Logits:
     """The scores `(B, S, V)` of every token of the vocabulary, not computed yet.
 
-    A loss takes what it needs of them (`cross_entropy`); what must see all of them asks for `whole()`.
+    A loss computes them a chunk at a time (`cross_entropy`); `whole()` computes all of them.
 
     Args:
-        hidden: `(B, S, D)`; with `sequence_parallel` this rank's part of the sequence, `(B, S / tp, D)`.
-        weight: the head's, `(V / tp, D)`: this rank's rows, as `Shard(0, (V,), rank, tp)` shares them out.
+        hidden: `(B, S, D)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, D)`.
+        weight: the head's, `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`.
         group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
-        sequence_parallel: whether `hidden` is a part of the sequence.
+        sequence_parallel: True if `hidden` is a shard of the sequence.
         vocab_size: V.
-        chunk_tokens: how many tokens the loss takes at a time, as `plan_chunk_tokens` says; None for all at once.
+        chunk_tokens: number of tokens that the loss takes at a time, see `plan_chunk_tokens`; None for all at once.
 
     Example:
         >>> logits = Logits(torch.ones(2, 3, 4), torch.ones(8, 4), None, vocab_size=8, chunk_tokens=4)
@@ -58,8 +58,8 @@ class Logits:
     def shape(self) -> torch.Size:
         """`(B, S, V)`, of the whole sequence and vocabulary."""
         batch, num_tokens, _ = self.hidden.shape
-        num_parts = self.group.size if self.group is not None and self.sequence_parallel else 1
-        return torch.Size((batch, num_tokens * num_parts, self.vocab_size))
+        num_shards = self.group.size if self.group is not None and self.sequence_parallel else 1
+        return torch.Size((batch, num_tokens * num_shards, self.vocab_size))
 
     def cross_entropy(self, labels: Tensor, *, ignored_label: int = IGNORED_LABEL) -> Tensor:
         """Return the mean cross-entropy in fp32, a scalar in nats per token, the same on all tensor ranks.
@@ -69,8 +69,7 @@ class Logits:
             ignored_label: tokens of this label are left out of the mean.
 
         Raises:
-            DataError: if there is not one label for each token, or, on the CPU, if a label is no token of the
-                vocabulary.
+            DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
         """
         if self.chunk_tokens is not None:
             return chunked_head_loss(
@@ -102,13 +101,13 @@ class Logits:
         own = F.linear(hidden, self.weight)
         shard = Shard(own.ndim - 1, (self.vocab_size,), self.group.rank, self.group.size)
         lengths = [shard.shape_of(rank, own.shape)[-1] for rank in range(shard.size)]
-        # Ranks gather tensors of one shape, and the parts of a vocabulary may differ by one.
+        # Ranks gather tensors of one shape, and the shards of a vocabulary may differ by one.
         padded = F.pad(own, (0, max(lengths) - own.shape[-1]))
         return shard.join(self.group.all_gather(padded, shard.dim).chunk(shard.size, shard.dim))
 
 
 def whole_outputs(outputs: Any) -> Any:
-    """Return what a model has returned, with tensors in place of `Logits`.
+    """Return the outputs of a model with tensors in place of `Logits`.
 
     Args:
         outputs: `Logits`, a tuple, list or dict that may hold some, or anything else, which is returned as it is.
@@ -121,7 +120,7 @@ def whole_outputs(outputs: Any) -> Any:
     if isinstance(outputs, Logits):
         return outputs.whole()
     if type(outputs) is tuple or type(outputs) is list:
-        return type(outputs)(whole_outputs(part) for part in outputs)
+        return type(outputs)(whole_outputs(output) for output in outputs)
     if type(outputs) is dict:
-        return {key: whole_outputs(part) for key, part in outputs.items()}
+        return {key: whole_outputs(output) for key, output in outputs.items()}
     return outputs

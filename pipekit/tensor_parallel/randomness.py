@@ -1,4 +1,4 @@
-"""Random numbers under tensor parallelism: alike on all tensor ranks, unless they are drawn for a rank's own part."""
+"""Random numbers under tensor parallelism: the same on all tensor ranks, except for dropout of a rank's own shard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipekit.tensor_parallel.group import TensorGroup
 
 @contextmanager
 def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
-    """Draw inside what differs from tensor rank to tensor rank, and leave the generators alike on all of them.
+    """Draw other random numbers inside on each tensor rank, and leave the generators the same on all of them.
 
     The seed is drawn from the CPU's generator, which stands at the same place on all tensor ranks.
 
@@ -42,12 +42,12 @@ def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
 
 
 def sharded_dropout(x: Tensor, p: float, training: bool, group: TensorGroup | None) -> Tensor:
-    """Drop elements of this rank's part of an activation out, with a mask of its own.
+    """Apply dropout to this rank's shard of an activation, with a mask of its own.
 
     Args:
-        x: the part.
+        x: the shard.
         p: probability of zeroing an element.
-        training: whether to do so at all.
+        training: False returns `x` as it is.
         group: the tensor-parallel peers whose masks differ; None where `x` is whole.
     """
     if not training or p == 0:

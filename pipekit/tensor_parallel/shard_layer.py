@@ -1,4 +1,4 @@
-"""Cutting a layer that was built whole."""
+"""Sharding of a layer that was built whole."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipekit.tensor_parallel.shards import mark_partial_gradient, replacement_of
 
 
 def shard_layer(layer: nn.Module, group: TensorGroup, *, sequence_parallel: bool) -> None:
-    """Keep this rank's part of a whole layer, in place.
+    """Keep this rank's shard of a whole layer, in place.
 
-    Parameters outside tensor-parallel modules stay whole. In a layer that works on parts of the sequence their
-    gradients are partial, since each rank applies them to its own part.
+    Parameters outside tensor-parallel modules stay whole. In a layer that works on shards of the sequence their
+    gradients are partial, since each rank applies them to its own shard.
 
     Args:
         layer: built whole, with its initial weights.
         group: the tensor-parallel peers.
-        sequence_parallel: whether the layer works on this rank's part of the sequence; see `SequenceFlow`.
+        sequence_parallel: True if the layer works on this rank's shard of the sequence; see `SequenceFlow`.
 
     Raises:
-        LayoutError: if a module has less to share out than there are ranks, or shares what is cut with one that is not.
+        LayoutError: if a module is too small for so many ranks, or shares a parameter with one that is not sharded.
     """
     for module in list(layer.modules()):
         if isinstance(module, TensorParallelModule):
@@ -30,8 +30,8 @@ def shard_layer(layer: nn.Module, group: TensorGroup, *, sequence_parallel: bool
     for path, parameter in layer.named_parameters(remove_duplicate=False):
         if replacement_of(parameter) is not None:
             raise LayoutError(
-                f"{type(layer).__name__}.{path} is shared with a module that parallel.tp={group.size} cuts, and is not "
-                "cut itself; use tensor-parallel modules for both, or parameters of their own"
+                f"{type(layer).__name__}.{path} is shared with a module that parallel.tp={group.size} shards, and is "
+                "not sharded itself; use tensor-parallel modules for both, or parameters of their own"
             )
     if sequence_parallel:
         for parameter in layer.parameters():

@@ -1,1 +1,1 @@
-"""What is done with tensors whatever the model: nested structures, deferred weight gradients, freed memory."""
+"""Tensors of any model: nested structures, deferred weight gradients, host memory."""

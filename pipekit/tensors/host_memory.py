@@ -1,4 +1,4 @@
-"""The memory that tensors on the CPU live in: how much there is, and how the C library manages it."""
+"""Host memory: its size, page faults, and settings of the C library's allocator."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _GROW_BY = 2**26
 
 
 def share_of_memory(num_processes: int) -> int:
-    """Return the bytes of this machine's memory that each of some processes may take for its own."""
+    """Bytes of this machine's memory for each of `num_processes` equal processes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
 
 
 def count_page_faults() -> int:
-    """Return how many fresh pages this process has been given by the system so far; 0 where that is not told."""
+    """Number of fresh pages that the system has given this process so far; 0 on Windows."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -29,14 +29,14 @@ def count_page_faults() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep the memory of freed tensors for the next ones, as caching allocators of GPUs do.
+    """Keep the memory of freed tensors for the next ones, as the caching allocators of GPUs do.
 
-    By default it gives large pieces back to the system at once, and every micro-batch pays for fresh pages anew: tens
-    of thousands of page faults a step, the more the more of activations a schedule holds. A process that has this keeps
-    its peak until it ends. What the environment says (`MALLOC_*`, `GLIBC_TUNABLES`) is left as it is.
+    By default the C library returns large blocks to the system at once, and every micro-batch pays for fresh pages
+    again: tens of thousands of page faults a step, more under schedules that hold more activations. With this setting
+    a process keeps its peak memory until it ends. Settings in the environment (`MALLOC_*`, `GLIBC_TUNABLES`) win.
 
     Returns:
-        Whether it was set: under glibc on Linux only.
+        True if it was set: under glibc on Linux only.
     """
     if not sys.platform.startswith("linux") or any(
         name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name.endswith("_")) for name in os.environ

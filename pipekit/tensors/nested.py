@@ -14,14 +14,14 @@ Structure = Any
 
 
 def flatten(value: Any, what: str) -> tuple[tuple[Tensor, ...], Structure]:
-    """Return the tensors of `value`, in order, and how they hang together.
+    """Return the tensors of `value` in order, and the structure that they are in.
 
     Args:
         value: a tensor, None, or a tuple, list or dict (with text keys) of such.
         what: names the value in an error.
 
     Raises:
-        PipekitError: if there is something else in it.
+        PipekitError: if it holds anything else.
 
     Example:
         >>> import torch
@@ -42,9 +42,9 @@ def _flatten(value: Any, tensors: list[Tensor], what: str) -> Structure:
         return None
     if isinstance(value, (tuple, list)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return [kind, *(_flatten(part, tensors, what) for part in value)]
+        return [kind, *(_flatten(item, tensors, what) for item in value)]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _flatten(part, tensors, what) for key, part in value.items()}
+        return {key: _flatten(item, tensors, what) for key, item in value.items()}
     raise PipekitError(
         f"{what} holds a {type(value).__name__}; what passes between layers must be tensors, None, or tuples, lists "
         "and dicts (with text keys) of them: make a number a tensor, or keep it in the layer"
@@ -52,7 +52,7 @@ def _flatten(value: Any, tensors: list[Tensor], what: str) -> Structure:
 
 
 def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Any:
-    """Put the tensors of `flatten` together again.
+    """Rebuild the value from the tensors and the structure of `flatten`.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ def _unflatten(tensors: Iterator[Tensor], structure: Structure) -> Any:
     if structure is None:
         return None
     if isinstance(structure, dict):
-        return {key: _unflatten(tensors, part) for key, part in structure.items()}
-    kind, *parts = structure
-    values = (_unflatten(tensors, part) for part in parts)
+        return {key: _unflatten(tensors, item) for key, item in structure.items()}
+    kind, *items = structure
+    values = (_unflatten(tensors, item) for item in items)
     return tuple(values) if kind == "tuple" else list(values)

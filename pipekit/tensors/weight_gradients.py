@@ -1,7 +1,7 @@
-"""Weight gradients apart from input gradients: a backward that hands its weight gradients over, to be computed later.
+"""Deferred weight gradients: a backward that computes input gradients only, and leaves weight gradients for later.
 
 A schedule that splits the backward (`I` then `W`) needs the input gradient at once, since another stage waits for it,
-and the weight gradient at any time before the update. Under `split_linear` every `F.linear` on a parameter, that of a
+and the weight gradient only before the update. Under `split_linear` every `F.linear` on a parameter, that of a
 plain `nn.Linear` included, computes its weight gradient through `defer_weight_gradient`; an autograd function of your
 own can do the same.
 
@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 Compute = Callable[[], Tensor]
-"""Computes a weight gradient; one that also has `add_to(gradient)` can add it without holding it."""
+"""Computes a weight gradient; with a method `add_to(gradient)` it can add it without allocating it."""
 
 
 def add_gradient(parameter: Tensor, compute: Compute) -> None:
-    """Add what `compute` returns to the gradient of a parameter, which there may be none of yet.
+    """Add the result of `compute` to the gradient of a parameter, which may be None so far.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -43,22 +43,22 @@ def add_gradient(parameter: Tensor, compute: Compute) -> None:
 
 
 class WeightGradients:
-    """The weight gradients that one backward has handed over."""
+    """The weight gradients that one backward has deferred."""
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[Tensor, Compute]] = []
+        self._deferred: list[tuple[Tensor, Compute]] = []
 
     def append(self, weight: Tensor, compute: Compute) -> None:
-        """Take over the gradient of `weight`."""
-        self._pieces.append((weight, compute))
+        """Defer the gradient of `weight`."""
+        self._deferred.append((weight, compute))
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._deferred)
 
     def compute(self, add: Callable[[Tensor, Compute], None]) -> None:
-        """Give every weight and what computes its gradient to `add`, each freed as soon as it is done."""
-        while self._pieces:
-            add(*self._pieces.pop())
+        """Call `add` for every weight with the function that computes its gradient, and free each at once."""
+        while self._deferred:
+            add(*self._deferred.pop())
 
 
 # Autograd calls a backward on threads of its own where there are GPUs, so neither an argument nor a context variable
@@ -68,7 +68,7 @@ _current: WeightGradients | None = None
 
 @contextmanager
 def deferring() -> Iterator[WeightGradients]:
-    """Collect the weight gradients of the backward that runs inside, in place of computing them."""
+    """Collect the weight gradients of the backward that runs inside, instead of computing them."""
     global _current
     assert _current is None, "one backward runs at a time"
     _current = collected = WeightGradients()
@@ -79,15 +79,15 @@ def deferring() -> Iterator[WeightGradients]:
 
 
 def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
-    """Return the gradient of `weight`, or None where it is handed over to be computed later.
+    """Return the gradient of `weight`, or None if it is deferred.
 
-    Call it in the backward of an autograd function, and return what it returns in the place of the weight's gradient.
-    Nothing is handed over outside of a schedule that splits the backward, nor for a weight that is no parameter or that
-    has hooks.
+    Call it in the backward of an autograd function, and return its result in the place of the weight's gradient.
+    Nothing is deferred outside of a schedule that splits the backward, nor for a weight that is not a parameter or has
+    hooks.
 
     Args:
         weight: the parameter that was given to the function. Keep it by itself (`ctx.weight = weight`): under
-            activation checkpointing, what `save_for_backward` gives back is a copy, which is not put off.
+            activation checkpointing, what `save_for_backward` gives back is a copy, which is not deferred.
         compute: computes the gradient, in the shape of `weight`; keep no more alive in it than that needs.
 
     Example:
@@ -116,8 +116,8 @@ def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
 
 
 def is_deferred(weight: Tensor) -> bool:
-    """Return whether the gradient of `weight` would be handed over in the backward that runs."""
-    # What activation checkpointing gives back in place of a saved parameter is a tensor of its own.
+    """True if the gradient of `weight` is deferred in the running backward."""
+    # Activation checkpointing gives back a new tensor in place of a saved parameter.
     return _current is not None and isinstance(weight, nn.Parameter) and not weight._backward_hooks
 
 
@@ -155,7 +155,7 @@ class SumOverRows:
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` that can hand its weight gradient over."""
+    """`F.linear` that can defer its weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -193,10 +193,10 @@ def _split(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Return whether what is computed from `x` is cast to another type first."""
+    """True if autocast converts `x` to another type before computing with it."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 split_linear = _SplitLinear
-"""Context manager: every `F.linear` inside can hand its weight gradient over in the backward."""
+"""Context manager: every `F.linear` inside can defer its weight gradient in the backward."""

@@ -170,7 +170,7 @@ class _Comparison:
         origin: Tensor | None = None,
         zero_if_missing: bool = False,
     ) -> Measurement:
-        """Return how far the worst copy of a tensor is off.
+        """Return the difference of the worst copy of a tensor.
 
         Args:
             key: which tensor.
@@ -281,7 +281,7 @@ def _explained(base: Measurement, found: Tensor, expected: Tensor, limit: float,
 
 
 def proportion(found: Tensor, expected: Tensor) -> float | None:
-    """Return what `expected` must be multiplied with to be `found`, or None where nothing does.
+    """Factor by which `expected` must be multiplied to be `found`, or None if there is none.
 
     Example:
         >>> import torch

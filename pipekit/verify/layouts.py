@@ -13,7 +13,7 @@ from pipekit.layout import DEFAULT_ORDER, Layout, Order
 from pipekit.models.family import AttentionHeads
 
 MAX_LAYOUTS = 8
-"""How many are verified, unless they are named."""
+"""Number of layouts that are verified at most, unless they are named."""
 
 _TOKEN = re.compile(r"(pp|dp|tp|zero)(\d+)")
 _EXAMPLE = "pp2,dp2xzero0,pp2xdp2"

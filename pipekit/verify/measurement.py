@@ -90,7 +90,7 @@ class Measurement:
 
     @property
     def is_fault(self) -> bool:
-        """Whether the difference is more than is allowed."""
+        """True if the difference is more than is allowed."""
         return not self.excess <= 1
 
 

@@ -72,7 +72,7 @@ class Verification:
 
     @property
     def agrees(self) -> bool:
-        """Whether every layout that was run is the same as one process."""
+        """True if every layout that was run agrees with one process."""
         return all(result.verdict == "agrees" for result in self.results)
 
 

@@ -125,8 +125,8 @@ def test_a_fault_inside_a_layer_is_not_hidden(build: partial[nn.Module]) -> None
         build(LayerSpec(Faulty), name="head")
 
 
-def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"layer 'a': LayerSpec\(dict\) built dict, which is no nn\.Module"):
+def test_a_spec_that_builds_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"layer 'a': LayerSpec\(dict\) built dict, which is not an nn\.Module"):
         build_layer(LayerSpec(dict), name="a", seed=1)  # type: ignore[arg-type]
 
 

@@ -142,7 +142,7 @@ def test_what_needs_no_gradient_gets_none(name: str) -> None:
 
 @pytest.mark.parametrize("apply", [split_sequence, reduce_scatter_sequence])
 def test_a_sequence_that_cannot_be_cut_evenly_is_refused(apply: Callable[[Tensor, TensorGroup], Tensor]) -> None:
-    with pytest.raises(LayoutError, match=r"10 tokens .*3 equal parts.*pad it to 12.*sequence_parallel=false"):
+    with pytest.raises(LayoutError, match=r"10 tokens .*3 equal shards.*pad it to 12.*sequence_parallel=false"):
         apply(torch.ones(1, 10, 2), PlannedGroup(0, 3))
 
 

@@ -119,10 +119,10 @@ def test_gradients_go_back_the_same_way() -> None:
 
 
 def test_a_sequence_that_has_no_equal_parts_is_refused() -> None:
-    with pytest.raises(LayoutError, match="6 tokens cannot be cut into the 4 equal parts"):
+    with pytest.raises(LayoutError, match="6 tokens cannot be split into 4 equal shards"):
         convert(activations(), is_shard=False, wants_shard=True, group=PlannedGroup(0, 4))
 
 
 def test_what_is_no_activation_is_named() -> None:
-    with pytest.raises(PipekitError, match="what a layer has returned holds a int"):
+    with pytest.raises(PipekitError, match="the output of a layer holds a int"):
         convert((torch.ones(B, S, D), 3), is_shard=False, wants_shard=True, group=PlannedGroup(0, 2))

@@ -13,7 +13,6 @@ from tensor_parallel.threads import run_ranks
 
 COLLECTIVES: dict[str, Callable[[TensorGroup, Tensor], Tensor]] = {
     "all_reduce": lambda group, x: group.all_reduce(x),
-    "all_reduce_max": lambda group, x: group.all_reduce_max(x),
     **{f"all_gather_{dim}": lambda group, x, dim=dim: group.all_gather(x, dim) for dim in range(3)},  # type: ignore[misc]
     **{f"reduce_scatter_{dim}": lambda group, x, dim=dim: group.reduce_scatter(x, dim) for dim in range(3)},  # type: ignore[misc]
 }

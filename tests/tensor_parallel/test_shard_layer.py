@@ -154,8 +154,11 @@ class Crossed(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Half, r"Half.plain.weight is shared with a module that parallel.tp=2 cuts, and is not cut itself"),
-        (Crossed, r"RowParallelLinear.weight is shared with a module that is cut in another way under parallel.tp=2"),
+        (Half, r"Half.plain.weight is shared with a module that parallel.tp=2 shards, and is not sharded itself"),
+        (
+            Crossed,
+            r"RowParallelLinear.weight is shared with a module that shards it in another way under parallel.tp=2",
+        ),
     ],
 )
 def test_a_weight_is_not_untied_silently(layer: type[nn.Module], message: str) -> None:

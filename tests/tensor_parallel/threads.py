@@ -51,9 +51,6 @@ class ThreadGroup(TensorGroup):
         total = _sum(self._exchange(f"reduce_scatter along {dim}", tensor))
         return Done(total.chunk(self.size, dim)[self.rank].clone())
 
-    def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        return tensor.copy_(torch.stack(self._exchange("all_reduce_max", tensor)).amax(0))
-
     def _exchange(self, what: str, tensor: Tensor) -> list[Tensor]:
         """Return copies of what all ranks have brought."""
         meeting = self._meeting
