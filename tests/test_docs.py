@@ -26,6 +26,7 @@ from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.deepspeed_keys import OWNED_KEYS
 from pipekit.models import preset_families
+from test_layering import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -291,3 +292,10 @@ def test_docstring_examples_are_found() -> None:
     for name in names:
         module = importlib.import_module(name)
         assert any(test.examples for test in finder.find(module)), name
+
+
+def test_the_architecture_lists_the_folders_of_every_floor() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for floor, rooms in ROOMS.items():
+        (held,) = re.findall(rf"^\| {floor} [^|]+\|[^|]+\|([^|]+)\|$", text, flags=re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", held)) == set(rooms.split()) - {"__main__"}
