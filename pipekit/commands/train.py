@@ -13,6 +13,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_local
 from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure
+from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
 
 
@@ -36,12 +37,10 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
 def start(config: Config) -> None:
     """Plan a run, show the plan, and run its ranks as processes on this machine."""
     # Whatever can be refused without torch is refused before it is imported.
-    from pipekit.config import plan_batch, resolve_layout
     from pipekit.plan.run_folder import find_start, write_plan
 
     resources = find_resources(os.environ, config)
-    if not config.parallel.auto:
-        plan_batch(config, resolve_layout(config, num_devices=resources.num_gpus).dp)
+    _check_degrees(config, resources)
     start_point = find_start(config)
     from pipekit.training.console import make_console, show_plan
 
@@ -81,11 +80,20 @@ def join(config: Config, ranks: RankEnvironment) -> None:
         _guard_builds(os.environ)
     os.environ.update(thread_environ(config.run.threads_per_process, local_world_size, os.environ))
     resources = find_resources(os.environ, config, world_size=ranks.world_size, local_world_size=local_world_size)
+    _check_degrees(config, resources)
     if not resources.num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     from pipekit.training.run import run_joining_rank
 
     run_joining_rank(config, resources, rank=ranks.rank, local_rank=ranks.local_rank)
+
+
+def _check_degrees(config: Config, resources: Resources) -> None:
+    from pipekit.config import plan_batch, resolve_layout
+
+    if not config.parallel.auto:
+        layout = resolve_layout(config, world_size=resources.world_size, num_devices=resources.num_gpus)
+        plan_batch(config, layout.dp)
 
 
 def _guard_builds(environ: Mapping[str, str]) -> None:
