@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from fork_server import run_pipekit
 
 CONFIG = {
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 32},
@@ -28,15 +27,7 @@ def workspace(tmp_path: Path) -> Path:
 def refuse(workspace: Path, *arguments: str, environ: dict[str, str] | None = None) -> str:
     """Run a command that must be refused, and return its message."""
     before = {path for path in workspace.rglob("*") if "cache" not in path.parts}
-    done = subprocess.run(
-        [sys.executable, "-m", "pipekit", *arguments],
-        cwd=workspace,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_pipekit(arguments, cwd=workspace, environ=environ)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error:") <= 1
@@ -95,15 +86,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers(workspace: Path) -> None:
 
 def test_degrees_that_are_not_the_world_size(workspace: Path) -> None:
     environ = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pipekit", "train", "c.yaml", "parallel.pp=2"],
-        cwd=workspace,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_pipekit(["train", "c.yaml", "parallel.pp=2"], cwd=workspace, environ=environ)
     assert done.returncode == 2
     assert "does not divide 3" in done.stderr
     assert "try parallel.pp=1 or 3" in done.stderr
@@ -114,15 +97,7 @@ def test_an_occupied_port(workspace: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = subprocess.run(
-            [sys.executable, "-m", "pipekit", "train", "c.yaml"],
-            cwd=workspace,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_pipekit(["train", "c.yaml"], cwd=workspace, environ=environ)
     assert done.returncode == 2
     assert "another program uses its port" in done.stderr
     assert port in done.stderr

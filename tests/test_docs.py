@@ -10,8 +10,6 @@ import os
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import typer
 import yaml
 
 import pipekit
+from fork_server import run_pipekit
 from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.deepspeed_keys import OWNED_KEYS
@@ -146,15 +145,7 @@ def test_the_trial_of_the_docs_trains(tmp_path: Path) -> None:
     (config,) = (block.text for block in blocks("yaml") if block.page == page and "WaveTrial" in block.text)
     (tmp_path / "my_trial.py").write_text(trial)
     (tmp_path / "c.yaml").write_text(config)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipekit", "train", "c.yaml", "train.steps=60"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    done = run_pipekit(["train", "c.yaml", "train.steps=60"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = [yaml.safe_load(line) for line in (tmp_path / "runs/c/metrics.jsonl").read_text().splitlines()]
     assert records[-1]["val_loss"] < 0.2 * records[0]["val_loss"]
@@ -196,14 +187,13 @@ def test_the_readme_and_ci_run_the_same_lines() -> None:
 def test_the_readme_shows_the_plan_of_the_example() -> None:
     from rich.console import Console
 
-    from pipekit.plan.decide import decide_run
-    from pipekit.plan.resources import Resources
+    from pipekit.models import build_layers
+    from pipekit.plan.plan import plan_run
     from pipekit.training.console import show_plan
-    from pipekit.training.language_model import LanguageModelTrial
 
     config = load_config(ROOT / "examples/gpt_stdlib.yaml", ["run.device=cpu"])
     config = config.updated({"model.vocab_size": config.data.vocab_size})
-    plan = decide_run(config, LanguageModelTrial, Resources()).plan
+    plan = plan_run(config, build_layers(config), world_size=None, num_devices=None)
     shown = io.StringIO()
     show_plan(plan, Console(file=shown, width=120, highlight=False))
     lines = [line.rstrip() for line in shown.getvalue().splitlines()]

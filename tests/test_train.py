@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from fork_server import run_pipekit
+
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,15 +58,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipekit(
     workspace: Path, *arguments: str, environ: dict[str, str] | None = None, timeout_s: float = 180
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipekit", *arguments],
-        cwd=workspace,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    return run_pipekit(arguments, cwd=workspace, environ=environ, timeout_s=timeout_s)
 
 
 def metrics(workspace: Path, run: str) -> list[dict[str, Any]]:
@@ -78,7 +72,7 @@ def losses(workspace: Path, run: str) -> list[float]:
 def ranks_of(run: str) -> list[str]:
     """The processes that train in a run folder."""
     listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if "pipekit.launch.rank" in line and f"{run}/plan.json" in line]
+    return [line for line in listing.splitlines() if "pipekit.commands.rank" in line and f"{run}/config.yaml" in line]
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from fork_server import run_pipekit
 
 pytestmark = pytest.mark.distributed
 
@@ -192,17 +192,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verify(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     before = files(workspace)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(workspace / "tmp")}
     (workspace / "tmp").mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipekit", "verify", *arguments],
-        cwd=workspace,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
+    environ = {"TMPDIR": str(workspace / "tmp")}
+    done = run_pipekit(["verify", *arguments], cwd=workspace, environ=environ, timeout_s=580)
     assert list((workspace / "tmp").glob("pipekit-verify*")) == []
     assert files(workspace) == before
     return done

@@ -1,0 +1,83 @@
+"""A server that has imported torch, DeepSpeed and pipekit once, and forks processes in which tests run.
+
+The imports take seconds in each process, a fork some milliseconds. It has one thread, so that a fork of it is whole.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Start a process that calls a function at the top level of an importable module."""
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    # The server gets its environment and its path when it starts, and hands them to all processes.
+    environ = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    with mock.patch.dict(os.environ, environ):
+        multiprocessing.forkserver.ensure_running()
+    process = context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def stop() -> None:
+    """End the server, if it runs."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def run_pipekit(
+    arguments: Sequence[str], *, cwd: Path, environ: Mapping[str, str] | None = None, timeout_s: float = 180.0
+) -> subprocess.CompletedProcess[str]:
+    """Run the `pipekit` command in a fork, which is there at once; the ranks that it starts are new processes.
+
+    Args:
+        arguments: what follows `pipekit`.
+        cwd: the folder to run in.
+        environ: variables to set on top of this process's own.
+        timeout_s: seconds after which the command is killed.
+
+    Raises:
+        subprocess.TimeoutExpired: after that.
+    """
+    command = ["pipekit", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = fork(_main, command, str(cwd), variables, str(stdout), str(stderr))
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(command, timeout_s, stdout.read_text(), stderr.read_text())
+        done = subprocess.CompletedProcess(command, process.exitcode, stdout.read_text(), stderr.read_text())
+        process.close()
+    return done
+
+
+def _main(command: list[str], cwd: str, environ: dict[str, str], stdout: str, stderr: str) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    tempfile.tempdir = None
+    for number, path in ((1, stdout), (2, stderr)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.path[0:0] = [cwd]
+    sys.argv = command
+
+    from pipekit.cli import main
+
+    main()
