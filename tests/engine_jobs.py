@@ -37,7 +37,7 @@ class Case:
     dropout: float = 0.0
     clip: float = 0.5
     checkpointing: bool = False
-    steps: int = 20
+    steps: int = 10
     optimizer: str = "adamw"
     boundaries: tuple[int, ...] | None = None
     schedule: str = "1f1b"
@@ -208,7 +208,7 @@ def build_engine(
 
 
 def train(
-    rank: int, case: Case, *, save: str | None = None, save_after: int = 10, load: str | None = None
+    rank: int, case: Case, *, save: str | None = None, save_after: int = 5, load: str | None = None
 ) -> dict[str, Any]:
     """Train, and return losses, gradient norms, an evaluation, and this stage's fp32 weights."""
     from pipekit.checkpoint.reader import CheckpointReader

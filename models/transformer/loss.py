@@ -1,4 +1,4 @@
-"""Loss of a language model: cross-entropy of the next token."""
+"""What a language model is trained on."""
 
 from __future__ import annotations
 

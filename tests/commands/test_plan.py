@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,9 +15,7 @@ import yaml
 from pipekit.commands.plan import PlanOptions, plan, plan_report
 from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, PipekitError
-from pipekit.plan.plan import Plan
-from pipekit.plan.resources import Resources
-from pipekit.training.prepare import prepare_run
+from pipekit.plan.choose import plan_trial
 
 MODEL = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "max_positions": 64, "vocab_size": 300}
 H100 = PlanOptions(device="h100")
@@ -190,14 +187,9 @@ def auto(path: Path, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
-def planned(config: Config, *, world_size: int) -> Plan:
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return prepare_run(config, Resources(world_size=world_size, memory_bytes=memory_bytes), start=None).plan
-
-
 def test_auto_chooses_what_plan_ranks_first(path: Path) -> None:
     config = auto(path)
-    made = planned(config, world_size=4)
+    made = plan_trial(config, world_size=4, num_devices=None)
     found = plan_report(config, PlanOptions(num_devices=4))
     assert made.layout.world_size == 4
     for key in ("pp", "dp", "zero", "schedule"):
@@ -214,7 +206,7 @@ def test_auto_chooses_what_plan_ranks_first(path: Path) -> None:
 def test_auto_keeps_to_the_memory_that_is_allowed(path: Path) -> None:
     config = auto(path, "parallel.memory_limit_gb=0.0001")
     with pytest.raises(PipekitError, match=r"of 0\.00 GB"):
-        planned(config, world_size=2)
+        plan_trial(config, world_size=2, num_devices=None)
 
 
 TRILLION = """

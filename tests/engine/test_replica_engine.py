@@ -43,7 +43,7 @@ def run(gloo: GlooWorkers, case: Case, **options: Any) -> list[dict[str, Any]]:
 
 
 def check_against_reference(gloo: GlooWorkers, case: Case) -> None:
-    case = replace(case, steps=10)
+    case = replace(case, steps=6)
     assert_trained_as_one_process(run(gloo, case), case)
 
 
@@ -283,16 +283,23 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("writer", LAYOUTS, ids=show)
-def test_any_layout_goes_on_from_any_other(gloo: GlooWorkers, tmp_path: Path, writer: Case) -> None:
+@pytest.mark.parametrize(
+    "distances",
+    # In a ring every layout writes and reads. As a checkpoint knows no layout, the other pairs repeat that.
+    [[1], pytest.param([2, 3, 4], marks=pytest.mark.slow)],
+    ids=["the next", "all others"],
+)
+@pytest.mark.parametrize("writer", range(len(LAYOUTS)))
+def test_any_layout_goes_on_from_any_other(
+    gloo: GlooWorkers, tmp_path: Path, writer: int, distances: list[int]
+) -> None:
     expected = reference(Case())
-    run(gloo, writer, save=str(tmp_path))
-    for reader in LAYOUTS:
-        if reader == writer:
-            continue
-        for result in run(gloo, reader, load=str(tmp_path / "step-00000010")):
-            assert result["losses"] == pytest.approx(expected["losses"][10:], rel=1e-4)
-            assert result["norms"] == pytest.approx(expected["norms"][10:], rel=1e-4)
+    run(gloo, LAYOUTS[writer], save=str(tmp_path))
+    for distance in distances:
+        reader = LAYOUTS[(writer + distance) % len(LAYOUTS)]
+        for result in run(gloo, reader, load=str(tmp_path / "step-00000005")):
+            assert result["losses"] == pytest.approx(expected["losses"][5:], rel=1e-4)
+            assert result["norms"] == pytest.approx(expected["norms"][5:], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -308,10 +315,10 @@ def test_any_layout_goes_on_from_any_other(gloo: GlooWorkers, tmp_path: Path, wr
 )
 def test_the_same_layout_goes_on_bit_for_bit(gloo: GlooWorkers, tmp_path: Path, case: Case) -> None:
     whole = run(gloo, case, save=str(tmp_path))
-    resumed = run(gloo, case, load=str(tmp_path / "step-00000010"))
+    resumed = run(gloo, case, load=str(tmp_path / "step-00000005"))
     for before, after in zip(whole, resumed, strict=True):
-        assert after["losses"] == before["losses"][10:]
-        assert after["norms"] == before["norms"][10:]
+        assert after["losses"] == before["losses"][5:]
+        assert after["norms"] == before["norms"][5:]
         for name, weights in before["weights"].items():
             assert torch.equal(weights, after["weights"][name]), name
 
@@ -401,7 +408,7 @@ def test_without_a_compiler_torch_makes_the_updates(gloo: GlooWorkers) -> None:
 
 
 def train_without_compiler(rank: int) -> tuple[str, list[str], list[float]]:
-    from pipekit.engine import cpu_adam
+    from pipekit.deepspeed import cpu_adam
 
     notes: list[str] = []
     handler = logging.Handler()
