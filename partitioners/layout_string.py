@@ -221,7 +221,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _example(starts: Sequence[int], num_layers: int, num_stages: int) -> str:
-    """Return what to type instead, where whole blocks are enough for every stage."""
+    """Suggestion for a mistake where whole blocks are enough for every stage."""
     num_blocks = len(starts) - 1
     if num_blocks < num_stages:
         return ""

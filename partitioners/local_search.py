@@ -22,11 +22,11 @@ class StageSums:
     extras: Sequence[int]
 
     def stage(self, stage: int, start: int, end: int) -> int:
-        """Return what a stage of the layers from `start` up to `end` holds."""
+        """Cost of a stage of the layers from `start` up to `end`."""
         return self.before[stage][end] - self.before[stage][start] + self.extras[stage]
 
     def ranks(self, boundaries: Sequence[int], placement: Sequence[int]) -> list[int]:
-        """Return what every rank holds."""
+        """Cost of every rank."""
         held = [0] * (max(placement) + 1)
         for stage, (start, end) in enumerate(pairwise(boundaries)):
             held[placement[stage]] += self.stage(stage, start, end)
@@ -89,14 +89,14 @@ def _best_cut(
     pair = placement[stage - 1], placement[stage]
 
     def rest(sums: StageSums) -> tuple[int, int, int]:
-        """Return what both ranks hold in their other stages, and the most that any other rank holds."""
+        """Costs of both ranks' other stages, and the largest cost of any other rank."""
         held = sums.ranks(cuts, placement)
         held[pair[0]] -= sums.stage(stage - 1, start, now)
         held[pair[1]] -= sums.stage(stage, now, end)
         return held[pair[0]], held[pair[1]], max((h for rank, h in enumerate(held) if rank not in pair), default=0)
 
     def both(sums: StageSums, others: tuple[int, int, int], cut: int) -> tuple[int, int]:
-        """Return what both ranks hold with the boundary at `cut`; where they are one, it and nothing."""
+        """Costs of both ranks with the boundary at `cut`; where they are one rank, its cost and 0."""
         left, right = sums.stage(stage - 1, start, cut), sums.stage(stage, cut, end)
         return (others[0] + left + right, 0) if pair[0] == pair[1] else (others[0] + left, others[1] + right)
 

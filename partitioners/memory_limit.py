@@ -1,4 +1,4 @@
-"""What fits into the memory of a rank."""
+"""Memory limit of a rank, for partitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """What layers and stages hold, and how much a rank may.
+    """Memory of layers and stages, and the limit of a rank.
 
     A rank holds the sum over its stages of their layers' `state_bytes`, of `in_flight` times their layers'
     `activation_bytes`, and of `extra_bytes`.
@@ -65,7 +65,7 @@ class MemoryLimit:
         return [made[int(in_flight)] for in_flight in self.in_flight]
 
     def rank_bytes(self, boundaries: Sequence[int], placement: Sequence[int]) -> list[int]:
-        """Return what every rank holds under a partition."""
+        """Bytes of every rank under a partition."""
         held = [0] * (max(placement) + 1)
         for stage, rank in enumerate(placement):
             layers = slice(boundaries[stage], boundaries[stage + 1])
@@ -75,7 +75,7 @@ class MemoryLimit:
         return held
 
     def error(self, least_bytes: int, pp: int, *, is_least: bool = True) -> LayoutError:
-        """Return what to tell where no partition fits: by how much, and what to change.
+        """Message for the case that no partition fits: by how much, and remedies.
 
         Args:
             least_bytes: the smallest that the largest rank needs.

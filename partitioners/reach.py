@@ -1,4 +1,4 @@
-"""How far a stage reaches under limits on sums over its layers."""
+"""Reach of a stage: its farthest end under limits on sums over its layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def earliest_start(bounds: Bounds, end: int) -> int:
 
 
 def farthest_ends(bounds: Bounds, starts: Indices) -> Indices:
-    """Return what `farthest_end` returns, for each of `starts`."""
+    """`farthest_end` of each of `starts`."""
     ends = [
         np.searchsorted(bound.sums.array, bound.sums.array[starts] + _clipped(bound), side="right") - 1
         for bound in bounds
@@ -77,19 +77,19 @@ def farthest_ends(bounds: Bounds, starts: Indices) -> Indices:
 
 
 def earliest_starts(bounds: Bounds, ends: Indices) -> Indices:
-    """Return what `earliest_start` returns, for each of `ends`."""
+    """`earliest_start` of each of `ends`."""
     starts = [np.searchsorted(bound.sums.array, bound.sums.array[ends] - _clipped(bound)) for bound in bounds]
     most: Indices = np.maximum.reduce(starts)
     return most
 
 
 def _clipped(bound: Bound) -> int:
-    """Return what says the same of the layers, and fits into 64 bits wherever their sums do."""
+    """Equivalent costs of the layers, as 64-bit integers wherever their sums fit."""
     return max(-1, min(bound.most, bound.sums.before[-1]))
 
 
 def can_fill(stages: Sequence[Bounds]) -> bool:
-    """Return whether stages of at least one layer each, within their bounds, can hold every layer.
+    """True if stages of at least one layer each, within their bounds, can hold every layer.
 
     The layers may be filled in to the brim, stage by stage, as long as every stage can take one. Where a stage cannot
     take the layer that comes next, an earlier stop of the stages before it may help; then every boundary that can be

@@ -100,7 +100,7 @@ class Measure:
         return [limit - self.extras[left] - self.extras[right] for left, right in self._stages(sides)]
 
     def largest(self, sides: Sides, boundaries: Sequence[int]) -> int:
-        """Return what the fullest rank holds."""
+        """Cost of the fullest rank."""
         held = [
             int(before[end] - before[start]) + extra
             for before, extra, (start, end) in zip(self.before, self.extras, pairwise(boundaries), strict=True)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS: dict[int, str] = {
     # 0: pure.
-    0: "errors files rng layout settings schedules partitioners predictions",
+    0: "errors files progress rng layout settings schedules partitioners predictions",
     # 1: torch, no processes.
     1: "tensors tensor_parallel layers models config data costs checkpoint plan inference",
     # 2: processes.
@@ -222,7 +222,10 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
         ("import pipekit.commands.train", HEAVY),
         ("import pipekit.schedules, pipekit.plan.run_folder, pipekit.training.lr", {"torch", "deepspeed"}),
         ("import pipekit.partitioners, pipekit.checkpoint.manifest, pipekit.data.order", {"torch", "deepspeed"}),
-        ("import pipekit.plan.plan, pipekit.inference.sampling, pipekit.models, pipekit.training.trial", {"deepspeed"}),
+        (
+            "import pipekit.plan.decide, pipekit.inference.sampling, pipekit.models, pipekit.training.prepare",
+            {"deepspeed"},
+        ),
     ],
 )
 def test_what_is_not_needed_is_not_imported(code: str, absent: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a language model is trained on."""
+"""Loss of a language model: cross-entropy of the next token."""
 
 from __future__ import annotations
 

@@ -6,15 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError
-from pipekit.launch.resources import num_accelerators, num_usable_cpus, threads_per_process
+from pipekit.launch.resources import find_resources
+from pipekit.plan.resources import Resources
 from pipekit.predictions.devices import Device, find_device
+from pipekit.progress import ProgressLines
 
 
 @dataclass(frozen=True)
@@ -74,46 +75,47 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         PipekitError: if nothing fits.
     """
     from pipekit.partitioners import compare_partitions
-    from pipekit.plan.choose import best_layout, plan_specs, search
-    from pipekit.plan.plan import plan_run
+    from pipekit.plan.decide import build_specs, decide_run
+    from pipekit.plan.search import best_layout, search
     from pipekit.predictions.prediction import predict
     from pipekit.predictions.report import report
+    from pipekit.training.prepare import load_trial
 
     compares = options.num_devices is not None or config.parallel.auto
     _check_options(options, compares=compares)
-    present = None if config.run.device == "cpu" else num_accelerators(os.environ)
+    resources = find_resources(os.environ, config, asks_gpu=options.device is None)
     if compares:
-        number = options.num_devices or present or num_usable_cpus()
+        number = options.num_devices or resources.num_devices
     else:
-        number = _num_devices(config, present if options.device is None else None)
-    device = _device(options, present, number)
+        number = _num_devices(config, resources.num_gpus if options.device is None else None)
+    device = _device(options, resources, number)
     is_gpu = device.name != "cpu"
-    # What the plan is for need not be here.
+    # The devices that are planned for need not be here.
     config = config.updated({"run.device": "cuda" if is_gpu else "cpu"})
+    resources = replace(
+        resources,
+        num_gpus=number if is_gpu else None,
+        gpu_memory_bytes=device.memory_bytes,
+        memory_bytes=device.memory_bytes * number,
+    )
     if options.measure:
         config = config.updated({"parallel.partition": "profile"})
     elif options.device is not None and config.parallel.partition == "profile":
         # Layers are timed on what is present, which a device that is named need not be.
         config = config.updated({"parallel.partition": "flops"})
-    config, specs, trial = plan_specs(config, _tell, prepare=config.model.needs_data)
+    trial = load_trial(config)
+    tell = ProgressLines.on_stderr()
+    prepared = trial.prepare(config, tell) if config.model.needs_data else None
     if compares:
+        config, specs = build_specs(config, trial, prepared)
         found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
         best = best_layout(found, number, device)
         return report(best, device, found.model.layer_names, found.result)
-    made = plan_run(
-        config,
-        specs,
-        world_size=None,
-        num_devices=number if is_gpu else None,
-        example=partial(trial.example, config),
-        num_threads=threads_per_process(config.run.threads_per_process, number, num_usable_cpus()),
-        on_progress=_tell,
-        memory_bytes=device.memory_bytes,
-    )
-    prediction = predict(made.model, made.parallel_plan, device, made.boundaries)
-    stages = made.schedule.num_stages
-    partitions = compare_partitions(made.partition_inputs, stages) if stages > 1 else ()
-    return report(prediction, device, made.layer_names, partitions=partitions)
+    decision = decide_run(config, trial, resources, prepared=prepared, on_progress=tell)
+    boundaries, stages = decision.plan.boundaries, decision.plan.schedule.num_stages
+    prediction = predict(decision.model, decision.parallel_plan, device, boundaries)
+    partitions = compare_partitions(decision.partition_inputs, stages) if stages > 1 else ()
+    return report(prediction, device, decision.plan.layer_names, partitions=partitions)
 
 
 def _check_options(options: PlanOptions, *, compares: bool) -> None:
@@ -139,19 +141,11 @@ def _num_devices(config: Config, present: int | None) -> int:
     return one * parallel.dp
 
 
-def _device(options: PlanOptions, present: int | None, num_processes: int) -> Device:
+def _device(options: PlanOptions, resources: Resources, num_processes: int) -> Device:
     if options.device is not None:
         return find_device(options.device, options.device_files)
     if options.device_files:
-        import torch
+        return find_device(resources.gpu_name or "cpu", options.device_files)
+    from pipekit.plan.device import present_device
 
-        return find_device(torch.cuda.get_device_name(0) if present else "cpu", options.device_files)
-    from pipekit.plan.choose import present_device
-
-    return present_device(present, num_processes)
-
-
-def _tell(message: str, fraction: float | None) -> None:
-    """Say what takes its time, beside the output."""
-    if not fraction:
-        sys.stderr.write(f"{message} ...\n")
+    return present_device(resources, num_processes)

@@ -9,20 +9,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, LaunchError, LayoutError, PipekitError
-from pipekit.launch.environment import detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_local
-from pipekit.launch.resources import num_accelerators, num_usable_cpus, thread_environ, threads_per_process
-from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
+from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.layout import Layout
+from pipekit.progress import ProgressLines
 from pipekit.verify.explain import LayoutContext, show_names
 from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, reason_against
 from pipekit.verify.measurement import MEASUREMENTS_FILE, TOLERANCE, load_measurements
@@ -30,6 +29,7 @@ from pipekit.verify.report import Result, Verification, report
 
 if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
+    from pipekit.plan.resources import Resources
 
 _DEFAULT_CPU_DEVICES = 4
 _TRACEBACK_LINES = 6
@@ -64,16 +64,6 @@ class VerifyOptions:
     keep: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a process of a verification is to do."""
-
-    folder: str
-    reference: str | None
-    num_steps: int
-    tolerance: float
-
-
 def verify(path: str | Path, overrides: Sequence[str], options: VerifyOptions) -> bool:
     """Verify the configuration at `path`, print what was found, and return whether every layout agrees.
 
@@ -97,8 +87,10 @@ def verify_config(config: Config, options: VerifyOptions) -> Verification:
     Raises:
         PipekitError: if the model does not run in one process, or no layout fits.
     """
-    num_gpus = None if config.run.device == "cpu" else num_accelerators(os.environ)
-    config, specs = _plan_model(config)
+    resources = find_resources(os.environ, config)
+    num_gpus = resources.num_gpus
+    tell = ProgressLines.on_stderr()
+    config, specs, prepared = _prepare_model(config, tell)
     num_devices = options.num_devices or num_gpus or max(_own_layout(config, None).world_size, _DEFAULT_CPU_DEVICES)
     if num_gpus is not None and num_devices > num_gpus:
         raise LayoutError(f"--devices {num_devices}: there are {num_gpus} GPUs; try --devices {num_gpus}")
@@ -108,7 +100,7 @@ def verify_config(config: Config, options: VerifyOptions) -> Verification:
         reasons = "\n  ".join(f"{candidate}: {reason}" for candidate, reason in rejected)
         raise LayoutError(f"no layout fits {num_devices} devices, so that there is nothing to verify:\n  {reasons}")
     config, notes = _comparable(config, fitting)
-    session = _Session(config, specs, num_gpus, options)
+    session = _Session(config, specs, prepared, resources, options, tell)
     results = []
     with _working_folder(options.keep) as folder:
         random_layers = session.run_reference(folder)
@@ -139,50 +131,25 @@ def verify_config(config: Config, options: VerifyOptions) -> Verification:
     )
 
 
-def rank_main(config_path: str, task: str) -> None:
-    """Be one process of a verification: a configuration's path, and what to do as JSON."""
-    tie_to_parent(os.environ)
-    with report_failure(error_file_from(os.environ)):
-        ranks = detect_ranks(os.environ)
-        assert ranks is not None, "pipekit.commands.verify_rank is started by pipekit verify"
-        config, todo = load_config(config_path), _Task(**json.loads(task))
-        num_devices = None if config.run.device == "cpu" else num_accelerators(os.environ)
-        num_threads = threads_per_process(config.run.threads_per_process, ranks.world_size, num_usable_cpus())
-        from pipekit.verify import run
-
-        if todo.reference is None:
-            run.run_reference(
-                config,
-                num_devices=num_devices,
-                num_threads=num_threads,
-                folder=Path(todo.folder),
-                num_steps=todo.num_steps,
-            )
-            return
-        run.run_layout(
-            config,
-            rank=ranks.rank,
-            local_rank=ranks.local_rank,
-            world_size=ranks.world_size,
-            num_devices=num_devices,
-            num_threads=num_threads,
-            folder=Path(todo.folder),
-            reference=Path(todo.reference),
-            tolerance=todo.tolerance,
-        )
-
-
 class _Session:
     """Starts the processes of a verification, one layout after the other."""
 
     def __init__(
-        self, config: Config, specs: Sequence[LayerSpec], num_gpus: int | None, options: VerifyOptions
+        self,
+        config: Config,
+        specs: Sequence[LayerSpec],
+        prepared: Mapping[str, Any],
+        resources: Resources,
+        options: VerifyOptions,
+        tell: ProgressLines,
     ) -> None:
         from pipekit.layers.specs import TiedLayerSpec, layer_names
 
         self._config = config
-        self._num_gpus = num_gpus
+        self._prepared = prepared
+        self._resources = resources
         self._options = options
+        self._tell = tell
         self._names = layer_names(specs)
         self._tied = frozenset(
             name for name, spec in zip(self._names, specs, strict=True) if isinstance(spec, TiedLayerSpec)
@@ -196,11 +163,11 @@ class _Session:
         Raises:
             PipekitError: if the model does not run in one process.
         """
-        _tell("running one process without pipekit's engine")
+        self._tell("running one process without pipekit's engine")
         config = _config_of(self._config, LayoutCandidate(Layout(), 0))
         try:
             self._run(config, 1, folder / "reference", reference=None)
-        except LaunchError as error:
+        except PipekitError as error:
             words = _first_words(error).removeprefix("rank 0: ").removeprefix("rank 0 failed: ")
             raise LaunchError(f"one process, without pipekit's engine, does not get through: {words}") from None
         from pipekit.verify.recording import Recording
@@ -210,12 +177,12 @@ class _Session:
 
     def run_candidate(self, folder: Path, candidate: LayoutCandidate, config: Config) -> Result:
         """Run a layout, and return what was found."""
-        _tell(f"running {candidate}")
+        self._tell(f"running {candidate}")
         place = folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
         started_s = time.perf_counter()
         try:
             self._run(config, candidate.layout.world_size, place, reference=folder / "reference")
-        except LaunchError as error:
+        except PipekitError as error:
             return Result(candidate, time.perf_counter() - started_s, failure=_first_words(error))
         measurements, boundaries = load_measurements(place / MEASUREMENTS_FILE)
         time_s = time.perf_counter() - started_s
@@ -226,20 +193,23 @@ class _Session:
 
     def _run(self, config: Config, world_size: int, place: Path, *, reference: Path | None) -> None:
         place.mkdir(parents=True)
-        path = place / "config.yaml"
-        path.write_text(config.updated({"run.dir": str(place / "run")}).to_yaml(), encoding="utf-8")
-        task = _Task(
-            str(place),
-            None if reference is None else str(reference),
-            self._options.num_steps,
-            self._options.tolerance,
+        from pipekit.plan.decide import decide_run
+        from pipekit.plan.run_folder import write_plan
+        from pipekit.training.prepare import load_trial
+        from pipekit.verify.run import Task
+
+        config = config.updated({"run.dir": str(place / "run")})
+        resources = replace(self._resources, world_size=world_size)
+        plan = decide_run(config, load_trial(config), resources, prepared=self._prepared, on_progress=self._tell).plan
+        task = Task(
+            str(place), self._options.num_steps, self._options.tolerance, None if reference is None else str(reference)
         )
         environ = thread_environ(config.run.threads_per_process, world_size, os.environ)
         environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
-        if not self._num_gpus:
+        if plan.device == "cpu":
             environ["DS_ACCELERATOR"] = "cpu"
         run_local(
-            [sys.executable, "-m", "pipekit.commands.verify_rank", str(path), json.dumps(asdict(task))],
+            [sys.executable, "-m", "pipekit.launch.rank", str(write_plan(plan).plan), json.dumps(asdict(task))],
             world_size=world_size,
             log_dir=place / "logs",
             env=environ,
@@ -247,23 +217,26 @@ class _Session:
         )
 
 
-def _plan_model(config: Config) -> tuple[Config, Sequence[LayerSpec]]:
-    """Return the configuration with its sizes known, and the model.
+def _prepare_model(config: Config, tell: ProgressLines) -> tuple[Config, Sequence[LayerSpec], Mapping[str, Any]]:
+    """Prepare the data, and return the configuration with its sizes known, the model, and what was prepared.
 
     Raises:
         PipekitError: if the model cannot be built.
     """
-    from pipekit.plan.choose import plan_specs
+    from pipekit.plan.decide import build_specs
+    from pipekit.training.prepare import load_trial
 
     try:
-        config, specs, _ = plan_specs(config, _tell)
+        trial = load_trial(config)
+        prepared = trial.prepare(config, tell)
+        config, specs = build_specs(config, trial, prepared)
     except PipekitError:
         raise
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         lines = [line for line in text.splitlines() if line.strip(" ~^")][-_TRACEBACK_LINES:]
         raise ConfigError("\n".join(["the model cannot be built:", *lines])) from error
-    return config, specs
+    return config, specs, prepared
 
 
 def _choose(
@@ -365,13 +338,7 @@ def _describe_model(config: Config, num_layers: int) -> str:
     return f"{config.model.description}{trial}, {num_layers} layers"
 
 
-def _first_words(error: LaunchError) -> str:
+def _first_words(error: PipekitError) -> str:
     """Return what a failed rank has to say, without the path of a log that is gone when it is read."""
     lines = [line for line in str(error).splitlines() if not line.startswith("the whole log of rank")]
     return "\n".join(lines)
-
-
-def _tell(message: str, fraction: float | None = None) -> None:
-    """Say what takes its time, beside the output."""
-    if not fraction:
-        sys.stderr.write(f"{message} ...\n")

@@ -32,7 +32,7 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def facts_table(report: Mapping[str, Any]) -> Table:
-    """Return what was compared with what."""
+    """Table of the model, the steps and the tolerance of a verification."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold cyan", no_wrap=True)
     facts.add_column()
@@ -72,7 +72,7 @@ def layouts_table(layouts: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def fault_table(found: Mapping[str, Any]) -> Table:
-    """Return where a layout first differs, by how much, and why; or how it failed."""
+    """First difference of a layout: place, size and likely cause; or its failure."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold red" if found["verdict"] == "failed" else "bold cyan", no_wrap=True)
     facts.add_column()
@@ -96,7 +96,7 @@ def fault_table(found: Mapping[str, Any]) -> Table:
 
 
 def remarks_table(report: Mapping[str, Any]) -> Table:
-    """Return what was not run, and what else must be known to read the result."""
+    """Remarks: layouts that were not run, and notes on the result."""
     remarks = Table.grid(padding=(0, 2))
     remarks.add_column(style="bold cyan", no_wrap=True)
     remarks.add_column()

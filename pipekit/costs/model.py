@@ -12,7 +12,7 @@ import torch
 from pipekit.config import Config
 from pipekit.costs.describe import describe_layers
 from pipekit.costs.example import Example
-from pipekit.costs.profiling import ProgressCallback, profile_layers
+from pipekit.costs.profiling import profile_layers
 from pipekit.errors import ConfigError
 from pipekit.layers.parameters import parameter_shapes
 from pipekit.layers.specs import LayerSpec, layer_names
@@ -20,6 +20,7 @@ from pipekit.predictions.elements import Precision
 from pipekit.predictions.model_costs import ModelCosts
 from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates
 from pipekit.predictions.prediction import PlannedModel
+from pipekit.progress import ProgressCallback
 
 ExampleBuilder = Callable[[int], Example | None]
 """Returns one micro-batch of so many sequences; None where a trial does not tell."""

@@ -30,7 +30,7 @@ from pipekit.tensors.nested import Structure, flatten, unflatten
 
 @dataclass(frozen=True)
 class TensorForm:
-    """What is known of a tensor without its values."""
+    """Shape, dtype and gradient flag of a tensor, without its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class TensorForm:
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of what passes between two layers without its values.
+    """Shapes and structure of the activations between two layers, without values.
 
     Attributes:
         tensors: its tensors, in order.
@@ -96,7 +96,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of a layer: its costs, and the form of what it returned."""
+    """Costs of a layer, and the form of its output."""
 
     costs: LayerCosts
     outputs: Form

@@ -40,12 +40,11 @@ from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.specs import LayerSpec, build_layer, build_on_meta, layer_names
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.model_costs import ModelCosts
+from pipekit.progress import ProgressCallback
 from pipekit.tensors.host_memory import keep_freed_memory
 from pipekit.tensors.nested import unflatten
 
 logger = logging.getLogger(__name__)
-
-ProgressCallback = Callable[[str, float | None], None]
 
 DEFAULT_PROFILE_DIR = "~/.cache/pipekit/profiles"
 _FORMAT_VERSION = 2  # raise it when the same layer would be measured in another way

@@ -12,9 +12,9 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ from pipekit.data.tokenizer import (
 from pipekit.data.tokens import TokenFileWriter, load_tokens
 from pipekit.errors import DataError
 from pipekit.files import replace_folder
+from pipekit.progress import ProgressCallback
 from pipekit.rng import fold_seed
 
 logger = logging.getLogger(__name__)
-
-ProgressCallback = Callable[[str, float | None], None]
 
 DEFAULT_CACHE_DIR = "~/.cache/pipekit"
 TOKENIZER_SAMPLE_BYTES = 8_000_000
@@ -66,6 +65,22 @@ class PreparedData:
     num_train_tokens: int
     num_validation_tokens: int
     fingerprint: str
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same as plain data, of which `from_plain` makes an equal one."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> PreparedData:
+        """Build one from plain data."""
+        values: dict[str, Any] = dict(plain)
+        paths = {key: Path(value) for key, value in values.items() if key.endswith("_path") and value is not None}
+        return cls(**{**values, **paths})
+
+    def is_here(self) -> bool:
+        """Whether this machine sees the files."""
+        paths = (self.tokenizer_path, self.train_path, self.validation_path)
+        return all(path.is_file() for path in paths if path is not None)
 
 
 def prepare_data(

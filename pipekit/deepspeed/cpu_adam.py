@@ -20,7 +20,7 @@ _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 def offloads_optimizer(deepspeed_config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration of DeepSpeed keeps masters and moments in host memory.
+    """True if a configuration of DeepSpeed keeps masters and moments in host memory.
 
     Example:
         >>> offloads_optimizer({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
@@ -63,7 +63,7 @@ def with_cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @cache
 def _reason_against_building() -> str | None:
-    """Return why the C++ of DeepSpeed's Adam cannot be compiled and loaded; None where it can."""
+    """Reason why the C++ of DeepSpeed's Adam cannot be compiled and loaded; None if it can."""
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # A compiler fails in many ways.

@@ -1,4 +1,4 @@
-"""Whether the process groups of all ranks fit together: every rank's answers, compared before anything is trained."""
+"""Check that the process groups of all ranks fit together: their answers are compared before training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MOST_SHOWN = 6
 
 @dataclass(frozen=True)
 class UnitDescription:
-    """What a rank's unit answers, as plain data.
+    """Answers of a rank's unit, as plain data.
 
     Attributes:
         rank: the global rank, as torch.distributed knows it.
@@ -67,7 +67,7 @@ class UnitDescription:
 
 
 def expected_answers(description: UnitDescription) -> dict[str, Any]:
-    """Return what `answers` must be of a unit whose groups, coordinate and placement are right."""
+    """Expected answers of a unit whose groups, coordinate and placement are right."""
     rank, pipe_rank, placement = description.rank, description.coordinate.pipe, description.placement
     pipe, data, tensor, model = (description.groups[name] for name in _AXES_OF)
     expected: dict[str, Any] = {
@@ -110,7 +110,7 @@ def expected_answers(description: UnitDescription) -> dict[str, Any]:
 
 
 def describe_unit(unit: ModelParallelUnit) -> UnitDescription:
-    """Return what this rank's unit answers.
+    """Answers of this rank's unit.
 
     Raises:
         LayoutError: if it does not answer, or is none.
@@ -158,7 +158,7 @@ def _ask(unit: ModelParallelUnit, name: str, rank: int) -> Any:
 
 
 def find_unit_faults(descriptions: Sequence[UnitDescription]) -> list[str]:
-    """Return what does not fit together in the answers of all ranks: which rank, what it says, and what it must say.
+    """Contradictions in the answers of all ranks: the rank, its answer, and the right one.
 
     Args:
         descriptions: of every rank, in order.

@@ -1,4 +1,4 @@
-"""What DeepSpeed's configuration can ask for beside training: `wall_clock_breakdown` and the FLOPS profiler."""
+"""Diagnostics that DeepSpeed's configuration can ask for: `wall_clock_breakdown` and the FLOPS profiler."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def join_batches(outputs: list[Any]) -> Any:
 
 
 class _Report:
-    """What a rank has read, on its way to all others of the pipeline.
+    """Report of a rank on the batches that it has read, sent to all others of the pipeline.
 
     Args:
         report: what this rank has to say, if it is the source.
@@ -207,7 +207,7 @@ class _Report:
             self._works.append(work)
 
     def receive(self) -> list[int]:
-        """Return what the source has said."""
+        """Return the report of the source."""
         # A message of gloo can be waited for once.
         while self._works:
             wait(self._works.pop(), "the other stages to begin the step")

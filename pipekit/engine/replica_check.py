@@ -1,4 +1,4 @@
-"""Whether ranks that hold the same tensor still hold the same bits: checksums of all, compared across the run."""
+"""Consistency check: ranks that hold the same tensor hold the same bits, by checksums compared across the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COPIES_ALONG: dict[Axis, str] = {
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """What is compared of one tensor.
+    """Checksum and place of one tensor.
 
     Attributes:
         dtype: its number format.
@@ -51,7 +51,7 @@ same part must hold the same bits."""
 
 @dataclass(frozen=True)
 class ReplicaDescription:
-    """What a rank holds, as plain data.
+    """Checksums of the tensors of a rank, as plain data.
 
     Attributes:
         rank: the global rank.
@@ -177,7 +177,7 @@ def _faults_of_part(
 
 
 def _differs_along(axis: Axis, digests: Mapping[int, TensorDigest], descriptions: Sequence[ReplicaDescription]) -> bool:
-    """Whether two ranks that stand apart along `axis` alone hold other bits."""
+    """True if two ranks that differ along `axis` alone hold different bits."""
     seen: dict[Coordinate, TensorDigest] = {}
     for rank, digest in digests.items():
         coordinate = descriptions[rank].coordinate

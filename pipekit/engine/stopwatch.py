@@ -51,7 +51,7 @@ class Stopwatch:
         return elapsed_ms / 1000
 
     def spans(self) -> list[Span]:
-        """Return when the last step's actions ran, in seconds since it began, in order."""
+        """Start and end of the last step's actions, in seconds since it began, in order."""
         if self._cuda:
             torch.cuda.synchronize()
         starts, stops = self._marks[::2], self._marks[1::2]

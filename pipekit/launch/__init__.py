@@ -9,7 +9,7 @@ from __future__ import annotations
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_local
-from pipekit.launch.resources import num_accelerators, num_usable_cpus, thread_environ, threads_per_process
+from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
 __all__ = [
@@ -17,12 +17,10 @@ __all__ = [
     "detect_ranks",
     "error_file_from",
     "extensions_dir",
+    "find_resources",
     "guard_extension_builds",
-    "num_accelerators",
-    "num_usable_cpus",
     "report_failure",
     "run_local",
     "thread_environ",
-    "threads_per_process",
     "tie_to_parent",
 ]

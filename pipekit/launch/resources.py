@@ -1,4 +1,4 @@
-"""Accelerators and processor cores of this machine, counted without importing torch."""
+"""Resources of this machine: accelerators, processor cores and memory, counted without importing torch."""
 
 from __future__ import annotations
 
@@ -6,29 +6,51 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from pipekit.plan.resources import Resources, threads_per_process
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
 
 _NVIDIA_SMI_TIMEOUT_S = 20.0
+_NEVER_ASK_MEMORY = ("parameters", "uniform", "flops", "profile", "manual")
 
 
-def threads_per_process(setting: Literal["auto"] | int, num_local_ranks: int, num_cpus: int) -> int:
-    """Number of threads that each process computes with.
+def find_resources(
+    environ: Mapping[str, str],
+    config: Config,
+    *,
+    world_size: int | None = None,
+    local_world_size: int | None = None,
+    asks_gpu: bool = False,
+) -> Resources:
+    """Find what a run may use on this machine. Of GPUs, torch is asked only where a decision needs it.
 
     Args:
-        setting: the configured number; "auto" divides the cores among the processes.
-        num_local_ranks: number of processes on this machine.
-        num_cpus: number of cores that they may use together.
-
-    Example:
-        >>> threads_per_process("auto", 4, 10)
-        2
-        >>> threads_per_process("auto", 8, 2)
-        1
-        >>> threads_per_process(3, 8, 2)
-        3
+        environ: the environment variables.
+        config: the configuration.
+        world_size: number of processes, where another launcher has started them.
+        local_world_size: number of those on this machine, where that is known.
+        asks_gpu: whether name and memory of the GPU are needed whatever is configured.
     """
-    return max(1, num_cpus // num_local_ranks) if setting == "auto" else setting
+    num_gpus = None if config.run.device == "cpu" else num_accelerators(environ)
+    found = Resources(
+        num_cpus=num_usable_cpus(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_gpus=num_gpus,
+        world_size=world_size,
+        local_world_size=local_world_size,
+    )
+    parallel = config.parallel
+    if num_gpus and (asks_gpu or parallel.auto or parallel.partition not in _NEVER_ASK_MEMORY):
+        import torch
+
+        gpu = torch.cuda.get_device_properties(0)
+        found = replace(found, gpu_name=gpu.name, gpu_memory_bytes=gpu.total_memory)
+    return found
 
 
 def thread_environ(setting: Literal["auto"] | int, num_local_ranks: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from pipekit.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
+    Manifest,
     find_latest,
     list_checkpoints,
     load_manifest,
@@ -18,6 +19,8 @@ from pipekit.checkpoint.manifest import (
 from pipekit.config import Config, conflicting_keys, load_config
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.files import write_atomically
+from pipekit.plan.plan import Plan, StartPoint
+from pipekit.schedules import write_csv
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration, which itself trains."""
         return self.path / CONFIG_FILE
+
+    @property
+    def plan(self) -> Path:
+        """The plan, which the ranks read."""
+        return self.path / "plan.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -66,8 +74,8 @@ class RunFolder:
         return self.path / "tensorboard"
 
 
-def find_start(config: Config) -> Path | None:
-    """Return the checkpoint that a run goes on from, or None where it starts anew. Reads, and writes nothing.
+def find_start(config: Config) -> StartPoint | None:
+    """The checkpoint that a run goes on from, or None where it starts anew. Reads, and writes nothing.
 
     Raises:
         ConfigError: if the run folder holds a run of another model or other data, or one that `checkpoint.resume=never`
@@ -91,31 +99,60 @@ def find_start(config: Config) -> Path | None:
     checkpoint = find_latest(folder.checkpoints) if resume == "auto" else resolve_checkpoint(Path(resume))
     if checkpoint is None:
         return None
-    load_manifest(checkpoint)
+    manifest = load_manifest(checkpoint)
     if resume != "auto":
         _check_same_run(checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration")
-    return checkpoint
+    return StartPoint(checkpoint, manifest.training.step)
 
 
-def check_data(checkpoint: Path, fingerprint: str) -> None:
-    """Check that the data are those that the checkpoint's position counts.
+def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:
+    """Check that the data are those that a checkpoint's position counts.
+
+    Args:
+        manifest: the checkpoint's.
+        fingerprint: of the data.
+        where: the checkpoint's folder, for the message.
 
     Raises:
         CheckpointError: if they are not.
     """
-    stored = load_manifest(checkpoint).training.data_fingerprint
+    stored = manifest.training.data_fingerprint
     if stored and stored != fingerprint:
         raise CheckpointError(
-            f"{checkpoint}: was trained on other data: the tokens of data.source have changed since (another text, "
+            f"{where}: was trained on other data: the tokens of data.source have changed since (another text, "
             "tokenizer or Python version), and its position in them means nothing now; restore them, or start anew "
             "with another run.dir"
         )
 
 
-def write_config(folder: RunFolder, config: Config) -> None:
-    """Write the resolved configuration into the run folder."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.config, config.to_yaml())
+def write_plan(plan: Plan) -> RunFolder:
+    """Write a plan into its run folder: `plan.json`, its configuration, and the table of a pipeline.
+
+    Raises:
+        ConfigError: if the folder cannot be written, or the trial has prepared something that JSON cannot hold.
+    """
+    folder = RunFolder(Path(plan.config.run.dir))
+    text = plan.to_json()
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.config, plan.config.to_yaml())
+        if plan.layout.pp > 1:
+            write_csv(plan.schedule, folder.schedule)
+        write_atomically(folder.plan, text)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder.path}: cannot be written: {error.strerror or error}; give a folder that can"
+        ) from error
+    return folder
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan that `write_plan` has written.
+
+    Raises:
+        ConfigError: if it is no plan of this version of pipekit.
+    """
+    return Plan.from_json(path.read_text(encoding="utf-8"), where=str(path))
 
 
 def trim_metrics(path: Path, last_step: int) -> None:
@@ -124,11 +161,6 @@ def trim_metrics(path: Path, last_step: int) -> None:
         return
     kept = [line for line in path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= last_step]
     write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`, in order of steps."""
-    return [record for line in path.read_text().splitlines() if (record := _parse(line))]
 
 
 def _parse(line: str) -> dict[str, Any] | None:

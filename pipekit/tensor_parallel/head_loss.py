@@ -8,6 +8,7 @@ two numbers for each, and the backward makes the logits again, which is one more
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -92,24 +93,16 @@ def chunked_head_loss(
         >>> f"{loss:.4f} is ln 8"
         '2.0794 is ln 8'
     """
-    if autocasts(hidden):
-        # As F.linear would, once for all chunks.
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return chunked_head_loss(
-                hidden.to(dtype),
-                weight.to(dtype),
-                labels,
-                group,
-                sequence_parallel=sequence_parallel,
-                vocab_size=vocab_size,
-                chunk_tokens=chunk_tokens,
-                ignored_label=ignored_label,
-            )
     num_tokens = hidden[..., 0].numel() * (group.size if group is not None and sequence_parallel else 1)
     targets = Targets.of(labels, group, num_tokens=num_tokens, vocab_size=vocab_size, ignored=ignored_label)
-    loss: Tensor = _HeadLoss.apply(hidden, weight, targets, group, sequence_parallel, chunk_tokens)  # type: ignore[no-untyped-call]
+    without_autocast: AbstractContextManager[object] = nullcontext()
+    if autocasts(hidden):
+        # As F.linear would, once for all chunks.
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        without_autocast = torch.autocast(hidden.device.type, enabled=False)
+    with without_autocast:
+        loss: Tensor = _HeadLoss.apply(hidden, weight, targets, group, sequence_parallel, chunk_tokens)  # type: ignore[no-untyped-call]
     return loss
 
 

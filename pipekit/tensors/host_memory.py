@@ -14,11 +14,6 @@ _MMAP_FROM = 2**30
 _GROW_BY = 2**26
 
 
-def share_of_memory(num_processes: int) -> int:
-    """Bytes of this machine's memory for each of `num_processes` equal processes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_processes
-
-
 def count_page_faults() -> int:
     """Number of fresh pages that the system has given this process so far; 0 on Windows."""
     if sys.platform == "win32":

@@ -13,7 +13,7 @@ from pipekit.plan.run_folder import RunFolder, trim_metrics
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is known of one step.
+    """Metrics of one step.
 
     Attributes:
         step: number of updates made, this one included; 0 before the first.
@@ -43,7 +43,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """End of a run: its last step and metrics.
 
     Attributes:
         step: updates made in all.

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,6 @@ from rich.text import Text
 
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
-from pipekit.predictions.elements import count_elements
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 
 _PLAIN_WIDTH = 120
@@ -61,7 +60,7 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
                 os.close(original)
 
 
-def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
+def show_plan(plan: Plan, console: Console) -> None:
     """Print the table of a run: model, layout, and a row for each stage with its layers."""
     config = plan.config
     facts = Table.grid(padding=(0, 2))
@@ -87,6 +86,7 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
         f"{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
         f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
     )
+    start_step = plan.start.step if plan.start else 0
     facts.add_row("steps", f"{start_step} to {config.train.steps}" if start_step else f"{config.train.steps}")
     facts.add_row("folder", config.run.dir)
     stages = Table(box=None, padding=(0, 2), header_style="bold")
@@ -96,13 +96,10 @@ def show_plan(plan: Plan, console: Console, *, start_step: int = 0) -> None:
         stages.add_column("rank", justify="right")
     stages.add_column("parameters" if plan.layout.tp == 1 else "parameters on a rank", justify="right")
     stages.add_column("layers", overflow="fold")
-    shapes = plan.model.shapes_of(plan.layout.tp)
     for stage, layers in enumerate(plan.stages):
-        num_parameters = count_elements(*(shapes[layer_idx] for layer_idx in layers))
         where = [str(stage), str(plan.placement[stage])] if several else [str(stage)]
-        stages.add_row(
-            *where, f"{num_parameters:,}", _show_layers([plan.layer_names[layer_idx] for layer_idx in layers])
-        )
+        names = plan.layer_names[layers.start : layers.stop]
+        stages.add_row(*where, f"{plan.stage_parameters[stage]:,}", _show_layers(names))
     for table in (facts, stages):
         console.print()
         print_table(table, console)
@@ -120,7 +117,7 @@ def print_table(table: Table, console: Console) -> None:
     console.print("\n".join(line.rstrip() for line in capture.get().splitlines()), markup=False)
 
 
-def _show_layers(names: list[str]) -> str:
+def _show_layers(names: Sequence[str]) -> str:
     """Return layer names with whole blocks in a row drawn together.
 
     Example:

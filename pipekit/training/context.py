@@ -1,7 +1,8 @@
-"""What a trial knows of the run that it is part of."""
+"""The context of a trial: the run that it is part of, as one rank sees it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from pipekit.config import Config
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.layers.specs import LayerSpec
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
 
@@ -19,18 +21,23 @@ class TrialContext:
     """One rank's view of a run.
 
     Attributes:
-        plan: what was decided before the processes started.
+        plan: every decision of the run.
+        specs: the whole model's layers.
         unit: the process groups, and this rank's place in them.
         device: what this rank computes on.
         folder: the run's files.
-        start: the checkpoint that the run goes on from; None where it starts anew.
     """
 
     plan: Plan
+    specs: Sequence[LayerSpec]
     unit: ModelParallelUnit
     device: torch.device
     folder: RunFolder
-    start: Path | None
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that the run goes on from; None where it starts anew."""
+        return None if self.plan.start is None else self.plan.start.checkpoint
 
     @property
     def config(self) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,26 @@ from pipekit.costs.example import Example, language_model_example
 from pipekit.data.dataset import TokenDataset
 from pipekit.data.loader import MapDataset
 from pipekit.data.prepare import PreparedData, prepare_data
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, DataError
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.models.transformer import language_model_loss
-from pipekit.training.trial import ProgressCallback, Trial
+from pipekit.progress import ProgressCallback
+from pipekit.training.trial import Trial
 
 
 class LanguageModelTrial(Trial):
     """Trains the configuration's model to predict the next token of the configuration's text."""
 
     @classmethod
-    def resolve(cls, config: Config, on_progress: ProgressCallback | None = None) -> Config:
-        """Prepare the text, and settle the size of the vocabulary."""
-        data = _prepare(config, on_progress)
+    def prepare(cls, config: Config, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
+        """Train or load the tokenizer, and turn the text into tokens."""
+        return _prepare(config, on_progress).to_plain()
+
+    @classmethod
+    def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
+        """Return the configuration with the size of the vocabulary."""
+        data = PreparedData.from_plain(prepared)
         changes = config.model.fit_vocabulary(data.vocab_size, tokenizer=data.tokenizer_path)
         return config.updated(changes) if changes else config
 
@@ -57,8 +64,17 @@ class LanguageModelTrial(Trial):
 
     @cached_property
     def data(self) -> PreparedData:
-        """The prepared text, from the cache that `resolve` filled."""
-        return _prepare(self.context.config)
+        """The prepared text. A machine that does not see the files of the one that planned prepares it anew."""
+        planned = PreparedData.from_plain(self.context.plan.prepared)
+        if planned.is_here():
+            return planned
+        found = _prepare(self.context.config)
+        if found.fingerprint != planned.fingerprint:
+            raise DataError(
+                f"data.source: the text of this machine gives other tokens ({found.train_path}) than that of rank 0's "
+                f"({planned.train_path}); copy it there, or set data.cache_dir to a folder that all machines share"
+            )
+        return found
 
     @property
     def data_fingerprint(self) -> str:
@@ -66,7 +82,6 @@ class LanguageModelTrial(Trial):
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer, which checkpoints carry along."""
         return self.data.tokenizer_path
 
 

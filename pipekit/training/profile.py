@@ -1,4 +1,4 @@
-"""What the pipeline did in a step, beside what the simulator says: as text, as a picture, and as JSON."""
+"""Profile of a step: the measured timeline beside the simulated one, as text, as a picture and as JSON."""
 
 from __future__ import annotations
 

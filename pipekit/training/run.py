@@ -5,94 +5,142 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, TextIO
 
 import torch
-import torch.distributed as dist
 
 from pipekit.config import Config
+from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together
 from pipekit.distributed.unit_check import check_unit
 from pipekit.errors import ConfigError
-from pipekit.plan.choose import load_trial, plan_trial, resumable
+from pipekit.layers.specs import LayerSpec
+from pipekit.plan.decide import Decision
+from pipekit.plan.device import plan_device
 from pipekit.plan.plan import Plan
-from pipekit.plan.run_folder import RunFolder, find_start, write_config
-from pipekit.schedules import write_csv
+from pipekit.plan.resources import Resources
+from pipekit.plan.run_folder import RunFolder, find_start, write_plan
+from pipekit.progress import ProgressCallback
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import TensorBoardLogger, WandbLogger
+from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.trainer import Trainer
+from pipekit.training.trial import Trial
 
 
-def run_rank(
-    config: Config,
-    *,
-    rank: int,
-    local_rank: int,
-    world_size: int,
-    num_devices: int | None,
-    num_threads: int,
-    plan_shown: bool,
-) -> RunResult:
-    """Train as one rank of a run; the environment says how to find the others.
+def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
+    """Train as one rank of a run whose plan the user has seen.
 
     Args:
-        config: the configuration.
+        plan: the plan.
         rank: global rank.
         local_rank: rank among the processes of this machine.
-        world_size: number of processes.
-        num_devices: GPUs of this machine; None where there are none.
-        num_threads: CPU threads of this process.
-        plan_shown: whether the user has already seen the table of the run.
 
     Raises:
         PipekitError: if the run cannot be started, or cannot go on.
     """
-    torch.set_num_threads(num_threads)
-    folder = RunFolder(Path(config.run.dir))
-    with chatter_to(folder.logs / f"rank-{rank}.log") as terminal:
+    torch.set_num_threads(plan.num_threads)
+    config = plan.config
+    with _own_log(config, rank=rank) as terminal, joined(config, plan.device, local_rank=local_rank) as device:
+        return _train(start_trial(plan, device), terminal, plan_shown=True)
+
+
+def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_rank: int) -> RunResult:
+    """Train as one rank of a run that another launcher has started: rank 0 decides and tells the others.
+
+    Args:
+        config: the configuration.
+        resources: processes, cores, memory and GPUs.
+        rank: global rank.
+        local_rank: rank among the processes of this machine.
+
+    Raises:
+        PipekitError: if the run cannot be started, or cannot go on; where rank 0 cannot decide, all ranks say why.
+    """
+    decided: list[Decision] = []
+
+    def decide(on_progress: ProgressCallback) -> str:
+        decided.append(prepare_run(config, resources, start=find_start(config), on_progress=on_progress))
+        write_plan(decided[0].plan)
+        return decided[0].plan.to_json()
+
+    assert resources.world_size is not None
+    with (
+        _own_log(config, rank=rank) as terminal,
+        joined(config, plan_device(config, resources.num_gpus), local_rank=local_rank) as device,
+    ):
+        text = tell_from_first_rank(
+            decide,
+            store=prefixed_store("pipekit/plan"),
+            rank=rank,
+            world_size=resources.world_size,
+            timeout_s=config.run.timeout_s,
+            purpose="plan the run",
+        )
+        plan = decided[0].plan if decided else Plan.from_json(text)
+        torch.set_num_threads(plan.num_threads)
+        return _train(start_trial(plan, device, decided[0].specs if decided else None), terminal, plan_shown=False)
+
+
+def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | None = None) -> Trial:
+    """Build this rank's trial, with the process groups of the run. Every rank calls this together.
+
+    Args:
+        plan: the plan.
+        device: this rank's.
+        specs: the model; the trial builds it unless given.
+
+    Raises:
+        PipekitError: if the trial cannot be built, or the ranks' units do not fit together.
+    """
+    kind = load_trial(plan.config)
+    unit = kind.build_unit(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
+    check_unit(unit, layout=plan.layout, placement=plan.placement)
+    specs = kind.build_layers(plan.config) if specs is None else specs
+    return kind(TrialContext(plan, specs, unit, device, RunFolder(Path(plan.config.run.dir))))
+
+
+@contextlib.contextmanager
+def joined(config: Config, device: Literal["cpu", "cuda"], *, local_rank: int) -> Iterator[torch.device]:
+    """Join the other processes, yield this rank's device, and leave them where the block succeeds.
+
+    Args:
+        config: says how long to wait.
+        device: the kind of device.
+        local_rank: rank among the processes of this machine.
+    """
+    yield join_processes(device=device, timeout_s=config.run.timeout_s, local_rank=local_rank)
+    with contextlib.suppress(RuntimeError):
+        leave_processes()
+
+
+@contextlib.contextmanager
+def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
+    with chatter_to(RunFolder(Path(config.run.dir)).logs / f"rank-{rank}.log") as terminal:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         warnings.simplefilter("default")
-        # Layers are timed once, and all ranks take the stages that follow.
-        plan = plan_trial(
-            config, world_size=world_size, num_devices=num_devices, measure=rank == 0, num_threads=num_threads
-        )
-        start = find_start(config)
-        device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
-        if config.parallel.partition == "profile":
-            plan = replace(plan, boundaries=_boundaries_of_first_rank(plan))
-        trial = load_trial(config)
-        unit = trial.build_unit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s)
-        check_unit(unit, layout=plan.layout, placement=plan.placement)
-        context = TrialContext(plan, unit, device, folder, start)
+        yield terminal
+
+
+def _train(trial: Trial, terminal: TextIO, *, plan_shown: bool) -> RunResult:
+    plan = trial.context.plan
+    error: Exception | None = None
+    callbacks: list[Callback] = []
+    if trial.context.unit.should_report_metrics:
         console = make_console(terminal)
-        error: Exception | None = None
-        callbacks: list[Callback] = []
-        if unit.should_report_metrics:
-            try:
-                write_config(folder, resumable(plan.config))
-                if plan.layout.pp > 1:
-                    write_csv(plan.schedule, folder.schedule)
-                callbacks = _build_callbacks(plan.config)
-            except (OSError, ConfigError) as failure:
-                error = failure
-            if not plan_shown:
-                show_plan(plan, console)
-            callbacks.append(ConsoleProgress(console, interval=config.logging.interval))
-        raise_together(error)
-        trainer = Trainer(trial(context), callbacks)
-        result = trainer.fit()
-        with contextlib.suppress(RuntimeError):
-            leave_processes()
-        return result
-
-
-def _boundaries_of_first_rank(plan: Plan) -> list[int]:
-    told = [list(plan.boundaries)]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+        try:
+            callbacks = _build_callbacks(plan.config)
+        except ConfigError as failure:
+            error = failure
+        if not plan_shown:
+            show_plan(plan, console)
+        callbacks.append(ConsoleProgress(console, interval=plan.config.logging.interval))
+    raise_together(error)
+    return Trainer(trial, callbacks).fit()
 
 
 def _build_callbacks(config: Config) -> list[Callback]:

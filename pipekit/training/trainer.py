@@ -160,7 +160,7 @@ class Trainer:
         plan, unit = self.context.plan, self.context.unit
         parallel = self.config.parallel
         module = PipelineModule(
-            self.trial.build_layers(self.config),
+            self.context.specs,
             mpu=unit,
             boundaries=plan.boundaries,
             loss_fn=self.trial.loss,
@@ -227,8 +227,8 @@ class Trainer:
 
     def _resume(self) -> None:
         assert self.context.start is not None
-        check_data(self.context.start, self.trial.data_fingerprint)
         reader = CheckpointReader(self.context.start)
+        check_data(reader.manifest, self.trial.data_fingerprint, where=reader.path)
         kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
         same_states = len(kinds) == 1 or kinds == {"adam", "adamw"}
         training = load_checkpoint(self.engine, reader, optimizer_states=same_states)
@@ -251,7 +251,7 @@ class Trainer:
             data_fingerprint=self.trial.data_fingerprint,
             metrics={key: value for key, value in self._metrics.as_record().items() if math.isfinite(value)},
         )
-        tokenizer = getattr(self.trial, "tokenizer_file", None)
+        tokenizer = self.trial.tokenizer_file
         path = save_checkpoint(
             self.engine,
             self.context.folder.checkpoints,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pipekit.data.loader import MapDataset
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
+from pipekit.progress import ProgressCallback
 from pipekit.training.callbacks import Callback
 from pipekit.training.context import TrialContext
 from pipekit.training.lr import learning_rate
@@ -23,16 +25,11 @@ Metric = Callable[[Any, Any], Tensor]
 """Called as `metric(outputs, labels)` on one micro-batch of an evaluation; returns a scalar."""
 
 
-class ProgressCallback(Protocol):
-    """Called with what is being done, and the fraction done, where it is known."""
-
-    def __call__(self, message: str, fraction: float | None) -> None: ...
-
-
 class Trial:
     """What is trained, on what, and how.
 
-    `resolve` and `build_layers` run before any process starts and again on every rank; everything else on the ranks.
+    `prepare` and `resolve` run once for a run, where it is planned; `build_layers` there and on every rank; everything
+    else on the ranks.
 
     Args:
         context: this rank's view of the run.
@@ -42,11 +39,17 @@ class Trial:
         self.context = context
 
     @classmethod
-    def resolve(cls, config: Config, on_progress: ProgressCallback | None = None) -> Config:
-        """Do what must be done once before training, such as preparing data, and return the configuration with it.
+    def prepare(cls, config: Config, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
+        """Do what must be done once before training, such as preparing data.
 
-        Several processes may call this at the same time.
+        Returns:
+            Plain data, of the kinds that JSON knows, for `resolve`, and for all ranks as `context.plan.prepared`.
         """
+        return {}
+
+    @classmethod
+    def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
+        """Return the configuration with the sizes that follow from what was prepared."""
         return config
 
     @classmethod
@@ -114,5 +117,10 @@ class Trial:
 
     @property
     def data_fingerprint(self) -> str:
-        """Identifies the training data, so that a resumed run can tell that they are the same; empty if unknown."""
+        """Hash of the training data, by which a resumed run can tell that they are the same; empty if unknown."""
         return ""
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer's file, which checkpoints carry along; None where there is none."""
+        return None

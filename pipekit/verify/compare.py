@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 from torch import Tensor
 
@@ -198,15 +199,8 @@ class _Comparison:
             results.append((math.inf if math.isnan(difference) else difference, copy, tensor))
         off_by, worst, tensor = max(results, key=lambda result: result[0])
         excess = _over(off_by, limit)
-        base = Measurement(
-            kind=key.kind,
-            step=key.step,
-            error=_over(off_by, norm if origin is None else flat_norm(right - origin.double())),
-            excess=excess,
-            num_copies=len(copies),
-            ranks=worst.ranks,
-            **self._place(key),  # type: ignore[arg-type]
-        )
+        error = _over(off_by, norm if origin is None else flat_norm(right - origin.double()))
+        base = self._measurement(key, error, excess, num_copies=len(copies), ranks=worst.ranks)
         if not base.is_fault:
             return base
         wrong = [copy for off, copy, _ in results if not off <= limit]
@@ -216,13 +210,10 @@ class _Comparison:
         base = replace(base, num_wrong=len(wrong), ranks=ranks, ratio=ratio)
         return _explained(base, tensor, right, limit, _axes_apart([copy for _, copy, _ in results], limit))
 
-    def _place(self, key: TensorKey) -> dict[str, object]:
-        return {
-            "layer": [*self.layer_names, LOSS][key.layer_idx],
-            "layer_idx": key.layer_idx,
-            "tensor": key.name,
-            "micro_batch": key.micro_batch,
-        }
+    def _measurement(self, key: TensorKey, error: float, excess: float, **found: Any) -> Measurement:
+        layer = [*self.layer_names, LOSS][key.layer_idx]
+        place = {"layer": layer, "layer_idx": key.layer_idx, "tensor": key.name, "micro_batch": key.micro_batch}
+        return Measurement(key.kind, key.step, error, excess, **place, **found)
 
     def _without_partner(
         self,
@@ -238,31 +229,15 @@ class _Comparison:
             there = expected if expected is not None else copies[0].load()
             excess = _over(flat_norm(there), allowed(0.0 if expected is None else flat_norm(there)))
             if excess <= 1:
-                return Measurement(
-                    key.kind,
-                    key.step,
-                    0.0,
-                    0.0,
-                    ranks=ranks,
-                    **self._place(key),  # type: ignore[arg-type]
-                )
+                return self._measurement(key, 0.0, 0.0, ranks=ranks)
         note = "is there, and not in one process" if expected is None else "is not there, and is in one process"
         return self._incomparable(key, copies, ranks, note)
 
     def _incomparable(
         self, key: TensorKey, copies: Sequence[TensorCopy], ranks: tuple[int, ...], note: str
     ) -> Measurement:
-        return Measurement(
-            key.kind,
-            key.step,
-            math.inf,
-            math.inf,
-            num_copies=len(copies),
-            num_wrong=len(copies),
-            ranks=ranks,
-            note=note,
-            **self._place(key),  # type: ignore[arg-type]
-        )
+        wrong = len(copies)
+        return self._measurement(key, math.inf, math.inf, num_copies=wrong, num_wrong=wrong, ranks=ranks, note=note)
 
 
 def _explained(base: Measurement, found: Tensor, expected: Tensor, limit: float, apart: tuple[str, ...]) -> Measurement:

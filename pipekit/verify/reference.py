@@ -30,7 +30,7 @@ from pipekit.verify.replay import logical_parameters, make_update
 def build_model(trial: Trial) -> SequentialModel:
     """Return the whole model with its initial weights, on the device of the run."""
     config = trial.context.config
-    model = SequentialModel(trial.build_layers(config), seed=config.train.seed)
+    model = SequentialModel(trial.context.specs, seed=config.train.seed)
     return model.to(trial.context.device)
 
 

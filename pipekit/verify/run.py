@@ -1,10 +1,9 @@
-"""The processes of a verification: one that records the reference, and the ranks of a layout, which are held to it."""
+"""The processes of a verification: one that records the reference, and the ranks of a layout, compared with it."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.config import Config
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.plan.choose import load_trial, plan_trial
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
 from pipekit.tensor_parallel.flow import has_sequence
 from pipekit.tensor_parallel.shards import Shard, shard_of
 from pipekit.training.context import TrialContext
+from pipekit.training.prepare import load_trial
 from pipekit.training.trial import Trial
 from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.compare import compare_recordings
@@ -34,81 +32,63 @@ if TYPE_CHECKING:
     from pipekit.training.trainer import Trainer
 
 
-def run_reference(config: Config, *, num_devices: int | None, num_threads: int, folder: Path, num_steps: int) -> None:
-    """Record the reference, as the only process.
+@dataclass(frozen=True)
+class Task:
+    """The task of a process of a verification.
 
-    Args:
-        config: the configuration, with a layout of one rank.
-        num_devices: GPUs of this machine; None where there are none.
-        num_threads: CPU threads of this process.
-        folder: for the recording.
-        num_steps: how many steps.
+    Attributes:
+        folder: for the recording, and `measurements.json`.
+        num_steps: number of updates.
+        tolerance: largest relative difference, see `pipekit.verify.compare`.
+        reference: folder of the reference's recording; None where this process records the reference.
+    """
+
+    folder: str
+    num_steps: int
+    tolerance: float
+    reference: str | None = None
+
+
+def run_task(task: Task, plan: Plan, *, rank: int, local_rank: int) -> None:
+    """Record the reference, or train as one rank of a layout and compare it with the reference.
 
     Raises:
-        PipekitError: if the model cannot be trained in one process.
+        PipekitError: if the model cannot be trained so.
     """
-    _compute_alike(num_threads)
-    plan = plan_trial(config, world_size=1, num_devices=num_devices, measure=False, num_threads=num_threads)
+    torch.set_num_threads(plan.num_threads)
+    # fp32 means fp32, also on GPUs that would round to fewer bits.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if task.reference is None:
+        _run_reference(task, plan)
+    else:
+        _run_layout(task, plan, Path(task.reference), rank=rank, local_rank=local_rank)
+
+
+def _run_reference(task: Task, plan: Plan) -> None:
     # A trial may ask the unit for its place in the run, which needs a world, of which this process is all.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     device = torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu")
     unit = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
-    trial = load_trial(config)(TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None))
-    record_reference(trial, folder / "rank-0", num_steps=num_steps)
+    kind = load_trial(plan.config)
+    specs = kind.build_layers(plan.config)
+    trial = kind(TrialContext(plan, specs, unit, device, RunFolder(Path(plan.config.run.dir))))
+    record_reference(trial, Path(task.folder) / "rank-0", num_steps=task.num_steps)
 
 
-def run_layout(
-    config: Config,
-    *,
-    rank: int,
-    local_rank: int,
-    world_size: int,
-    num_devices: int | None,
-    num_threads: int,
-    folder: Path,
-    reference: Path,
-    tolerance: float,
-) -> None:
-    """Be one rank of a layout: train as a run would, record what passes, and on rank 0 compare it with the reference.
-
-    Args:
-        config: the configuration, with the layout.
-        rank: global rank.
-        local_rank: rank among the processes of this machine.
-        world_size: number of processes.
-        num_devices: GPUs of this machine; None where there are none.
-        num_threads: CPU threads of this process.
-        folder: for the recording, and `measurements.json`.
-        reference: folder of the reference's recording.
-        tolerance: relative, see `pipekit.verify.compare`.
-
-    Raises:
-        PipekitError: if the layout cannot run.
-    """
+def _run_layout(task: Task, plan: Plan, reference: Path, *, rank: int, local_rank: int) -> None:
+    """Train as a run would, record what passes, and on rank 0 compare it with the reference."""
     # DeepSpeed takes seconds to load, and the reference does without it.
-    from pipekit.distributed.processes import join_processes, leave_processes
-    from pipekit.distributed.unit_check import check_unit
+    from pipekit.training.run import joined, start_trial
     from pipekit.training.trainer import Trainer
 
-    _compute_alike(num_threads)
-    expected = Recording(reference)
-    num_steps = len(expected.summaries[0]["losses"])
-    plan = plan_trial(
-        config, world_size=world_size, num_devices=num_devices, measure=rank == 0, num_threads=num_threads
-    )
-    device = join_processes(device=plan.device, timeout_s=config.run.timeout_s, local_rank=local_rank)
-    plan = replace(plan, boundaries=_boundaries_of_first_rank(plan))
-    kind = load_trial(config)
-    unit = kind.build_unit(plan.layout, placement=plan.placement, timeout_s=config.run.timeout_s)
-    check_unit(unit, layout=plan.layout, placement=plan.placement)
-    trial = kind(TrialContext(plan, unit, device, RunFolder(Path(config.run.dir)), None))
-    recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
-    _record_steps(Trainer(trial), recorder, num_steps=num_steps)
-    dist.barrier()
-    with contextlib.suppress(RuntimeError):
-        leave_processes()
+    folder = Path(task.folder)
+    with joined(plan.config, plan.device, local_rank=local_rank) as device:
+        trial = start_trial(plan, device)
+        recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
+        _record_steps(Trainer(trial), recorder, num_steps=task.num_steps)
+        dist.barrier()
     if rank == 0:
-        measurements = compare_run(trial, Recording(folder), expected, tolerance=tolerance)
+        measurements = compare_run(trial, Recording(folder), Recording(reference), tolerance=task.tolerance)
         save_measurements(folder / MEASUREMENTS_FILE, measurements, boundaries=plan.boundaries)
 
 
@@ -176,15 +156,3 @@ def _parts_of(module: Any) -> Callable[[int, Tensor], Shard | None]:
         return Shard(SEQUENCE_DIM, (tensor.shape[SEQUENCE_DIM] * group.size,), group.rank, group.size)
 
     return part
-
-
-def _compute_alike(num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    # fp32 means fp32, also on GPUs that would round to fewer bits.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-
-def _boundaries_of_first_rank(plan: Plan) -> list[int]:
-    told = [list(plan.boundaries)]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import yaml
 from pipekit.commands.plan import PlanOptions, plan, plan_report
 from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, PipekitError
-from pipekit.plan.choose import plan_trial
+from pipekit.plan.plan import Plan
+from pipekit.plan.resources import Resources
+from pipekit.training.prepare import prepare_run
 
 MODEL = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "max_positions": 64, "vocab_size": 300}
 H100 = PlanOptions(device="h100")
@@ -187,9 +190,14 @@ def auto(path: Path, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
+def planned(config: Config, *, world_size: int) -> Plan:
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return prepare_run(config, Resources(world_size=world_size, memory_bytes=memory_bytes), start=None).plan
+
+
 def test_auto_chooses_what_plan_ranks_first(path: Path) -> None:
     config = auto(path)
-    made = plan_trial(config, world_size=4, num_devices=None)
+    made = planned(config, world_size=4)
     found = plan_report(config, PlanOptions(num_devices=4))
     assert made.layout.world_size == 4
     for key in ("pp", "dp", "zero", "schedule"):
@@ -206,7 +214,7 @@ def test_auto_chooses_what_plan_ranks_first(path: Path) -> None:
 def test_auto_keeps_to_the_memory_that_is_allowed(path: Path) -> None:
     config = auto(path, "parallel.memory_limit_gb=0.0001")
     with pytest.raises(PipekitError, match=r"of 0\.00 GB"):
-        plan_trial(config, world_size=2, num_devices=None)
+        planned(config, world_size=2)
 
 
 TRILLION = """

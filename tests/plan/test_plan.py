@@ -1,195 +1,76 @@
-"""The plan of a run, without any process."""
+"""A plan as a JSON file."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from pipekit.config import Config, parse_config
-from pipekit.costs.example import Example
-from pipekit.errors import ConfigError, LayoutError
-from pipekit.layers.sequential import SequentialModel
-from pipekit.layers.specs import LayerSpec, TiedLayerSpec
-from pipekit.models import build_layers
-from pipekit.partitioners import partition_by_parameters, partition_uniform
-from pipekit.plan.plan import Plan, plan_device, plan_precision, plan_run
-from pipekit.schedules import plan_1f1b
-
-NAMES = ["embed", "position", *(f"blocks.{i}.{half}" for i in range(4) for half in ("attention", "mlp")), "final_norm"]
+from pipekit.config import load_config, parse_config
+from pipekit.errors import ConfigError
+from pipekit.layout import Layout
+from pipekit.plan.decide import decide_run
+from pipekit.plan.plan import Plan, StartPoint
+from pipekit.plan.resources import Resources
+from pipekit.plan.run_folder import read_plan, write_plan
+from pipekit.schedules import read_csv
+from pipekit.training.language_model import LanguageModelTrial
 
 
-def config_of(*overrides: str) -> Config:
+def made(**sections: Any) -> Plan:
     values = {
         "model": {"preset": "tiny", "vocab_size": 500},
         "train": {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2},
+        "parallel": {"pp": 2, "schedule": "zb-v", "order": ["data", "pipe", "tensor"]},
     }
-    return parse_config(values, overrides)
+    return decide_run(parse_config({**values, **sections}), LanguageModelTrial, Resources(world_size=4)).plan
 
 
-def plan(*overrides: str, world_size: int | None = None, num_devices: int | None = None) -> Plan:
-    config = config_of(*overrides)
-    return plan_run(config, build_layers(config), world_size=world_size, num_devices=num_devices)
-
-
-def test_everything_is_decided() -> None:
-    made = plan("parallel.pp=3", world_size=6)
-    assert (made.layout.pp, made.layout.dp, made.layout.tp) == (3, 2, 1)
-    assert made.batch.num_micro_batches == 4
-    assert made.schedule == plan_1f1b(num_stages=3, num_micro_batches=4)
-    assert made.layer_names == [*NAMES, "embed"]
-    assert made.boundaries == partition_by_parameters(made.layer_parameters, 3)
-    assert [layer for stage in made.stages for layer in stage] == list(range(12))
-    assert [stage.start for stage in made.stages] == list(made.boundaries[:-1])
-    assert (made.device, made.precision) == ("cpu", "fp32")
-
-
-def test_parameters_are_those_of_the_model() -> None:
-    made = plan()
-    model = SequentialModel(build_layers(config_of()))
-    assert made.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert sum(made.layer_parameters) == made.num_parameters + 500 * 128, "the embedding is held twice"
-
-
-def test_each_kind_of_layer_is_built_once() -> None:
-    built: list[int] = []
-
-    class Counted(nn.Linear):
-        def __init__(self, size: int) -> None:
-            built.append(size)
-            super().__init__(size, size)
-
-    specs = [LayerSpec(Counted, size) for size in (2, 3, 2, 3)]
-    made = plan_run(config_of("parallel.pp=2"), specs, world_size=None, num_devices=None)
-    assert (made.layer_parameters, made.num_parameters) == ([6, 12, 6, 12], 36)
-    assert built == [2, 3]
-
-
-def test_each_partitioner_is_used() -> None:
-    assert list(plan("parallel.pp=5", "parallel.partition=uniform").boundaries) == partition_uniform(12, 5)
-    by_type = plan("parallel.pp=4", "parallel.partition=type:attention")
-    assert all(
-        sum(made.endswith("attention") for made in by_type.layer_names[s.start : s.stop]) == 1 for s in by_type.stages
-    )
-    by_hand = plan("parallel.pp=2", "parallel.partition=manual", "parallel.boundaries=[0, 5, 12]")
-    assert by_hand.boundaries == [0, 5, 12]
-
-
-class Reads(nn.Module):
-    """Asks for a value, which a tensor without storage does not have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs * self.weight * (2.0 if inputs.mean().item() > 0 else 1.0)
-
-
-def test_a_rank_that_does_not_measure_asks_nothing_of_the_layers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    specs = [LayerSpec(Reads)] * 5
-
-    def plan_profile(*, measure: bool) -> Plan:
-        return plan_run(
-            config_of("parallel.pp=2", "parallel.partition=profile"),
-            specs,
-            world_size=2,
-            num_devices=None,
-            example=lambda size: Example(torch.ones(size, 4)),
-            measure=measure,
-        )
-
-    measured, told = plan_profile(measure=True), plan_profile(measure=False)
-    assert measured.partition_inputs.best_costs == "profile"
-    assert len(measured.partition_inputs.costs("profile")) == len(specs)
-    assert list(told.boundaries) == partition_uniform(5, 2)
-    assert told.partition_inputs.measure_seconds is None
-    assert (told.layout, told.schedule, told.batch) == (measured.layout, measured.schedule, measured.batch)
-
-
-def test_more_stages_than_layers_are_refused() -> None:
-    specs = [LayerSpec(nn.Linear, 2, 2)] * 3
-    config = parse_config({"model": "my_model:build", "train": {"steps": 1}, "parallel": {"pp": 4}})
-    with pytest.raises(LayoutError, match=r"parallel\.pp=4 stages are more than the model's 3 layers"):
-        plan_run(config, specs, world_size=4, num_devices=None)
-
-
-def test_gpus_are_taken_where_they_are() -> None:
-    made = plan("parallel.pp=2", num_devices=8)
-    assert (made.device, made.precision, made.layout.dp) == ("cuda", "bf16", 4)
-    on_cpu = plan("parallel.pp=2", "run.device=cpu", num_devices=8)
-    assert (on_cpu.device, on_cpu.precision, on_cpu.layout.dp) == ("cpu", "fp32", 1)
-    with pytest.raises(LayoutError, match="needs 12 devices, and 8 are present"):
-        plan("parallel.pp=12", "parallel.dp=1", num_devices=8)
-
-
-def test_a_launcher_has_the_last_word_on_the_number_of_processes() -> None:
-    assert plan("parallel.pp=2", world_size=4, num_devices=8).layout.dp == 2
-    with pytest.raises(LayoutError, match="4 processes were started"):
-        plan("parallel.pp=2", "parallel.dp=1", world_size=4)
-
-
-@pytest.mark.parametrize(
-    ("asked", "num_devices", "expected"),
-    [("auto", None, "cpu"), ("auto", 0, "cpu"), ("auto", 1, "cuda"), ("cpu", 1, "cpu"), ("cuda", 1, "cuda")],
-)
-def test_the_device(asked: str, num_devices: int | None, expected: str) -> None:
-    assert plan_device(config_of(f"run.device={asked}"), num_devices) == expected
-
-
-@pytest.mark.parametrize("num_devices", [None, 0])
-def test_gpus_that_are_not_there_are_refused(num_devices: int | None) -> None:
-    with pytest.raises(ConfigError, match=r"run\.device=cuda: no GPU"):
-        plan("run.device=cuda", num_devices=num_devices)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_precision_that_is_given_is_taken(precision: str, device: str) -> None:
-    assert plan_precision(config_of(f"train.precision={precision}"), device) == precision  # type: ignore[arg-type]
-
-
-def test_fp16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of("train.precision=fp16")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
-    assert plan_precision(config, "cpu") == "fp16"
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    assert plan_precision(config, "cuda") == "fp16"
-    with pytest.raises(ConfigError, match=r"train\.precision=fp16.*try train\.precision=bf16"):
-        plan_precision(config, "cpu")
-
-
-def test_a_torch_without_mkldnn_has_no_fp16_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    with pytest.raises(ConfigError, match=r"train\.precision=fp16: this CPU does not"):
-        plan_precision(config_of("train.precision=fp16"), "cpu")
-
-
-def test_a_tie_by_a_parameter_that_is_not_there_is_refused() -> None:
-    specs = [
-        TiedLayerSpec("embed", nn.Embedding, 4, 4, tied_weight_attr="wieght"),
-        TiedLayerSpec("embed", nn.Embedding, 4, 4, tied_weight_attr="wieght"),
-    ]
-    with pytest.raises(ConfigError, match=r"layer 'embed' is tied by 'wieght'.*try tied_weight_attr='weight'"):
-        plan_run(config_of(), specs, world_size=None, num_devices=None)
-
-
-def test_a_tie_of_a_layer_without_parameters_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"layer 'act' is tied by 'weight', and GELU has no such parameter; it has none$"
+def test_a_plan_reads_back_equal() -> None:
+    plan = made()
+    assert plan.layout == Layout(pp=2, dp=2, order=("data", "pipe", "tensor"))
+    assert len(plan.placement) == 4
+    for variant in (
+        plan,
+        replace(plan, start=StartPoint(Path("runs/a/checkpoints/step-00000003"), 3), chosen="pp=2: the only one"),
+        replace(plan, prepared={"paths": ["a", "b"], "fingerprint": "é", "validation": None, "share": 0.5}),
+        made(model={"preset": "gpt2", "vocab_size": 300, "num_layers": 2, "tied_embedding": False}),
+        made(deepspeed={"wall_clock_breakdown": True}, optimizer={"betas": [0.8, 0.9]}, data={"source": ["a", "b"]}),
     ):
-        plan_run(config_of(), [TiedLayerSpec("act", nn.GELU)], world_size=None, num_devices=None)
+        assert Plan.from_json(variant.to_json()) == variant
 
 
-def test_each_tied_key_is_looked_at() -> None:
-    specs = [TiedLayerSpec("a", nn.Linear, 2, 2), TiedLayerSpec("b", nn.Linear, 2, 2, tied_weight_attr=("weight", "x"))]
-    with pytest.raises(
-        ConfigError, match=r"layer 'b' is tied by 'x', and Linear has no such parameter; it has weight, bias"
-    ):
-        plan_run(config_of(), specs, world_size=None, num_devices=None)
+def test_the_file_is_plain_json_that_one_can_read(tmp_path: Path) -> None:
+    plan = made(run={"dir": str(tmp_path / "deep" / "run")})
+    folder = write_plan(plan)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "plan.json", "schedule.csv"]
+    assert read_plan(folder.plan) == plan
+    assert load_config(folder.config) == plan.config
+    stored = json.loads(folder.plan.read_text())
+    assert stored["config"]["train"]["global_batch_size"] == 16
+    assert stored["layout"] == {"pp": 2, "dp": 2, "tp": 1, "order": ["data", "pipe", "tensor"]}
+    assert stored["batch"] == {"micro_batch_size": 2, "num_micro_batches": 4, "dp": 2}
+    assert stored["layer_names"][:2] == ["embed", "position"]
+    assert sum(stored["stage_parameters"]) == plan.num_parameters + 500 * 128, "tied layers lie on two stages"
+    assert stored["schedule"]["ranks"][0].split() == [str(action) for action in plan.schedule.ranks[0]]
+    assert read_csv(folder.schedule).ranks == plan.schedule.ranks
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir=.*file/run: cannot be written"):
+        write_plan(made(run={"dir": str(tmp_path / "file" / "run")}))
+
+
+def test_what_json_cannot_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prepare returned something that JSON cannot hold"):
+        replace(made(), prepared={"model": object()}).to_json()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "pipekit-plan", "version": 0}', "{"])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="here: is not the plan of a run"):
+        Plan.from_json(text, where="here")

@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from pipekit.checkpoint.manifest import Manifest, TrainingState
-from pipekit.config import Config, load_config, parse_config
+from pipekit.checkpoint.manifest import Manifest, TrainingState, load_manifest
+from pipekit.config import Config, parse_config
 from pipekit.errors import CheckpointError, ConfigError
-from pipekit.plan.run_folder import RunFolder, check_data, find_start, read_metrics, trim_metrics, write_config
+from pipekit.plan.plan import StartPoint
+from pipekit.plan.run_folder import RunFolder, check_data, find_start, trim_metrics
 
 
 def config_in(tmp_path: Path, *overrides: str) -> Config:
     values = {"model": {"preset": "tiny"}, "train": {"steps": 10}, "run": {"dir": str(tmp_path / "run")}}
     return parse_config(values, overrides)
+
+
+def write_config(folder: RunFolder, config: Config) -> None:
+    folder.path.mkdir(parents=True)
+    folder.config.write_text(config.to_yaml())
 
 
 def add_checkpoint(folder: RunFolder, step: int, fingerprint: str = "abc") -> Path:
@@ -37,9 +43,9 @@ def test_it_goes_on_from_the_newest(tmp_path: Path) -> None:
     write_config(folder, config)
     add_checkpoint(folder, 3)
     newest = add_checkpoint(folder, 6)
-    assert find_start(config) == newest
+    assert find_start(config) == StartPoint(newest, 6)
     other_layout = config_in(tmp_path, "parallel.pp=2", "train.steps=20", "optimizer.lr=1e-4")
-    assert find_start(other_layout) == newest
+    assert find_start(other_layout) == StartPoint(newest, 6)
 
 
 def test_never_does_not_overwrite(tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     first = add_checkpoint(elsewhere, 1)
     add_checkpoint(elsewhere, 2)
     (first / "config.yaml").write_text(config_in(tmp_path).to_yaml())
-    assert find_start(config_in(tmp_path, f"checkpoint.resume={first}")) == first
+    assert find_start(config_in(tmp_path, f"checkpoint.resume={first}")) == StartPoint(first, 1)
     with pytest.raises(CheckpointError, match="no such folder"):
         find_start(config_in(tmp_path, f"checkpoint.resume={tmp_path / 'none'}"))
 
@@ -77,17 +83,17 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
-    checkpoint = add_checkpoint(RunFolder(tmp_path / "run"), 3)
-    check_data(checkpoint, "abc")
+    manifest = load_manifest(add_checkpoint(RunFolder(tmp_path / "run"), 3))
+    check_data(manifest, "abc", where=tmp_path)
     with pytest.raises(CheckpointError, match="trained on other data"):
-        check_data(checkpoint, "def")
+        check_data(manifest, "def", where=tmp_path)
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "lo')
     trim_metrics(path, 3)
-    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
     trim_metrics(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
 
@@ -106,7 +112,7 @@ def test_a_run_can_be_named_and_means_its_newest_checkpoint(tmp_path: Path) -> N
     add_checkpoint(other, 1)
     newest = add_checkpoint(other, 2)
     (newest / "config.yaml").write_text(config_in(tmp_path).to_yaml())
-    assert find_start(config_in(tmp_path, f"checkpoint.resume={other.path}")) == newest
+    assert find_start(config_in(tmp_path, f"checkpoint.resume={other.path}")) == StartPoint(newest, 2)
 
 
 def test_what_differs_is_listed_and_long_lists_are_cut(tmp_path: Path) -> None:
@@ -130,16 +136,9 @@ def test_the_newest_by_name_is_not_taken_where_latest_names_another(tmp_path: Pa
     older = add_checkpoint(folder, 3)
     add_checkpoint(folder, 6)
     (folder.checkpoints / "latest").write_text("step-00000003\n")
-    assert find_start(config_in(tmp_path)) == older
+    assert find_start(config_in(tmp_path)) == StartPoint(older, 3)
 
 
 def test_data_without_a_fingerprint_are_not_compared(tmp_path: Path) -> None:
-    check_data(add_checkpoint(RunFolder(tmp_path / "run"), 3, fingerprint=""), "abc")
-
-
-def test_the_written_configuration_loads_back(tmp_path: Path) -> None:
-    config = config_in(tmp_path, "train.steps=7")
-    folder = RunFolder(tmp_path / "deep/run")
-    write_config(folder, config)
-    assert load_config(folder.config) == config
-    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+    checkpoint = add_checkpoint(RunFolder(tmp_path / "run"), 3, fingerprint="")
+    check_data(load_manifest(checkpoint), "abc", where=checkpoint)

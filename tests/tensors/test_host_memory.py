@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from pipekit.tensors.host_memory import share_of_memory
-
 SCRIPT = """
 import resource, sys
 from pipekit.tensors.host_memory import keep_freed_memory
@@ -44,8 +42,3 @@ def test_memory_that_was_used_before_costs_no_page_faults(environment: dict[str,
         assert int(faults) > 10_000
     elif was_set == "True":
         assert int(faults) < 1_000
-
-
-def test_processes_share_the_memory_of_the_machine() -> None:
-    assert share_of_memory(1) > 10**8
-    assert share_of_memory(4) == share_of_memory(1) // 4

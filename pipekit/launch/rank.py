@@ -1,0 +1,43 @@
+"""One rank of a run on this machine: `python -m pipekit.launch.rank PLAN [TASK]`.
+
+`pipekit train` starts it with the plan of the run, `pipekit verify` with a plan and a task, which says what to record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipekit.launch.environment import detect_ranks
+from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one rank, of which the environment says the number.
+
+    Args:
+        arguments: the path of a plan, and a task of `pipekit.verify.run` as JSON, if there is one.
+    """
+    tie_to_parent(os.environ)
+    with report_failure(error_file_from(os.environ)):
+        ranks = detect_ranks(os.environ)
+        assert ranks is not None, "pipekit.launch.rank is started by pipekit train and pipekit verify"
+        from pipekit.plan.run_folder import read_plan
+
+        plan_file, *task = arguments
+        plan = read_plan(Path(plan_file))
+        if task:
+            from pipekit.verify.run import Task, run_task
+
+            run_task(Task(**json.loads(task[0])), plan, rank=ranks.rank, local_rank=ranks.local_rank)
+        else:
+            from pipekit.training.run import run_planned_rank
+
+            run_planned_rank(plan, rank=ranks.rank, local_rank=ranks.local_rank)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,46 @@
+"""The trial that a configuration names, and the preparation of its run. Needs neither processes nor DeepSpeed."""
+
+from __future__ import annotations
+
+from pipekit.config import Config
+from pipekit.errors import ConfigError
+from pipekit.models.custom import load_object
+from pipekit.plan.decide import Decision, decide_run
+from pipekit.plan.plan import StartPoint
+from pipekit.plan.resources import Resources
+from pipekit.progress import ProgressCallback
+from pipekit.training.language_model import LanguageModelTrial
+from pipekit.training.trial import Trial
+
+
+def load_trial(config: Config) -> type[Trial]:
+    """Import the trial that the configuration names, or the shipped one.
+
+    Raises:
+        ConfigError: if it cannot be imported, or is no `Trial`.
+    """
+    if config.run.trial is None:
+        return LanguageModelTrial
+    trial = load_object(config.run.trial, key="run.trial")
+    if not (isinstance(trial, type) and issubclass(trial, Trial)):
+        raise ConfigError(f"run.trial={config.run.trial}: must be a subclass of pipekit.Trial")
+    return trial
+
+
+def prepare_run(
+    config: Config, resources: Resources, *, start: StartPoint | None, on_progress: ProgressCallback | None = None
+) -> Decision:
+    """Prepare the data of a run, and decide everything else.
+
+    Args:
+        config: the configuration.
+        resources: processes, cores, memory and GPUs.
+        start: the checkpoint to go on from.
+        on_progress: called with what is being done.
+
+    Raises:
+        PipekitError: if something does not fit; it says what to type instead.
+    """
+    trial = load_trial(config)
+    prepared = trial.prepare(config, on_progress)
+    return decide_run(config, trial, resources, prepared=prepared, start=start, on_progress=on_progress)
