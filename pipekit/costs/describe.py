@@ -1,7 +1,7 @@
-"""What each layer costs, told from its code alone: nothing is allocated and nothing computed.
+"""Costs of each layer from its code alone: nothing is allocated and nothing computed.
 
-Each distinct spec runs once for each distinct form of its inputs, on torch's meta device, so that a model of any depth
-takes no longer than its few kinds of layers.
+Each distinct spec runs once for each distinct shape and type of its inputs, on torch's meta device, so that a model of
+any depth takes no longer than its few kinds of layers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipekit.costs.observe import Form, Observed, observe
+from pipekit.costs.trace import TracedLayer, trace_costs
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.shapes import ShapeRules
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names, spec_key
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.model_costs import ModelCosts
 from pipekit.tensor_parallel import Logits
+from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, unflatten
 
 LossFn = Callable[[Any, Any], Any]
@@ -35,20 +36,20 @@ def describe_layers(
     loss_fn: LossFn | None = None,
     labels: Any = None,
 ) -> ModelCosts:
-    """Return what each layer costs for one micro-batch, and what the loss costs.
+    """Costs of each layer and of the loss for one micro-batch.
 
-    Where the last layer returns `Logits`, whose scores the loss computes, the loss is a part of that layer.
+    Where the last layer returns `Logits`, from which the loss computes the scores, the loss is a part of that layer.
 
     Operations are those of matrix products, convolutions and attention; nothing else is counted. Attention is taken to
-    be fused (see `pipekit.costs.observe`).
+    be fused (see `pipekit.costs.trace`).
 
     Args:
         specs: the model.
-        inputs: what the first layer is given for one micro-batch: nested tensors on any device, of which shapes and
-            types count alone. Token ids are int64 `(B, S)`.
+        inputs: inputs of the first layer for one micro-batch: nested tensors on any device, of which only shapes and
+            types count. Token ids are int64 `(B, S)`.
         dtype: of weights and floating-point activations.
         loss_fn: called as `loss_fn(outputs, labels)` behind the last layer; None where that returns the loss.
-        labels: what the loss function is given, nested tensors of which shapes and types count alone.
+        labels: labels for the loss function: nested tensors of which only shapes and types count.
 
     Raises:
         ConfigError: if a layer does not fit its inputs, or cannot run without values; it names the layer.
@@ -60,39 +61,39 @@ def describe_layers(
         >>> [(layer.parameters, layer.forward_flops, layer.input_gradient_flops) for layer in costs.layers]
         [(400, 0, 0), (400, 12800, 12800)]
     """
-    form = Form.of(inputs, "the input of the first layer", dtype=dtype)
-    described: dict[Hashable, Observed] = {}
+    meta = NestedMeta.of(inputs, "the input of the first layer", dtype=dtype)
+    described: dict[Hashable, TracedLayer] = {}
     layers: list[LayerCosts] = []
     for spec, name in zip(specs, layer_names(specs), strict=True):
         is_last = len(layers) == len(specs) - 1
         loss = None
-        if is_last and loss_fn is not None and gives_logits(spec, form, name=name, dtype=dtype):
+        if is_last and loss_fn is not None and gives_logits(spec, meta, name=name, dtype=dtype):
             loss = take_loss(loss_fn, labels)
-        key = (layer_key(spec, form), loss is None)
+        key = (layer_key(spec, meta), loss is None)
         if key not in described:
-            described[key] = describe_layer(spec, form, name=name, dtype=dtype, loss=loss)
+            described[key] = describe_layer(spec, meta, name=name, dtype=dtype, loss=loss)
         layers.append(described[key].costs)
-        form = described[key].outputs
-    return ModelCosts(layers, None if loss_fn is None or is_loss(form) else describe_loss(loss_fn, form, labels))
+        meta = described[key].outputs
+    return ModelCosts(layers, None if loss_fn is None or is_loss(meta) else describe_loss(loss_fn, meta, labels))
 
 
-def layer_key(spec: LayerSpec, inputs: Form) -> Hashable:
-    """Return what layers of equal costs have in common."""
+def layer_key(spec: LayerSpec, inputs: NestedMeta) -> Hashable:
+    """Key that is equal for layers of equal costs."""
     forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
     return spec_key(spec), forward_fn, inputs.key
 
 
 def describe_layer(
-    spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dtype, loss: Callable[[Any], Any] | None = None
-) -> Observed:
-    """Return what one layer costs, and the form of what it returns.
+    spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype, loss: Callable[[Any], Any] | None = None
+) -> TracedLayer:
+    """Costs of one layer, and the shapes and types of its outputs.
 
     Args:
         spec: the layer.
-        inputs: the form of what it is given.
+        inputs: shapes and types of its inputs.
         name: its logical name, for errors.
         dtype: of its weights.
-        loss: computes the loss of what the layer returns, if that is `Logits`.
+        loss: computes the loss of the layer's outputs, if these are `Logits`.
 
     Raises:
         ConfigError: if it does not fit its inputs, or cannot run without values.
@@ -100,28 +101,28 @@ def describe_layer(
     what = f"layer {name!r} ({spec.type_name})"
     with _failures(what, inputs, mend="the layer before it", needs="values, or tensors on a device of its own"):
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
-        return observe_module(layer, apply_layer(layer, spec, loss), leaves_of(inputs), inputs.structure)
+        return trace_module(layer, apply_layer(layer, spec, loss), inputs.on_meta(), inputs.structure)
 
 
-def observe_module(
+def trace_module(
     module: nn.Module, call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure
-) -> Observed:
-    """Run a built layer once, on whatever device it is, and return what it costs.
+) -> TracedLayer:
+    """Trace the costs of a built layer on its device.
 
     Args:
         module: holds the layer's parameters and buffers.
-        call: what a stage calls with the layer's inputs.
-        leaves: the tensors that enter.
-        structure: how they hang together.
+        call: the function that a stage calls with the layer's inputs.
+        leaves: the input tensors.
+        structure: their nesting.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     held = [parameter for parameter in module.parameters() if not parameter.requires_grad] + list(module.buffers())
     with leaves[0].device if leaves else torch.device("meta"):
-        return observe(call, leaves, structure, parameters=trained, held=held)
+        return trace_costs(call, leaves, structure, parameters=trained, held=held)
 
 
 def apply_layer(layer: nn.Module, spec: LayerSpec, loss: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
-    """Return what a stage calls with a layer's inputs; for `Logits`, with the loss of these behind it."""
+    """Function that a stage calls with a layer's inputs; for `Logits`, with the loss of these behind it."""
     forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
     forward = layer if forward_fn is None else partial(forward_fn, layer)
     if loss is None:
@@ -134,54 +135,53 @@ def apply_layer(layer: nn.Module, spec: LayerSpec, loss: Callable[[Any], Any] | 
     return with_loss
 
 
-def gives_logits(spec: LayerSpec, inputs: Form, *, name: str, dtype: torch.dtype) -> bool:
-    """Return whether a layer returns `Logits`, as far as can be told without values."""
+def gives_logits(spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype) -> bool:
+    """Test if a layer returns `Logits`, as far as can be told without values."""
     try:
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
         with torch.no_grad(), torch.device("meta"), ShapeRules():
-            return isinstance(apply_layer(layer, spec)(unflatten(leaves_of(inputs), inputs.structure)), Logits)
+            return isinstance(apply_layer(layer, spec)(unflatten(inputs.on_meta(), inputs.structure)), Logits)
     except Exception:  # whoever describes or measures the layer says what is wrong
         return False
 
 
 def take_loss(loss_fn: LossFn, labels: Any) -> Callable[[Any], Any]:
-    """Return what computes the loss of outputs, on torch's meta device."""
-    form = Form.of(labels, "the labels")
+    """Function that computes the loss of outputs on torch's meta device."""
+    meta = NestedMeta.of(labels, "the labels")
     compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
-    given = unflatten(leaves_of(form), form.structure)
+    given = unflatten(meta.on_meta(), meta.structure)
     return lambda outputs: compute(outputs, given)
 
 
-def is_loss(outputs: Form) -> bool:
-    """Return whether what the last layer returns is the loss already."""
+def is_loss(outputs: NestedMeta) -> bool:
+    """Test if the last layer returns the loss already."""
     return [tensor.shape for tensor in outputs.tensors] == [()]
 
 
-def describe_loss(loss_fn: LossFn, outputs: Form, labels: Any) -> LayerCosts:
-    """Return what the loss costs, as if it were a layer whose input is what the last layer returns.
+def describe_loss(loss_fn: LossFn, outputs: NestedMeta, labels: Any) -> LayerCosts:
+    """Costs of the loss, as if it were a layer behind the last one.
 
     Args:
         loss_fn: called as `loss_fn(outputs, labels)`.
-        outputs: the form of what the last layer returns.
-        labels: nested tensors of which shapes and types count alone.
+        outputs: shapes and types of the last layer's outputs.
+        labels: nested tensors of which only shapes and types count.
 
     Raises:
         ConfigError: if the loss function does not fit what it is given, or cannot run without values.
     """
-    label_form = Form.of(labels, "the labels")
     loss_name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    given_forms = f"{outputs} and the labels {label_form}"
+    given = f"{outputs} and the labels {NestedMeta.of(labels, 'the labels')}"
     what = f"the loss function {loss_name}"
     with (
-        _failures(what, given_forms, mend="the last layer or the labels", needs="values"),
+        _failures(what, given, mend="the last layer or the labels", needs="values"),
         torch.device("meta"),
     ):
-        return observe(take_loss(loss_fn, labels), leaves_of(outputs), outputs.structure).costs
+        return trace_costs(take_loss(loss_fn, labels), outputs.on_meta(), outputs.structure).costs
 
 
 @contextmanager
 def _failures(what: str, given: object, *, mend: str, needs: str) -> Iterator[None]:
-    """Say of whatever is raised what was described, from what, and what helps."""
+    """Name the layer, its inputs and a remedy in every error."""
     try:
         yield
     except ConfigError:
@@ -195,15 +195,7 @@ def _failures(what: str, given: object, *, mend: str, needs: str) -> Iterator[No
         ) from error
 
 
-def leaves_of(form: Form) -> list[Tensor]:
-    """Return meta tensors of a form."""
-    return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
-        for tensor in form.tensors
-    ]
-
-
 def first_line(error: Exception) -> str:
-    """Return what went wrong in one line."""
+    """Type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a layer is, as plain data that are the same in every process: what was measured of it is kept under them.
+"""Fingerprint of a layer: plain data that are the same in every process, the key of its measurements.
 
 The source files of its classes count by content, so that an edited class is another layer.
 """
@@ -35,14 +35,14 @@ class Fingerprinter:
         self._digests: dict[str, str] = {}
 
     def of_layer(self, spec: LayerSpec, modules: Iterable[nn.Module]) -> Plain:
-        """Return what a layer is.
+        """Fingerprint of a layer.
 
         Args:
             spec: its spec.
             modules: the built layer and all modules in it, whose classes count too.
 
         Raises:
-            UnstableError: if an argument is an object that tells nothing of itself.
+            UnstableError: if an argument is an object without a stable description.
         """
         forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
         kinds = {type(module): None for module in modules}
@@ -55,10 +55,10 @@ class Fingerprinter:
         }
 
     def of(self, value: Any) -> Plain:
-        """Return what a value is.
+        """Fingerprint of a value.
 
         Raises:
-            UnstableError: if it is an object that tells nothing of itself.
+            UnstableError: if it is an object without a stable description.
 
         Example:
             >>> Fingerprinter().of({"width": 8, "types": (torch.bfloat16, None)})

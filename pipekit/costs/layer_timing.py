@@ -1,4 +1,4 @@
-"""Times one layer on a device: its forward, its input gradient and its weight gradient."""
+"""Time of one layer on a device: its forward, its input gradient and its weight gradient."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipekit.costs.observe import Form
 from pipekit.tensors.host_memory import count_page_faults
+from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, flatten, unflatten
 from pipekit.tensors.weight_gradients import add_gradient, deferring, split_linear
 
@@ -24,31 +24,31 @@ _ENOUGH_S = 5.0
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Median seconds of a layer, and the form of what it returned."""
+    """Median seconds of a layer, and the shapes and types of its outputs."""
 
     forward_s: float
     input_gradient_s: float
     weight_gradient_s: float
-    outputs: Form
+    outputs: NestedMeta
 
 
 def time_layer(
     call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure, *, device: torch.device, repeats: int
 ) -> LayerTimes:
-    """Return how long a layer takes, by the clock on CPUs and by events of the stream on GPUs.
+    """Time a layer, by the clock on CPUs and by events of the stream on GPUs.
 
-    On CPUs those repeats count that were given the fewest fresh pages by the system: what a large layer pays for them
-    is many times what it computes for, and a run has its pages after a few steps.
+    On CPUs only those repeats count that got the fewest fresh pages from the system: fetching them takes a large layer
+    many times as long as its computation, and a run has its pages after a few steps.
 
     Args:
         call: the layer; it is given the nested inputs.
-        leaves: the tensors that enter.
-        structure: how they hang together.
-        device: what it is on.
+        leaves: the input tensors.
+        structure: their nesting.
+        device: its device.
         repeats: how often it is run after warming up; a layer that takes seconds is run less often.
 
     Raises:
-        PipekitError: if the layer returns what cannot be passed on.
+        PipekitError: if the layer's output cannot be passed on.
         Exception: whatever the layer raises.
     """
     watch = _Watch(device)
@@ -70,7 +70,7 @@ def time_layer(
 
 
 def _settled(fresh_pages: Sequence[int]) -> list[int]:
-    """Return the runs behind the warm-ups with the fewest fresh pages, `_FEWEST_REPEATS` or more where there are.
+    """Indices of the runs after the warm-ups with the fewest fresh pages, `_FEWEST_REPEATS` or more where there are.
 
     Example:
         >>> _settled([900, 900, 900, 0, 900, 0, 0, 0])
@@ -86,16 +86,16 @@ def _run(
     structure: Structure,
     gradients: list[Tensor] | None,
     watch: _Watch,
-) -> tuple[Form, list[Tensor]]:
+) -> tuple[NestedMeta, list[Tensor]]:
     # A layer may change its input in place, which a leaf that requires a gradient does not allow.
     entered = unflatten([leaf.clone() if leaf.requires_grad else leaf for leaf in leaves], structure)
     with watch, split_linear():
         returned = call(entered)
     tensors, output_structure = flatten(returned, "its output")
-    outputs = Form(Form.of(tensors, "its output").tensors, output_structure)
+    outputs = NestedMeta(NestedMeta.of(tensors, "its output").tensors, output_structure)
     results = [tensor for tensor in tensors if tensor.requires_grad]
     if gradients is None:
-        gradients = [leaf.detach() for leaf in build_values(Form.of(results, "its output"), watch.device)]
+        gradients = [leaf.detach() for leaf in build_values(NestedMeta.of(results, "its output"), watch.device)]
     with watch, deferring() as deferred:
         if results:
             torch.autograd.backward(results, gradients)
@@ -105,32 +105,32 @@ def _run(
     return outputs, gradients
 
 
-def build_values(form: Form, device: torch.device, given: Any = None) -> list[Tensor]:
-    """Return tensors of a form on a device, the same ones every time.
+def build_values(meta: NestedMeta, device: torch.device, values: Any = None) -> list[Tensor]:
+    """Build tensors of given shapes and types on a device, the same ones every time.
 
     Args:
-        form: what they are like.
-        device: where they are.
-        given: nested tensors of this form to take the values of; where it is None or they are on the meta device, they
-            are random numbers, True for booleans and zeros for integers.
+        meta: shapes and types.
+        device: the device.
+        values: nested tensors with the values to take; where it is None or they are on the meta device, the values are
+            random numbers, True for booleans and zeros for integers.
 
     Example:
-        >>> form = Form.of([torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)], "an example")
-        >>> build_values(form, torch.device("cpu"))
+        >>> meta = NestedMeta.of([torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)], "an example")
+        >>> build_values(meta, torch.device("cpu"))
         [tensor([0, 0]), tensor([True])]
     """
     generator = torch.Generator(device).manual_seed(0)
-    sources = [None for _ in form.tensors] if given is None else flatten(given, "the example")[0]
+    sources = [None for _ in meta.tensors] if values is None else flatten(values, "the example")[0]
     built = []
-    for tensor, source in zip(form.tensors, sources, strict=True):
+    for tensor, source in zip(meta.tensors, sources, strict=True):
         if source is not None and source.device.type != "meta":
-            values = source.detach()
+            filled = source.detach()
         elif tensor.dtype.is_floating_point:
-            values = torch.randn(tensor.shape, generator=generator, device=device)
+            filled = torch.randn(tensor.shape, generator=generator, device=device)
         else:
-            values = torch.full(tensor.shape, tensor.dtype is torch.bool)
+            filled = torch.full(tensor.shape, tensor.dtype is torch.bool)
         # A copy, since a layer may change it.
-        copied = values.to(device=device, dtype=tensor.dtype, copy=True)
+        copied = filled.to(device=device, dtype=tensor.dtype, copy=True)
         built.append(copied.requires_grad_(tensor.requires_grad))
     return built
 

@@ -1,10 +1,9 @@
-"""A configuration's model as predictions need it."""
+"""The planned model of a configuration, for predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -28,37 +27,26 @@ ExampleBuilder = Callable[[int], Example | None]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """Where and how layers are timed.
-
-    Attributes:
-        device: what they run on.
-        num_threads: CPU threads of one process of the run; those of this process unless given.
-        on_progress: called with what is being done, and the fraction done.
-    """
-
-    device: str
-    num_threads: int | None = None
-    on_progress: ProgressCallback | None = None
-
-
 def describe_model(
     config: Config,
     specs: Sequence[LayerSpec],
     example: ExampleBuilder,
     *,
     precision: Precision,
-    measuring: Measuring | None = None,
+    time_on: str | None = None,
+    num_threads: int | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> PlannedModel:
-    """Return a model as predictions need it; what its layers cost is found out when it is first asked for.
+    """Planned model of a configuration; its layers are described or timed when their costs are first asked for.
 
     Args:
         config: the configuration.
         specs: its layers.
         example: returns a micro-batch.
         precision: of weights and activations.
-        measuring: where to time the layers; None counts their operations.
+        time_on: kind of device on which layers are timed; None counts their operations only.
+        num_threads: CPU threads with which they are timed; those of this process unless given.
+        on_progress: called with the layer that is being timed, and the fraction done.
     """
 
     @cache
@@ -66,23 +54,23 @@ def describe_model(
         given = example(micro_batch_size)
         if given is None:
             raise ConfigError(
-                f"run.trial={config.run.trial}: what its layers cost is not known, since it does not say what they are "
-                "given; define the class method example(config, micro_batch_size), which returns a "
+                f"run.trial={config.run.trial}: the costs of its layers are not known, since it does not describe "
+                "their inputs; define the class method example(config, micro_batch_size), which returns a "
                 "pipekit.Example(inputs, labels), or set parallel.partition=parameters"
             )
-        if measuring is None:
+        if time_on is None:
             return describe_layers(
                 specs, given.inputs, dtype=_DTYPES[precision], loss_fn=given.loss_fn, labels=given.labels
             )
-        with _threads(measuring.num_threads):
+        with _threads(num_threads):
             return profile_layers(
                 specs,
                 given.inputs,
                 dtype=_DTYPES[precision],
-                device=measuring.device,
+                device=time_on,
                 loss_fn=given.loss_fn,
                 labels=given.labels,
-                on_progress=measuring.on_progress,
+                on_progress=on_progress,
             )
 
     return PlannedModel(
@@ -92,7 +80,7 @@ def describe_model(
         sequence_length=config.train.sequence_length,
         precision=precision,
         optimizer_states=_optimizer_states(config),
-        is_timed=measuring is not None,
+        is_timed=time_on is not None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Keeps what was measured of layers: one JSON file for each, named by what the layer and the machine are."""
+"""Cache of measured layers: one JSON file for each, named by the layer and the machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from pipekit.costs.observe import Form, Observed, TensorForm
+from pipekit.costs.trace import TracedLayer
 from pipekit.errors import PipekitError
 from pipekit.files import write_atomically
 from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.tensors.meta import NestedMeta, TensorMeta
 from pipekit.tensors.nested import unflatten
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class ProfileCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, identity: Plain) -> Observed | None:
-        """Return what was measured, or None where nothing was, or the file is broken."""
+    def load(self, identity: Plain) -> TracedLayer | None:
+        """Read a measurement; None where there is none, or the file is broken."""
         path = self._path(identity)
         try:
             text = path.read_text(encoding="utf-8")
@@ -50,13 +51,13 @@ class ProfileCache:
             logger.warning("%s is broken, and the layer is measured anew: %s", path, error)
             return None
 
-    def save(self, identity: Plain, measured: Observed) -> None:
-        """Keep what was measured; where the folder cannot be written, it is measured again next time."""
+    def save(self, identity: Plain, measured: TracedLayer) -> None:
+        """Write a measurement; where the folder cannot be written, the layer is measured again next time."""
         path = self._path(identity)
         content = {
             "identity": identity,
             "costs": asdict(measured.costs),
-            "outputs": plain_form(measured.outputs),
+            "outputs": plain_meta(measured.outputs),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,18 +70,18 @@ class ProfileCache:
         return self._folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.json"
 
 
-def plain_form(form: Form) -> Plain:
-    """Return a form as JSON gives it back."""
+def plain_meta(meta: NestedMeta) -> Plain:
+    """Shapes and types of nested tensors as JSON gives them back."""
     tensors = [
-        [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad] for tensor in form.tensors
+        [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad] for tensor in meta.tensors
     ]
-    return {"tensors": tensors, "structure": form.structure}
+    return {"tensors": tensors, "structure": meta.structure}
 
 
-def _parse(content: Plain, identity: Plain) -> Observed:
+def _parse(content: Plain, identity: Plain) -> TracedLayer:
     if content["identity"] != identity:
         raise ValueError("it is of another layer or machine")
-    return Observed(_parse_costs(content["costs"]), _parse_form(content["outputs"]))
+    return TracedLayer(_parse_costs(content["costs"]), _parse_meta(content["outputs"]))
 
 
 def _parse_costs(content: Plain) -> LayerCosts:
@@ -93,16 +94,16 @@ def _parse_costs(content: Plain) -> LayerCosts:
     return costs
 
 
-def _parse_form(content: Plain) -> Form:
+def _parse_meta(content: Plain) -> NestedMeta:
     tensors = []
     for shape, dtype_name, requires_grad in content["tensors"]:
         dtype = getattr(torch, dtype_name)
         if not isinstance(dtype, torch.dtype) or type(requires_grad) is not bool:
             raise ValueError(f"a tensor of {dtype_name}")
-        tensors.append(TensorForm(tuple(map(int, shape)), dtype, requires_grad))
-    form = Form(tuple(tensors), content["structure"])
+        tensors.append(TensorMeta(tuple(map(int, shape)), dtype, requires_grad))
+    meta = NestedMeta(tuple(tensors), content["structure"])
     # As many tensors must be there as the structure has places for.
-    placed = Form.of(unflatten([torch.empty(0) for _ in tensors], form.structure), "a stored form")
-    if placed.structure != form.structure or len(placed.tensors) != len(tensors):
-        raise ValueError(f"{len(tensors)} tensors in a structure of {form.structure!r}")
-    return form
+    placed = NestedMeta.of(unflatten([torch.empty(0) for _ in tensors], meta.structure), "a stored layer")
+    if placed.structure != meta.structure or len(placed.tensors) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors in a structure of {meta.structure!r}")
+    return meta

@@ -1,7 +1,7 @@
-"""What each layer costs on the device that is present: the costs that its code tells, and measured seconds.
+"""Costs of each layer on the device that is present, with measured seconds.
 
-Each distinct spec runs for each distinct form of its inputs, forward, input gradient and weight gradient apart, as a
-schedule that splits backwards runs them. What was measured once is read from a file afterwards.
+Each distinct spec runs for each distinct shape and type of its inputs, forward, input gradient and weight gradient
+apart, as under a schedule that splits backwards. A layer is measured once, and read from a file afterwards.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from pipekit.costs.describe import (
     gives_logits,
     is_loss,
     layer_key,
-    observe_module,
     take_loss,
+    trace_module,
 )
 from pipekit.costs.fingerprint import Fingerprinter, Plain, UnstableError
 from pipekit.costs.layer_timing import build_values, time_layer
-from pipekit.costs.observe import Form, Observed
-from pipekit.costs.profile_cache import ProfileCache, plain_form
+from pipekit.costs.profile_cache import ProfileCache, plain_meta
+from pipekit.costs.trace import TracedLayer
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.specs import LayerSpec, build_layer, build_on_meta, layer_names
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.model_costs import ModelCosts
 from pipekit.progress import ProgressCallback
 from pipekit.tensors.host_memory import keep_freed_memory
+from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import unflatten
 
 logger = logging.getLogger(__name__)
@@ -62,200 +63,198 @@ def profile_layers(
     repeats: int = 10,
     on_progress: ProgressCallback | None = None,
 ) -> ModelCosts:
-    """Return what each layer costs for one micro-batch, and what the loss costs, with measured seconds.
+    """Costs of each layer and of the loss for one micro-batch, with measured seconds.
 
-    The seconds are medians. `weight_gradient_s` is what linear layers put off. Other layers compute their weight
-    gradients together with their input gradients, in a run as here, and both count as `input_gradient_s`.
+    The seconds are medians. `weight_gradient_s` is the time of weight gradients that linear layers defer. Other layers
+    compute their weight gradients together with their input gradients, in a run as here, and both count as
+    `input_gradient_s`.
 
-    Whoever measures on CPUs keeps the memory of freed tensors from then on, as runs do: otherwise large layers would be
+    After measuring on CPUs, this process keeps the memory of freed tensors, as runs do: otherwise large layers would be
     charged in every repeat for pages that a run is given once.
 
     Args:
         specs: the model.
-        example_inputs: what the first layer is given for one micro-batch. The layers behind it are given random numbers
-            in the form of what the layer before returns; True for booleans, and zeros for integers.
+        example_inputs: inputs of the first layer for one micro-batch. The layers behind it are given random numbers of
+            the shapes that the layer before returns; True for booleans, and zeros for integers.
         dtype: of weights and floating-point activations.
-        device: what to run on; on CPUs with the number of threads that this process has.
+        device: the device to measure on; on CPUs with the number of threads that this process has.
         loss_fn: called as `loss_fn(outputs, labels)` behind the last layer; None where that returns the loss.
-        labels: what the loss function is given.
-        cache_dir: folder of what was measured; None means `~/.cache/pipekit/profiles`.
+        labels: labels for the loss function.
+        cache_dir: folder of earlier measurements; None means `~/.cache/pipekit/profiles`.
         repeats: how often each layer is run after warming up; fewer times where it takes seconds.
-        on_progress: called with what is about to be measured, and the share of the layers that are done.
+        on_progress: called with the layer that is about to be measured, and the share of the layers that are done.
 
     Raises:
         ConfigError: if a layer does not fit its inputs, or fails; it names the layer.
     """
-    folder = Path(cache_dir or DEFAULT_PROFILE_DIR).expanduser()
-    profiler = _Profiler(dtype, torch.device(device), ProfileCache(folder), repeats)
+    target = _Target(dtype, torch.device(device), Fingerprinter())
+    profiler = _Profiler(target, ProfileCache(Path(cache_dir or DEFAULT_PROFILE_DIR).expanduser()), repeats)
     report = on_progress or _ignore_progress
-    form = Form.of(example_inputs, "the input of the first layer", dtype=dtype)
-    given: Any = example_inputs
-    profiled: dict[Hashable, Observed] = {}
+    inputs = NestedMeta.of(example_inputs, "the input of the first layer", dtype=dtype)
+    values: Any = example_inputs
+    profiled: dict[Hashable, TracedLayer] = {}
     layers: list[LayerCosts] = []
     for layer_idx, (spec, name) in enumerate(zip(specs, layer_names(specs), strict=True)):
         is_last = layer_idx == len(specs) - 1
         loss = None
-        if is_last and loss_fn is not None and gives_logits(spec, form, name=name, dtype=dtype):
-            loss = profiler.loss_of(loss_fn, labels)
-        key = (layer_key(spec, form), loss is None)
+        if is_last and loss_fn is not None and gives_logits(spec, inputs, name=name, dtype=dtype):
+            loss = _Loss(loss_fn, labels, target)
+        key = (layer_key(spec, inputs), loss is None)
         if key not in profiled:
-            subject = profiler.layer(spec, name, form, given, loss)
-            profiled[key] = profiler.profile(subject, partial(_report, report, layer_idx / len(specs)))
+            layer = _Layer(spec, name, loss, target)
+            profiled[key] = profiler.profile(layer, inputs, values, partial(_report, report, layer_idx / len(specs)))
         layers.append(profiled[key].costs)
-        form, given = profiled[key].outputs, None
-    if loss_fn is None or is_loss(form):
+        inputs, values = profiled[key].outputs, None
+    if loss_fn is None or is_loss(inputs):
         return ModelCosts(layers)
-    measured = profiler.profile(profiler.loss(loss_fn, form, labels), partial(_report, report, 1.0))
+    measured = profiler.profile(_Loss(loss_fn, labels, target), inputs, None, partial(_report, report, 1.0))
     return ModelCosts(layers, measured.costs)
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is measured: a layer, or the loss function as if it were a layer without parameters.
+class _Target:
+    """Dtype and device of the measurements, and the descriptions of layers."""
 
-    Attributes:
-        what: names it in messages.
-        inputs: the form of what it is given.
-        given: what it is given; None where any values will do.
-        identify: tells what it is, as plain data.
-        build: returns the module that holds its parameters, and what a stage calls.
-        describe: tells its costs without running it.
-    """
-
-    what: str
-    inputs: Form
-    given: Any
-    identify: Callable[[], Plain]
-    build: Callable[[], tuple[nn.Module, Callable[[Any], Any]]]
-    describe: Callable[[], LayerCosts]
+    dtype: torch.dtype
+    device: torch.device
+    fingerprinter: Fingerprinter
 
 
+@dataclass(frozen=True)
 class _Loss:
-    """A loss function with the labels that it is given."""
+    """A loss function with its labels, measured as a layer without parameters, or as a part of the last layer."""
 
-    def __init__(self, loss_fn: LossFn, labels: Any, fingerprinter: Fingerprinter, device: torch.device) -> None:
-        self._loss_fn = loss_fn
-        self._labels = labels
-        self._form = Form.of(labels, "the labels")
-        self._fingerprinter = fingerprinter
-        self._device = device
+    loss_fn: LossFn
+    labels: Any
+    target: _Target
+
+    def __str__(self) -> str:
+        return f"the loss function {getattr(self.loss_fn, '__name__', type(self.loss_fn).__name__)}"
 
     def identify(self) -> Plain:
-        """Tell what it is, as plain data."""
+        """Describe it as plain data."""
         # A loss that is a module has the tensors that its text does not tell.
-        state = self._loss_fn.state_dict() if isinstance(self._loss_fn, nn.Module) else {}
-        return [self._fingerprinter.of(self._loss_fn), self._fingerprinter.of(dict(state)), plain_form(self._form)]
+        state = self.loss_fn.state_dict() if isinstance(self.loss_fn, nn.Module) else {}
+        of = self.target.fingerprinter.of
+        return [of(self.loss_fn), of(dict(state)), plain_meta(NestedMeta.of(self.labels, "the labels"))]
 
-    def build(self) -> Callable[[Any], Any]:
-        """Return what computes the loss of outputs where layers are measured."""
-        loss_fn = self._loss_fn
-        compute = copy.deepcopy(loss_fn).to(self._device) if isinstance(loss_fn, nn.Module) else loss_fn
-        given = unflatten(build_values(self._form, self._device, self._labels), self._form.structure)
-        return lambda outputs: compute(outputs, given)
+    def build(self) -> tuple[nn.Module, Callable[[Any], Any]]:
+        """Build a module without parameters, and a function of the outputs that computes the loss."""
+        loss_fn, device = self.loss_fn, self.target.device
+        compute = copy.deepcopy(loss_fn).to(device) if isinstance(loss_fn, nn.Module) else loss_fn
+        meta = NestedMeta.of(self.labels, "the labels")
+        labels = unflatten(build_values(meta, device, self.labels), meta.structure)
+        return nn.Module(), lambda outputs: compute(outputs, labels)
 
-    def describe(self) -> Callable[[Any], Any]:
-        """Return what computes it on torch's meta device."""
-        return take_loss(self._loss_fn, self._labels)
+    def describe(self, inputs: NestedMeta) -> LayerCosts:
+        """Costs by its code alone."""
+        return describe_loss(self.loss_fn, inputs, self.labels)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer to measure, with the loss behind it where it returns `Logits`."""
+
+    spec: LayerSpec
+    name: str
+    loss: _Loss | None
+    target: _Target
+
+    def __str__(self) -> str:
+        return f"layer {self.name!r} ({self.spec.type_name})"
+
+    def identify(self) -> Plain:
+        """Describe it as plain data."""
+        layer = self.target.fingerprinter.of_layer(self.spec, build_on_meta(self.spec, name=self.name).modules())
+        return layer if self.loss is None else [layer, self.loss.identify()]
+
+    def build(self) -> tuple[nn.Module, Callable[[Any], Any]]:
+        """Build the layer, and the function that a stage calls."""
+        layer = build_layer(self.spec, name=self.name, seed=0).to(device=self.target.device, dtype=self.target.dtype)
+        return layer.train(), apply_layer(layer, self.spec, None if self.loss is None else self.loss.build()[1])
+
+    def describe(self, inputs: NestedMeta) -> LayerCosts:
+        """Costs by its code alone."""
+        loss = None if self.loss is None else take_loss(self.loss.loss_fn, self.loss.labels)
+        return describe_layer(self.spec, inputs, name=self.name, dtype=self.target.dtype, loss=loss).costs
 
 
 class _Profiler:
     """Measures layers on one device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, cache: ProfileCache, repeats: int) -> None:
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, target: _Target, cache: ProfileCache, repeats: int) -> None:
+        self._target = target
         self._cache = cache
         self._repeats = repeats
-        self._fingerprinter = Fingerprinter()
         self._machine = {
             "format": _FORMAT_VERSION,
-            "dtype": str(dtype),
-            "device": _device_name(device),
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "dtype": str(target.dtype),
+            "device": _device_name(target.device),
+            "threads": torch.get_num_threads() if target.device.type == "cpu" else None,
             "torch": torch.__version__,
         }
 
-    def layer(self, spec: LayerSpec, name: str, inputs: Form, given: Any, loss: _Loss | None) -> _Subject:
-        def identify() -> Plain:
-            layer = self._fingerprinter.of_layer(spec, build_on_meta(spec, name=name).modules())
-            return layer if loss is None else [layer, loss.identify()]
+    def profile(
+        self, layer: _Layer | _Loss, inputs: NestedMeta, values: Any, report: Callable[[str], None]
+    ) -> TracedLayer:
+        """Measure a layer, unless it is in the cache.
 
-        def build() -> tuple[nn.Module, Callable[[Any], Any]]:
-            layer = build_layer(spec, name=name, seed=0).to(device=self._device, dtype=self._dtype).train()
-            return layer, apply_layer(layer, spec, None if loss is None else loss.build())
-
-        def describe() -> LayerCosts:
-            taken = None if loss is None else loss.describe()
-            return describe_layer(spec, inputs, name=name, dtype=self._dtype, loss=taken).costs
-
-        return _Subject(f"layer {name!r} ({spec.type_name})", inputs, given, identify, build, describe)
-
-    def loss_of(self, loss_fn: LossFn, labels: Any) -> _Loss:
-        return _Loss(loss_fn, labels, self._fingerprinter, self._device)
-
-    def loss(self, loss_fn: LossFn, inputs: Form, labels: Any) -> _Subject:
-        loss = self.loss_of(loss_fn, labels)
-
-        def describe() -> LayerCosts:
-            return describe_loss(loss_fn, inputs, labels)
-
-        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-        build = loss.build
-        return _Subject(
-            f"the loss function {name}", inputs, None, loss.identify, lambda: (nn.Module(), build()), describe
-        )
-
-    def profile(self, subject: _Subject, report: Callable[[str], None]) -> Observed:
-        with _failures(subject):
-            identity = self._identify(subject)
+        Args:
+            layer: the layer.
+            inputs: shapes and types of its inputs.
+            values: the inputs; None where any values will do.
+            report: called with what is about to be measured.
+        """
+        with _failures(layer, inputs):
+            identity = self._identify(layer, inputs)
         stored = None if identity is None else self._cache.load(identity)
         if stored is not None:
             return stored
-        report(f"measuring {subject.what} on {subject.inputs}")
-        with _failures(subject), _own_random_numbers(self._device):
-            measured = self._measure(subject)
+        report(f"measuring {layer} on {inputs}")
+        with _failures(layer, inputs), _own_random_numbers(self._target.device):
+            measured = self._measure(layer, inputs, values)
         if identity is not None:
             self._cache.save(identity, measured)
         return measured
 
-    def _identify(self, subject: _Subject) -> Plain | None:
+    def _identify(self, layer: _Layer | _Loss, inputs: NestedMeta) -> Plain | None:
         try:
-            layer = subject.identify()
+            description = layer.identify()
         except UnstableError as error:
-            logger.info("%s is measured every time: %s has no description that stays", subject.what, error)
+            logger.info("%s is measured every time: %s has no description that stays", layer, error)
             return None
-        identity = {**self._machine, "layer": layer, "inputs": plain_form(subject.inputs)}
+        identity = {**self._machine, "layer": description, "inputs": plain_meta(inputs)}
         return json.loads(json.dumps(identity))  # as it will be read: without tuples
 
-    def _measure(self, subject: _Subject) -> Observed:
-        if self._device.type == "cpu":
+    def _measure(self, layer: _Layer | _Loss, inputs: NestedMeta, values: Any) -> TracedLayer:
+        device = self._target.device
+        if device.type == "cpu":
             keep_freed_memory()
-        module, call = subject.build()
-        leaves = build_values(subject.inputs, self._device, subject.given)
-        structure = subject.inputs.structure
-        times = time_layer(call, leaves, structure, device=self._device, repeats=self._repeats)
+        module, call = layer.build()
+        leaves = build_values(inputs, device, values)
+        times = time_layer(call, leaves, inputs.structure, device=device, repeats=self._repeats)
         try:
-            costs = subject.describe()
+            costs = layer.describe(inputs)
         except ConfigError:  # it needs values, and has just shown that it runs with these
-            costs = observe_module(module, call, leaves, structure).costs
+            costs = trace_module(module, call, leaves, inputs.structure).costs
         measured = replace(
             costs,
             forward_s=times.forward_s,
             input_gradient_s=times.input_gradient_s,
             weight_gradient_s=times.weight_gradient_s,
         )
-        return Observed(measured, times.outputs)
+        return TracedLayer(measured, times.outputs)
 
 
 @contextmanager
-def _failures(subject: _Subject) -> Iterator[None]:
-    """Name the layer in whatever it raises."""
+def _failures(layer: _Layer | _Loss, inputs: NestedMeta) -> Iterator[None]:
+    """Name the layer in every error."""
     try:
         yield
     except ConfigError:
         raise
     except PipekitError as error:
-        raise ConfigError(f"{subject.what}: {error}") from None
+        raise ConfigError(f"{layer}: {error}") from None
     except Exception as error:
         remedy = (
             "if these are not the shapes it is for, mend the layer before it; if it needs other values than random "
@@ -263,9 +262,7 @@ def _failures(subject: _Subject) -> Iterator[None]:
         )
         if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
             remedy = "lower train.micro_batch_size, or measure where there is more memory"
-        raise ConfigError(
-            f"{subject.what} cannot be measured on {subject.inputs}: {first_line(error)}; {remedy}"
-        ) from error
+        raise ConfigError(f"{layer} cannot be measured on {inputs}: {first_line(error)}; {remedy}") from error
 
 
 @contextmanager
@@ -278,7 +275,7 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def _device_name(device: torch.device) -> str:
-    """Return what the device is, equal for equal ones."""
+    """Model name of the device, equal for equal ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -22,7 +22,7 @@ from pipekit.errors import CommunicationError, PipekitError
 from pipekit.schedules import Action
 from pipekit.schedules.acknowledgements import Acknowledgements
 from pipekit.schedules.messages import EARLY_RECEIVES
-from pipekit.tensors.nested import Structure
+from pipekit.tensors.meta import NestedMeta, TensorMeta
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -34,39 +34,7 @@ _DTYPES = {
 _HEADER_BYTES = 16_384
 
 
-@dataclass(frozen=True)
-class TensorMeta:
-    """What a receiver must know of a tensor before it arrives."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorMeta:
-        """Describe `tensor`."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-
-    def empty(self, device: torch.device) -> Tensor:
-        """Allocate a tensor of this shape and dtype."""
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
-
-    def __str__(self) -> str:
-        return f"{tuple(self.shape)} {str(self.dtype).removeprefix('torch.')}"
-
-
-@dataclass(frozen=True)
-class MessageMeta:
-    """What a receiver must know of a message before it arrives: its tensors, and how they hang together."""
-
-    tensors: tuple[TensorMeta, ...]
-    structure: Structure
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self.tensors)) or "no tensor"
-
-
-def encode_meta(meta: MessageMeta) -> Tensor:
+def encode_meta(meta: NestedMeta) -> Tensor:
     """Return a message's description as a tensor of bytes, of one length for every message.
 
     Raises:
@@ -87,11 +55,11 @@ def encode_meta(meta: MessageMeta) -> Tensor:
     return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES)), dtype=torch.uint8)
 
 
-def decode_meta(header: Tensor) -> MessageMeta:
+def decode_meta(header: Tensor) -> NestedMeta:
     """Return what `encode_meta` was given."""
     tensors, structure = json.loads(header.numpy().tobytes())
     metas = tuple(TensorMeta(tuple(shape), _DTYPES[dtype], grad) for dtype, grad, *shape in tensors)
-    return MessageMeta(metas, structure)
+    return NestedMeta(metas, structure)
 
 
 def wait(work: dist.Work, what: str) -> None:
@@ -213,8 +181,8 @@ class Receiver:
         group: dist.ProcessGroup,
         header_group: dist.ProcessGroup,
         device: torch.device,
-        find_meta: Callable[[Action], MessageMeta | None],
-        learn_meta: Callable[[Action, MessageMeta], Any],
+        find_meta: Callable[[Action], NestedMeta | None],
+        learn_meta: Callable[[Action, NestedMeta], Any],
     ) -> None:
         self._peer = peer
         self._group = group
@@ -256,7 +224,7 @@ class Receiver:
                 return
             self._post(meta)
 
-    def _post(self, meta: MessageMeta) -> None:
+    def _post(self, meta: NestedMeta) -> None:
         buffers = tuple(tensor.empty(self._device) for tensor in meta.tensors)
         works = [_receive(buffer, self._peer, self._group) for buffer in buffers]
         self._posted[self._unposted.popleft()] = works, buffers

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipekit.deepspeed.optimizers import OptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.engine.channels import MessageMeta, Receiver, Sender, TensorMeta, encode_meta
+from pipekit.engine.channels import Receiver, Sender, encode_meta
 from pipekit.engine.micro_batches import MicroBatchReader, StepData, to_device
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.stopwatch import Stopwatch
@@ -20,6 +20,7 @@ from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Schedule
 from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
 from pipekit.schedules.messages import destination, plan_messages
+from pipekit.tensors.meta import NestedMeta, TensorMeta
 from pipekit.tensors.nested import flatten, unflatten
 from pipekit.tensors.weight_gradients import WeightGradients, deferring
 
@@ -81,7 +82,7 @@ class Executor:
         self._receivers: dict[int, Receiver] = {}
         self._table: _Table | None = None
         # What each stage passes on, by whether gradients are computed and the class of the micro-batch's shapes.
-        self._metas: dict[tuple[bool, int, int], MessageMeta] = {}
+        self._metas: dict[tuple[bool, int, int], NestedMeta] = {}
         self._shape_classes: list[int] = []
         pipe = None
         if mpu.layout.pp > 1:
@@ -197,7 +198,7 @@ class Executor:
     def _meta_key(self, stage: int, micro_batch: int) -> tuple[bool, int, int]:
         return torch.is_grad_enabled(), self._shape_classes[micro_batch], stage
 
-    def _find_meta(self, action: Action) -> MessageMeta | None:
+    def _find_meta(self, action: Action) -> NestedMeta | None:
         """Return what an action's result looks like: what a stage passes on, or the gradients of what it was passed."""
         if action.kind == "F":
             return self._metas.get(self._meta_key(action.stage, action.micro_batch))
@@ -205,13 +206,13 @@ class Executor:
         activation = self._metas.get(self._meta_key(action.stage - 1, action.micro_batch))
         if activation is None:
             return None
-        return MessageMeta(tuple(tensor for tensor in activation.tensors if tensor.requires_grad), None)
+        return NestedMeta(tuple(tensor for tensor in activation.tensors if tensor.requires_grad), None)
 
-    def _learn_meta(self, action: Action, meta: MessageMeta) -> None:
+    def _learn_meta(self, action: Action, meta: NestedMeta) -> None:
         self._metas[self._meta_key(action.stage, action.micro_batch)] = meta
 
     def _send_activations(self, action: Action, tensors: tuple[Tensor, ...], structure: Any, target: int) -> None:
-        meta = MessageMeta(tuple(TensorMeta.of(tensor) for tensor in tensors), structure)
+        meta = NestedMeta(tuple(TensorMeta.of(tensor) for tensor in tensors), structure)
         known = self._metas.setdefault(self._meta_key(action.stage, action.micro_batch), meta)
         if known != meta:
             raise PipekitError(

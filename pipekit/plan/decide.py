@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipekit.config import Config, plan_batch, resolve_layout
 from pipekit.costs.example import Example
-from pipekit.costs.model import Measuring, describe_model
+from pipekit.costs.model import describe_model
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 from pipekit.models.custom import check_specs
@@ -108,8 +108,15 @@ def decide_run(
     num_threads = threads_per_process(
         config.run.threads_per_process, resources.local_world_size or layout.world_size, resources.num_cpus
     )
-    measuring = Measuring(device, num_threads, on_progress) if parallel.partition == "profile" else None
-    model = describe_model(config, specs, partial(trial.example, config), precision=precision, measuring=measuring)
+    model = describe_model(
+        config,
+        specs,
+        partial(trial.example, config),
+        precision=precision,
+        time_on=device if parallel.partition == "profile" else None,
+        num_threads=num_threads,
+        on_progress=on_progress,
+    )
     # What cannot be cut is refused here.
     shapes = model.shapes_of(layout.tp)
     parallel_plan = ParallelPlan(

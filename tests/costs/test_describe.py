@@ -123,6 +123,16 @@ def bytes_kept(specs: Sequence[LayerSpec], inputs: Tensor, *, dtype: torch.dtype
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_has_equal_operations_in_its_three_parts(groups: int) -> None:
+    """Each number of the output is a sum over the channels of its group and the kernel, by hand."""
+    specs = [LayerSpec(nn.Conv1d, 4, 8, 3, groups=groups)]
+    inputs = torch.empty(2, 4, 9, requires_grad=True, device="meta")
+    (costs,) = describe_layers(specs, inputs, dtype=torch.float32).layers
+    by_hand = 2 * (2 * 8 * 7) * (4 // groups) * 3
+    assert (costs.forward_flops, costs.input_gradient_flops, costs.weight_gradient_flops) == (by_hand,) * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stage_holds_what_a_real_one_holds(dtype: torch.dtype) -> None:
     specs = gpt(num_layers=3, hidden_size=128, num_heads=4, max_positions=64)

@@ -1,7 +1,7 @@
-"""Runs a layer once and sees what it costs: the operations of its forward and backward, and what it keeps between.
+"""Cost tracing: operations of a layer's forward and backward, and the tensors kept between, by running it once.
 
-On the meta device nothing is computed and nothing allocated. Two functions are replaced, there and everywhere, by what
-they are on a GPU: attention by a fused one, which keeps no `(S, S)` matrix, and dropout by one that keeps its mask as
+On the meta device nothing is computed and nothing allocated. Two functions are replaced, there and everywhere, as they
+are on a GPU: attention by a fused one, which keeps no `(S, S)` matrix, and dropout by one that keeps its mask as
 bool.
 
 Shapes: B sequences, H heads, S queries, T keys, E head size, G head size of the values.
@@ -22,95 +22,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import flop_registry
 
 from pipekit.layers.shapes import ShapeRules
 from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, flatten, unflatten
 
 
 @dataclass(frozen=True)
-class TensorForm:
-    """Shape, dtype and gradient flag of a tensor, without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its elements."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
-
-
-@dataclass(frozen=True)
-class Form:
-    """Shapes and structure of the activations between two layers, without values.
-
-    Attributes:
-        tensors: its tensors, in order.
-        structure: how they hang together, as `pipekit.tensors.nested` writes it.
-    """
-
-    tensors: tuple[TensorForm, ...]
-    structure: Structure
-
-    @classmethod
-    def of(cls, value: Any, what: str, *, dtype: torch.dtype | None = None) -> Form:
-        """Return the form of nested tensors.
-
-        Args:
-            value: the nested tensors.
-            what: names them in an error.
-            dtype: what floating-point tensors are taken to be; None where they stay what they are.
-
-        Raises:
-            PipekitError: if there is something else in `value`.
-        """
-        tensors, structure = flatten(value, what)
-        forms = (
-            TensorForm(
-                tuple(tensor.shape),
-                dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype,
-                tensor.requires_grad,
-            )
-            for tensor in tensors
-        )
-        return cls(tuple(forms), structure)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for equal forms, and hashable."""
-        return self.tensors, repr(self.structure)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self.tensors)) or "nothing"
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Costs of a layer, and the form of its output."""
+class TracedLayer:
+    """Costs of a layer, and the shapes and types of its outputs."""
 
     costs: LayerCosts
-    outputs: Form
+    outputs: NestedMeta
 
 
-def observe(
+def trace_costs(
     call: Callable[[Any], Any],
     inputs: Sequence[Tensor],
     structure: Structure,
     *,
     parameters: Sequence[Tensor] = (),
     held: Sequence[Tensor] = (),
-) -> Observed:
-    """Run the forward and the backward of a layer, and return what they cost.
+) -> TracedLayer:
+    """Trace the costs of a layer's forward and backward.
 
     Operations are those of matrix products, convolutions and attention, as `torch.utils.flop_counter` counts them: a
     multiplication and an addition are two, causal attention counts in full, and so does the product of queries and keys
@@ -118,10 +54,10 @@ def observe(
 
     Args:
         call: the layer; it is given the nested inputs.
-        inputs: the tensors that enter; those that require a gradient get one.
-        structure: how they hang together.
+        inputs: the input tensors; those that require a gradient get one.
+        structure: their nesting.
         parameters: the trainable ones of the layer.
-        held: tensors that are there whether or not the layer runs: its buffers, and parameters that are not trained.
+        held: tensors that exist whether or not the layer runs: its buffers, and parameters that are not trained.
 
     Raises:
         PipekitError: if the layer returns what cannot be passed on.
@@ -148,7 +84,7 @@ def observe(
 
     input_gradient_flops = _backward_flops(counter, results, wanted, retain_graph=True)
     backward_flops = _backward_flops(counter, results, [*wanted, *parameters], retain_graph=False)
-    passed, left = (Form.of(value, "a layer's tensors") for value in (tuple(entered), tuple(outputs)))
+    passed, left = (NestedMeta.of(value, "a layer's tensors") for value in (tuple(entered), tuple(outputs)))
     costs = LayerCosts(
         parameters=sum(parameter.numel() for parameter in parameters),
         forward_flops=forward_flops,
@@ -162,7 +98,7 @@ def observe(
         keeps_input=keeps_input,
         keeps_output=keeps_output,
     )
-    return Observed(costs, Form(left.tensors, output_structure))
+    return TracedLayer(costs, NestedMeta(left.tensors, output_structure))
 
 
 def _backward_flops(
@@ -192,7 +128,7 @@ class _Total(torch.autograd.Function):
 
 
 def _storages(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Return the bytes of each distinct storage, which the tensors keep alive, by its address."""
+    """Bytes of each distinct storage, which the tensors keep alive, by its address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
 
@@ -207,7 +143,7 @@ class _Saved:
 
 @contextmanager
 def _saved() -> Iterator[weakref.WeakSet[_Saved]]:
-    """Collect what the forward inside keeps; what a branch without a result kept is gone when it ends."""
+    """Collect the tensors that the forward inside keeps; those of a branch without a result are gone when it ends."""
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
@@ -220,7 +156,7 @@ def _saved() -> Iterator[weakref.WeakSet[_Saved]]:
 
 
 class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations."""
+    """Counts floating-point operations by torch's formulas, in tensors whose shapes come from our rules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,51 +166,28 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         results = super().__torch_dispatch__(func, types, args, kwargs)
-        count = _FLOPS.get(func)
-        if count is not None:
-            self.flops += count(results, *args)
+        packet = func.overloadpacket
+        if packet is _aten.convolution_backward:
+            self.flops += _convolution_backward(*args)
+        elif (count := flop_registry.get(_IN_PLACE.get(packet, packet))) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=results)
         return results
 
 
-def _product(result: Tensor, a: Tensor, b: Tensor, *args: Any) -> int:
-    return 2 * result.numel() * a.shape[-1]
-
-
-def _sum_and_product(result: Tensor, added: Tensor, a: Tensor, b: Tensor, *args: Any) -> int:
-    return _product(result, a, b)
-
-
-def _convolution(result: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
-    transposed = args[4]
-    return 2 * (x if transposed else result).numel() * prod(weight.shape[1:])
-
-
-def _convolution_backward(results: Sequence[Any], grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
+    """Operations of a convolution's gradients; torch's formula counts the weight gradient once for each group."""
     transposed, mask = args[4], args[7]
     return 2 * (x if transposed else grad).numel() * prod(weight.shape[1:]) * (bool(mask[0]) + bool(mask[1]))
 
 
 _aten = torch.ops.aten
-_FLOPS: dict[Any, Callable[..., int]] = {
-    _aten.mm.default: _product,
-    _aten.mm.out: _product,
-    _aten.bmm.default: _product,
-    _aten.bmm.out: _product,
-    _aten.addmm.default: _sum_and_product,
-    _aten.addmm.out: _sum_and_product,
-    _aten.addmm_.default: _sum_and_product,
-    _aten.baddbmm.default: _sum_and_product,
-    _aten.baddbmm.out: _sum_and_product,
-    _aten.baddbmm_.default: _sum_and_product,
-    _aten.convolution.default: _convolution,
-    _aten.convolution_backward.default: _convolution_backward,
-}
+_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Costs and keeps what a fused attention does, and computes zeros.
+    """Counts the operations and keeps the tensors of a fused attention, and computes zeros.
 
-    Source: Dao 2023, "FlashAttention-2", section 3.1, for what is kept and for the five products of the backward.
+    Source: Dao 2023, "FlashAttention-2", section 3.1, for the tensors kept and the five products of the backward.
     """
 
     @staticmethod
@@ -303,7 +216,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Replacements(TorchFunctionMode):
-    """Replaces attention and dropout by what they are on a GPU."""
+    """Replaces attention and dropout by their kernels for GPUs."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -337,7 +250,7 @@ def _dropout(
     return torch.native_dropout(input, p, True)[0]
 
 
-# A mode is not asked about what a function calls that it was asked about itself, unless the function does not ask.
+# A mode that handles a function is not asked about the functions inside it, unless the first asks no mode at all.
 _multi_head_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.__dict__, "has_torch_function": lambda tensors: False},
