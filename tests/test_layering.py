@@ -228,5 +228,5 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
         ),
     ],
 )
-def test_what_is_not_needed_is_not_imported(code: str, absent: set[str]) -> None:
+def test_heavy_libraries_are_not_imported_before_they_are_needed(code: str, absent: set[str]) -> None:
     assert imported_by(code) & absent == set()

@@ -201,7 +201,7 @@ def test_a_degree_that_is_given_need_not_fill_the_devices() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_to_type(asked: dict[str, object], message: str) -> None:
+def test_degrees_that_do_not_fit_are_refused_with_a_remedy(asked: dict[str, object], message: str) -> None:
     with pytest.raises(LayoutError) as caught:
         plan_layout(**asked)  # type: ignore[arg-type]
     assert str(caught.value) == message

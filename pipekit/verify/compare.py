@@ -212,7 +212,12 @@ class _Comparison:
 
     def _measurement(self, key: TensorKey, error: float, excess: float, **found: Any) -> Measurement:
         layer = [*self.layer_names, LOSS][key.layer_idx]
-        place = {"layer": layer, "layer_idx": key.layer_idx, "tensor": key.name, "micro_batch": key.micro_batch}
+        place: dict[str, Any] = {
+            "layer": layer,
+            "layer_idx": key.layer_idx,
+            "tensor": key.name,
+            "micro_batch": key.micro_batch,
+        }
         return Measurement(key.kind, key.step, error, excess, **place, **found)
 
     def _without_partner(

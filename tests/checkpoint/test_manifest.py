@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, step: int, content: bytes = b"12345678") -> P
     return checkpoint
 
 
-def test_it_reads_back_as_written(tmp_path: Path) -> None:
+def test_a_manifest_reads_back_as_written(tmp_path: Path) -> None:
     manifest = load_manifest(write_checkpoint(tmp_path, 7))
     assert manifest.training.step == 7
     assert manifest.training.consumed_samples == 56

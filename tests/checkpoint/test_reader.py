@@ -47,7 +47,7 @@ def test_states_come_by_kind(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("c.weight", "weights"), ("b.bias", "exp_avg")])
-def test_what_it_does_not_hold_is_named(checkpoint: Path, name: str, kind: str) -> None:
+def test_a_missing_tensor_is_named(checkpoint: Path, name: str, kind: str) -> None:
     with pytest.raises(CheckpointError, match=f"holds no {kind} of '{name}'"):
         CheckpointReader(checkpoint).tensor(name, kind)
 

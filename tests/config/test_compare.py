@@ -28,7 +28,7 @@ SAVED = parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}})
         {"data.source": ["python-stdlib"]},
     ],
 )
-def test_it_is_still_the_same_run(changes: dict[str, Any]):
+def test_layout_and_optimizer_may_change_within_a_run(changes: dict[str, Any]):
     assert conflicting_keys(SAVED, SAVED.updated(changes)) == []
     assert conflicting_keys(SAVED.updated(changes), SAVED) == []
 
@@ -48,7 +48,7 @@ def test_it_is_still_the_same_run(changes: dict[str, Any]):
         ("train.seed", 7),
     ],
 )
-def test_it_is_another_run(key: str, value: object):
+def test_a_change_of_model_or_data_is_another_run(key: str, value: object):
     assert conflicting_keys(SAVED, SAVED.updated({key: value})) == [key]
 
 

@@ -89,7 +89,7 @@ BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 3}}
         },
     ],
 )
-def test_it_accepts_what_loads(values: dict[str, Any]):
+def test_the_schema_accepts_configurations_that_load(values: dict[str, Any]):
     config = parse_config(values)
     assert accepts(SCHEMA, values)
     assert accepts(SCHEMA, yaml.safe_load(config.to_yaml()))
@@ -118,13 +118,13 @@ def test_it_accepts_what_loads(values: dict[str, Any]):
         {**BASE, "deepspeed": {"zero_optimization": {"overlap_com": True}}},
     ],
 )
-def test_it_refuses_what_does_not_load(values: dict[str, Any]):
+def test_the_schema_refuses_configurations_that_do_not_load(values: dict[str, Any]):
     with pytest.raises(ConfigError):
         parse_config(values)
     assert not accepts(SCHEMA, values)
 
 
-def test_it_is_json_and_describes_every_section():
+def test_the_schema_is_json_and_describes_every_section():
     assert json.loads(json.dumps(SCHEMA)) == SCHEMA
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert SCHEMA["title"] == "pipekit configuration"

@@ -103,7 +103,7 @@ def test_yaml_shows_every_key():
     assert (shown["model"]["hidden_size"], shown["optimizer"]["lr"]) == (128, 3e-4)
 
 
-def test_what_yaml_cannot_hold_is_refused():
+def test_values_that_yaml_cannot_hold_are_refused():
     config = parse_config({"model": {"builder": "a:b", "args": {"x": object()}}, "train": {"steps": 3}})
     with pytest.raises(ConfigError, match="holds a value that YAML cannot write"):
         config.to_yaml()

@@ -68,7 +68,7 @@ def nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extensions, "_sees_every_builder", lambda lock: False)
 
 
-def test_nothing_to_do(tmp_path: Path, lock: Path) -> None:
+def test_a_folder_without_locks_is_left_alone(tmp_path: Path, lock: Path) -> None:
     assert guard(lock) == []
     assert guard_extension_builds({"TORCH_EXTENSIONS_DIR": str(tmp_path / "missing")}) == []
 

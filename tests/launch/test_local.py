@@ -193,7 +193,7 @@ def test_a_rank_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Pa
     assert_nothing_left(tmp_path, num_pids=3)
 
 
-def test_what_a_successful_rank_left_running_is_ended(tmp_path: Path) -> None:
+def test_processes_that_a_successful_rank_left_running_are_ended(tmp_path: Path) -> None:
     run(tmp_path, "say('pid-child', str(subprocess.Popen(['sleep', '300']).pid))", world_size=1)
     assert_nothing_left(tmp_path, num_pids=2)
 

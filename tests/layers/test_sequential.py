@@ -25,7 +25,7 @@ def specs() -> list[LayerSpec]:
     ]
 
 
-def test_it_is_the_layers_one_after_the_other() -> None:
+def test_the_sequential_model_runs_its_layers_in_order() -> None:
     model = SequentialModel(specs(), seed=4).eval()
     tokens = torch.arange(11)
     tensors = model.logical_tensors()

@@ -106,7 +106,7 @@ def test_a_rule_returns_what_torch_returns(func: Any, args: tuple[Any, ...], kwa
         lambda: meta(2, 3).masked_fill(meta(4, dtype=torch.bool), 0.0),
     ],
 )
-def test_what_does_not_fit_is_torchs_to_refuse(run: Callable[[], Tensor]) -> None:
+def test_shapes_that_do_not_fit_are_refused_by_torch(run: Callable[[], Tensor]) -> None:
     with pytest.raises(RuntimeError), ShapeRules():
         run()
 

@@ -41,7 +41,7 @@ def test_a_factory_has_a_type_name() -> None:
 
 
 @pytest.mark.parametrize("typename", ["Linear", 3, None])
-def test_what_is_not_callable_is_refused(typename: object) -> None:
+def test_a_typename_that_is_not_callable_is_refused(typename: object) -> None:
     with pytest.raises(ConfigError, match=r"LayerSpec takes an nn\.Module class, not .*; write LayerSpec\(nn\.Linear"):
         LayerSpec(typename)  # type: ignore[arg-type]
 

@@ -11,14 +11,14 @@ from pipekit.schedules import Action, Schedule
 
 
 @given(st.integers(0, 1000), st.sampled_from("FBIW"), st.integers(0, 1000))
-def test_what_is_printed_parses_back(stage: int, kind: str, micro_batch: int) -> None:
+def test_a_printed_action_parses_back(stage: int, kind: str, micro_batch: int) -> None:
     action = Action(stage, kind, micro_batch)  # type: ignore[arg-type]
     assert str(action) == f"{stage}{kind}{micro_batch}"
     assert Action.parse(str(action)) == action
 
 
 @pytest.mark.parametrize("text", ["", "F3", "0F", "0X3", "0F3F", "-1F0", "0f3"])
-def test_what_is_no_action_is_refused(text: str) -> None:
+def test_text_that_is_not_an_action_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="as in 0F3"):
         Action.parse(text)
 

@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(schedules)
-def test_what_is_written_is_read(folder: Path, schedule: Schedule) -> None:
+def test_a_written_table_is_read_back(folder: Path, schedule: Schedule) -> None:
     path = folder / "table.csv"
     write_csv(schedule, path)
     read = read_csv(path)

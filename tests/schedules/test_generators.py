@@ -165,7 +165,7 @@ def test_placements() -> None:
         ("no/such.csv", {}, "parallel.schedule=no/such.csv: there is no such file"),
     ],
 )
-def test_what_a_schedule_cannot_run_is_refused(name: str, options: dict[str, Any], says: str) -> None:
+def test_sizes_that_a_schedule_cannot_run_are_refused(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_schedule(name, **{"pp": 4, "num_micro_batches": 8, **options})
     assert says in str(caught.value)

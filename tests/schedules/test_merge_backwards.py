@@ -34,7 +34,7 @@ def test_the_first_rank_never_splits_under_zb_h1_and_a_rank_behind_splits_what_i
     assert simulate(joined, Costs.uniform(4)).step_time_s < whole
 
 
-def test_what_has_no_gap_to_fill_is_joined_whole() -> None:
+def test_without_bubbles_to_fill_every_backward_is_merged() -> None:
     assert not merge_backwards(plan_zb_h1(num_stages=1, num_micro_batches=5), Costs.uniform(1)).split_backwards
 
 

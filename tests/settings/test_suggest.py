@@ -43,7 +43,7 @@ def test_every_synonym_leads_to_a_key_that_exists_and_is_no_key_of_that_section_
         assert word not in keys[section], word
 
 
-def test_nothing_is_near_to_nonsense():
+def test_nonsense_has_no_suggestion():
     assert closest("qqqq", ["steps"]) is None
 
 

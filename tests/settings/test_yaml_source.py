@@ -26,7 +26,7 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_what_is_written_is_read_back(value: object):
+def test_written_yaml_reads_back_to_the_same_value(value: object):
     source = read_yaml(write_yaml({"value": value}))
     assert source.faults == []
     assert source.value == {"value": value}

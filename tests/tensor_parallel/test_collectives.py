@@ -133,7 +133,7 @@ def test_shapes_alone_are_enough(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_needs_no_gradient_gets_none(name: str) -> None:
+def test_inputs_without_gradients_get_none(name: str) -> None:
     def run(group: TensorGroup) -> bool:
         return CASES[name].apply(arguments(CASES[name], 2)[group.rank], group).requires_grad
 
@@ -141,12 +141,12 @@ def test_what_needs_no_gradient_gets_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("apply", [split_sequence, reduce_scatter_sequence])
-def test_a_sequence_that_cannot_be_cut_evenly_is_refused(apply: Callable[[Tensor, TensorGroup], Tensor]) -> None:
+def test_a_sequence_that_cannot_be_split_evenly_is_refused(apply: Callable[[Tensor, TensorGroup], Tensor]) -> None:
     with pytest.raises(LayoutError, match=r"10 tokens .*3 equal shards.*pad it to 12.*sequence_parallel=false"):
         apply(torch.ones(1, 10, 2), PlannedGroup(0, 3))
 
 
-def test_what_is_gathered_can_be_split_again() -> None:
+def test_a_gathered_sequence_can_be_split_again() -> None:
     whole = torch.arange(24.0).reshape(2, 12, 1)
 
     def run(group: TensorGroup) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def scores(shape: tuple[int, ...], seed: int = 0, spread: float = 3.0) -> Tensor
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
 @pytest.mark.parametrize("vocab_size", [12, 13, 23])
-def test_it_is_the_loss_of_torch(tp: int, vocab_size: int) -> None:
+def test_the_sharded_cross_entropy_is_that_of_torch(tp: int, vocab_size: int) -> None:
     logits = scores((2, 5, vocab_size))
     labels = torch.randint(vocab_size, (2, 5), generator=torch.Generator().manual_seed(1))
     labels[0, 1] = labels[1, 4] = -100
@@ -71,7 +71,7 @@ def test_it_is_the_loss_of_torch(tp: int, vocab_size: int) -> None:
     spread=st.sampled_from([0.0, 1.0, 50.0]),
 )
 @settings(max_examples=40, deadline=None)
-def test_it_is_the_loss_of_torch_for_any_shape(
+def test_the_sharded_cross_entropy_is_that_of_torch_for_any_shape(
     vocab_size: int, tp: int, num_tokens: int, seed: int, ignored: float, spread: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -86,7 +86,7 @@ def test_tensors_along_the_sequence_are_split_and_joined_and_others_are_left() -
 
 
 @pytest.mark.parametrize("is_shard", [False, True])
-def test_what_comes_as_it_is_wanted_is_left(is_shard: bool) -> None:
+def test_activations_in_the_wanted_form_are_not_converted(is_shard: bool) -> None:
     x = activations()
     assert convert(x, is_shard=is_shard, wants_shard=is_shard, group=PlannedGroup(0, 2)) is x
 
@@ -118,11 +118,11 @@ def test_gradients_go_back_the_same_way() -> None:
         torch.testing.assert_close(gradient, scale.grad)  # whole on every rank, not a part of it
 
 
-def test_a_sequence_that_has_no_equal_parts_is_refused() -> None:
+def test_a_sequence_without_equal_shards_is_refused() -> None:
     with pytest.raises(LayoutError, match="6 tokens cannot be split into 4 equal shards"):
         convert(activations(), is_shard=False, wants_shard=True, group=PlannedGroup(0, 4))
 
 
-def test_what_is_no_activation_is_named() -> None:
+def test_an_output_that_is_not_an_activation_is_named() -> None:
     with pytest.raises(PipekitError, match="the output of a layer holds a int"):
         convert((torch.ones(B, S, D), 3), is_shard=False, wants_shard=True, group=PlannedGroup(0, 2))

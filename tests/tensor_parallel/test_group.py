@@ -31,7 +31,7 @@ def test_planned_shapes_are_the_real_ones(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["all_gather_1", "reduce_scatter_1"])
-def test_what_a_planned_group_returns_is_a_tensor_of_its_own(name: str) -> None:
+def test_a_planned_group_returns_new_tensors(name: str) -> None:
     x = torch.zeros(6, 12, 18)
     COLLECTIVES[name](PlannedGroup(1, 2), x).add_(1)
     assert x.count_nonzero() == 0

@@ -120,7 +120,7 @@ def assert_close(actual: Outcome, expected: Outcome, *, tolerance: float) -> Non
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("tp", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 24, 100])
-def test_it_is_the_loss_of_torch(tp: int, chunk_tokens: int, sequence_parallel: bool) -> None:
+def test_the_chunked_head_loss_is_that_of_torch(tp: int, chunk_tokens: int, sequence_parallel: bool) -> None:
     case = make_case()
     assert_close(chunked(case, tp, chunk_tokens, sequence_parallel=sequence_parallel), reference(case), tolerance=3e-6)
 
@@ -135,7 +135,7 @@ def test_it_is_the_loss_of_torch(tp: int, chunk_tokens: int, sequence_parallel: 
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
-def test_it_is_the_loss_of_torch_for_any_shape(
+def test_the_chunked_head_loss_is_that_of_torch_for_any_shape(
     vocab_size: int,
     tp: int,
     tokens: tuple[int, int],
@@ -219,7 +219,7 @@ def test_a_tied_weight_gets_both_gradients() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_it_runs_under_activation_checkpointing(use_reentrant: bool, sequence_parallel: bool) -> None:
+def test_the_head_loss_runs_under_activation_checkpointing(use_reentrant: bool, sequence_parallel: bool) -> None:
     case = make_case()
     expected = reference(case)
 
@@ -254,7 +254,7 @@ def test_the_weight_gradient_is_not_put_off() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_not_trained_gets_no_gradient(frozen: str) -> None:
+def test_frozen_tensors_get_no_gradient(frozen: str) -> None:
     case, expected = make_case(), reference(make_case())
     hidden = case.hidden.clone().requires_grad_(frozen != "hidden")
     weight = case.weight.clone().requires_grad_(frozen != "weight")

@@ -508,7 +508,7 @@ def test_an_embedding_draws_its_weights_as_it_is_told() -> None:
     ],
     ids=["column", "block", "row", "embedding"],
 )
-def test_a_layer_with_less_to_share_out_than_there_are_ranks(build: Callable[[], nn.Module], least: int) -> None:
+def test_a_layer_too_small_for_so_many_ranks_is_refused(build: Callable[[], nn.Module], least: int) -> None:
     with pytest.raises(LayoutError, match=rf"parallel\.tp=4 is more than .* {least}; try parallel\.tp={least}"):
         shard_layer(build(), PlannedGroup(0, 4), sequence_parallel=False)
 

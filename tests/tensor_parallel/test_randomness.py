@@ -44,7 +44,7 @@ def test_a_rank_draws_the_same_from_the_same_seed() -> None:
         assert not torch.equal(first[rank], other[rank])
 
 
-def test_it_draws_something_else_every_time() -> None:
+def test_sharded_randomness_draws_other_numbers_every_time() -> None:
     for first, second in on_each_rank(lambda group: (draw(group), draw(group))):
         assert not torch.equal(first, second)
 
@@ -76,7 +76,7 @@ def test_the_generator_is_left_alike_when_something_fails() -> None:
         assert torch.equal(state, succeeded[0])
 
 
-def test_what_is_drawn_afterwards_is_not_what_was_drawn_inside() -> None:
+def test_numbers_drawn_afterwards_differ_from_those_inside() -> None:
     for inside, after in on_each_rank(lambda group: (draw(group), torch.rand(16))):
         assert not torch.equal(inside, after)
 
@@ -123,7 +123,7 @@ def test_nothing_is_dropped_or_drawn_where_there_is_no_dropout(p: float, trainin
         assert torch.equal(after, before)
 
 
-def test_it_draws_on_the_cpu_whatever_the_default_device_is() -> None:
+def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device() -> None:
     def elsewhere(group: TensorGroup) -> Tensor:
         with torch.device("meta"):
             assert sharded_dropout(torch.ones(16), 0.5, True, group).device.type == "meta"

@@ -73,7 +73,7 @@ def test_every_parameter_says_what_a_rank_has_of_it(sequence_parallel: bool) -> 
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_every_module_in_a_layer_is_cut_once(sequence_parallel: bool) -> None:
+def test_every_module_in_a_layer_is_sharded_once(sequence_parallel: bool) -> None:
     calls: list[str] = []
 
     class Counting(TensorParallelModule):

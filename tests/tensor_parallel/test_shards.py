@@ -89,7 +89,7 @@ def test_a_part_is_a_tensor_of_its_own(blocks: tuple[int, ...]) -> None:
     assert part.untyped_storage().nbytes() == part.numel() * part.element_size(), "it holds the whole alive"
 
 
-def test_a_parameter_that_is_cut_says_so() -> None:
+def test_a_sharded_parameter_knows_its_shard() -> None:
     linear = nn.Linear(4, 6, dtype=torch.float64)
     whole = linear.weight.detach().clone()
     shard = Shard(0, (4, 2), 1, 2)

@@ -61,7 +61,7 @@ def test_collectives_run_in_the_backward() -> None:
     assert run_ranks(3, gradient) == [6.0] * 3
 
 
-def test_what_a_rank_raises_is_raised() -> None:
+def test_an_error_of_a_rank_is_raised() -> None:
     def fail(group: TensorGroup) -> None:
         if group.rank == 1:
             raise KeyError("on rank 1")

@@ -123,7 +123,7 @@ def test_a_gradient_that_ought_to_be_next_to_zero_and_is_not(differences: Callab
     assert first(differences({SMALL: 1e-3 * torch.ones(6)})).tensor == "middle.bias"
 
 
-def test_what_is_cancelled_sets_the_limit_of_an_output(tmp_path: Path) -> None:
+def test_cancellation_sets_the_limit_of_an_output(tmp_path: Path) -> None:
     nothing = 1e-6 * torch.ones(4, 6)
     expected = record(tmp_path / "reference", [(Coordinate(0, 0, 0), {**sound(), OUTPUT: nothing})])
     found = record(tmp_path / "a", [(Coordinate(0, 0, 0), {**sound(), OUTPUT: nothing + 3e-8})])
@@ -140,7 +140,7 @@ def test_what_is_cancelled_sets_the_limit_of_an_output(tmp_path: Path) -> None:
         (torch.full((4, 6), math.nan), ""),
     ],
 )
-def test_what_cannot_be_compared_is_a_fault(
+def test_a_missing_or_differently_shaped_tensor_is_a_fault(
     differences: Callable[..., list[Measurement]], value: Tensor | None, note: str
 ) -> None:
     fault = first(differences({OUTPUT: value}))
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite(differences: Callable[..., list[Measurement]]
     assert first(differences({}, {}, loss=math.nan)).error == math.inf
 
 
-def test_parts_are_joined_and_compared_as_one(tmp_path: Path, expected: Recording) -> None:
+def test_shards_are_joined_and_compared_as_one(tmp_path: Path, expected: Recording) -> None:
     def recorded(name: str, spoil: float) -> Recording:
         for rank in range(2):
             shard = Shard(1, (6,), rank, 2)

@@ -61,7 +61,7 @@ def test_a_pipeline_has_zero_1_at_most() -> None:
         (Layout(pp=4), None),
     ],
 )
-def test_what_does_not_fit_has_a_reason(layout: Layout, part: str | None) -> None:
+def test_a_layout_that_does_not_fit_has_a_reason(layout: Layout, part: str | None) -> None:
     reason = reason_against(layout, 4, FACTS)
     assert reason is None if part is None else part in str(reason)
 

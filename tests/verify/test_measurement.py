@@ -53,7 +53,7 @@ def test_a_cause_comes_before_its_effects() -> None:
         assert first_fault(shuffled) == CAUSES[first]
 
 
-def test_what_is_within_its_limit_is_no_fault() -> None:
+def test_a_measurement_within_its_limit_is_no_fault() -> None:
     within = Measurement("output", 0, error=9e-5, excess=0.9, layer="a", layer_idx=0)
     assert first_fault([within]) is None
     assert first_fault([within, CAUSES[-1]]) == CAUSES[-1]
@@ -73,7 +73,7 @@ def test_others_have_a_fault_of_the_same_kind_in_the_same_step() -> None:
     assert others_at_fault(faults, faults[0]) == ["layer-2"]
 
 
-def test_what_agrees_before_is_said() -> None:
+def test_kinds_that_agree_before_a_fault_are_named() -> None:
     before = [Measurement(kind, 0, 0.0, 0.0, layer="a", layer_idx=0) for kind in ("initial weights", "output")]
     loss = Measurement("loss", 0, 0.0, 0.0)
     assert agreeing([*before, loss], fault("gradient", 1)) == ["initial weights", "outputs", "loss"]
