@@ -237,7 +237,7 @@ def torchrun(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.parametrize("launcher", ["pipekit", "torchrun"])
+@pytest.mark.parametrize("launcher", ["pipekit", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_stages_of_equal_seconds_train_the_same(workspace: Path, base_run: str, launcher: str) -> None:
     run = f"runs/profile-{launcher}"
     arguments = ("train", "c.yaml", f"run.dir={run}", "parallel.partition=profile", "train.steps=3")
@@ -383,7 +383,10 @@ class Drifting(LanguageModelTrial):
 """
 
 
-@pytest.mark.parametrize(("interval", "steps"), [("3", [1, 2]), ("null", [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [("3", [1, 2]), pytest.param("null", [1, 2, 3, 4], marks=pytest.mark.slow)],
+)
 def test_replicas_that_drift_apart_end_the_run_before_a_checkpoint(
     workspace: Path, interval: str, steps: list[int]
 ) -> None:
@@ -415,14 +418,13 @@ def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
     assert "Trained 2 steps" in done.stdout
 
 
-def test_every_schedule_trains_from_the_configuration_and_is_drawn(workspace: Path) -> None:
-    curves = {}
-    for schedule in ("1f1b", "zb-v", "auto"):
+def test_other_schedules_train_from_the_configuration_and_are_drawn(workspace: Path, base_run: str) -> None:
+    for schedule in ("zb-v", "auto"):
         run = f"runs/schedule-{schedule}"
         done = pipekit(workspace, "train", "c.yaml", f"run.dir={run}", f"parallel.schedule={schedule}",
                        "logging.profile=true", "checkpoint.interval=null")  # fmt: skip
         assert done.returncode == 0, done.stderr
-        curves[schedule] = losses(workspace, run)
+        assert losses(workspace, run) == pytest.approx(losses(workspace, "runs/base"), rel=1e-4)
         assert (workspace / run / "schedule.csv").read_text().count("\n") == 2
         for step in (10, 12):
             drawn = workspace / run / "profile" / f"step-{step:08d}"
@@ -431,21 +433,15 @@ def test_every_schedule_trains_from_the_configuration_and_is_drawn(workspace: Pa
             if schedule == "auto":  # which backwards are worth splitting depends on what was measured
                 assert kinds in ({"F", "B"}, {"F", "I", "W"}, {"F", "B", "I", "W"})
             else:
-                assert kinds == ({"F", "B"} if schedule == "1f1b" else {"F", "I", "W"})
+                assert kinds == {"F", "I", "W"}
             assert drawn.with_suffix(".txt").read_text().startswith("simulated\nrank 0 ")
             assert drawn.with_suffix(".svg").stat().st_size > 1000
-    assert len(curves["1f1b"]) == 12
-    assert curves["zb-v"] == pytest.approx(curves["1f1b"], rel=1e-4)
-    assert curves["auto"] == pytest.approx(curves["1f1b"], rel=1e-4)
 
 
-def test_a_run_goes_on_under_another_schedule(workspace: Path) -> None:
+def test_a_run_goes_on_under_another_schedule(workspace: Path, base_run: str) -> None:
     first = pipekit(workspace, "train", "c.yaml", "run.dir=runs/switch", "parallel.schedule=zb-v", "train.steps=6",
                     "scheduler.decay_steps=12")  # fmt: skip
     assert first.returncode == 0, first.stderr
     second = pipekit(workspace, "train", "runs/switch/config.yaml", "parallel.schedule=zb-h1", "train.steps=12")
     assert second.returncode == 0, second.stderr
-    whole = pipekit(workspace, "train", "c.yaml", "run.dir=runs/unswitched", "scheduler.decay_steps=12")
-    assert whole.returncode == 0, whole.stderr
-
-    assert losses(workspace, "runs/switch") == pytest.approx(losses(workspace, "runs/unswitched"), rel=1e-4)
+    assert losses(workspace, "runs/switch") == pytest.approx(losses(workspace, "runs/base"), rel=1e-4)

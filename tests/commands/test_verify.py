@@ -255,8 +255,17 @@ def test_what_was_recorded_can_be_kept(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("builder", "layout", "overrides", "kind", "tensor", "ranks", "words"),
     [
-        ("own_seed", "pp2", [], "initial weights", "blocks.1.mlp.expand.weight", [1], "train.seed and its name alone"),
-        ("own_noise", "dp2", [], "output", "", [1], "random numbers that it draws from a generator of its own"),
+        # What the slow ones would show is compared and explained in tests/verify, without processes.
+        pytest.param(
+            *("own_seed", "pp2", [], "initial weights", "blocks.1.mlp.expand.weight", [1]),
+            "train.seed and its name alone",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("own_noise", "dp2", [], "output", "", [1]),
+            "random numbers that it draws from a generator of its own",
+            marks=pytest.mark.slow,
+        ),
         ("wrong_backward", "pp2", [], "input gradient", "", [1], "what its backward makes of that is wrong"),
         (
             "private_gradient",
@@ -296,6 +305,7 @@ def test_a_bug_is_found_and_its_layer_named(
     assert words in found["cause"]
 
 
+@pytest.mark.slow
 def test_a_tied_gradient_that_is_counted_twice(workspace: Path) -> None:
     found = first_difference(workspace, "pp2", "run.trial=buggy:TiedTwice")
     assert (found["kind"], found["tensor"], found["other_layers"]) == ("gradient", "embed.weight", [])
