@@ -187,13 +187,14 @@ def test_the_readme_and_ci_run_the_same_lines() -> None:
 def test_the_readme_shows_the_plan_of_the_example() -> None:
     from rich.console import Console
 
-    from pipekit.models import build_layers
-    from pipekit.plan.plan import plan_run
+    from pipekit.plan.decide import decide_run
+    from pipekit.plan.resources import Resources
     from pipekit.training.console import show_plan
+    from pipekit.training.language_model import LanguageModelTrial
 
     config = load_config(ROOT / "examples/gpt_stdlib.yaml", ["run.device=cpu"])
     config = config.updated({"model.vocab_size": config.data.vocab_size})
-    plan = plan_run(config, build_layers(config), world_size=None, num_devices=None)
+    plan = decide_run(config, LanguageModelTrial, Resources()).plan
     shown = io.StringIO()
     show_plan(plan, Console(file=shown, width=120, highlight=False))
     lines = [line.rstrip() for line in shown.getvalue().splitlines()]

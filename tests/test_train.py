@@ -72,7 +72,7 @@ def losses(workspace: Path, run: str) -> list[float]:
 def ranks_of(run: str) -> list[str]:
     """The processes that train in a run folder."""
     listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if "pipekit.commands.rank" in line and f"{run}/config.yaml" in line]
+    return [line for line in listing.splitlines() if "pipekit.launch.rank" in line and f"{run}/plan.json" in line]
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
