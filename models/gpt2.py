@@ -75,7 +75,7 @@ class GPT2Config(TransformerFamily):
     its own."""
 
     tied_embedding: bool = True
-    """Whether the head shares the weight of the token embedding."""
+    """The head shares the weight of the token embedding."""
 
     layer_norm_eps: PositiveFloat = 1e-5
     """Added to the variance in every layer norm."""

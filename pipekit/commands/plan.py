@@ -20,7 +20,7 @@ from pipekit.progress import ProgressLines
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How to plan.
+    """Options of `pipekit plan`.
 
     Attributes:
         num_devices: devices whose layouts are compared; None takes the configuration's layout.
@@ -69,7 +69,7 @@ def plan(path: str | Path, overrides: Sequence[str], options: PlanOptions) -> No
 
 
 def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
-    """Return what a run will take as plain data.
+    """Prediction of a run as plain data.
 
     Raises:
         PipekitError: if nothing fits.

@@ -143,7 +143,7 @@ def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
 
 
 def counts_text(report: Mapping[str, Any]) -> str:
-    """Return how many layouts can run, and how many cannot, by the kind of reason, with an example of each."""
+    """Numbers of layouts that can run and that cannot, by the kind of reason, with an example of each."""
     lines = [f"{report['num_fitting']:,} layouts were simulated and fit"]
     if report["num_open"]:
         lines.append(f"{report['num_open']:,} more are slower by an estimate, and were not simulated")

@@ -44,7 +44,7 @@ _OWN_KEYS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How to verify.
+    """Options of `pipekit verify`.
 
     Attributes:
         num_steps: updates under each layout.
@@ -339,6 +339,6 @@ def _describe_model(config: Config, num_layers: int) -> str:
 
 
 def _first_words(error: PipekitError) -> str:
-    """Return what a failed rank has to say, without the path of a log that is gone when it is read."""
+    """Error of a failed rank, without the path of a log that is gone when it is read."""
     lines = [line for line in str(error).splitlines() if not line.startswith("the whole log of rank")]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from pipekit.models.transformer import language_model_loss
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is given for one micro-batch.
+    """Example inputs and labels of one micro-batch.
 
     Attributes:
         inputs: nested tensors, of which shapes and types count alone; on torch's meta device they take no memory.

@@ -156,7 +156,7 @@ class _Watch:
         return event
 
     def seconds(self, num_columns: int) -> list[list[float]]:
-        """Return what was timed in turns of `num_columns`: for each of them its seconds, in order."""
+        """Seconds of timings in turns of `num_columns`, by column, in order."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         spans = [_elapsed_s(start, end) for start, end in zip(self._marks[::2], self._marks[1::2], strict=True)]

@@ -78,7 +78,7 @@ class PreparedData:
         return cls(**{**values, **paths})
 
     def is_here(self) -> bool:
-        """Whether this machine sees the files."""
+        """True if this machine sees the files."""
         paths = (self.tokenizer_path, self.train_path, self.validation_path)
         return all(path.is_file() for path in paths if path is not None)
 

@@ -28,7 +28,7 @@ def plan_deepspeed_config(
     extra: Mapping[str, Any],
     offload: Offload = "none",
 ) -> dict[str, Any]:
-    """Return what DeepSpeed's engine is configured with.
+    """Configuration of DeepSpeed's engine.
 
     Args:
         micro_batch_size: sequences of one micro-batch.

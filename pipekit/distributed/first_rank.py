@@ -1,4 +1,4 @@
-"""What rank 0 alone computes, told to the other ranks, however long it takes."""
+"""Result that rank 0 computes and tells the other ranks, however long it takes."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def encode_meta(meta: NestedMeta) -> Tensor:
 
 
 def decode_meta(header: Tensor) -> NestedMeta:
-    """Return what `encode_meta` was given."""
+    """Inverse of `encode_meta`."""
     tensors, structure = json.loads(header.numpy().tobytes())
     metas = tuple(TensorMeta(tuple(shape), _DTYPES[dtype], grad) for dtype, grad, *shape in tensors)
     return NestedMeta(metas, structure)

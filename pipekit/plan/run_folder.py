@@ -25,7 +25,7 @@ from pipekit.schedules import write_csv
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps its files.
+    """Folder of a run, and its files.
 
     Attributes:
         path: the folder, `run.dir`.
@@ -55,7 +55,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """What each rank had to say beside metrics: `rank-<rank>.log`."""
+        """Logs of the ranks: `rank-<rank>.log`."""
         return self.path / "logs"
 
     @property

@@ -32,7 +32,7 @@ def _whole(value: object) -> object:
 
 
 class Link(Section):
-    """What joins devices."""
+    """Link between devices."""
 
     bandwidth: PositiveFloat = Field(examples=["300e9"])
     """Bytes per second that a device can send, and as many that it can receive meanwhile."""
@@ -72,7 +72,7 @@ class PeakFlops(Section):
 
 
 class Device(Section):
-    """What one device can do, and how it is joined to others."""
+    """Speed, memory and links of one device."""
 
     name: str = Field(min_length=1)
     """Its name in the table."""
@@ -186,7 +186,7 @@ def _published() -> Mapping[str, Mapping[str, Any]]:
 
 
 def _read(path: Path) -> YamlSource:
-    """Return what a file says: keys by name of the device."""
+    """Keys of a file, by name of the device."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -238,7 +238,7 @@ def _check(values: Mapping[str, Any], source: YamlSource, path: str | Path) -> N
 
 
 def _rule(key: tuple[str, ...], detail: Any) -> str:
-    """Return what is wrong with a key, to stand behind it."""
+    """Fault of a key, to stand behind it in a message."""
     model: type[BaseModel] = Device
     for part in key[:-1]:
         annotation = model.model_fields[part].annotation

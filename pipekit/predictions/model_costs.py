@@ -23,7 +23,7 @@ class ModelCosts:
 
     @property
     def is_measured(self) -> bool:
-        """Whether everything was timed."""
+        """True if everything was timed."""
         everything = [*self.layers, *([] if self.loss is None else [self.loss])]
         return all(layer.seconds is not None for layer in everything)
 

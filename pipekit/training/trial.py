@@ -26,7 +26,7 @@ Metric = Callable[[Any, Any], Tensor]
 
 
 class Trial:
-    """What is trained, on what, and how.
+    """Trial: the model, the data, the loss and the optimizer of a run.
 
     `prepare` and `resolve` run once for a run, where it is planned; `build_layers` there and on every rank; everything
     else on the ranks.
@@ -73,7 +73,7 @@ class Trial:
 
     @classmethod
     def example(cls, config: Config, micro_batch_size: int) -> Example | None:
-        """Return what the model is given for one micro-batch, by which its layers' costs are told before a run.
+        """Example inputs and labels of one micro-batch, from which the costs of layers are described before a run.
 
         Only `pipekit plan` and partitions by `flops`, `profile` and `memory` ask for it.
         """
@@ -108,7 +108,7 @@ class Trial:
         )
 
     def validation_metrics(self) -> Mapping[str, Metric]:
-        """Return what to evaluate beside the loss; each is averaged and reported as `val_<name>`."""
+        """Metrics to evaluate beside the loss; each is averaged and reported as `val_<name>`."""
         return {}
 
     def build_callbacks(self) -> list[Callback]:
