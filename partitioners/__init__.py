@@ -7,12 +7,11 @@ from pipekit.partitioners.compare import ComparedPartition, compare_partitions, 
 from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.installed import installed_partitioners
 from pipekit.partitioners.layer_type import partition_by_type
-from pipekit.partitioners.layout_string import layout_boundaries
 from pipekit.partitioners.manual import partition_manually
 from pipekit.partitioners.memory_limit import MemoryLimit
 from pipekit.partitioners.methods import known_methods, partition
 from pipekit.partitioners.minmax import minmax_boundaries, stage_costs
-from pipekit.partitioners.parameters import partition_by_parameters
+from pipekit.partitioners.stage_spec import stage_spec_boundaries
 from pipekit.partitioners.uniform import partition_uniform
 
 __all__ = [
@@ -24,12 +23,11 @@ __all__ = [
     "imbalance_of",
     "installed_partitioners",
     "known_methods",
-    "layout_boundaries",
     "minmax_boundaries",
     "partition",
-    "partition_by_parameters",
     "partition_by_type",
     "partition_manually",
     "partition_uniform",
     "stage_costs",
+    "stage_spec_boundaries",
 ]

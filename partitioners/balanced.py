@@ -10,9 +10,9 @@ import numpy as np
 from pipekit.errors import LayoutError
 from pipekit.partitioners.local_search import StageSums, improve_boundaries
 from pipekit.partitioners.memory_limit import MemoryLimit
-from pipekit.partitioners.minmax import as_whole_numbers, check_costs, minmax_boundaries
-from pipekit.partitioners.reach import Sums
-from pipekit.partitioners.two_stages import LARGEST_SUM, Measure, smallest_limit_boundaries
+from pipekit.partitioners.minmax import as_integers, check_costs, minmax_boundaries
+from pipekit.partitioners.prefix_sums import PrefixSums
+from pipekit.partitioners.two_stages import LARGEST_SUM, Resource, smallest_limit_boundaries
 
 _LARGEST_TOTAL = LARGEST_SUM // 2
 
@@ -64,8 +64,8 @@ def balanced_boundaries(
     check_costs(costs, num_stages, stage_extras, stages_per_rank=max(1, num_stages // max(pp, 1)))
     if num_stages == pp:
         return minmax_boundaries(costs, num_stages, stage_extras=stage_extras, memory=memory)
-    whole, extras = as_whole_numbers(costs, [0] * num_stages if stage_extras is None else stage_extras)
-    cost_sums = StageSums([Sums.of(whole).before] * num_stages, extras)
+    whole, extras = as_integers(costs, [0] * num_stages if stage_extras is None else stage_extras)
+    cost_sums = StageSums([PrefixSums.of(whole).before] * num_stages, extras)
     limit: tuple[StageSums, int] | None = None
     if memory is not None:
         memory.check(len(costs), num_stages)
@@ -105,20 +105,20 @@ def _two_stages_a_rank(
     Returns:
         The boundaries; None if there are none within the limit.
     """
-    measure = _measure(sums)
-    least_total = sum(measure.extras) + min(int(before[-1]) for before in measure.before)
+    resource = _resource(sums)
+    least_total = sum(resource.extras) + min(int(before[-1]) for before in resource.before)
     return smallest_limit_boundaries(
-        measure,
+        resource,
         nested=nested,
-        low=-(-least_total // (len(measure.extras) // 2)),
+        low=-(-least_total // (len(resource.extras) // 2)),
         incumbent=incumbent,
-        within=None if limit is None else (_measure(limit[0]), min(limit[1], LARGEST_SUM)),
+        within=None if limit is None else (_resource(limit[0]), min(limit[1], LARGEST_SUM)),
     )
 
 
-def _measure(sums: StageSums) -> Measure:
+def _resource(sums: StageSums) -> Resource:
     arrays = {id(before): np.array(before, dtype=np.int64) for before in sums.before}
-    return Measure([arrays[id(before)] for before in sums.before], sums.extras)
+    return Resource([arrays[id(before)] for before in sums.before], sums.extras)
 
 
 def _in_60_bits(sums: StageSums) -> StageSums:

@@ -10,8 +10,8 @@ from pipekit.errors import LayoutError
 from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.local_search import StageSums
 from pipekit.partitioners.methods import partition
-from pipekit.partitioners.minmax import as_whole_numbers
-from pipekit.partitioners.reach import Sums
+from pipekit.partitioners.minmax import as_integers
+from pipekit.partitioners.prefix_sums import PrefixSums
 
 
 class ComparedPartition(NamedTuple):
@@ -81,6 +81,6 @@ def imbalance_of(boundaries: list[int], inputs: PartitionInputs) -> float:
     """
     num_stages = len(boundaries) - 1
     method = inputs.best_costs
-    costs, extras = as_whole_numbers(inputs.costs(method), inputs.extras(method) or [0] * num_stages)
-    ranks = StageSums([Sums.of(costs).before] * num_stages, extras).ranks(boundaries, inputs.ranks_of(num_stages))
+    costs, extras = as_integers(inputs.costs(method), inputs.extras(method) or [0] * num_stages)
+    ranks = StageSums([PrefixSums.of(costs).before] * num_stages, extras).ranks(boundaries, inputs.ranks_of(num_stages))
     return max(ranks) * len(ranks) / sum(ranks)

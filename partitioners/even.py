@@ -7,7 +7,15 @@ from math import gcd
 
 import numpy as np
 
-from pipekit.partitioners.reach import Bound, Bounds, Indices, Sums, earliest_start, earliest_starts, farthest_end
+from pipekit.partitioners.prefix_sums import (
+    Bound,
+    Bounds,
+    Indices,
+    PrefixSums,
+    earliest_start,
+    earliest_starts,
+    farthest_end,
+)
 
 _LARGEST_TOTAL = 2**31  # its square, and a sum of squares, fit into int64
 
@@ -45,7 +53,7 @@ def most_even_boundaries(
     """
     num_layers = len(prefix) - 1
     extras = stage_extras or [0] * num_stages
-    sums = Sums(prefix)
+    sums = PrefixSums(prefix)
     bounds = [
         [Bound(sums, limit - extras[stage]), *(memory_bounds[stage] if memory_bounds else ())]
         for stage in range(num_stages)

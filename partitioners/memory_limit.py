@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipekit.errors import LayoutError
-from pipekit.partitioners.reach import Sums
-
-_GIB = 2**30
+from pipekit.partitioners.prefix_sums import PrefixSums
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,20 @@ class MemoryLimit:
             if any(number < 0 for number in numbers):
                 raise LayoutError(f"MemoryLimit.{name} holds {min(numbers)}; its entries must not be negative")
 
-    def stage_sums(self) -> list[Sums]:
+    def stage_sums(self) -> list[PrefixSums]:
         """Return, for each stage, sums over the first 0, 1, ... layers of the bytes that they would hold in it."""
-        made: dict[int, Sums] = {}
+        made: dict[int, PrefixSums] = {}
         for in_flight in map(int, self.in_flight):
             if in_flight not in made:
                 pairs = zip(self.state_bytes, self.activation_bytes, strict=True)
-                made[in_flight] = Sums.of(int(state) + in_flight * int(activation) for state, activation in pairs)
+                made[in_flight] = PrefixSums.of(int(state) + in_flight * int(activation) for state, activation in pairs)
         return [made[int(in_flight)] for in_flight in self.in_flight]
 
     def rank_bytes(self, boundaries: Sequence[int], placement: Sequence[int]) -> list[int]:
         """Bytes of every rank under a partition."""
         held = [0] * (max(placement) + 1)
-        for stage, rank in enumerate(placement):
-            layers = slice(boundaries[stage], boundaries[stage + 1])
-            activations = sum(map(int, self.activation_bytes[layers]))
-            held[rank] += sum(map(int, self.state_bytes[layers])) + int(self.in_flight[stage]) * activations
+        for stage, (rank, sums) in enumerate(zip(placement, self.stage_sums(), strict=True)):
+            held[rank] += sums.before[boundaries[stage + 1]] - sums.before[boundaries[stage]]
             held[rank] += int(self.extra_bytes[stage])
         return held
 
@@ -92,4 +88,4 @@ class MemoryLimit:
 
 
 def _shown(num_bytes: int) -> str:
-    return f"{num_bytes} bytes" if num_bytes < 2**20 else f"{num_bytes / _GIB:.3f} GiB"
+    return f"{num_bytes} bytes" if num_bytes < 10**6 else f"{num_bytes / 1e9:,.3f} GB"

@@ -9,8 +9,8 @@ from pipekit.partitioners.balanced import balanced_boundaries
 from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.installed import installed_partitioners, partition_by_installed
 from pipekit.partitioners.layer_type import partition_by_type
-from pipekit.partitioners.layout_string import layout_boundaries
 from pipekit.partitioners.manual import partition_manually
+from pipekit.partitioners.stage_spec import stage_spec_boundaries
 
 BALANCED_METHODS = ("parameters", "uniform", "flops", "profile")
 """The methods that balance one cost of the layers."""
@@ -30,7 +30,7 @@ def partition(
         method: the name.
         inputs: the layers and their costs.
         num_stages: how many stages.
-        boundaries: for `manual`: layer indices, or a layout such as `Et*3|t*3L`.
+        boundaries: for `manual`: layer indices, or a stage spec such as `Et*3|t*3L`.
 
     Returns:
         `num_stages + 1` layer indices; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
@@ -46,7 +46,7 @@ def partition(
     num_layers = len(inputs.type_names)
     if method == "manual":
         if isinstance(boundaries, str):
-            return layout_boundaries(boundaries, _names(inputs, boundaries), num_stages)
+            return stage_spec_boundaries(boundaries, _names(inputs, boundaries), num_stages)
         return partition_manually(boundaries or (), num_layers, num_stages)
     if method in BALANCED_METHODS:
         return balanced_boundaries(
@@ -83,10 +83,10 @@ def _partition_by_memory(inputs: PartitionInputs, num_stages: int) -> list[int]:
     )
 
 
-def _names(inputs: PartitionInputs, layout: str) -> Sequence[str]:
+def _names(inputs: PartitionInputs, stage_spec: str) -> Sequence[str]:
     if inputs.layer_names is None:
         raise LayoutError(
-            f"parallel.boundaries={layout} speaks of blocks, and the layers' names are not known here; give a list of "
-            "layer indices"
+            f"parallel.boundaries={stage_spec} speaks of blocks, and the layers' names are not known here; give a list "
+            "of layer indices"
         )
     return inputs.layer_names

@@ -1,4 +1,4 @@
-"""The one algorithm under every balancing strategy: stages whose largest cost is as small as it can be."""
+"""Min-max partitioning, the algorithm of every balancing method: stages whose largest cost is as small as possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import SupportsFloat
 from pipekit.errors import LayoutError
 from pipekit.partitioners.even import most_even_boundaries
 from pipekit.partitioners.memory_limit import MemoryLimit
-from pipekit.partitioners.reach import Bound, Bounds, Sums, can_fill
+from pipekit.partitioners.prefix_sums import Bound, Bounds, PrefixSums, can_fill
 
 
 def minmax_boundaries(
@@ -50,8 +50,8 @@ def minmax_boundaries(
         [0, 4, 6]
     """
     check_costs(costs, num_stages, stage_extras)
-    whole, extras = as_whole_numbers(costs, [0] * num_stages if stage_extras is None else stage_extras)
-    sums = Sums.of(whole)
+    whole, extras = as_integers(costs, [0] * num_stages if stage_extras is None else stage_extras)
+    sums = PrefixSums.of(whole)
     memory_bounds: Sequence[Bounds] = [[]] * num_stages
     if memory is not None:
         memory.check(len(costs), num_stages)
@@ -64,7 +64,7 @@ def minmax_boundaries(
         return can_fill([[Bound(sums, limit - extra), *bounds] for extra, bounds in pairs])
 
     low = max(max(whole) + min(extras), max(extras) + min(whole), -(-(sum(whole) + sum(extras)) // num_stages))
-    limit = smallest_whole_number(fits, low, sum(whole) + max(extras))
+    limit = smallest_integer(fits, low, sum(whole) + max(extras))
     return most_even_boundaries(
         sums.before, num_stages, limit=limit, stage_extras=extras, memory_bounds=memory_bounds if memory else None
     )
@@ -119,11 +119,11 @@ def check_costs(
             raise LayoutError(f"stage {stage} has the extra cost {extra}; costs must be finite and not negative")
 
 
-def as_whole_numbers(costs: Sequence[float], stage_extras: Sequence[float]) -> tuple[list[int], list[int]]:
-    """Return costs and extras times a common power of two: every float is a whole number of halves of halves.
+def as_integers(costs: Sequence[float], stage_extras: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Costs and extras as integers, multiplied by a common power of two, which is exact for every float.
 
-    Where no layer costs anything, the extras alone decide what the largest cost is; then layers cost 1 and extras
-    nothing, so that the layers are shared out.
+    Where no layer costs anything, the extras alone would decide the largest cost; then each layer costs 1 and extras
+    nothing, so that the stages get equally many layers.
     """
     if not any(costs):
         return [1] * len(costs), [0] * len(stage_extras)
@@ -134,18 +134,18 @@ def as_whole_numbers(costs: Sequence[float], stage_extras: Sequence[float]) -> t
 
 
 def _ratio(cost: object) -> tuple[int, int]:
-    """Return a number as a whole number and a power of two to divide it by."""
+    """A number as an integer and a power of two to divide it by."""
     if isinstance(cost, Integral):
         return int(cost), 1
     assert isinstance(cost, SupportsFloat)
     return float(cost).as_integer_ratio()
 
 
-def smallest_whole_number(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest number from `low` to `high` of which something holds, which then holds of all above it.
+def smallest_integer(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Smallest integer from `low` to `high` for which a monotone condition holds, by binary search.
 
     Example:
-        >>> smallest_whole_number(lambda number: number**2 >= 50, 0, 50)
+        >>> smallest_integer(lambda number: number**2 >= 50, 0, 50)
         8
     """
     while low < high:
@@ -158,13 +158,13 @@ def smallest_whole_number(holds: Callable[[int], bool], low: int, high: int) -> 
 
 
 def _memory_bounds(memory: MemoryLimit) -> Callable[[int], list[Bounds]]:
-    """Return a function from a limit in bytes to what every stage, alone on its rank, must keep."""
+    """Function from a limit in bytes to the bounds of every stage, alone on its rank."""
     sums, extras = memory.stage_sums(), [int(extra) for extra in memory.extra_bytes]
     return lambda limit: [[Bound(held, limit - extra)] for held, extra in zip(sums, extras, strict=True)]
 
 
 def _smallest_need(memory: MemoryLimit) -> int:
-    """Return the least bytes of the largest stage, in any partition without an empty stage, beyond the limit."""
+    """Smallest possible bytes of the largest stage above the limit, over all partitions without an empty stage."""
     bounds = _memory_bounds(memory)
     most = max(sums.before[-1] for sums in memory.stage_sums()) + max(map(int, memory.extra_bytes))
-    return smallest_whole_number(lambda limit: can_fill(bounds(limit)), int(memory.limit_bytes) + 1, most)
+    return smallest_integer(lambda limit: can_fill(bounds(limit)), int(memory.limit_bytes) + 1, most)

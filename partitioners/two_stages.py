@@ -1,14 +1,14 @@
-"""Ranks of two stages each: one in the first half of the pipeline and one in the second.
+"""Exact partitions for ranks of two stages each: one in the first half of the pipeline and one in the second.
 
-Both placements that schedules use, looped and V, let the ranks be served one after the other. Ranks that have been
-served hold a first part of the left side and a first part of the right side, so a partition is a path over a grid:
-from `(0, 0)`, each step is a rank that takes some layers from the left and some from the right. Looped, the sides are
-the layers before and after a middle cut; under V, the right side is the model from its end, and the last step must meet
-the left side.
+Under both placements that schedules use, looped and V, layers can be assigned rank by rank. The first ranks together
+hold the first layers of the left half and the first layers of the right half, so a partition is a path over a grid:
+from `(0, 0)`, each step is a rank that takes some layers from the left and some from the right. Looped, the halves are
+the layers before and after a middle boundary; under V, the right half is the model from its end, and the last step must
+meet the left half.
 
-Which points of the grid can be reached under a limit is found step by step, for all points at once: a rank can step to
-a point if, among the points to the lower left that its forerunners can reach, the one with most cost behind it has
-enough. Nothing is left out, so what is found is exact, stages that must not be empty and all.
+The points of the grid that can be reached under a limit are found step by step, for all points at once: a rank can step
+to a point if, among the points to the lower left that the ranks before it can reach, the one with the largest sum is
+within its capacity of the point. No partition is left out, so the result is exact; no stage is empty.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Path: TypeAlias = list[tuple[int, int]]
 _BELOW_ALL = -(2**62)
 
 LARGEST_SUM = 2**61
-"""Sums up to this can be added to one another, and to `_BELOW_ALL`, within 64 bits."""
+"""PrefixSums up to this can be added to one another, and to `_BELOW_ALL`, within 64 bits."""
 
 
 @dataclass(frozen=True)
-class Sides:
-    """The two sides of the layers that ranks take from.
+class Halves:
+    """The two halves of the layers from which ranks take theirs.
 
     Attributes:
         middle: where the left side ends and the right one begins; None where the right one is the model from its end.
@@ -44,7 +44,7 @@ class Sides:
     num_layers: int
 
     def sums(self, left_before: Numbers, right_before: Numbers) -> Numbers:
-        """Return, for each point of the grid, the sum of what is behind it.
+        """Sum of the layers taken at each point of the grid.
 
         Args:
             left_before: sums of the first 0, 1, ... layers as they count in the first half of the pipeline.
@@ -58,7 +58,7 @@ class Sides:
         return behind
 
     def ends(self) -> Mask:
-        """Return the points at which every layer is taken once."""
+        """Points at which every layer is taken once."""
         if self.middle is None:
             return np.eye(self.num_layers + 1, dtype=np.bool_)[::-1]
         ends = np.zeros((self.middle + 1, self.num_layers - self.middle + 1), dtype=np.bool_)
@@ -66,7 +66,7 @@ class Sides:
         return ends
 
     def boundaries(self, path: Path) -> list[int]:
-        """Return the boundaries of the stages that a path stands for."""
+        """Boundaries of the stages along a path."""
         left = [i for i, _ in path]
         if self.middle is None:
             return left + [self.num_layers - j for _, j in reversed(path[:-1])]
@@ -74,68 +74,68 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """Something of which a rank may hold so much, such as its cost or its bytes.
+class Resource:
+    """A resource with a limit for each rank, such as time or memory.
 
     Attributes:
         before: for each stage, sums of the first 0, 1, ... layers.
-        extras: for each stage, what it holds beside its layers.
+        extras: use of each stage beside its layers.
     """
 
     before: Sequence[Numbers]
     extras: Sequence[int]
 
-    def steps(self, sides: Sides) -> list[Numbers]:
-        """Return, for each rank in turn, the sums behind every point of the grid as this rank would hold them."""
+    def steps(self, halves: Halves) -> list[Numbers]:
+        """Sums at every point of the grid, for each rank in turn."""
         made: dict[tuple[int, int], Numbers] = {}
-        for left, right in self._stages(sides):
+        for left, right in self._stages(halves):
             before = self.before[left], self.before[right]
             key = id(before[0]), id(before[1])
             if key not in made:
-                made[key] = sides.sums(*before)
-        return [made[id(self.before[left]), id(self.before[right])] for left, right in self._stages(sides)]
+                made[key] = halves.sums(*before)
+        return [made[id(self.before[left]), id(self.before[right])] for left, right in self._stages(halves)]
 
-    def rooms(self, sides: Sides, limit: int) -> list[int]:
-        """Return, for each rank in turn, what its layers may hold under a limit."""
-        return [limit - self.extras[left] - self.extras[right] for left, right in self._stages(sides)]
+    def capacities(self, halves: Halves, limit: int) -> list[int]:
+        """Capacity for layers under a limit, of each rank in turn."""
+        return [limit - self.extras[left] - self.extras[right] for left, right in self._stages(halves)]
 
-    def largest(self, sides: Sides, boundaries: Sequence[int]) -> int:
+    def largest(self, halves: Halves, boundaries: Sequence[int]) -> int:
         """Cost of the fullest rank."""
         held = [
             int(before[end] - before[start]) + extra
             for before, extra, (start, end) in zip(self.before, self.extras, pairwise(boundaries), strict=True)
         ]
-        return max(held[left] + held[right] for left, right in self._stages(sides))
+        return max(held[left] + held[right] for left, right in self._stages(halves))
 
-    def _stages(self, sides: Sides) -> Iterator[tuple[int, int]]:
+    def _stages(self, halves: Halves) -> Iterator[tuple[int, int]]:
         num_stages = len(self.extras)
         for left in range(num_stages // 2):
-            yield left, num_stages - 1 - left if sides.middle is None else num_stages // 2 + left
+            yield left, num_stages - 1 - left if halves.middle is None else num_stages // 2 + left
 
 
 def smallest_limit_boundaries(
-    measure: Measure,
+    resource: Resource,
     *,
     nested: bool,
     low: int,
     incumbent: Sequence[int] | None,
-    within: tuple[Measure, int] | None = None,
+    within: tuple[Resource, int] | None = None,
 ) -> list[int] | None:
-    """Return boundaries under which the fullest rank holds as little as it can.
+    """Boundaries under which the fullest rank uses as little of a resource as possible.
 
     Args:
-        measure: what is held.
+        resource: the resource.
         nested: whether placed as a V, rather than looped.
-        low: what the fullest rank holds at least.
+        low: lower bound on the use of the fullest rank.
         incumbent: a partition from which to begin, within the limit below.
-        within: something else, and how much of it a rank may hold.
+        within: another resource, and its limit for a rank.
 
     Returns:
         The boundaries; None if there are none within that limit.
     """
-    num_layers = len(measure.before[0]) - 1
-    num_ranks = len(measure.extras) // 2
-    before = measure.before[0]
+    num_layers = len(resource.before[0]) - 1
+    num_ranks = len(resource.extras) // 2
+    before = resource.before[0]
     if nested:
         middles: list[int | None] = [None]
     else:
@@ -144,11 +144,11 @@ def smallest_limit_boundaries(
             range(num_ranks, num_layers - num_ranks + 1), key=lambda cut: abs(2 * int(before[cut]) - int(before[-1]))
         )
     best = None if incumbent is None else list(incumbent)
-    high = None if best is None else measure.largest(Sides(middles[0], num_layers), best)
+    high = None if best is None else resource.largest(Halves(middles[0], num_layers), best)
     for middle in middles:
         if high is not None and high <= low:
             break
-        search = _search(Sides(middle, num_layers), measure, within)
+        search = _search(Halves(middle, num_layers), resource, within)
         found = search(LARGEST_SUM if high is None else high - 1)
         if found is None:
             continue
@@ -165,34 +165,36 @@ def smallest_limit_boundaries(
 
 
 def _search(
-    sides: Sides, measure: Measure, within: tuple[Measure, int] | None
+    halves: Halves, resource: Resource, within: tuple[Resource, int] | None
 ) -> Callable[[int], tuple[list[int], int] | None]:
-    """Return a function from a limit to a partition that keeps it, with what its fullest rank holds, or None."""
-    sums = [[step] for step in measure.steps(sides)]
+    """Function from a limit to a partition that keeps it, with the use of its fullest rank, or None."""
+    sums = [[step] for step in resource.steps(halves)]
     also: list[list[int]] = [[] for _ in sums]
     if within is not None:
         other, other_limit = within
-        sums = [[*step, more] for step, more in zip(sums, other.steps(sides), strict=True)]
-        also = [[room] for room in other.rooms(sides, other_limit)]
-    ends = sides.ends()
+        sums = [[*step, more] for step, more in zip(sums, other.steps(halves), strict=True)]
+        also = [[capacity] for capacity in other.capacities(halves, other_limit)]
+    ends = halves.ends()
 
     def search(limit: int) -> tuple[list[int], int] | None:
-        rooms = [[room, *more] for room, more in zip(measure.rooms(sides, limit), also, strict=True)]
-        path = find_path(sums, rooms, ends)
+        capacities = [
+            [capacity, *more] for capacity, more in zip(resource.capacities(halves, limit), also, strict=True)
+        ]
+        path = find_path(sums, capacities, ends)
         if path is None:
             return None
-        boundaries = sides.boundaries(path)
-        return boundaries, measure.largest(sides, boundaries)
+        boundaries = halves.boundaries(path)
+        return boundaries, resource.largest(halves, boundaries)
 
     return search
 
 
-def find_path(sums: Sequence[Sequence[Numbers]], rooms: Sequence[Sequence[int]], ends: Mask) -> Path | None:
+def find_path(sums: Sequence[Sequence[Numbers]], capacities: Sequence[Sequence[int]], ends: Mask) -> Path | None:
     """Return a path from `(0, 0)` to one of `ends` on which every step goes up in both directions, and not too far.
 
     Args:
         sums: for each step one or two grids, which grow in both directions.
-        rooms: how much each of the step's grids may grow over the step.
+        capacities: the most that each of the step's grids may grow over the step.
         ends: where the path may end.
 
     Returns:
@@ -207,29 +209,29 @@ def find_path(sums: Sequence[Sequence[Numbers]], rooms: Sequence[Sequence[int]],
     origin[0, 0] = True
     for step_from in (_step_for_each, _step_for_all):
         reached = [origin]
-        for grids, growths in zip(sums, rooms, strict=True):
+        for grids, growths in zip(sums, capacities, strict=True):
             reached.append(step_from(reached[-1], grids, growths))
         if not (reached[-1] & ends).any():
             return None
-        path = _walk_back(reached, sums, rooms, ends)
+        path = _walk_back(reached, sums, capacities, ends)
         if path is not None:
             return path
     return None
 
 
-def _step_for_each(reached: Mask, grids: Sequence[Numbers], rooms: Sequence[int]) -> Mask:
+def _step_for_each(reached: Mask, grids: Sequence[Numbers], capacities: Sequence[int]) -> Mask:
     """Return the points that are within a step of one that is reached, for each grid by itself: exact with one grid."""
     after = np.zeros_like(reached)
     after[1:, 1:] = True
-    for grid, room in zip(grids, rooms, strict=True):
+    for grid, capacity in zip(grids, capacities, strict=True):
         most = np.where(reached, grid, _BELOW_ALL)
         np.maximum.accumulate(most, axis=0, out=most)
         np.maximum.accumulate(most, axis=1, out=most)
-        after[1:, 1:] &= most[:-1, :-1] >= grid[1:, 1:] - room
+        after[1:, 1:] &= most[:-1, :-1] >= grid[1:, 1:] - capacity
     return after
 
 
-def _step_for_all(reached: Mask, grids: Sequence[Numbers], rooms: Sequence[int]) -> Mask:
+def _step_for_all(reached: Mask, grids: Sequence[Numbers], capacities: Sequence[int]) -> Mask:
     """Return the points that are within a step of one that is reached, for all grids at once.
 
     The sums grow along a row, so of the points of one row the last before a column is the best for that column.
@@ -243,26 +245,26 @@ def _step_for_all(reached: Mask, grids: Sequence[Numbers], rooms: Sequence[int])
         if last[first] < 0:
             continue
         near: Any = True
-        for grid, room in zip(grids, rooms, strict=True):
-            near = near & (grid[row, last[first:]] >= grid[row + 1 :, first + 1 :] - room)
+        for grid, capacity in zip(grids, capacities, strict=True):
+            near = near & (grid[row, last[first:]] >= grid[row + 1 :, first + 1 :] - capacity)
         after[row + 1 :, first + 1 :] |= near
     return after
 
 
 def _walk_back(
-    reached: Sequence[Mask], sums: Sequence[Sequence[Numbers]], rooms: Sequence[Sequence[int]], ends: Mask
+    reached: Sequence[Mask], sums: Sequence[Sequence[Numbers]], capacities: Sequence[Sequence[int]], ends: Mask
 ) -> Path | None:
-    """Return a path through the points that are reached; None where it meets one without a forerunner.
+    """Return a path through the points that are reached; None where it meets one without a predecessor.
 
-    Of several forerunners it takes the one which leaves the ranks before it most nearly what is theirs.
+    Of several predecessors it takes the one that leaves the ranks before it most nearly their share.
     """
     last = np.argwhere(reached[-1] & ends)
     i, j = map(int, last[len(last) // 2])
     path = [(i, j)]
     for step in reversed(range(len(sums))):
         near = reached[step][:i, :j].copy()
-        for grid, room in zip(sums[step], rooms[step], strict=True):
-            near &= grid[:i, :j] >= grid[i, j] - room
+        for grid, capacity in zip(sums[step], capacities[step], strict=True):
+            near &= grid[:i, :j] >= grid[i, j] - capacity
         candidates = np.flatnonzero(near)
         if not len(candidates):
             return None

@@ -278,9 +278,9 @@ def boundaries_cover_the_model(model: ModelFamily, parallel: ParallelConfig) -> 
     if num_stages != parallel.pp:
         stages = f"the {num_stages} stages of parallel.schedule={parallel.schedule} on {stages} ranks"
     if isinstance(shown, str):
-        from pipekit.partitioners.layout_string import read_layout  # loads numpy, and is seldom asked
+        from pipekit.partitioners.stage_spec import read_stage_spec  # loads numpy, and is seldom asked
 
-        num_given = len(read_layout(shown))
+        num_given = len(read_stage_spec(shown))
         if num_given != num_stages:
             broken = f"must have {num_stages} stages, one for each of {stages}, and has {num_given}"
     elif len(shown) != num_stages + 1:

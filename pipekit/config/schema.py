@@ -169,10 +169,10 @@ class ParallelConfig(Section):
     @classmethod
     def _readable_layout(cls, boundaries: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
         if isinstance(boundaries, str):
-            from pipekit.partitioners.layout_string import read_layout  # loads numpy, and is seldom asked
+            from pipekit.partitioners.stage_spec import read_stage_spec  # loads numpy, and is seldom asked
 
             try:
-                read_layout(boundaries)
+                read_stage_spec(boundaries)
             except LayoutError as error:
                 raise ValueError(str(error).removeprefix(f"parallel.boundaries={boundaries} ")) from None
         return boundaries

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_told_with_what_to_change() -> None:
         balanced_boundaries([1] * 4, (0, 1), memory=memory)
     assert str(caught.value) == (
         "the layers do not fit into the memory of parallel.pp=2 ranks: the smallest possible need of the largest rank "
-        "is 2.000 GiB, 0.500 GiB more than the 1.500 GiB that it has; try a parallel.pp greater than 2, "
+        "is 2.147 GB, 0.537 GB more than the 1.611 GB that it has; try a parallel.pp greater than 2, "
         "train.activation_checkpointing=true, or a smaller train.micro_batch_size"
     )
 

@@ -1,4 +1,4 @@
-"""Paths over the grid of two sides, against every possible path."""
+"""Paths over the grid of two halves, against every possible path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipekit.partitioners.two_stages import Measure, Sides, find_path, smallest_limit_boundaries
+from pipekit.partitioners.two_stages import Halves, Resource, find_path, smallest_limit_boundaries
 
 LAYERS = st.lists(st.tuples(*[st.integers(0, 6)] * 4), min_size=6, max_size=10)
 
@@ -31,18 +31,18 @@ def test_a_path_is_found_exactly_where_there_is_one_under_two_limits_that_pull_a
     left: list[tuple[int, ...]], right: list[tuple[int, ...]], num_steps: int, data: st.DataObject
 ) -> None:
     grids = [np.add.outer(sums(left, kind), sums(right, kind)) for kind in (0, 1)]
-    rooms = data.draw(st.lists(st.tuples(*[st.integers(3, 40)] * 2), min_size=num_steps, max_size=num_steps))
+    capacities = data.draw(st.lists(st.tuples(*[st.integers(3, 40)] * 2), min_size=num_steps, max_size=num_steps))
     ends = np.zeros(grids[0].shape, dtype=bool)
     ends[-1, -1] = True
 
     def keeps(path: list[tuple[int, int]]) -> bool:
         return all(
-            grid[after] - grid[before] <= room
-            for (before, after), limits in zip(pairwise(path), rooms, strict=True)
-            for grid, room in zip(grids, limits, strict=True)
+            grid[after] - grid[before] <= capacity
+            for (before, after), limits in zip(pairwise(path), capacities, strict=True)
+            for grid, capacity in zip(grids, limits, strict=True)
         )
 
-    found = find_path([grids] * num_steps, [list(limits) for limits in rooms], ends)
+    found = find_path([grids] * num_steps, [list(limits) for limits in capacities], ends)
     if found is None:
         assert not any(keeps(path) for path in paths(len(left), len(right), num_steps))
     else:
@@ -66,16 +66,16 @@ def test_what_each_limit_allows_by_itself_may_not_be_allowed_together() -> None:
 
 @pytest.mark.parametrize(("middle", "boundaries"), [(None, [0, 1, 3, 5, 6]), (3, [0, 1, 3, 4, 6])])
 def test_a_path_stands_for_boundaries(middle: int | None, boundaries: list[int]) -> None:
-    sides = Sides(middle, 6)
+    halves = Halves(middle, 6)
     path = [(0, 0), (1, 1), (3, 3)]
-    assert sides.ends()[3, 3]
-    assert sides.boundaries(path) == boundaries
+    assert halves.ends()[3, 3]
+    assert halves.boundaries(path) == boundaries
 
 
 def test_without_a_partition_within_the_limit_there_is_none() -> None:
     before = [np.arange(7)] * 4
-    cost, held = Measure(before, [0] * 4), Measure(before, [0, 0, 0, 5])
+    cost, held = Resource(before, [0] * 4), Resource(before, [0, 0, 0, 5])
     assert smallest_limit_boundaries(cost, nested=True, low=0, incumbent=None, within=(held, 5)) is None
     found = smallest_limit_boundaries(cost, nested=True, low=0, incumbent=None, within=(held, 7))
     assert found is not None
-    assert (cost.largest(Sides(None, 6), found), held.largest(Sides(None, 6), found)) == (4, 7)
+    assert (cost.largest(Halves(None, 6), found), held.largest(Halves(None, 6), found)) == (4, 7)

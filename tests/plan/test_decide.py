@@ -17,7 +17,7 @@ from pipekit.errors import ConfigError, LayoutError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.models import build_layers
-from pipekit.partitioners import partition_by_parameters, partition_uniform
+from pipekit.partitioners import minmax_boundaries, partition_uniform
 from pipekit.plan.decide import Decision, decide_run
 from pipekit.plan.device import plan_device, plan_precision
 from pipekit.plan.plan import Plan
@@ -68,7 +68,7 @@ def test_everything_is_decided() -> None:
     assert made.batch.num_micro_batches == 4
     assert made.schedule == plan_1f1b(num_stages=3, num_micro_batches=4)
     assert made.layer_names == (*NAMES, "embed")
-    assert list(made.boundaries) == partition_by_parameters(made.layer_parameters, 3)
+    assert list(made.boundaries) == minmax_boundaries(made.layer_parameters, 3)
     assert [layer for stage in made.stages for layer in stage] == list(range(12))
     assert [stage.start for stage in made.stages] == list(made.boundaries[:-1])
     assert (made.device, made.precision) == ("cpu", "fp32")

@@ -18,13 +18,13 @@ _LARGEST_IN_64_BITS = 2**62  # so that the sum of two stays below 2**63
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums of the first 0, 1, ... layers' whole numbers, which are not negative."""
+class PrefixSums:
+    """PrefixSums of the first 0, 1, ... layers' whole numbers, which are not negative."""
 
     before: Sequence[int]
 
     @classmethod
-    def of(cls, values: Iterable[int]) -> Sums:
+    def of(cls, values: Iterable[int]) -> PrefixSums:
         """Return the sums of one number a layer."""
         return cls(list(accumulate(values, initial=0)))
 
@@ -41,28 +41,28 @@ class Sums:
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that a stage's layers may sum up to; below 0, not even no layer fits."""
+    """Upper bound on the sum over a stage's layers; if it is negative, no stage fits, not even an empty one."""
 
-    sums: Sums
+    sums: PrefixSums
     most: int
 
 
 Bounds: TypeAlias = Sequence[Bound]
-"""Everything that one stage must keep."""
+"""All bounds on one stage."""
 
 
 def farthest_end(bounds: Bounds, start: int) -> int:
-    """Return the last end of a stage that begins at `start`; `start` or less where it can hold no layer.
+    """Farthest end of a stage that begins at `start`; `start` or less if not even one layer fits.
 
     Example:
-        >>> farthest_end([Bound(Sums.of([1, 2, 3, 4]), most=5)], 1)
+        >>> farthest_end([Bound(PrefixSums.of([1, 2, 3, 4]), most=5)], 1)
         3
     """
     return min(bisect_right(bound.sums.before, bound.sums.before[start] + bound.most) - 1 for bound in bounds)
 
 
 def earliest_start(bounds: Bounds, end: int) -> int:
-    """Return the first start of a stage that stops at `end`; `end` or more where it can hold no layer."""
+    """Earliest start of a stage that ends at `end`; `end` or more if not even one layer fits."""
     return max(bisect_left(bound.sums.before, bound.sums.before[end] - bound.most) for bound in bounds)
 
 
@@ -96,7 +96,7 @@ def can_fill(stages: Sequence[Bounds]) -> bool:
     reached is followed.
 
     Example:
-        >>> sums = Sums.of([4, 1, 5])
+        >>> sums = PrefixSums.of([4, 1, 5])
         >>> can_fill([[Bound(sums, 4)], [Bound(sums, 6)]]), can_fill([[Bound(sums, 6)], [Bound(sums, 4)]])
         (True, False)
     """

@@ -1,4 +1,4 @@
-"""Stages written as a string, such as `Et*3|(tt|)*2tL`.
+"""Stage specs: the stages of a model written in letters, such as `Et*3|(tt|)*2tL`.
 
 Source: the pipeline layout of Megatron-LM, `megatron/core/transformer/pipeline_parallel_layer_layout.py`.
 """
@@ -19,7 +19,7 @@ _MAX_ITEMS = 100_000  # far beyond any model; a repeat of a repeat must not fill
 
 @dataclass(frozen=True)
 class Item:
-    """A letter of a layout with its repeats written out.
+    """A letter of a stage spec with its repeats written out.
 
     Attributes:
         letter: `E`, `t`, `h`, `L` or `|`.
@@ -30,7 +30,7 @@ class Item:
     position: int
 
 
-def read_layout(layout: str) -> list[list[Item]]:
+def read_stage_spec(spec: str) -> list[list[Item]]:
     """Return the letters of each stage, with every repeat written out.
 
     `E` is all layers before the first block, `t` a block, `h` one layer of a block, `L` all layers behind the last
@@ -41,12 +41,12 @@ def read_layout(layout: str) -> list[list[Item]]:
         LayoutError: if it cannot be read, or a stage has no letter.
 
     Example:
-        >>> ["".join(item.letter for item in stage) for stage in read_layout("Et*3|(tt|)*2,tL")]
+        >>> ["".join(item.letter for item in stage) for stage in read_stage_spec("Et*3|(tt|)*2,tL")]
         ['Ettt', 'tt', 'tt', 'tL']
     """
     stages: list[list[Item]] = [[]]
     ends: list[Item] = []
-    for item in _expand(layout):
+    for item in _expand(spec):
         if item.letter == "|":
             ends.append(item)
             stages.append([])
@@ -54,40 +54,40 @@ def read_layout(layout: str) -> list[list[Item]]:
             stages[-1].append(item)
     for stage, items in enumerate(stages):
         if not items:
-            position = ends[stage].position if stage < len(ends) else len(layout)
-            _refuse(layout, position, f"stage {stage} is empty; put a letter into it, or leave out a |")
+            position = ends[stage].position if stage < len(ends) else len(spec)
+            _refuse(spec, position, f"stage {stage} is empty; put a letter into it, or leave out a |")
     return stages
 
 
-def layout_boundaries(layout: str, layer_names: Sequence[str], num_stages: int) -> list[int]:
-    """Return the stage boundaries that a layout stands for.
+def stage_spec_boundaries(spec: str, layer_names: Sequence[str], num_stages: int) -> list[int]:
+    """Boundaries of the stages of a stage spec.
 
     A block is made of the layers whose logical names begin with the same `<prefix>.<number>`, and of what stands
     between them and the next block.
 
     Args:
-        layout: see `read_layout`.
+        spec: see `read_stage_spec`.
         layer_names: logical name of each layer.
         num_stages: how many stages there must be.
 
     Raises:
-        LayoutError: if the layout cannot be read, or does not give every layer to one stage, in order.
+        LayoutError: if the spec cannot be read, or does not give every layer to one stage, in order.
 
     Example:
-        >>> layout_boundaries("Eth|htL", ["embed", "h.0.a", "h.0.b", "h.1.a", "h.1.b", "h.2", "head"], 2)
+        >>> stage_spec_boundaries("Eth|htL", ["embed", "h.0.a", "h.0.b", "h.1.a", "h.1.b", "h.2", "head"], 2)
         [0, 4, 7]
     """
-    stages = read_layout(layout)
+    stages = read_stage_spec(spec)
     starts = _block_starts(layer_names)
     if len(starts) == 1:
         raise LayoutError(
-            f"parallel.boundaries={layout} speaks of blocks, and no layer's name has a number in it, such as "
+            f"parallel.boundaries={spec} speaks of blocks, and no layer's name has a number in it, such as "
             "blocks.0; give a list of layer indices"
         )
     instead = _example(starts, len(layer_names), num_stages)
     if len(stages) != num_stages:
         made = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
-        raise LayoutError(f"parallel.boundaries={layout} makes {made}, and there must be {num_stages}{instead}")
+        raise LayoutError(f"parallel.boundaries={spec} makes {made}, and there must be {num_stages}{instead}")
     boundaries = [0]
     for items in stages:
         layer_idx = boundaries[-1]
@@ -95,21 +95,21 @@ def layout_boundaries(layout: str, layer_names: Sequence[str], num_stages: int) 
             try:
                 layer_idx = _advance(item.letter, layer_idx, starts, layer_names)
             except LayoutError as error:
-                _refuse(layout, item.position, f"{error}{instead}")
+                _refuse(spec, item.position, f"{error}{instead}")
         boundaries.append(layer_idx)
     if boundaries[-1] < len(layer_names):
         if boundaries[-1] < starts[-1]:
-            fault = f"the layout ends {_progress(boundaries[-1], starts)}"
+            fault = f"the stages end {_progress(boundaries[-1], starts)}"
         else:
             fault = (
-                f"the layout must end with L, for what is behind the last block: {_named(layer_names[starts[-1] :])}"
+                f"the stages must end with L, for what is behind the last block: {_named(layer_names[starts[-1] :])}"
             )
-        _refuse(layout, len(layout), f"{fault}{instead}")
+        _refuse(spec, len(spec), f"{fault}{instead}")
     return boundaries
 
 
 def _advance(letter: str, layer_idx: int, starts: Sequence[int], layer_names: Sequence[str]) -> int:
-    """Return the layer behind those that a letter takes.
+    """Index of the layer behind those that a letter takes.
 
     Args:
         letter: `E`, `t`, `h` or `L`.
@@ -129,7 +129,7 @@ def _advance(letter: str, layer_idx: int, starts: Sequence[int], layer_names: Se
         return before
     if layer_idx < before:
         raise LayoutError(
-            f"the layout must begin with E, for what is before the first block: {_named(layer_names[:before])}"
+            f"the stages must begin with E, for what is before the first block: {_named(layer_names[:before])}"
         )
     if letter == "L":
         if behind == len(layer_names):
@@ -149,13 +149,13 @@ def _advance(letter: str, layer_idx: int, starts: Sequence[int], layer_names: Se
     return starts[starts.index(layer_idx) + 1]
 
 
-def _expand(layout: str) -> list[Item]:
+def _expand(spec: str) -> list[Item]:
     """Return the letters with every repeat written out."""
     groups: list[tuple[list[Item], int]] = [([], 0)]  # the groups that are open, with where they began
     last: list[Item] | None = None  # what a repeat would repeat
     position = 0
-    while position < len(layout):
-        character = layout[position]
+    while position < len(spec):
+        character = spec[position]
         position += 1
         if character == "," or character.isspace():
             continue
@@ -164,29 +164,29 @@ def _expand(layout: str) -> list[Item]:
             last = None
             continue
         if character == "*":
-            number = re.match(r"\s*([0-9]{1,9})", layout[position:])
+            number = re.match(r"\s*([0-9]{1,9})", spec[position:])
             if last is None:
-                _refuse(layout, position, "* must follow a letter, | or a group in parentheses")
+                _refuse(spec, position, "* must follow a letter, | or a group in parentheses")
             if number is None or not int(number[1]):
-                _refuse(layout, position, "* must be followed by how often, 1 or more; for example t*3")
+                _refuse(spec, position, "* must be followed by how often, 1 or more; for example t*3")
             times = int(number[1])
             if (times - 1) * len(last) + len(groups[-1][0]) > _MAX_ITEMS:
-                _refuse(layout, position, f"this makes more than {_MAX_ITEMS} letters")
+                _refuse(spec, position, f"this makes more than {_MAX_ITEMS} letters")
             groups[-1][0].extend(last * (times - 1))
             position += number.end()
             last = None
             continue
         if character == ")":
             if len(groups) == 1:
-                _refuse(layout, position, "there is no ( to this )")
+                _refuse(spec, position, "there is no ( to this )")
             last, _ = groups.pop()
         elif character in _LETTERS:
             last = [Item(character, position)]
         else:
-            _refuse(layout, position, "no such letter; use E, t, h, L, |, * with a number, ( and )")
+            _refuse(spec, position, "no such letter; use E, t, h, L, |, * with a number, ( and )")
         groups[-1][0].extend(last)
     if len(groups) > 1:
-        _refuse(layout, groups[-1][1], "there is no ) to this (")
+        _refuse(spec, groups[-1][1], "there is no ) to this (")
     return groups[0][0]
 
 
@@ -230,6 +230,6 @@ def _example(starts: Sequence[int], num_layers: int, num_stages: int) -> str:
     return f"; for example {'E' * (starts[0] > 0)}{stages}{'L' * (starts[-1] < num_layers)}"
 
 
-def _refuse(layout: str, position: int, fault: str) -> NoReturn:
-    character = f" ({layout[position - 1]})" if 0 < position <= len(layout) else ""
-    raise LayoutError(f"parallel.boundaries={layout} at position {position}{character}: {fault}")
+def _refuse(spec: str, position: int, fault: str) -> NoReturn:
+    character = f" ({spec[position - 1]})" if 0 < position <= len(spec) else ""
+    raise LayoutError(f"parallel.boundaries={spec} at position {position}{character}: {fault}")
