@@ -322,6 +322,13 @@ class TransformerFamily(ModelFamily):
         return self.layer_specs(loss_chunk_tokens=chunk)
 
     @classmethod
+    def unknown_key_remedy(cls, key: str) -> str | None:
+        from pipekit.models import find_families  # which finds this class
+
+        owner = next((name for name, family in find_families().items() if key in family.model_fields), None)
+        return f"it is a setting of model.family={owner}" if owner else None
+
+    @classmethod
     def missing_remedy(cls, keys: Sequence[str]) -> str:
         them, preset = "them" if len(keys) > 1 else "it", next(iter(cls.presets))
         return f"give {them}, or name a preset, for example model.preset={preset}"

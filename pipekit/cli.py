@@ -142,7 +142,7 @@ def generate(
     device: Annotated[_Device, typer.Option(help="What to compute on.")] = "auto",
 ) -> None:
     """Sample text from a trained model."""
-    from pipekit.inference.sampling import stream_text
+    from pipekit.inference.stream_text import stream_text
 
     for piece in stream_text(
         source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,10 +25,14 @@ def small_tokenizer() -> Tokenizer:
     return train_tokenizer([TEXT] * 20, vocab_size=300).backend
 
 
-def random_gpt2(*, tied: bool = True) -> tuple[Config, dict[str, Tensor]]:
-    """Return a small GPT-2 whose logits are far from zero, as a configuration and its logical tensors."""
+def random_model(**settings: Any) -> tuple[Config, dict[str, Tensor]]:
+    """Return a small model whose logits are far from zero, as a configuration and its logical tensors.
+
+    Args:
+        **settings: of its `model` section, besides sizes.
+    """
     sizes = {"vocab_size": 301, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 48, "max_positions": 24}
-    model = {**sizes, "tied_embedding": tied, "init_std": 0.3}
+    model = {**sizes, "init_std": 0.3, **settings}
     config = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 24}})
     generator = torch.Generator().manual_seed(0)
     tensors = {}

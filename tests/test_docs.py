@@ -25,6 +25,7 @@ from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.deepspeed_keys import OWNED_KEYS
 from pipekit.models import preset_families
+from pipekit.models.family import TransformerFamily
 from test_layering import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,12 +216,22 @@ def page_tables(page: str) -> dict[str, dict[str, list[str]]]:
     return tables
 
 
+def setting_tables() -> dict[str, dict[str, list[str]]]:
+    return {**page_tables("docs/models.md"), **page_tables("docs/configuration.md")}
+
+
 def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each section of the JSON schema that has keys of its own, with its properties."""
     schema = config_json_schema()
     for name, section in schema["properties"].items():
         for definition in re.findall(r"#/\$defs/(\w+)", str(section)):
-            yield name, schema["$defs"][definition]["properties"]
+            keys = schema["$defs"][definition]["properties"]
+            if "family" not in keys:
+                yield name, keys
+                continue
+            shared = TransformerFamily.model_fields.keys()
+            yield name, {key: facts for key, facts in keys.items() if key in shared and key != "family"}
+            yield keys["family"]["default"], {key: facts for key, facts in keys.items() if key not in shared}
     yield "logging", schema["$defs"]["WandbConfig"]["properties"]
 
 
@@ -228,7 +239,7 @@ def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
     ("section", "keys"), list(documented_sections()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_every_key_is_documented_with_its_default(section: str, keys: dict[str, Any]) -> None:
-    rows = page_tables("docs/configuration.md")[section]
+    rows = setting_tables()[section]
     for key, facts in keys.items():
         assert key in rows, f"docs/configuration.md: section {section} has no row for {key}"
         documented = rows[key][0]
@@ -242,17 +253,17 @@ def test_every_key_is_documented_with_its_default(section: str, keys: dict[str, 
 
 
 def test_no_key_is_documented_that_is_not_there() -> None:
-    tables = page_tables("docs/configuration.md")
+    tables = setting_tables()
     known: dict[str, set[str]] = {}
     for section, keys in documented_sections():
         known.setdefault(section, set()).update(keys)
     for section, keys in known.items():
-        rows = set(tables[section]) - {"key"}
+        rows = set(tables[section]) - {"key", "family"}
         assert rows == keys, section
 
 
 def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
-    tables = page_tables("docs/configuration.md")
+    tables = setting_tables()
     for name, family in preset_families().items():
         assert tables["Presets"][name] == [str(size) for size in family.presets[name].values()]
     refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}

@@ -223,9 +223,10 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
         ("import pipekit.schedules, pipekit.plan.run_folder, pipekit.training.lr", {"torch", "deepspeed"}),
         ("import pipekit.partitioners, pipekit.checkpoint.manifest, pipekit.data.order", {"torch", "deepspeed"}),
         (
-            "import pipekit.plan.decide, pipekit.inference.sampling, pipekit.models, pipekit.training.prepare",
+            "import pipekit.plan.decide, pipekit.inference.stream_text, pipekit.training.prepare",
             {"deepspeed"},
         ),
+        ("import pipekit.models; pipekit.models.find_families()", {"torch", "deepspeed"}),
     ],
 )
 def test_heavy_libraries_are_not_imported_before_they_are_needed(code: str, absent: set[str]) -> None:

@@ -5,17 +5,21 @@ that a partition can cut a block in two.
 """
 
 from pipekit.models.transformer.attention import AttentionHalf
+from pipekit.models.transformer.block import ParallelBlock
 from pipekit.models.transformer.embedding import PositionEmbedding, TokenEmbedding
 from pipekit.models.transformer.head import Head, embedding_and_head
 from pipekit.models.transformer.loss import language_model_loss
 from pipekit.models.transformer.mlp import FinalNorm, MLPHalf
+from pipekit.models.transformer.rotary import Rotary
 
 __all__ = [
     "AttentionHalf",
     "FinalNorm",
     "Head",
     "MLPHalf",
+    "ParallelBlock",
     "PositionEmbedding",
+    "Rotary",
     "TokenEmbedding",
     "embedding_and_head",
     "language_model_loss",

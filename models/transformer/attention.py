@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipekit.errors import LayoutError
 from pipekit.models.family import AttentionHeads
 from pipekit.models.transformer.linear import build_linear
+from pipekit.models.transformer.rotary import Rotary
 from pipekit.tensor_parallel import (
     SHARDED,
     ColumnParallelLinear,
@@ -38,6 +39,7 @@ class Attention(TensorParallelModule):
         hidden_size: D.
         num_heads: H.
         num_kv_heads: heads of keys and values; None is H.
+        rotary: rotation of queries and keys; None where positions are added to the tokens.
         dropout: probability of zeroing an attention weight, and an output.
         eps: of the norm.
         init_std: standard deviation of the initial weights.
@@ -54,6 +56,7 @@ class Attention(TensorParallelModule):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
+        rotary: Rotary | None = None,
         dropout: float,
         eps: float,
         init_std: float,
@@ -72,6 +75,7 @@ class Attention(TensorParallelModule):
             self.q = build_linear(ColumnParallelLinear, hidden_size, hidden_size, std=init_std)
             self.kv = build_linear(KeyValueLinear, hidden_size, self.heads.num_kv_heads, self.head_size, std=init_std)
         self.projection = build_linear(RowParallelLinear, hidden_size, hidden_size, std=residual_std)
+        self.rotary = rotary
         self.dropout = dropout
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
@@ -81,6 +85,8 @@ class Attention(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(self.norm(x))
+        if self.rotary is not None:
+            q, k = self.rotary.rotate(q, k)
         dropout = self.dropout if self.training else 0.0
         # The heads are shared out, whether the sequence is or not.
         with sharded_randomness(self.group) if dropout else nullcontext():

@@ -19,12 +19,26 @@ from pipekit.tensor_parallel import (
 
 
 class TokenEmbedding(VocabularyParallelEmbedding):
-    """Looks token ids up: `(B, S)` int64 to `(B, S, D)`.
+    """Looks token ids up, then drops out: `(B, S)` int64 to `(B, S, D)`.
 
     Its `weight` `(V, D)` is the head's too, where they are tied.
+
+    Args:
+        vocab_size: V; need not be a multiple of the tensor-parallel degree.
+        hidden_size: D.
+        dropout: probability of zeroing an output.
+        init_std: standard deviation of the initial weights.
     """
 
     sequence_flow = SequenceFlow(returns_shard=True)
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dropout: float = 0.0, init_std: float) -> None:
+        super().__init__(vocab_size, hidden_size, init_std=init_std)
+        self.dropout = dropout
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x = super().forward(token_ids)
+        return sharded_dropout(x, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
 
 class PositionEmbedding(TensorParallelModule):

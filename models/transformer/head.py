@@ -6,7 +6,7 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,7 +87,13 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
 
 
 def embedding_and_head(
-    vocab_size: int, hidden_size: int, *, tied: bool, init_std: float, loss_chunk_tokens: LossChunk
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    tied: bool,
+    dropout: float = 0.0,
+    init_std: float,
+    loss_chunk_tokens: LossChunk,
 ) -> tuple[LayerSpec, LayerSpec]:
     """Specs of a model's first layer, `embed`, and of its last, which is the same one again where they are tied.
 
@@ -95,15 +101,15 @@ def embedding_and_head(
         vocab_size: V.
         hidden_size: D.
         tied: whether the head shares the weight of the embedding.
+        dropout: probability of zeroing an output of the embedding.
         init_std: standard deviation of the initial weights.
         loss_chunk_tokens: see `score_vocabulary`.
     """
     sizes = (vocab_size, hidden_size)
+    options: dict[str, Any] = {"init_std": init_std, **({"dropout": dropout} if dropout else {})}
     if tied:
-        head = TiedHead(loss_chunk_tokens)
-        return TiedLayerSpec("embed", TokenEmbedding, *sizes, init_std=init_std), TiedLayerSpec(
-            "embed", TokenEmbedding, *sizes, init_std=init_std, forward_fn=head
-        )
-    return LayerSpec(TokenEmbedding, *sizes, init_std=init_std, name="embed"), LayerSpec(
+        head = TiedLayerSpec("embed", TokenEmbedding, *sizes, **options, forward_fn=TiedHead(loss_chunk_tokens))
+        return TiedLayerSpec("embed", TokenEmbedding, *sizes, **options), head
+    return LayerSpec(TokenEmbedding, *sizes, **options, name="embed"), LayerSpec(
         Head, hidden_size, vocab_size, init_std=init_std, loss_chunk_tokens=loss_chunk_tokens, name="head"
     )

@@ -263,6 +263,7 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
     section = _section_class(name, values)
     if section is None:
         return values
+    keys = {**keys, name: list(section.model_fields)}
     if name == "run" and values.get("dir") is None:
         values = {key: value for key, value in values.items() if key != "dir"}
         values |= {} if default_dir is None else {"dir": default_dir}
@@ -282,7 +283,7 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
 
 
 def _model_shape_fault(values: object) -> Fault | None:
-    """Return a fault where the model section is neither a mapping nor the name of a function."""
+    """Fault of a model section that no class reads; None where one does."""
     key = ("model",)
     if values is None:
         return Fault(key, f"model: missing; for example model: {_EXAMPLES['model']}, or model: {_BUILDER}")
@@ -290,6 +291,11 @@ def _model_shape_fault(values: object) -> Fault | None:
         preset = closest(values, preset_families()) or "tiny"
         rule = "must be a mapping, or package.module:function"
         return Fault(key, f"model={show(values)}: {rule}; for a preset write model: {{preset: {preset}}}")
+    family, families = values.get("family") if isinstance(values, dict) else None, find_families()
+    if family is not None and family not in families:
+        near = closest(str(family), families)
+        hint = f"; did you mean {near}?" if near else ""
+        return Fault((*key, "family"), f"model.family={show(family)}: must be {alternatives(families)}{hint}")
     return None
 
 

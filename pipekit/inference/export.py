@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +16,15 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.config import Config, load_config
+from pipekit.config import load_config
 from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import replace_folder, write_atomically
 from pipekit.inference.hugging_face import to_hf
+from pipekit.inference.load_model import MODEL_FILE, read_model
 from pipekit.layers.sequential import SequentialModel
-from pipekit.models import build_layers
 from pipekit.models.family import TransformerFamily
 
-MODEL_FILE = "model.safetensors"
 PROOF_FILE = "export_check.json"
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -58,19 +56,6 @@ class ExportCheck:
     dtype: ExportDtype
 
 
-def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
-    """Return the model of a checkpoint, in one process and in evaluation mode, and its configuration.
-
-    Raises:
-        CheckpointError: if the checkpoint cannot be read, or does not fit its configuration.
-    """
-    config = load_config(checkpoint / CONFIG_FILE)
-    reader = CheckpointReader(checkpoint)
-    model = SequentialModel(build_layers(config), seed=config.train.seed)
-    model.load_logical_tensors(dict(reader.weights()), where=str(checkpoint))
-    return model.eval(), config
-
-
 def export_checkpoint(
     source: str | Path, out: str | Path, *, dtype: ExportDtype = "float32", overwrite: bool = False
 ) -> ExportCheck:
@@ -91,20 +76,22 @@ def export_checkpoint(
     """
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
     _check_free(out, overwrite=overwrite)
-    if reason := load_config(checkpoint / CONFIG_FILE).model.no_export_reason():
+    config = load_config(checkpoint / CONFIG_FILE)
+    if reason := config.model.no_export_reason():
         raise CheckpointError(
             f"{checkpoint}: its model {reason}; read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold "
             "them under their own names"
         )
-    model, config = load_model(checkpoint)
     assert isinstance(config.model, TransformerFamily)
+    reader = CheckpointReader(checkpoint)
+    model = read_model(reader, config)
     final = out.resolve()
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         _write_folder(temporary, model, config.model, checkpoint, dtype)
-        step = CheckpointReader(checkpoint).manifest.training.step
+        step = reader.manifest.training.step
         check = _compare(temporary, model, config.model, checkpoint=str(checkpoint), step=step, dtype=dtype)
         write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
         replace_folder(temporary, final)
@@ -130,8 +117,8 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 def _write_folder(
     folder: Path, model: SequentialModel, config: TransformerFamily, checkpoint: Path, dtype: ExportDtype
 ) -> None:
-    tensors: Mapping[str, Tensor] = model.logical_tensors()
-    exported = {name: tensor.detach().to(getattr(torch, dtype)).contiguous() for name, tensor in to_hf(config, tensors)}
+    tensors = to_hf(config, model.logical_tensors())
+    exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
     save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
     end_token_id = None
     tokenizer_file = checkpoint / TOKENIZER_FILE

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import swap_tensors
 
 from pipekit.errors import CheckpointError
-from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, layer_names
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, build_on_meta, layer_names
 from pipekit.tensor_parallel import whole_outputs
 
 
@@ -19,17 +20,19 @@ class SequentialModel(nn.Module):
 
     Args:
         specs: the model.
-        seed: of the initial weights, which equal those of a pipeline of any layout.
+        seed: of the initial weights, which equal those of a pipeline of any layout; None allocates none, for a model
+            whose every tensor `load_logical_tensors` then takes over.
     """
 
-    def __init__(self, specs: Sequence[LayerSpec], *, seed: int = 1234) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], *, seed: int | None = 1234) -> None:
         super().__init__()
         self.names = layer_names(specs)
         self.steps: list[Any] = []
         modules: dict[str, nn.Module] = {}
         for spec, name in zip(specs, self.names, strict=True):
             if name not in modules:
-                modules[name] = build_layer(spec, name=name, seed=seed)
+                built = build_on_meta(spec, name=name) if seed is None else build_layer(spec, name=name, seed=seed)
+                modules[name] = built
             module = modules[name]
             forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
             self.steps.append(partial(forward_fn, module) if forward_fn else module)
@@ -58,7 +61,7 @@ class SequentialModel(nn.Module):
         return tensors
 
     def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        """Set every parameter and buffer.
+        """Set every parameter and buffer; those that are not allocated take over the tensors given.
 
         Raises:
             CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the
@@ -74,5 +77,11 @@ class SequentialModel(nn.Module):
                 raise CheckpointError(
                     f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another model"
                 )
-            with torch.no_grad():
-                own.copy_(tensors[name])
+            if own.is_meta:
+                given = tensors[name].detach().to(own.dtype)
+                if isinstance(own, nn.Parameter):
+                    given = nn.Parameter(given, requires_grad=own.requires_grad)
+                swap_tensors(own, given)  # type: ignore[no-untyped-call]
+            else:
+                with torch.no_grad():
+                    own.copy_(tensors[name])

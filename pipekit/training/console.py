@@ -126,13 +126,13 @@ def _show_layers(names: Sequence[str]) -> str:
     """
     shown: list[str] = []
     blocks: list[tuple[str, int]] = []
-    for prefix, members in groupby(names, key=lambda name: name.rpartition(".")[0] or name):
-        parts = list(members)
-        stem, _, number = prefix.rpartition(".")
-        if len(parts) > 1 and number.isdigit():
+    for block, members in groupby(names, key=lambda name: name if name[-1].isdigit() else name.rpartition(".")[0]):
+        layers = list(members)
+        stem, _, number = block.rpartition(".")
+        if (len(layers) > 1 or layers == [block]) and number.isdigit():
             blocks.append((stem, int(number)))
             continue
-        shown += _show_blocks(blocks) + parts
+        shown += _show_blocks(blocks) + layers
         blocks = []
     return ", ".join(shown + _show_blocks(blocks))
 

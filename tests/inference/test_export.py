@@ -5,28 +5,39 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hand_made import TEXT, random_gpt2, write_checkpoint
-from pipekit.config import parse_config
+from hand_made import TEXT, random_model, write_checkpoint
+from pipekit.config import load_config, parse_config
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.inference import export
-from pipekit.inference.export import export_checkpoint, load_model
-from pipekit.models.family import TensorRename
-from pipekit.models.gpt2 import GPT2Config
+from pipekit.inference.export import export_checkpoint
+from pipekit.inference.load_model import load_model
+from pipekit.models.family import TensorRename, TransformerFamily
+
+MODELS: dict[str, dict[str, Any]] = {
+    "GPT-2": {},
+    "GPT-2 untied": {"tied_embedding": False},
+    "GPT-NeoX": {"family": "gpt_neox"},
+    "GPT-NeoX tied, all rotated": {"family": "gpt_neox", "tied_embedding": True, "rotary_pct": 1.0},
+    "GPT-NeoX sequential": {"family": "gpt_neox", "use_parallel_residual": False},
+    "GPT-NeoX sequential, all rotated": {"family": "gpt_neox", "use_parallel_residual": False, "rotary_pct": 1.0},
+}
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(params=["GPT-2", "GPT-2 untied", "GPT-NeoX"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint of a random model."""
-    config, tensors = random_gpt2(tied=request.param)
+    config, tensors = random_model(**MODELS[request.param])
     return write_checkpoint(tmp_path / "run", config, tensors)
 
 
+@pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_transformers_computes_the_same_logits(checkpoint: Path, tmp_path: Path) -> None:
     check = export_checkpoint(checkpoint, tmp_path / "out")
     assert check.max_logit_difference <= 1e-5
@@ -52,21 +63,23 @@ def test_16_bit_exports_hold_rounded_weights(checkpoint: Path, tmp_path: Path, d
     check = export_checkpoint(checkpoint, tmp_path / "out", dtype=dtype)  # type: ignore[arg-type]
     assert check.max_logit_difference <= check.tolerance
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert theirs.transformer.wpe.weight.dtype == getattr(torch, dtype)
+    assert {parameter.dtype for parameter in theirs.parameters()} == {getattr(torch, dtype)}
 
 
 def test_a_wrong_export_is_caught_and_not_left_behind(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = GPT2Config.hf_renames
+    family = type(load_config(checkpoint / "config.yaml").model)
+    assert issubclass(family, TransformerFamily)
+    right = family.hf_renames
 
-    def swapped(config: object) -> list[TensorRename]:
-        renames = right(config)  # type: ignore[arg-type]
+    def swapped(config: Any) -> list[TensorRename]:
+        renames = right(config)
         names = {"blocks.0.attention.norm.bias": "blocks.0.mlp.norm.bias"}
         names |= {value: key for key, value in names.items()}
         return [replace(rename, ours=names.get(rename.ours, rename.ours)) for rename in renames]
 
-    monkeypatch.setattr(GPT2Config, "hf_renames", swapped)
+    monkeypatch.setattr(family, "hf_renames", swapped)
     with pytest.raises(PipekitError, match=r"from the checkpoint's.*not written"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -121,7 +134,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 
 
 def test_a_model_trained_without_text_has_no_tokenizer(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "run", *random_gpt2(), tokenizer=None)
+    checkpoint = write_checkpoint(tmp_path / "run", *random_model(), tokenizer=None)
     export_checkpoint(checkpoint, tmp_path / "out")
     assert not list((tmp_path / "out").glob("tokenizer*"))
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] is None
@@ -145,8 +158,8 @@ def test_a_model_without_a_counterpart_is_refused_and_not_built(tmp_path: Path) 
 
 
 def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    _, tensors = random_gpt2(tied=True)
-    untied, _ = random_gpt2(tied=False)
+    _, tensors = random_model(tied_embedding=True)
+    untied, _ = random_model(tied_embedding=False)
     checkpoint = write_checkpoint(tmp_path / "run", untied, tensors)
     with pytest.raises(CheckpointError, match=r"head\.weight is missing, and the model has \(301, 32\)"):
         load_model(checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +22,10 @@ from pipekit.tensor_parallel import (
     Logits,
     PlannedGroup,
     SequenceFlow,
-    TensorGroup,
     shard_layer,
-    whole_outputs,
 )
-from tensor_parallel.sharded_model import CutModel, assert_all_close, join_gradients, join_parameters
+from tensor_parallel.outcomes import Outcome, assert_same, random_weights, run_sharded, tokens_and_labels
+from tensor_parallel.sharded_model import CutModel, join_gradients, join_parameters
 from tensor_parallel.threads import run_ranks
 
 
@@ -180,20 +179,11 @@ def test_a_vocabulary_of_unknown_size_is_refused() -> None:
 
 # Against plain torch
 
-LABELS_LEFT_OUT = 3
-
 
 def for_ranks(**changes: Any) -> GPT2Config:
     """Return the sizes of a model that four ranks can share out; they need not divide its vocabulary."""
     sizes = {"vocab_size": 23, "hidden_size": 16, "num_heads": 4, "ffn_size": 26, "max_positions": 12}
     return small(**{**sizes, **changes})
-
-
-def tokens_and_labels() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    tokens, labels = torch.randint(23, (2, 2, 8), generator=generator)
-    labels[0, :LABELS_LEFT_OUT] = -100
-    return tokens, labels
 
 
 def plain_gpt(weights: dict[str, Tensor], config: GPT2Config, tokens: Tensor) -> Tensor:
@@ -229,25 +219,6 @@ def plain_gpt(weights: dict[str, Tensor], config: GPT2Config, tokens: Tensor) ->
     return norm(x, "final_norm") @ weights.get("head.weight", weights["embed.weight"]).T
 
 
-class Outcome(NamedTuple):
-    """What one micro-batch gives."""
-
-    logits: Tensor
-    loss: Tensor
-    gradients: dict[str, Tensor]
-
-
-def random_weights(specs: list[LayerSpec]) -> dict[str, Tensor]:
-    """Return logical tensors of which none is zero or one, as initial biases and norms are."""
-    generator = torch.Generator().manual_seed(9)
-    model = CutModel(specs, None, sequence_parallel=False)
-    return {
-        # What is float32 exactly, so that it may be loaded before it is made float64.
-        name: torch.randn(parameter.shape, generator=generator).mul(0.3).add("norm.weight" in name).double()
-        for name, parameter in model.parameters().items()
-    }
-
-
 @cache
 def plain_outcome(tied: bool, num_kv_heads: int | None) -> Outcome:
     config = for_ranks(tied_embedding=tied, num_kv_heads=num_kv_heads)
@@ -259,30 +230,6 @@ def plain_outcome(tied: bool, num_kv_heads: int | None) -> Outcome:
     gradients = {name: tensor.grad for name, tensor in weights.items() if tensor.grad is not None}
     assert gradients.keys() == weights.keys()
     return Outcome(logits.detach(), loss.detach(), gradients)
-
-
-def assert_same(actual: Outcome, expected: Outcome) -> None:
-    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-10, atol=1e-10)
-    # The loss, and with it every gradient, is computed in fp32.
-    torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=1e-6, atol=1e-6)
-    assert_all_close(actual.gradients, expected.gradients, tolerance=2e-6)
-
-
-def run_sharded(size: int, specs: list[LayerSpec], weights: dict[str, Tensor], sequence_parallel: bool) -> Outcome:
-    tokens, labels = tokens_and_labels()
-
-    def run(group: TensorGroup) -> tuple[Tensor, Tensor, dict[str, nn.Parameter]]:
-        model = CutModel(specs, group, sequence_parallel=sequence_parallel, weights=weights)
-        outputs = model(tokens)
-        loss = language_model_loss(outputs, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return whole_outputs(outputs).detach(), loss.detach(), model.parameters()
-
-    logits, losses, parameters = zip(*run_ranks(size, run), strict=True)
-    for rank in range(size):
-        assert torch.equal(logits[rank], logits[0])
-        assert torch.equal(losses[rank], losses[0])
-    return Outcome(logits[0], losses[0], join_gradients(parameters))
 
 
 grouped_queries = pytest.mark.parametrize("num_kv_heads", [None, 1, 2], ids=["4 heads", "1 kv head", "2 kv heads"])

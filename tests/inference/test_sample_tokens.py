@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from pipekit.errors import ConfigError, PipekitError
-from pipekit.inference.generate import generate_tokens
+from pipekit.inference.sample_tokens import sample_tokens
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
 
@@ -27,7 +27,7 @@ def successor(tokens: Tensor) -> Tensor:
 
 
 def draw(model: Any = fixed, prompt: tuple[int, ...] = (0,), **options: Any) -> list[int]:
-    return list(generate_tokens(model, prompt, **{"max_new_tokens": 2000, "max_positions": 4, **options}))
+    return list(sample_tokens(model, prompt, **{"max_new_tokens": 2000, "max_positions": 4, **options}))
 
 
 def shares(tokens: list[int]) -> list[float]:
@@ -88,7 +88,7 @@ def test_the_model_sees_the_newest_tokens_that_fit() -> None:
 
 
 def test_gradients_are_enabled_again_between_tokens() -> None:
-    tokens = generate_tokens(fixed, [0], max_new_tokens=2, max_positions=4)
+    tokens = sample_tokens(fixed, [0], max_new_tokens=2, max_positions=4)
     next(tokens)
     assert torch.is_grad_enabled()
 

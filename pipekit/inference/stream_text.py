@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
-from pipekit.errors import CheckpointError, PipekitError
-from pipekit.inference.export import MODEL_FILE, load_model
-from pipekit.inference.generate import generate_tokens
-from pipekit.inference.hugging_face import from_hf, read_hf_config
+from pipekit.errors import PipekitError
+from pipekit.inference.load_model import MODEL_FILE, load_exported_model, load_model
+from pipekit.inference.sample_tokens import sample_tokens
 from pipekit.layers.sequential import SequentialModel
 
 
@@ -54,7 +50,7 @@ def stream_text(
     # The prompt is decoded along: a tokenizer may write a first token otherwise than one that follows another.
     token_ids = list(prompt_ids)
     shown = tokenizer.decode(token_ids)
-    for token_id in generate_tokens(
+    for token_id in sample_tokens(
         model,
         prompt_ids,
         max_new_tokens=max_new_tokens,
@@ -75,21 +71,11 @@ def stream_text(
 
 def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
     if (source / "config.json").is_file() and (source / MODEL_FILE).is_file():
-        try:
-            stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(stored, dict):
-                raise ValueError("config.json holds no mapping")
-            tensors = load_file(source / MODEL_FILE)
-        except (ValueError, OSError, SafetensorError) as error:
-            raise CheckpointError(f"{source}: cut short or damaged ({error}); export it again") from None
-        config = read_hf_config(stored, where=str(source))
-        model = SequentialModel(config.layer_specs())
-        model.load_logical_tensors(dict(from_hf(config, tensors)), where=str(source))
-        return model.eval(), _load_tokenizer(source), config.max_positions
+        model, family = load_exported_model(source)
+        return model, _load_tokenizer(source), family.longest_sequence
     checkpoint = resolve_checkpoint(source)
-    model, run_config = load_model(checkpoint)
-    longest = run_config.model.longest_sequence or run_config.train.sequence_length
-    return model, _load_tokenizer(checkpoint), longest
+    model, config = load_model(checkpoint)
+    return model, _load_tokenizer(checkpoint), config.model.longest_sequence or config.train.sequence_length
 
 
 def _load_tokenizer(folder: Path) -> TextTokenizer:

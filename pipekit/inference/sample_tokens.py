@@ -11,7 +11,7 @@ from pipekit.errors import ConfigError, PipekitError
 
 
 @torch.no_grad()
-def generate_tokens(
+def sample_tokens(
     model: Callable[[Tensor], Tensor],
     prompt: Sequence[int],
     *,

@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hand_made import random_gpt2, small_tokenizer, write_checkpoint
+from hand_made import random_model, small_tokenizer, write_checkpoint
 from pipekit.config import parse_config
 from pipekit.errors import CheckpointError, ConfigError, PipekitError
 from pipekit.inference.export import export_checkpoint
-from pipekit.inference.sampling import stream_text
+from pipekit.inference.stream_text import stream_text
 
 END = "<|endoftext|>"
 
@@ -31,10 +31,17 @@ def text(source: Path, prompt: str, **options: Any) -> str:
     return "".join(pieces(source, prompt, **options))
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+MODELS: dict[str, dict[str, Any]] = {
+    "GPT-2": {},
+    "untied": {"tied_embedding": False},
+    "GPT-NeoX": {"family": "gpt_neox"},
+}
+
+
+@pytest.fixture(params=MODELS)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A run's folder with a random GPT-2 in it."""
-    write_checkpoint(tmp_path / "run", *random_gpt2(tied=request.param))
+    """A run's folder with a random model in it."""
+    write_checkpoint(tmp_path / "run", *random_model(**MODELS[request.param]))
     return tmp_path / "run"
 
 
@@ -170,7 +177,7 @@ def test_ones_own_model_sees_as_much_as_it_was_trained_on(says: Says) -> None:
 
 
 def test_without_a_tokenizer_there_is_no_text(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "run", *random_gpt2(), tokenizer=None)
+    checkpoint = write_checkpoint(tmp_path / "run", *random_model(), tokenizer=None)
     with pytest.raises(PipekitError, match=r"step-00000005: holds no tokenizer\.json"):
         pieces(tmp_path / "run", "def")
     export_checkpoint(checkpoint, tmp_path / "out")
@@ -183,7 +190,7 @@ def test_without_a_tokenizer_there_is_no_text(tmp_path: Path) -> None:
     [("config.json", b'{"n_embd": 3'), ("config.json", b"[]"), ("config.json", b"\xff"), ("model.safetensors", b"12")],
 )
 def test_a_damaged_export_is_told(tmp_path: Path, file: str, content: bytes) -> None:
-    write_checkpoint(tmp_path / "run", *random_gpt2())
+    write_checkpoint(tmp_path / "run", *random_model())
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out" / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"out: cut short or damaged .*; export it again"):
@@ -191,15 +198,15 @@ def test_a_damaged_export_is_told(tmp_path: Path, file: str, content: bytes) -> 
 
 
 def test_an_export_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "run", *random_gpt2())
+    write_checkpoint(tmp_path / "run", *random_model())
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out/config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match=r"out/config\.json: model_type='llama'; only 'gpt2' is known"):
+    with pytest.raises(ConfigError, match=r"out/config\.json: model_type='llama'; only 'gpt2' or 'gpt_neox' is known"):
         pieces(tmp_path / "out", "def")
 
 
 def test_a_model_that_has_diverged_is_told(tmp_path: Path) -> None:
-    config, tensors = random_gpt2()
+    config, tensors = random_model()
     tensors["final_norm.bias"][:] = float("nan")
     write_checkpoint(tmp_path / "run", config, tensors)
     with pytest.raises(PipekitError, match="logits are nan: its training diverged"):

@@ -1,0 +1,248 @@
+"""GPT-NeoX, and the Pythia suite: rotary positions in a part of each head, attention and MLP of a block in parallel.
+
+Source: Black et al. 2022, "GPT-NeoX-20B: An Open-Source Autoregressive Language Model"; Biderman et al. 2023, "Pythia:
+A Suite for Analyzing Large Language Models Across Training and Scaling".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from pipekit.errors import ConfigError
+from pipekit.models.family import LossChunk, TensorRename, TransformerFamily, setting_error
+from pipekit.settings.base import alternatives
+
+if TYPE_CHECKING:
+    from pipekit.layers.specs import LayerSpec
+
+
+def _pythia(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 50304) -> dict[str, int]:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "max_positions": 2048,
+    }
+
+
+class GPTNeoXConfig(TransformerFamily):
+    """A GPT-NeoX. A preset fills the sizes that are not given: those of the released Pythia models.
+
+    Example:
+        >>> GPTNeoXConfig(preset="pythia-70m").num_layer_specs
+        9
+    """
+
+    presets: ClassVar = {
+        "pythia-14m": _pythia(128, 6, 4),
+        "pythia-70m": _pythia(512, 6, 8),
+        "pythia-160m": _pythia(768, 12, 12),
+        "pythia-410m": _pythia(1024, 24, 16),
+        "pythia-1b": _pythia(2048, 16, 8),
+        "pythia-1.4b": _pythia(2048, 24, 16),
+        "pythia-2.8b": _pythia(2560, 32, 32),
+        "pythia-6.9b": _pythia(4096, 32, 32, 50432),
+        "pythia-12b": _pythia(5120, 36, 40, 50688),
+    }
+    hf_model_type: ClassVar = "gpt_neox"
+    hf_class: ClassVar = "GPTNeoXForCausalLM"
+    hf_keys: ClassVar = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "max_positions": "max_position_embeddings",
+        "ffn_size": "intermediate_size",
+        "dropout": "hidden_dropout",
+        "activation": "hidden_act",
+        "rotary_pct": "rotary_pct",
+        "rotary_base": "rotary_emb_base",
+        "use_parallel_residual": "use_parallel_residual",
+        "tied_embedding": "tie_word_embeddings",
+        "layer_norm_eps": "layer_norm_eps",
+        "init_std": "initializer_range",
+    }
+    hf_fixed: ClassVar = {"attention_bias": (True,)}
+
+    family: Literal["gpt_neox"] = "gpt_neox"
+    """Architecture of the blocks."""
+
+    preset: (
+        Literal[
+            "pythia-14m",
+            "pythia-70m",
+            "pythia-160m",
+            "pythia-410m",
+            "pythia-1b",
+            "pythia-1.4b",
+            "pythia-2.8b",
+            "pythia-6.9b",
+            "pythia-12b",
+        ]
+        | None
+    ) = None
+    """Named sizes; any size given beside it takes precedence."""
+
+    rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Fraction of each head's size whose queries and keys are rotated with their position."""
+
+    rotary_base: PositiveFloat = Field(default=10_000.0, examples=[10_000.0])
+    """Base of the wavelengths of the rotation."""
+
+    use_parallel_residual: bool = True
+    """Whether attention and MLP of a block both read its input, and make one layer; otherwise the MLP reads what
+    attention has added to."""
+
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Function between the two linear layers of an MLP: GELU, or its tanh approximation."""
+
+    tied_embedding: bool = False
+    """Whether the head shares the weight of the token embedding."""
+
+    layer_norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in every layer norm."""
+
+    init_std: NonNegativeFloat | None = Field(default=None, examples=[0.02])
+    """Standard deviation of the initial weights; null takes those of the paper, which follow from the width and, for
+    the last projection of attention and MLP, the number of blocks."""
+
+    @property
+    def num_layer_specs(self) -> int:
+        return (1 if self.use_parallel_residual else 2) * self.num_layers + 3
+
+    @property
+    def layer_count(self) -> str:
+        each = 1 if self.use_parallel_residual else 2
+        return f"{each} for each of model.num_layers={self.num_layers}, and 3 more"
+
+    @property
+    def rotary_size(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return self._rotary_size(self.rotary_pct)
+
+    def _rotary_size(self, rotary_pct: float) -> int:
+        return int(self.hidden_size // self.num_heads * rotary_pct)
+
+    def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
+        """Token embedding, one layer or two halves for each block, final norm, head.
+
+        Example:
+            >>> specs = GPTNeoXConfig(preset="pythia-70m", num_layers=1).layer_specs()
+            >>> [spec.type_name for spec in specs]
+            ['TokenEmbedding', 'ParallelBlock', 'FinalNorm', 'Head']
+        """
+        from pipekit.layers.specs import LayerSpec
+        from pipekit.models.transformer import (
+            AttentionHalf,
+            FinalNorm,
+            MLPHalf,
+            ParallelBlock,
+            Rotary,
+            embedding_and_head,
+        )
+
+        width, eps = self.hidden_size, self.layer_norm_eps
+        if self.init_std is None:
+            # Nguyen & Salazar 2019; Wang & Komatsuzaki 2021.
+            std, residual_std = math.sqrt(2 / (5 * width)), 2 / (self.num_layers * math.sqrt(width))
+        else:
+            std, residual_std = self.init_std, self.init_std / math.sqrt(2 * self.num_layers)
+        embedding, head = embedding_and_head(
+            self.known_vocab_size,
+            width,
+            tied=self.tied_embedding,
+            dropout=self.dropout,
+            init_std=std,
+            loss_chunk_tokens=loss_chunk_tokens,
+        )
+        common = {"dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
+        rotary = {"rotary": Rotary(self.rotary_size, self.rotary_base)}
+        heads, mlp = self.num_heads, {"activation": self.activation}
+        specs = [embedding]
+        for block in range(self.num_layers):
+            name = f"blocks.{block}"
+            if self.use_parallel_residual:
+                specs.append(
+                    LayerSpec(ParallelBlock, width, heads, self.ffn_size, **rotary, **mlp, **common, name=name)
+                )
+                continue
+            specs.append(LayerSpec(AttentionHalf, width, heads, **rotary, **common, name=f"{name}.attention"))
+            specs.append(LayerSpec(MLPHalf, width, self.ffn_size, **mlp, **common, name=f"{name}.mlp"))
+        return [*specs, LayerSpec(FinalNorm, width, eps=eps, name="final_norm"), head]
+
+    def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
+        stored = super().hf_config(end_token_id=end_token_id, dtype=dtype)
+        return {
+            **stored,
+            "hidden_act": _THEIR_ACTIVATIONS[self.activation][0],
+            "attention_dropout": self.dropout,
+            "initializer_range": 0.02 if self.init_std is None else self.init_std,
+        }
+
+    @classmethod
+    def from_hf_config(cls, stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
+        rope = stored.get("rope_parameters") or {}  # where transformers 5 writes them
+        named = {"rotary_emb_base": rope.get("rope_theta"), "rotary_pct": rope.get("partial_rotary_factor")}
+        stored = {**stored, **{key: value for key, value in named.items() if value is not None}}
+        scaling = stored.get("rope_scaling") or rope
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"{where}/config.json: rope_type={kind!r}; only 'default' is known")
+        theirs = stored.get("hidden_act", "gelu")
+        ours = next((ours for ours, names in _THEIR_ACTIVATIONS.items() if theirs in names), None)
+        if ours is None:
+            known = alternatives(repr(name) for names in _THEIR_ACTIVATIONS.values() for name in names)
+            raise ConfigError(f"{where}/config.json: hidden_act={theirs!r}; only {known} is known")
+        base = float(stored.get("rotary_emb_base", 10_000))
+        return super().from_hf_config({**stored, "hidden_act": ours, "rotary_emb_base": base}, where=where)
+
+    def hf_renames(self) -> list[TensorRename]:
+        renames = [
+            TensorRename("embed.weight", "gpt_neox.embed_in.weight"),
+            TensorRename("final_norm.weight", "gpt_neox.final_layer_norm.weight"),
+            TensorRename("final_norm.bias", "gpt_neox.final_layer_norm.bias"),
+        ]
+        if not self.tied_embedding:
+            renames.append(TensorRename("head.weight", "embed_out.weight"))
+        parts = {
+            "attention.norm": "input_layernorm",
+            "attention.qkv": "attention.query_key_value",
+            "attention.projection": "attention.dense",
+            "mlp.norm": "post_attention_layernorm",
+            "mlp.expand": "mlp.dense_h_to_4h",
+            "mlp.contract": "mlp.dense_4h_to_h",
+        }
+        # Theirs has queries, keys and values of each head together, ours each of all heads.
+        sizes = {"three": 3, "heads": self.num_heads}
+        patterns = {
+            "attention.qkv.weight": "(three heads size) columns -> (heads three size) columns",
+            "attention.qkv.bias": "(three heads size) -> (heads three size)",
+        }
+        for block in range(self.num_layers):
+            for ours, theirs in parts.items():
+                for kind in ("weight", "bias"):
+                    our_name, their_name = f"blocks.{block}.{ours}.{kind}", f"gpt_neox.layers.{block}.{theirs}.{kind}"
+                    pattern = patterns.get(f"{ours}.{kind}")
+                    renames.append(TensorRename(our_name, their_name, pattern, sizes if pattern else {}))
+        return renames
+
+    @model_validator(mode="after")
+    def _rotates_pairs(self) -> GPTNeoXConfig:
+        if self.rotary_size < 2 or self.rotary_size % 2:
+            head_size = self.hidden_size // self.num_heads
+            text = f"model.rotary_pct={self.rotary_pct} of the {head_size} dimensions of a head are {self.rotary_size}"
+            fitting = [pct for pct in (0.25, 0.5, 1.0) if self._rotary_size(pct) and not self._rotary_size(pct) % 2]
+            remedy = f"try {alternatives(fitting)}" if fitting else "make heads of an even size"
+            raise setting_error("rotary_pct", f"{text}, and pairs of dimensions are rotated; {remedy}")
+        return self
+
+
+_THEIR_ACTIVATIONS = {"gelu": ("gelu",), "gelu_tanh": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")}
+"""Names that `transformers` has for each activation; the first is written."""
+
+FAMILY = GPTNeoXConfig

@@ -1,0 +1,64 @@
+"""Trained models in one process, from a checkpoint or an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pipekit.checkpoint.manifest import CONFIG_FILE
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.config import Config, load_config
+from pipekit.errors import CheckpointError
+from pipekit.inference.hugging_face import from_hf, read_hf_config
+from pipekit.layers.sequential import SequentialModel
+from pipekit.models import build_layers
+from pipekit.models.family import TransformerFamily
+
+MODEL_FILE = "model.safetensors"
+"""Weights of an exported folder."""
+
+
+def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
+    """Model of a checkpoint, in evaluation mode, and its configuration.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, or does not fit its configuration.
+    """
+    config = load_config(checkpoint / CONFIG_FILE)
+    return read_model(CheckpointReader(checkpoint), config), config
+
+
+def read_model(reader: CheckpointReader, config: Config) -> SequentialModel:
+    """Model of an open checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fit the configuration.
+    """
+    # A layer of the user's own may compute more in its constructor than a checkpoint holds.
+    seed = None if isinstance(config.model, TransformerFamily) else config.train.seed
+    model = SequentialModel(build_layers(config), seed=seed)
+    model.load_logical_tensors(dict(reader.weights()), where=str(reader.path))
+    return model.eval()
+
+
+def load_exported_model(folder: Path) -> tuple[SequentialModel, TransformerFamily]:
+    """Model of an exported folder, in evaluation mode, and its settings.
+
+    Raises:
+        CheckpointError: if a file cannot be read, or the tensors are another model's.
+        ConfigError: if the model is of no family here.
+    """
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("config.json holds no mapping")
+        tensors = load_file(folder / MODEL_FILE)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cut short or damaged ({error}); export it again") from None
+    family = read_hf_config(stored, where=str(folder))
+    model = SequentialModel(family.layer_specs(), seed=None)
+    model.load_logical_tensors(dict(from_hf(family, tensors)), where=str(folder))
+    return model.eval(), family
