@@ -15,7 +15,7 @@ from pipekit.partitioners.prefix_sums import PrefixSums
 
 
 class ComparedPartition(NamedTuple):
-    """What one method makes of a model.
+    """Partition of a model by one method.
 
     Attributes:
         method: the method.
@@ -29,7 +29,7 @@ class ComparedPartition(NamedTuple):
 
 
 def compare_partitions(inputs: PartitionInputs, num_stages: int) -> list[ComparedPartition]:
-    """Return what each method makes of a model that it has the inputs for, the most balanced first.
+    """Partitions by every method for which there are inputs, the most balanced first.
 
     All are measured by the best costs known: the layers' seconds, or their operations, or their parameters. `memory` is
     left out where nothing fits.
