@@ -22,7 +22,7 @@ MODULES = [
     "pipekit.engine.replica_engine",
     "pipekit.engine.save",
     "pipekit.inference.export",
-    "pipekit.inference.sampling",
+    "pipekit.inference.stream_text",
 ]
 
 # Said by torch of DeepSpeed's calls, anew for each of them.
