@@ -111,12 +111,12 @@ class ModelFamily(Section):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the sizes of the layers may follow from the data."""
+        """True if the sizes of the layers may follow from the data."""
         return True
 
     @property
     def loss_computes_logits(self) -> bool:
-        """Whether the loss computes the logits, so that it reads the weights of the head."""
+        """True if the loss computes the logits, so that it reads the weights of the head."""
         return False
 
     @property

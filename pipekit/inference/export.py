@@ -35,7 +35,7 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """How an export compares with its checkpoint.
+    """Comparison of an export with its checkpoint.
 
     Attributes:
         reference: what read the export.

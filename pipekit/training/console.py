@@ -1,4 +1,4 @@
-"""What one sees of a run: a table of the plan, a live line or plain ones, and where everything is at the end."""
+"""Console output of a run: a table of the plan, a live line or plain ones, and a summary at the end."""
 
 from __future__ import annotations
 
