@@ -219,7 +219,7 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
         ("import pipekit.cli", HEAVY | {"pydantic", "yaml"}),
         ("import pipekit; pipekit.load_config('examples/gpt_stdlib.yaml')", HEAVY),
         ("import pipekit; pipekit.Layout(pp=2).groups('pipe')", HEAVY | {"pydantic"}),
-        ("import pipekit.commands.train", HEAVY),
+        ("import pipekit.commands.train", HEAVY | {"pydantic", "yaml"}),
         ("import pipekit.schedules, pipekit.plan.run_folder, pipekit.training.lr", {"torch", "deepspeed"}),
         ("import pipekit.partitioners, pipekit.checkpoint.manifest, pipekit.data.order", {"torch", "deepspeed"}),
         (

@@ -8,14 +8,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pipekit.config import Config, load_config
+import typer
+
+from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides
 from pipekit.errors import ConfigError
 from pipekit.launch.resources import find_resources
 from pipekit.plan.resources import Resources
-from pipekit.predictions.devices import Device, find_device
 from pipekit.progress import ProgressLines
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
+    from pipekit.predictions.devices import Device
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,6 @@ class PlanOptions:
         device_files: YAML files with devices of one's own.
         max_tp: largest tensor-parallel degree to compare.
         measure: whether layers are timed on this machine.
-        as_json: whether to print JSON in place of tables.
-        html: file to write a page to.
     """
 
     num_devices: int | None = None
@@ -37,35 +40,52 @@ class PlanOptions:
     device_files: Sequence[Path] = ()
     max_tp: int = 1
     measure: bool = False
-    as_json: bool = False
-    html: Path | None = None
 
 
-def plan(path: str | Path, overrides: Sequence[str], options: PlanOptions) -> None:
-    """Print what a run of the configuration at `path` will take.
+def command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Compare every layout over so many devices.", show_default=False),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="What each rank computes on, such as h100; what is present if left out.", show_default=False),
+    ] = None,
+    device_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="YAML file with devices of your own.", show_default=False),
+    ] = None,
+    max_tp: Annotated[int, typer.Option(min=1, help="Largest tensor-parallel degree to compare.")] = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine.")] = False,
+    as_json: AsJson = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page that opens offline.", show_default=False),
+    ] = None,
+) -> None:
+    """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
+    from pipekit.config import load_config
 
-    Raises:
-        PipekitError: if the configuration is wrong, or nothing fits.
-    """
-    report = plan_report(load_config(path, overrides), options)
-    if options.html is not None:
+    options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure)
+    report = plan_report(load_config(config, overrides or []), options)
+    if html is not None:
         from pipekit.commands.plan_page import render_html
 
         try:
-            options.html.write_text(render_html(report), encoding="utf-8")
+            html.write_text(render_html(report), encoding="utf-8")
         except OSError as error:
-            raise ConfigError(
-                f"--html {options.html}: cannot be written: {error.strerror}; name another file"
-            ) from None
-    if options.as_json:
+            raise ConfigError(f"--html {html}: cannot be written: {error.strerror}; name another file") from None
+    if as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
         return
     from pipekit.commands.plan_tables import show_report
     from pipekit.training.console import make_console
 
     show_report(report, make_console())
-    if options.html is not None:
-        sys.stdout.write(f"{options.html} has it as a page\n")
+    if html is not None:
+        sys.stdout.write(f"{html} has it as a page\n")
 
 
 def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
@@ -142,6 +162,8 @@ def _num_devices(config: Config, present: int | None) -> int:
 
 
 def _device(options: PlanOptions, resources: Resources, num_processes: int) -> Device:
+    from pipekit.predictions.devices import find_device
+
     if options.device is not None:
         return find_device(options.device, options.device_files)
     if options.device_files:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from pipekit.commands.figures import bytes_text, count_text, seconds_text
+from pipekit.commands.number_text import bytes_text, count_text, seconds_text
 from pipekit.schedules.action import ACTION_NAMES, Action
 from pipekit.schedules.draw import ACTION_COLOURS, ink_on, shade
 

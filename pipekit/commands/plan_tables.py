@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipekit.commands.figures import bytes_text, count_text, seconds_text
+from pipekit.commands.number_text import bytes_text, count_text, seconds_text
 from pipekit.predictions.report import read_plan
 from pipekit.training.console import print_table
 

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipekit.config import Config, load_config
+from pipekit.commands.shared_options import ConfigFile, Overrides
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_local
@@ -15,6 +16,14 @@ from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
+
+
+def command(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
+    train(config, overrides or [])
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -26,6 +35,8 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.
     """
+    from pipekit.config import load_config
+
     ranks = detect_ranks(os.environ)
     if ranks is not None:
         with report_failure(error_file_from(os.environ)):

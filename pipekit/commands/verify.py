@@ -1,344 +1,55 @@
-"""`pipekit verify`: run a model under every layout that fits, and hold each to one process that uses torch alone."""
+"""`pipekit verify`: a model under every layout that fits, compared with one process that uses torch alone."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from pipekit.config import Config, load_config
-from pipekit.errors import ConfigError, LaunchError, LayoutError, PipekitError
-from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.local import run_local
-from pipekit.launch.resources import find_resources, thread_environ
-from pipekit.layout import Layout
-from pipekit.progress import ProgressLines
-from pipekit.verify.explain import LayoutContext, show_names
-from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, reason_against
-from pipekit.verify.measurement import MEASUREMENTS_FILE, TOLERANCE, load_measurements
-from pipekit.verify.report import Result, Verification, report
+import typer
 
-if TYPE_CHECKING:
-    from pipekit.layers.specs import LayerSpec
-    from pipekit.plan.resources import Resources
-
-_DEFAULT_CPU_DEVICES = 4
-_TRACEBACK_LINES = 6
-# What belongs to the configuration's own layout, and to no other.
-_OWN_KEYS: dict[str, Any] = {
-    "parallel.partition": "parameters",
-    "parallel.boundaries": None,
-    "parallel.stages_per_rank": None,
-    "parallel.max_in_flight": None,
-}
+from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
-    """Options of `pipekit verify`.
+def command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates under each layout.")] = 3,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that may run at once; the GPUs present, or 4, if left out.", show_default=False
+        ),
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            help="Layouts to run, such as pp2,dp2xzero0,pp2xtp2; the configuration's own and small ones if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative difference.")] = 1e-4,
+    as_json: AsJson = False,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Keep what was recorded, and the logs, in this folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Run a few steps of a model under every layout that fits and in one process, and name the first layer that
+    differs."""
+    from pipekit.commands.verify_session import VerifyOptions, verify_config
+    from pipekit.config import load_config
+    from pipekit.verify.report import report
 
-    Attributes:
-        num_steps: updates under each layout.
-        num_devices: processes that may run at once; None takes the GPUs present, or on a CPU as many as the
-            configuration needs, and four at least.
-        layouts: the layouts to run, such as `pp2,pp2xdp2`; None takes the configuration's own and small ones.
-        tolerance: the largest relative difference that is allowed.
-        as_json: whether to print JSON in place of tables.
-        keep: folder to keep recordings and logs in; None keeps nothing.
-    """
-
-    num_steps: int = 3
-    num_devices: int | None = None
-    layouts: str | None = None
-    tolerance: float = TOLERANCE
-    as_json: bool = False
-    keep: Path | None = None
-
-
-def verify(path: str | Path, overrides: Sequence[str], options: VerifyOptions) -> bool:
-    """Verify the configuration at `path`, print what was found, and return whether every layout agrees.
-
-    Raises:
-        PipekitError: if the configuration is wrong, the model does not run in one process, or no layout fits.
-    """
-    found = verify_config(load_config(path, overrides), options)
-    if options.as_json:
+    options = VerifyOptions(steps, devices, layouts, tolerance, keep)
+    found = verify_config(load_config(config, overrides or []), options)
+    if as_json:
         sys.stdout.write(json.dumps(report(found), indent=1) + "\n")
-        return found.agrees
-    from pipekit.commands.verify_tables import show_report
-    from pipekit.training.console import make_console
+    else:
+        from pipekit.commands.verify_tables import show_report
+        from pipekit.training.console import make_console
 
-    show_report(report(found), make_console())
-    return found.agrees
-
-
-def verify_config(config: Config, options: VerifyOptions) -> Verification:
-    """Run a configuration's model in one process and under each layout, and return what was found.
-
-    Raises:
-        PipekitError: if the model does not run in one process, or no layout fits.
-    """
-    resources = find_resources(os.environ, config)
-    num_gpus = resources.num_gpus
-    tell = ProgressLines.on_stderr()
-    config, specs, prepared = _prepare_model(config, tell)
-    num_devices = options.num_devices or num_gpus or max(_own_layout(config, None).world_size, _DEFAULT_CPU_DEVICES)
-    if num_gpus is not None and num_devices > num_gpus:
-        raise LayoutError(f"--devices {num_devices}: there are {num_gpus} GPUs; try --devices {num_gpus}")
-    own = _own_layout(config, num_devices if num_gpus else None)
-    fitting, rejected = _choose(config, specs, own, num_devices, options.layouts)
-    if not fitting:
-        reasons = "\n  ".join(f"{candidate}: {reason}" for candidate, reason in rejected)
-        raise LayoutError(f"no layout fits {num_devices} devices, so that there is nothing to verify:\n  {reasons}")
-    config, notes = _comparable(config, fitting)
-    session = _Session(config, specs, prepared, resources, options, tell)
-    results = []
-    with _working_folder(options.keep) as folder:
-        random_layers = session.run_reference(folder)
-        if random_layers and any(candidate.layout.tp > 1 for candidate in fitting):
-            notes.append(
-                f"random numbers are drawn by {show_names(random_layers)}; those that are drawn for a tensor-parallel "
-                "rank's part of an activation (sharded_randomness) differ from those of one process by design: verify "
-                "without dropout"
-            )
-        for candidate in fitting:
-            try:
-                candidate_config = _config_of(config, candidate)
-            except ConfigError as error:
-                rejected.append((candidate, str(error).splitlines()[0]))
-                continue
-            results.append(session.run_candidate(folder, candidate, candidate_config))
-    if not results:
-        raise LayoutError("\n  ".join(["no layout can run:", *(f"{place}: {reason}" for place, reason in rejected)]))
-    return Verification(
-        model=_describe_model(config, len(specs)),
-        device="cuda" if num_gpus else "cpu",
-        num_steps=options.num_steps,
-        global_batch_size=config.train.global_batch_size,
-        tolerance=options.tolerance,
-        results=results,
-        rejected=rejected,
-        notes=notes,
-    )
-
-
-class _Session:
-    """Starts the processes of a verification, one layout after the other."""
-
-    def __init__(
-        self,
-        config: Config,
-        specs: Sequence[LayerSpec],
-        prepared: Mapping[str, Any],
-        resources: Resources,
-        options: VerifyOptions,
-        tell: ProgressLines,
-    ) -> None:
-        from pipekit.layers.specs import TiedLayerSpec, layer_names
-
-        self._config = config
-        self._prepared = prepared
-        self._resources = resources
-        self._options = options
-        self._tell = tell
-        self._names = layer_names(specs)
-        self._tied = frozenset(
-            name for name, spec in zip(self._names, specs, strict=True) if isinstance(spec, TiedLayerSpec)
-        )
-        for note in guard_extension_builds({**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions_dir(os.environ))}):
-            sys.stderr.write(f"{note}\n")
-
-    def run_reference(self, folder: Path) -> list[str]:
-        """Record what every layout is held to, and return the layers that draw random numbers.
-
-        Raises:
-            PipekitError: if the model does not run in one process.
-        """
-        self._tell("running one process without pipekit's engine")
-        config = _config_of(self._config, LayoutCandidate(Layout(), 0))
-        try:
-            self._run(config, 1, folder / "reference", reference=None)
-        except PipekitError as error:
-            words = _first_words(error).removeprefix("rank 0: ").removeprefix("rank 0 failed: ")
-            raise LaunchError(f"one process, without pipekit's engine, does not get through: {words}") from None
-        from pipekit.verify.recording import Recording
-
-        names: list[str] = Recording(folder / "reference").summaries[0]["random_layers"]
-        return names
-
-    def run_candidate(self, folder: Path, candidate: LayoutCandidate, config: Config) -> Result:
-        """Run a layout, and return what was found."""
-        self._tell(f"running {candidate}")
-        place = folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
-        started_s = time.perf_counter()
-        try:
-            self._run(config, candidate.layout.world_size, place, reference=folder / "reference")
-        except PipekitError as error:
-            return Result(candidate, time.perf_counter() - started_s, failure=_first_words(error))
-        measurements, boundaries = load_measurements(place / MEASUREMENTS_FILE)
-        time_s = time.perf_counter() - started_s
-        if self._options.keep is None:
-            shutil.rmtree(place, ignore_errors=True)
-        context = LayoutContext(candidate.layout, self._names, boundaries, self._tied)
-        return Result(candidate, time_s, measurements, context)
-
-    def _run(self, config: Config, world_size: int, place: Path, *, reference: Path | None) -> None:
-        place.mkdir(parents=True)
-        from pipekit.plan.decide import decide_run
-        from pipekit.plan.run_folder import write_plan
-        from pipekit.training.prepare import load_trial
-        from pipekit.verify.run import Task
-
-        config = config.updated({"run.dir": str(place / "run")})
-        resources = replace(self._resources, world_size=world_size)
-        plan = decide_run(config, load_trial(config), resources, prepared=self._prepared, on_progress=self._tell).plan
-        task = Task(
-            str(place), self._options.num_steps, self._options.tolerance, None if reference is None else str(reference)
-        )
-        environ = thread_environ(config.run.threads_per_process, world_size, os.environ)
-        environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
-        if plan.device == "cpu":
-            environ["DS_ACCELERATOR"] = "cpu"
-        run_local(
-            [sys.executable, "-m", "pipekit.launch.rank", str(write_plan(plan).plan), json.dumps(asdict(task))],
-            world_size=world_size,
-            log_dir=place / "logs",
-            env=environ,
-            stdout_rank=-1,
-        )
-
-
-def _prepare_model(config: Config, tell: ProgressLines) -> tuple[Config, Sequence[LayerSpec], Mapping[str, Any]]:
-    """Prepare the data, and return the configuration with its sizes known, the model, and what was prepared.
-
-    Raises:
-        PipekitError: if the model cannot be built.
-    """
-    from pipekit.plan.decide import build_specs
-    from pipekit.training.prepare import load_trial
-
-    try:
-        trial = load_trial(config)
-        prepared = trial.prepare(config, tell)
-        config, specs = build_specs(config, trial, prepared)
-    except PipekitError:
-        raise
-    except Exception as error:
-        text = "".join(traceback.format_exception(error))
-        lines = [line for line in text.splitlines() if line.strip(" ~^")][-_TRACEBACK_LINES:]
-        raise ConfigError("\n".join(["the model cannot be built:", *lines])) from error
-    return config, specs, prepared
-
-
-def _choose(
-    config: Config, specs: Sequence[LayerSpec], own_layout: Layout, num_devices: int, named: str | None
-) -> tuple[list[LayoutCandidate], list[tuple[LayoutCandidate, str]]]:
-    from pipekit.layers.specs import flow_of_spec
-
-    parallel, train = config.parallel, config.train
-    holds_parts = parallel.sequence_parallel and any(flow_of_spec(spec).works_on_shard for spec in specs)
-    limits = LayoutLimits(
-        num_layers=len(specs),
-        heads=config.model.attention_heads,
-        sequence_length=train.sequence_length if holds_parts else None,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-    )
-    if named is None:
-        own = None if parallel.auto else LayoutCandidate(own_layout, parallel.zero, is_configured=True)
-        return plan_candidates(num_devices, limits, own=own, zero=parallel.zero, order=parallel.order)
-    candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
-    reasons = {candidate: reason_against(candidate.layout, num_devices, limits) for candidate in candidates}
-    return [candidate for candidate, reason in reasons.items() if reason is None], [
-        (candidate, reason) for candidate, reason in reasons.items() if reason is not None
-    ]
-
-
-def _own_layout(config: Config, num_gpus: int | None) -> Layout:
-    """Return the configuration's layout, also where there are too few GPUs for it; `dp: auto` fills those there are."""
-    parallel = config.parallel
-    filled = max(1, (num_gpus or 0) // (parallel.pp * parallel.tp))
-    dp = filled if parallel.dp == "auto" else parallel.dp
-    return Layout(pp=parallel.pp, dp=dp, tp=parallel.tp, order=parallel.order)
-
-
-def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[Config, list[str]]:
-    """Return the configuration as every layout runs it, and what was changed for that."""
-    notes = []
-    changes: dict[str, Any] = {
-        "train.precision": "fp32",
-        "train.eval_interval": None,
-        "checkpoint.resume": "never",
-        "logging.wandb": None,
-        "logging.tensorboard": False,
-        "logging.profile": False,
-    }
-    if config.train.precision not in ("fp32", "auto"):
-        notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")
-    shares_layers = any(candidate.layout.tp > 1 for candidate in candidates)
-    for key, dropout in config.model.dropouts.items() if shares_layers else ():
-        changes[key] = 0.0
-        notes.append(
-            f"{key}={dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own for their parts, so that "
-            "a run with tp > 1 draws others than one process"
-        )
-    return config.updated(changes), notes
-
-
-def _config_of(config: Config, candidate: LayoutCandidate) -> Config:
-    """Return the configuration with a layout, and with its schedule, where that can run.
-
-    Raises:
-        ConfigError: if the layout cannot run.
-    """
-    layout = candidate.layout
-    changes: dict[str, Any] = {
-        "parallel.auto": False,
-        "parallel.pp": layout.pp,
-        "parallel.dp": layout.dp,
-        "parallel.tp": layout.tp,
-        "parallel.zero": candidate.zero,
-    }
-    if candidate.is_configured:
-        return config.updated(changes)
-    changes |= _OWN_KEYS
-    schedule = config.parallel.schedule
-    if layout.pp == 1 or schedule == "auto" or schedule.endswith(".csv"):
-        schedule = "1f1b"
-    try:
-        return config.updated({**changes, "parallel.schedule": schedule})
-    except ConfigError:
-        return config.updated({**changes, "parallel.schedule": "1f1b"})
-
-
-@contextmanager
-def _working_folder(keep: Path | None) -> Iterator[Path]:
-    """Make a folder for recordings, which is removed at the end unless it is to be kept."""
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="pipekit-verify-", ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
-        return
-    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise ConfigError(f"--keep {keep}: is there already; name a folder that is not, or is empty")
-    keep.mkdir(parents=True, exist_ok=True)
-    yield keep.absolute()
-
-
-def _describe_model(config: Config, num_layers: int) -> str:
-    trial = f", {config.run.trial}" if config.run.trial else ""
-    return f"{config.model.description}{trial}, {num_layers} layers"
-
-
-def _first_words(error: PipekitError) -> str:
-    """Error of a failed rank, without the path of a log that is gone when it is read."""
-    lines = [line for line in str(error).splitlines() if not line.startswith("the whole log of rank")]
-    return "\n".join(lines)
+        show_report(report(found), make_console())
+    if not found.agrees:
+        raise typer.Exit(1)

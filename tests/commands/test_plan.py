@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipekit.commands.plan import PlanOptions, plan, plan_report
+from pipekit.commands.plan import PlanOptions, command, plan_report
 from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.plan.plan import Plan
@@ -44,7 +44,7 @@ def refused(path: Path, options: PlanOptions, *overrides: str) -> str:
 
 
 def test_json_is_all_that_is_printed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(path, ["parallel.dp=2"], PlanOptions(device="h100", as_json=True))
+    command(path, ["parallel.dp=2"], device="h100", as_json=True)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert set(found) >= {"parameters", "layout", "step_time_s", "tokens_per_s", "tflops_per_device", "bubble_fraction"}
     assert found["layout"]["dp"] == 2
@@ -58,7 +58,7 @@ def test_json_is_all_that_is_printed(path: Path, capsys: pytest.CaptureFixture[s
 
 def test_tables_are_printed_and_a_page_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = path.with_name("plan.html")
-    plan(path, [], PlanOptions(device="h100", html=page))
+    command(path, device="h100", html=page)
     shown = capsys.readouterr().out
     assert "2 x h100 with 80.0 GB" in shown
     assert "pp=2 x dp=1 x tp=1" in shown
@@ -248,4 +248,4 @@ def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {preset: gpt2}\ntrain: {steps: 1}\n")
     with pytest.raises(ConfigError, match=r"--html .*page.html: cannot be written: No such file"):
-        plan(path, [], PlanOptions(device="h100", html=tmp_path / "no" / "page.html"))
+        command(path, device="h100", html=tmp_path / "no" / "page.html")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipekit.commands.figures import seconds_text
+from pipekit.commands.number_text import seconds_text
 from pipekit.commands.plan_page import render_html
 from pipekit.schedules import Costs, Schedule, plan_1f1b, simulate
 

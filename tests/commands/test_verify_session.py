@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipekit.commands.verify import _choose, _comparable, _config_of, _own_layout
+from pipekit.commands.verify_session import _choose, _comparable, _config_of, _own_layout
 from pipekit.config import Config, parse_config
 from pipekit.layout import Layout
 from pipekit.models import build_layers

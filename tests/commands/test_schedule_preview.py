@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipekit.cli import app
-from pipekit.commands.schedule import preview
+from pipekit.commands.schedule_preview import preview
 from pipekit.errors import ConfigError
 from pipekit.schedules import read_csv
 

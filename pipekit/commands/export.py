@@ -1,0 +1,27 @@
+"""`pipekit export`: a checkpoint as a folder in Hugging Face's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the exported tensors.")
+    ] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
+    from pipekit.inference.export import export_checkpoint
+
+    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite)
+    typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
+    typer.echo(
+        f"checked against {check.reference}: {check.num_logits:,} logits, "
+        f"at most {check.max_logit_difference:.2g} apart (limit {check.tolerance:.2g})"
+    )

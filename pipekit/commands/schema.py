@@ -1,0 +1,23 @@
+"""`pipekit schema`: the JSON schema of a configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    out: Annotated[Path | None, typer.Argument(help="File to write; stdout if left out.", show_default=False)] = None,
+) -> None:
+    """Print the JSON schema of a configuration, with which editors complete and check it."""
+    from pipekit.config import config_json_schema
+
+    text = json.dumps(config_json_schema(), indent=2) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        out.write_text(text, encoding="utf-8")

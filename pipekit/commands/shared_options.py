@@ -1,0 +1,16 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes, such as train.steps=20 parallel.pp=1.", show_default=False)
+]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
