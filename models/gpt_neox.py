@@ -95,14 +95,14 @@ class GPTNeoXConfig(TransformerFamily):
     """Base of the wavelengths of the rotation."""
 
     use_parallel_residual: bool = True
-    """Whether attention and MLP of a block both read its input, and make one layer; otherwise the MLP reads what
+    """Attention and MLP of a block both read its input, and make one layer; otherwise the MLP reads what
     attention has added to."""
 
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """Function between the two linear layers of an MLP: GELU, or its tanh approximation."""
 
     tied_embedding: bool = False
-    """Whether the head shares the weight of the token embedding."""
+    """The head shares the weight of the token embedding."""
 
     layer_norm_eps: PositiveFloat = 1e-5
     """Added to the variance in every layer norm."""
