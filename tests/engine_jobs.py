@@ -156,7 +156,7 @@ def build_engine(
     from pipekit.distributed.mpu import ModelParallelUnit
     from pipekit.engine.engine import PipelineEngine
     from pipekit.engine.module import PipelineModule
-    from pipekit.engine.replica_engine import ReplicaEngine
+    from pipekit.engine.zero_engine import ZeroEngine
     from pipekit.layout import Layout
     from pipekit.partitioners import partition_uniform
     from pipekit.schedules import default_stages_per_rank, plan_schedule, schedule_placement
@@ -196,7 +196,7 @@ def build_engine(
         "profile": profile,
     }
     if case.zero >= 2:
-        return ReplicaEngine(module, **common)
+        return ZeroEngine(module, **common)
     return PipelineEngine(
         module,
         plan_schedule=lambda num_micro_batches, costs: plan_schedule(
@@ -219,13 +219,13 @@ def train(
     start = load_checkpoint(engine, CheckpointReader(Path(load))).step if load else 0
     losses, norms = [], []
     for step in range(start, case.steps):
-        data = micro_batches(step, case, engine.unit.data_parallel_rank)
+        data = micro_batches(step, case, engine.mpu.data_parallel_rank)
         losses.append(float(engine.train_batch(data)))
         engine.check_replicas()
         norms.append(engine.grad_norm)
         if save is not None and step + 1 == save_after:
             save_engine(engine, Path(save), step + 1)
-    evaluation = float(engine.eval_batch(micro_batches(10_000, case, engine.unit.data_parallel_rank)))
+    evaluation = float(engine.eval_batch(micro_batches(10_000, case, engine.mpu.data_parallel_rank)))
     weights = {
         name: join_shards(engine.view.full_master(parameter), parameter, engine.module.tensor_group).clone()
         for name, parameter, _ in engine.module.named_logical_parameters()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from pipekit.errors import CommunicationError
 from pipekit.layout import Axis, Layout
 
 if TYPE_CHECKING:
@@ -18,17 +18,37 @@ if TYPE_CHECKING:
 _NAMES_OF_DEEPSPEED: dict[Axis, str] = {"pipe": "pipe", "data": "data", "tensor": "model"}
 
 
-@dataclass(frozen=True)
 class RankGroup:
     """One process group that this rank belongs to.
 
-    Attributes:
+    Args:
         ranks: the global ranks of the group, in group order.
         process_group: the group itself.
     """
 
-    ranks: list[int]
-    process_group: dist.ProcessGroup
+    def __init__(self, ranks: Sequence[int], process_group: dist.ProcessGroup) -> None:
+        self.ranks = list(ranks)
+        self._process_group: dist.ProcessGroup | None = process_group
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group itself.
+
+        Raises:
+            CommunicationError: if it has been freed.
+        """
+        if self._process_group is None:
+            raise CommunicationError(
+                f"the process group of the ranks {self.ranks} was freed by engine.destroy(); build a new module and a "
+                "new engine"
+            )
+        return self._process_group
+
+    def free(self) -> None:
+        """End the group's threads and connections. Its ranks call this together, when nothing is under way in it."""
+        if self._process_group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._process_group)
+        self._process_group = None
 
     @property
     def size(self) -> int:
@@ -64,6 +84,8 @@ class ModelParallelUnit:
         self._timeout = timedelta(seconds=timeout_s)
         self.global_rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.global_rank)
+        self._groups: dict[tuple[tuple[int, ...], str | None, str], RankGroup | None] = {}
+        self._num_engines = 0
         self.pipe = self._build("pipe")
         self.data = self._build("data")
         self.tensor = self._build("tensor")
@@ -87,10 +109,10 @@ class ModelParallelUnit:
     def build_group(
         self, rank_lists: Sequence[Sequence[int]], backend: str | None = None, *, purpose: str = ""
     ) -> RankGroup | None:
-        """Return the process group of the rank list that this rank is in, if any, after creating one for each list.
+        """Build a process group for each rank list, and return the one that this rank is in, if any.
 
-        Every rank of the world calls this with the same lists. The same ranks with the same backend and purpose share
-        a group, also with other units: under gloo every group costs a thread that wakes a hundred times a second.
+        Every rank of the world calls this with the same lists. The same ranks with the same backend and purpose share a
+        group: under gloo every group costs threads that wake a hundred times a second.
 
         Args:
             rank_lists: global ranks of each group; no rank is in two.
@@ -98,11 +120,28 @@ class ModelParallelUnit:
             purpose: of messages that must not mix with others between the same ranks.
         """
         own: RankGroup | None = None
-        for ranks in rank_lists:
-            group = _find_group(tuple(ranks), backend, purpose, self._timeout)
-            if self.global_rank in ranks:
-                own = RankGroup(list(ranks), group)
+        for ranks in map(tuple, rank_lists):
+            key = (ranks, backend, purpose)
+            if key not in self._groups:
+                group = dist.new_group(ranks=list(ranks), backend=backend, timeout=self._timeout)
+                self._groups[key] = RankGroup(ranks, group) if self.global_rank in ranks else None
+            own = self._groups[key] or own
         return own
+
+    def register_engine(self) -> None:
+        """Count an engine that uses the groups; `release_engine` is its end."""
+        self._num_engines += 1
+
+    def release_engine(self) -> None:
+        """Free the groups where no other engine uses them. All ranks of the world call this together."""
+        self._num_engines -= 1
+        if self._num_engines > 0:
+            return
+        # No rank ends a group in which another still waits.
+        dist.barrier()
+        for group in self._groups.values():
+            if group is not None:
+                group.free()
 
     # What a training loop asks.
 
@@ -260,27 +299,3 @@ class ModelParallelUnit:
     get_tensor_model_parallel_world_size = get_slice_parallel_world_size
     get_tensor_model_parallel_group = get_slice_parallel_group
     get_tensor_model_parallel_src_rank = get_slice_parallel_src_rank
-
-
-_GroupKey = tuple[tuple[int, ...], str | None, str, timedelta]
-# The groups of one world; another one begins with none.
-_groups: dict[_GroupKey, dist.ProcessGroup] = {}
-_world: object = None
-
-
-def _find_group(ranks: tuple[int, ...], backend: str | None, purpose: str, timeout: timedelta) -> dist.ProcessGroup:
-    global _world
-    if _world is not dist.group.WORLD:
-        _world = dist.group.WORLD
-        _groups.clear()
-    key = (ranks, backend, purpose, timeout)
-    if key not in _groups:
-        _groups[key] = dist.new_group(ranks=list(ranks), backend=backend, timeout=timeout)
-    return _groups[key]
-
-
-def forget_groups() -> None:
-    """Let go of the groups of a world that has ended."""
-    global _world
-    _world = None
-    _groups.clear()

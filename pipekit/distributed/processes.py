@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from datetime import timedelta
-from importlib import import_module
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the world of the moment of this import as a default, and would keep it for ever.
+import torch.distributed.nn
 
 from pipekit.errors import CommunicationError, LaunchError, PipekitError
 
@@ -27,22 +30,24 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
         CommunicationError: if the others do not come within `timeout_s`.
         LaunchError: if rank 0's port is in use.
     """
-    import deepspeed
-
+    place, backend = torch.device("cpu"), "gloo"
     if device == "cuda":
         # Some launchers show each process its own GPU only.
-        local_rank %= torch.cuda.device_count()
-        torch.cuda.set_device(local_rank)
-    else:
-        _leave_shm_op_out()
+        place, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(place)
+    timeout = timedelta(seconds=timeout_s)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device == "cuda" else "gloo",
-                auto_mpi_discovery=False,
-                verbose=False,
-                timeout=timedelta(seconds=timeout_s),
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("default_pg", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                # Makes the groups of a bound device by splitting the first; one rank has nothing to split.
+                device_id=place if device == "cuda" and world_size > 1 else None,
             )
     except (RuntimeError, dist.DistStoreError) as error:
         first_line = str(error).strip().splitlines()[0]
@@ -55,41 +60,19 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of "
             "them were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
-    return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
-
-
-def _leave_shm_op_out() -> None:
-    """Keep DeepSpeed from compiling a shared-memory collective for CPUs at its first use.
-
-    That takes most of a minute, and a run that is killed meanwhile leaves it locked. It serves inference; training does
-    not call it.
-    """
-    # The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.
-    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-
-
-def join_as_deepspeed() -> None:
-    """Join the other processes as a DeepSpeed script does, where that has not been done yet."""
-    from deepspeed.accelerator import get_accelerator
-
-    import deepspeed
-
-    if get_accelerator().device_name() == "cpu":
-        _leave_shm_op_out()
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+    return place
 
 
 def leave_processes() -> None:
-    """Take down the process groups, and what DeepSpeed keeps of them, so that this process can join others."""
-    import deepspeed.comm
+    """Take down the process groups, their threads and connections, so that this process can join others.
 
-    from pipekit.distributed.mpu import forget_groups
-
-    forget_groups()
+    Groups that something still uses live on; `engine.destroy()` frees those of an engine that is kept.
+    """
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
-            deepspeed.comm.destroy_process_group()
+            dist.destroy_process_group()
+    # Engines are full of cycles.
+    gc.collect()
 
 
 def raise_together(error: Exception | None) -> None:

@@ -60,4 +60,4 @@ class Diagnostics:
         return ", ".join([*parts, f"waiting and all else {took_s - sum(sums_s.values()):.4g} s"])
 
     def _log(self, step: int, text: str) -> None:
-        _logger.info("rank %d, step %d: %s", self._engine.unit.global_rank, step + 1, text)
+        _logger.info("rank %d, step %d: %s", self._engine.mpu.global_rank, step + 1, text)

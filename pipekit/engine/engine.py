@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEng
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
+from pipekit.deepspeed.patches import forget_engine, use_joined_processes
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
@@ -62,6 +63,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         config = dict(deepspeed_config)
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
+        use_joined_processes()
         super().__init__(
             args=None,
             model=module,
@@ -70,7 +72,9 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
             config_class=DeepSpeedConfig(config, mpu),
             **{**prepare_optimizer(module, build_optimizer, config), **deepspeed_args},
         )
-        self.unit = mpu
+        forget_engine()
+        self.mpu = mpu
+        mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu)
         self.executor = Executor(
             module, mpu, view=self.view, device=self.device, on_stage_done=self._reduce_gradients_of
@@ -90,15 +94,15 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
 
     def is_first_stage(self) -> bool:
         """Whether this process holds the first stage."""
-        return self.unit.is_first_stage if self._is_built else super().is_first_stage()
+        return self.mpu.is_first_stage if self._is_built else super().is_first_stage()
 
     def is_last_stage(self) -> bool:
         """Whether this process holds the last stage."""
-        return self.unit.is_last_stage if self._is_built else super().is_last_stage()
+        return self.mpu.is_last_stage if self._is_built else super().is_last_stage()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         self._begin_training(data_iter)
-        self._stages_left = set(self.unit.stages)
+        self._stages_left = set(self.mpu.stages)
         # DeepSpeed's gradient hooks take a backward outside its own `backward` for a mistake.
         self._running_engine_backward = True
         try:

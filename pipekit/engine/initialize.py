@@ -15,7 +15,7 @@ from pipekit.data.loader import MapDataset
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.replica_engine import ReplicaEngine
+from pipekit.engine.zero_engine import ZeroEngine
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import ConfigError
 from pipekit.schedules import Costs, Schedule, plan_schedule
@@ -76,7 +76,7 @@ def initialize(
         )  # fmt: skip
         return result
     settings = _read_config(config)
-    unit = model.mpu()
+    mpu = model.mpu()
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError(
             'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
@@ -96,7 +96,7 @@ def initialize(
             return schedule
         return plan_schedule(
             schedule,
-            pp=unit.layout.pp,
+            pp=mpu.layout.pp,
             num_micro_batches=num_micro_batches,
             stages_per_rank=model.stages_per_rank,
             costs=costs,
@@ -104,11 +104,11 @@ def initialize(
 
     zero = settings.get("zero_optimization", {}).get("stage", 0)
     if zero >= 2:
-        _check_replicas(model, zero)
+        _check_zero_stage(model, zero)
     if model_parameters is None:
         model_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     common: dict[str, Any] = {
-        "mpu": unit,
+        "mpu": mpu,
         "build_optimizer": None,
         "deepspeed_config": complete_deepspeed_config(settings),
         "profile": profile,
@@ -118,7 +118,7 @@ def initialize(
     }
     engine: TrainingEngine
     if zero >= 2:
-        engine = ReplicaEngine(model, **common)
+        engine = ZeroEngine(model, **common)
     else:
         engine = PipelineEngine(model, plan_schedule=plan, measure_costs=schedule == "auto", **common)
     # A schedule that cannot run is refused here, not in the first step.
@@ -128,7 +128,7 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _check_replicas(model: PipelineModule, zero: int) -> None:
+def _check_zero_stage(model: PipelineModule, zero: int) -> None:
     """Raise a ConfigError where a module cannot run under ZeRO-2 or 3."""
     num_stages = model.mpu().num_stages
     if num_stages > 1:

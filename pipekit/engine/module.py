@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipekit.deepspeed.adoption import adopt_layers, build_unit
+from pipekit.deepspeed.ported_scripts import adopt_layers, build_unit
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.unit_check import check_unit
 from pipekit.engine.tensor_group import ProcessTensorGroup

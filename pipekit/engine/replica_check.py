@@ -199,7 +199,7 @@ def _verb(ranks: Sequence[int], verb: str) -> str:
     return f"{verb}s" if len(ranks) == 1 else verb
 
 
-def check_replicas(module: PipelineModule, unit: ModelParallelUnit, *, step: int) -> None:
+def check_replicas(module: PipelineModule, mpu: ModelParallelUnit, *, step: int) -> None:
     """Check that all ranks that hold the same tensor hold the same bits of it. Every rank calls this at the same place.
 
     Compared are parameters and persistent buffers: among data-parallel replicas, among tensor-parallel ranks where
@@ -213,16 +213,16 @@ def check_replicas(module: PipelineModule, unit: ModelParallelUnit, *, step: int
 
     Args:
         module: this rank's stages.
-        unit: the process groups.
+        mpu: the process groups.
         step: how many updates have been made; the error names it.
 
     Raises:
         ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.
     """
-    if unit.layout.world_size == 1:
+    if mpu.layout.world_size == 1:
         return
-    mine = ReplicaDescription(unit.global_rank, unit.coordinate, tuple(unit.data.ranks), digest_tensors(module))
-    descriptions = [mine] * unit.layout.world_size
+    mine = ReplicaDescription(mpu.global_rank, mpu.coordinate, tuple(mpu.data.ranks), digest_tensors(module))
+    descriptions = [mine] * mpu.layout.world_size
     dist.all_gather_object(descriptions, mine)
     faults = find_replica_faults(descriptions)
     if not faults:

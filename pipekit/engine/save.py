@@ -99,13 +99,13 @@ def _gather_share(
 
     Gathers from the stage's other replicas, and joins the parts of its tensor-parallel ranks.
     """
-    unit, view = engine.unit, engine.view
+    mpu, view = engine.mpu, engine.view
     states = view.state_names()
     shares: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, TensorEntry] = {}
     tensor_group = engine.module.tensor_group
-    load = [0] * (unit.layout.dp * unit.layout.tp)
-    place = unit.data_parallel_rank * unit.layout.tp + unit.coordinate.tensor
+    load = [0] * (mpu.layout.dp * mpu.layout.tp)
+    place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
 
     def put(name: str, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
         files = {}

@@ -8,7 +8,7 @@ from typing import Any
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from pipekit.engine.replica_engine import ReplicaEngine
+from pipekit.engine.zero_engine import ZeroEngine
 from pipekit.engine.training_engine import TrainingEngine
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
@@ -23,7 +23,7 @@ def call_before_update(engine: TrainingEngine, call: Callable[[GradientOf], None
         call: called with what returns the gradient of a parameter, in fp32 or the parameter's own type; of what
             tensor-parallel ranks share out, this rank's part.
     """
-    if isinstance(engine, ReplicaEngine):
+    if isinstance(engine, ZeroEngine):
 
         def call_at_boundary() -> None:
             if engine.is_gradient_accumulation_boundary():

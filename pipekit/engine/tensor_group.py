@@ -38,16 +38,16 @@ class ProcessTensorGroup(TensorGroup):
 
     def __init__(self, group: RankGroup) -> None:
         self.rank, self.size = group.rank, group.size
-        self._group = group.process_group
+        self._ranks = group
         self._has_reduce_scatter = dist.get_backend(group.process_group) == "nccl"
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
-        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        work = dist.all_reduce(tensor, group=self._ranks.process_group, async_op=True)
         return _Waiting(work, f"the sum of {_shape(tensor)}", lambda: tensor)
 
     def start_all_gather(self, tensor: Tensor, dim: int) -> Pending:
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        work = dist.all_gather(parts, tensor.contiguous(), group=self._group, async_op=True)
+        work = dist.all_gather(parts, tensor.contiguous(), group=self._ranks.process_group, async_op=True)
         return _Waiting(work, f"a gathering of {_shape(tensor)}", lambda: torch.cat(parts, dim))
 
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
@@ -55,10 +55,12 @@ class ProcessTensorGroup(TensorGroup):
         if self._has_reduce_scatter:
             parts = [part.contiguous() for part in tensor.chunk(self.size, dim)]
             own = torch.empty_like(parts[self.rank])
-            return _Waiting(dist.reduce_scatter(own, parts, group=self._group, async_op=True), what, lambda: own)
+            return _Waiting(
+                dist.reduce_scatter(own, parts, group=self._ranks.process_group, async_op=True), what, lambda: own
+            )
         # Gloo's own sums all of it too, and copies more.
         total = tensor.clone(memory_format=torch.contiguous_format)
-        work = dist.all_reduce(total, group=self._group, async_op=True)
+        work = dist.all_reduce(total, group=self._ranks.process_group, async_op=True)
         return _Waiting(work, what, lambda: total.chunk(self.size, dim)[self.rank].clone())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
 from pipekit.deepspeed.optimizers import OptimizerView
+from pipekit.deepspeed.patches import drop_process_groups
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait
 from pipekit.engine.executor import Executor, Observer
@@ -46,8 +49,9 @@ class TrainingEngine:
     micro_batches: int
     micro_batch_size: int
     training_dataloader: Any
-    unit: ModelParallelUnit
+    mpu: ModelParallelUnit
     view: OptimizerView
+    optimizer: Any
     executor: Executor
     data_iterator: Iterator[Any] | None
     steps_per_print: Callable[[], int | None]
@@ -58,6 +62,7 @@ class TrainingEngine:
     _plan_schedule: SchedulePlanner
     _schedules: dict[tuple[str, int], Schedule]
     _costs: Costs | None
+    _is_destroyed = False
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one global batch.
@@ -79,7 +84,7 @@ class TrainingEngine:
         self.module.train()
 
     def _plan_1f1b(self, num_micro_batches: int, costs: Costs | None) -> Schedule:
-        return plan_1f1b(num_stages=self.unit.num_stages, num_micro_batches=num_micro_batches)
+        return plan_1f1b(num_stages=self.mpu.num_stages, num_micro_batches=num_micro_batches)
 
     @property
     def schedule(self) -> Schedule:
@@ -93,7 +98,7 @@ class TrainingEngine:
         key = ("eval", num_micro_batches)
         if key not in self._schedules:
             self._schedules[key] = plan_forward_only(
-                num_stages=self.unit.num_stages, num_micro_batches=num_micro_batches, placement=self.unit.placement
+                num_stages=self.mpu.num_stages, num_micro_batches=num_micro_batches, placement=self.mpu.placement
             )
         return self._schedules[key]
 
@@ -115,12 +120,12 @@ class TrainingEngine:
             sample_order(len(dataset), self.module.seed, shuffle=True),
             global_batch_size=self.train_batch_size(),
             micro_batch_size=self.micro_batch_size,
-            dp_rank=self.unit.data_parallel_rank,
-            dp=self.unit.layout.dp,
+            dp_rank=self.mpu.data_parallel_rank,
+            dp=self.mpu.layout.dp,
             collate=collate,
         )
         data = TrainingData(loader, lambda: int(self.global_samples))
-        self.set_dataiterator(iter(data) if self.unit.should_build_data_loader else None)
+        self.set_dataiterator(iter(data) if self.mpu.should_build_data_loader else None)
         self.training_dataloader = data
 
     def gather_timeline(self) -> Timeline:
@@ -131,9 +136,9 @@ class TrainingEngine:
         assert self.executor.stopwatch is not None, "the engine was built without profile=True"
         mine = tuple(self.executor.stopwatch.spans())
         spans: list[Any] = [mine]
-        if self.unit.layout.pp > 1:
-            spans *= self.unit.layout.pp
-            dist.all_gather_object(spans, mine, group=self.unit.pipe.process_group)
+        if self.mpu.layout.pp > 1:
+            spans *= self.mpu.layout.pp
+            dist.all_gather_object(spans, mine, group=self.mpu.pipe.process_group)
         return Timeline(self.schedule, tuple(spans))
 
     def eval_batch(
@@ -180,14 +185,14 @@ class TrainingEngine:
                 result = self._mean_loss(losses) if bcast_loss else self._mean_of_replicas(losses)
             else:
                 result = self._spread(losses, schedule.num_micro_batches) if bcast_loss else losses
-            if not (self.unit.is_last_stage or (compute_loss and bcast_loss)):
+            if not (self.mpu.is_last_stage or (compute_loss and bcast_loss)):
                 result = None
             if return_logits:
                 return result, join_batches(collected)
         return result
 
     def _mean_outputs(self, outputs: list[Any]) -> Any:
-        if not self.unit.is_last_stage:
+        if not self.mpu.is_last_stage:
             return None
         tensors = [flatten(output, "the last layer's output")[0] for output in outputs]
         _, structure = flatten(outputs[0], "the last layer's output")
@@ -210,16 +215,16 @@ class TrainingEngine:
         return self._broadcast_from_last(self._mean_of_replicas(losses))
 
     def _mean_of_replicas(self, losses: list[Tensor]) -> Tensor:
-        if not self.unit.is_last_stage:
+        if not self.mpu.is_last_stage:
             return torch.zeros((), dtype=torch.float32, device=self.device)
         mean = torch.stack(losses).mean()
         self._average_over_replicas(mean)
         return mean
 
     def _average_over_replicas(self, value: Tensor) -> None:
-        if self.unit.layout.dp > 1:
-            dist.all_reduce(value, group=self.unit.data.process_group)
-            value /= self.unit.layout.dp
+        if self.mpu.layout.dp > 1:
+            dist.all_reduce(value, group=self.mpu.data.process_group)
+            value /= self.mpu.layout.dp
 
     def _spread(self, losses: list[Tensor], num_micro_batches: int) -> list[Tensor]:
         stacked = torch.stack(losses) if losses else torch.zeros(num_micro_batches, device=self.device)
@@ -232,11 +237,32 @@ class TrainingEngine:
         return value
 
     def _begin_broadcast(self, value: Tensor) -> dist.Work | None:
-        if self.unit.layout.pp == 1:
+        if self.mpu.layout.pp == 1:
             return None
-        last = self.unit.stage_rank(self.unit.num_stages - 1)
-        work: dist.Work | None = dist.broadcast(value, src=last, group=self.unit.pipe.process_group, async_op=True)
+        last = self.mpu.stage_rank(self.mpu.num_stages - 1)
+        work: dist.Work | None = dist.broadcast(value, src=last, group=self.mpu.pipe.process_group, async_op=True)
         return work
+
+    def destroy(self) -> None:
+        """Free the engine's process groups, unless another engine uses them. All ranks call this together.
+
+        The module, which talks through them, ends with the engine.
+        """
+        if self._is_destroyed:
+            return
+        self._is_destroyed = True
+        super().destroy()  # type: ignore[misc]
+        self.mpu.release_engine()
+        drop_process_groups(self, self.optimizer, self.module, *self.module.modules(), *self.module.parameters())
+        self.module.tied_comms.clear()
+        del self.executor
+        gc.collect()
+
+    def __del__(self) -> None:
+        # DeepSpeed's calls `destroy`, for which all ranks must come together.
+        if not self._is_destroyed:
+            with suppress(Exception):
+                super().destroy()  # type: ignore[misc]
 
     def check_replicas(self) -> None:
         """Check that all ranks that hold the same tensor hold the same bits of it. All ranks call this together.
@@ -244,7 +270,7 @@ class TrainingEngine:
         Raises:
             ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.
         """
-        check_replicas(self.module, self.unit, step=self.global_steps)
+        check_replicas(self.module, self.mpu, step=self.global_steps)
 
     def save_checkpoint(
         self,

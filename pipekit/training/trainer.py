@@ -16,7 +16,7 @@ from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.load import load_checkpoint
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.replica_engine import ReplicaEngine
+from pipekit.engine.zero_engine import ZeroEngine
 from pipekit.engine.save import save_checkpoint
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
@@ -184,7 +184,7 @@ class Trainer:
             "profile": self.config.logging.profile,
         }
         if parallel.zero >= 2:
-            return ReplicaEngine(module, **common)
+            return ZeroEngine(module, **common)
         return PipelineEngine(
             module, plan_schedule=self._plan_schedule, measure_costs=parallel.schedule == "auto", **common
         )

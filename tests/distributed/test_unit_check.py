@@ -332,10 +332,10 @@ def test_units_answer_what_is_expected_of_them(gloo: GlooWorkers, order: Any) ->
 def train_with_own_unit(rank: int, case: Case, layout: Layout) -> tuple[list[float], bool]:
     engine = build_engine(case, unit=ReportsLast(layout))
     losses = [
-        float(engine.train_batch(micro_batches(step, case, engine.unit.data_parallel_rank)))
+        float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank)))
         for step in range(case.steps)
     ]
-    return losses, engine.unit.should_report_metrics
+    return losses, engine.mpu.should_report_metrics
 
 
 @pytest.mark.distributed

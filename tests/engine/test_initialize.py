@@ -74,8 +74,8 @@ def build(num_stages: int, layers: list[Any] | None = None, **options: Any) -> A
 
 
 def batches(step: int, engine: Any) -> Any:
-    case = EngineCase(dp=engine.unit.layout.dp)
-    return micro_batches(step, case, engine.unit.data_parallel_rank)
+    case = EngineCase(dp=engine.mpu.layout.dp)
+    return micro_batches(step, case, engine.mpu.data_parallel_rank)
 
 
 def train_script(rank: int, num_stages: int, options: dict[str, Any]) -> list[float]:

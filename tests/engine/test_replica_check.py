@@ -163,7 +163,7 @@ def change_on_one_rank(rank: int, case: Case, name: str, changed: int) -> str:
     """Return the error after one bit of one tensor has been changed on one rank, behind two steps without faults."""
     engine = build_engine(case)
     for step in range(2):
-        engine.train_batch(micro_batches(step, case, engine.unit.data_parallel_rank))
+        engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))
         engine.check_replicas()
     if rank == changed:
         flip_a_bit({logical: parameter for logical, parameter, _ in engine.module.named_logical_parameters()}[name])

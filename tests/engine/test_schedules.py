@@ -40,7 +40,7 @@ def gradients_of_each_step(rank: int, case: Case) -> dict[str, Any]:
 
     engine.view.hand_over_gradients = record
     losses = [
-        float(engine.train_batch(micro_batches(step, case, engine.unit.data_parallel_rank)))
+        float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank)))
         for step in range(case.steps)
     ]
     return {"losses": losses, "gradients": steps, "schedule": str(engine.schedule)}
@@ -151,7 +151,7 @@ def order_of_events(rank: int) -> tuple[list[tuple[int, int]], int]:
     """Return for each reduction its stage's last layer and how many actions were left, and the actions of all."""
     case = Case(pp=2, dp=2, schedule="zb-v", zero=1, tied=False)
     engine = build_engine(case)
-    row = engine.schedule.ranks[engine.unit.pipe_rank]
+    row = engine.schedule.ranks[engine.mpu.pipe_rank]
     done, begun = [], []
     start = engine._reducer.start
 
@@ -171,7 +171,7 @@ def order_of_events(rank: int) -> tuple[list[tuple[int, int]], int]:
 
     engine.executor.stopwatch = Counter()
     engine._reducer.start = note
-    engine.train_batch(micro_batches(0, case, engine.unit.data_parallel_rank))
+    engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
     return begun, len(row)
 
 

@@ -123,7 +123,7 @@ def test_dropout_on_parts_differs_by_rank_and_on_whole_activations_does_not(
 def other_data(rank: int) -> str:
     engine = build_engine(Case(tp=2, pp=2, steps=1))
     try:
-        engine.train_batch(micro_batches(engine.unit.coordinate.tensor, Case(), 0))
+        engine.train_batch(micro_batches(engine.mpu.coordinate.tensor, Case(), 0))
     except DataError as error:
         return str(error)
     return "no error"
@@ -185,7 +185,7 @@ def mixer_under_zero_3(rank: int) -> dict[str, Any]:
     engine = build_engine(case, mixer_specs())
     losses, norms = [], []
     for step in range(case.steps):
-        losses.append(float(engine.train_batch(micro_batches(step, case, engine.unit.data_parallel_rank))))
+        losses.append(float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))))
         norms.append(engine.grad_norm)
     return {"losses": losses, "norms": norms}
 
@@ -230,9 +230,9 @@ def test_zero_3_refuses_a_loss_that_needs_weights_which_it_has_let_go(gloo: Gloo
 def evaluate(rank: int, case: Case) -> tuple[float, Tensor | None]:
     engine = build_engine(case)
     seen: list[Tensor] = []
-    data = micro_batches(0, case, engine.unit.data_parallel_rank)
+    data = micro_batches(0, case, engine.mpu.data_parallel_rank)
     loss, logits = engine.eval_batch(data, return_logits=True, observe=lambda outputs, labels: seen.append(outputs))
-    assert (logits is None) == (not engine.unit.is_last_stage)
+    assert (logits is None) == (not engine.mpu.is_last_stage)
     if logits is not None:
         assert torch.equal(torch.cat(seen), logits)
     return float(loss), logits

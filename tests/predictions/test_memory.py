@@ -204,16 +204,16 @@ def gradients(engine: Any) -> list[Tensor]:
 def measure(rank: int, case: Case, specs: list[LayerSpec] | None = None) -> dict[str, int]:
     """Train two steps, and return what is held in the second."""
     engine = build_engine(case, specs=specs)
-    engine.train_batch(micro_batches(0, case, engine.unit.data_parallel_rank))
+    engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
     probe = Probe(engine)
     with torch.autograd.graph.saved_tensors_hooks(probe.keep, lambda tensor: tensor), noting_deferred(probe):
-        engine.train_batch(micro_batches(1, case, engine.unit.data_parallel_rank))
+        engine.train_batch(micro_batches(1, case, engine.mpu.data_parallel_rank))
     weights = list(engine.module.parameters())
     torch_optimizer = engine.view.torch_optimizer
     masters = [parameter for group in torch_optimizer.param_groups for parameter in group["params"]]
     states = [value for state in torch_optimizer.state.values() for value in state.values()]
     return {
-        "pipe_rank": engine.unit.pipe_rank,
+        "pipe_rank": engine.mpu.pipe_rank,
         "weights": num_bytes(weights),
         "masters": num_bytes(weights + masters) - num_bytes(weights),
         "optimizer_states": num_bytes(state for state in states if isinstance(state, Tensor)),

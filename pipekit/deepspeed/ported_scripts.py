@@ -12,8 +12,8 @@ from deepspeed.runtime.pipe.module import TiedLayerSpec as DeepSpeedTiedLayerSpe
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
+from pipekit.deepspeed.patches import use_joined_processes
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.distributed.processes import join_as_deepspeed
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.layout import DEFAULT_ORDER, Axis, Layout, plan_layout
@@ -103,7 +103,7 @@ def build_unit(
     Raises:
         LayoutError: if the degrees do not fit the number of processes.
     """
-    join_as_deepspeed()
+    use_joined_processes()
     layout = _plan_layout(num_stages, topology, dist.get_world_size())
     if isinstance(schedule, Schedule):
         placement = schedule.placement

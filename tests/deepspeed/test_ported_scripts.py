@@ -11,7 +11,7 @@ from deepspeed.runtime.pipe.topology import (
     ProcessTopology,
 )
 
-from pipekit.deepspeed.adoption import _plan_layout
+from pipekit.deepspeed.ported_scripts import _plan_layout
 from pipekit.errors import LayoutError
 from pipekit.layout import DEFAULT_ORDER, Layout
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
+from pipekit.deepspeed.patches import forget_engine, linear_function, number_from_zero, use_joined_processes
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.diagnostics import Diagnostics
@@ -29,7 +27,7 @@ from pipekit.errors import ConfigError
 from pipekit.tensor_parallel import Logits, has_partial_gradient
 
 
-class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
+class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     """Trains a `PipelineModule` of one stage under ZeRO-2 or 3.
 
     It does to its users what `PipelineEngine` does. Each micro-batch goes forward and back at once, through DeepSpeed's
@@ -67,16 +65,16 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
             )
         given = {**prepare_optimizer(module, build_optimizer, config), **deepspeed_args}
         sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
-        # DeepSpeed numbers modules and parameters through all engines of a process, and compares what ranks have.
-        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
-        Init.param_id = 0
-        # ZeRO-3 puts a function of its own in the place of F.linear, for all that this process does from then on.
-        with _linear(F.linear):
+        use_joined_processes()
+        number_from_zero()
+        with linear_function(F.linear):
             super().__init__(
                 args=None, model=module, mpu=mpu, config=config, config_class=DeepSpeedConfig(config, mpu), **given
             )
             self._own_linear = F.linear
-        self.unit = mpu
+        forget_engine()
+        self.mpu = mpu
+        mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu)
         self.executor = Executor(module, mpu, view=self.view, device=self.device, forward=self, backward=self._backward)
         self.executor.reader = _AgreeingReader(mpu, device=self.device)
@@ -116,7 +114,7 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         self._begin_training(data_iter)
         self._micro_batches_done = 0
-        with self._diagnostics.watch(self.global_steps), _linear(self._own_linear):
+        with self._diagnostics.watch(self.global_steps), linear_function(self._own_linear):
             losses = self.executor.run(
                 self.schedule, self.data_iterator, loss_fn=self._loss, dropout_step=self.global_steps
             )
@@ -128,7 +126,7 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         return self._mean_of_replicas(losses)
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
-        with _linear(self._own_linear):
+        with linear_function(self._own_linear):
             return super().eval_batch(*args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Any) -> Any:
@@ -150,17 +148,6 @@ class ReplicaEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self.backward(loss)
         if not is_last:
             self.step()
-
-
-@contextmanager
-def _linear(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `F.linear` be a function inside, and what it was before outside."""
-    before = F.linear
-    F.linear = function
-    try:
-        yield
-    finally:
-        F.linear = before
 
 
 class _AgreeingReader(MicroBatchReader):

@@ -1,0 +1,126 @@
+"""Replacements at run time of functions of DeepSpeed 0.19.8 and torch 2.13, each with its reason."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.pipe import p2p
+from deepspeed.runtime.zero import parameter_offload, stage3, stage_1_and_2
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import groups
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
+
+import deepspeed
+
+
+def use_joined_processes() -> None:
+    """Have DeepSpeed talk through the process groups of torch; it joins the processes where that has not been done.
+
+    On CPUs DeepSpeed would compile a shared-memory collective at its first use. That takes most of a minute, and a run
+    that is killed meanwhile leaves it locked. It serves inference; training does not call it.
+    """
+    # The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.
+    module: Any = import_module("deepspeed.comm.torch")
+    if get_accelerator().device_name() == "cpu":
+        module.build_shm_op = lambda: None
+    for method in vars(module.TorchBackend).values():
+        # The world of the moment when DeepSpeed was imported, which may have ended; None is that of the call.
+        if any(isinstance(default, ProcessGroup) for default in getattr(method, "__defaults__", None) or ()):
+            method.__defaults__ = tuple(None if isinstance(d, ProcessGroup) else d for d in method.__defaults__)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+
+
+def number_from_zero() -> None:
+    """Number modules and parameters of ZeRO-3 from zero again.
+
+    DeepSpeed counts them through all engines of a process, and compares what ranks have.
+    """
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][:] = [0]
+    Init.param_id = 0
+
+
+@contextmanager
+def linear_function(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `F.linear` be a function inside, and what it was before outside.
+
+    ZeRO-3 puts a function of its own in its place, for all that the process does from then on.
+    """
+    before = F.linear
+    F.linear = function
+    try:
+        yield
+    finally:
+        F.linear = before
+
+
+def forget_engine() -> None:
+    """Clear what DeepSpeed's modules keep of the engine that was built last.
+
+    The grid of its own messages and the mpu of its activation checkpointing are not used here. The mpu of
+    `deepspeed.utils.groups` would be taken for its own by an engine without one that is built later. What ZeRO-3 has on
+    its stack between forwards is the whole model, which each forward puts there again.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    p2p._grid = None
+    checkpointing.mpu = None
+    groups.mpu = None
+
+
+def drop_process_groups(*owners: Any) -> None:
+    """Drop what objects of DeepSpeed have of process groups as attributes: a group lives as long as it is kept."""
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            kept = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(item, ProcessGroup) for item in kept):
+                vars(owner)[name] = None
+
+
+def _cache_in_coordinator() -> None:
+    """Keep what ZeRO-3 remembers of a coordinator in it: a cache of the class holds all engines for ever."""
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    timed = getattr(PartitionedParameterCoordinator, name)
+    # Within a wrapper that does not name it.
+    cached = next(cell.cell_contents for cell in timed.__closure__ if hasattr(cell.cell_contents, "cache_clear"))
+
+    def params_to_release(coordinator: Any, module: Any, step: int) -> set[int]:
+        known = vars(coordinator).setdefault("_known_params_to_release", {})
+        if (module, step) not in known:
+            known[module, step] = cached.__wrapped__(coordinator, module, step)
+        released: set[int] = known[module, step]
+        return released
+
+    setattr(PartitionedParameterCoordinator, name, params_to_release)
+
+
+def _register_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook of a ZeRO optimizer, which the parameter does not keep.
+
+    A hook that refers to its parameter is a cycle that Python's collector cannot see. The optimizer keeps the handle.
+    """
+    weak = weakref.ref(hook)
+
+    def call(parameter: Tensor) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(parameter)
+
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+    handle.hook = hook  # type: ignore[attr-defined]
+    return handle
+
+
+_cache_in_coordinator()
+for _optimizer in (stage_1_and_2, stage3, bf16_optimizer):
+    _optimizer.register_grad_hook = _register_gradient_hook

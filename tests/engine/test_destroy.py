@@ -1,0 +1,120 @@
+"""What is left of an engine that was destroyed, and of processes that have left each other: nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine_jobs import Case, build_engine, micro_batches
+from gloo_workers import GlooWorkers
+from pipekit.errors import CommunicationError
+
+LAYOUTS = [
+    Case(pp=4),
+    Case(pp=2, dp=2, zero=0),
+    Case(tp=2, dp=2),
+    Case(pp=2, tp=2, precision="bf16"),
+    Case(dp=4, zero=0),
+    Case(dp=4, zero=1),
+    Case(dp=4, zero=2),
+    Case(dp=4, zero=3),
+    Case(dp=2, tp=2, zero=2),
+    Case(pp=2, dp=2, schedule="zb-h1"),
+]
+
+
+def threads_and_files(at_most: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Count the threads and open files of this process; wait a while for those that are about to end."""
+    deadline_s = time.monotonic() + 10.0
+    while True:
+        found = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+        if at_most is None or (found[0] <= at_most[0] and found[1] <= at_most[1]) or time.monotonic() > deadline_s:
+            return found
+        time.sleep(0.05)
+
+
+def assert_no_more(counts: tuple[int, int], first: tuple[int, int], when: str) -> None:
+    """Compare threads with threads and files with files."""
+    assert counts[0] <= first[0], f"{counts[0]} threads {when}, and {first[0]} before"
+    assert counts[1] <= first[1], f"{counts[1]} open files {when}, and {first[1]} before"
+
+
+def joined(rank: int) -> tuple[int, int]:
+    """Count what a process has that has joined the others, and has talked to them."""
+    dist.all_reduce(torch.ones(1))
+    gc.collect()
+    return threads_and_files()
+
+
+def train_and_destroy(rank: int, cases: list[Case], at_most: tuple[int, int]) -> list[tuple[int, int]]:
+    found = []
+    for case in cases:
+        engine = build_engine(case)
+        engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
+        engine.destroy()
+        found.append(threads_and_files(at_most))
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_twenty_engines_of_ten_layouts_leave_no_thread_and_no_file(gloo: GlooWorkers) -> None:
+    # The first engine loads libraries, which may keep files open.
+    gloo.run(4, train_and_destroy, LAYOUTS[:1], (0, 0))
+    first = max(gloo.run(4, joined))
+    for start in range(0, 20, 5):
+        cases = [LAYOUTS[index % len(LAYOUTS)] for index in range(start, start + 5)]
+        for found in gloo.run(4, train_and_destroy, cases, first):
+            for case, counts in zip(cases, found, strict=True):
+                assert_no_more(counts, first, f"after {case}")
+    for counts in gloo.run(4, joined):
+        assert_no_more(counts, first, "at the end")
+
+
+def leave_without_destroying(rank: int, case: Case) -> None:
+    engine = build_engine(case)
+    engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
+
+
+def test_processes_that_leave_end_the_groups_of_engines_that_nobody_destroyed(gloo: GlooWorkers) -> None:
+    gloo.run(4, leave_without_destroying, LAYOUTS[0])
+    before = gloo.run(4, joined)
+    for case in LAYOUTS[1:8]:
+        gloo.run(4, leave_without_destroying, case)
+    after = gloo.run(4, joined)
+    for counts, first in zip(after, before, strict=True):
+        assert_no_more(counts, first, "at the end")
+
+
+def share_groups(rank: int) -> dict[str, Any]:
+    import deepspeed
+
+    case = Case(dp=2, steps=1)
+    first = build_engine(case)
+    second = build_engine(case, unit=first.unit)
+    first.destroy()
+    first.destroy()
+    loss = float(second.train_batch(micro_batches(0, case, rank)))
+    second.destroy()
+    with pytest.raises(CommunicationError, match=r"freed by engine.destroy\(\); build a new module"):
+        build_engine(case, unit=first.unit)
+    # An engine of DeepSpeed without a pipeline takes nothing over from one that had one.
+    module = torch.nn.Linear(2, 1)
+    plain, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=list(module.parameters()),
+        config={"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}},
+    )
+    plain.backward(plain(torch.ones(1, 2)).sum())
+    plain.step()
+    return {"loss": loss}
+
+
+def test_groups_live_until_the_last_engine_that_uses_them_is_destroyed(gloo: GlooWorkers) -> None:
+    results = gloo.run(2, share_groups)
+    assert results[0] == results[1]
