@@ -154,9 +154,8 @@ def build_engine(
 ) -> Any:
     from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
     from pipekit.distributed.mpu import ModelParallelUnit
-    from pipekit.engine.engine import PipelineEngine
+    from pipekit.engine import build
     from pipekit.engine.module import PipelineModule
-    from pipekit.engine.zero_engine import ZeroEngine
     from pipekit.layout import Layout
     from pipekit.partitioners import partition_uniform
     from pipekit.schedules import default_stages_per_rank, plan_schedule, schedule_placement
@@ -181,10 +180,9 @@ def build_engine(
         activation_checkpoint_interval=int(case.checkpointing),
         sequence_parallel=case.sequence_parallel,
     )
-    common = {
-        "mpu": unit,
-        "build_optimizer": lambda parameters: make_optimizer(case, parameters),
-        "deepspeed_config": plan_deepspeed_config(
+    return build.build_engine(
+        module,
+        deepspeed_config=plan_deepspeed_config(
             micro_batch_size=case.micro_batch_size,
             num_micro_batches=GLOBAL_BATCH // (case.micro_batch_size * case.dp),
             precision=case.precision,  # type: ignore[arg-type]
@@ -193,17 +191,12 @@ def build_engine(
             extra=extra or {},
             offload=case.offload,  # type: ignore[arg-type]
         ),
-        "profile": profile,
-    }
-    if case.zero >= 2:
-        return ZeroEngine(module, **common)
-    return PipelineEngine(
-        module,
+        build_optimizer=lambda parameters: make_optimizer(case, parameters),
         plan_schedule=lambda num_micro_batches, costs: plan_schedule(
             case.schedule, pp=case.pp, num_micro_batches=num_micro_batches, costs=costs
         ),
         measure_costs=case.schedule == "auto",
-        **common,
+        profile=profile,
     )
 
 

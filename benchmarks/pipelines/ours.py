@@ -38,7 +38,6 @@ def build_engine(
     module = PipelineModule(workload.specs, mpu=unit, boundaries=boundaries, loss_fn=workload.loss_fn)
     return PipelineEngine(
         module,
-        mpu=unit,
         build_optimizer=workload.build_optimizer,
         deepspeed_config=workload.deepspeed_config(),
         plan_schedule=lambda _, costs: table if costs is None or replan is None else replan(costs),

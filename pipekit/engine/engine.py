@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
 from pipekit.deepspeed.patches import forget_engine, use_joined_processes
-from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor
@@ -38,7 +37,6 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
 
     Args:
         module: this rank's stages.
-        mpu: the process groups; the module's own.
         build_optimizer: called with the rank's trainable parameters; returns a torch optimizer. None where DeepSpeed's
             configuration names one.
         deepspeed_config: DeepSpeed's configuration.
@@ -52,7 +50,6 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self,
         module: PipelineModule,
         *,
-        mpu: ModelParallelUnit,
         build_optimizer: OptimizerBuilder | None,
         deepspeed_config: Mapping[str, Any],
         plan_schedule: SchedulePlanner | None = None,
@@ -60,7 +57,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         profile: bool = False,
         **deepspeed_args: Any,
     ) -> None:
-        config = dict(deepspeed_config)
+        config, mpu = dict(deepspeed_config), module.mpu()
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
         use_joined_processes()
@@ -121,6 +118,8 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self._reducer.finish()
         self._sum_partial_gradients()
         self._reduce_tied_gradients()
+        if self.on_gradients is not None:
+            self.on_gradients(self.view.gradient)
         self.view.hand_over_gradients()
         self._update()
         self.view.clear_gradients()

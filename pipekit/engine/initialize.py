@@ -13,10 +13,8 @@ from torch import nn
 from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
 from pipekit.data.loader import MapDataset
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
-from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.build import build_engine
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.zero_engine import ZeroEngine
-from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import ConfigError
 from pipekit.schedules import Costs, Schedule, plan_schedule
 
@@ -107,20 +105,16 @@ def initialize(
         _check_zero_stage(model, zero)
     if model_parameters is None:
         model_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    common: dict[str, Any] = {
-        "mpu": mpu,
-        "build_optimizer": None,
-        "deepspeed_config": complete_deepspeed_config(settings),
-        "profile": profile,
-        "optimizer": optimizer,
-        "model_parameters": list(model_parameters),
-        "lr_scheduler": lr_scheduler,
-    }
-    engine: TrainingEngine
-    if zero >= 2:
-        engine = ZeroEngine(model, **common)
-    else:
-        engine = PipelineEngine(model, plan_schedule=plan, measure_costs=schedule == "auto", **common)
+    engine = build_engine(
+        model,
+        deepspeed_config=complete_deepspeed_config(settings),
+        plan_schedule=plan,
+        measure_costs=schedule == "auto",
+        profile=profile,
+        optimizer=optimizer,
+        model_parameters=list(model_parameters),
+        lr_scheduler=lr_scheduler,
+    )
     # A schedule that cannot run is refused here, not in the first step.
     plan(engine.micro_batches, None)
     if training_data is not None:

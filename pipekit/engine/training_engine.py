@@ -34,6 +34,12 @@ SchedulePlanner = Callable[[int, Costs | None], Schedule]
 """Returns the table of a step of so many micro-batches; with what the stages' actions cost, once that is known."""
 
 
+GradientOf = Callable[[nn.Parameter], Tensor | None]
+"""Returns the gradient of a parameter; None where it has none. All data-parallel ranks call it together."""
+
+GradientObserver = Callable[[GradientOf], None]
+
+
 class TrainingEngine:
     """The part of an engine that does not depend on how gradients are reduced and weights are updated.
 
@@ -63,6 +69,11 @@ class TrainingEngine:
     _schedules: dict[tuple[str, int], Schedule]
     _costs: Costs | None
     _is_destroyed = False
+
+    on_gradients: GradientObserver | None = None
+    """Called before every update, when the gradients are those of the step and of all replicas, with a function of a
+    parameter that returns its gradient in fp32 or the parameter's own type; of a tensor that tensor-parallel ranks
+    shard, this rank's shard. In fp16 the gradients are multiplied with `view.loss_scale`."""
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one global batch.

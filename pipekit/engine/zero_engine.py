@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
@@ -36,7 +37,6 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
 
     Args:
         module: the whole model; one stage.
-        mpu: the process groups; the module's own.
         build_optimizer: called with the trainable parameters; returns a torch optimizer. None where DeepSpeed's
             configuration names one.
         deepspeed_config: DeepSpeed's configuration.
@@ -51,13 +51,12 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self,
         module: PipelineModule,
         *,
-        mpu: ModelParallelUnit,
         build_optimizer: OptimizerBuilder | None,
         deepspeed_config: Mapping[str, Any],
         profile: bool = False,
         **deepspeed_args: Any,
     ) -> None:
-        config = dict(deepspeed_config)
+        config, mpu = dict(deepspeed_config), module.mpu()
         if mpu.num_stages != 1:
             raise ConfigError(
                 f"ZeRO-{config['zero_optimization']['stage']} needs a model of one stage, and this one has "
@@ -121,6 +120,8 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         if self.view.is_offloaded:
             self.optimizer.finalize_gradient_accumulation_boundary()
         self.set_gradient_accumulation_boundary(True)
+        if self.on_gradients is not None:
+            self.on_gradients(safe_get_full_grad)
         self.step()
         self.view.clear_gradients()
         return self._mean_of_replicas(losses)

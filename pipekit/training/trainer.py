@@ -12,11 +12,10 @@ from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
-from pipekit.engine.engine import PipelineEngine
+from pipekit.engine.build import build_engine
 from pipekit.engine.load import load_checkpoint
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.zero_engine import ZeroEngine
 from pipekit.engine.save import save_checkpoint
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
@@ -157,11 +156,11 @@ class Trainer:
         return StepMetrics(**{**vars(metrics), "val_loss": sum(losses) / len(losses), "extra": extra or None})
 
     def _build_engine(self) -> TrainingEngine:
-        plan, unit = self.context.plan, self.context.unit
+        plan = self.context.plan
         parallel = self.config.parallel
         module = PipelineModule(
             self.context.specs,
-            mpu=unit,
+            mpu=self.context.unit,
             boundaries=plan.boundaries,
             loss_fn=self.trial.loss,
             base_seed=self.config.train.seed,
@@ -169,10 +168,9 @@ class Trainer:
             device=self.context.device,
             sequence_parallel=self.config.parallel.sequence_parallel,
         )
-        common: dict[str, Any] = {
-            "mpu": unit,
-            "build_optimizer": self.trial.build_optimizer,
-            "deepspeed_config": plan_deepspeed_config(
+        return build_engine(
+            module,
+            deepspeed_config=plan_deepspeed_config(
                 micro_batch_size=plan.batch.micro_batch_size,
                 num_micro_batches=plan.batch.num_micro_batches,
                 precision=plan.precision,
@@ -181,12 +179,10 @@ class Trainer:
                 extra=self.config.deepspeed,
                 offload=parallel.offload,
             ),
-            "profile": self.config.logging.profile,
-        }
-        if parallel.zero >= 2:
-            return ZeroEngine(module, **common)
-        return PipelineEngine(
-            module, plan_schedule=self._plan_schedule, measure_costs=parallel.schedule == "auto", **common
+            build_optimizer=self.trial.build_optimizer,
+            plan_schedule=self._plan_schedule,
+            measure_costs=parallel.schedule == "auto",
+            profile=self.config.logging.profile,
         )
 
     def _plan_schedule(self, num_micro_batches: int, costs: Costs | None) -> Schedule:

@@ -28,7 +28,7 @@ from pipekit.verify.reference import build_model, record_reference
 from pipekit.verify.replay import compare_updates
 
 if TYPE_CHECKING:
-    from pipekit.engine.step_gradients import GradientOf
+    from pipekit.engine.training_engine import GradientOf
     from pipekit.training.trainer import Trainer
 
 
@@ -108,8 +108,6 @@ def compare_run(trial: Trial, found: Recording, expected: Recording, *, toleranc
 
 
 def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> None:
-    from pipekit.engine.step_gradients import call_before_update
-
     engine = trainer.engine
     module, plan = engine.module, trainer.context.plan
     layer_of = {f"{name}.": layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
@@ -132,7 +130,7 @@ def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> No
 
     losses: list[float] = []
     norms: list[float] = []
-    call_before_update(engine, record_gradients)
+    engine.on_gradients = record_gradients
     record_weights("initial weights", 0)
     module.observe_layer = ActivationRecorder(
         recorder, num_micro_batches=plan.batch.num_micro_batches, shard_of_output=_parts_of(module)

@@ -30,15 +30,13 @@ def gradients_of_each_step(rank: int, case: Case) -> dict[str, Any]:
     """Train, and return each step's loss and the gradient of every parameter, over all micro-batches and replicas."""
     engine = build_engine(case)
     steps: list[dict[str, Tensor]] = []
-    hand_over = engine.view.hand_over_gradients
 
-    def record() -> None:
+    def record(gradient_of: Any) -> None:
         gradients = engine.module.named_logical_parameters()
         scale = engine.view.loss_scale
-        steps.append({name: engine.view.gradient(parameter).float() / scale for name, parameter, _ in gradients})
-        hand_over()
+        steps.append({name: gradient_of(parameter).float() / scale for name, parameter, _ in gradients})
 
-    engine.view.hand_over_gradients = record
+    engine.on_gradients = record
     losses = [
         float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank)))
         for step in range(case.steps)
