@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from pipekit.errors import CommunicationError
 from pipekit.layout import Axis, Layout
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.topology import ProcessTopology
-
-_NAMES_OF_DEEPSPEED: dict[Axis, str] = {"pipe": "pipe", "data": "data", "tensor": "model"}
 
 
 class RankGroup:
@@ -64,13 +57,11 @@ class RankGroup:
 class ModelParallelUnit:
     """Who talks to whom, made from a layout.
 
-    It answers what a training loop asks (`data_parallel_rank`, `should_report_metrics`, `should_build_data_loader`)
-    and, under the names that DeepSpeed uses for its `mpu` and `grid`, what DeepSpeed asks. There, "model parallel"
-    means all ranks that together hold one copy of the model (pipeline x tensor), and "slice parallel" means tensor
-    parallel.
+    It answers what a training loop asks, such as `data_parallel_rank`, `should_report_metrics` and
+    `should_build_data_loader`.
 
     A subclass may answer otherwise, such as with metrics on another rank; the answers of all ranks are compared before
-    anything is trained (`pipekit.distributed.unit_check`).
+    anything is trained (`pipekit.distributed.mpu_check`).
 
     Args:
         layout: the layout of the world; its world size is that of the default process group.
@@ -90,16 +81,6 @@ class ModelParallelUnit:
         self.data = self._build("data")
         self.tensor = self._build("tensor")
         self.model = self._build("pipe", "tensor")
-
-        # What DeepSpeed reads from its own grid as attributes.
-        self.world_size = layout.world_size
-        self.pipe_parallel_size = layout.pp
-        self.data_parallel_size = layout.dp
-        self.model_parallel_size = layout.tp
-        self.slice_parallel_size = layout.tp
-        self.stage_id = self.coordinate.pipe
-        self.data_parallel_id = self.coordinate.data
-        self.pp_group = self.pipe.ranks
 
     def _build(self, *axes: Axis) -> RankGroup:
         group = self.build_group(self.layout.groups(*axes))
@@ -142,8 +123,6 @@ class ModelParallelUnit:
         for group in self._groups.values():
             if group is not None:
                 group.free()
-
-    # What a training loop asks.
 
     @property
     def pipe_rank(self) -> int:
@@ -194,108 +173,3 @@ class ModelParallelUnit:
         """Return the global rank that holds `stage` in this process's pipeline."""
         pipe_rank = self.placement[stage]
         return self.layout.rank(pipe=pipe_rank, data=self.coordinate.data, tensor=self.coordinate.tensor)
-
-    # What DeepSpeed asks, under its names.
-
-    def get_global_rank(self) -> int:
-        return self.global_rank
-
-    def get_stage_id(self) -> int:
-        return self.coordinate.pipe
-
-    def get_data_parallel_id(self) -> int:
-        return self.coordinate.data
-
-    def stage_to_global(self, stage_id: int, *, data: int | None = None, model: int | None = None) -> int:
-        # DeepSpeed knows one stage a rank, and means the pipeline rank; its axis `model` is tensor.
-        return self.layout.rank(
-            pipe=stage_id,
-            data=self.coordinate.data if data is None else data,
-            tensor=self.coordinate.tensor if model is None else model,
-        )
-
-    @cached_property
-    def _topo(self) -> ProcessTopology:
-        from deepspeed.runtime.pipe.topology import ProcessTopology  # planning loads this module, and does without
-
-        order = self.layout.order
-        return ProcessTopology(
-            axes=[_NAMES_OF_DEEPSPEED[axis] for axis in order], dims=[self.layout.degree(axis) for axis in order]
-        )
-
-    def topology(self) -> ProcessTopology:
-        return self._topo
-
-    @property
-    def p2p_groups(self) -> list[list[int]]:
-        # Each rank with the one behind it in its pipeline, the last one with the first.
-        pairs = {
-            rank: [rank, following]
-            for ranks in self.layout.groups("pipe")
-            for rank, following in zip(ranks, [*ranks[1:], ranks[0]], strict=True)
-        }
-        return [pairs[rank] for rank in range(self.layout.world_size)]
-
-    def get_pipe_parallel_rank(self) -> int:
-        return self.coordinate.pipe
-
-    def get_pipe_parallel_world_size(self) -> int:
-        return self.layout.pp
-
-    def get_pipe_parallel_group(self) -> dist.ProcessGroup:
-        return self.pipe.process_group
-
-    def get_pipe_parallel_src_rank(self) -> int:
-        return self.pipe.ranks[0]
-
-    get_pipeline_model_parallel_rank = get_pipe_parallel_rank
-    get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
-    get_pipeline_model_parallel_group = get_pipe_parallel_group
-    get_pipeline_model_parallel_first_rank = get_pipe_parallel_src_rank
-
-    def get_pipeline_model_parallel_last_rank(self) -> int:
-        return self.pipe.ranks[-1]
-
-    def get_data_parallel_rank(self) -> int:
-        return self.coordinate.data
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.layout.dp
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.data.process_group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return self.data.ranks
-
-    def get_data_parallel_src_rank(self) -> int:
-        return self.data.ranks[0]
-
-    def get_model_parallel_rank(self) -> int:
-        return self.model.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.model.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.model.process_group
-
-    def get_model_parallel_src_rank(self) -> int:
-        return self.model.ranks[0]
-
-    def get_slice_parallel_rank(self) -> int:
-        return self.coordinate.tensor
-
-    def get_slice_parallel_world_size(self) -> int:
-        return self.layout.tp
-
-    def get_slice_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor.process_group
-
-    def get_slice_parallel_src_rank(self) -> int:
-        return self.tensor.ranks[0]
-
-    get_tensor_model_parallel_rank = get_slice_parallel_rank
-    get_tensor_model_parallel_world_size = get_slice_parallel_world_size
-    get_tensor_model_parallel_group = get_slice_parallel_group
-    get_tensor_model_parallel_src_rank = get_slice_parallel_src_rank

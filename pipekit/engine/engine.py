@@ -64,9 +64,9 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         super().__init__(
             args=None,
             model=module,
-            mpu=mpu,
+            mpu=module._grid,
             config=config,
-            config_class=DeepSpeedConfig(config, mpu),
+            config_class=DeepSpeedConfig(config, module._grid),
             **{**prepare_optimizer(module, build_optimizer, config), **deepspeed_args},
         )
         forget_engine()

@@ -15,9 +15,10 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.ported_scripts import adopt_layers, build_unit
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.distributed.unit_check import check_unit
+from pipekit.distributed.mpu_check import check_mpu
 from pipekit.engine.tensor_group import ProcessTensorGroup
 from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
@@ -114,7 +115,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         if mpu is None:
             mpu = build_unit(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
         elif type(mpu) is not ModelParallelUnit:
-            check_unit(mpu)
+            check_mpu(mpu)
         self.boundaries = list(boundaries or self._cut(partition_method, mpu.placement))
         self.stages = mpu.stages
         self.tensor_group = ProcessTensorGroup(mpu.tensor) if mpu.layout.tp > 1 else None
@@ -145,8 +146,9 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.stage_id = mpu.pipe_rank
         self.parts = self.boundaries
         self.global_rank = mpu.global_rank
-        self._grid = mpu
-        self._topo = mpu.topology()
+        self._mpu = mpu
+        self._grid = DeepSpeedMPU(mpu)
+        self._topo = self._grid.topology()
         self._layer_specs = self.layer_specs
         self._num_layers = len(self.layer_specs)
         self._set_bounds(self.layer_indices[0], self.layer_indices[-1] + 1)
@@ -156,6 +158,10 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.activation_checkpoint_interval = 0
         self.activation_checkpoint_func = deepspeed_checkpointing.checkpoint
         self.dynamic_shape = True
+
+    def mpu(self) -> ModelParallelUnit:
+        """The process groups."""
+        return self._mpu
 
     def layers_of(self, stage: int) -> range:
         """The indices of the layers that a stage holds."""

@@ -68,7 +68,12 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         number_from_zero()
         with linear_function(F.linear):
             super().__init__(
-                args=None, model=module, mpu=mpu, config=config, config_class=DeepSpeedConfig(config, mpu), **given
+                args=None,
+                model=module,
+                mpu=module._grid,
+                config=config,
+                config_class=DeepSpeedConfig(config, module._grid),
+                **given,
             )
             self._own_linear = F.linear
         forget_engine()

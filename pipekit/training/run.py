@@ -14,7 +14,7 @@ import torch
 from pipekit.config import Config
 from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together
-from pipekit.distributed.unit_check import check_unit
+from pipekit.distributed.mpu_check import check_mpu
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec
 from pipekit.plan.decide import Decision
@@ -99,7 +99,7 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
     """
     kind = load_trial(plan.config)
     unit = kind.build_unit(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
-    check_unit(unit, layout=plan.layout, placement=plan.placement)
+    check_mpu(unit, layout=plan.layout, placement=plan.placement)
     specs = kind.build_layers(plan.config) if specs is None else specs
     return kind(TrialContext(plan, specs, unit, device, RunFolder(Path(plan.config.run.dir))))
 

@@ -1,9 +1,8 @@
-"""The model-parallel unit under every order of the axes, against DeepSpeed's own grid."""
+"""The groups of a model-parallel unit under every order of the axes."""
 
 from __future__ import annotations
 
 from itertools import permutations
-from typing import Any
 
 import pytest
 
@@ -14,95 +13,6 @@ pytestmark = pytest.mark.distributed
 
 AXES: tuple[Axis, ...] = ("pipe", "data", "tensor")
 ORDERS: list[Order] = [(one, two, three) for one, two, three in permutations(AXES)]
-LAYOUTS = [
-    *[Layout(*degrees, order=order) for degrees in ((2, 2, 1), (2, 1, 2), (1, 2, 2)) for order in ORDERS],
-    *[Layout(*degrees) for degrees in ((4, 1, 1), (1, 4, 1), (1, 1, 4))],
-    *[Layout(2, 2, 2, order=order) for order in ORDERS],
-]
-
-
-def plain(value: Any) -> Any:
-    """Return a group's ranks in place of the group."""
-    import torch.distributed as dist
-
-    return sorted(dist.get_process_group_ranks(value)) if isinstance(value, dist.ProcessGroup) else value
-
-
-def answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what our unit and DeepSpeed's grid of the same topology say, by name."""
-    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
-
-    from pipekit.distributed.mpu import ModelParallelUnit
-
-    ours = ModelParallelUnit(layout)
-    theirs = PipelineParallelGrid(topology=ours.topology())
-    getters = [name for name in dir(theirs) if name.startswith("get_")]
-    attributes = ["global_rank", "world_size", "stage_id", "data_parallel_id", "pp_group", "p2p_groups"]
-    attributes += ["is_first_stage", "is_last_stage"]
-    attributes += [f"{axis}_parallel_size" for axis in ("pipe", "data", "model", "slice")]
-    said: list[dict[str, Any]] = []
-    for unit in (ours, theirs):
-        found = {name: plain(getattr(unit, name)()) for name in getters}
-        found |= {name: plain(getattr(unit, name)) for name in attributes}
-        found["topology"] = (list(unit.topology().get_axis_names()), unit.topology().get_coord(rank)._asdict())
-        found["_topo"] = unit._topo is unit.topology()
-        for stage in range(layout.pp):
-            found[f"stage {stage}"] = unit.stage_to_global(stage_id=stage)
-            for replica in range(layout.dp):
-                named = {"data": replica, "model": layout.tp - 1}
-                found[f"stage {stage} of replica {replica}"] = unit.stage_to_global(stage_id=stage, **named)
-        said.append({name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
-    return said[0], said[1]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_it_answers_as_deepspeeds_grid_does(gloo: GlooWorkers, layout: Layout) -> None:
-    for ours, theirs in gloo.run(layout.world_size, answers, layout):
-        assert len(theirs) > 30
-        assert ours == theirs
-
-
-def megatron_answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what DeepSpeed asks of an `mpu` beside its own grid's names, and what it must be by the layout."""
-    from deepspeed.utils.bwc import (
-        bwc_pipeline_parallel_group,
-        bwc_pipeline_parallel_world_size,
-        bwc_tensor_model_parallel_group,
-        bwc_tensor_model_parallel_rank,
-        bwc_tensor_model_parallel_world_size,
-    )
-
-    from pipekit.distributed.mpu import ModelParallelUnit
-
-    unit = ModelParallelUnit(layout)
-    place = layout.coordinate(rank)
-
-    def along(*axes: Axis) -> list[int]:
-        return next(ranks for ranks in layout.groups(*axes) if rank in ranks)
-
-    at = {"pipe": place.pipe, "data": place.data, "tensor": place.tensor}
-    pairs = {
-        "tensor rank": (bwc_tensor_model_parallel_rank(unit), place.tensor),
-        "tensor size": (bwc_tensor_model_parallel_world_size(unit), layout.tp),
-        "tensor group": (plain(bwc_tensor_model_parallel_group(unit)), along("tensor")),
-        "pipe size": (bwc_pipeline_parallel_world_size(unit), layout.pp),
-        "pipe group": (plain(bwc_pipeline_parallel_group(unit)), along("pipe")),
-        "pipe rank": (unit.get_pipeline_model_parallel_rank(), place.pipe),
-        "tensor source": (unit.get_tensor_model_parallel_src_rank(), layout.rank(**{**at, "tensor": 0})),
-        "slice source": (unit.get_slice_parallel_src_rank(), layout.rank(**{**at, "tensor": 0})),
-        "data source": (unit.get_data_parallel_src_rank(), layout.rank(**{**at, "data": 0})),
-        "pipe source": (unit.get_pipe_parallel_src_rank(), layout.rank(**{**at, "pipe": 0})),
-        "first": (unit.get_pipeline_model_parallel_first_rank(), layout.rank(**{**at, "pipe": 0})),
-        "last": (unit.get_pipeline_model_parallel_last_rank(), layout.rank(**{**at, "pipe": layout.pp - 1})),
-        "model source": (unit.get_model_parallel_src_rank(), layout.rank(data=place.data)),
-    }
-    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
-
-
-@pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_it_answers_to_megatrons_names_too(gloo: GlooWorkers, order: Order) -> None:
-    for said, expected in gloo.run(8, megatron_answers, Layout(2, 2, 2, order=order)):
-        assert said == expected
 
 
 def sums(rank: int, layout: Layout) -> list[tuple[float, list[int]]]:
