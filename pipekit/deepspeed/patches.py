@@ -65,6 +65,18 @@ def linear_function(function: Callable[..., Tensor]) -> Iterator[None]:
         F.linear = before
 
 
+def replace_norm(optimizer: Any, norm: Callable[..., Any]) -> None:
+    """Have an optimizer of DeepSpeed take the norm of the gradients, or the gradients for it, from a function of ours.
+
+    That of ZeRO-1 and 2 makes one all-reduce for each parameter group, and waits for ever where stages have different
+    numbers of groups that are not empty. That of ZeRO-3 counts tied and replicated parameters on every rank. That of
+    BF16_Optimizer stops on a stage that owns none of its parameters.
+    """
+    names = ("scaled_global_norm", "_get_norm_groups", "get_grads_for_norm")
+    kinds = (stage_1_and_2.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3, bf16_optimizer.BF16_Optimizer)
+    setattr(optimizer, next(name for name, kind in zip(names, kinds, strict=True) if isinstance(optimizer, kind)), norm)
+
+
 def forget_engine() -> None:
     """Clear what DeepSpeed's modules keep of the engine that was built last.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipekit.deepspeed.optimizers import OptimizerView
+from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import Receiver, Sender, encode_meta
 from pipekit.engine.micro_batches import MicroBatchReader, StepData, to_device

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from pipekit.deepspeed.optimizers import OptimizerView
+from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import RankGroup
 from pipekit.engine.channels import wait
 

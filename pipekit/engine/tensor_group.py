@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipekit.deepspeed.optimizers import whole_shape
+from pipekit.deepspeed.optimizer_view import whole_shape
 from pipekit.distributed.mpu import RankGroup
 from pipekit.engine.channels import wait
 from pipekit.tensor_parallel.group import Pending, TensorGroup

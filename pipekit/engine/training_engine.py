@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import sample_order
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
-from pipekit.deepspeed.optimizers import OptimizerView
+from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.deepspeed.patches import drop_process_groups
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait

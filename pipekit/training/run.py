@@ -13,8 +13,8 @@ import torch
 
 from pipekit.config import Config
 from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
-from pipekit.distributed.processes import join_processes, leave_processes, raise_together
 from pipekit.distributed.mpu_check import check_mpu
+from pipekit.distributed.processes import join_processes, leave_processes, raise_together
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec
 from pipekit.plan.decide import Decision

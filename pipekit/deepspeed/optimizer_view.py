@@ -1,0 +1,259 @@
+"""View of an optimizer of DeepSpeed: gradients, their norm, masters and moments; here of the plain torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor, nn
+
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.tensors.weight_gradients import Compute, add_gradient
+
+# What fp16's dynamic loss scale consists of, in DeepSpeed.
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter that ZeRO-3 may have cut into one piece for each data-parallel rank.
+
+    Example:
+        >>> whole_shape(torch.zeros(2, 3))
+        (2, 3)
+    """
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class OptimizerView:
+    """The plain torch optimizer: gradients in `parameter.grad`, whole moments in its state.
+
+    Args:
+        optimizer: what DeepSpeed made of the torch optimizer.
+        mpu: the process groups over which norms are summed.
+    """
+
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
+        self.optimizer = optimizer
+        self._mpu = mpu
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before its backward (fp16 only; otherwise 1)."""
+        return 1.0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The torch optimizer's parameter groups."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self) -> None:
+        """Take up the gradients of a backward that has just ended."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the accumulated gradient of a parameter."""
+        return parameter.grad
+
+    def gradient_or_zeros(self, parameter: nn.Parameter) -> Tensor:
+        """Return the accumulated gradient of a parameter, which is zero from now on if there was none."""
+        if self.gradient(parameter) is None:
+            self.add(parameter, lambda: torch.zeros_like(parameter))
+        gradient = self.gradient(parameter)
+        assert gradient is not None
+        return gradient
+
+    def add(self, parameter: Tensor, compute: Compute) -> None:
+        """Add to the accumulated gradient of a parameter what `compute` returns."""
+        add_gradient(parameter, compute)
+
+    def hand_over_gradients(self) -> None:
+        """Give the gradients, which are now those of the whole step and of all replicas, to the optimizer."""
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether masters and moments are in host memory; DeepSpeed reduces gradients on the way there."""
+        return False
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of a step that has ended."""
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Return the state of fp16's dynamic loss scale; empty in other precisions."""
+        return {}
+
+    def load_loss_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Set the state of fp16's dynamic loss scale; other precisions have none, and ignore it."""
+
+    def state_names(self) -> list[str]:
+        """Return the names of the per-element optimizer states, such as `exp_avg`; empty before the first step."""
+        for state in self.torch_optimizer.state.values():
+            return sorted(key for key, value in state.items() if isinstance(value, Tensor) and key != "step")
+        return []
+
+    def step_count(self) -> int:
+        """Return how many updates the optimizer has made."""
+        for state in self.torch_optimizer.state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
+
+    def full_master(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole fp32 weights of a parameter. All data-parallel ranks call this together."""
+        return parameter.detach().float()
+
+    def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """Return a whole optimizer state of a parameter. All data-parallel ranks call this together."""
+        state: Tensor = self.optimizer.state[parameter][name]
+        return state
+
+    def full_frozen(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole weights of a parameter without gradients. All data-parallel ranks call this together."""
+        return parameter.detach()
+
+    def load_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the weights of a parameter without gradients. All data-parallel ranks call this together."""
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    def load_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Set fp32 weights, and the low-precision weights that follow from them."""
+        with torch.no_grad():
+            for parameter, value in masters:
+                parameter.copy_(value)
+
+    def prepare_states(self, names: Sequence[str], step: int) -> None:
+        """Create optimizer states filled with zeros, as if `step` updates had been made."""
+        for group in self.torch_optimizer.param_groups:
+            for parameter in group["params"]:
+                self._prepare_states_of(parameter, group, names, step)
+
+    def _prepare_states_of(self, parameter: Tensor, group: Mapping[str, Any], names: Sequence[str], step: int) -> None:
+        state = self.torch_optimizer.state[parameter]
+        for name in names:
+            state[name] = torch.zeros_like(parameter)
+        if not names:
+            return
+        if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):
+            state["step"] = step
+            return
+        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        if group.get("fused") or group.get("capturable"):
+            state["step"] = state["step"].to(parameter.device)
+
+    def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Set a whole optimizer state of a parameter; `prepare_states` comes first."""
+        self.optimizer.state[parameter][name].copy_(value)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def global_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Return the 2-norm of the whole model's gradient, every tied parameter counted once.
+
+        The gradients are already reduced over data-parallel ranks. All ranks call this together.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)]
+        return self._norm_over_model(gradients)
+
+    def _norm_over_model(self, gradients: Sequence[Tensor], *, sharded: bool = False) -> Tensor:
+        # Not where the masters are: on the CPU, with offload, no other rank could be reached over NCCL.
+        squares = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
+        if gradients:
+            norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+            squares += torch.stack(norms).to(squares.device).square().sum()
+        if sharded:
+            dist.all_reduce(squares, group=self._mpu.data.process_group)
+        dist.all_reduce(squares, group=self._mpu.model.process_group)
+        return squares.sqrt()
+
+
+class FlatOptimizerView(OptimizerView):
+    """What `DeepSpeedZeroOptimizer` and `BF16_Optimizer` have in common: flat fp32 masters, sharded over dp."""
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        return optimizer
+
+    def state_names(self) -> list[str]:
+        names = super().state_names()
+        if names:
+            self._link_states()
+        return names
+
+    def _link_states(self) -> None:
+        """Let each parameter find its piece of the flat states; DeepSpeed does so after its first group's first update,
+        when the other groups have no states yet."""
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def full_master(self, parameter: nn.Parameter) -> Tensor:
+        master: Tensor = safe_get_full_fp32_param(parameter)
+        return master
+
+    def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
+        state: Tensor = safe_get_full_optimizer_state(parameter, name)
+        return state
+
+    def load_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        with torch.no_grad():
+            for parameter, value in masters:
+                parameter.copy_(value)
+                _copy_fragment(parameter, value, state=None)
+
+    def prepare_states(self, names: Sequence[str], step: int) -> None:
+        super().prepare_states(names, step)
+        if names:
+            self._link_states()
+
+    def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            _copy_fragment(parameter, value, state=name)
+
+
+class LossScaledView(OptimizerView):
+    """What the ZeRO optimizers have in common: a torch optimizer inside, and fp16's dynamic loss scale."""
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer
+        return optimizer
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale)
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        scaler = self.optimizer.loss_scaler
+        return {name: float(getattr(scaler, name)) for name in _LOSS_SCALER_STATE} if scaler.dynamic else {}
+
+    def load_loss_scaler_state(self, state: Mapping[str, float]) -> None:
+        if self.optimizer.loss_scaler.dynamic:
+            for name, value in state.items():
+                setattr(self.optimizer.loss_scaler, name, value)
+
+
+def _copy_fragment(parameter: nn.Parameter, value: Tensor, *, state: str | None) -> None:
+    """Copy the part of `value` that falls on this rank into its shard of the masters, or of an optimizer state."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is not None:
+        address = mapping.lp_fragment_address
+        mapping.get_hp_fragment(state).copy_(value.flatten().narrow(0, address.start, address.numel))
