@@ -17,7 +17,14 @@ from pipekit.errors import CheckpointError
 _USERS, _SCHEDULERS = "client_state", "lr_scheduler"
 
 
-def save_engine(engine: TrainingEngine, folder: Path, *, name: str | None, client_state: Mapping[str, Any]) -> Path:
+def save_engine(
+    engine: TrainingEngine,
+    folder: Path,
+    *,
+    name: str | None,
+    client_state: Mapping[str, Any],
+    update_latest: bool = True,
+) -> Path:
     """Write the engine's weights, optimizer states and counters into `folder`, and return the checkpoint's path.
 
     Args:
@@ -25,6 +32,7 @@ def save_engine(engine: TrainingEngine, folder: Path, *, name: str | None, clien
         folder: holds one checkpoint beside the other.
         name: of the checkpoint; follows from the step unless given.
         client_state: what else to keep.
+        update_latest: whether `latest` names it from now on.
 
     Raises:
         CheckpointError: if something could not be written, or cannot be written as JSON.
@@ -47,7 +55,11 @@ def save_engine(engine: TrainingEngine, folder: Path, *, name: str | None, clien
         loss_scaler=view.loss_scaler_state(),
         client_state=state,
     )
-    return save_checkpoint(engine, folder, training=training, config_yaml="{}\n", name=name)
+    # JSON is YAML too.
+    config = json.dumps({"deepspeed": engine.config}, indent=2, default=str) + "\n"
+    return save_checkpoint(
+        engine, folder, training=training, config_yaml=config, name=name, update_latest=update_latest
+    )
 
 
 def load_engine(

@@ -20,6 +20,7 @@ from pipekit.deepspeed.ported_scripts import adopt_layers, build_unit
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.engine.tensor_group import ProcessTensorGroup
+from pipekit.errors import ConfigError
 from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.partitioners import PartitionInputs, partition
@@ -57,16 +58,16 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         topology: DeepSpeed's process topology.
         loss_fn: called on the last stage as `loss_fn(outputs, labels)`; returns a scalar. None where the last layer
             returns the loss.
-        seed_layers: accepted, and always so: what a layer starts from, and what it draws, follows from the seed and the
+        seed_layers: not taken as False: what a layer starts from, and what it draws, follows from the seed and the
             layer alone.
         seed_fn: called with a layer's seed before each layer is built and run, in place of `torch.manual_seed`.
         base_seed: of the initial weights and of dropout.
         partition_method: `parameters`, `uniform` or `type:<regex>`.
         activation_checkpoint_interval: keep only the input of every so many layers, and recompute the rest in the
             backward; 0 keeps everything.
-        activation_checkpoint_func: accepted; checkpointing is torch's own, which takes any inputs and outputs.
+        activation_checkpoint_func: torch's or DeepSpeed's own; torch's is used, which takes any inputs and outputs.
         checkpointable_layers: class names of layers to checkpoint; all unless given.
-        dynamic_shape: accepted, and always so.
+        dynamic_shape: whether shapes will change from step to step; they always may.
         schedule: what the engine runs: a name, the path of a CSV file, or a table.
         stages_per_rank: stages on each rank; as many as the schedule is made for, unless given.
         mpu: the process groups. The answers of a subclass of `ModelParallelUnit` are compared over all ranks first.
@@ -103,6 +104,13 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         sequence_parallel: bool = True,
     ) -> None:
         nn.Module.__init__(self)
+        if not seed_layers:
+            raise ConfigError("PipelineModule always seeds its layers; leave seed_layers out, or set it to True")
+        if activation_checkpoint_func not in (None, checkpoint, deepspeed_checkpointing.checkpoint):
+            raise ConfigError(
+                "PipelineModule checkpoints activations with torch.utils.checkpoint alone; leave "
+                "activation_checkpoint_func out"
+            )
         self.layer_specs = adopt_layers(layers)
         self.layer_names = layer_names(self.layer_specs)
         self.loss_fn = loss_fn

@@ -40,6 +40,7 @@ def save_checkpoint(
     extra_files: Mapping[str, Path] | None = None,
     keep: int | None = None,
     name: str | None = None,
+    update_latest: bool = True,
 ) -> Path:
     """Write a checkpoint into `folder` and return its path. Every rank calls this together.
 
@@ -54,6 +55,7 @@ def save_checkpoint(
         extra_files: files to copy in, by name.
         keep: how many checkpoints to keep in `folder`; None keeps all.
         name: of the checkpoint; follows from the step unless given.
+        update_latest: whether `latest` names it from now on.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; nothing is left behind.
@@ -81,6 +83,8 @@ def save_checkpoint(
         if rank == 0:
             try:
                 _finish(temporary, final, written, training, config_yaml, extra_files or {})
+                if update_latest:
+                    write_atomically(folder / LATEST_FILE, name + "\n")
                 _prune(folder, keep)
             except OSError as failure:
                 error = CheckpointError(f"{final}: could not be written: {failure}")
@@ -165,7 +169,6 @@ def _finish(
     manifest = Manifest(training=training, tensors=tensors, file_bytes=file_bytes, written_by=versions)
     write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
     replace_folder(temporary, final)  # A run that was set back to an earlier step passes here again.
-    write_atomically(final.parent / LATEST_FILE, final.name + "\n")
 
 
 def _prune(folder: Path, keep: int | None) -> None:

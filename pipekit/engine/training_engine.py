@@ -50,6 +50,7 @@ class TrainingEngine:
     module: PipelineModule
     device: torch.device
     lr_scheduler: Any
+    config: Any
     global_steps: int
     global_samples: int
     micro_batches: int
@@ -297,12 +298,14 @@ class TrainingEngine:
             save_dir: the folder, which every rank sees.
             tag: name of the checkpoint; follows from the step unless given.
             client_state: what else to keep: numbers, texts, lists and dicts.
-            save_latest: accepted; `latest` always names the newest.
-            exclude_frozen_parameters: accepted; frozen parameters are always written.
+            save_latest: whether `latest` names it from now on.
+            exclude_frozen_parameters: not taken.
         """
         from pipekit.engine.engine_state import save_engine
 
-        save_engine(self, Path(save_dir), name=tag, client_state=client_state or {})
+        if exclude_frozen_parameters:
+            raise PipekitError("save_checkpoint always writes frozen parameters; leave exclude_frozen_parameters out")
+        save_engine(self, Path(save_dir), name=tag, client_state=client_state or {}, update_latest=save_latest)
         return True
 
     def load_checkpoint(
@@ -320,7 +323,7 @@ class TrainingEngine:
         Args:
             load_dir: the folder that it was saved into.
             tag: name of the checkpoint; the newest unless given.
-            load_module_strict: accepted; a checkpoint of another model is always refused.
+            load_module_strict: not taken as False.
             load_optimizer_states: whether to read the optimizer's states.
             load_lr_scheduler_states: whether to read the learning-rate scheduler's state.
             load_module_only: whether to read weights alone.
@@ -331,6 +334,11 @@ class TrainingEngine:
         """
         from pipekit.engine.engine_state import load_engine
 
+        if not load_module_strict:
+            raise PipekitError(
+                "load_checkpoint refuses a checkpoint of another model; leave load_module_strict out, and change the "
+                "module to what was saved"
+            )
         if custom_load_fn is not None:
             raise PipekitError("load_checkpoint takes no custom_load_fn; change the weights after loading")
         return load_engine(

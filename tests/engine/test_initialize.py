@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, micro_batches
 from engine_jobs import Case as EngineCase
 from gloo_workers import GlooWorkers, RankError
+from pipekit import PipekitError
 from pipekit.layers.specs import LayerSpec
 
 pytestmark = pytest.mark.distributed
@@ -133,6 +135,8 @@ REFUSED = {
     "stages": ({"num_stages": 3}, "num_stages=3 does not divide the 2 processes; try 1 or 2"),
     "no stages": ({"num_stages": None}, "PipelineModule needs num_stages"),
     "layer": ({"layers": [nn.Linear]}, "layer 0 is the class Linear; a layer is a LayerSpec, a module, or a function"),
+    "seeds": ({"seed_layers": False}, "PipelineModule always seeds its layers"),
+    "checkpointing": ({"activation_checkpoint_func": print}, "checkpoints activations with torch.utils.checkpoint alone"),
     "micro-batches": (
         {"schedule": "interleaved-1f1b", "partition_method": "uniform", "config": config(train_batch_size=3)},
         "needs a multiple of parallel.pp=2 micro-batches, and a step has 3",
@@ -180,12 +184,20 @@ def save_and_load(rank: int, folder: str) -> tuple[list[str], bool, dict[str, An
     engine.save_checkpoint(folder, tag="mine", client_state={"note": "so far", "epoch": 3})
     weights = [parameter.detach().clone() for parameter in engine.module.parameters()]
     engine.train_batch(batches(2, engine))
+    engine.save_checkpoint(folder, tag="unnamed", save_latest=False)
+    for call in (
+        lambda: engine.save_checkpoint(folder, exclude_frozen_parameters=True),
+        lambda: engine.load_checkpoint(folder, load_module_strict=False),
+    ):
+        with pytest.raises(PipekitError, match="leave"):
+            call()
     path, client_state = engine.load_checkpoint(folder)
     same = all(map(torch.equal, weights, (parameter.detach() for parameter in engine.module.parameters())))
     names: list[str] = []
     for file in Path(path).glob("weights-*.safetensors"):
         with safe_open(file, framework="pt") as stored:
             names += stored.keys()
+    assert yaml.safe_load((Path(path) / "config.yaml").read_text())["deepspeed"] == engine.config
     return sorted(names), same and engine.global_steps == 2, client_state
 
 
