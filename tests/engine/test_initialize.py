@@ -136,7 +136,7 @@ REFUSED = {
     "no stages": ({"num_stages": None}, "PipelineModule needs num_stages"),
     "layer": ({"layers": [nn.Linear]}, "layer 0 is the class Linear; a layer is a LayerSpec, a module, or a function"),
     "seeds": ({"seed_layers": False}, "PipelineModule always seeds its layers"),
-    "checkpointing": ({"activation_checkpoint_func": print}, "checkpoints activations with torch.utils.checkpoint alone"),
+    "checkpointing": ({"activation_checkpoint_func": print}, "checkpoints activations with torch.utils"),
     "micro-batches": (
         {"schedule": "interleaved-1f1b", "partition_method": "uniform", "config": config(train_batch_size=3)},
         "needs a multiple of parallel.pp=2 micro-batches, and a step has 3",
