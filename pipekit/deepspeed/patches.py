@@ -77,26 +77,38 @@ def replace_norm(optimizer: Any, norm: Callable[..., Any]) -> None:
     setattr(optimizer, next(name for name, kind in zip(names, kinds, strict=True) if isinstance(optimizer, kind)), norm)
 
 
-def forget_engine() -> None:
-    """Clear what DeepSpeed's modules keep of the engine that was built last.
+@contextmanager
+def clean_globals() -> Iterator[None]:
+    """Clear what DeepSpeed's modules keep of an engine that is built inside.
 
     The grid of its own messages and the mpu of its activation checkpointing are not used here. The mpu of
     `deepspeed.utils.groups` would be taken for its own by an engine without one that is built later. What ZeRO-3 has on
     its stack between forwards is the whole model, which each forward puts there again.
     """
-    parameter_offload.FWD_MODULE_STACK.clear()
-    p2p._grid = None
-    checkpointing.mpu = None
-    groups.mpu = None
+    try:
+        yield
+    finally:
+        parameter_offload.FWD_MODULE_STACK.clear()
+        p2p._grid = None
+        checkpointing.mpu = None
+        groups.mpu = None
 
 
-def drop_process_groups(*owners: Any) -> None:
-    """Drop what objects of DeepSpeed have of process groups as attributes: a group lives as long as it is kept."""
+def drop_process_groups(engine: Any) -> None:
+    """Drop what an engine that has ended keeps of process groups: a group lives as long as one refers to it."""
+    optimizer, module = engine.optimizer, engine.module
+    owners = [engine, optimizer, getattr(optimizer, "parameter_offload", None), *module.modules()]
     for owner in owners:
-        for name, value in list(vars(owner).items()):
+        for name, value in list(vars(owner).items()) if owner is not None else ():
             kept = value if isinstance(value, (list, tuple)) else [value]
             if any(isinstance(item, ProcessGroup) for item in kept):
                 vars(owner)[name] = None
+    for parameter in module.parameters():
+        # ZeRO-3 gives them methods, which refer to groups.
+        for name, value in list(vars(parameter).items()):
+            if isinstance(value, ProcessGroup) or callable(value):
+                delattr(parameter, name)
+    module.tied_comms.clear()
 
 
 def _cache_in_coordinator() -> None:

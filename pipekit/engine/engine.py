@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEng
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import forget_engine, use_joined_processes
+from pipekit.deepspeed.patches import clean_globals, use_joined_processes
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor
@@ -61,15 +61,15 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
         use_joined_processes()
-        super().__init__(
-            args=None,
-            model=module,
-            mpu=module._grid,
-            config=config,
-            config_class=DeepSpeedConfig(config, module._grid),
-            **{**prepare_optimizer(module, build_optimizer, config), **deepspeed_args},
-        )
-        forget_engine()
+        with clean_globals():
+            super().__init__(
+                args=None,
+                model=module,
+                mpu=module._grid,
+                config=config,
+                config_class=DeepSpeedConfig(config, module._grid),
+                **{**prepare_optimizer(module, build_optimizer, config), **deepspeed_args},
+            )
         self.mpu = mpu
         mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu)

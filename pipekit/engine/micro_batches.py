@@ -287,7 +287,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, (tuple, list)):
-        return tuple(to_device(part, device) for part in batch)
+        parts = [to_device(part, device) for part in batch]
+        return parts if isinstance(batch, list) else tuple(parts)
     if isinstance(batch, dict):
         return {key: to_device(part, device) for key, part in batch.items()}
     return batch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import RankGroup
@@ -50,7 +50,7 @@ class GradientReducer:
             self._reduce(waiting)
 
     def _reduce(self, gradients: list[Tensor]) -> None:
-        flat = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         work = dist.all_reduce(flat, group=self._group.process_group, async_op=True)
         assert work is not None
         self._buckets.append(_Bucket(gradients, flat, work))
@@ -60,7 +60,7 @@ class GradientReducer:
         for bucket in self._buckets:
             wait(bucket.work, "the gradients of the other replicas")
             bucket.flat.div_(self._group.size)
-            means = _unflatten_dense_tensors(bucket.flat, bucket.gradients)  # type: ignore[no-untyped-call]
+            means = bucket.flat.split([gradient.numel() for gradient in bucket.gradients])
             for gradient, mean in zip(bucket.gradients, means, strict=True):
-                gradient.copy_(mean)
+                gradient.copy_(mean.view_as(gradient))
         self._buckets = []

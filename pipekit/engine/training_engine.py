@@ -265,8 +265,7 @@ class TrainingEngine:
         self._is_destroyed = True
         super().destroy()  # type: ignore[misc]
         self.mpu.release_engine()
-        drop_process_groups(self, self.optimizer, self.module, *self.module.modules(), *self.module.parameters())
-        self.module.tied_comms.clear()
+        drop_process_groups(self)
         del self.executor
         gc.collect()
 

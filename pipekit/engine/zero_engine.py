@@ -14,7 +14,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import forget_engine, linear_function, number_from_zero, use_joined_processes
+from pipekit.deepspeed.patches import clean_globals, linear_function, number_from_zero, use_joined_processes
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.diagnostics import Diagnostics
@@ -66,7 +66,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
         use_joined_processes()
         number_from_zero()
-        with linear_function(F.linear):
+        with linear_function(F.linear), clean_globals():
             super().__init__(
                 args=None,
                 model=module,
@@ -76,7 +76,6 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
                 **given,
             )
             self._own_linear = F.linear
-        forget_engine()
         self.mpu = mpu
         mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu)
