@@ -43,7 +43,7 @@ class OptimizerView:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied with before its backward (fp16 only; otherwise 1)."""
+        """Factor of the loss before its backward (fp16 only; otherwise 1)."""
         return 1.0
 
     @property
@@ -87,7 +87,7 @@ class OptimizerView:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether masters and moments are in host memory; DeepSpeed reduces gradients on the way there."""
+        """True if masters and moments are in host memory; DeepSpeed reduces gradients on the way there."""
         return False
 
     def clear_gradients(self) -> None:
@@ -107,7 +107,7 @@ class OptimizerView:
         return []
 
     def step_count(self) -> int:
-        """Return how many updates the optimizer has made."""
+        """Number of updates that the optimizer has made."""
         for state in self.torch_optimizer.state.values():
             if "step" in state:
                 return int(state["step"])
@@ -186,7 +186,7 @@ class OptimizerView:
 
 
 class FlatOptimizerView(OptimizerView):
-    """What `DeepSpeedZeroOptimizer` and `BF16_Optimizer` have in common: flat fp32 masters, sharded over dp."""
+    """Common base of `DeepSpeedZeroOptimizer` and `BF16_Optimizer`: flat fp32 masters, sharded over dp."""
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -230,7 +230,7 @@ class FlatOptimizerView(OptimizerView):
 
 
 class LossScaledView(OptimizerView):
-    """What the ZeRO optimizers have in common: a torch optimizer inside, and fp16's dynamic loss scale."""
+    """Common base of the ZeRO optimizers: a torch optimizer inside, and fp16's dynamic loss scale."""
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
