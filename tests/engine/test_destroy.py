@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import time
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from engine_jobs import Case, build_engine, micro_batches
 from gloo_workers import GlooWorkers
 from pipekit.errors import CommunicationError
+
+pytestmark = pytest.mark.distributed
 
 LAYOUTS = [
     Case(pp=4),
@@ -27,6 +30,9 @@ LAYOUTS = [
     Case(dp=2, tp=2, zero=2),
     Case(pp=2, dp=2, schedule="zb-h1"),
 ]
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
 
 
 def threads_and_files(at_most: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -45,50 +51,65 @@ def assert_no_more(counts: tuple[int, int], first: tuple[int, int], when: str) -
     assert counts[1] <= first[1], f"{counts[1]} open files {when}, and {first[1]} before"
 
 
-def joined(rank: int) -> tuple[int, int]:
-    """Count what a process has that has joined the others, and has talked to them."""
+def rejoin(rank: int) -> tuple[int, int]:
+    """Leave the other processes, join them again, and count what this one has when they have talked."""
+    from pipekit.distributed.processes import join_processes, leave_processes
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = [server.getsockname()[1]]
+    dist.broadcast_object_list(port, src=0)
+    dist.barrier()
+    leave_processes()
+    os.environ["MASTER_PORT"] = str(port[0])
+    join_processes(device="cpu", timeout_s=60.0, local_rank=rank)
     dist.all_reduce(torch.ones(1))
     gc.collect()
     return threads_and_files()
 
 
-def train_and_destroy(rank: int, cases: list[Case], at_most: tuple[int, int]) -> list[tuple[int, int]]:
-    found = []
-    for case in cases:
-        engine = build_engine(case)
-        engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
-        engine.destroy()
-        found.append(threads_and_files(at_most))
-    return found
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
-def test_twenty_engines_of_ten_layouts_leave_no_thread_and_no_file(gloo: GlooWorkers) -> None:
-    # The first engine loads libraries, which may keep files open.
-    gloo.run(4, train_and_destroy, LAYOUTS[:1], (0, 0))
-    first = max(gloo.run(4, joined))
-    for start in range(0, 20, 5):
-        cases = [LAYOUTS[index % len(LAYOUTS)] for index in range(start, start + 5)]
-        for found in gloo.run(4, train_and_destroy, cases, first):
-            for case, counts in zip(cases, found, strict=True):
-                assert_no_more(counts, first, f"after {case}")
-    for counts in gloo.run(4, joined):
-        assert_no_more(counts, first, "at the end")
-
-
-def leave_without_destroying(rank: int, case: Case) -> None:
+def train(case: Case) -> Any:
     engine = build_engine(case)
     engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
+    return engine
 
 
-def test_processes_that_leave_end_the_groups_of_engines_that_nobody_destroyed(gloo: GlooWorkers) -> None:
-    gloo.run(4, leave_without_destroying, LAYOUTS[0])
-    before = gloo.run(4, joined)
+def destroy_twenty(rank: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    # The first engine loads libraries, which may keep files open.
+    train(LAYOUTS[0]).destroy()
+    first = rejoin(rank)
+    found = []
+    for number, case in enumerate(2 * LAYOUTS, start=1):
+        engine = train(case)
+        engine.destroy()
+        found.append(threads_and_files(first))
+        if number % 5 == 0:
+            found.append(rejoin(rank))
+    return first, found
+
+
+@linux
+def test_twenty_engines_of_ten_layouts_leave_no_thread_and_no_file(gloo: GlooWorkers) -> None:
+    for first, found in gloo.run(4, destroy_twenty):
+        assert len(found) == 24
+        for number, counts in enumerate(found):
+            assert_no_more(counts, first, f"at the count {number}")
+
+
+def leave_without_destroying(rank: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    train(LAYOUTS[0])
+    first = rejoin(rank)
+    found = []
     for case in LAYOUTS[1:8]:
-        gloo.run(4, leave_without_destroying, case)
-    after = gloo.run(4, joined)
-    for counts, first in zip(after, before, strict=True):
-        assert_no_more(counts, first, "at the end")
+        train(case)
+        found.append(rejoin(rank))
+    return first, found
+
+
+@linux
+def test_leaving_ends_the_groups_of_engines_that_nobody_destroyed(gloo: GlooWorkers) -> None:
+    for first, found in gloo.run(4, leave_without_destroying):
+        for number, counts in enumerate(found):
+            assert_no_more(counts, first, f"after {LAYOUTS[number + 1]}")
 
 
 def share_groups(rank: int) -> dict[str, Any]:
