@@ -19,10 +19,10 @@ from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.deepspeed.patches import drop_process_groups
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channels import wait
+from pipekit.engine.consistency_check import check_consistency
 from pipekit.engine.executor import Executor, Observer
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.replica_check import check_replicas
 from pipekit.errors import PipekitError
 from pipekit.schedules import Costs, Schedule, Timeline, plan_1f1b, plan_forward_only
 from pipekit.tensor_parallel import whole_outputs
@@ -281,7 +281,7 @@ class TrainingEngine:
         Raises:
             ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.
         """
-        check_replicas(self.module, self.mpu, step=self.global_steps)
+        check_consistency(self.module, self.mpu, step=self.global_steps)
 
     def save_checkpoint(
         self,

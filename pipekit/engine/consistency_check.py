@@ -50,7 +50,7 @@ same part must hold the same bits."""
 
 
 @dataclass(frozen=True)
-class ReplicaDescription:
+class RankDescription:
     """Checksums of the tensors of a rank, as plain data.
 
     Attributes:
@@ -122,7 +122,7 @@ def digest_tensors(module: PipelineModule) -> dict[TensorPart, TensorDigest]:
     }
 
 
-def find_replica_faults(descriptions: Sequence[ReplicaDescription]) -> list[str]:
+def find_differing_copies(descriptions: Sequence[RankDescription]) -> list[str]:
     """Return a line for each tensor whose copies are not all equal: its name, and which ranks differ from which.
 
     Right is what most ranks hold, and of as many the lowest rank.
@@ -136,8 +136,8 @@ def find_replica_faults(descriptions: Sequence[ReplicaDescription]) -> list[str]
         ...     sums = tuple(sum_bits(torch.tensor([value])).tolist())
         ...     tensors = {("norm.bias", None): TensorDigest("float32", (1,), sums)}
         ...     coordinate = Coordinate(pipe=0, data=rank, tensor=0)
-        ...     descriptions.append(ReplicaDescription(rank, coordinate, (0, 1, 2), tensors))
-        >>> find_replica_faults(descriptions)
+        ...     descriptions.append(RankDescription(rank, coordinate, (0, 1, 2), tensors))
+        >>> find_differing_copies(descriptions)
         ['norm.bias: rank 2 differs from ranks 0, 1 (data-parallel replicas)']
     """
     holders: dict[TensorPart, dict[int, TensorDigest]] = {}
@@ -148,7 +148,7 @@ def find_replica_faults(descriptions: Sequence[ReplicaDescription]) -> list[str]
 
 
 def _faults_of_part(
-    name: str, digests: Mapping[int, TensorDigest], descriptions: Sequence[ReplicaDescription]
+    name: str, digests: Mapping[int, TensorDigest], descriptions: Sequence[RankDescription]
 ) -> Iterator[str]:
     expected = {peer for rank in digests for peer in descriptions[rank].data_ranks}
     missing, present = sorted(expected - set(digests)), sorted(digests)
@@ -176,7 +176,7 @@ def _faults_of_part(
         yield f"{name}: {_show(differing)} {_verb(differing, 'differ')} from {_show(ranks_of[right])}{among}{where}"
 
 
-def _differs_along(axis: Axis, digests: Mapping[int, TensorDigest], descriptions: Sequence[ReplicaDescription]) -> bool:
+def _differs_along(axis: Axis, digests: Mapping[int, TensorDigest], descriptions: Sequence[RankDescription]) -> bool:
     """True if two ranks that differ along `axis` alone hold different bits."""
     seen: dict[Coordinate, TensorDigest] = {}
     for rank, digest in digests.items():
@@ -199,7 +199,7 @@ def _verb(ranks: Sequence[int], verb: str) -> str:
     return f"{verb}s" if len(ranks) == 1 else verb
 
 
-def check_replicas(module: PipelineModule, mpu: ModelParallelUnit, *, step: int) -> None:
+def check_consistency(module: PipelineModule, mpu: ModelParallelUnit, *, step: int) -> None:
     """Check that all ranks that hold the same tensor hold the same bits of it. Every rank calls this at the same place.
 
     Compared are parameters and persistent buffers: among data-parallel replicas, among tensor-parallel ranks where
@@ -221,10 +221,10 @@ def check_replicas(module: PipelineModule, mpu: ModelParallelUnit, *, step: int)
     """
     if mpu.layout.world_size == 1:
         return
-    mine = ReplicaDescription(mpu.global_rank, mpu.coordinate, tuple(mpu.data.ranks), digest_tensors(module))
+    mine = RankDescription(mpu.global_rank, mpu.coordinate, tuple(mpu.data.ranks), digest_tensors(module))
     descriptions = [mine] * mpu.layout.world_size
     dist.all_gather_object(descriptions, mine)
-    faults = find_replica_faults(descriptions)
+    faults = find_differing_copies(descriptions)
     if not faults:
         return
     shown = faults[:_MOST_SHOWN]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engine_jobs import Case, build_engine, micro_batches, model_specs
 from gloo_workers import GlooWorkers
-from pipekit.engine import replica_check
-from pipekit.engine.replica_check import ReplicaDescription, TensorDigest, find_replica_faults, sum_bits
+from pipekit.engine import consistency_check
+from pipekit.engine.consistency_check import RankDescription, TensorDigest, find_differing_copies, sum_bits
 from pipekit.errors import ReplicaError
 from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
@@ -70,7 +70,7 @@ def test_where_pieces_end_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     whole, turned = sums(tensor), sums(tensor.view(10, 100).T)
     assert turned == sums(tensor.view(10, 100).T.contiguous()) != whole
     for length in (1, 7, 500, 999, 1000, 1001):
-        monkeypatch.setattr(replica_check, "_CHUNK_ELEMENTS", length)
+        monkeypatch.setattr(consistency_check, "_CHUNK_ELEMENTS", length)
         assert sums(tensor) == whole
 
 
@@ -80,16 +80,16 @@ WORSE = replace(RIGHT, sums=(12, 32))
 WEIGHT = ("norm.weight", None)
 
 
-def describe(layout: Layout, tensors: Mapping[int, Mapping[Any, TensorDigest]]) -> list[ReplicaDescription]:
+def describe(layout: Layout, tensors: Mapping[int, Mapping[Any, TensorDigest]]) -> list[RankDescription]:
     groups = {rank: tuple(ranks) for ranks in layout.groups("data") for rank in ranks}
     return [
-        ReplicaDescription(rank, layout.coordinate(rank), groups[rank], tensors.get(rank, {}))
+        RankDescription(rank, layout.coordinate(rank), groups[rank], tensors.get(rank, {}))
         for rank in range(layout.world_size)
     ]
 
 
 def faults(layout: Layout, digests: Mapping[int, TensorDigest]) -> list[str]:
-    return find_replica_faults(describe(layout, {rank: {WEIGHT: digest} for rank, digest in digests.items()}))
+    return find_differing_copies(describe(layout, {rank: {WEIGHT: digest} for rank, digest in digests.items()}))
 
 
 def test_equal_copies_have_no_faults() -> None:
@@ -129,9 +129,9 @@ def test_it_says_along_which_axis_copies_differ() -> None:
 def test_parts_are_compared_with_the_same_part_alone() -> None:
     first, second = (Shard(dim=0, blocks=(8,), rank=rank, size=2) for rank in range(2))
     held = {rank: {("w", (first, second)[rank % 2]): (RIGHT, WRONG)[rank % 2]} for rank in range(4)}
-    assert find_replica_faults(describe(Layout(dp=2, tp=2), held)) == []
+    assert find_differing_copies(describe(Layout(dp=2, tp=2), held)) == []
     held[3] = {("w", second): WORSE}
-    assert find_replica_faults(describe(Layout(dp=2, tp=2), held)) == [
+    assert find_differing_copies(describe(Layout(dp=2, tp=2), held)) == [
         "w: rank 3 differs from rank 1 (data-parallel replicas)"
     ]
 
@@ -276,7 +276,7 @@ def test_buffers_are_compared(gloo: GlooWorkers) -> None:
 
 def digested(rank: int, case: Case) -> tuple[set[Any], set[str], set[str]]:
     engine = build_engine(case)
-    digests = replica_check.digest_tensors(engine.module)
+    digests = consistency_check.digest_tensors(engine.module)
     parameters = list(engine.module.named_logical_parameters())
     cut = {name for name, parameter, _ in parameters if shard_of(parameter) is not None}
     return set(digests), {name for name, _, _ in parameters}, cut
