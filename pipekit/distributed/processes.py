@@ -39,10 +39,10 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("default_pg", store),
+                store=dist.PrefixStore("default_pg", store),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,

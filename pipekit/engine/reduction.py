@@ -60,7 +60,7 @@ class GradientReducer:
         for bucket in self._buckets:
             wait(bucket.work, "the gradients of the other replicas")
             bucket.flat.div_(self._group.size)
-            means = bucket.flat.split([gradient.numel() for gradient in bucket.gradients])
+            means = torch.split(bucket.flat, [gradient.numel() for gradient in bucket.gradients])
             for gradient, mean in zip(bucket.gradients, means, strict=True):
                 gradient.copy_(mean.view_as(gradient))
         self._buckets = []
