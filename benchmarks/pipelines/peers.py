@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 import deepspeed
+from pipekit.deepspeed.patches import use_joined_processes
 from pipelines.turns import Step
 from pipelines.workload import Workload
 
@@ -31,6 +32,7 @@ def build_deepspeed(workload: Workload, *, partition: str) -> Step:
 
 def build_deepspeed_module(workload: Workload, *, partition: str) -> DeepSpeedPipelineModule:
     """Return this rank's layers as DeepSpeed cuts them, `partition` being its `partition_method`."""
+    use_joined_processes()
     return DeepSpeedPipelineModule(
         [DeepSpeedLayerSpec(spec.typename, *spec.module_args, **spec.module_kwargs) for spec in workload.specs],
         num_stages=workload.pp,

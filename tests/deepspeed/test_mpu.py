@@ -33,8 +33,10 @@ def answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
     from pipekit.deepspeed.mpu import DeepSpeedMPU
+    from pipekit.deepspeed.patches import use_joined_processes
     from pipekit.distributed.mpu import ModelParallelUnit
 
+    use_joined_processes()
     ours = DeepSpeedMPU(ModelParallelUnit(layout))
     theirs = PipelineParallelGrid(topology=ours.topology())
     getters = [name for name in dir(theirs) if name.startswith("get_")]
