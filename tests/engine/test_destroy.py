@@ -117,13 +117,13 @@ def share_groups(rank: int) -> dict[str, Any]:
 
     case = Case(dp=2, steps=1)
     first = build_engine(case)
-    second = build_engine(case, unit=first.unit)
+    second = build_engine(case, unit=first.mpu)
     first.destroy()
     first.destroy()
     loss = float(second.train_batch(micro_batches(0, case, rank)))
     second.destroy()
     with pytest.raises(CommunicationError, match=r"freed by engine.destroy\(\); build a new module"):
-        build_engine(case, unit=first.unit)
+        build_engine(case, unit=first.mpu)
     # An engine of DeepSpeed without a pipeline takes nothing over from one that had one.
     module = torch.nn.Linear(2, 1)
     plain, *_ = deepspeed.initialize(
