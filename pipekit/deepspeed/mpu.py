@@ -24,7 +24,7 @@ _NAMES_OF_GROUPS = {
 
 
 class DeepSpeedMPU:
-    """What DeepSpeed asks of a unit: `get_data_parallel_rank()`, `get_model_parallel_group()`, `topology()` and so on.
+    """DeepSpeed's names for a unit: `get_data_parallel_rank()`, `get_model_parallel_group()`, `topology()` and so on.
 
     Args:
         mpu: the unit that answers.

@@ -55,7 +55,7 @@ class RankGroup:
 
 
 class ModelParallelUnit:
-    """Who talks to whom, made from a layout.
+    """The process groups of a layout, and the place of this rank in each.
 
     It answers what a training loop asks, such as `data_parallel_rank`, `should_report_metrics` and
     `should_build_data_loader`.
