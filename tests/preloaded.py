@@ -19,7 +19,7 @@ MODULES = [
     "pipekit.commands.verify",
     "pipekit.engine.initialize",
     "pipekit.engine.load",
-    "pipekit.engine.replica_engine",
+    "pipekit.engine.build",
     "pipekit.engine.save",
     "pipekit.inference.export",
     "pipekit.inference.stream_text",
