@@ -55,6 +55,8 @@ def run_pipekit(
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        stdout.touch()
+        stderr.touch()
         process = fork(_main, command, str(cwd), variables, str(stdout), str(stderr))
         process.join(timeout_s)
         if process.exitcode is None:
