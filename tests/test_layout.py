@@ -11,7 +11,7 @@ from pipekit.layout import DEFAULT_ORDER, Axis, Coordinate, Layout, Order, plan_
 
 AXES: tuple[Axis, ...] = ("pipe", "data", "tensor")
 ORDERS: list[Order] = [(one, two, three) for one, two, three in permutations(AXES)]
-LAYOUTS = [Layout(*degrees, order=order) for degrees in product((1, 2, 3), (1, 2, 4), (1, 2, 3)) for order in ORDERS]
+LAYOUTS = [Layout(*degrees, order=order) for degrees in product((1, 3), (1, 2, 4), (1, 2)) for order in ORDERS]
 SUBSETS: list[tuple[Axis, ...]] = [axes for count in range(4) for axes in combinations(AXES, count)]
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -36,16 +36,16 @@ def test_tensor_is_innermost_and_pipe_outermost_unless_given() -> None:
 
 
 @each_layout
-@pytest.mark.parametrize("axes", SUBSETS, ids="-".join)
-def test_groups_are_the_ranks_that_differ_along_their_axes_alone(layout: Layout, axes: tuple[Axis, ...]) -> None:
-    groups = layout.groups(*axes)
-    assert sorted(chain(*groups)) == list(range(layout.world_size)), "each rank is in one group"
-    assert groups == sorted(map(sorted, groups))
-    group_of = {rank: index for index, group in enumerate(groups) for rank in group}
-    for one, two in combinations(range(layout.world_size), 2):
-        here, there = layout.coordinate(one), layout.coordinate(two)
-        together = all(getattr(here, axis) == getattr(there, axis) for axis in AXES if axis not in axes)
-        assert (group_of[one] == group_of[two]) == together
+def test_groups_are_the_ranks_that_differ_along_their_axes_alone(layout: Layout) -> None:
+    for axes in SUBSETS:
+        groups = layout.groups(*axes)
+        assert sorted(chain(*groups)) == list(range(layout.world_size)), "each rank is in one group"
+        assert groups == sorted(map(sorted, groups))
+        group_of = {rank: index for index, group in enumerate(groups) for rank in group}
+        for one, two in combinations(range(layout.world_size), 2):
+            here, there = layout.coordinate(one), layout.coordinate(two)
+            together = all(getattr(here, axis) == getattr(there, axis) for axis in AXES if axis not in axes)
+            assert (group_of[one] == group_of[two]) == together, axes
 
 
 @each_layout
