@@ -20,8 +20,8 @@ from gloo_workers import MAX_THREADS, GlooWorkers
 ROOT = Path(__file__).resolve().parents[1]
 # What pytest, its plugins and the linters keep in the working tree.
 CACHES = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "pipekit.egg-info"}
-# What multiprocessing removes at exit, and what torch keeps in the folder for temporary files, by the import alone.
-OTHERS = ("pymp-", "torchinductor_")
+# What multiprocessing removes at exit, and what torch and torchrun keep in the folder for temporary files.
+OTHERS = ("pymp-", "torchelastic_", "torchinductor_")
 SESSION = "PIPEKIT_TEST_SESSION"
 
 # How long an example takes depends on what else the machine does.

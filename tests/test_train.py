@@ -198,7 +198,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+# Another test trains under torchrun as well.
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_under_another_launcher_it_joins(workspace: Path, base_run: str, launcher: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -438,6 +439,7 @@ def test_other_schedules_train_from_the_configuration_and_are_drawn(workspace: P
             assert drawn.with_suffix(".svg").stat().st_size > 1000
 
 
+@pytest.mark.slow  # the engine's tests load what other layouts saved
 def test_a_run_goes_on_under_another_schedule(workspace: Path, base_run: str) -> None:
     first = pipekit(workspace, "train", "c.yaml", "run.dir=runs/switch", "parallel.schedule=zb-v", "train.steps=6",
                     "scheduler.decay_steps=12")  # fmt: skip
