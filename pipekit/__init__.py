@@ -11,81 +11,58 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipekit.commands.train import train
-    from pipekit.config import Config, load_config, parse_config
-    from pipekit.costs.example import Example
-    from pipekit.distributed.mpu import ModelParallelUnit
-    from pipekit.engine.engine import PipelineEngine
-    from pipekit.engine.initialize import initialize
-    from pipekit.engine.module import PipelineModule
-    from pipekit.errors import PipekitError
-    from pipekit.inference.export import export_checkpoint
-    from pipekit.layers.specs import LayerSpec, TiedLayerSpec
-    from pipekit.layout import Layout
-    from pipekit.schedules import Action, Costs, Schedule, Timeline, plan_schedule, simulate
-    from pipekit.tensors.weight_gradients import defer_weight_gradient
-    from pipekit.training.callbacks import Callback, StepMetrics
-    from pipekit.training.language_model import LanguageModelTrial
-    from pipekit.training.trainer import Trainer
-    from pipekit.training.trial import Trial
+    from pipekit.commands.train import train as train
+    from pipekit.config import Config as Config
+    from pipekit.config import load_config as load_config
+    from pipekit.config import parse_config as parse_config
+    from pipekit.costs.example import Example as Example
+    from pipekit.distributed.mpu import ModelParallelUnit as ModelParallelUnit
+    from pipekit.engine.engine import PipelineEngine as PipelineEngine
+    from pipekit.engine.initialize import initialize as initialize
+    from pipekit.engine.module import PipelineModule as PipelineModule
+    from pipekit.errors import PipekitError as PipekitError
+    from pipekit.inference.export import export_checkpoint as export_checkpoint
+    from pipekit.layers.specs import LayerSpec as LayerSpec
+    from pipekit.layers.specs import TiedLayerSpec as TiedLayerSpec
+    from pipekit.layout import Layout as Layout
+    from pipekit.schedules import Action as Action
+    from pipekit.schedules import Costs as Costs
+    from pipekit.schedules import Schedule as Schedule
+    from pipekit.schedules import Timeline as Timeline
+    from pipekit.schedules import plan_schedule as plan_schedule
+    from pipekit.schedules import simulate as simulate
+    from pipekit.tensors.weight_gradients import defer_weight_gradient as defer_weight_gradient
+    from pipekit.training.callbacks import Callback as Callback
+    from pipekit.training.callbacks import StepMetrics as StepMetrics
+    from pipekit.training.language_model import LanguageModelTrial as LanguageModelTrial
+    from pipekit.training.trainer import Trainer as Trainer
+    from pipekit.training.trial import Trial as Trial
 
 _HOMES = {
-    "Action": "pipekit.schedules",
-    "Callback": "pipekit.training.callbacks",
-    "Config": "pipekit.config",
-    "Costs": "pipekit.schedules",
-    "Example": "pipekit.costs.example",
-    "LanguageModelTrial": "pipekit.training.language_model",
-    "LayerSpec": "pipekit.layers.specs",
-    "Layout": "pipekit.layout",
-    "ModelParallelUnit": "pipekit.distributed.mpu",
-    "PipekitError": "pipekit.errors",
-    "PipelineEngine": "pipekit.engine.engine",
-    "PipelineModule": "pipekit.engine.module",
-    "Schedule": "pipekit.schedules",
-    "StepMetrics": "pipekit.training.callbacks",
-    "TiedLayerSpec": "pipekit.layers.specs",
-    "Timeline": "pipekit.schedules",
-    "Trainer": "pipekit.training.trainer",
-    "Trial": "pipekit.training.trial",
-    "defer_weight_gradient": "pipekit.tensors.weight_gradients",
-    "export_checkpoint": "pipekit.inference.export",
-    "initialize": "pipekit.engine.initialize",
-    "load_config": "pipekit.config",
-    "parse_config": "pipekit.config",
-    "plan_schedule": "pipekit.schedules",
-    "simulate": "pipekit.schedules",
-    "train": "pipekit.commands.train",
+    name: module
+    for module, names in {
+        "pipekit.commands.train": "train",
+        "pipekit.config": "Config load_config parse_config",
+        "pipekit.costs.example": "Example",
+        "pipekit.distributed.mpu": "ModelParallelUnit",
+        "pipekit.engine.engine": "PipelineEngine",
+        "pipekit.engine.initialize": "initialize",
+        "pipekit.engine.module": "PipelineModule",
+        "pipekit.errors": "PipekitError",
+        "pipekit.inference.export": "export_checkpoint",
+        "pipekit.layers.specs": "LayerSpec TiedLayerSpec",
+        "pipekit.layout": "Layout",
+        "pipekit.schedules": "Action Costs Schedule Timeline plan_schedule simulate",
+        "pipekit.tensors.weight_gradients": "defer_weight_gradient",
+        "pipekit.training.callbacks": "Callback StepMetrics",
+        "pipekit.training.language_model": "LanguageModelTrial",
+        "pipekit.training.trainer": "Trainer",
+        "pipekit.training.trial": "Trial",
+    }.items()
+    for name in names.split()
 }
 
-__all__ = [
-    "Action",
-    "Callback",
-    "Config",
-    "Costs",
-    "Example",
-    "LanguageModelTrial",
-    "LayerSpec",
-    "Layout",
-    "ModelParallelUnit",
-    "PipekitError",
-    "PipelineEngine",
-    "PipelineModule",
-    "Schedule",
-    "StepMetrics",
-    "TiedLayerSpec",
-    "Timeline",
-    "Trainer",
-    "Trial",
-    "defer_weight_gradient",
-    "export_checkpoint",
-    "initialize",
-    "load_config",
-    "parse_config",
-    "plan_schedule",
-    "simulate",
-    "train",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -38,18 +38,42 @@ def command(
     ] = None,
 ) -> None:
     """Show who does what when: plan a pipeline schedule, prove that it runs, and simulate a step."""
-    from pipekit.commands.schedule_preview import preview
+    from pipekit.errors import ConfigError
+    from pipekit.schedules import draw
+    from pipekit.schedules.catalog import default_stages_per_rank, plan_schedule
+    from pipekit.schedules.csv_file import write_csv
+    from pipekit.schedules.simulate import Costs, simulate
+    from pipekit.schedules.validate import validate
 
-    typer.echo(
-        preview(
-            name,
-            pp=pp,
-            num_micro_batches=micro_batches,
-            stages_per_rank=stages_per_rank,
-            costs_ms=costs,
-            transfer_ms=transfer,
-            max_in_flight=max_in_flight,
-            csv=csv,
-            picture=picture,
-        )
+    per_rank = stages_per_rank or default_stages_per_rank(name)
+    try:
+        forward_s, inputs_s, weights_s = (float(cost) / 1000 / per_rank for cost in costs.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--costs {costs} must be three numbers, the milliseconds of a forward, an input gradient and a weight "
+            "gradient; for example 10,12,8"
+        ) from None
+    stage_costs = Costs.uniform(
+        pp * per_rank,
+        forward_s=forward_s,
+        input_gradient_s=inputs_s,
+        weight_gradient_s=weights_s,
+        transfer_s=transfer / 1000,
     )
+    schedule = plan_schedule(
+        name,
+        pp=pp,
+        num_micro_batches=micro_batches,
+        stages_per_rank=stages_per_rank,
+        costs=stage_costs,
+        max_in_flight=max_in_flight,
+    )
+    validate(schedule)
+    timeline = simulate(schedule, stage_costs)
+    if csv is not None:
+        write_csv(schedule, csv)
+    if picture is not None:
+        draw.draw_picture(picture, {schedule.name: timeline})
+    peaks = ", ".join(str(schedule.peak_in_flight(rank)) for rank in range(pp))
+    unit = "micro-batches" if per_rank == 1 else f"micro-batches of one stage, of {per_rank} on each rank"
+    typer.echo(f"{draw.draw_text(timeline)}\nin flight at most, rank by rank: {peaks} ({unit})")

@@ -1,8 +1,4 @@
-"""Rank of this process, read from the environment variables that launchers set.
-
-Each launcher has names of its own for the same few numbers. They are read here into one `RankEnvironment`,
-and nowhere else.
-"""
+"""Rank of this process, read from the variables that launchers set, each under names of its own."""
 
 from __future__ import annotations
 
@@ -19,6 +15,9 @@ LOCALHOST = "127.0.0.1"
 
 # Below 32768, where Linux begins to hand out ports to outgoing connections.
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
+# Of MPI's launchers, the names of rank, world size, local rank and local world size.
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,13 @@ class RankEnvironment:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(
-                f"{self.launcher} gave rank {self.rank} in a world of {self.world_size}: a rank must be at "
-                f"least 0 and below the number of processes; unset the variables left over from an earlier "
-                f"launch"
+                f"{self.launcher} gave rank {self.rank} in a world of {self.world_size}: a rank must be at least 0 and "
+                "below the number of processes; unset the variables left over from an earlier launch"
             )
         if self.local_world_size is not None and not 0 <= self.local_rank < self.local_world_size:
             raise LaunchError(
-                f"{self.launcher} gave local rank {self.local_rank} of {self.local_world_size} on this "
-                f"machine: it must be at least 0 and below that; unset the variables left over from an "
-                f"earlier launch"
+                f"{self.launcher} gave local rank {self.local_rank} of {self.local_world_size} on this machine: it "
+                "must be at least 0 and below that; unset the variables left over from an earlier launch"
             )
 
     def as_environ(self) -> dict[str, str]:
@@ -85,9 +82,6 @@ def detect_ranks(environ: Environ) -> RankEnvironment | None:
     script of a SLURM allocation is not a launch: only srun sets `SLURM_STEP_ID`, and a step of one task has
     nobody to join.
 
-    Args:
-        environ: the environment variables, usually `os.environ`.
-
     Raises:
         LaunchError: if some of a launcher's variables are missing, or they contradict each other.
 
@@ -101,11 +95,10 @@ def detect_ranks(environ: Environ) -> RankEnvironment | None:
     if "RANK" in environ or "LOCAL_RANK" in environ:
         return _from_torchrun(environ)
     if "OMPI_COMM_WORLD_RANK" in environ or "OMPI_COMM_WORLD_SIZE" in environ:
-        return _from_open_mpi(environ)
-    # srun also speaks PMI, and tells more; but mpiexec inside an allocation uses srun to start its helpers,
-    # one a node.
+        return _from_mpi(environ, "mpirun", _OPEN_MPI, passes_by="-x")
+    # srun also speaks PMI, and tells more; but mpiexec inside an allocation uses srun to start its helpers, one a node.
     if ("PMI_RANK" in environ or "PMI_SIZE" in environ) and not _pmi_is_srun(environ):
-        return _from_pmi(environ)
+        return _from_mpi(environ, "mpiexec", _PMI, passes_by="-genv")
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
         return _from_srun(environ)
     if "WORLD_SIZE" in environ:
@@ -142,47 +135,36 @@ def tasks_on_node(tasks_per_node: str, node_idx: int) -> int | None:
 
 
 def _from_torchrun(environ: Environ) -> RankEnvironment:
-    # deepspeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    _require("torchrun", environ, needed)
+    _require("torchrun", environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
     return RankEnvironment(
         launcher="torchrun",
         rank=_integer(environ, "RANK"),
         world_size=_integer(environ, "WORLD_SIZE"),
         local_rank=_integer(environ, "LOCAL_RANK"),
+        # deepspeed's launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
         local_world_size=_first_integer(environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
         master_addr=environ["MASTER_ADDR"],
         master_port=_integer(environ, "MASTER_PORT"),
     )
 
 
-def _from_open_mpi(environ: Environ) -> RankEnvironment:
-    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-    _require("mpirun", environ, names)
+def _from_mpi(environ: Environ, launcher: str, names: Sequence[str], *, passes_by: str) -> RankEnvironment:
+    """Read rank, world size, local rank and local world size from the variables of these names."""
+    _require(launcher, environ, names)
     rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in names)
-    return RankEnvironment(
-        launcher="mpirun",
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        master_addr=_mpi_master(environ, "mpirun -x", one_machine=local_world_size == world_size),
-        master_port=_master_port(environ),
-    )
-
-
-def _from_pmi(environ: Environ) -> RankEnvironment:
-    _require("mpiexec", environ, ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"))
-    world_size, local_world_size = _integer(environ, "PMI_SIZE"), _integer(environ, "MPI_LOCALNRANKS")
-    return RankEnvironment(
-        launcher="mpiexec",
-        rank=_integer(environ, "PMI_RANK"),
-        world_size=world_size,
-        local_rank=_integer(environ, "MPI_LOCALRANKID"),
-        local_world_size=local_world_size,
-        master_addr=_mpi_master(environ, "mpiexec -genv", one_machine=local_world_size == world_size),
-        master_port=_master_port(environ),
-    )
+    if "MASTER_ADDR" in environ:
+        master_addr = environ["MASTER_ADDR"]
+    elif local_world_size == world_size:
+        master_addr = LOCALHOST
+    elif "SLURM_JOB_NODELIST" in environ:
+        master_addr = first_host(environ["SLURM_JOB_NODELIST"])
+    else:
+        raise LaunchError(
+            "MASTER_ADDR is not set, and MPI does not tell on which machine rank 0 runs: ranks on several "
+            f"machines need it; type {launcher} {passes_by} MASTER_ADDR=<host of rank 0>"
+        )
+    port = _master_port(environ)
+    return RankEnvironment(launcher, rank, world_size, local_rank, local_world_size, master_addr, port)
 
 
 def _from_srun(environ: Environ) -> RankEnvironment | None:
@@ -218,19 +200,6 @@ def _pmi_is_srun(environ: Environ) -> bool:
     )
 
 
-def _mpi_master(environ: Environ, how_to_pass: str, *, one_machine: bool) -> str:
-    if "MASTER_ADDR" in environ:
-        return environ["MASTER_ADDR"]
-    if one_machine:
-        return LOCALHOST
-    if "SLURM_JOB_NODELIST" in environ:
-        return first_host(environ["SLURM_JOB_NODELIST"])
-    raise LaunchError(
-        "MASTER_ADDR is not set, and MPI does not tell on which machine rank 0 runs: ranks on several "
-        f"machines need it; type {how_to_pass} MASTER_ADDR=<host of rank 0>"
-    )
-
-
 def _master_port(environ: Environ) -> int:
     """Return a port that every rank of a job computes alike, and two jobs on one machine rarely share."""
     if "MASTER_PORT" in environ:
@@ -245,9 +214,8 @@ def _require(launcher: str, environ: Environ, names: Sequence[str]) -> None:
     if missing:
         hint = " ".join(name for name in names if name in environ) or " ".join(names)
         raise LaunchError(
-            f"not set: {', '.join(missing)}, though this process seems to be started by {launcher}, which "
-            f"sets all of {', '.join(names)}; set what is missing, or unset {hint} to start without a "
-            f"launcher"
+            f"not set: {', '.join(missing)}, though this process seems to be started by {launcher}, which sets all of "
+            f"{', '.join(names)}; set what is missing, or unset {hint} to start without a launcher"
         )
 
 

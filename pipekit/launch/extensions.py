@@ -25,8 +25,7 @@ from pipekit.errors import LaunchError
 
 _POLL_S = 0.2
 _PROC = Path("/proc")
-# The number of Linux's first process namespace (PROC_PID_INIT_INO). In any other one, some processes are out
-# of sight.
+# Linux's first process namespace (PROC_PID_INIT_INO). In any other one, some processes are out of sight.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 _LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 
@@ -39,11 +38,9 @@ def extensions_dir(environ: Mapping[str, str]) -> Path:
     """
     if environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(environ["TORCH_EXTENSIONS_DIR"])
-    home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-    if environ.get("XDG_CACHE_HOME"):
-        cache = Path(environ["XDG_CACHE_HOME"])
-    else:
-        cache = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
+    home = Path(environ.get("HOME") or Path.home())
+    default = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
+    cache = Path(environ.get("XDG_CACHE_HOME") or default)
     try:
         torch_version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -132,7 +129,6 @@ def _sees_every_builder(lock: Path) -> bool:
 
 
 def _file_system(folder: Path) -> str:
-    """Return the type of the file system that holds `folder`, or an empty string."""
     real, best, kind = folder.resolve(), -1, ""
     with contextlib.suppress(OSError):
         for line in (_PROC / "self/mounts").read_text().splitlines():
@@ -187,9 +183,8 @@ def _remove(lock: Path) -> None:
         lock.unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(
-            f"{lock} is left over from a build that was ended, and cannot be removed ({error.strerror}): a "
-            f"run would wait for it without end; ask its owner to remove it, or set TORCH_EXTENSIONS_DIR to "
-            f"a folder of your own"
+            f"{lock} is left over from a build that was ended, and cannot be removed ({error.strerror}): a run would "
+            "wait for it without end; ask its owner to remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
         ) from None
 
 
@@ -197,12 +192,10 @@ def _still_locked(lock: Path, state: _LockState, limit_s: float) -> str:
     remove = f"rm {shlex.quote(str(lock))}"
     if state.holder_pid is not None:
         return (
-            f"{lock} is held by process {state.holder_pid}, which has been compiling for more than "
-            f"{limit_s:g} s: only one process may compile an extension; wait for it, or type: kill "
-            f"{state.holder_pid}; {remove}"
+            f"{lock} is held by process {state.holder_pid}, which has been compiling for more than {limit_s:g} s: only "
+            f"one process may compile an extension; wait for it, or type: kill {state.holder_pid}; {remove}"
         )
     return (
-        f"{lock} has been there for more than {limit_s:g} s, and whether its build is still running cannot "
-        f"be seen from here: a run would wait for it without end; if no other run is compiling, type: "
-        f"{remove}"
+        f"{lock} has been there for more than {limit_s:g} s, and whether its build is still running cannot be seen "
+        f"from here: a run would wait for it without end; if no other run is compiling, type: {remove}"
     )

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipekit.errors import LaunchError
 from pipekit.files import write_atomically
 
 _SHOWN_LINES = 20
@@ -27,9 +28,9 @@ FailureKind = Literal["user", "crash", "peer"]
 class FailureReport:
     """Report that a failing worker writes about itself.
 
-    Args:
-        kind: "user" is an error with a message of its own; "peer" is the loss of another rank, so the fault
-            is elsewhere; "crash" is any other exception.
+    Attributes:
+        kind: "user" is an error with a message of its own; "peer" is the loss of another rank, so the fault is
+            elsewhere; "crash" is any other exception.
         message: one line, or a few.
         traceback: the whole traceback.
         time_s: when it happened, in seconds since 1970.
@@ -56,7 +57,7 @@ class FailureReport:
 class RankFailure:
     """End of one rank that failed.
 
-    Args:
+    Attributes:
         rank: the rank.
         returncode: exit code, or minus the number of the signal that killed it.
         time_s: when it was seen to have ended, in seconds since 1970.
@@ -81,30 +82,43 @@ def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
 
     def order(failure: RankFailure) -> tuple[bool, float, int]:
         report = failure.report
-        if report is None:
-            return False, failure.time_s, failure.rank
-        return report.kind == "peer", report.time_s, failure.rank
+        return report is not None and report.kind == "peer", (report or failure).time_s, failure.rank
 
     return min(failures, key=order)
 
 
-def describe_failure(failure: RankFailure) -> str:
+class RankError(LaunchError):
+    """One rank's failure, as the end of the run.
+
+    Attributes:
+        failure: the rank, what it wrote about itself, and where its log is.
+    """
+
+    def __init__(self, failure: RankFailure) -> None:
+        self.failure = failure
+        super().__init__(describe_failure(failure))
+
+
+def describe_failure(failure: RankFailure, *, names_rank: bool = True, names_log: bool = True) -> str:
     """Return the message for the user: the rank, what happened, and where to read on.
 
-    An error with a message of its own is shown as that message alone; a crash with the end of its traceback,
-    or of its log.
+    An error with a message of its own is shown as that message alone; a crash with the end of its traceback, or of its
+    log.
     """
     report = failure.report
-    where = f"the whole log of rank {failure.rank}: {failure.log}"
     if report is None:
         tail = tail_of_log(failure.log, start=failure.log_start) or "(nothing)"
-        return f"rank {failure.rank} {_describe_end(failure.returncode)}\nthe last it wrote:\n{tail}\n{where}"
-    if report.kind == "user":
-        return f"rank {failure.rank}: {report.message}"
-    if report.kind == "peer":
-        return f"rank {failure.rank} lost contact with another rank: {report.message}\n{where}"
-    traceback = "\n".join(report.traceback.rstrip().splitlines()[-_SHOWN_LINES:])
-    return f"rank {failure.rank} failed: {report.message}\n{traceback}\n{where}"
+        ending, text = "", f"{_describe_end(failure.returncode)}\nthe last it wrote:\n{tail}"
+    elif report.kind == "user":
+        ending, text = ":", report.message
+    elif report.kind == "peer":
+        ending, text = "", f"lost contact with another rank: {report.message}"
+    else:
+        lines = report.traceback.rstrip().splitlines()[-_SHOWN_LINES:]
+        ending, text = " failed:", "\n".join([report.message, *lines])
+    text = f"rank {failure.rank}{ending} {text}" if names_rank else text
+    logs = names_log and (report is None or report.kind != "user")
+    return f"{text}\nthe whole log of rank {failure.rank}: {failure.log}" if logs else text
 
 
 def tail_of_log(log: Path, *, start: int = 0) -> str:

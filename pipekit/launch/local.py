@@ -10,16 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from types import TracebackType
 
 from pipekit.errors import LaunchError
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
-from pipekit.launch.failures import FailureReport, RankFailure, describe_failure, first_failure
+from pipekit.launch.failures import FailureReport, RankError, RankFailure, first_failure
 from pipekit.launch.ports import choose_port
-from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 _POLL_S = 0.05
@@ -28,6 +26,12 @@ _SETTLE_S = 2.0
 # After SIGKILL a process is gone at once, unless it is stuck in a driver.
 _KILLED_S = 5.0
 _PORT_ATTEMPTS = 3
+# `read` fails when the last writer of the pipe is gone: the launcher, however it ended.
+_WATCHER_SCRIPT = """
+groups=
+while read -r group; do groups="$groups $group"; done
+for group in $groups; do kill -s KILL -- "-$group"; done
+"""
 
 
 def run_local(
@@ -42,17 +46,15 @@ def run_local(
 ) -> None:
     """Run `world_size` processes of `command` on this machine, and return when all have succeeded.
 
-    Each process is the leader of a session of its own and finds its rank in the environment, as under
-    torchrun. The stdout of `stdout_rank` goes where the launcher's goes; everything else a rank writes is
-    appended to `log_dir/rank-<rank>.log`.
+    Each process leads a session of its own and finds its rank in the environment, as under torchrun. The stdout of
+    `stdout_rank` goes where the launcher's goes; all else that a rank writes is appended to `log_dir/rank-<rank>.log`.
 
-    When one rank fails, the others are ended: SIGTERM first, SIGKILL for those that are there after
-    `grace_s`, each with the processes that it started. SIGINT, SIGTERM and SIGHUP end all ranks the same way,
-    a second one without grace; the launcher then exits with 128 plus the signal's number. If the launcher
-    itself is killed, the ranks are killed with it.
+    When one rank fails, the others are ended: SIGTERM first, SIGKILL for those that are there after `grace_s`, each
+    with the processes that it started. SIGINT, SIGTERM and SIGHUP end all ranks the same way, a second one without
+    grace; the launcher then exits with 128 plus the signal's number. If the launcher is killed, so are the ranks.
 
-    Where no port is given, and another program takes the chosen one before rank 0 listens on it, another is
-    chosen and the ranks are started again.
+    Where no port is given, and another program takes the chosen one before rank 0 listens on it, another is chosen and
+    the ranks are started again.
 
     Args:
         command: program and arguments, alike for all ranks.
@@ -64,8 +66,8 @@ def run_local(
         port: the port on which rank 0 listens for the others; None chooses a free one.
 
     Raises:
-        LaunchError: if the port is taken, a process cannot be started, or a rank fails. The message begins
-            with the rank that failed first.
+        LaunchError: if the port is taken, or a process cannot be started.
+        RankError: if a rank fails; the message begins with the one that failed first.
         SystemExit: after a signal.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -74,12 +76,13 @@ def run_local(
             chosen = choose_port(port)
             job = _Job(command, world_size, log_dir.absolute(), env, stdout_rank, chosen)
             failure = _run_job(job, signals, grace_s=grace_s)
-            if failure is None and signals.received:
-                _exit_after(signals.received[0], world_size)
+            if failure is None and signals:
+                sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {world_size} processes\n")
+                raise SystemExit(128 + signals[0])
             if failure is None:
                 return
             if port is not None or attempt == _PORT_ATTEMPTS or not _port_was_taken(failure, chosen):
-                raise LaunchError(describe_failure(failure))
+                raise RankError(failure)
 
 
 @dataclass(frozen=True)
@@ -165,49 +168,80 @@ class _Worker:
         return not self.group_gone
 
 
-@dataclass
-class _Signals:
-    """The signals that came in, in order."""
-
-    received: list[int] = field(default_factory=list)
-
-    def note(self, signum: int, frame: FrameType | None) -> None:
-        self.received.append(signum)
-
-
 @contextlib.contextmanager
-def _signals_noted() -> Iterator[_Signals]:
+def _signals_noted() -> Iterator[list[int]]:
     """Note the signals that ask for the end, and do not act on them; ignored ones, as by nohup, stay so."""
-    signals = _Signals()
+    signals: list[int] = []
     previous = {}
     try:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
-                    previous[signum] = signal.signal(signum, signals.note)
+                    previous[signum] = signal.signal(signum, lambda number, frame: signals.append(number))
         yield signals
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
 
 
-def _run_job(job: _Job, signals: _Signals, *, grace_s: float) -> RankFailure | None:
+class _Watcher:
+    """Kills process groups after the death of the process that created the watcher, even by SIGKILL.
+
+    The workers need not cooperate: one that hangs, or has not run its first line yet, is ended too, and so
+    are the processes that it started. Leaving the `with` block ends the watcher, and no group.
+    """
+
+    def __enter__(self) -> _Watcher:
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHER_SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # what ends the launcher's group or terminal must not end its watcher
+        )
+        return self
+
+    def watch(self, process_group: int) -> None:
+        """Add a process group."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # somebody ended the watcher: the run goes on without
+            self._process.stdin.write(f"{process_group}\n".encode())
+            self._process.stdin.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Killed before its pipe closes, so that it never sees the end of the pipe.
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+
+def _run_job(job: _Job, signals: Sequence[int], *, grace_s: float) -> RankFailure | None:
     """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
     workers: list[_Worker] = []
     failures: list[RankFailure] = []
-    with Watcher() as watcher:
+    with _Watcher() as watcher:
         try:
             for rank in range(job.world_size):
                 workers.append(_start(job, rank))
                 watcher.watch(workers[-1].process.pid)
             _wait(workers, signals)
         finally:
-            interrupted = bool(signals.received)
-            failed = [worker for worker in workers if worker.failure() is not None]
+            interrupted = bool(signals)
+            failed = [worker.rank for worker in workers if worker.failure() is not None]
             stopped_s = time.time()
             _end(workers, signals, grace_s=grace_s)
-            if not interrupted:
-                failures = _failures(workers, failed, stopped_s)
+            # Those that had failed by then, or had written their report and were on their way out.
+            failures = [
+                failure
+                for worker in workers
+                if not interrupted and (failure := worker.failure()) is not None
+                if worker.rank in failed or (failure.report is not None and failure.report.time_s <= stopped_s)
+            ]
             for rank in range(job.world_size):
                 job.error_file(rank).unlink(missing_ok=True)
     return first_failure(failures) if failures else None
@@ -231,13 +265,13 @@ def _start(job: _Job, rank: int) -> _Worker:
         return _Worker(rank, process, job.log(rank), log_start, job.error_file(rank))
 
 
-def _wait(workers: Sequence[_Worker], signals: _Signals) -> None:
+def _wait(workers: Sequence[_Worker], signals: Sequence[int]) -> None:
     """Wait until all have succeeded, one has failed, or a signal has come."""
     peer_lost_s: float | None = None
     while True:
         num_running = sum([worker.poll() for worker in workers])
         failures = [failure for worker in workers if (failure := worker.failure()) is not None]
-        if num_running == 0 or signals.received:
+        if num_running == 0 or signals:
             return
         if any(failure.report is None or failure.report.kind != "peer" for failure in failures):
             return
@@ -248,12 +282,12 @@ def _wait(workers: Sequence[_Worker], signals: _Signals) -> None:
         time.sleep(_POLL_S)
 
 
-def _end(workers: Sequence[_Worker], signals: _Signals, *, grace_s: float) -> None:
+def _end(workers: Sequence[_Worker], signals: Sequence[int], *, grace_s: float) -> None:
     """End what still runs, and what the ranks that have ended left behind."""
-    num_signals = len(signals.received)
+    num_signals = len(signals)
     remaining = [worker for worker in workers if worker.signal_group(signal.SIGTERM)]
     deadline_s = time.monotonic() + grace_s
-    while remaining and time.monotonic() < deadline_s and len(signals.received) == num_signals:
+    while remaining and time.monotonic() < deadline_s and len(signals) == num_signals:
         time.sleep(_POLL_S)
         remaining = [worker for worker in remaining if worker.poll() or worker.signal_group(0)]
     for worker in remaining:
@@ -265,29 +299,7 @@ def _end(workers: Sequence[_Worker], signals: _Signals, *, grace_s: float) -> No
         worker.poll()
 
 
-def _failures(workers: Sequence[_Worker], failed: Sequence[_Worker], stopped_s: float) -> list[RankFailure]:
-    """Return the failures that were not caused by ending the ranks.
-
-    Those are the ranks that had failed by then, and those that had written their report and were on their way
-    out.
-    """
-    failures = []
-    for worker in workers:
-        failure = worker.failure()
-        if failure is None:
-            continue
-        reported_before = failure.report is not None and failure.report.time_s <= stopped_s
-        if worker in failed or reported_before:
-            failures.append(failure)
-    return failures
-
-
 def _port_was_taken(failure: RankFailure, port: int) -> bool:
     # The port's own number must be named: any other address in use is the program's own affair.
     message = failure.report.message if failure.report is not None else ""
     return failure.rank == 0 and "EADDRINUSE" in message and str(port) in message
-
-
-def _exit_after(signum: int, world_size: int) -> NoReturn:
-    sys.stderr.write(f"stopped by {signal.Signals(signum).name}: ended {world_size} processes\n")
-    raise SystemExit(128 + signum)

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -90,9 +92,7 @@ def num_accelerators(environ: Mapping[str, str], driver_dir: Path = Path("/proc/
     if visible is not None and not visible.strip():
         return None
     present = _num_present(environ, driver_dir)
-    if visible is None or present == 0:
-        return present or None
-    return num_visible(visible, present) or None
+    return (num_visible(visible, present) if visible and present else present) or None
 
 
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:
@@ -106,30 +106,21 @@ def num_visible(cuda_visible_devices: str, num_present: int) -> int:
         >>> num_visible("0,-1,1", 8)
         1
     """
-    count = 0
-    for name in cuda_visible_devices.split(","):
-        name = name.strip()
-        exists = int(name) < num_present if name.isdigit() else name.startswith(("GPU-", "MIG-"))
-        if not exists:
-            break
-        count += 1
-    return count
+    names = (name.strip() for name in cuda_visible_devices.split(","))
+    exist = (int(name) < num_present if name.isdigit() else name.startswith(("GPU-", "MIG-")) for name in names)
+    return sum(takewhile(bool, exist))
 
 
 def _num_present(environ: Mapping[str, str], driver_dir: Path) -> int:
-    try:
-        count = sum(1 for _ in driver_dir.iterdir())
-    except OSError:
-        count = 0
-    if count > 0:
-        return count
+    with suppress(OSError):
+        if count := len(list(driver_dir.iterdir())):
+            return count
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))  # under WSL the driver has no /proc entries
     if program is None:
         return 0
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         listing = subprocess.run(
             [program, "-L"], capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True
         )
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return 0

@@ -22,8 +22,7 @@ LAUNCHER_PID_VARIABLE = "PIPEKIT_LAUNCHER_PID"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own
-# sources.
+# gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own sources.
 _GLOO_SOURCE = "gloo/"
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
@@ -38,9 +37,9 @@ def error_file_from(environ: Mapping[str, str]) -> Path | None:
 def report_failure(error_file: Path | None) -> Iterator[None]:
     """Run the block; if it fails, write a failure report and end the process at once.
 
-    The process ends without Python's clean-up, because the destructor of a process group can wait for ever
-    for ranks that are gone. The exit code is 2 after a `PipekitError` and 1 after any other exception; an
-    interrupt by the user is not reported and ends with 130. A block that succeeds is left normally.
+    The process ends without Python's clean-up, because the destructor of a process group can wait for ever for ranks
+    that are gone. The exit code is 2 after a `PipekitError` and 1 after any other exception; an interrupt by the user
+    is not reported and ends with 130. A block that succeeds is left normally.
 
     Args:
         error_file: where the report goes, see `error_file_from`; None leaves only the text on stderr.
@@ -103,19 +102,15 @@ def _fail(error: BaseException, error_file: Path | None, *, exit_code: int) -> N
     try:
         kind = failure_kind(error)
         text = "".join(traceback.format_exception(error))
-        report = FailureReport(kind=kind, message=_message(error), traceback=text, time_s=time.time())
+        only = traceback.format_exception_only(type(error), error)
+        message = str(error) if isinstance(error, PipekitError) else "".join(only).strip()
+        report = FailureReport(kind=kind, message=message, traceback=text, time_s=time.time())
         if error_file is not None:
             report.write(error_file)
         # The launcher keeps stderr in the rank's log; under another launcher it is all that the user sees.
         sys.stderr.write(f"{report.message}\n" if kind == "user" and error_file is None else text)
     finally:
         _end_process(exit_code)
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, PipekitError):
-        return str(error)
-    return "".join(traceback.format_exception_only(type(error), error)).strip()
 
 
 def _end_process(exit_code: int) -> NoReturn:

@@ -89,25 +89,16 @@ class Plan:
         stored = {
             "format": _FORMAT,
             "version": _VERSION,
+            **vars(self),
             "config": self.config.model_dump(mode="json"),
-            "device": self.device,
-            "precision": self.precision,
             "layout": asdict(self.layout),
             "batch": asdict(self.batch),
-            "layer_names": self.layer_names,
-            "layer_parameters": self.layer_parameters,
-            "num_parameters": self.num_parameters,
-            "stage_parameters": self.stage_parameters,
-            "boundaries": self.boundaries,
             "schedule": {
                 "name": self.schedule.name,
                 "num_micro_batches": self.schedule.num_micro_batches,
                 "ranks": [" ".join(map(str, actions)) for actions in self.schedule.ranks],
             },
-            "num_threads": self.num_threads,
             "start": self.start and {"checkpoint": str(self.start.checkpoint), "step": self.start.step},
-            "chosen": self.chosen,
-            "prepared": self.prepared,
         }
         try:
             return json.dumps(stored, indent=1) + "\n"
@@ -128,24 +119,19 @@ class Plan:
             stored = json.loads(text)
             if (stored.pop("format"), stored.pop("version")) != (_FORMAT, _VERSION):
                 raise ValueError("another format or version")
-            config, schedule, start = stored.pop("config"), stored.pop("schedule"), stored.pop("start")
-            layout = stored.pop("layout")
-            lists: dict[str, Any] = {
-                name: tuple(stored.pop(name))
-                for name in ("layer_names", "layer_parameters", "stage_parameters", "boundaries")
-            }
-            return cls(
-                config=parse_config(config),
-                layout=Layout(**{**layout, "order": tuple(layout["order"])}),
-                batch=BatchPlan(**stored.pop("batch")),
-                schedule=Schedule(
+            layout, schedule, start = stored["layout"], stored["schedule"], stored["start"]
+            made = {
+                "config": parse_config(stored["config"]),
+                "layout": Layout(**{**layout, "order": tuple(layout["order"])}),
+                "batch": BatchPlan(**stored["batch"]),
+                "schedule": Schedule(
                     schedule["name"],
                     schedule["num_micro_batches"],
                     tuple(tuple(map(Action.parse, row.split())) for row in schedule["ranks"]),
                 ),
-                start=start and StartPoint(Path(start["checkpoint"]), start["step"]),
-                **lists,
-                **stored,
-            )
+                "start": start and StartPoint(Path(start["checkpoint"]), start["step"]),
+            }
+            lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+            return cls(**{**stored, **lists, **made})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{where}: is not the plan of a run ({type(error).__name__}: {error})") from None

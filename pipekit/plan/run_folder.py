@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pipekit.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
@@ -23,55 +22,31 @@ from pipekit.plan.plan import Plan, StartPoint
 from pipekit.schedules import write_csv
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Folder of a run, and its files.
 
     Attributes:
         path: the folder, `run.dir`.
+        config: the resolved configuration, which itself trains.
+        plan: the plan, which the ranks read.
+        checkpoints: the checkpoints, and `latest`, which names the newest.
+        metrics: one JSON object a line for each step.
+        logs: logs of the ranks, `rank-<rank>.log`.
+        profile: pictures of what each rank of the pipeline does when.
+        schedule: the pipeline's table, as a CSV file.
+        tensorboard: TensorBoard's event files.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, which itself trains."""
-        return self.path / CONFIG_FILE
-
-    @property
-    def plan(self) -> Path:
-        """The plan, which the ranks read."""
-        return self.path / "plan.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The checkpoints, and `latest`, which names the newest."""
-        return self.path / CHECKPOINTS_FOLDER
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line for each step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        """Logs of the ranks: `rank-<rank>.log`."""
-        return self.path / "logs"
-
-    @property
-    def profile(self) -> Path:
-        """Pictures of what each rank of the pipeline does when."""
-        return self.path / "profile"
-
-    @property
-    def schedule(self) -> Path:
-        """The pipeline's table, as a CSV file."""
-        return self.path / "schedule.csv"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.path / "tensorboard"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / CONFIG_FILE
+        self.plan = self.path / "plan.json"
+        self.checkpoints = self.path / CHECKPOINTS_FOLDER
+        self.metrics = self.path / "metrics.jsonl"
+        self.logs = self.path / "logs"
+        self.profile = self.path / "profile"
+        self.schedule = self.path / "schedule.csv"
+        self.tensorboard = self.path / "tensorboard"
 
 
 def find_start(config: Config) -> StartPoint | None:
@@ -82,7 +57,7 @@ def find_start(config: Config) -> StartPoint | None:
             would overwrite.
         CheckpointError: if the checkpoint to go on from is missing or cut short.
     """
-    folder = RunFolder(Path(config.run.dir))
+    folder = RunFolder(config.run.dir)
     resume = config.checkpoint.resume
     if folder.path.exists() and not folder.path.is_dir():
         raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder, or a name that is free")
@@ -106,15 +81,10 @@ def find_start(config: Config) -> StartPoint | None:
 
 
 def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:
-    """Check that the data are those that a checkpoint's position counts.
-
-    Args:
-        manifest: the checkpoint's.
-        fingerprint: of the data.
-        where: the checkpoint's folder, for the message.
+    """Check that the data, of which `fingerprint` is the hash, are those that a checkpoint's position counts.
 
     Raises:
-        CheckpointError: if they are not.
+        CheckpointError: if they are not; the message names the checkpoint's folder, `where`.
     """
     stored = manifest.training.data_fingerprint
     if stored and stored != fingerprint:
@@ -131,7 +101,7 @@ def write_plan(plan: Plan) -> RunFolder:
     Raises:
         ConfigError: if the folder cannot be written, or the trial has prepared something that JSON cannot hold.
     """
-    folder = RunFolder(Path(plan.config.run.dir))
+    folder = RunFolder(plan.config.run.dir)
     text = plan.to_json()
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -159,17 +129,11 @@ def trim_metrics(path: Path, last_step: int) -> None:
     """Drop the metrics of steps after `last_step`, which a run that goes on from there does again."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= last_step]
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # the last line of a killed run may be cut short
+            kept += [line] if json.loads(line)["step"] <= last_step else []
     write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    # The last line of a killed run may be cut short.
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return record
 
 
 def _check_same_run(saved: Path, config: Config, what: str) -> None:

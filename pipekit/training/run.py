@@ -6,7 +6,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
@@ -101,7 +100,7 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
     unit = kind.build_unit(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
     check_mpu(unit, layout=plan.layout, placement=plan.placement)
     specs = kind.build_layers(plan.config) if specs is None else specs
-    return kind(TrialContext(plan, specs, unit, device, RunFolder(Path(plan.config.run.dir))))
+    return kind(TrialContext(plan, specs, unit, device, RunFolder(plan.config.run.dir)))
 
 
 @contextlib.contextmanager
@@ -120,7 +119,7 @@ def joined(config: Config, device: Literal["cpu", "cuda"], *, local_rank: int) -
 
 @contextlib.contextmanager
 def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
-    with chatter_to(RunFolder(Path(config.run.dir)).logs / f"rank-{rank}.log") as terminal:
+    with chatter_to(RunFolder(config.run.dir).logs / f"rank-{rank}.log") as terminal:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         warnings.simplefilter("default")
         yield terminal

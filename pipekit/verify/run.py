@@ -71,7 +71,7 @@ def _run_reference(task: Task, plan: Plan) -> None:
     unit = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
     kind = load_trial(plan.config)
     specs = kind.build_layers(plan.config)
-    trial = kind(TrialContext(plan, specs, unit, device, RunFolder(Path(plan.config.run.dir))))
+    trial = kind(TrialContext(plan, specs, unit, device, RunFolder(plan.config.run.dir)))
     record_reference(trial, Path(task.folder) / "rank-0", num_steps=task.num_steps)
 
 

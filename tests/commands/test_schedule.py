@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipekit.cli import app
-from pipekit.commands.schedule_preview import preview
+from pipekit.commands.schedule import command
 from pipekit.errors import ConfigError
 from pipekit.schedules import read_csv
 
@@ -22,16 +22,17 @@ def test_the_command_draws_a_step_and_says_what_it_holds() -> None:
     assert memory == "in flight at most, rank by rank: 2, 2 (micro-batches)"
 
 
-def test_table_and_picture_are_written(tmp_path: Path) -> None:
+def test_table_and_picture_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, picture = tmp_path / "t.csv", tmp_path / "p.svg"
-    text = preview("zb-v", pp=2, num_micro_batches=4, transfer_ms=1.0, csv=table, picture=picture)
-    assert "micro-batches of one stage, of 2 on each rank" in text
+    command("zb-v", pp=2, micro_batches=4, transfer=1.0, csv=table, picture=picture)
+    assert "micro-batches of one stage, of 2 on each rank" in capsys.readouterr().out
     assert read_csv(table).placement == (0, 1, 1, 0)
     assert picture.read_text().startswith("<?xml")
-    assert preview(str(table), pp=2, num_micro_batches=4).split("\n")[0].startswith("rank 0 F0")
+    command(str(table), pp=2, micro_batches=4)
+    assert capsys.readouterr().out.startswith("rank 0 F0")
 
 
 @pytest.mark.parametrize("costs", ["10", "a,b,c", "1,2,3,4", ""])
 def test_costs_are_three_numbers(costs: str) -> None:
     with pytest.raises(ConfigError, match="must be three numbers"):
-        preview("1f1b", pp=2, num_micro_batches=4, costs_ms=costs)
+        command("1f1b", pp=2, micro_batches=4, costs=costs)
