@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
-from pipekit.models.gpt2 import GPT2Config
+from pipekit.models import find_families
 from pipekit.models.transformer import language_model_loss
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
@@ -24,6 +24,7 @@ VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
 class Case:
     """One way to train the test model."""
 
+    family: str = "gpt2"
     pp: int = 1
     dp: int = 1
     tp: int = 1
@@ -49,12 +50,12 @@ class Case:
 
 
 def model_specs(case: Case) -> list[LayerSpec]:
-    config = GPT2Config(
+    config = find_families()[case.family](
         vocab_size=VOCAB,
         hidden_size=32,
         num_layers=3,
         num_heads=4,
-        num_kv_heads=case.num_kv_heads,
+        **({} if case.num_kv_heads is None else {"num_kv_heads": case.num_kv_heads}),
         max_positions=SEQUENCE,
         tied_embedding=case.tied,
         dropout=case.dropout,
@@ -114,14 +115,13 @@ def show(case: Case) -> str:
     return "-".join(f"{key}={value}" for key, value in changed.items()) or "default"
 
 
-@cache
-def _reference(tied: bool, clip: float, optimizer: str, num_kv_heads: int | None, steps: int) -> dict[str, Any]:
-    return reference_run(Case(tied=tied, clip=clip, optimizer=optimizer, num_kv_heads=num_kv_heads, steps=steps))
+_reference = cache(reference_run)
 
 
 def reference(case: Case) -> dict[str, Any]:
     """Return what one process with nothing but torch has, whatever the layout of the case."""
-    return _reference(case.tied, case.clip, case.optimizer, case.num_kv_heads, case.steps)
+    same = ("family", "tied", "clip", "optimizer", "num_kv_heads", "steps")
+    return _reference(Case(**{name: getattr(case, name) for name in same}))
 
 
 def assert_trained_as_one_process(results: list[dict[str, Any]], case: Case) -> None:

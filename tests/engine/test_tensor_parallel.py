@@ -61,6 +61,7 @@ def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorke
         Case(tp=2, num_kv_heads=2),
         Case(tp=2, num_kv_heads=1),
         Case(tp=4, num_kv_heads=2, sequence_parallel=False),
+        Case(tp=2, pp=2, family="gpt_neox", tied=False),
     ],
     ids=show,
 )
