@@ -54,9 +54,5 @@ def family_of(values: object) -> type[ModelFamily] | None:
 
 
 def build_layers(config: Config) -> list[LayerSpec]:
-    """Layer specs of a configuration's model.
-
-    Raises:
-        ConfigError: if the model is the user's own and its builder does not return layer specs.
-    """
+    """Layer specs of a configuration's model; a ConfigError if the user's own builder does not return any."""
     return config.model.build_layers(config)

@@ -35,22 +35,20 @@ class CustomModelConfig(ModelFamily):
         return self.builder
 
     def build_layers(self, config: Config) -> list[LayerSpec]:
-        """List of layer specs of the user's builder, called as `builder(config)`.
-
-        Raises:
-            ConfigError: if the builder cannot be imported or called, or returns something else than a list of
-                layer specs.
-        """
         where = f"model.builder={self.builder}"
         builder: Callable[[Config], Any] = load_object(self.builder, key="model.builder")
         if not callable(builder):
             raise ConfigError(f"{where}: is {_describe(builder)}, and must be a function that takes the configuration")
-        if not _takes_one_argument(builder):
+        try:
+            signature = inspect.signature(builder)
+            signature.bind(config)
+        except TypeError:
             raise ConfigError(
-                f"{where}: is called with one argument, the configuration, and takes "
-                f"{inspect.signature(builder)}; write "
+                f"{where}: is called with one argument, the configuration, and takes {signature}; write "
                 f"def {self.builder.rpartition(':')[2]}(config), and read model.args as config.model.args"
-            )
+            ) from None
+        except ValueError:  # tells no signature
+            pass
         specs = builder(config)
         check_specs(specs, where=f"{where}: it")
         return list(specs)
@@ -60,9 +58,8 @@ class CustomModelConfig(ModelFamily):
 
     @classmethod
     def unknown_key_remedy(cls, key: str) -> str | None:
-        if key in TransformerFamily.model_fields:
-            return f"the settings of your own model stand under model.args, as model.args.{key}"
-        return None
+        known = key in TransformerFamily.model_fields
+        return f"the settings of your own model stand under model.args, as model.args.{key}" if known else None
 
     @model_validator(mode="before")
     @classmethod
@@ -80,11 +77,7 @@ class CustomModelConfig(ModelFamily):
 
 
 def load_object(path: str, *, key: str) -> Any:
-    """Import what `package.module:name` names; the working directory is put on the import path.
-
-    Args:
-        path: module and name, separated by a colon.
-        key: the configuration key that gave it, for messages.
+    """Object that `package.module:name` names, as `key` of the configuration does, also in the working directory.
 
     Raises:
         ConfigError: if the module, one that it imports, or the name in it is not there.
@@ -115,11 +108,7 @@ def load_object(path: str, *, key: str) -> Any:
 
 
 def check_specs(specs: Sequence[LayerSpec], *, where: str) -> None:
-    """Check that a user's function returned a model.
-
-    Args:
-        specs: what it returned.
-        where: the subject of the sentence, for messages.
+    """Check that a user's function returned a model; `where` is the subject of the sentence in messages.
 
     Raises:
         ConfigError: if it is not a list or tuple of layer specs with one at least.
@@ -132,16 +121,6 @@ def check_specs(specs: Sequence[LayerSpec], *, where: str) -> None:
     for layer_idx, spec in enumerate(specs):
         if not isinstance(spec, LayerSpec):
             raise ConfigError(f"{where} returned {_describe(spec)} as layer {layer_idx}; {_instead_of(spec)}")
-
-
-def _takes_one_argument(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # tells no signature
-        return True
-    return True
 
 
 def _describe(value: object) -> str:

@@ -26,12 +26,7 @@ LossChunk = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """Heads of an attention layer, of which a tensor-parallel rank computes whole ones.
-
-    Attributes:
-        num_heads: heads of queries.
-        num_kv_heads: heads of keys and values.
-    """
+    """Heads of queries, and of keys and values, of an attention layer: a tensor-parallel rank computes whole ones."""
 
     num_heads: int
     num_kv_heads: int
@@ -44,29 +39,25 @@ class AttentionHeads:
             >>> AttentionHeads(3, 3).fault(2).message
             'parallel.tp=2 does not divide model.num_heads=3, and a rank computes whole heads; try parallel.tp=1'
         """
-        if self.num_heads % tp:
-            text = f"parallel.tp={tp} does not divide model.num_heads={self.num_heads}, and a rank computes whole heads"
-        elif not self._shares_kv_heads(tp):
-            text = f"parallel.tp={tp} and model.num_kv_heads={self.num_kv_heads}: one must divide the other"
-        else:
+        if self._fit(tp):
             return None
-        fitting = [n for n in range(1, tp) if self.num_heads % n == 0 and self._shares_kv_heads(n)]
-        key = "num_heads" if self.num_heads % tp else "num_kv_heads"
-        return rule_fault(f"parallel.tp model.{key}", f"{text}; try parallel.tp={alternatives(fitting[-3:])}")
+        key, rule = "num_kv_heads", f"and model.num_kv_heads={self.num_kv_heads}: one must divide the other"
+        if self.num_heads % tp:
+            key = "num_heads"
+            rule = f"does not divide model.num_heads={self.num_heads}, and a rank computes whole heads"
+        remedy = f"try parallel.tp={alternatives([n for n in range(1, tp) if self._fit(n)][-3:])}"
+        return rule_fault(f"parallel.tp model.{key}", f"parallel.tp={tp} {rule}; {remedy}")
 
-    def _shares_kv_heads(self, tp: int) -> bool:
-        return self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+    def _fit(self, tp: int) -> bool:
+        shared = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+        return self.num_heads % tp == 0 and shared
 
 
 @dataclass(frozen=True)
 class TensorRename:
-    """One tensor under its logical name and under that of Hugging Face `transformers`.
+    """One tensor under its logical name and under that of the class of Hugging Face `transformers`.
 
-    Attributes:
-        ours: logical name.
-        theirs: name in the class of `transformers`.
-        pattern: how theirs is made of ours, as `einops.rearrange` has it; None where both are alike.
-        sizes: lengths that the pattern needs.
+    Theirs is made of ours by the `pattern` of `einops.rearrange`, with the lengths `sizes`; by none where it is None.
     """
 
     ours: str
@@ -129,11 +120,7 @@ class ModelFamily(Section):
         return self.model_dump()
 
     def fit_vocabulary(self, num_tokens: int, *, tokenizer: object) -> dict[str, Any]:
-        """Changes, by dotted key, for a tokenizer of `num_tokens`.
-
-        Args:
-            num_tokens: size of the tokenizer.
-            tokenizer: its path, for messages.
+        """Changes, by dotted key, for a tokenizer of `num_tokens`; `tokenizer` is its path, for messages.
 
         Raises:
             ConfigError: if the vocabulary is too small.
@@ -174,6 +161,9 @@ class TransformerFamily(ModelFamily):
     """Keys of its `config.json` that change what the model computes, with the values that it can have here; the first
     is written, and is what a missing key means."""
 
+    other_layers: ClassVar[int]
+    """Layers before and after the blocks."""
+
     family: str
     """Architecture of the blocks."""
 
@@ -204,9 +194,6 @@ class TransformerFamily(ModelFamily):
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
         """List of layer specs of the model.
 
-        Args:
-            loss_chunk_tokens: see `pipekit.models.transformer.head.score_vocabulary`.
-
         Raises:
             ConfigError: if the vocabulary's size is not known yet.
         """
@@ -217,11 +204,9 @@ class TransformerFamily(ModelFamily):
         raise NotImplementedError
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
-        """Content of `config.json`.
+        """Content of `config.json`, with the `dtype` of the tensors.
 
-        Args:
-            end_token_id: id of the token that ends a document; None where the model was not trained on text.
-            dtype: of the exported tensors, such as `float32`.
+        `end_token_id` is None where the model was not trained on text.
         """
         return {
             "architectures": [self.hf_class],
@@ -252,15 +237,25 @@ class TransformerFamily(ModelFamily):
         try:
             return cls(**{name: stored[key] for name, key in cls.hf_keys.items() if key in stored})
         except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, fault['loc']))}{': ' if fault['loc'] else ''}{fault['msg']}"
-                for fault in error.errors()
-            )
-            raise ConfigError(f"{where}/config.json: describes no {cls.hf_class}: {faults}") from None
+            faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
+            raise ConfigError(f"{where}/config.json: describes no {cls.hf_class}: {'; '.join(faults)}") from None
 
     @property
     def description(self) -> str:
         return self.preset or f"{self.family} {self.hidden_size} wide"
+
+    @property
+    def layers_per_block(self) -> int:
+        """Layers that a block is cut into."""
+        return 2
+
+    @property
+    def num_layer_specs(self) -> int:
+        return self.layers_per_block * self.num_layers + self.other_layers
+
+    @property
+    def layer_count(self) -> str:
+        return f"{self.layers_per_block} for each of model.num_layers={self.num_layers}, and {self.other_layers} more"
 
     @property
     def attention_heads(self) -> AttentionHeads:
@@ -296,10 +291,7 @@ class TransformerFamily(ModelFamily):
         return self.vocab_size
 
     def given(self) -> dict[str, Any]:
-        """Settings without those that follow from the preset, the width or the defaults.
-
-        The family is among them unless the preset implies it.
-        """
+        """Settings without those that follow from the preset, which implies the family, the width or the defaults."""
         derived: dict[str, Any] = {name: info.default for name, info in type(self).model_fields.items()}
         derived |= {"ffn_size": 4 * self.hidden_size}
         derived |= self.presets[self.preset] if self.preset else {"family": None}
@@ -349,18 +341,23 @@ class TransformerFamily(ModelFamily):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TransformerFamily:
         if self.hidden_size % self.num_heads:
-            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            near = [n for n in divisors if n < self.num_heads][-3:] + [n for n in divisors if n > self.num_heads][:1]
+            fitting = divisors(self.hidden_size)
+            near = [n for n in fitting if n < self.num_heads][-3:] + [n for n in fitting if n > self.num_heads][:1]
             text = f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}"
             raise setting_error("num_heads", f"{text}; try {alternatives(near)}")
         return self
 
 
 def setting_error(key: str, text: str) -> PydanticCustomError:
-    """Error of a validator that says all there is to say about a setting.
-
-    Args:
-        key: the setting.
-        text: where, which value, which rule, and what to type instead.
-    """
+    """Error of a validator about a setting; the text says where, which value, which rule, and what to type instead."""
     return PydanticCustomError("rule", "{text}", {"key": key, "text": text})
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors of a number, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def preset_sizes(*sizes: int | str) -> dict[str, int | str]:
+    """Settings of a preset: vocabulary, width, blocks, heads and positions."""
+    return dict(zip(("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions"), sizes, strict=True))

@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from pipekit.models.family import AttentionHeads, LossChunk, TensorRename, TransformerFamily, setting_error
+from pipekit.models.family import (
+    AttentionHeads,
+    LossChunk,
+    TensorRename,
+    TransformerFamily,
+    divisors,
+    preset_sizes,
+    setting_error,
+)
 from pipekit.settings.base import alternatives
 
 if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
-
-
-def _released(hidden_size: int, num_layers: int, num_heads: int) -> dict[str, int | str]:
-    return {
-        "vocab_size": 50257,
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "max_positions": 1024,
-    }
 
 
 class GPT2Config(TransformerFamily):
@@ -36,12 +34,12 @@ class GPT2Config(TransformerFamily):
     """
 
     presets: ClassVar = {
-        "tiny": {"vocab_size": "auto", "hidden_size": 128, "num_layers": 4, "num_heads": 4, "max_positions": 256},
-        "mini": {"vocab_size": "auto", "hidden_size": 256, "num_layers": 6, "num_heads": 8, "max_positions": 512},
-        "gpt2": _released(768, 12, 12),
-        "gpt2-medium": _released(1024, 24, 16),
-        "gpt2-large": _released(1280, 36, 20),
-        "gpt2-xl": _released(1600, 48, 25),
+        "tiny": preset_sizes("auto", 128, 4, 4, 256),
+        "mini": preset_sizes("auto", 256, 6, 8, 512),
+        "gpt2": preset_sizes(50257, 768, 12, 12, 1024),
+        "gpt2-medium": preset_sizes(50257, 1024, 24, 16, 1024),
+        "gpt2-large": preset_sizes(50257, 1280, 36, 20, 1024),
+        "gpt2-xl": preset_sizes(50257, 1600, 48, 25, 1024),
     }
     hf_model_type: ClassVar = "gpt2"
     hf_class: ClassVar = "GPT2LMHeadModel"
@@ -63,6 +61,7 @@ class GPT2Config(TransformerFamily):
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     }
+    other_layers: ClassVar = 4
 
     family: Literal["gpt2"] = "gpt2"
     """Architecture of the blocks."""
@@ -84,14 +83,6 @@ class GPT2Config(TransformerFamily):
     """Standard deviation of the initial weights."""
 
     @property
-    def num_layer_specs(self) -> int:
-        return 2 * self.num_layers + 4
-
-    @property
-    def layer_count(self) -> str:
-        return f"2 for each of model.num_layers={self.num_layers}, and 4 more"
-
-    @property
     def attention_heads(self) -> AttentionHeads:
         return AttentionHeads(self.num_heads, self.num_kv_heads or self.num_heads)
 
@@ -106,26 +97,24 @@ class GPT2Config(TransformerFamily):
         from pipekit.layers.specs import LayerSpec
         from pipekit.models.transformer import AttentionHalf, FinalNorm, MLPHalf, PositionEmbedding, embedding_and_head
 
-        width, std = self.hidden_size, self.init_std
+        width, std, eps = self.hidden_size, self.init_std, self.layer_norm_eps
         embedding, head = embedding_and_head(
             self.known_vocab_size, width, tied=self.tied_embedding, init_std=std, loss_chunk_tokens=loss_chunk_tokens
         )
+        positions = LayerSpec(
+            PositionEmbedding, self.max_positions, width, dropout=self.dropout, init_std=std, name="position"
+        )
         # Two residual additions a block: their sum keeps its size at any depth.
         residual_std = std / math.sqrt(2 * self.num_layers)
-        common = {"dropout": self.dropout, "eps": self.layer_norm_eps, "init_std": std, "residual_std": residual_std}
+        common = {"dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
         heads = {} if self.num_kv_heads is None else {"num_kv_heads": self.num_kv_heads}
-        specs = [
-            embedding,
-            LayerSpec(
-                PositionEmbedding, self.max_positions, width, dropout=self.dropout, init_std=std, name="position"
-            ),
-        ]
+        blocks = []
         for block in range(self.num_layers):
-            specs += [
+            blocks += [
                 LayerSpec(AttentionHalf, width, self.num_heads, **heads, **common, name=f"blocks.{block}.attention"),
                 LayerSpec(MLPHalf, width, self.ffn_size, activation="gelu_tanh", **common, name=f"blocks.{block}.mlp"),
             ]
-        return [*specs, LayerSpec(FinalNorm, width, eps=self.layer_norm_eps, name="final_norm"), head]
+        return [embedding, positions, *blocks, LayerSpec(FinalNorm, width, eps=eps, name="final_norm"), head]
 
     def no_export_reason(self) -> str | None:
         if self.num_kv_heads in (None, self.num_heads):
@@ -168,9 +157,8 @@ class GPT2Config(TransformerFamily):
     @model_validator(mode="after")
     def _heads_share_keys(self) -> GPT2Config:
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             text = f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
-            raise setting_error("num_kv_heads", f"{text}; try {alternatives(divisors)}")
+            raise setting_error("num_kv_heads", f"{text}; try {alternatives(divisors(self.num_heads))}")
         return self
 
 

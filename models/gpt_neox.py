@@ -13,21 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from pipekit.errors import ConfigError
-from pipekit.models.family import LossChunk, TensorRename, TransformerFamily, setting_error
+from pipekit.models.family import LossChunk, TensorRename, TransformerFamily, preset_sizes, setting_error
 from pipekit.settings.base import alternatives
 
 if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
-
-
-def _pythia(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 50304) -> dict[str, int]:
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "max_positions": 2048,
-    }
 
 
 class GPTNeoXConfig(TransformerFamily):
@@ -39,15 +29,15 @@ class GPTNeoXConfig(TransformerFamily):
     """
 
     presets: ClassVar = {
-        "pythia-14m": _pythia(128, 6, 4),
-        "pythia-70m": _pythia(512, 6, 8),
-        "pythia-160m": _pythia(768, 12, 12),
-        "pythia-410m": _pythia(1024, 24, 16),
-        "pythia-1b": _pythia(2048, 16, 8),
-        "pythia-1.4b": _pythia(2048, 24, 16),
-        "pythia-2.8b": _pythia(2560, 32, 32),
-        "pythia-6.9b": _pythia(4096, 32, 32, 50432),
-        "pythia-12b": _pythia(5120, 36, 40, 50688),
+        "pythia-14m": preset_sizes(50304, 128, 6, 4, 2048),
+        "pythia-70m": preset_sizes(50304, 512, 6, 8, 2048),
+        "pythia-160m": preset_sizes(50304, 768, 12, 12, 2048),
+        "pythia-410m": preset_sizes(50304, 1024, 24, 16, 2048),
+        "pythia-1b": preset_sizes(50304, 2048, 16, 8, 2048),
+        "pythia-1.4b": preset_sizes(50304, 2048, 24, 16, 2048),
+        "pythia-2.8b": preset_sizes(50304, 2560, 32, 32, 2048),
+        "pythia-6.9b": preset_sizes(50432, 4096, 32, 32, 2048),
+        "pythia-12b": preset_sizes(50688, 5120, 36, 40, 2048),
     }
     hf_model_type: ClassVar = "gpt_neox"
     hf_class: ClassVar = "GPTNeoXForCausalLM"
@@ -68,6 +58,7 @@ class GPTNeoXConfig(TransformerFamily):
         "init_std": "initializer_range",
     }
     hf_fixed: ClassVar = {"attention_bias": (True,)}
+    other_layers: ClassVar = 3
 
     family: Literal["gpt_neox"] = "gpt_neox"
     """Architecture of the blocks."""
@@ -112,21 +103,13 @@ class GPTNeoXConfig(TransformerFamily):
     the last projection of attention and MLP, the number of blocks."""
 
     @property
-    def num_layer_specs(self) -> int:
-        return (1 if self.use_parallel_residual else 2) * self.num_layers + 3
-
-    @property
-    def layer_count(self) -> str:
-        each = 1 if self.use_parallel_residual else 2
-        return f"{each} for each of model.num_layers={self.num_layers}, and 3 more"
+    def layers_per_block(self) -> int:
+        return 1 if self.use_parallel_residual else 2
 
     @property
     def rotary_size(self) -> int:
         """Dimensions of each head that are rotated."""
-        return self._rotary_size(self.rotary_pct)
-
-    def _rotary_size(self, rotary_pct: float) -> int:
-        return int(self.hidden_size // self.num_heads * rotary_pct)
+        return int(self.hidden_size // self.num_heads * self.rotary_pct)
 
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
         """Token embedding, one layer or two halves for each block, final norm, head.
@@ -137,14 +120,7 @@ class GPTNeoXConfig(TransformerFamily):
             ['TokenEmbedding', 'ParallelBlock', 'FinalNorm', 'Head']
         """
         from pipekit.layers.specs import LayerSpec
-        from pipekit.models.transformer import (
-            AttentionHalf,
-            FinalNorm,
-            MLPHalf,
-            ParallelBlock,
-            Rotary,
-            embedding_and_head,
-        )
+        from pipekit.models import transformer
 
         width, eps = self.hidden_size, self.layer_norm_eps
         if self.init_std is None:
@@ -152,7 +128,7 @@ class GPTNeoXConfig(TransformerFamily):
             std, residual_std = math.sqrt(2 / (5 * width)), 2 / (self.num_layers * math.sqrt(width))
         else:
             std, residual_std = self.init_std, self.init_std / math.sqrt(2 * self.num_layers)
-        embedding, head = embedding_and_head(
+        embedding, head = transformer.embedding_and_head(
             self.known_vocab_size,
             width,
             tied=self.tied_embedding,
@@ -161,24 +137,25 @@ class GPTNeoXConfig(TransformerFamily):
             loss_chunk_tokens=loss_chunk_tokens,
         )
         common = {"dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
-        rotary = {"rotary": Rotary(self.rotary_size, self.rotary_base)}
-        heads, mlp = self.num_heads, {"activation": self.activation}
+        attention = {"rotary": transformer.Rotary(self.rotary_size, self.rotary_base), **common}
+        mlp = {"activation": self.activation}
+        heads, ffn_size = self.num_heads, self.ffn_size
         specs = [embedding]
-        for block in range(self.num_layers):
-            name = f"blocks.{block}"
+        for name in (f"blocks.{block}" for block in range(self.num_layers)):
             if self.use_parallel_residual:
                 specs.append(
-                    LayerSpec(ParallelBlock, width, heads, self.ffn_size, **rotary, **mlp, **common, name=name)
+                    LayerSpec(transformer.ParallelBlock, width, heads, ffn_size, **mlp, **attention, name=name)
                 )
-                continue
-            specs.append(LayerSpec(AttentionHalf, width, heads, **rotary, **common, name=f"{name}.attention"))
-            specs.append(LayerSpec(MLPHalf, width, self.ffn_size, **mlp, **common, name=f"{name}.mlp"))
-        return [*specs, LayerSpec(FinalNorm, width, eps=eps, name="final_norm"), head]
+            else:
+                specs += [
+                    LayerSpec(transformer.AttentionHalf, width, heads, **attention, name=f"{name}.attention"),
+                    LayerSpec(transformer.MLPHalf, width, ffn_size, **mlp, **common, name=f"{name}.mlp"),
+                ]
+        return [*specs, LayerSpec(transformer.FinalNorm, width, eps=eps, name="final_norm"), head]
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
-        stored = super().hf_config(end_token_id=end_token_id, dtype=dtype)
         return {
-            **stored,
+            **super().hf_config(end_token_id=end_token_id, dtype=dtype),
             "hidden_act": _THEIR_ACTIVATIONS[self.activation][0],
             "attention_dropout": self.dropout,
             "initializer_range": 0.02 if self.init_std is None else self.init_std,
@@ -236,7 +213,7 @@ class GPTNeoXConfig(TransformerFamily):
         if self.rotary_size < 2 or self.rotary_size % 2:
             head_size = self.hidden_size // self.num_heads
             text = f"model.rotary_pct={self.rotary_pct} of the {head_size} dimensions of a head are {self.rotary_size}"
-            fitting = [pct for pct in (0.25, 0.5, 1.0) if self._rotary_size(pct) and not self._rotary_size(pct) % 2]
+            fitting = [pct for pct in (0.25, 0.5, 1.0) if int(head_size * pct) in range(2, head_size + 1, 2)]
             remedy = f"try {alternatives(fitting)}" if fitting else "make heads of an even size"
             raise setting_error("rotary_pct", f"{text}, and pairs of dimensions are rotated; {remedy}")
         return self

@@ -4,12 +4,9 @@ Each layer takes one tensor and returns one. The attention half and the MLP half
 that a partition can cut a block in two.
 """
 
-from pipekit.models.transformer.attention import AttentionHalf
-from pipekit.models.transformer.block import ParallelBlock
+from pipekit.models.transformer.block import AttentionHalf, FinalNorm, MLPHalf, ParallelBlock
 from pipekit.models.transformer.embedding import PositionEmbedding, TokenEmbedding
-from pipekit.models.transformer.head import Head, embedding_and_head
-from pipekit.models.transformer.loss import language_model_loss
-from pipekit.models.transformer.mlp import FinalNorm, MLPHalf
+from pipekit.models.transformer.head import Head, embedding_and_head, language_model_loss
 from pipekit.models.transformer.rotary import Rotary
 
 __all__ = [

@@ -1,33 +1,184 @@
-"""A transformer block whose attention and MLP read the same input.
+"""Blocks of a transformer: causal self-attention and the MLP, in two halves or in parallel, and the norm after them.
 
-Shapes: B sequences, S tokens, D hidden size, H heads, F feed-forward size.
+Tensor-parallel ranks share out the heads and the width of the MLP, and what is between layers along the sequence.
+
+Shapes: B sequences, S tokens, D hidden size, H heads, E head size (D = H * E), F feed-forward size.
+
+`dropout` is the probability of zeroing an attention weight and an output, `eps` is of the norms, `init_std` the
+standard deviation of the initial weights, and `residual_std` that of the last projection of attention or MLP.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, TypeVar
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
 
-from pipekit.models.transformer.attention import Attention
-from pipekit.models.transformer.mlp import MLP, Activation
+from pipekit.errors import LayoutError
+from pipekit.models.family import AttentionHeads
 from pipekit.models.transformer.rotary import Rotary
-from pipekit.tensor_parallel import SHARDED, TensorParallelModule
+from pipekit.tensor_parallel import (
+    SHARDED,
+    ColumnParallelLinear,
+    KeyValueLinear,
+    RowParallelLinear,
+    TensorGroup,
+    TensorParallelModule,
+    column_parallel_linears,
+    sharded_dropout,
+    sharded_randomness,
+)
+
+Activation = Literal["gelu", "gelu_tanh"]
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+_Linear = TypeVar("_Linear", bound=nn.Linear)
 
 
-class ParallelBlock(TensorParallelModule):
-    """`x + dropout(attention(norm(x))) + dropout(mlp(other_norm(x)))`: `(B, S, D)` to `(B, S, D)`.
+def _build_linear(kind: Callable[..., _Linear], *args: Any, std: float, **kwargs: Any) -> _Linear:
+    """Linear layer with normal weights of standard deviation `std` and a bias of zero."""
+    # Without nn.Linear's own initial weights, which would be drawn only to be replaced.
+    with torch.device("meta"):
+        linear = kind(*args, **kwargs)
+    linear.to_empty(device=torch.get_default_device())
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Attention(TensorParallelModule):
+    """`dropout(attention(norm(x)))`: causal self-attention with H heads, `(B, S, D)` to `(B, S, D)`.
+
+    Where there are fewer heads of keys and values, several heads of queries share one of them.
 
     Args:
         hidden_size: D.
         num_heads: H.
-        ffn_size: F.
+        num_kv_heads: heads of keys and values; None is H.
         rotary: rotation of queries and keys; None where positions are added to the tokens.
-        activation: function between the two linear layers of the MLP.
-        dropout: probability of zeroing an attention weight, and an output.
-        eps: of the norms.
-        init_std: standard deviation of the initial weights.
-        residual_std: that of the last projections of attention and MLP.
+
+    Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
+    """
+
+    sequence_flow = SHARDED
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        rotary: Rotary | None = None,
+        dropout: float,
+        eps: float,
+        init_std: float,
+        residual_std: float,
+    ) -> None:
+        super().__init__()
+        self.heads = AttentionHeads(num_heads, num_kv_heads or num_heads)
+        self.head_size = hidden_size // num_heads
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.qkv: ColumnParallelLinear | None = None
+        if self.heads.num_kv_heads == num_heads:
+            self.qkv = _build_linear(
+                ColumnParallelLinear, hidden_size, 3 * hidden_size, std=init_std, blocks=(hidden_size,) * 3
+            )
+        else:
+            self.q = _build_linear(ColumnParallelLinear, hidden_size, hidden_size, std=init_std)
+            self.kv = _build_linear(KeyValueLinear, hidden_size, self.heads.num_kv_heads, self.head_size, std=init_std)
+        self.projection = _build_linear(RowParallelLinear, hidden_size, hidden_size, std=residual_std)
+        self.rotary, self.dropout = rotary, dropout
+
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
+        if fault := self.heads.fault(group.size):
+            raise LayoutError(fault.message)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._project(self.norm(x))
+        if self.rotary is not None:
+            q, k = self.rotary.rotate(q, k)
+        dropout = self.dropout if self.training else 0.0
+        # The heads are shared out, whether the sequence is or not.
+        with sharded_randomness(self.group) if dropout else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )  # (B, H, S, E)
+        y = self.projection(rearrange(y, "b h s e -> b s (h e)"))  # (B, S, D)
+        return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
+        if self.qkv is not None:
+            qkv = self.qkv(x)  # (B, S, 3D)
+            queries, keys, values = rearrange(qkv, "b s (three h e) -> three b h s e", three=3, e=self.head_size)
+            return queries, keys, values
+        own = [(self.q.weight, self.q.bias), self.kv.own()]
+        q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
+        keys, values = rearrange(kv, "b s (two h e) -> two b h s e", two=2, e=self.head_size)
+        return rearrange(q, "b s (h e) -> b h s e", e=self.head_size), keys, values
+
+
+class AttentionHalf(Attention):
+    """`x + dropout(attention(norm(x)))`: the first half of a block, `(B, S, D)` to `(B, S, D)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class MLP(TensorParallelModule):
+    """`dropout(mlp(norm(x)))`: `(B, S, D)` to `(B, S, D)` through a width of F.
+
+    Args:
+        hidden_size: D.
+        ffn_size: F.
+        activation: function between the two linear layers.
+    """
+
+    sequence_flow = SHARDED
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        *,
+        activation: Activation,
+        dropout: float,
+        eps: float,
+        init_std: float,
+        residual_std: float,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.expand = _build_linear(ColumnParallelLinear, hidden_size, ffn_size, std=init_std)
+        self.contract = _build_linear(RowParallelLinear, ffn_size, hidden_size, std=residual_std)
+        self.activation, self.dropout = activation, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _ACTIVATIONS[self.activation](self.expand(self.norm(x)))  # (B, S, F)
+        y = self.contract(y)  # (B, S, D)
+        return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
+
+
+class MLPHalf(MLP):
+    """`x + dropout(mlp(norm(x)))`: the second half of a block, `(B, S, D)` to `(B, S, D)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class ParallelBlock(TensorParallelModule):
+    """`x + dropout(attention(norm(x))) + dropout(mlp(other_norm(x)))`: `(B, S, D)` to `(B, S, D)`.
 
     Source: Wang & Komatsuzaki 2021, "GPT-J-6B".
     """
@@ -56,3 +207,9 @@ class ParallelBlock(TensorParallelModule):
         attended: Tensor = self.attention(x)
         expanded: Tensor = self.mlp(x)
         return x + attended + expanded
+
+
+class FinalNorm(nn.LayerNorm):
+    """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
+
+    sequence_flow = SHARDED

@@ -21,13 +21,7 @@ from pipekit.tensor_parallel import (
 class TokenEmbedding(VocabularyParallelEmbedding):
     """Looks token ids up, then drops out: `(B, S)` int64 to `(B, S, D)`.
 
-    Its `weight` `(V, D)` is the head's too, where they are tied.
-
-    Args:
-        vocab_size: V; need not be a multiple of the tensor-parallel degree.
-        hidden_size: D.
-        dropout: probability of zeroing an output.
-        init_std: standard deviation of the initial weights.
+    Its `weight` `(V, D)` is the head's too, where they are tied; V need be no multiple of the tensor-parallel degree.
     """
 
     sequence_flow = SequenceFlow(returns_shard=True)

@@ -1,4 +1,4 @@
-"""Scores of every token of the vocabulary, by a head of its own or by the embedding.
+"""Scores of every token of the vocabulary, by a head of its own or by the embedding, and their loss.
 
 Shapes: B sequences, S tokens, D hidden size, V vocabulary size.
 """
@@ -18,14 +18,7 @@ from pipekit.tensor_parallel import Logits, SequenceFlow, VocabularyParallelModu
 
 
 class Head(VocabularyParallelModule):
-    """Scores every token of the vocabulary: `(B, S, D)` to `(B, S, V)`.
-
-    Args:
-        hidden_size: D.
-        vocab_size: V.
-        init_std: standard deviation of the initial weights.
-        loss_chunk_tokens: see `score_vocabulary`.
-    """
+    """Scores every token of the vocabulary, as `score_vocabulary` does: `(B, S, D)` to `(B, S, V)`."""
 
     sequence_flow = SequenceFlow(takes_shard=True)
 
@@ -41,14 +34,9 @@ class Head(VocabularyParallelModule):
 
 @dataclass(frozen=True)
 class TiedHead:
-    """Scores every token by its embedding: `(B, S, D)` to `(B, S, V)`. The `forward_fn` of a tied `TokenEmbedding`.
+    """Scores every token by its embedding, as `score_vocabulary` does: the `forward_fn` of a tied `TokenEmbedding`."""
 
-    Attributes:
-        loss_chunk_tokens: see `score_vocabulary`.
-    """
-
-    loss_chunk_tokens: LossChunk = None
-
+    loss_chunk_tokens: LossChunk
     sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_shard=True)
 
     def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
@@ -68,9 +56,9 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
             they are few.
     """
     parts = module.group if module.sequence_parallel else None
-    num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
     chunk = loss_chunk_tokens
     if chunk == "auto":
+        num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
         # The largest part, so that all ranks decide alike.
         tp = 1 if module.group is None else module.group.size
         chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp))
@@ -95,16 +83,7 @@ def embedding_and_head(
     init_std: float,
     loss_chunk_tokens: LossChunk,
 ) -> tuple[LayerSpec, LayerSpec]:
-    """Specs of a model's first layer, `embed`, and of its last, which is the same one again where they are tied.
-
-    Args:
-        vocab_size: V.
-        hidden_size: D.
-        tied: whether the head shares the weight of the embedding.
-        dropout: probability of zeroing an output of the embedding.
-        init_std: standard deviation of the initial weights.
-        loss_chunk_tokens: see `score_vocabulary`.
-    """
+    """Specs of a model's first layer, `embed`, with `dropout`, and of its last, which is the same again if tied."""
     sizes = (vocab_size, hidden_size)
     options: dict[str, Any] = {"init_std": init_std, **({"dropout": dropout} if dropout else {})}
     if tied:
@@ -113,3 +92,16 @@ def embedding_and_head(
     return LayerSpec(TokenEmbedding, *sizes, **options, name="embed"), LayerSpec(
         Head, hidden_size, vocab_size, init_std=init_std, loss_chunk_tokens=loss_chunk_tokens, name="head"
     )
+
+
+def language_model_loss(outputs: Tensor | Logits, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the next token in fp32, a scalar in nats per token.
+
+    Args:
+        outputs: the logits `(B, S, V)`, any floating type; or what stands for them where they are in parts or computed
+            by the chunk.
+        labels: `(B, S)` int64, the next token of each; -100 is left out of the mean.
+    """
+    if isinstance(outputs, Logits):
+        return outputs.cross_entropy(labels)
+    return F.cross_entropy(outputs.float().flatten(0, 1), labels.flatten())

@@ -35,16 +35,9 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """Comparison of an export with its checkpoint.
+    """Comparison of an export with its checkpoint, by the largest absolute difference of a logit.
 
-    Attributes:
-        reference: what read the export.
-        max_logit_difference: largest absolute difference of a logit.
-        tolerance: the largest difference that passes.
-        num_logits: how many were compared.
-        checkpoint: what was exported.
-        step: of the checkpoint.
-        dtype: of the exported tensors.
+    `reference` is what read the export, and `dtype` that of the exported tensors.
     """
 
     reference: str
@@ -66,9 +59,8 @@ def export_checkpoint(
 
     Args:
         source: a run's folder, or one of its checkpoints.
-        out: the folder to write.
+        out: the folder to write; `overwrite` replaces an earlier export in it.
         dtype: of the exported tensors.
-        overwrite: replace an earlier export in `out`.
 
     Raises:
         CheckpointError: if there is no checkpoint, or its model has no Hugging Face counterpart.
@@ -121,19 +113,15 @@ def _write_folder(
     exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
     save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
     end_token_id = None
-    tokenizer_file = checkpoint / TOKENIZER_FILE
-    if tokenizer_file.is_file():
+    if (tokenizer_file := checkpoint / TOKENIZER_FILE).is_file():
         end_token_id = load_tokenizer(tokenizer_file).end_token_id
         write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
-    hf_config = config.hf_config(end_token_id=end_token_id, dtype=dtype)
-    generation = {
-        "bos_token_id": end_token_id,
-        "eos_token_id": end_token_id,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 50,
+    ends = {"bos_token_id": end_token_id, "eos_token_id": end_token_id}
+    contents = {
+        "config.json": config.hf_config(end_token_id=end_token_id, dtype=dtype),
+        "generation_config.json": {**ends, "do_sample": True, "temperature": 1.0, "top_k": 50},
     }
-    for name, content in (("config.json", hf_config), ("generation_config.json", generation)):
+    for name, content in contents.items():
         write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
 
 
@@ -144,10 +132,8 @@ def _compare(
     """Run one random prompt through the checkpoint's model, its weights rounded to `dtype`, and through the export."""
     for tensor in model.logical_tensors().values():
         tensor.copy_(tensor.to(getattr(torch, dtype)))
-    assert isinstance(config.vocab_size, int)
-    generator = torch.Generator().manual_seed(0)
-    length = min(config.max_positions, 128)
-    prompt = torch.randint(config.vocab_size, (2, length), generator=generator)  # (B, S)
+    shape = (2, min(config.max_positions, 128))
+    prompt = torch.randint(config.known_vocab_size, shape, generator=torch.Generator().manual_seed(0))  # (B, S)
     ours: Tensor = model(prompt)  # (B, S, V)
     logits, reference = _transformers_logits(folder, prompt, config.hf_class)
     difference = float((ours - logits).abs().max())

@@ -22,21 +22,13 @@ MODEL_FILE = "model.safetensors"
 
 
 def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
-    """Model of a checkpoint, in evaluation mode, and its configuration.
-
-    Raises:
-        CheckpointError: if the checkpoint cannot be read, or does not fit its configuration.
-    """
+    """Model of a checkpoint, in evaluation mode, and its configuration; a CheckpointError if either cannot be read."""
     config = load_config(checkpoint / CONFIG_FILE)
     return read_model(CheckpointReader(checkpoint), config), config
 
 
 def read_model(reader: CheckpointReader, config: Config) -> SequentialModel:
-    """Model of an open checkpoint, in evaluation mode.
-
-    Raises:
-        CheckpointError: if the checkpoint does not fit the configuration.
-    """
+    """Model of an open checkpoint, in evaluation mode; a CheckpointError if it does not fit the configuration."""
     # A layer of the user's own may compute more in its constructor than a checkpoint holds.
     seed = None if isinstance(config.model, TransformerFamily) else config.train.seed
     model = SequentialModel(build_layers(config), seed=seed)

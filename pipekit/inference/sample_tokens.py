@@ -31,11 +31,7 @@ def sample_tokens(
         max_new_tokens: how many to draw at most.
         max_positions: how many tokens the model sees; older ones are forgotten.
         temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: draw among the `top_k` likeliest only, and all that are as likely as the last of them; None
-            among all.
-        seed: of the draws.
-        end_token_id: stops before this token.
-        device: where the model is.
+        top_k: draw among the `top_k` likeliest only, and all that are as likely as the last of them; None among all.
 
     Raises:
         ConfigError: before the first token, if the prompt is empty or a number is out of range.

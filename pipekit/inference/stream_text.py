@@ -31,11 +31,7 @@ def stream_text(
     Args:
         source: a run's folder, one of its checkpoints, or an exported folder.
         prompt: text to go on from; empty begins a document.
-        max_new_tokens: tokens to draw at most.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw among so many of the likeliest; None among all.
-        seed: of the draws; the same seed gives the same text.
-        device: what to compute on.
+        max_new_tokens, temperature, top_k, seed: see `sample_tokens`.
 
     Raises:
         PipekitError: if there is no model, no tokenizer, or no such device.

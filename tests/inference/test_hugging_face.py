@@ -13,7 +13,7 @@ from pipekit.errors import CheckpointError, ConfigError
 from pipekit.inference.hugging_face import from_hf, read_hf_config, to_hf
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models.gpt2 import GPT2Config
-from pipekit.models.transformer.loss import language_model_loss
+from pipekit.models.transformer import language_model_loss
 
 TOLERANCE = 1e-5  # of logits near 1, in fp32
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pipekit.models.transformer.loss import language_model_loss
+from pipekit.models.transformer import language_model_loss
 
 
 def test_it_is_the_mean_negative_log_probability_of_the_labels() -> None:
