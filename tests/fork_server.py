@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from forked_ranks import RankForker
+
 
 def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """Start a process that calls a function at the top level of an importable module."""
@@ -38,15 +40,21 @@ def stop() -> None:
 
 
 def run_pipekit(
-    arguments: Sequence[str], *, cwd: Path, environ: Mapping[str, str] | None = None, timeout_s: float = 180.0
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    environ: Mapping[str, str] | None = None,
+    timeout_s: float = 180.0,
+    fork_ranks: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the `pipekit` command in a fork, which is there at once; the ranks that it starts are new processes.
+    """Run the `pipekit` command in a fork, which is there at once.
 
     Args:
         arguments: what follows `pipekit`.
         cwd: the folder to run in.
         environ: variables to set on top of this process's own.
         timeout_s: seconds after which the command is killed.
+        fork_ranks: whether the ranks that it starts are forks too, or new interpreters, as for a user.
 
     Raises:
         subprocess.TimeoutExpired: after that.
@@ -57,7 +65,7 @@ def run_pipekit(
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         stdout.touch()
         stderr.touch()
-        process = fork(_main, command, str(cwd), variables, str(stdout), str(stderr))
+        process = fork(_main, command, str(cwd), variables, str(stdout), str(stderr), fork_ranks)
         process.join(timeout_s)
         if process.exitcode is None:
             process.kill()
@@ -68,7 +76,7 @@ def run_pipekit(
     return done
 
 
-def _main(command: list[str], cwd: str, environ: dict[str, str], stdout: str, stderr: str) -> None:
+def _main(command: list[str], cwd: str, environ: dict[str, str], stdout: str, stderr: str, fork_ranks: bool) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environ)
@@ -79,6 +87,10 @@ def _main(command: list[str], cwd: str, environ: dict[str, str], stdout: str, st
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     sys.path[0:0] = [cwd]
     sys.argv = command
+    if fork_ranks:
+        from pipekit.launch import local
+
+        RankForker().replace_popen_of(local)
 
     from pipekit.cli import main
 

@@ -218,24 +218,24 @@ def first_difference(workspace: Path, layout: str, *overrides: str, builder: str
 
 
 def test_a_sound_model_is_the_same_under_every_layout(workspace: Path) -> None:
-    done = verify(workspace, "c.yaml", "--layouts", "pp2,dp2,dp3")
+    done = verify(workspace, "c.yaml", "--layouts", "pp2,dp2,pp2xdp2,dp3")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for layout in ("pp=2 ", "dp=2 "):
+    for layout in ("pp=2 ", "dp=2 ", "pp=2 x dp=2 "):
         (row,) = (line for line in lines if line.split("  ")[1:2] == [layout.strip()])
         errors = [float(word) for word in row.removeprefix(f"  {layout}").split()[2:6]]
         assert max(errors) < 1e-5
         assert row.endswith("agrees")
     assert "dp=3: train.global_batch_size=8 is not a multiple of train.micro_batch_size=2 x dp=3" in done.stdout
-    assert lines[-1] == "all 2 layouts train the same model as one process"
+    assert lines[-1] == "all 3 layouts train the same model as one process"
 
 
-def test_tensor_parallel_layouts_and_zero_3(workspace: Path) -> None:
-    done = verify(workspace, "c.yaml", "--json", "--steps", "2", "--layouts", "pp2xtp2,dp2xzero3")
+def test_tensor_parallel_layouts_and_every_zero_stage(workspace: Path) -> None:
+    done = verify(workspace, "c.yaml", "--json", "--steps", "2", "--layouts", "pp2xtp2,dp2xzero0,dp2xzero2,dp2xzero3")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["agrees"]
-    assert [entry["layout"]["zero"] for entry in found["layouts"]] == [1, 3]
+    assert [entry["layout"]["zero"] for entry in found["layouts"]] == [1, 0, 2, 3]
     assert {entry["verdict"] for entry in found["layouts"]} == {"agrees"}
     for entry in found["layouts"]:
         assert 0 <= max(entry[column] for column in ("loss", "outputs", "gradients", "weights")) < 1e-5
@@ -255,23 +255,17 @@ def test_what_was_recorded_can_be_kept(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("builder", "layout", "overrides", "kind", "tensor", "ranks", "words"),
     [
-        # What the slow ones would show is compared and explained in tests/verify, without processes.
-        pytest.param(
-            *("own_seed", "pp2", [], "initial weights", "blocks.1.mlp.expand.weight", [1]),
-            "train.seed and its name alone",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            *("own_noise", "dp2", [], "output", "", [1]),
-            "random numbers that it draws from a generator of its own",
-            marks=pytest.mark.slow,
-        ),
+        ("own_seed", "pp2", [], "initial weights", "blocks.1.mlp.expand.weight", [1], "train.seed and its name alone"),
+        ("own_noise", "dp2", [], "output", "", [1], "random numbers that it draws from a generator of its own"),
         ("wrong_backward", "pp2", [], "input gradient", "", [1], "what its backward makes of that is wrong"),
-        pytest.param(
-            *("private_gradient", "dp2", ["run.trial=buggy:MissingAllReduce"], "gradient"),
-            *("blocks.1.mlp.contract.weight", [0, 1]),
+        (
+            "private_gradient",
+            "dp2",
+            ["run.trial=buggy:MissingAllReduce"],
+            "gradient",
+            "blocks.1.mlp.contract.weight",
+            [0, 1],
             "they were not averaged over parallel.dp",
-            marks=pytest.mark.slow,
         ),
         (
             "missing_sum",
@@ -302,7 +296,6 @@ def test_a_bug_is_found_and_its_layer_named(
     assert words in found["cause"]
 
 
-@pytest.mark.slow
 def test_a_tied_gradient_that_is_counted_twice(workspace: Path) -> None:
     found = first_difference(workspace, "pp2", "run.trial=buggy:TiedTwice")
     assert (found["kind"], found["tensor"], found["other_layers"]) == ("gradient", "embed.weight", [])
@@ -310,7 +303,6 @@ def test_a_tied_gradient_that_is_counted_twice(workspace: Path) -> None:
     assert "counted twice: embed is tied" in found["cause"]
 
 
-@pytest.mark.slow
 def test_an_update_that_depends_on_the_layout(workspace: Path) -> None:
     found = first_difference(workspace, "dp2", "run.trial=buggy:OwnRate")
     assert (found["kind"], found["step"]) == ("weights", 0)
