@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipekit.commands.shared_options import ConfigFile, Overrides
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.local import run_local
+from pipekit.launch.local import run_plan
 from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
@@ -68,18 +68,8 @@ def start(config: Config) -> None:
     show_plan(plan, console)
     folder = write_plan(plan)
     world_size = plan.layout.world_size
-    environ = thread_environ(config.run.threads_per_process, world_size, os.environ)
-    environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
-    if plan.device == "cpu":
-        environ["DS_ACCELERATOR"] = "cpu"
-    _guard_builds({**os.environ, **environ})
     console.print(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...")
-    run_local(
-        [sys.executable, "-m", "pipekit.launch.rank", str(folder.plan)],
-        world_size=world_size,
-        log_dir=folder.logs,
-        env=environ,
-    )
+    run_plan(plan, folder.plan, log_dir=folder.logs)
 
 
 def join(config: Config, ranks: RankEnvironment) -> None:
@@ -88,7 +78,8 @@ def join(config: Config, ranks: RankEnvironment) -> None:
     os.environ.update(ranks.as_environ())
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
     if ranks.local_rank == 0:
-        _guard_builds(os.environ)
+        for note in guard_extension_builds(os.environ):
+            sys.stderr.write(f"{note}\n")
     os.environ.update(thread_environ(config.run.threads_per_process, local_world_size, os.environ))
     resources = find_resources(os.environ, config, world_size=ranks.world_size, local_world_size=local_world_size)
     _check_degrees(config, resources)
@@ -105,8 +96,3 @@ def _check_degrees(config: Config, resources: Resources) -> None:
     if not config.parallel.auto:
         layout = resolve_layout(config, world_size=resources.world_size, num_devices=resources.num_gpus)
         plan_batch(config, layout.dp)
-
-
-def _guard_builds(environ: Mapping[str, str]) -> None:
-    for note in guard_extension_builds(environ):
-        sys.stderr.write(f"{note}\n")

@@ -38,12 +38,18 @@ def command(
 ) -> None:
     """Run a few steps of a model under every layout that fits and in one process, and name the first layer that
     differs."""
-    from pipekit.commands.verify_session import VerifyOptions, verify_config
+    from pipekit.commands.verify_session import verify_config
     from pipekit.config import load_config
     from pipekit.verify.report import report
 
-    options = VerifyOptions(steps, devices, layouts, tolerance, keep)
-    found = verify_config(load_config(config, overrides or []), options)
+    found = verify_config(
+        load_config(config, overrides or []),
+        num_steps=steps,
+        num_devices=devices,
+        layouts=layouts,
+        tolerance=tolerance,
+        keep=keep,
+    )
     if as_json:
         sys.stdout.write(json.dumps(report(found), indent=1) + "\n")
     else:

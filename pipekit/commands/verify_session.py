@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 import traceback
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipekit.config import Config
 from pipekit.errors import ConfigError, LaunchError, LayoutError, PipekitError
-from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.local import run_local
-from pipekit.launch.resources import find_resources, thread_environ
+from pipekit.launch.failures import RankError, describe_failure
+from pipekit.launch.local import run_plan
+from pipekit.launch.resources import find_resources
 from pipekit.layout import Layout
 from pipekit.progress import ProgressLines
 from pipekit.verify.explain import LayoutContext, show_names
 from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, reason_against
-from pipekit.verify.measurement import MEASUREMENTS_FILE, TOLERANCE, load_measurements
+from pipekit.verify.measurement import MEASUREMENTS_FILE, load_measurements
 from pipekit.verify.report import Result, Verification
 
 if TYPE_CHECKING:
@@ -42,49 +41,50 @@ _OWN_KEYS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
-    """Options of `pipekit verify`.
+def verify_config(
+    config: Config,
+    *,
+    num_steps: int,
+    num_devices: int | None,
+    layouts: str | None,
+    tolerance: float,
+    keep: Path | None,
+) -> Verification:
+    """Run a configuration's model in one process and under each layout, and return what was found.
 
-    Attributes:
+    Args:
+        config: the configuration.
         num_steps: updates under each layout.
         num_devices: processes that may run at once; None takes the GPUs present, or on a CPU as many as the
             configuration needs, and four at least.
         layouts: the layouts to run, such as `pp2,pp2xdp2`; None takes the configuration's own and small ones.
         tolerance: the largest relative difference that is allowed.
         keep: folder to keep recordings and logs in; None keeps nothing.
-    """
-
-    num_steps: int = 3
-    num_devices: int | None = None
-    layouts: str | None = None
-    tolerance: float = TOLERANCE
-    keep: Path | None = None
-
-
-def verify_config(config: Config, options: VerifyOptions) -> Verification:
-    """Run a configuration's model in one process and under each layout, and return what was found.
 
     Raises:
         PipekitError: if the model does not run in one process, or no layout fits.
     """
+    from pipekit.layers.specs import TiedLayerSpec, layer_names
+
     resources = find_resources(os.environ, config)
     num_gpus = resources.num_gpus
     tell = ProgressLines.on_stderr()
     config, specs, prepared = _prepare_model(config, tell)
-    num_devices = options.num_devices or num_gpus or max(_own_layout(config, None).world_size, _DEFAULT_CPU_DEVICES)
+    num_devices = num_devices or num_gpus or max(_own_layout(config, None).world_size, _DEFAULT_CPU_DEVICES)
     if num_gpus is not None and num_devices > num_gpus:
         raise LayoutError(f"--devices {num_devices}: there are {num_gpus} GPUs; try --devices {num_gpus}")
     own = _own_layout(config, num_devices if num_gpus else None)
-    fitting, rejected = _choose(config, specs, own, num_devices, options.layouts)
+    fitting, rejected = _choose(config, specs, own, num_devices, layouts)
     if not fitting:
         reasons = "\n  ".join(f"{candidate}: {reason}" for candidate, reason in rejected)
         raise LayoutError(f"no layout fits {num_devices} devices, so that there is nothing to verify:\n  {reasons}")
     config, notes = _comparable(config, fitting)
-    session = _Session(config, specs, prepared, resources, options, tell)
+    names = layer_names(specs)
+    tied = frozenset(name for name, spec in zip(names, specs, strict=True) if isinstance(spec, TiedLayerSpec))
     results = []
-    with _working_folder(options.keep) as folder:
-        random_layers = session.run_reference(folder)
+    with _working_folder(keep) as folder:
+        session = _Session(folder, prepared, resources, num_steps, tolerance, tell)
+        random_layers = session.run_reference(_config_of(config, LayoutCandidate(Layout(), 0)))
         if random_layers and any(candidate.layout.tp > 1 for candidate in fitting):
             notes.append(
                 f"random numbers are drawn by {show_names(random_layers)}; those that are drawn for a tensor-parallel "
@@ -97,127 +97,103 @@ def verify_config(config: Config, options: VerifyOptions) -> Verification:
             except ConfigError as error:
                 rejected.append((candidate, str(error).splitlines()[0]))
                 continue
-            results.append(session.run_candidate(folder, candidate, candidate_config))
+            results.append(session.run_candidate(candidate, candidate_config, names, tied, keeps=keep is not None))
     if not results:
         raise LayoutError("\n  ".join(["no layout can run:", *(f"{place}: {reason}" for place, reason in rejected)]))
+    trial = f", {config.run.trial}" if config.run.trial else ""
     return Verification(
-        model=_describe_model(config, len(specs)),
+        model=f"{config.model.description}{trial}, {len(specs)} layers",
         device="cuda" if num_gpus else "cpu",
-        num_steps=options.num_steps,
+        num_steps=num_steps,
         global_batch_size=config.train.global_batch_size,
-        tolerance=options.tolerance,
+        tolerance=tolerance,
         results=results,
         rejected=rejected,
         notes=notes,
     )
 
 
+@dataclass(frozen=True)
 class _Session:
     """Starts the processes of a verification, one layout after the other."""
 
-    def __init__(
-        self,
-        config: Config,
-        specs: Sequence[LayerSpec],
-        prepared: Mapping[str, Any],
-        resources: Resources,
-        options: VerifyOptions,
-        tell: ProgressLines,
-    ) -> None:
-        from pipekit.layers.specs import TiedLayerSpec, layer_names
+    folder: Path
+    prepared: Mapping[str, Any]
+    resources: Resources
+    num_steps: int
+    tolerance: float
+    tell: ProgressLines
 
-        self._config = config
-        self._prepared = prepared
-        self._resources = resources
-        self._options = options
-        self._tell = tell
-        self._names = layer_names(specs)
-        self._tied = frozenset(
-            name for name, spec in zip(self._names, specs, strict=True) if isinstance(spec, TiedLayerSpec)
-        )
-        for note in guard_extension_builds({**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions_dir(os.environ))}):
-            sys.stderr.write(f"{note}\n")
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
 
-    def run_reference(self, folder: Path) -> list[str]:
-        """Record what every layout is held to, and return the layers that draw random numbers.
-
-        Raises:
-            PipekitError: if the model does not run in one process.
-        """
-        self._tell("running one process without pipekit's engine")
-        config = _config_of(self._config, LayoutCandidate(Layout(), 0))
-        try:
-            self._run(config, 1, folder / "reference", reference=None)
-        except PipekitError as error:
-            words = _first_words(error).removeprefix("rank 0: ").removeprefix("rank 0 failed: ")
-            raise LaunchError(f"one process, without pipekit's engine, does not get through: {words}") from None
+    def run_reference(self, config: Config) -> list[str]:
+        """Record what every layout is held to, and return the layers that draw random numbers."""
         from pipekit.verify.recording import Recording
 
-        names: list[str] = Recording(folder / "reference").summaries[0]["random_layers"]
+        self.tell("running one process without pipekit's engine")
+        try:
+            self._run(config, 1, self.reference, reference=None)
+        except PipekitError as error:
+            text = _failure_text(error, names_rank=False)
+            raise LaunchError(f"one process, without pipekit's engine, does not get through: {text}") from None
+        names: list[str] = Recording(self.reference).summaries[0]["random_layers"]
         return names
 
-    def run_candidate(self, folder: Path, candidate: LayoutCandidate, config: Config) -> Result:
+    def run_candidate(
+        self, candidate: LayoutCandidate, config: Config, names: Sequence[str], tied: frozenset[str], *, keeps: bool
+    ) -> Result:
         """Run a layout, and return what was found."""
-        self._tell(f"running {candidate}")
-        place = folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
+        self.tell(f"running {candidate}")
+        place = self.folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
         started_s = time.perf_counter()
         try:
-            self._run(config, candidate.layout.world_size, place, reference=folder / "reference")
+            self._run(config, candidate.layout.world_size, place, reference=self.reference)
         except PipekitError as error:
-            return Result(candidate, time.perf_counter() - started_s, failure=_first_words(error))
+            return Result(candidate, time.perf_counter() - started_s, failure=_failure_text(error))
         measurements, boundaries = load_measurements(place / MEASUREMENTS_FILE)
         time_s = time.perf_counter() - started_s
-        if self._options.keep is None:
+        if not keeps:
             shutil.rmtree(place, ignore_errors=True)
-        context = LayoutContext(candidate.layout, self._names, boundaries, self._tied)
-        return Result(candidate, time_s, measurements, context)
+        return Result(candidate, time_s, measurements, LayoutContext(candidate.layout, names, boundaries, tied))
 
     def _run(self, config: Config, world_size: int, place: Path, *, reference: Path | None) -> None:
-        place.mkdir(parents=True)
         from pipekit.plan.decide import decide_run
         from pipekit.plan.run_folder import write_plan
         from pipekit.training.prepare import load_trial
         from pipekit.verify.run import Task
 
+        place.mkdir(parents=True)
         config = config.updated({"run.dir": str(place / "run")})
-        resources = replace(self._resources, world_size=world_size)
-        plan = decide_run(config, load_trial(config), resources, prepared=self._prepared, on_progress=self._tell).plan
-        task = Task(
-            str(place), self._options.num_steps, self._options.tolerance, None if reference is None else str(reference)
-        )
-        environ = thread_environ(config.run.threads_per_process, world_size, os.environ)
-        environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
-        if plan.device == "cpu":
-            environ["DS_ACCELERATOR"] = "cpu"
-        run_local(
-            [sys.executable, "-m", "pipekit.launch.rank", str(write_plan(plan).plan), json.dumps(asdict(task))],
-            world_size=world_size,
-            log_dir=place / "logs",
-            env=environ,
-            stdout_rank=-1,
-        )
+        resources = replace(self.resources, world_size=world_size)
+        plan = decide_run(config, load_trial(config), resources, prepared=self.prepared, on_progress=self.tell).plan
+        task = Task(str(place), self.num_steps, self.tolerance, None if reference is None else str(reference))
+        run_plan(plan, write_plan(plan).plan, json.dumps(asdict(task)), log_dir=place / "logs", stdout_rank=-1)
+
+
+def _failure_text(error: PipekitError, *, names_rank: bool = True) -> str:
+    """Return what went wrong, without the path of a log that is gone when it is read."""
+    if isinstance(error, RankError):
+        return describe_failure(error.failure, names_rank=names_rank, names_log=False)
+    return str(error)
 
 
 def _prepare_model(config: Config, tell: ProgressLines) -> tuple[Config, Sequence[LayerSpec], Mapping[str, Any]]:
-    """Prepare the data, and return the configuration with its sizes known, the model, and what was prepared.
-
-    Raises:
-        PipekitError: if the model cannot be built.
-    """
+    """Prepare the data, and return the configuration with its sizes known, the model, and what was prepared."""
     from pipekit.plan.decide import build_specs
     from pipekit.training.prepare import load_trial
 
     try:
         trial = load_trial(config)
         prepared = trial.prepare(config, tell)
-        config, specs = build_specs(config, trial, prepared)
+        return *build_specs(config, trial, prepared), prepared
     except PipekitError:
         raise
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         lines = [line for line in text.splitlines() if line.strip(" ~^")][-_TRACEBACK_LINES:]
         raise ConfigError("\n".join(["the model cannot be built:", *lines])) from error
-    return config, specs, prepared
 
 
 def _choose(
@@ -238,10 +214,9 @@ def _choose(
         own = None if parallel.auto else LayoutCandidate(own_layout, parallel.zero, is_configured=True)
         return plan_candidates(num_devices, limits, own=own, zero=parallel.zero, order=parallel.order)
     candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
-    reasons = {candidate: reason_against(candidate.layout, num_devices, limits) for candidate in candidates}
-    return [candidate for candidate, reason in reasons.items() if reason is None], [
-        (candidate, reason) for candidate, reason in reasons.items() if reason is not None
-    ]
+    reasons = [(candidate, reason_against(candidate.layout, num_devices, limits)) for candidate in candidates]
+    fitting = [candidate for candidate, reason in reasons if reason is None]
+    return fitting, [(candidate, reason) for candidate, reason in reasons if reason is not None]
 
 
 def _own_layout(config: Config, num_gpus: int | None) -> Layout:
@@ -312,14 +287,3 @@ def _working_folder(keep: Path | None) -> Iterator[Path]:
         raise ConfigError(f"--keep {keep}: is there already; name a folder that is not, or is empty")
     keep.mkdir(parents=True, exist_ok=True)
     yield keep.absolute()
-
-
-def _describe_model(config: Config, num_layers: int) -> str:
-    trial = f", {config.run.trial}" if config.run.trial else ""
-    return f"{config.model.description}{trial}, {num_layers} layers"
-
-
-def _first_words(error: PipekitError) -> str:
-    """Return what a failed rank has to say, without the path of a log that is gone when it is read."""
-    lines = [line for line in str(error).splitlines() if not line.startswith("the whole log of rank")]
-    return "\n".join(lines)

@@ -13,12 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pipekit.errors import LaunchError
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
+from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, RankError, RankFailure, first_failure
 from pipekit.launch.ports import choose_port
+from pipekit.launch.resources import thread_environ
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+
+if TYPE_CHECKING:
+    from pipekit.plan.plan import Plan
 
 _POLL_S = 0.05
 # How long a rank that lost another one waits for that other one's own report.
@@ -32,6 +38,19 @@ groups=
 while read -r group; do groups="$groups $group"; done
 for group in $groups; do kill -s KILL -- "-$group"; done
 """
+
+
+def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0) -> None:
+    """Run every rank of a plan that was written to `plan_file`, by `pipekit.launch.rank`; see `run_local`."""
+    for note in guard_extension_builds(os.environ):
+        sys.stderr.write(f"{note}\n")
+    world_size = plan.layout.world_size
+    environ = thread_environ(plan.config.run.threads_per_process, world_size, os.environ)
+    environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
+    if plan.device == "cpu":
+        environ["DS_ACCELERATOR"] = "cpu"
+    command = [sys.executable, "-m", "pipekit.launch.rank", str(plan_file), *task]
+    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, stdout_rank=stdout_rank)
 
 
 def run_local(

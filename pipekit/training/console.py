@@ -63,32 +63,26 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
 def show_plan(plan: Plan, console: Console) -> None:
     """Print the table of a run: model, layout, and a row for each stage with its layers."""
     config = plan.config
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold cyan", no_wrap=True)
-    facts.add_column()
-    facts.add_row(
-        "model", f"{config.model.description}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers"
+    batch, layout, start_step = plan.batch, plan.layout, plan.start.step if plan.start else 0
+    sharding = ", sequence parallel" if config.parallel.sequence_parallel and layout.tp > 1 else ""
+    facts = facts_table(
+        ("model", f"{config.model.description}, {plan.num_parameters:,} parameters, {len(plan.layer_names)} layers"),
+        (
+            "layout",
+            f"{layout}, {layout.world_size} {_plural(layout.world_size, 'process')}, ZeRO {config.parallel.zero}"
+            f"{sharding}",
+        ),
+        *([] if plan.chosen is None else [("chosen", plan.chosen)]),
+        ("device", f"{plan.device}, {plan.precision}"),
+        (
+            "batch",
+            f"{batch.global_batch_size} sequences of {config.train.sequence_length} tokens: {batch.num_micro_batches} "
+            f"micro-{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
+            f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
+        ),
+        ("steps", f"{start_step} to {config.train.steps}" if start_step else f"{config.train.steps}"),
+        ("folder", config.run.dir),
     )
-    facts.add_row(
-        "layout",
-        f"{plan.layout}, {plan.layout.world_size} {_plural(plan.layout.world_size, 'process')}, ZeRO "
-        f"{config.parallel.zero}"
-        + (", sequence parallel" if config.parallel.sequence_parallel and plan.layout.tp > 1 else ""),
-    )
-    if plan.chosen is not None:
-        facts.add_row("chosen", plan.chosen)
-    facts.add_row("device", f"{plan.device}, {plan.precision}")
-    batch = plan.batch
-    facts.add_row(
-        "batch",
-        f"{batch.global_batch_size} sequences of {config.train.sequence_length} tokens: {batch.num_micro_batches} "
-        f"micro-"
-        f"{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
-        f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
-    )
-    start_step = plan.start.step if plan.start else 0
-    facts.add_row("steps", f"{start_step} to {config.train.steps}" if start_step else f"{config.train.steps}")
-    facts.add_row("folder", config.run.dir)
     stages = Table(box=None, padding=(0, 2), header_style="bold")
     stages.add_column("stage", justify="right")
     several = len(plan.placement) > plan.layout.pp
@@ -104,6 +98,16 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print()
         print_table(table, console)
     console.print()
+
+
+def facts_table(*rows: tuple[str, str], style: str = "bold cyan") -> Table:
+    """Table of names and what they are, without a frame."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=style, no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_table(table: Table, console: Console) -> None:
@@ -230,12 +234,11 @@ class ConsoleProgress(Callback):
         if result.first_val_loss is not None and result.last.val_loss is not None:
             ended += f": validation loss {result.first_val_loss:.3f} → {result.last.val_loss:.3f}"
         self._console.print(f"[bold green]{ended}[/]")
-        files = Table.grid(padding=(0, 2))
-        files.add_column(style="bold cyan", no_wrap=True)
-        files.add_column()
-        files.add_row("checkpoint", str(result.checkpoint))
-        files.add_row("metrics", str(self._folder.metrics))
-        files.add_row("logs", str(self._folder.logs))
+        files = facts_table(
+            ("checkpoint", str(result.checkpoint)),
+            ("metrics", str(self._folder.metrics)),
+            ("logs", str(self._folder.logs)),
+        )
         print_table(files, self._console)
         self._console.print("\nWhat next:")
         next_steps = Table.grid(padding=(0, 2))

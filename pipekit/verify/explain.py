@@ -42,11 +42,11 @@ def describe(fault: Measurement) -> str:
         return f"the initial weights of {place}"
     if fault.kind == "weights":
         return f"the weights of {place} after the update of step {fault.step + 1}"
+    when = f"in step {fault.step + 1}"
     if fault.layer is None:
-        return f"the {fault.kind}, in step {fault.step + 1}"
-    when = f", in step {fault.step + 1}"
+        return f"the {fault.kind}, {when}"
     which = f", for micro-batch {fault.micro_batch}" if fault.micro_batch >= 0 else ""
-    return f"the {fault.kind} of {place}{when}{which}"
+    return f"the {fault.kind} of {place}, {when}{which}"
 
 
 def quantify(fault: Measurement) -> str:
@@ -88,49 +88,55 @@ def locate(fault: Measurement, context: LayoutContext) -> str:
     ranks = f"rank{'s' if len(fault.ranks) > 1 else ''} {', '.join(map(str, fault.ranks))}"
     if fault.num_copies == 1:
         return ranks
-    if fault.num_wrong == fault.num_copies == 2:
-        return f"{ranks}; both copies are off"
     if fault.num_wrong == fault.num_copies:
-        return f"{ranks}; all {fault.num_copies} copies are off"
+        return f"{ranks}; {'both' if fault.num_copies == 2 else f'all {fault.num_copies}'} copies are off"
     return f"{ranks}; {fault.num_wrong} of the {fault.num_copies} copies {'is' if fault.num_wrong == 1 else 'are'} off"
 
 
-def likely_cause(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
-    """Return the usual cause of such a difference.
+def likely_cause(fault: Measurement, context: LayoutContext) -> str:
+    """Return the usual cause of such a first difference."""
+    match fault.kind:
+        case "initial weights":
+            return (
+                f"what {fault.layer} draws in its constructor does not follow from train.seed and its name alone: a "
+                "generator of its own, a seed that depends on the rank or the time, numbers drawn when its module was "
+                "imported; draw from torch's default generator, which is seeded for each layer"
+            )
+        case "output":
+            return _cause_of_output(fault, context)
+        case "loss" if fault.step:
+            return (
+                f"all that was compared before step {fault.step + 1} agrees; likely other samples in this step, or "
+                "something that a layer or the loss keeps from step to step"
+            )
+        case "loss":
+            replicas = ", or the mean over the replicas" if context.layout.dp > 1 else ""
+            return (
+                "every layer returns what it does in one process; likely the loss function keeps something, draws "
+                f"random numbers, or reads its rank; or the labels{replicas} are others"
+            )
+        case "input gradient":
+            return _cause_of_input_gradient(fault, context)
+        case "gradient":
+            given = "the steps before agree" if fault.step else "all that passes forward and back between layers agrees"
+            return f"{given}; {_cause_of_gradient(fault, context)}"
+        case "gradient norm":
+            return (
+                "every gradient agrees; a parameter that several ranks hold is counted more than once in the norm, or "
+                "not at all, so that gradients are clipped otherwise"
+            )
+        case "weights":
+            return f"the gradients agree{_cause_of_weights(fault)}"
 
-    Args:
-        fault: the first difference.
-        context: of the layout.
-        others: layers with a difference of the same kind in the same step.
-    """
-    cause = {
-        "initial weights": _of_initial_weights,
-        "output": _of_output,
-        "loss": _of_loss,
-        "input gradient": _of_input_gradient,
-        "gradient": _of_gradient,
-        "gradient norm": _of_norm,
-        "weights": _of_weights,
-    }[fault.kind]
-    return cause(fault, context, others)
 
-
-def _of_initial_weights(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
-    return (
-        f"what {fault.layer} draws in its constructor does not follow from train.seed and its name alone: a generator "
-        "of its own, a seed that depends on the rank or the time, numbers drawn when its module was imported; draw "
-        "from torch's default generator, which is seeded for each layer"
-    )
-
-
-def _of_output(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
+def _cause_of_output(fault: Measurement, context: LayoutContext) -> str:
     before = context.layer_names[fault.layer_idx - 1] if fault.layer_idx else None
     given = "its weights agree" + (f", and so does what {before} passes to it" if before else "")
     if fault.note:
         return f"{given}; the shape of what it returns depends on the layout"
-    causes = []
     if "tensor" in fault.apart:
         return f"{given}; its tensor-parallel ranks return different results, which were not summed or gathered"
+    causes = []
     if context.layout.tp > 1:
         causes.append(
             "a sum over the tensor-parallel ranks that is missing or made twice in its forward (RowParallelLinear "
@@ -147,94 +153,65 @@ def _of_output(fault: Measurement, context: LayoutContext, others: Sequence[str]
     return f"{given}; likely {'; or '.join(causes)}"
 
 
-def _of_loss(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
-    if fault.step:
-        return (
-            f"all that was compared before step {fault.step + 1} agrees; likely other samples in this step, or "
-            "something that a layer or the loss keeps from step to step"
-        )
-    replicas = ", or the mean over the replicas" if context.layout.dp > 1 else ""
-    return (
-        "every layer returns what it does in one process; likely the loss function keeps something, draws random "
-        f"numbers, or reads its rank; or the labels{replicas} are others"
-    )
-
-
-def _of_input_gradient(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
+def _cause_of_input_gradient(fault: Measurement, context: LayoutContext) -> str:
     if fault.layer_idx == len(context.layer_names):
         return "every output agrees, and so does the loss; likely the backward of the loss function"
-    text = (
-        f"all outputs agree, and so does what is passed back to {fault.layer}; what its backward makes of that is wrong"
+    likely = (
+        "a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_shards makes one in the "
+        "backward, ColumnParallelLinear its own)"
+        if context.layout.tp > 1
+        else "an autograd function, or a hook on gradients, that reads its rank or keeps something"
     )
-    if context.layout.tp > 1:
-        text += (
-            ": likely a sum over the tensor-parallel ranks that is missing or made twice there (copy_to_shards makes "
-            "one in the backward, ColumnParallelLinear its own)"
-        )
-    else:
-        text += ": likely an autograd function, or a hook on gradients, that reads its rank or keeps something"
-    if fault.layer_idx in context.boundaries[1:-1]:
-        text += "; or what went back over to the stage before"
-    return text
+    crossed = "; or what went back over to the stage before" if fault.layer_idx in context.boundaries[1:-1] else ""
+    return (
+        f"all outputs agree, and so does what is passed back to {fault.layer}; what its backward makes of that is "
+        f"wrong: likely {likely}{crossed}"
+    )
 
 
-def _of_gradient(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
-    given = "all that passes forward and back between layers agrees" if fault.step == 0 else "the steps before agree"
-    ratio = fault.ratio
+def _cause_of_gradient(fault: Measurement, context: LayoutContext) -> str:
     if "data" in fault.apart:
-        return f"{given}; the replicas hold different gradients: they were not averaged over parallel.dp"
+        return "the replicas hold different gradients: they were not averaged over parallel.dp"
     if "pipe" in fault.apart:
-        return f"{given}; its stages hold different gradients of it: they were not summed over the stages that share it"
+        return "its stages hold different gradients of it: they were not summed over the stages that share it"
     if "tensor" in fault.apart:
         return (
-            f"{given}; the tensor-parallel ranks hold different gradients of it: each applied it to a part of the "
-            "sequence or of the heads, and they were not summed (mark_partial_gradient)"
+            "the tensor-parallel ranks hold different gradients of it: each applied it to a part of the sequence or "
+            "of the heads, and they were not summed (mark_partial_gradient)"
         )
-    if ratio is not None and ratio > 0:
-        factor = round(ratio)
-        summed_twice = f": {fault.layer} is tied, and the gradients of its copies are summed twice"
-        tied = summed_twice if _is_tied(fault, context) else ""
-        if factor >= 2 and abs(ratio - factor) < 0.02:
+    is_tied = fault.layer in context.tied
+    if fault.ratio is not None and fault.ratio > 0:
+        factor, divisor = round(fault.ratio), round(1 / fault.ratio)
+        if factor >= 2 and abs(fault.ratio - factor) < 0.02:
             times = "twice" if factor == 2 else f"{factor} times"
-            return f"{given}; it is counted {times}{tied or _degree_hint(factor, context)}"
-        if abs(1 / ratio - round(1 / ratio)) < 0.02:
-            return f"{given}; it is divided by {round(1 / ratio)}, or so much of it is not counted" + _degree_hint(
-                round(1 / ratio), context
-            )
-    if _is_tied(fault, context):
-        return (
-            f"{given}; {fault.layer} is tied, and what its copies add to the gradient is not summed, or summed more "
-            "than once"
-        )
+            tied = f": {fault.layer} is tied, and the gradients of its copies are summed twice"
+            return f"it is counted {times}{tied if is_tied else _degree_hint(factor, context)}"
+        if abs(1 / fault.ratio - divisor) < 0.02:
+            return f"it is divided by {divisor}, or so much of it is not counted{_degree_hint(divisor, context)}"
+    if is_tied:
+        return f"{fault.layer} is tied, and what its copies add to the gradient is not summed, or summed more than once"
     if fault.step:
-        return f"{given}; likely gradients of the step before were not cleared, or this step has other samples"
+        return "likely gradients of the step before were not cleared, or this step has other samples"
     return (
-        f"{given}; likely a hook on the parameter, a weight gradient that is computed from a part of the inputs, or "
-        "a reduction that is missing or made twice"
+        "likely a hook on the parameter, a weight gradient that is computed from a part of the inputs, or a reduction "
+        "that is missing or made twice"
     )
 
 
-def _of_norm(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
-    return (
-        "every gradient agrees; a parameter that several ranks hold is counted more than once in the norm, or not at "
-        "all, so that gradients are clipped otherwise"
-    )
-
-
-def _of_weights(fault: Measurement, context: LayoutContext, others: Sequence[str]) -> str:
+def _cause_of_weights(fault: Measurement) -> str:
     if "data" in fault.apart:
-        return "the gradients agree; the replicas have made different updates, or hold stale weights"
+        return "; the replicas have made different updates, or hold stale weights"
     if "pipe" in fault.apart:
-        return "the gradients agree; the stages that share it have made different updates"
+        return "; the stages that share it have made different updates"
     if fault.ratio is not None:
         return (
-            "the gradients agree; likely a learning rate, or a limit of the gradient's norm, that depends on the rank "
-            "or on the number of ranks"
+            "; likely a learning rate, or a limit of the gradient's norm, that depends on the rank or on the number of "
+            "ranks"
         )
     return (
-        "the gradients agree, and the optimizer makes other weights of them in one process; likely an optimizer whose "
-        "update of an element depends on other elements (of a rank's own part, or of the stage's list of parameters), "
-        "or settings that differ by rank"
+        ", and the optimizer makes other weights of them in one process; likely an optimizer whose update of an "
+        "element depends on other elements (of a rank's own part, or of the stage's list of parameters), or settings "
+        "that differ by rank"
     )
 
 
@@ -243,20 +220,8 @@ def _degree_hint(factor: int, context: LayoutContext) -> str:
     return f" (parallel.{axes[0]} is {factor})" if len(axes) == 1 else ""
 
 
-def _is_tied(fault: Measurement, context: LayoutContext) -> bool:
-    return fault.layer in context.tied
-
-
 def _percent(share: float) -> str:
-    """Return a fraction as a percentage.
-
-    Example:
-        >>> _percent(0.5), _percent(0.00002), _percent(float("inf"))
-        ('50 %', '0.002 %', 'more than can be said')
-    """
-    if share == float("inf"):
-        return "more than can be said"
-    return f"{100 * share:.3g} %"
+    return "more than can be said" if share == float("inf") else f"{100 * share:.3g} %"
 
 
 def show_names(names: Sequence[str]) -> str:

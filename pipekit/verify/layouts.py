@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
@@ -34,7 +34,22 @@ class LayoutCandidate:
     is_configured: bool = False
 
     def __str__(self) -> str:
-        return show_layout(self.layout)
+        return show_degrees(self.degrees)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Degrees of parallelism and the ZeRO stage, by name."""
+        return {"pp": self.layout.pp, "dp": self.layout.dp, "tp": self.layout.tp, "zero": self.zero}
+
+
+def show_degrees(degrees: Mapping[str, int]) -> str:
+    """Return a layout by the degrees that are more than one.
+
+    Example:
+        >>> show_degrees({"pp": 2, "dp": 1, "tp": 2, "zero": 1}), show_degrees({"pp": 1, "dp": 1, "tp": 1})
+        ('pp=2 x tp=2', 'pp=1')
+    """
+    return " x ".join(f"{name}={degrees[name]}" for name in ("pp", "dp", "tp") if degrees[name] > 1) or "pp=1"
 
 
 @dataclass(frozen=True)
@@ -54,17 +69,6 @@ class LayoutLimits:
     sequence_length: int | None
     global_batch_size: int
     micro_batch_size: int
-
-
-def show_layout(layout: Layout) -> str:
-    """Return a layout by the degrees that are more than one.
-
-    Example:
-        >>> show_layout(Layout(pp=2, tp=4)), show_layout(Layout())
-        ('pp=2 x tp=4', 'pp=1')
-    """
-    degrees = {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp}
-    return " x ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or "pp=1"
 
 
 def plan_candidates(
@@ -162,11 +166,11 @@ def reason_against(layout: Layout, num_devices: int, limits: LayoutLimits) -> st
 
 
 def _small_layouts(num_devices: int, order: Order) -> Iterator[Layout]:
-    twos = [degrees for degrees in product((1, 2), repeat=3) if max(degrees) > 1]
     largest = min(4, num_devices)
-    alone: Sequence[tuple[int, int, int]] = [(largest, 1, 1), (1, largest, 1), (1, 1, largest)]
+    twos = [degrees for degrees in product((1, 2), repeat=3) if max(degrees) > 1]
     # Alone first, pipelines before replicas before tensor parallelism.
-    for pp, dp, tp in [*sorted(twos, key=lambda degrees: (sum(degrees), [-degree for degree in degrees])), *alone]:
+    twos.sort(key=lambda degrees: (sum(degrees), [-degree for degree in degrees]))
+    for pp, dp, tp in [*twos, (largest, 1, 1), (1, largest, 1), (1, 1, largest)]:
         layout = Layout(pp=pp, dp=dp, tp=tp, order=order)
         if 1 < layout.world_size <= num_devices:
             yield layout

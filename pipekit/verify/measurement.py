@@ -10,18 +10,6 @@ from typing import Literal
 
 MeasurementKind = Literal["initial weights", "output", "loss", "input gradient", "gradient", "gradient norm", "weights"]
 
-KINDS: tuple[MeasurementKind, ...] = (
-    "initial weights",
-    "output",
-    "loss",
-    "input gradient",
-    "gradient",
-    "gradient norm",
-    "weights",
-)
-"""In the order of cause: what comes later is made of what comes before."""
-
-
 _WORDS: dict[MeasurementKind, str] = {
     "initial weights": "initial weights",
     "output": "outputs",
@@ -31,6 +19,8 @@ _WORDS: dict[MeasurementKind, str] = {
     "gradient norm": "gradient norm",
     "weights": "weights",
 }
+KINDS: tuple[MeasurementKind, ...] = tuple(_WORDS)
+"""In the order of cause: what comes later is made of what comes before."""
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a loss, an output or a gradient from that of one process, relative to its norm."""
@@ -129,12 +119,14 @@ def others_at_fault(measurements: Iterable[Measurement], fault: Measurement) -> 
         >>> others_at_fault(faults, faults[0])
         ['b']
     """
-    names = {
-        found.layer: None
-        for found in sorted(measurements, key=_order_of_cause)
-        if found.is_fault and (found.kind, found.step) == (fault.kind, fault.step) and found.layer != fault.layer
-    }
-    return [name for name in names if name is not None]
+    return list(
+        dict.fromkeys(
+            found.layer
+            for found in sorted(measurements, key=_order_of_cause)
+            if found.is_fault and (found.kind, found.step) == (fault.kind, fault.step)
+            if found.layer not in (None, fault.layer)
+        )
+    )
 
 
 def agreeing(measurements: Sequence[Measurement], fault: Measurement) -> list[str]:
@@ -146,15 +138,10 @@ def agreeing(measurements: Sequence[Measurement], fault: Measurement) -> list[st
         >>> agreeing([before, fault], fault)
         ['initial weights']
     """
+    steps = {0: [], 1: ["all of step 1"]}.get(fault.step, [f"all of steps 1 to {fault.step}"])
     here = _order_of_cause(fault)
-    words = []
-    if fault.step > 0:
-        words.append("all of step 1" if fault.step == 1 else f"all of steps 1 to {fault.step}")
-    for kind, word in _WORDS.items():
-        before = [found for found in measurements if (found.kind, found.step) == (kind, fault.step)]
-        if kind != fault.kind and any(_order_of_cause(found) < here for found in before):
-            words.append(word)
-    return words
+    before = {found.kind for found in measurements if found.step == fault.step and _order_of_cause(found) < here}
+    return steps + [word for kind, word in _WORDS.items() if kind in before - {fault.kind}]
 
 
 def save_measurements(path: Path, measurements: Sequence[Measurement], *, boundaries: Sequence[int]) -> None:

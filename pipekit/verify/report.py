@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipekit.verify.explain import LayoutContext, describe, likely_cause, locate, quantify
@@ -68,7 +68,7 @@ class Verification:
     tolerance: float
     results: Sequence[Result]
     rejected: Sequence[tuple[LayoutCandidate, str]] = ()
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
     @property
     def agrees(self) -> bool:
@@ -87,19 +87,14 @@ def report(verification: Verification) -> dict[str, Any]:
         "global_batch_size": verification.global_batch_size,
         "tolerance": verification.tolerance,
         "layouts": [_result(result) for result in verification.results],
-        "rejected": [{"layout": _degrees(candidate), "reason": reason} for candidate, reason in verification.rejected],
+        "rejected": [{"layout": candidate.degrees, "reason": reason} for candidate, reason in verification.rejected],
         "notes": list(verification.notes),
     }
 
 
-def _degrees(candidate: LayoutCandidate) -> dict[str, int]:
-    layout = candidate.layout
-    return {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp, "zero": candidate.zero}
-
-
 def _result(result: Result) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "layout": _degrees(result.candidate),
+        "layout": result.candidate.degrees,
         "configured": result.candidate.is_configured,
         "processes": result.candidate.layout.world_size,
         "verdict": result.verdict,
@@ -109,28 +104,27 @@ def _result(result: Result) -> dict[str, Any]:
         return {**found, "failure": result.failure}
     for column, kinds in COLUMNS.items():
         largest = worst(result.measurements, *kinds)
-        found[column] = None if largest is None else _finite(largest.error)
+        found[column] = _finite(largest.error) if largest else None
     fault = first_fault(result.measurements)
     if fault is None:
         return found
     assert result.context is not None
-    others = others_at_fault(result.measurements, fault)
-    values = {name: _plain(value) for name, value in asdict(fault).items()}
+    values = asdict(fault) | {
+        name: _finite(getattr(fault, name)) for name in ("error", "excess", "ratio", "found", "expected")
+    }
     found["first_difference"] = {
         **values,
+        "ranks": list(fault.ranks),
+        "apart": list(fault.apart),
         "what": describe(fault),
         "by": quantify(fault),
         "where": locate(fault, result.context),
-        "cause": likely_cause(fault, result.context, others),
+        "cause": likely_cause(fault, result.context),
         "agrees_before": agreeing(result.measurements, fault),
-        "other_layers": others,
+        "other_layers": others_at_fault(result.measurements, fault),
     }
     return found
 
 
-def _plain(value: Any) -> Any:
-    return _finite(value) if isinstance(value, float) else list(value) if isinstance(value, tuple) else value
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -52,7 +52,7 @@ def fault(kind: MeasurementKind, layer: str | None = "block", **fields: object) 
     ],
 )
 def test_each_difference_has_its_usual_cause(found: Measurement, degrees: dict[str, int], words: str) -> None:
-    assert words in likely_cause(found, context(**degrees), [])
+    assert words in likely_cause(found, context(**degrees))
 
 
 def test_a_difference_is_described() -> None:
