@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -53,12 +54,8 @@ class ActivationRecorder:
             shard = self._shard_of_output(layer_idx, tensor)
             self._recorder.write(key, tensor, shard=shard)
             if tensor.requires_grad:
-                self._record_gradient(
-                    TensorKey("input gradient", step, layer_idx + 1, name, micro_batch), tensor, shard
-                )
+                passed_back = TensorKey("input gradient", step, layer_idx + 1, name, micro_batch)
+                tensor.register_hook(partial(self._write_gradient, passed_back, shard))  # type: ignore[no-untyped-call]
 
-    def _record_gradient(self, key: TensorKey, tensor: Tensor, shard: Shard | None) -> None:
-        def write(gradient: Tensor) -> None:
-            self._recorder.write(key, gradient * self._num_micro_batches, shard=shard)
-
-        tensor.register_hook(write)  # type: ignore[no-untyped-call]
+    def _write_gradient(self, key: TensorKey, shard: Shard | None, gradient: Tensor) -> None:
+        self._recorder.write(key, gradient * self._num_micro_batches, shard=shard)

@@ -21,9 +21,10 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pipekit.verify.measurement import LOSS, TOLERANCE, Measurement
+from pipekit.verify.measurement import LOSS, TOLERANCE, Measurement, MeasurementKind
 from pipekit.verify.recording import Recording, TensorCopy, TensorKey, flat_norm
 
 # Torch draws the same numbers everywhere; what is then made of them, a QR decomposition for instance, may be rounded.
@@ -51,17 +52,17 @@ def compare_recordings(
         layer_names: logical name of each layer.
         tolerance: see `TOLERANCE`.
     """
-    comparison = _Comparison(found, expected, layer_names)
+    comparison = _Comparison(found, layer_names)
     for key in expected.keys("initial weights"):
-        yield comparison.measure(key, expected.load(key), lambda norm: _INITIAL * norm)
-    yield from _compare_flow(comparison, tolerance)
+        yield comparison.measure(key, expected.load(key), relative=_INITIAL)
+    yield from _compare_flow(comparison, expected, tolerance)
     for step in range(len(expected.summaries[0]["losses"])):
         yield _compare_numbers(found, expected, "losses", step, tolerance)
         allowance = tolerance * (_DRIFT if step else 1)
         own = _SHARE_OF_GRADIENT * float(expected.summaries[0]["norms"][step])
-        for key in comparison.union("gradient", step):
+        for key in _keys_of_either(found, expected, "gradient", step):
             reference = expected.load(key) if expected.copies(key) else None
-            yield comparison.measure(key, reference, partial(_allowed, allowance, own), zero_if_missing=True)
+            yield comparison.measure(key, reference, relative=allowance, absolute=allowance * own, zero_if_missing=True)
         yield _compare_numbers(found, expected, "norms", step, allowance)
 
 
@@ -85,46 +86,37 @@ def compare_weights(
         tolerance: see `TOLERANCE`; relative to what has changed.
     """
     changed = flat_norm(after.double() - before.double())
-    return _Comparison(found, None, layer_names).measure(
-        key, after, lambda norm: tolerance * changed + _ROUNDING * norm, origin=before
+    return _Comparison(found, layer_names).measure(
+        key, after, relative=_ROUNDING, absolute=tolerance * changed, origin=before
     )
 
 
-def _compare_flow(comparison: _Comparison, tolerance: float) -> Iterator[Measurement]:
+def _compare_flow(comparison: _Comparison, expected: Recording, tolerance: float) -> Iterator[Measurement]:
     """Compare the activations between layers in the first step, and their gradients."""
-    expected = comparison.expected
-    assert expected is not None
-    loss = len(comparison.layer_names)
-    for kind, source in (("output", -1), ("input gradient", +1)):
-        for key in comparison.union(kind, 0):
+    found, loss = comparison.found, len(comparison.layer_names)
+    kinds: tuple[tuple[MeasurementKind, int], ...] = (("output", -1), ("input gradient", +1))
+    for kind, source in kinds:
+        for key in _keys_of_either(found, expected, kind, 0):
             known = expected.copies(key)
             # The loss may take what the last layer returns without its ever being one tensor.
-            if kind == "input gradient" and key.layer_idx == loss and not (known and comparison.found.copies(key)):
+            if kind == "input gradient" and key.layer_idx == loss and not (known and found.copies(key)):
                 continue
-
-            made_of = TensorKey(key.kind, key.step, key.layer_idx + source, key.name, key.micro_batch)
-            yield comparison.measure(
-                key,
-                known[0].load() if known else None,
-                partial(_allowed, tolerance, 0.0),
-                floor=partial(_cancelled, tolerance, expected, made_of, key),
-            )
+            made_of = replace(key, layer_idx=key.layer_idx + source)
+            floor = partial(_cancelled, tolerance, expected, made_of, key)
+            yield comparison.measure(key, known[0].load() if known else None, relative=tolerance, floor=floor)
 
 
-def _allowed(tolerance: float, own: float, norm: float) -> float:
-    return tolerance * (norm + own)
+def _keys_of_either(found: Recording, expected: Recording, kind: MeasurementKind, step: int) -> list[TensorKey]:
+    return sorted(key for key in {*found.keys(kind), *expected.keys(kind)} if key.step == step)
 
 
-def _cancelled(tolerance: float, expected: Recording, made_of: TensorKey, key: TensorKey) -> float:
-    return tolerance * _CANCELLED * _norm_like(expected, made_of, key)
-
-
-def _norm_like(recording: Recording, source: TensorKey, key: TensorKey) -> float:
-    """Return the norm that the tensor `key` would have with elements as large as those of `source`."""
-    if not (recording.copies(source) and recording.copies(key)):
+def _cancelled(tolerance: float, expected: Recording, source: TensorKey, key: TensorKey) -> float:
+    """Return how far a tensor may be off for the rounding errors of what it is made of."""
+    if not (expected.copies(source) and expected.copies(key)):
         return 0.0
-    tensor = recording.load(source)
-    return flat_norm(tensor) * math.sqrt(recording.load(key).numel() / max(1, tensor.numel()))
+    tensor = expected.load(source)
+    norm = flat_norm(tensor) * math.sqrt(expected.load(key).numel() / max(1, tensor.numel()))
+    return tolerance * _CANCELLED * norm
 
 
 def _compare_numbers(found: Recording, expected: Recording, name: str, step: int, tolerance: float) -> Measurement:
@@ -150,23 +142,17 @@ def _compare_numbers(found: Recording, expected: Recording, name: str, step: int
 class _Comparison:
     """Measures tensors of a layout, in every copy that there is."""
 
-    def __init__(self, found: Recording, expected: Recording | None, layer_names: Sequence[str]) -> None:
+    def __init__(self, found: Recording, layer_names: Sequence[str]) -> None:
         self.found = found
-        self.expected = expected
         self.layer_names = layer_names
-
-    def union(self, kind: str, step: int) -> list[TensorKey]:
-        """Return the tensors of a kind in a step that the layout or the one process has."""
-        assert self.expected is not None
-        keys = {*self.found.keys(kind), *self.expected.keys(kind)}  # type: ignore[arg-type]
-        return sorted(key for key in keys if key.step == step)
 
     def measure(
         self,
         key: TensorKey,
         expected: Tensor | None,
-        allowed: Callable[[float], float],
         *,
+        relative: float,
+        absolute: float = 0.0,
         floor: Callable[[], float] = lambda: 0.0,
         origin: Tensor | None = None,
         zero_if_missing: bool = False,
@@ -176,17 +162,24 @@ class _Comparison:
         Args:
             key: which tensor.
             expected: the tensor of one process; None where it has none.
-            allowed: returns the norm that a difference may have, for the norm of the tensor of one process.
+            relative: the norm that a difference may have, relative to that of the tensor of one process.
+            absolute: the norm that it may have beside.
             floor: returns what it may have in any case; asked only where that is more than is allowed.
             origin: what the tensor was before; the error is relative to the change.
             zero_if_missing: whether a tensor that is not there is zero.
         """
         copies = self.found.copies(key)
         if not copies or expected is None:
-            return self._without_partner(key, copies, expected, allowed, zero_if_missing=zero_if_missing)
+            ranks = copies[0].ranks if copies else ()
+            if zero_if_missing:
+                norm = flat_norm(copies[0].load() if expected is None else expected)
+                if norm <= absolute + (0.0 if expected is None else relative * norm):
+                    return self._measurement(key, 0.0, 0.0, ranks=ranks)
+            note = "is there, and not in one process" if expected is None else "is not there, and is in one process"
+            return self._incomparable(key, copies, ranks, note)
         right = expected.double()
         norm = flat_norm(right)
-        limit = allowed(norm)
+        limit = relative * norm + absolute
         results = []
         for copy in copies:
             tensor = copy.load()
@@ -198,66 +191,36 @@ class _Comparison:
                 limit = max(limit, floor())
             results.append((math.inf if math.isnan(difference) else difference, copy, tensor))
         off_by, worst, tensor = max(results, key=lambda result: result[0])
-        excess = _over(off_by, limit)
-        error = _over(off_by, norm if origin is None else flat_norm(right - origin.double()))
-        base = self._measurement(key, error, excess, num_copies=len(copies), ranks=worst.ranks)
+        start = torch.zeros_like(right) if origin is None else origin.double()
+        error = _over(off_by, flat_norm(right - start))
+        base = self._measurement(key, error, _over(off_by, limit), num_copies=len(copies), ranks=worst.ranks)
         if not base.is_fault:
             return base
         wrong = [copy for off, copy, _ in results if not off <= limit]
-        ranks = tuple(sorted({rank for copy in wrong for rank in copy.ranks}))
-        start = 0.0 if origin is None else origin.double()
-        ratio = proportion(tensor.double() - start, right - start)
-        base = replace(base, num_wrong=len(wrong), ranks=ranks, ratio=ratio)
-        return _explained(base, tensor, right, limit, _axes_apart([copy for _, copy, _ in results], limit))
+        tensor = tensor.double()
+        distance = (tensor - right).abs().nan_to_num(nan=math.inf)
+        furthest = int(distance.argmax())
+        return replace(
+            base,
+            num_wrong=len(wrong),
+            ranks=tuple(sorted({rank for copy in wrong for rank in copy.ranks})),
+            ratio=proportion(tensor - start, right - start),
+            apart=_axes_apart(copies, limit),
+            share=float((distance > limit / math.sqrt(max(1, right.numel()))).double().mean()),
+            found=float(tensor.flatten()[furthest]),
+            expected=float(right.flatten()[furthest]),
+        )
 
-    def _measurement(self, key: TensorKey, error: float, excess: float, **found: Any) -> Measurement:
+    def _measurement(self, key: TensorKey, error: float, excess: float, **facts: Any) -> Measurement:
         layer = [*self.layer_names, LOSS][key.layer_idx]
-        place: dict[str, Any] = {
-            "layer": layer,
-            "layer_idx": key.layer_idx,
-            "tensor": key.name,
-            "micro_batch": key.micro_batch,
-        }
-        return Measurement(key.kind, key.step, error, excess, **place, **found)
-
-    def _without_partner(
-        self,
-        key: TensorKey,
-        copies: Sequence[TensorCopy],
-        expected: Tensor | None,
-        allowed: Callable[[float], float],
-        *,
-        zero_if_missing: bool,
-    ) -> Measurement:
-        ranks = copies[0].ranks if copies else ()
-        if zero_if_missing:
-            there = expected if expected is not None else copies[0].load()
-            excess = _over(flat_norm(there), allowed(0.0 if expected is None else flat_norm(there)))
-            if excess <= 1:
-                return self._measurement(key, 0.0, 0.0, ranks=ranks)
-        note = "is there, and not in one process" if expected is None else "is not there, and is in one process"
-        return self._incomparable(key, copies, ranks, note)
+        place = {"layer_idx": key.layer_idx, "tensor": key.name, "micro_batch": key.micro_batch}
+        return Measurement(key.kind, key.step, error, excess, layer, **{**place, **facts})
 
     def _incomparable(
         self, key: TensorKey, copies: Sequence[TensorCopy], ranks: tuple[int, ...], note: str
     ) -> Measurement:
         wrong = len(copies)
         return self._measurement(key, math.inf, math.inf, num_copies=wrong, num_wrong=wrong, ranks=ranks, note=note)
-
-
-def _explained(base: Measurement, found: Tensor, expected: Tensor, limit: float, apart: tuple[str, ...]) -> Measurement:
-    """Return a measurement with what helps to find the cause."""
-    wrong = found.double()
-    distance = (wrong - expected).abs().nan_to_num(nan=math.inf)
-    at = int(distance.argmax())
-    threshold = limit / math.sqrt(max(1, expected.numel()))
-    return replace(
-        base,
-        apart=apart,
-        share=float((distance > threshold).double().mean()),
-        found=float(wrong.flatten()[at]),
-        expected=float(expected.flatten()[at]),
-    )
 
 
 def proportion(found: Tensor, expected: Tensor) -> float | None:
@@ -284,10 +247,10 @@ def _axes_apart(copies: Sequence[TensorCopy], limit: float) -> tuple[str, ...]:
     for one, other in combinations(copies, 2):
         places = vars(one.coordinate), vars(other.coordinate)
         differing = [axis for axis in places[0] if places[0][axis] != places[1][axis]]
-        if len(differing) == 1 and differing[0] not in axes:
-            distance = flat_norm(one.load().double() - other.load().double())
-            if not distance <= limit:
-                axes[differing[0]] = None
+        if len(differing) != 1 or differing[0] in axes:
+            continue
+        if not flat_norm(one.load().double() - other.load().double()) <= limit:
+            axes[differing[0]] = None
     return tuple(axes)
 
 

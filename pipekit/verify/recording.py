@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,19 @@ class _Entry:
 
 @dataclass(frozen=True)
 class TensorCopy:
-    """Copy of a logical tensor: that of one rank, or the shards of some tensor-parallel ranks together.
+    """Copy of a logical tensor: that of one rank, or the shards of some tensor-parallel ranks together."""
 
-    Attributes:
-        coordinate: where the first of these ranks stands.
-        ranks: the ranks.
-    """
-
-    coordinate: Coordinate
-    ranks: tuple[int, ...]
     _entries: tuple[_Entry, ...]
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """The place of the first of these ranks."""
+        return self._entries[0].coordinate
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that hold it."""
+        return tuple(entry.rank for entry in self._entries)
 
     def load(self) -> Tensor:
         """Read it, and join its shards."""
@@ -125,7 +128,7 @@ class Recording:
             coordinate = Coordinate(summary["pipe"], summary["data"], summary["tensor"])
             for line in (rank_folder / _INDEX).read_text(encoding="utf-8").splitlines():
                 written = json.loads(line)
-                shard = None if written["shard"] is None else _read_shard(written["shard"])
+                shard = written["shard"] and Shard(**{**written["shard"], "blocks": tuple(written["shard"]["blocks"])})
                 entry = _Entry(rank_folder / written["file"], coordinate, summary["rank"], shard)
                 self._entries[TensorKey(**written["key"])].append(entry)
 
@@ -146,16 +149,11 @@ def _copies(entries: Sequence[_Entry]) -> Iterator[TensorCopy]:
     sharded: dict[tuple[int, int], list[_Entry]] = defaultdict(list)
     for entry in sorted(entries, key=lambda entry: entry.rank):
         if entry.shard is None:
-            yield TensorCopy(entry.coordinate, (entry.rank,), (entry,))
+            yield TensorCopy((entry,))
         else:
             sharded[entry.coordinate.pipe, entry.coordinate.data].append(entry)
     for shards in sharded.values():
-        shards.sort(key=lambda entry: entry.coordinate.tensor)
-        yield TensorCopy(shards[0].coordinate, tuple(entry.rank for entry in shards), tuple(shards))
-
-
-def _read_shard(written: Mapping[str, Any]) -> Shard:
-    return Shard(written["dim"], tuple(written["blocks"]), written["rank"], written["size"])
+        yield TensorCopy(tuple(sorted(shards, key=lambda entry: entry.coordinate.tensor)))
 
 
 def flat_norm(tensor: Tensor) -> float:

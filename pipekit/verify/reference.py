@@ -8,8 +8,8 @@ to the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,18 +29,11 @@ from pipekit.verify.replay import logical_parameters, make_update
 
 def build_model(trial: Trial) -> SequentialModel:
     """Return the whole model with its initial weights, on the device of the run."""
-    config = trial.context.config
-    model = SequentialModel(trial.context.specs, seed=config.train.seed)
-    return model.to(trial.context.device)
+    return SequentialModel(trial.context.specs, seed=trial.context.config.train.seed).to(trial.context.device)
 
 
 def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     """Train some steps in this process alone, and record what every layout is compared with.
-
-    Args:
-        trial: what to train.
-        folder: for the recording.
-        num_steps: how many steps.
 
     Raises:
         PipekitError: if a loss or a gradient is not finite, so that nothing can be compared.
@@ -49,7 +42,7 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     recorder = Recorder(folder, rank=0, coordinate=Coordinate(0, 0, 0))
     model = build_model(trial)
     parameters = logical_parameters(model)
-    layer_of = {name: model.names.index(_layer_of(name, model.names)) for name in parameters}
+    layer_of = {name: model.names.index(layer_of_parameter(name, model.names)) for name in parameters}
     trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
     optimizer = trial.build_optimizer(trainable)
     for name, parameter in parameters.items():
@@ -66,21 +59,20 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     model.train()
     for step in range(num_steps):
         record_activations = (
-            ActivationRecorder(recorder, num_micro_batches=loader.num_micro_batches) if step == 0 else None
+            ActivationRecorder(recorder, num_micro_batches=loader.num_micro_batches) if not step else None
         )
         loss = 0.0
         for micro_batch, batch in enumerate(loader.step_batches(step * train.global_batch_size)):
             inputs, labels = to_device(batch, device)
-            path = (step, micro_batch)
-            outputs = _forward(
-                model,
-                inputs,
-                seed=train.seed,
-                path=path,
-                record_activations=record_activations,
-                drawing=random_layers,
-            )
-            part: Tensor = trial.loss(outputs, labels) / loader.num_micro_batches
+            for layer_idx, layer in enumerate(model.steps):
+                torch.manual_seed(fold_seed(train.seed, "layer", step, micro_batch, layer_idx))
+                before = _generator_states()
+                inputs = layer(inputs)
+                if not all(map(torch.equal, before, _generator_states())):
+                    random_layers[model.names[layer_idx]] = None
+                if record_activations is not None:
+                    record_activations(layer_idx, inputs, (step, micro_batch))
+            part: Tensor = trial.loss(inputs, labels) / loader.num_micro_batches
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part)
         for name, parameter in parameters.items():
@@ -102,32 +94,11 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     recorder.finish(losses=losses, norms=norms, rates=rates, random_layers=list(random_layers))
 
 
-def _forward(
-    model: SequentialModel,
-    inputs: Any,
-    *,
-    seed: int,
-    path: tuple[int, int],
-    record_activations: ActivationRecorder | None,
-    drawing: dict[str, None],
-) -> Any:
-    """Run the layers on one micro-batch; those that draw random numbers are noted in `drawing`."""
-    for layer_idx, layer in enumerate(model.steps):
-        torch.manual_seed(fold_seed(seed, "layer", *path, layer_idx))
-        before = _generator_states()
-        inputs = layer(inputs)
-        if not all(map(torch.equal, before, _generator_states())):
-            drawing[model.names[layer_idx]] = None
-        if record_activations is not None:
-            record_activations(layer_idx, inputs, path)
-    return inputs
-
-
 def _generator_states() -> list[Tensor]:
     on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return [torch.default_generator.get_state(), *on_gpu]
 
 
-def _layer_of(parameter_name: str, layer_names: list[str]) -> str:
-    """Return the layer that a parameter belongs to: the longest name that its own begins with."""
-    return max((name for name in layer_names if parameter_name.startswith(f"{name}.")), key=len)
+def layer_of_parameter(parameter: str, layer_names: Iterable[str]) -> str:
+    """Name of the layer that a parameter belongs to: the longest name that its own begins with."""
+    return max((name for name in layer_names if parameter.startswith(f"{name}.")), key=len)

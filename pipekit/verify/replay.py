@@ -12,14 +12,12 @@ from pipekit.verify.compare import compare_weights
 from pipekit.verify.measurement import TOLERANCE, Measurement
 from pipekit.verify.recording import Recording
 
-OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
 
 def compare_updates(
     model: SequentialModel,
     found: Recording,
     *,
-    build_optimizer: OptimizerBuilder,
+    build_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     rates: Sequence[float],
     gradient_clipping: float,
     tolerance: float = TOLERANCE,
@@ -50,14 +48,8 @@ def compare_updates(
         for key in found.keys("weights"):
             parameter = parameters[key.name]
             if key.step == step and (parameter.grad is not None or not parameter.requires_grad):
-                yield compare_weights(
-                    found,
-                    key,
-                    model.names,
-                    before=initial[key.name],
-                    after=parameter.detach().cpu(),
-                    tolerance=tolerance,
-                )
+                before, after = initial[key.name], parameter.detach().cpu()
+                yield compare_weights(found, key, model.names, before=before, after=after, tolerance=tolerance)
 
 
 def logical_parameters(model: SequentialModel) -> dict[str, nn.Parameter]:
@@ -69,14 +61,7 @@ def logical_parameters(model: SequentialModel) -> dict[str, nn.Parameter]:
 def make_update(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, lr: float, gradient_clipping: float
 ) -> float:
-    """Clip the gradient and let the optimizer make its update; return the gradient's norm before.
-
-    Args:
-        optimizer: the optimizer.
-        parameters: what it updates.
-        lr: its learning rate.
-        gradient_clipping: largest norm of the gradient; 0 does not clip.
-    """
+    """Clip the gradient to a norm, 0 for none, and let the optimizer make its update; return the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, gradient_clipping or float("inf"))
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -24,7 +24,7 @@ from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.compare import compare_recordings
 from pipekit.verify.measurement import MEASUREMENTS_FILE, Measurement, MeasurementKind, save_measurements
 from pipekit.verify.recording import Recorder, Recording, TensorKey
-from pipekit.verify.reference import build_model, record_reference
+from pipekit.verify.reference import build_model, layer_of_parameter, record_reference
 from pipekit.verify.replay import compare_updates
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ class Task:
 
 
 def run_task(task: Task, plan: Plan, *, rank: int, local_rank: int) -> None:
-    """Record the reference, or train as one rank of a layout and compare it with the reference.
-
-    Raises:
-        PipekitError: if the model cannot be trained so.
-    """
+    """Record the reference, or train as one rank of a layout and compare it with the reference."""
     torch.set_num_threads(plan.num_threads)
     # fp32 means fp32, also on GPUs that would round to fewer bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -94,8 +90,7 @@ def _run_layout(task: Task, plan: Plan, reference: Path, *, rank: int, local_ran
 
 def compare_run(trial: Trial, found: Recording, expected: Recording, *, tolerance: float) -> list[Measurement]:
     """Return how far everything that was recorded is from the reference."""
-    names = trial.context.plan.layer_names
-    measurements = list(compare_recordings(found, expected, names, tolerance=tolerance))
+    measurements = list(compare_recordings(found, expected, trial.context.plan.layer_names, tolerance=tolerance))
     updates = compare_updates(
         build_model(trial),
         found,
@@ -110,11 +105,10 @@ def compare_run(trial: Trial, found: Recording, expected: Recording, *, toleranc
 def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> None:
     engine = trainer.engine
     module, plan = engine.module, trainer.context.plan
-    layer_of = {f"{name}.": layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
+    index_of = {name: layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
 
     def key(kind: MeasurementKind, step: int, name: str) -> TensorKey:
-        layer = max((prefix for prefix in layer_of if name.startswith(prefix)), key=len)
-        return TensorKey(kind, step, layer_of[layer], name)
+        return TensorKey(kind, step, index_of[layer_of_parameter(name, index_of)], name)
 
     def record_weights(kind: MeasurementKind, step: int) -> None:
         for name, parameter, _ in module.named_logical_parameters():
