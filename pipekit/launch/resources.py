@@ -68,8 +68,7 @@ def thread_environ(setting: Literal["auto"] | int, num_local_ranks: int, environ
 def num_usable_cpus(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Return the number of cores that this process may use: its affinity, and its container's limit.
 
-    Args:
-        cgroup_limit: the file with the container's quota and period, in microseconds.
+    `cgroup_limit` is the file with the container's quota and period, in microseconds.
     """
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -84,9 +83,7 @@ def num_accelerators(environ: Mapping[str, str], driver_dir: Path = Path("/proc/
 
     Asks the NVIDIA driver, not torch: it takes milliseconds, and holds no memory on any device.
 
-    Args:
-        environ: the environment variables; `CUDA_VISIBLE_DEVICES` is honoured.
-        driver_dir: where the driver lists its devices.
+    `driver_dir` is where the driver lists its devices. `CUDA_VISIBLE_DEVICES` is honoured.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip():

@@ -159,12 +159,7 @@ def decide_run(
 
 
 def build_specs(config: Config, trial: TrialType, prepared: Mapping[str, Any] | None) -> tuple[Config, list[LayerSpec]]:
-    """The configuration with every size known, and the model.
-
-    Args:
-        config: the configuration.
-        trial: the trial's class.
-        prepared: what the trial has prepared; None where every size of the model is known without.
+    """The configuration with every size known, and the model; `prepared` is None where sizes are known without.
 
     Raises:
         PipekitError: if the sizes do not fit what was prepared, or the model is no list of layer specs.

@@ -48,14 +48,7 @@ def _cpu_has_fp16() -> bool:
 
 
 def rank_memory(config: Config, device: Device, resources: Resources, num_local_ranks: int) -> int:
-    """The bytes that a rank may hold: the configured number, the GPU's memory, or its share of the machine's.
-
-    Args:
-        config: the configuration.
-        device: the kind of device that computes.
-        resources: the memory of the machine and of the GPU.
-        num_local_ranks: processes on this machine.
-    """
+    """The bytes that a rank may hold: the configured number, the GPU's memory, or its share of the machine's."""
     if config.parallel.memory_limit_gb is not None:
         return int(config.parallel.memory_limit_gb * 1e9)
     if device == "cuda":
@@ -70,14 +63,13 @@ def present_device(resources: Resources, num_processes: int) -> devices.Device:
     Raises:
         ConfigError: if the GPU is not in the table of devices.
     """
-    if resources.num_gpus:
-        name = resources.gpu_name or "without a name"
-        try:
-            return devices.find_device(name)
-        except ConfigError:
-            raise ConfigError(
-                f"the GPU {name} is not among the devices that are known; describe it in a YAML file for pipekit plan "
-                "--device-file, and write the layout that it finds into the parallel section"
-            ) from None
-    memory_bytes = resources.memory_bytes // num_processes
-    return devices.find_device("cpu").model_copy(update={"memory_bytes": memory_bytes})
+    if not resources.num_gpus:
+        return devices.find_device("cpu").model_copy(update={"memory_bytes": resources.memory_bytes // num_processes})
+    name = resources.gpu_name or "without a name"
+    try:
+        return devices.find_device(name)
+    except ConfigError:
+        raise ConfigError(
+            f"the GPU {name} is not among the devices that are known; describe it in a YAML file for pipekit plan "
+            "--device-file, and write the layout that it finds into the parallel section"
+        ) from None

@@ -35,12 +35,7 @@ class Resources:
 
 
 def threads_per_process(setting: Literal["auto"] | int, num_local_ranks: int, num_cpus: int) -> int:
-    """Number of CPU threads of each process.
-
-    Args:
-        setting: the configured number; "auto" divides the cores among the processes.
-        num_local_ranks: number of processes on this machine.
-        num_cpus: number of cores that they may use together.
+    """Number of CPU threads of each process; "auto" divides the cores among the processes of this machine.
 
     Example:
         >>> threads_per_process("auto", 4, 10)

@@ -129,23 +129,20 @@ def _show_layers(names: Sequence[str]) -> str:
         'embed, blocks.0-1, head'
     """
     shown: list[str] = []
-    blocks: list[tuple[str, int]] = []
+    # Of the row of whole blocks that is under way: its stem, its first and its last number.
+    stem, first, last = "", "", ""
     for block, members in groupby(names, key=lambda name: name if name[-1].isdigit() else name.rpartition(".")[0]):
         layers = list(members)
-        stem, _, number = block.rpartition(".")
-        if (len(layers) > 1 or layers == [block]) and number.isdigit():
-            blocks.append((stem, int(number)))
-            continue
-        shown += _show_blocks(blocks) + layers
-        blocks = []
-    return ", ".join(shown + _show_blocks(blocks))
-
-
-def _show_blocks(blocks: list[tuple[str, int]]) -> list[str]:
-    if not blocks:
-        return []
-    (stem, first), (_, last) = blocks[0], blocks[-1]
-    return [f"{stem}.{first}" if first == last else f"{stem}.{first}-{last}"]
+        own_stem, _, number = block.rpartition(".")
+        is_block = number.isdigit() and (len(layers) > 1 or layers == [block])
+        if is_block and last and own_stem == stem:
+            shown[-1], last = f"{stem}.{first}-{number}", number
+        elif is_block:
+            stem, first, last = own_stem, number, number
+            shown.append(block)
+        else:
+            shown, last = shown + layers, ""
+    return ", ".join(shown)
 
 
 def _plural(count: int, noun: str) -> str:
@@ -157,17 +154,11 @@ class _RemainingColumn(ProgressColumn):
     """Time until the end at the pace of the last steps."""
 
     def render(self, task: Task) -> Text:
-        remaining = task.time_remaining
-        return Text("ETA --:--" if remaining is None else f"ETA {_show_time(remaining)}", style="cyan")
+        return Text("ETA --:--" if task.time_remaining is None else f"ETA {_show_time(task.time_remaining)}", "cyan")
 
 
 class ConsoleProgress(Callback):
-    """Shows each step: a progress bar on a terminal, plain lines elsewhere, and a summary at the end.
-
-    Args:
-        console: where to.
-        interval: steps between plain lines.
-    """
+    """Shows each step: a progress bar on a terminal, plain lines every `interval` steps elsewhere, and a summary."""
 
     def __init__(self, console: Console, *, interval: int) -> None:
         self._console = console

@@ -49,8 +49,7 @@ class LanguageModelTrial(Trial):
         if outputs.shape[-1] < self.data.vocab_size:
             raise ConfigError(
                 f"the model's last layer scores {outputs.shape[-1]} tokens and the tokenizer has "
-                f"{self.data.vocab_size}; widen "
-                "it, or lower data.vocab_size"
+                f"{self.data.vocab_size}; widen it, or lower data.vocab_size"
             )
         return language_model_loss(outputs, labels)
 

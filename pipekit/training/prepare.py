@@ -32,12 +32,6 @@ def prepare_run(
 ) -> Decision:
     """Prepare the data of a run, and decide everything else.
 
-    Args:
-        config: the configuration.
-        resources: processes, cores, memory and GPUs.
-        start: the checkpoint to go on from.
-        on_progress: called with what is being done.
-
     Raises:
         PipekitError: if something does not fit; it says what to type instead.
     """

@@ -32,12 +32,7 @@ from pipekit.training.trial import Trial
 
 
 def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
-    """Train as one rank of a run whose plan the user has seen.
-
-    Args:
-        plan: the plan.
-        rank: global rank.
-        local_rank: rank among the processes of this machine.
+    """Train as one rank of a run whose plan the user has seen; `local_rank` counts the processes of this machine.
 
     Raises:
         PipekitError: if the run cannot be started, or cannot go on.
@@ -50,12 +45,6 @@ def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
 
 def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_rank: int) -> RunResult:
     """Train as one rank of a run that another launcher has started: rank 0 decides and tells the others.
-
-    Args:
-        config: the configuration.
-        resources: processes, cores, memory and GPUs.
-        rank: global rank.
-        local_rank: rank among the processes of this machine.
 
     Raises:
         PipekitError: if the run cannot be started, or cannot go on; where rank 0 cannot decide, all ranks say why.
@@ -88,10 +77,7 @@ def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_r
 def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | None = None) -> Trial:
     """Build this rank's trial, with the process groups of the run. Every rank calls this together.
 
-    Args:
-        plan: the plan.
-        device: this rank's.
-        specs: the model; the trial builds it unless given.
+    The trial builds the model unless `specs` are given.
 
     Raises:
         PipekitError: if the trial cannot be built, or the ranks' units do not fit together.
@@ -105,13 +91,7 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
 
 @contextlib.contextmanager
 def joined(config: Config, device: Literal["cpu", "cuda"], *, local_rank: int) -> Iterator[torch.device]:
-    """Join the other processes, yield this rank's device, and leave them where the block succeeds.
-
-    Args:
-        config: says how long to wait.
-        device: the kind of device.
-        local_rank: rank among the processes of this machine.
-    """
+    """Join the other processes, yield this rank's device, and leave them where the block succeeds."""
     yield join_processes(device=device, timeout_s=config.run.timeout_s, local_rank=local_rank)
     with contextlib.suppress(RuntimeError):
         leave_processes()
@@ -127,25 +107,19 @@ def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
 
 def _train(trial: Trial, terminal: TextIO, *, plan_shown: bool) -> RunResult:
     plan = trial.context.plan
+    config = plan.config
     error: Exception | None = None
     callbacks: list[Callback] = []
     if trial.context.unit.should_report_metrics:
         console = make_console(terminal)
         try:
-            callbacks = _build_callbacks(plan.config)
+            callbacks += [MetricsFile()]
+            callbacks += [TensorBoardLogger()] if config.logging.tensorboard else []
+            callbacks += [WandbLogger(config.logging.wandb)] if config.logging.wandb is not None else []
         except ConfigError as failure:
             error = failure
         if not plan_shown:
             show_plan(plan, console)
-        callbacks.append(ConsoleProgress(console, interval=plan.config.logging.interval))
+        callbacks.append(ConsoleProgress(console, interval=config.logging.interval))
     raise_together(error)
     return Trainer(trial, callbacks).fit()
-
-
-def _build_callbacks(config: Config) -> list[Callback]:
-    callbacks: list[Callback] = [MetricsFile()]
-    if config.logging.tensorboard:
-        callbacks.append(TensorBoardLogger())
-    if config.logging.wandb is not None:
-        callbacks.append(WandbLogger(config.logging.wandb))
-    return callbacks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState
@@ -47,10 +48,9 @@ class Trainer:
         self._callbacks = [*callbacks, *trial.build_callbacks()] if reports else []
         self.engine = self._build_engine()
         self._train_loader = self._build_loader(trial.build_train_dataset, shuffle=self.config.data.shuffle)
-        evaluates = self.config.train.eval_interval is not None
-        self._validation_loader = (
-            self._build_loader(trial.build_validation_dataset, shuffle=False) if evaluates else None
-        )
+        self._validation_loader = None
+        if self.config.train.eval_interval is not None:
+            self._validation_loader = self._build_loader(trial.build_validation_dataset, shuffle=False)
         self.step = 0
         self.consumed_samples = 0
         self._metrics = StepMetrics(step=0)
@@ -94,9 +94,8 @@ class Trainer:
             if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
                 raise PipekitError(
                     f"step {self.step}: the gradient has not been finite for {skipped_in_a_row} steps in a row (loss "
-                    f"{metrics.loss}), and none of them changed the weights; lower "
-                    f"optimizer.lr={self.config.optimizer.lr:g}, "
-                    "lengthen scheduler.warmup_steps, or train in bf16 or fp32"
+                    f"{metrics.loss}), and none of them changed the weights; lower optimizer.lr="
+                    f"{self.config.optimizer.lr:g}, lengthen scheduler.warmup_steps, or train in bf16 or fp32"
                 )
             interval = self.config.checkpoint.interval
             if last or (interval is not None and self.step % interval == 0):
@@ -127,7 +126,6 @@ class Trainer:
         )
 
     def _draw_profile(self) -> None:
-        """Draw what the pipeline of the first replica did in the last step under what the simulator says of it."""
         timeline = self.engine.gather_timeline()
         if self.context.unit.should_report_metrics:
             save_profile(timeline, self.context.folder.profile / f"step-{self.step:08d}")
@@ -143,30 +141,25 @@ class Trainer:
             for name, metric in extra_metrics.items():
                 sums[name] += float(metric(outputs, labels))
 
-        losses = [
-            float(
-                self.engine.eval_batch(
-                    self._batches(self._validation_loader, batch * train.global_batch_size), observe=observe
-                )
-            )
-            for batch in range(train.eval_batches)
-        ]
+        losses = []
+        for batch in range(train.eval_batches):
+            batches = self._batches(self._validation_loader, batch * train.global_batch_size)
+            losses.append(float(self.engine.eval_batch(batches, observe=observe)))
         num_micro_batches = train.eval_batches * self.context.plan.batch.num_micro_batches
         extra = {f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
-        return StepMetrics(**{**vars(metrics), "val_loss": sum(losses) / len(losses), "extra": extra or None})
+        return replace(metrics, val_loss=sum(losses) / len(losses), extra=extra or None)
 
     def _build_engine(self) -> TrainingEngine:
-        plan = self.context.plan
-        parallel = self.config.parallel
+        plan, train, parallel = self.context.plan, self.config.train, self.config.parallel
         module = PipelineModule(
             self.context.specs,
             mpu=self.context.unit,
             boundaries=plan.boundaries,
             loss_fn=self.trial.loss,
-            base_seed=self.config.train.seed,
-            activation_checkpoint_interval=int(self.config.train.activation_checkpointing),
+            base_seed=train.seed,
+            activation_checkpoint_interval=int(train.activation_checkpointing),
             device=self.context.device,
-            sequence_parallel=self.config.parallel.sequence_parallel,
+            sequence_parallel=parallel.sequence_parallel,
         )
         return build_engine(
             module,
@@ -175,7 +168,7 @@ class Trainer:
                 num_micro_batches=plan.batch.num_micro_batches,
                 precision=plan.precision,
                 zero=parallel.zero,
-                gradient_clipping=self.config.train.gradient_clipping,
+                gradient_clipping=train.gradient_clipping,
                 extra=self.config.deepspeed,
                 offload=parallel.offload,
             ),
@@ -238,11 +231,7 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             seed=self.config.train.seed,
             lr=self._metrics.lr or 0.0,
-            optimizer={
-                "type": self.config.optimizer.type,
-                "step": view.step_count(),
-                "states": view.state_names(),
-            },
+            optimizer={"type": self.config.optimizer.type, "step": view.step_count(), "states": view.state_names()},
             loss_scaler=view.loss_scaler_state(),
             data_fingerprint=self.trial.data_fingerprint,
             metrics={key: value for key, value in self._metrics.as_record().items() if math.isfinite(value)},
