@@ -173,7 +173,7 @@ class _Session:
 
 
 def _failure_text(error: PipekitError, *, names_rank: bool = True) -> str:
-    """Return what went wrong, without the path of a log that is gone when it is read."""
+    """Return the message of a failure, without the path of a log that is gone when it is read."""
     if isinstance(error, RankError):
         return describe_failure(error.failure, names_rank=names_rank, names_log=False)
     return str(error)

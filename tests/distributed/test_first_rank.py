@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pipekit.progress import ProgressCallback
 WORLD_SIZE = 3
 
 
-def tell(compute: Callable[[ProgressCallback], str], *, timeout_s: float = 30.0) -> list[Future[str]]:
+def tell(compute: Callable[[ProgressCallback], str]) -> list[Future[str]]:
     """Run every rank in a thread, and return what became of each."""
     store = dist.HashStore()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(WORLD_SIZE) as pool:
@@ -29,7 +30,7 @@ def tell(compute: Callable[[ProgressCallback], str], *, timeout_s: float = 30.0)
                 store=store,
                 rank=rank,
                 world_size=WORLD_SIZE,
-                timeout_s=timeout_s,
+                timeout_s=30.0,
                 purpose="plan the run",
             )
             for rank in range(WORLD_SIZE)
@@ -68,14 +69,59 @@ def test_a_crash_of_rank_0_is_one_error_on_the_others() -> None:
             future.result()
 
 
-def test_the_others_wait_as_long_as_rank_0_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_rank, "_BEAT_S", 0.05)
+def test_rank_0_shows_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_rank, "_BEAT_S", 0.01)
+    store = dist.HashStore()  # type: ignore[attr-defined]
 
     def compute(on_progress: ProgressCallback) -> str:
-        time.sleep(3.0)
-        return "done"
+        on_progress("tokenizing the text")
+        # Ends as soon as the heart has beaten, however long that takes.
+        while not store.check(["heartbeat"]) or json.loads(store.get("heartbeat"))[0] < 3:
+            time.sleep(0.005)
+        return json.loads(store.get("heartbeat"))[1]  # type: ignore[no-any-return]
 
-    assert [future.result() for future in tell(compute, timeout_s=2.0)] == ["done"] * WORLD_SIZE
+    told = tell_from_first_rank(compute, store=store, rank=0, world_size=1, timeout_s=1, purpose="plan the run")
+    assert told == "tokenizing the text"
+
+
+class Working:
+    """Store of a rank 0 that writes a heartbeat every second of a clock that only sleep moves, and then an answer."""
+
+    def __init__(self, *, beats_for_s: float, answers_after_s: float) -> None:
+        self.now_s = 0.0
+        self.beats_for_s, self.answers_after_s = beats_for_s, answers_after_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def check(self, keys: list[str]) -> bool:
+        return keys == ["heartbeat"] or self.now_s >= self.answers_after_s
+
+    def get(self, key: str) -> bytes:
+        beat = json.dumps([int(min(self.now_s, self.beats_for_s)), ""])
+        return (beat if key == "heartbeat" else json.dumps({"text": "done"})).encode()
+
+    def add(self, key: str, amount: int) -> int:
+        return amount
+
+
+def test_the_others_wait_as_long_as_rank_0_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Working(beats_for_s=3600, answers_after_s=3600)
+    monkeypatch.setattr(first_rank, "time", store)
+    told = tell_from_first_rank(str, store=store, rank=1, world_size=2, timeout_s=5, purpose="plan the run")  # type: ignore[arg-type]
+    assert told == "done"
+    assert 3600 <= store.now_s < 3602
+
+
+def test_the_others_give_up_when_the_heart_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Working(beats_for_s=60, answers_after_s=3600)
+    monkeypatch.setattr(first_rank, "time", store)
+    with pytest.raises(CommunicationError, match="has not been heard of for 5 s"):
+        tell_from_first_rank(str, store=store, rank=1, world_size=2, timeout_s=5, purpose="plan the run")  # type: ignore[arg-type]
+    assert 65 < store.now_s < 68
 
 
 def test_a_silent_rank_0_is_named_with_what_it_did_last(monkeypatch: pytest.MonkeyPatch) -> None:

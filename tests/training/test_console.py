@@ -1,0 +1,143 @@
+"""Lines of a run on a console that is no terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipekit.config import parse_config
+from pipekit.plan.decide import decide_run
+from pipekit.plan.plan import Plan
+from pipekit.plan.resources import Resources
+from pipekit.plan.run_folder import RunFolder
+from pipekit.training.callbacks import MetricsFile, RunResult, StepMetrics
+from pipekit.training.console import ConsoleProgress, _show_layers, chatter_to, make_console, show_plan
+from pipekit.training.language_model import LanguageModelTrial
+
+
+def planned(num_processes: int = 1, **sections: Any) -> Plan:
+    train = {"steps": 10, "global_batch_size": 16, "micro_batch_size": 2}
+    values = {"model": {"preset": "tiny", "vocab_size": 500}, "train": train, "run": {"dir": "runs/a b"}, **sections}
+    return decide_run(parse_config(values), LanguageModelTrial, Resources(world_size=num_processes)).plan
+
+
+def metrics(step: int, **changes: Any) -> StepMetrics:
+    known = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 12345.6, "step_time_s": 30.0}
+    return StepMetrics(step, **{**known, **changes})
+
+
+@pytest.fixture
+def stream() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def progress(stream: io.StringIO) -> ConsoleProgress:
+    made = ConsoleProgress(make_console(stream), interval=4)
+    made.on_train_start(planned(), RunFolder("runs/a b"), 0)
+    return made
+
+
+def test_the_first_the_last_and_every_interval_have_a_line(progress: ConsoleProgress, stream: io.StringIO) -> None:
+    for step in range(1, 11):
+        progress.on_step_end(metrics(step))
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "4/10", "8/10", "10/10"]
+    assert lines[0] == "step  1/10  loss 2.5000  lr 1.00e-03  12,346 tokens/s  ETA 4:30"
+    assert lines[-1].endswith("ETA 0:00")
+
+
+def test_an_evaluated_step_has_a_line_and_the_others_keep_its_loss(
+    progress: ConsoleProgress, stream: io.StringIO
+) -> None:
+    progress.on_step_end(StepMetrics(0, val_loss=6.0))
+    progress.on_step_end(metrics(3, val_loss=1.25))
+    progress.on_step_end(metrics(4))
+    first, evaluated, later = stream.getvalue().splitlines()
+    assert first == "step  0/10  val loss 6.0000"
+    assert all("val loss 1.2500" in line for line in (evaluated, later))
+
+
+def test_a_checkpoint_has_a_line(progress: ConsoleProgress, stream: io.StringIO) -> None:
+    progress.on_checkpoint(4, Path("runs/a b/checkpoints/step-4"))
+    assert stream.getvalue() == "step  4/10  saved runs/a b/checkpoints/step-4\n"
+
+
+def test_the_end_tells_what_was_reached_and_what_to_type_next(progress: ConsoleProgress, stream: io.StringIO) -> None:
+    progress.on_train_end(RunResult(10, Path("the/checkpoint"), 6.0, metrics(10, val_loss=1.5), 3700.0))
+    text = stream.getvalue()
+    assert "Trained 10 steps in 1:01:40: validation loss 6.000 → 1.500" in text
+    assert "checkpoint  the/checkpoint\n" in text
+    assert "pipekit export 'runs/a b' 'runs/a b'/export" in text
+    assert "train.steps=20" in text
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_a_run_that_goes_on_says_so(stream: io.StringIO) -> None:
+    progress = ConsoleProgress(make_console(stream), interval=4)
+    progress.on_train_start(planned(), RunFolder("run"), 6)
+    progress.on_train_end(RunResult(10, None, None, metrics(10), 1.0))
+    assert stream.getvalue().startswith("going on after step 6\n")
+    assert "Trained steps 7 to 10 in 0:01\n" in stream.getvalue()
+
+
+def test_a_plan_is_shown_with_its_stages(stream: io.StringIO) -> None:
+    plan = planned(4, parallel={"pp": 2, "dp": 2, "schedule": "zb-v"})
+    show_plan(plan, make_console(stream))
+    lines = stream.getvalue().splitlines()
+    assert "layout  pp=2 x dp=2 x tp=1, 4 processes, ZeRO 1" in lines
+    assert "micro-batches of 2 on each of 2 replicas, zb-v" in stream.getvalue()
+    rows = [line.split() for line in lines if line.strip()][-4:]
+    assert [row[:3] for row in rows] == [
+        [str(stage), str(rank), f"{plan.stage_parameters[stage]:,}"] for stage, rank in enumerate((0, 1, 1, 0))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["embed", "blocks.0", "blocks.1", "blocks.2", "head"], "embed, blocks.0-2, head"),
+        (["blocks.0.a", "blocks.0.b", "norm", "blocks.1.a", "blocks.1.b"], "blocks.0, norm, blocks.1"),
+        (["blocks.0.mlp", "blocks.1.attention", "blocks.1.mlp"], "blocks.0.mlp, blocks.1"),
+        (["encoder.0", "encoder.1", "decoder.0", "decoder.1"], "encoder.0-1, decoder.0-1"),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_whole_blocks_in_a_row_are_drawn_together(names: list[str], shown: str) -> None:
+    assert _show_layers(names) == shown
+
+
+def test_metrics_are_lines_of_json_and_those_that_come_again_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        file = MetricsFile()
+        file.on_train_start(planned(), folder, start_step)
+        for step in steps:
+            file.on_step_end(metrics(step, grad_norm=float("inf"), extra={"val_accuracy": start_step / 2}))
+        file.close()
+    lines = folder.metrics.read_text().splitlines()
+    assert [line[:10] for line in lines] == [f'{{"step": {step}' for step in (1, 2, 3, 4)]
+    assert all('"grad_norm": null' in line for line in lines)
+    assert ['"val_accuracy": 1.0' in line for line in lines] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_libraries_write_goes_into_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str], fails: bool) -> None:
+    log = tmp_path / "logs" / "rank-0.log"
+    try:
+        with chatter_to(log) as terminal:
+            os.write(1, b"from a program\n")
+            os.write(2, b"a warning\n")
+            terminal.write("for the user\n")
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    sys.stdout.write("after it\n")
+    assert log.read_text() == "from a program\na warning\n"
+    assert capfd.readouterr().out == "for the user\nafter it\n"

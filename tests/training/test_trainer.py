@@ -1,0 +1,253 @@
+"""The training loop, with an engine that computes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import TrainingState
+from pipekit.config import Config, parse_config
+from pipekit.data.loader import MapDataset
+from pipekit.errors import PipekitError
+from pipekit.layers.specs import LayerSpec
+from pipekit.models import build_layers
+from pipekit.plan.decide import decide_run
+from pipekit.plan.plan import Plan
+from pipekit.plan.resources import Resources
+from pipekit.plan.run_folder import RunFolder
+from pipekit.training import trainer as trainer_module
+from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.training.context import TrialContext
+from pipekit.training.trainer import Trainer
+from pipekit.training.trial import Metric, Trial
+
+NUM_SAMPLES = 10
+
+
+class Numbers(MapDataset):
+    """Samples that are their own index."""
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.tensor(index), torch.tensor(index)
+
+
+class NumbersTrial(Trial):
+    @classmethod
+    def build_layers(cls, config: Config) -> list[LayerSpec]:
+        return build_layers(config)
+
+    def build_train_dataset(self) -> MapDataset:
+        return Numbers()
+
+    def build_validation_dataset(self) -> MapDataset | None:
+        return Numbers()
+
+    def validation_metrics(self) -> dict[str, Metric]:
+        return {"largest": lambda outputs, labels: outputs.max()}
+
+
+class FakeEngine:
+    """Engine that notes what it is called with; its losses and norms are given."""
+
+    def __init__(self, norms: Sequence[float] = ()) -> None:
+        self.view = SimpleNamespace(step_count=lambda: 1, state_names=list, loss_scaler_state=lambda: None)
+        self.rates: list[float] = []
+        self.trained: list[list[int]] = []
+        self.evaluated: list[list[int]] = []
+        self.num_checks = 0
+        self._norms = norms
+
+    def set_lr(self, lr: float) -> None:
+        self.rates.append(lr)
+
+    def train_batch(self, batches: Iterator[Any]) -> Tensor:
+        self.trained.append([int(sample) for inputs, _ in batches for sample in inputs])
+        return torch.tensor(10.0 - len(self.trained))
+
+    def eval_batch(self, batches: Iterator[Any], *, observe: Any) -> Tensor:
+        pairs = list(batches)
+        self.evaluated.append([int(sample) for inputs, _ in pairs for sample in inputs])
+        for inputs, labels in pairs:
+            observe(inputs, labels)
+        return torch.tensor(2.0 * len(self.evaluated))
+
+    def check_replicas(self) -> None:
+        self.num_checks += 1
+
+    @property
+    def grad_norm(self) -> float:
+        place = len(self.trained) - 1
+        return self._norms[place] if place < len(self._norms) else 1.0
+
+
+class Events(Callback):
+    """Notes the events of a run, and can fail at a step."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.names: list[str] = []
+        self.metrics: list[StepMetrics] = []
+        self._fails_at = fails_at
+
+    def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
+        self.names.append(f"start after {start_step}")
+
+    def on_evaluation_start(self, step: int) -> None:
+        self.names.append(f"evaluation {step}")
+
+    def on_step_end(self, metrics: StepMetrics) -> None:
+        self.names.append(f"step {metrics.step}")
+        self.metrics.append(metrics)
+        if metrics.step == self._fails_at:
+            raise OSError("the disk is full")
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        self.names.append(f"checkpoint {step}")
+
+    def on_train_end(self, result: RunResult) -> None:
+        self.names.append(f"end at {result.step}")
+
+    def close(self) -> None:
+        self.names.append("close")
+
+
+class Run:
+    """One run of the loop: its trainer, engine, events and the states that it saved."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        *,
+        engine: FakeEngine | None = None,
+        events: Events | None = None,
+        kind: type[Trial] = NumbersTrial,
+        reports: bool = True,
+        **sections: dict[str, Any],
+    ) -> None:
+        self.engine = engine or FakeEngine()
+        self.events = events or Events()
+        self.saved: list[TrainingState] = []
+        train = {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2, "eval_interval": None, "eval_batches": 2}
+        values = {
+            "model": {"preset": "tiny", "vocab_size": 500},
+            "run": {"dir": str(folder)},
+            **sections,
+            "train": {**train, **sections.get("train", {})},
+        }
+        decision = decide_run(parse_config(values), kind, Resources(world_size=1))
+        unit: Any = SimpleNamespace(should_report_metrics=reports, should_build_data_loader=True, data_parallel_rank=0)
+        context = TrialContext(decision.plan, decision.specs, unit, torch.device("cpu"), RunFolder(folder))
+
+        def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Path:
+            self.saved.append(training)
+            return folder / f"step-{training.step}"
+
+        monkeypatch.setattr(Trainer, "_build_engine", lambda trainer: self.engine)
+        monkeypatch.setattr(trainer_module, "save_checkpoint", save)
+        monkeypatch.setattr(TrialContext, "reduce_mean", lambda context, value: value)
+        self.trainer = Trainer(kind(context), [self.events])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    return lambda **settings: Run(monkeypatch, tmp_path, **settings)
+
+
+def test_every_sample_comes_once_an_epoch_and_each_step_has_its_own(run: Any) -> None:
+    made = run(train={"steps": 5}, data={"shuffle": True})
+    result = made.trainer.fit()
+    assert (result.step, result.last.loss, result.checkpoint.name) == (5, 5.0, "step-5")
+    assert [len(samples) for samples in made.engine.trained] == [4] * 5
+    drawn = [sample for samples in made.engine.trained for sample in samples]
+    assert sorted(drawn[:NUM_SAMPLES]) == sorted(drawn[NUM_SAMPLES:]) == list(range(NUM_SAMPLES))
+
+
+def test_the_events_of_a_run_come_in_order(run: Any) -> None:
+    made = run(train={"steps": 2, "eval_interval": 2})
+    made.trainer.fit()
+    assert made.events.names == [
+        *("start after 0", "evaluation 0", "step 0", "step 1", "evaluation 2", "step 2"),
+        *("checkpoint 2", "end at 2", "close"),
+    ]
+
+
+def test_the_learning_rate_is_that_of_the_step(run: Any) -> None:
+    made = run(train={"steps": 4}, optimizer={"lr": 0.4}, scheduler={"type": "constant", "warmup_steps": 4})
+    made.trainer.fit()
+    assert made.engine.rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [metrics.lr for metrics in made.events.metrics] == pytest.approx(made.engine.rates)
+
+
+def test_evaluations_come_before_the_first_step_at_their_interval_and_at_the_end(run: Any) -> None:
+    made = run(train={"steps": 5, "eval_interval": 2})
+    result = made.trainer.fit()
+    evaluated = {metrics.step: metrics.val_loss for metrics in made.events.metrics if metrics.val_loss is not None}
+    # The mean over two batches of a loss that grows by 2 with each.
+    assert evaluated == {0: 3.0, 2: 7.0, 4: 11.0, 5: 15.0}
+    assert (result.first_val_loss, result.last.val_loss) == (3.0, 15.0)
+
+
+def test_evaluations_take_the_same_samples_every_time(run: Any) -> None:
+    made = run(train={"steps": 2, "eval_interval": 1})
+    made.trainer.fit()
+    assert made.engine.evaluated == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
+    # The means of the largest of 0 to 1, 2 to 3, 4 to 5 and 6 to 7.
+    assert [metrics.extra for metrics in made.events.metrics] == [{"val_largest": 4.0}] * 3
+
+
+def test_an_evaluation_needs_data(run: Any) -> None:
+    class WithoutValidation(NumbersTrial):
+        def build_validation_dataset(self) -> None:
+            return None
+
+    with pytest.raises(PipekitError, match=r"eval_interval=5: WithoutValidation has no validation data; set it to"):
+        run(train={"eval_interval": 5}, kind=WithoutValidation)
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end(run: Any) -> None:
+    made = run(train={"steps": 5}, checkpoint={"interval": 2})
+    made.trainer.fit()
+    assert [(state.step, state.consumed_samples) for state in made.saved] == [(2, 8), (4, 16), (5, 20)]
+    assert [state.metrics["loss"] for state in made.saved] == [8.0, 6.0, 5.0]
+
+
+def test_replicas_are_checked_at_their_interval(run: Any) -> None:
+    made = run(train={"steps": 5, "check_replicas": 2})
+    made.trainer.fit()
+    assert made.engine.num_checks == 2
+
+
+def test_a_gradient_that_stays_infinite_ends_the_run(run: Any) -> None:
+    made = run(train={"steps": 50}, engine=FakeEngine(norms=[1.0, *[math.inf] * 49]))
+    with pytest.raises(PipekitError, match=r"step 21: the gradient has not been finite for 20 steps in a row"):
+        made.trainer.fit()
+    assert made.saved == []
+    assert made.events.names[-2:] == ["step 21", "close"]
+
+
+def test_skipped_steps_with_others_between_them_do_not(run: Any) -> None:
+    norms = [math.nan if step % 20 else 1.0 for step in range(50)]
+    assert run(train={"steps": 50}, engine=FakeEngine(norms)).trainer.fit().step == 50
+
+
+def test_callbacks_are_closed_when_one_fails(run: Any) -> None:
+    made = run(events=Events(fails_at=2))
+    with pytest.raises(OSError, match="disk is full"):
+        made.trainer.fit()
+    assert made.events.names == ["start after 0", "step 1", "step 2", "close"]
+
+
+def test_ranks_that_do_not_report_call_nobody(run: Any) -> None:
+    made = run(reports=False)
+    assert made.trainer.fit().step == 3
+    assert made.events.names == []
