@@ -40,7 +40,6 @@ def command(
     differs."""
     from pipekit.commands.verify_session import verify_config
     from pipekit.config import load_config
-    from pipekit.verify.report import report
 
     found = verify_config(
         load_config(config, overrides or []),
@@ -51,11 +50,11 @@ def command(
         keep=keep,
     )
     if as_json:
-        sys.stdout.write(json.dumps(report(found), indent=1) + "\n")
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         from pipekit.commands.verify_tables import show_report
         from pipekit.training.console import make_console
 
-        show_report(report(found), make_console())
-    if not found.agrees:
+        show_report(found, make_console())
+    if not found["agrees"]:
         raise typer.Exit(1)

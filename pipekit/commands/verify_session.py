@@ -24,7 +24,7 @@ from pipekit.progress import ProgressLines
 from pipekit.verify.explain import LayoutContext, show_names
 from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, reason_against
 from pipekit.verify.measurement import MEASUREMENTS_FILE, load_measurements
-from pipekit.verify.report import Result, Verification
+from pipekit.verify.report import Result, report
 
 if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
@@ -49,8 +49,8 @@ def verify_config(
     layouts: str | None,
     tolerance: float,
     keep: Path | None,
-) -> Verification:
-    """Run a configuration's model in one process and under each layout, and return what was found.
+) -> dict[str, Any]:
+    """Run a configuration's model in one process and under each layout, and return the report.
 
     Args:
         config: the configuration.
@@ -101,15 +101,16 @@ def verify_config(
     if not results:
         raise LayoutError("\n  ".join(["no layout can run:", *(f"{place}: {reason}" for place, reason in rejected)]))
     trial = f", {config.run.trial}" if config.run.trial else ""
-    return Verification(
-        model=f"{config.model.description}{trial}, {len(specs)} layers",
-        device="cuda" if num_gpus else "cpu",
-        num_steps=num_steps,
-        global_batch_size=config.train.global_batch_size,
-        tolerance=tolerance,
-        results=results,
+    return report(
+        results,
         rejected=rejected,
         notes=notes,
+        model=f"{config.model.description}{trial}, {len(specs)} layers",
+        device="cuda" if num_gpus else "cpu",
+        precision="fp32",
+        steps=num_steps,
+        global_batch_size=config.train.global_batch_size,
+        tolerance=tolerance,
     )
 
 

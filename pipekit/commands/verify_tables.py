@@ -20,7 +20,7 @@ _SHOWN_FAILURE_LINES = 12
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print what `pipekit.verify.report.report` returns."""
+    """Print a report of `pipekit.verify.report`."""
     tables = [settings_table(report), layouts_table(report["layouts"])]
     tables += [fault_table(found) for found in report["layouts"] if found["verdict"] != "agrees"]
     if report["rejected"] or report["notes"]:

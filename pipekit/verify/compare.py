@@ -44,14 +44,7 @@ _PROPORTIONAL = 1e-3
 def compare_recordings(
     found: Recording, expected: Recording, layer_names: Sequence[str], *, tolerance: float = TOLERANCE
 ) -> Iterator[Measurement]:
-    """Compare all but the weights after updates.
-
-    Args:
-        found: of a layout.
-        expected: of one process.
-        layer_names: logical name of each layer.
-        tolerance: see `TOLERANCE`.
-    """
+    """Compare the recording of a layout with that of one process, in all but the weights after updates."""
     comparison = _Comparison(found, layer_names)
     for key in expected.keys("initial weights"):
         yield comparison.measure(key, expected.load(key), relative=_INITIAL)
@@ -83,7 +76,7 @@ def compare_weights(
         layer_names: logical name of each layer.
         before: the initial weights.
         after: what the optimizer has made of them with the gradients of the layout.
-        tolerance: see `TOLERANCE`; relative to what has changed.
+        tolerance: relative to what has changed.
     """
     changed = flat_norm(after.double() - before.double())
     return _Comparison(found, layer_names).measure(

@@ -46,49 +46,27 @@ class Result:
         return "agrees" if first_fault(self.measurements) is None else "differs"
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Settings and results of a verification.
+def report(
+    results: Sequence[Result],
+    *,
+    rejected: Sequence[tuple[LayoutCandidate, str]],
+    notes: Sequence[str],
+    **settings: str | float,
+) -> dict[str, Any]:
+    """Return a verification as JSON values; an infinite number, or one that was not compared, is null.
 
-    Attributes:
-        model: the model, in a few words.
-        device: what it ran on.
-        num_steps: updates under each layout.
-        global_batch_size: sequences of a step.
-        tolerance: the largest relative difference that is allowed.
-        results: of each layout.
-        rejected: layouts that do not fit, and why.
+    Args:
+        results: of each layout that was run.
+        rejected: layouts that were not, and why.
         notes: what was changed, and what could not be compared.
+        settings: model, device, precision, steps, global batch size and tolerance.
     """
-
-    model: str
-    device: str
-    num_steps: int
-    global_batch_size: int
-    tolerance: float
-    results: Sequence[Result]
-    rejected: Sequence[tuple[LayoutCandidate, str]] = ()
-    notes: Sequence[str] = ()
-
-    @property
-    def agrees(self) -> bool:
-        """True if every layout that was run agrees with one process."""
-        return all(result.verdict == "agrees" for result in self.results)
-
-
-def report(verification: Verification) -> dict[str, Any]:
-    """Return a verification as JSON values; an infinite number, or one that was not compared, is null."""
     return {
-        "agrees": verification.agrees,
-        "model": verification.model,
-        "device": verification.device,
-        "precision": "fp32",
-        "steps": verification.num_steps,
-        "global_batch_size": verification.global_batch_size,
-        "tolerance": verification.tolerance,
-        "layouts": [_result(result) for result in verification.results],
-        "rejected": [{"layout": candidate.degrees, "reason": reason} for candidate, reason in verification.rejected],
-        "notes": list(verification.notes),
+        "agrees": all(result.verdict == "agrees" for result in results),
+        **settings,
+        "layouts": [_result(result) for result in results],
+        "rejected": [{"layout": candidate.degrees, "reason": reason} for candidate, reason in rejected],
+        "notes": list(notes),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from typing import Any
 
 from pipekit.commands.verify_tables import show_report
 from pipekit.layout import Layout
@@ -12,7 +13,7 @@ from pipekit.training.console import make_console
 from pipekit.verify.explain import LayoutContext
 from pipekit.verify.layouts import LayoutCandidate
 from pipekit.verify.measurement import Measurement
-from pipekit.verify.report import Result, Verification, report
+from pipekit.verify.report import Result, report
 
 NAMES = ["embed", "block", "embed"]
 
@@ -29,28 +30,29 @@ TWICE = Measurement(
 )  # fmt: skip
 
 
-def verification(*results: Result) -> Verification:
-    return Verification(
-        model="tiny, 3 layers",
-        device="cpu",
-        num_steps=3,
-        global_batch_size=8,
-        tolerance=1e-4,
-        results=results,
+def verification(*results: Result) -> dict[str, Any]:
+    return report(
+        results,
         rejected=[(LayoutCandidate(Layout(tp=3), 1), "3 does not divide the 4 attention heads")],
         notes=["model.dropout=0.1 was taken as 0"],
+        model="tiny, 3 layers",
+        device="cpu",
+        precision="fp32",
+        steps=3,
+        global_batch_size=8,
+        tolerance=1e-4,
     )
 
 
-def shown(found: Verification) -> str:
+def shown(found: dict[str, Any]) -> str:
     stream = io.StringIO()
-    show_report(report(found), make_console(stream))
+    show_report(found, make_console(stream))
     return stream.getvalue()
 
 
 def test_layouts_that_agree() -> None:
     found = verification(result(Layout(pp=2), *GOOD), result(Layout(dp=2), *GOOD))
-    assert found.agrees
+    assert found["agrees"]
     text = shown(found)
     assert "all 2 layouts train the same model as one process" in text
     assert "tp=3: 3 does not divide the 4 attention heads" in text
@@ -62,7 +64,7 @@ def test_layouts_that_agree() -> None:
 def test_the_first_difference_is_shown_with_its_layer_and_cause() -> None:
     failed = result(Layout(tp=2), failure="rank 1 failed: [boom]\n  at [line] 3\n      ~~^^^\nValueError: [boom]")
     found = verification(result(Layout(pp=2), *GOOD), result(Layout(dp=2), GOOD[0], TWICE), failed)
-    assert not found.agrees
+    assert not found["agrees"]
     text = shown(found)
     assert "differs at embed" in text
     assert "differs first in the gradient of embed.weight, in step 1" in text
@@ -75,7 +77,7 @@ def test_the_first_difference_is_shown_with_its_layer_and_cause() -> None:
 
 def test_the_report_is_json_without_infinities() -> None:
     missing = Measurement("output", 0, math.inf, math.inf, layer="block", layer_idx=1, note="is not there")
-    found = report(verification(result(Layout(pp=2), missing), result(Layout(dp=2), failure="boom")))
+    found = verification(result(Layout(pp=2), missing), result(Layout(dp=2), failure="boom"))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [entry["verdict"] for entry in found["layouts"]] == ["differs", "failed"]
     difference = found["layouts"][0]["first_difference"]
