@@ -77,7 +77,7 @@ class CustomModelConfig(ModelFamily):
 
 
 def load_object(path: str, *, key: str) -> Any:
-    """Object that `package.module:name` names, as `key` of the configuration does, also in the working directory.
+    """Object that the `key` of a configuration names as `package.module:name`, also in the working directory.
 
     Raises:
         ConfigError: if the module, one that it imports, or the name in it is not there.

@@ -75,6 +75,9 @@ class ModelFamily(Section):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that each preset stands for. Names are unique among all families, and imply theirs."""
 
+    loss_computes_logits: ClassVar[bool] = False
+    """True if the loss computes the logits, so that it reads the weights of the head."""
+
     @property
     def description(self) -> str:
         """The model in a few words, for the console."""
@@ -106,11 +109,6 @@ class ModelFamily(Section):
         return True
 
     @property
-    def loss_computes_logits(self) -> bool:
-        """True if the loss computes the logits, so that it reads the weights of the head."""
-        return False
-
-    @property
     def dropouts(self) -> dict[str, float]:
         """Dropout probabilities that are not 0, by dotted key."""
         return {}
@@ -120,19 +118,11 @@ class ModelFamily(Section):
         return self.model_dump()
 
     def fit_vocabulary(self, num_tokens: int, *, tokenizer: object) -> dict[str, Any]:
-        """Changes, by dotted key, for a tokenizer of `num_tokens`; `tokenizer` is its path, for messages.
-
-        Raises:
-            ConfigError: if the vocabulary is too small.
-        """
+        """Changes, by dotted key, for the tokenizer of this path; a ConfigError if the vocabulary is too small."""
         return {}
 
     def build_layers(self, config: Config) -> list[LayerSpec]:
-        """List of layer specs of a run.
-
-        Raises:
-            ConfigError: if the model cannot be built.
-        """
+        """List of layer specs of a run; a ConfigError if the model cannot be built."""
         raise NotImplementedError
 
     def no_export_reason(self) -> str | None:
@@ -147,6 +137,8 @@ class TransformerFamily(ModelFamily):
     """
 
     model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))  # a preset supplies them
+
+    loss_computes_logits: ClassVar = True
 
     hf_model_type: ClassVar[str]
     """`model_type` of its `config.json`."""
@@ -192,11 +184,7 @@ class TransformerFamily(ModelFamily):
     """Probability of zeroing an activation during training."""
 
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
-        """List of layer specs of the model.
-
-        Raises:
-            ConfigError: if the vocabulary's size is not known yet.
-        """
+        """List of layer specs of the model; a ConfigError if the vocabulary's size is not known yet."""
         raise NotImplementedError
 
     def hf_renames(self) -> list[TensorRename]:
@@ -204,10 +192,7 @@ class TransformerFamily(ModelFamily):
         raise NotImplementedError
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
-        """Content of `config.json`, with the `dtype` of the tensors.
-
-        `end_token_id` is None where the model was not trained on text.
-        """
+        """Content of `config.json`; `end_token_id` is None where the model was not trained on text."""
         return {
             "architectures": [self.hf_class],
             "model_type": self.hf_model_type,
@@ -221,11 +206,7 @@ class TransformerFamily(ModelFamily):
 
     @classmethod
     def from_hf_config(cls, stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
-        """Model that a `config.json` describes.
-
-        Raises:
-            ConfigError: if these layers do not compute it.
-        """
+        """Model that a `config.json` describes; a ConfigError if these layers do not compute it."""
         for key, values in cls.hf_fixed.items():
             if stored.get(key, values[0]) not in values:
                 known = " or ".join(map(repr, values))
@@ -270,20 +251,12 @@ class TransformerFamily(ModelFamily):
         return self.vocab_size == "auto"
 
     @property
-    def loss_computes_logits(self) -> bool:
-        return True
-
-    @property
     def dropouts(self) -> dict[str, float]:
         return {"model.dropout": self.dropout} if self.dropout else {}
 
     @property
     def known_vocab_size(self) -> int:
-        """`vocab_size` as a number.
-
-        Raises:
-            ConfigError: if it is `auto`.
-        """
+        """`vocab_size` as a number; a ConfigError if it is `auto`."""
         if self.vocab_size == "auto":
             raise ConfigError(
                 "model.vocab_size=auto: the size is the tokenizer's, and none has been read yet; give a number"

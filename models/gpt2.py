@@ -6,6 +6,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -99,7 +100,7 @@ class GPT2Config(TransformerFamily):
 
         width, std, eps = self.hidden_size, self.init_std, self.layer_norm_eps
         embedding, head = embedding_and_head(
-            self.known_vocab_size, width, tied=self.tied_embedding, init_std=std, loss_chunk_tokens=loss_chunk_tokens
+            self.known_vocab_size, width, loss_chunk_tokens, tied=self.tied_embedding, init_std=std
         )
         positions = LayerSpec(
             PositionEmbedding, self.max_positions, width, dropout=self.dropout, init_std=std, name="position"
@@ -129,14 +130,12 @@ class GPT2Config(TransformerFamily):
         return {**super().hf_config(end_token_id=end_token_id, dtype=dtype), **everywhere}
 
     def hf_renames(self) -> list[TensorRename]:
-        renames = [
-            TensorRename("embed.weight", "transformer.wte.weight"),
-            TensorRename("position.weight", "transformer.wpe.weight"),
-            TensorRename("final_norm.weight", "transformer.ln_f.weight"),
-            TensorRename("final_norm.bias", "transformer.ln_f.bias"),
-        ]
-        if not self.tied_embedding:
-            renames.append(TensorRename("head.weight", "lm_head.weight"))
+        outside = {
+            "embed.weight": "wte.weight",
+            "position.weight": "wpe.weight",
+            "final_norm.weight": "ln_f.weight",
+            "final_norm.bias": "ln_f.bias",
+        }
         halves = {
             "attention.norm": "ln_1",
             "attention.qkv": "attn.c_attn",
@@ -145,14 +144,14 @@ class GPT2Config(TransformerFamily):
             "mlp.expand": "mlp.c_fc",
             "mlp.contract": "mlp.c_proj",
         }
-        for block in range(self.num_layers):
-            for ours, theirs in halves.items():
-                our_name, their_name = f"blocks.{block}.{ours}", f"transformer.h.{block}.{theirs}"
-                # Their Conv1D is (in, out) where ours is (out, in).
-                pattern = None if ours.endswith("norm") else "rows columns -> columns rows"
-                renames.append(TensorRename(f"{our_name}.weight", f"{their_name}.weight", pattern))
-                renames.append(TensorRename(f"{our_name}.bias", f"{their_name}.bias"))
-        return renames
+        renames = [TensorRename(ours, f"transformer.{theirs}") for ours, theirs in outside.items()]
+        for block, (ours, theirs) in product(range(self.num_layers), halves.items()):
+            our_name, their_name = f"blocks.{block}.{ours}", f"transformer.h.{block}.{theirs}"
+            # Their Conv1D is (in, out) where ours is (out, in).
+            pattern = None if ours.endswith("norm") else "rows columns -> columns rows"
+            renames.append(TensorRename(f"{our_name}.weight", f"{their_name}.weight", pattern))
+            renames.append(TensorRename(f"{our_name}.bias", f"{their_name}.bias"))
+        return renames if self.tied_embedding else [*renames, TensorRename("head.weight", "lm_head.weight")]
 
     @model_validator(mode="after")
     def _heads_share_keys(self) -> GPT2Config:

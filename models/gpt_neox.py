@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -131,10 +132,10 @@ class GPTNeoXConfig(TransformerFamily):
         embedding, head = transformer.embedding_and_head(
             self.known_vocab_size,
             width,
+            loss_chunk_tokens,
             tied=self.tied_embedding,
             dropout=self.dropout,
             init_std=std,
-            loss_chunk_tokens=loss_chunk_tokens,
         )
         common = {"dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
         attention = {"rotary": transformer.Rotary(self.rotary_size, self.rotary_base), **common}
@@ -179,13 +180,11 @@ class GPTNeoXConfig(TransformerFamily):
         return super().from_hf_config({**stored, "hidden_act": ours, "rotary_emb_base": base}, where=where)
 
     def hf_renames(self) -> list[TensorRename]:
-        renames = [
-            TensorRename("embed.weight", "gpt_neox.embed_in.weight"),
-            TensorRename("final_norm.weight", "gpt_neox.final_layer_norm.weight"),
-            TensorRename("final_norm.bias", "gpt_neox.final_layer_norm.bias"),
-        ]
-        if not self.tied_embedding:
-            renames.append(TensorRename("head.weight", "embed_out.weight"))
+        outside = {
+            "embed.weight": "embed_in.weight",
+            "final_norm.weight": "final_layer_norm.weight",
+            "final_norm.bias": "final_layer_norm.bias",
+        }
         parts = {
             "attention.norm": "input_layernorm",
             "attention.qkv": "attention.query_key_value",
@@ -200,13 +199,12 @@ class GPTNeoXConfig(TransformerFamily):
             "attention.qkv.weight": "(three heads size) columns -> (heads three size) columns",
             "attention.qkv.bias": "(three heads size) -> (heads three size)",
         }
-        for block in range(self.num_layers):
-            for ours, theirs in parts.items():
-                for kind in ("weight", "bias"):
-                    our_name, their_name = f"blocks.{block}.{ours}.{kind}", f"gpt_neox.layers.{block}.{theirs}.{kind}"
-                    pattern = patterns.get(f"{ours}.{kind}")
-                    renames.append(TensorRename(our_name, their_name, pattern, sizes if pattern else {}))
-        return renames
+        renames = [TensorRename(ours, f"gpt_neox.{theirs}") for ours, theirs in outside.items()]
+        for block, (ours, theirs), kind in product(range(self.num_layers), parts.items(), ("weight", "bias")):
+            our_name, their_name = f"blocks.{block}.{ours}.{kind}", f"gpt_neox.layers.{block}.{theirs}.{kind}"
+            pattern = patterns.get(f"{ours}.{kind}")
+            renames.append(TensorRename(our_name, their_name, pattern, sizes if pattern else {}))
+        return renames if self.tied_embedding else [*renames, TensorRename("head.weight", "embed_out.weight")]
 
     @model_validator(mode="after")
     def _rotates_pairs(self) -> GPTNeoXConfig:

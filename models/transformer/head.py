@@ -59,8 +59,8 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
     chunk = loss_chunk_tokens
     if chunk == "auto":
         num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
-        # The largest part, so that all ranks decide alike.
         tp = 1 if module.group is None else module.group.size
+        # The largest part, so that all ranks decide alike.
         chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp))
     if module.group is None and chunk is None:
         return F.linear(x, module.weight)
@@ -77,11 +77,11 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
 def embedding_and_head(
     vocab_size: int,
     hidden_size: int,
+    loss_chunk_tokens: LossChunk,
     *,
     tied: bool,
     dropout: float = 0.0,
     init_std: float,
-    loss_chunk_tokens: LossChunk,
 ) -> tuple[LayerSpec, LayerSpec]:
     """Specs of a model's first layer, `embed`, with `dropout`, and of its last, which is the same again if tied."""
     sizes = (vocab_size, hidden_size)

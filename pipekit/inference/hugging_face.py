@@ -24,13 +24,9 @@ def to_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[t
 
 
 def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor under our name and in our order of elements.
+    """Yield each tensor under our name and in our order of elements; a CheckpointError if one is missing.
 
-    The names may lack what is before the first dot, as in the released GPT-2 files, which hold the model without its
-    head.
-
-    Raises:
-        CheckpointError: if a tensor is missing.
+    The names may lack what is before the first dot, as in the released GPT-2 files of the model without its head.
     """
     for rename in model.hf_renames():
         bare = rename.theirs.partition(".")[2]
@@ -47,14 +43,11 @@ def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator
 
 
 def read_hf_config(stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
-    """Model that a `config.json` describes.
-
-    Raises:
-        ConfigError: if it is of no family here, or these layers do not compute it.
-    """
+    """Model that a `config.json` describes; a ConfigError if it is of no family here, or other layers compute it."""
     families = {family.hf_model_type: family for family in find_families().values()}
-    family = families.get(str(stored.get("model_type")))
+    kind = stored.get("model_type")
+    family = families.get(str(kind))
     if family is None:
         known = alternatives(map(repr, families))
-        raise ConfigError(f"{where}/config.json: model_type={stored.get('model_type')!r}; only {known} is known")
+        raise ConfigError(f"{where}/config.json: model_type={kind!r}; only {known} is known")
     return family.from_hf_config(stored, where=where)

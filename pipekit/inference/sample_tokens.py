@@ -37,7 +37,14 @@ def sample_tokens(
         ConfigError: before the first token, if the prompt is empty or a number is out of range.
         PipekitError: if the model's logits are not numbers.
     """
-    _check(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    if not prompt:
+        raise ConfigError("the prompt is empty; give one token at least, such as the one that ends a document")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature={temperature} must be at least 0; 0 takes the likeliest token each time")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k} must be at least 1; leave it out to draw among all tokens")
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
@@ -50,17 +57,6 @@ def sample_tokens(
             return
         tokens.append(token)
         yield token
-
-
-def _check(prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
-    if not prompt:
-        raise ConfigError("the prompt is empty; give one token at least, such as the one that ends a document")
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={temperature} must be at least 0; 0 takes the likeliest token each time")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k} must be at least 1; leave it out to draw among all tokens")
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

@@ -66,15 +66,15 @@ def stream_text(
 
 
 def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
+    """Model, tokenizer and longest sequence of an exported folder, or of a run or checkpoint."""
     if (source / "config.json").is_file() and (source / MODEL_FILE).is_file():
-        model, family = load_exported_model(source)
-        return model, _load_tokenizer(source), family.longest_sequence
-    checkpoint = resolve_checkpoint(source)
-    model, config = load_model(checkpoint)
-    return model, _load_tokenizer(checkpoint), config.model.longest_sequence or config.train.sequence_length
-
-
-def _load_tokenizer(folder: Path) -> TextTokenizer:
+        folder = source
+        model, family = load_exported_model(folder)
+        max_positions = family.longest_sequence
+    else:
+        folder = resolve_checkpoint(source)
+        model, config = load_model(folder)
+        max_positions = config.model.longest_sequence or config.train.sequence_length
     if not (folder / TOKENIZER_FILE).is_file():
         raise PipekitError(f"{folder}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")
-    return load_tokenizer(folder / TOKENIZER_FILE)
+    return model, load_tokenizer(folder / TOKENIZER_FILE), max_positions
