@@ -22,7 +22,7 @@ from pipekit.launch.resources import find_resources
 from pipekit.layout import Layout
 from pipekit.progress import ProgressLines
 from pipekit.verify.explain import LayoutContext, show_names
-from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, reason_against
+from pipekit.verify.layouts import LayoutCandidate, LayoutLimits, parse_layouts, plan_candidates, select_fitting
 from pipekit.verify.measurement import MEASUREMENTS_FILE, load_measurements
 from pipekit.verify.report import Result, report
 
@@ -211,13 +211,11 @@ def _choose(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
     )
-    if named is None:
-        own = None if parallel.auto else LayoutCandidate(own_layout, parallel.zero, is_configured=True)
-        return plan_candidates(num_devices, limits, own=own, zero=parallel.zero, order=parallel.order)
-    candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
-    reasons = [(candidate, reason_against(candidate.layout, num_devices, limits)) for candidate in candidates]
-    fitting = [candidate for candidate, reason in reasons if reason is None]
-    return fitting, [(candidate, reason) for candidate, reason in reasons if reason is not None]
+    if named is not None:
+        candidates = parse_layouts(named, zero=parallel.zero, order=parallel.order)
+        return select_fitting(candidates, num_devices, limits)
+    own = None if parallel.auto else LayoutCandidate(own_layout, parallel.zero, is_configured=True)
+    return plan_candidates(num_devices, limits, own=own, zero=parallel.zero, order=parallel.order)
 
 
 def _own_layout(config: Config, num_gpus: int | None) -> Layout:
@@ -257,19 +255,13 @@ def _config_of(config: Config, candidate: LayoutCandidate) -> Config:
     Raises:
         ConfigError: if the layout cannot run.
     """
-    layout = candidate.layout
-    changes: dict[str, Any] = {
-        "parallel.auto": False,
-        "parallel.pp": layout.pp,
-        "parallel.dp": layout.dp,
-        "parallel.tp": layout.tp,
-        "parallel.zero": candidate.zero,
-    }
+    changes: dict[str, Any] = {f"parallel.{name}": degree for name, degree in candidate.degrees.items()}
+    changes["parallel.auto"] = False
     if candidate.is_configured:
         return config.updated(changes)
     changes |= _OWN_KEYS
     schedule = config.parallel.schedule
-    if layout.pp == 1 or schedule == "auto" or schedule.endswith(".csv"):
+    if candidate.layout.pp == 1 or schedule == "auto" or schedule.endswith(".csv"):
         schedule = "1f1b"
     try:
         return config.updated({**changes, "parallel.schedule": schedule})

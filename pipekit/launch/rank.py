@@ -16,11 +16,7 @@ from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one rank, of which the environment says the number.
-
-    Args:
-        arguments: the path of a plan, and a task of `pipekit.verify.run` as JSON, if there is one.
-    """
+    """Run one rank, of which the environment says the number; a task is one of `pipekit.verify.run`, as JSON."""
     tie_to_parent(os.environ)
     with report_failure(error_file_from(os.environ)):
         ranks = detect_ranks(os.environ)

@@ -41,12 +41,7 @@ def report_failure(error_file: Path | None) -> Iterator[None]:
     that are gone. The exit code is 2 after a `PipekitError` and 1 after any other exception; an interrupt by the user
     is not reported and ends with 130. A block that succeeds is left normally.
 
-    Args:
-        error_file: where the report goes, see `error_file_from`; None leaves only the text on stderr.
-
-    Example:
-        >>> with report_failure(None):
-        ...     pass
+    The report goes to `error_file`, see `error_file_from`; None leaves only the text on stderr.
     """
     try:
         yield

@@ -20,11 +20,8 @@ OutputShard = Callable[[int, Tensor], Shard | None]
 class ActivationRecorder:
     """Records the outputs of layers and the gradients of their inputs, micro-batch by micro-batch.
 
-    Args:
-        recorder: where to.
-        num_micro_batches: of a step in this process. A gradient is recorded as that of the micro-batch's own loss,
-            which is this many times its contribution to the step's.
-        shard_of_output: returns the shard of an output that is here; all of it unless given.
+    A gradient is recorded as that of the micro-batch's own loss, which is `num_micro_batches` times its contribution to
+    the step's. `shard_of_output` returns the shard of an output that is here; all of it is, unless given.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
@@ -98,15 +98,17 @@ def plan_candidates(
     chosen: dict[Layout, LayoutCandidate] = {} if own is None else {own.layout: own}
     for layout in _small_layouts(num_devices, order):
         chosen.setdefault(layout, LayoutCandidate(layout, zero_of(layout, zero)))
-    fitting: list[LayoutCandidate] = []
-    rejected: list[tuple[LayoutCandidate, str]] = []
-    for candidate in chosen.values():
-        reason = reason_against(candidate.layout, num_devices, limits)
-        if reason is not None:
-            rejected.append((candidate, reason))
-        elif len(fitting) < MAX_LAYOUTS:
-            fitting.append(candidate)
-    return fitting, rejected
+    fitting, rejected = select_fitting(chosen.values(), num_devices, limits)
+    return fitting[:MAX_LAYOUTS], rejected
+
+
+def select_fitting(
+    candidates: Iterable[LayoutCandidate], num_devices: int, limits: LayoutLimits
+) -> tuple[list[LayoutCandidate], list[tuple[LayoutCandidate, str]]]:
+    """Return the layouts that fit, and those that do not, each with the reason."""
+    reasons = [(candidate, reason_against(candidate.layout, num_devices, limits)) for candidate in candidates]
+    rejected = [(candidate, reason) for candidate, reason in reasons if reason is not None]
+    return [candidate for candidate, reason in reasons if reason is None], rejected
 
 
 def parse_layouts(text: str, *, zero: int, order: Order = DEFAULT_ORDER) -> list[LayoutCandidate]:

@@ -79,13 +79,7 @@ class TensorCopy:
 
 
 class Recorder:
-    """Writes the tensors that one rank sees, each as soon as it is there, so that none stays in memory.
-
-    Args:
-        folder: of this rank's files.
-        rank: global rank.
-        coordinate: where it stands.
-    """
+    """Writes the tensors that one rank sees into a folder, each as soon as it is there: none stays in memory."""
 
     def __init__(self, folder: Path, *, rank: int, coordinate: Coordinate) -> None:
         folder.mkdir(parents=True)
