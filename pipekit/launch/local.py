@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipekit.errors import LaunchError
@@ -21,6 +20,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, RankError, RankFailure, first_failure
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import thread_environ
+from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
 if TYPE_CHECKING:
@@ -32,12 +32,6 @@ _SETTLE_S = 2.0
 # After SIGKILL a process is gone at once, unless it is stuck in a driver.
 _KILLED_S = 5.0
 _PORT_ATTEMPTS = 3
-# `read` fails when the last writer of the pipe is gone: the launcher, however it ended.
-_WATCHER_SCRIPT = """
-groups=
-while read -r group; do groups="$groups $group"; done
-for group in $groups; do kill -s KILL -- "-$group"; done
-"""
 
 
 def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0) -> None:
@@ -203,47 +197,11 @@ def _signals_noted() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-class _Watcher:
-    """Kills process groups after the death of the process that created the watcher, even by SIGKILL.
-
-    The workers need not cooperate: one that hangs, or has not run its first line yet, is ended too, and so
-    are the processes that it started. Leaving the `with` block ends the watcher, and no group.
-    """
-
-    def __enter__(self) -> _Watcher:
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHER_SCRIPT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,  # what ends the launcher's group or terminal must not end its watcher
-        )
-        return self
-
-    def watch(self, process_group: int) -> None:
-        """Add a process group."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # somebody ended the watcher: the run goes on without
-            self._process.stdin.write(f"{process_group}\n".encode())
-            self._process.stdin.flush()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Killed before its pipe closes, so that it never sees the end of the pipe.
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-
-
 def _run_job(job: _Job, signals: Sequence[int], *, grace_s: float) -> RankFailure | None:
     """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
     workers: list[_Worker] = []
     failures: list[RankFailure] = []
-    with _Watcher() as watcher:
+    with Watcher() as watcher:
         try:
             for rank in range(job.world_size):
                 workers.append(_start(job, rank))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -61,11 +62,10 @@ class Trainer:
         Raises:
             PipekitError: if training cannot go on; the callbacks are closed all the same.
         """
-        try:
+        with ExitStack() as stack:
+            for callback in reversed(self._callbacks):
+                stack.callback(callback.close)
             return self._fit()
-        finally:
-            for callback in self._callbacks:
-                callback.close()
 
     def _fit(self) -> RunResult:
         context, train = self.context, self.config.train

@@ -247,6 +247,22 @@ def test_callbacks_are_closed_when_one_fails(run: Any) -> None:
     assert made.events.names == ["start after 0", "step 1", "step 2", "close"]
 
 
+def test_callbacks_are_closed_though_one_cannot_be(run: Any) -> None:
+    class Stuck(Callback):
+        def close(self) -> None:
+            raise OSError("the disk is full")
+
+    class WithStuck(NumbersTrial):
+        def build_callbacks(self) -> list[Callback]:
+            return [Stuck(), later]
+
+    later = Events()
+    made = run(kind=WithStuck)
+    with pytest.raises(OSError, match="disk is full"):
+        made.trainer.fit()
+    assert made.events.names[-1] == later.names[-1] == "close"
+
+
 def test_ranks_that_do_not_report_call_nobody(run: Any) -> None:
     made = run(reports=False)
     assert made.trainer.fit().step == 3
