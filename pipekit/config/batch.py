@@ -38,11 +38,6 @@ def plan_batch(config: Config, dp: int) -> BatchPlan:
         ConfigError: if `train.global_batch_size` is not a multiple of `train.micro_batch_size * dp`.
     """
     train = config.train
-    fault = batch_fault(train, dp)
-    if fault:
+    if fault := batch_fault(train, dp):
         raise ConfigError(fault.message)
-    return BatchPlan(
-        micro_batch_size=train.micro_batch_size,
-        num_micro_batches=train.global_batch_size // (train.micro_batch_size * dp),
-        dp=dp,
-    )
+    return BatchPlan(train.micro_batch_size, train.global_batch_size // (train.micro_batch_size * dp), dp)

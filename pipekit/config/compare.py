@@ -14,10 +14,6 @@ def conflicting_keys(saved: Config, new: Config) -> list[str]:
     These are the model, the data, `train.sequence_length` and `train.seed`. Everything else, such as the
     layout, the number of steps or the learning rate, may change from one start to the next. A
     `model.vocab_size` of `auto` agrees with any number, and of a preset only the sizes matter.
-
-    Args:
-        saved: the configuration that the run folder holds.
-        new: the configuration to go on with.
     """
     before, after = _identity(saved), _identity(new)
     if "auto" in (before.get("model.vocab_size"), after.get("model.vocab_size")):

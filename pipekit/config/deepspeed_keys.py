@@ -124,19 +124,18 @@ UNSUPPORTED_KEYS: dict[str, str] = {
 
 
 def check_deepspeed_keys(section: dict[str, Any]) -> Iterator[Fault]:
-    """Yield a fault for each key that DeepSpeed does not know, or that pipekit sets itself."""
-    yield from _check(section, DEEPSPEED_KEYS, (), owner="deepspeed.")
+    """Return a fault for each key that DeepSpeed does not know, or that pipekit sets itself."""
+    return _check(section, DEEPSPEED_KEYS, (), owner="deepspeed.")
 
 
 def unknown_deepspeed_keys(config: dict[str, Any]) -> Iterator[str]:
-    """Yield a message for each unknown key in a configuration file of DeepSpeed's own.
+    """Return a message for each unknown key in a configuration file of DeepSpeed's own.
 
     Example:
         >>> list(unknown_deepspeed_keys({"zero_optimisation": {"stage": 1}}))
         ["zero_optimisation: unknown key; did you mean 'zero_optimization'?"]
     """
-    for fault in _check(config, DEEPSPEED_KEYS, (), owner=""):
-        yield fault.message
+    return (fault.message for fault in _check(config, DEEPSPEED_KEYS, (), owner=""))
 
 
 def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...], *, owner: str) -> Iterator[Fault]:
@@ -163,10 +162,7 @@ def _check(section: dict[str, Any], known: KeyTree, parents: tuple[str, ...], *,
             else:
                 remedy = "see https://www.deepspeed.ai/docs/config-json/ for the keys of DeepSpeed"
             yield Fault(place, f"{shown}: unknown key; {remedy}")
-        else:
-            below = known[key]
-            if below is None:
-                continue
+        elif (below := known[key]) is not None:
             if isinstance(value, dict):
                 yield from _check(value, below, path, owner=owner)
             elif value is not None:

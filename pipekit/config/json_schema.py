@@ -16,11 +16,7 @@ def config_json_schema() -> dict[str, Any]:
     branches = model.pop("oneOf")
     model["anyOf"] = [{"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}, *branches]
     schema["properties"]["deepspeed"] |= _keys_schema(DEEPSPEED_KEYS, "")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
-        "title": "pipekit configuration",
-    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pipekit configuration"}
 
 
 def _keys_schema(keys: KeyTree, prefix: str) -> dict[str, Any]:

@@ -49,10 +49,8 @@ class _Draft:
 
     def place_of(self, key: KeyPath) -> _Place:
         """Return the place of a key, or else of the nearest key above it."""
-        for length in range(len(key), 0, -1):
-            if key[:length] in self.places:
-                return self.places[key[:length]]
-        return _Place(self.label)
+        above = (key[:length] for length in range(len(key), 0, -1))
+        return next((self.places[known] for known in above if known in self.places), _Place(self.label))
 
     def add(self, fault: Fault) -> None:
         """Note a fault at the place of its key."""
@@ -69,10 +67,8 @@ class _Draft:
         node = self.values
         for depth, part in enumerate(key[:-1], start=1):
             below = node.get(part)
-            if key[:depth] == ("model",) and isinstance(below, str):
-                below = {"builder": below}
-            if key[:depth] == ("parallel",) and below == "auto":
-                below = {"auto": True}
+            if depth == 1:
+                below = _written_out(part, below)
             if not isinstance(below, dict):
                 below = {}
                 self.places[key[:depth]] = place
@@ -85,10 +81,8 @@ class _Draft:
     def error(self) -> ConfigError:
         """Return one error that shows every fault, in the order of the file."""
         ordered = sorted(self.faults, key=lambda fault: (fault[0].override is not None, fault[0].line))
-        lines: dict[str, None] = {}
-        for place, message in ordered:
-            lines[f"{place.label}: {message}" if place.label else message] = None
-        return config_error(lines)
+        lines = (f"{place.label}: {message}" if place.label else message for place, message in ordered)
+        return config_error(dict.fromkeys(lines))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -97,9 +91,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Paths inside it are relative to the working directory, not to the file. `run.dir` is
     `runs/<name of the file>` where neither the file nor an override gives it.
 
-    Args:
-        path: the YAML file.
-        overrides: changes such as `"train.steps=20"`, read as YAML and applied in order.
+    `overrides` are changes such as `"train.steps=20"`, read as YAML and applied in order.
 
     Raises:
         ConfigError: with every mistake, each where it was made.
@@ -112,11 +104,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Return the configuration of a nested dict with the keys of the YAML file.
-
-    Args:
-        values: sections by name.
-        overrides: changes such as `"train.steps=20"`.
+    """Return the configuration of a nested dict with the keys of the YAML file, changed as in `load_config`.
 
     Raises:
         ConfigError: with every mistake.
@@ -135,23 +123,7 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
 
 
 def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Return a copy with some keys changed, checked again as a whole.
-
-    Sizes that came from a preset, and a feed-forward width that came from `hidden_size`, follow when those
-    change.
-
-    Args:
-        config: the configuration to start from.
-        changes: new values by dotted key.
-
-    Raises:
-        ConfigError: with every mistake.
-
-    Example:
-        >>> config = parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}})
-        >>> update_config(config, {"train.steps": 5}).train.steps
-        5
-    """
+    """Return `config.updated(changes)`, which says more."""
     draft = _Draft()
     draft.values = {**config.model_dump(), "model": config.model.given()}
     for key, value in changes.items():
@@ -161,14 +133,12 @@ def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def section_keys() -> dict[str, list[str]]:
     """Return the keys of every section by its dotted path; under the empty path, the sections themselves."""
-    keys = {"": list(Config.model_fields)}
+    models: list[type[Section]] = [*find_families().values(), CustomModelConfig]
+    keys = {"": list(Config.model_fields), "logging.wandb": list(WandbConfig.model_fields)}
     for name, field in Config.model_fields.items():
-        if name == "model":
-            classes: list[type[Section]] = [*find_families().values(), CustomModelConfig]
+        if name != "deepspeed":
+            classes: list[Any] = models if name == "model" else [field.annotation]
             keys[name] = list(dict.fromkeys(key for section in classes for key in section.model_fields))
-        elif name != "deepspeed":
-            keys[name] = list(field.annotation.model_fields)  # type: ignore[union-attr]
-    keys["logging.wandb"] = list(WandbConfig.model_fields)
     return keys
 
 
@@ -189,13 +159,9 @@ def _read_file(draft: _Draft, path: Path) -> None:
         draft.faults.append((_Place(label, line or 0), message))
     if draft.faults and source.value is None:
         raise draft.error()
-    if source.value is None:
-        raise ConfigError(f"{path}: is empty; it needs at least\n  model: {{preset: tiny}}\n  train: {{steps: 300}}")
     if not isinstance(source.value, dict):
-        raise ConfigError(
-            f"{path}: must be a mapping of sections, not {show(source.value)}; it needs at least\n"
-            "  model: {preset: tiny}\n  train: {steps: 300}"
-        )
+        fault = "is empty" if source.value is None else f"must be a mapping of sections, not {show(source.value)}"
+        raise ConfigError(f"{path}: {fault}; it needs at least\n  model: {{preset: tiny}}\n  train: {{steps: 300}}")
     draft.values = source.value
     draft.places = {key: _Place(f"{path}:{line}", line) for key, line in source.lines.items()}
 
@@ -234,8 +200,7 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
     sections: dict[str, Any] = {}
     for name in draft.values:
         if name not in Config.model_fields:
-            remedy = suggest_key(str(name), (), keys)
-            draft.add(Fault((str(name),), f"{name}: unknown section; {remedy}"))
+            draft.add(Fault((str(name),), f"{name}: unknown section; {suggest_key(str(name), (), keys)}"))
     for name in Config.model_fields:
         section = _check_section(draft, name, keys, default_dir)
         if section is not None:
@@ -248,15 +213,20 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
     return Config.model_construct(**sections)
 
 
+def _written_out(name: str, values: Any) -> Any:
+    """Return a section whose short form, a word in place of the mapping, is replaced by the mapping."""
+    if name == "model" and isinstance(values, str):
+        return {"builder": values}
+    return {"auto": True} if name == "parallel" and values == "auto" else values
+
+
 def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:
     """Return the checked section, or None after noting what is wrong with it."""
     values = draft.values.get(name)
     if name == "model" and (shape := _model_shape_fault(values)):
         draft.add(shape)
         return None
-    values = {"builder": values} if isinstance(values, str) and name == "model" else values
-    values = {"auto": True} if values == "auto" and name == "parallel" else values
-    values = {} if values is None else values
+    values = {} if values is None else _written_out(name, values)
     if not isinstance(values, dict):
         draft.add(mapping_fault(name, values, _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"))
         return None
@@ -317,9 +287,6 @@ def _idle_preset(draft: _Draft, values: dict[str, Any]) -> Fault | None:
     if not sizes or not all(size in values and draft.place_of(("model", size)).override is None for size in sizes):
         return None
     given = alternatives((f"model.{size}" for size in sizes), last="and")
-    owner = draft.label or "the configuration"
-    return Fault(
-        key,
-        f"model.preset={show(values['preset'])}: changes nothing, since {owner} gives {given}; "
-        "remove them there, or change them one by one",
-    )
+    why = f"changes nothing, since {draft.label or 'the configuration'} gives {given}"
+    remedy = "remove them there, or change them one by one"
+    return Fault(key, f"model.preset={show(values['preset'])}: {why}; {remedy}")

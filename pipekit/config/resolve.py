@@ -21,12 +21,5 @@ def resolve_layout(config: Config, *, world_size: int | None = None, num_devices
     Raises:
         LayoutError: if the degrees do not fit the processes or the devices.
     """
-    parallel = config.parallel
-    return plan_layout(
-        pp=parallel.pp,
-        tp=parallel.tp,
-        dp=parallel.dp,
-        world_size=world_size,
-        num_devices=num_devices,
-        order=parallel.order,
-    )
+    asked = config.parallel.model_dump(include={"pp", "tp", "dp", "order"})
+    return plan_layout(**asked, world_size=world_size, num_devices=num_devices)

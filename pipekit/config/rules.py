@@ -15,13 +15,7 @@ from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
-    from pipekit.config.schema import (
-        DataConfig,
-        OptimizerConfig,
-        ParallelConfig,
-        SchedulerConfig,
-        TrainConfig,
-    )
+    from pipekit.config.schema import DataConfig, OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
     from pipekit.models.family import ModelFamily
 
 
@@ -41,9 +35,8 @@ def sequence_fits_positions(model: ModelFamily, train: TrainConfig) -> Iterator[
     if max_positions is not None and train.sequence_length > max_positions:
         yield rule_fault(
             "train.sequence_length model.max_positions",
-            f"train.sequence_length={train.sequence_length} is longer than "
-            f"model.max_positions={max_positions}; try train.sequence_length={max_positions}, "
-            f"or model.max_positions={train.sequence_length}",
+            f"train.sequence_length={train.sequence_length} is longer than model.max_positions={max_positions}; "
+            f"try train.sequence_length={max_positions}, or model.max_positions={train.sequence_length}",
         )
 
 
@@ -81,8 +74,8 @@ def zero_3_fits_the_head(model: ModelFamily, parallel: ParallelConfig, train: Tr
     if parallel.tp > 1:
         yield rule_fault(
             "parallel.zero parallel.tp",
-            f"parallel.zero=3 does not go with parallel.tp={parallel.tp} for a built-in model, {why}; try "
-            "parallel.zero=2",
+            f"parallel.zero=3 does not go with parallel.tp={parallel.tp} for a built-in model, {why}; "
+            "try parallel.zero=2",
         )
     if isinstance(train.loss_chunk_tokens, int):
         yield rule_fault(
@@ -128,8 +121,8 @@ def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
     if parallel.auto:
         yield rule_fault(
             "parallel.offload parallel.auto",
-            f"{shown} does not go with parallel.auto=true, whose choice keeps everything on the devices; remove one of "
-            "them",
+            f"{shown} does not go with parallel.auto=true, whose choice keeps everything on the devices; "
+            "remove one of them",
         )
     elif zero == 0:
         nearest = "parallel.zero=1" if offload == "optimizer" else "parallel.offload=optimizer with parallel.zero=1"
@@ -139,9 +132,7 @@ def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
             f"nothing; try {nearest}",
         )
     elif offload == "parameters" and zero < 3:
-        remedy = "parallel.offload=optimizer"
-        if parallel.pp == 1:
-            remedy += ", or parallel.zero=3"
+        remedy = "parallel.offload=optimizer" + (", or parallel.zero=3" if parallel.pp == 1 else "")
         yield rule_fault(
             "parallel.offload parallel.zero",
             f"{shown} does not go with parallel.zero={zero}, which keeps every weight on its device; try {remedy}",
@@ -157,18 +148,15 @@ def deepspeed_fits_zero(deepspeed: Mapping[str, Any], parallel: ParallelConfig) 
     for key, settings in needs.items():
         # A device is refused by itself.
         if key in section and parallel.offload not in settings and "device" not in (section[key] or {}):
-            yield rule_fault(
-                f"deepspeed.zero_optimization.{key} parallel.offload",
-                f"deepspeed.zero_optimization.{key}: has no effect with parallel.offload={parallel.offload}; remove "
-                f"it, or set parallel.offload={settings[0]}",
-            )
+            yield _idle_key(key, f"parallel.offload={parallel.offload}", f"parallel.offload={settings[0]}")
     for key in section:
         if key.startswith("stage3_") and parallel.zero < 3:
-            yield rule_fault(
-                f"deepspeed.zero_optimization.{key} parallel.zero",
-                f"deepspeed.zero_optimization.{key}: has no effect with parallel.zero={parallel.zero}; remove it, or "
-                "set parallel.zero=3",
-            )
+            yield _idle_key(key, f"parallel.zero={parallel.zero}", "parallel.zero=3")
+
+
+def _idle_key(key: str, setting: str, needed: str) -> Fault:
+    shown, (other, _) = f"deepspeed.zero_optimization.{key}", setting.split("=")
+    return rule_fault(f"{shown} {other}", f"{shown}: has no effect with {setting}; remove it, or set {needed}")
 
 
 def stages_have_layers(model: ModelFamily, parallel: ParallelConfig) -> Iterator[Fault]:
@@ -197,7 +185,8 @@ def schedule_fits(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Faul
             f"parallel.max_in_flight={parallel.max_in_flight} is only for parallel.schedule=auto, and it is "
             f"{parallel.schedule}, whose memory follows from its table; remove it, or set parallel.schedule=auto",
         )
-    if parallel.stages_per_rank is not None and is_file(parallel.schedule):
+    own_table = is_file(parallel.schedule)
+    if parallel.stages_per_rank is not None and own_table:
         yield rule_fault(
             "parallel.stages_per_rank parallel.schedule",
             f"parallel.stages_per_rank={parallel.stages_per_rank}: the table of parallel.schedule={parallel.schedule} "
@@ -205,13 +194,13 @@ def schedule_fits(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Faul
         )
         return
     dp = 1 if parallel.dp == "auto" else parallel.dp
-    if batch_fault(train, dp) or (parallel.dp == "auto" and not is_file(parallel.schedule)):
+    if batch_fault(train, dp) or (parallel.dp == "auto" and not own_table):
         return
-    num_micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
     try:
-        if is_file(parallel.schedule):
+        if own_table:
             schedule_placement(parallel.schedule, pp=parallel.pp)
         else:
+            num_micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
             check_micro_batches(parallel.schedule, pp=parallel.pp, num_micro_batches=num_micro_batches)
     except ConfigError as error:
         yield rule_fault("parallel.schedule parallel.pp train.global_batch_size", str(error))
@@ -226,27 +215,12 @@ def _num_stages(parallel: ParallelConfig) -> int | None:
 
 def auto_chooses_alone(parallel: ParallelConfig) -> Iterator[Fault]:
     """Settings that `parallel: auto` chooses are not given beside it."""
-    chosen = (
-        "pp",
-        "tp",
-        "dp",
-        "order",
-        "zero",
-        "partition",
-        "boundaries",
-        "schedule",
-        "stages_per_rank",
-        "max_in_flight",
-    )
-    fields = type(parallel).model_fields
-    for key in chosen:
+    chosen = "pp tp dp order zero partition boundaries schedule stages_per_rank max_in_flight"
+    for key in chosen.split() if parallel.auto else ():
         value = getattr(parallel, key)
-        if parallel.auto and value != fields[key].default:
-            yield rule_fault(
-                f"parallel.{key} parallel.auto",
-                f"parallel.{key}={show(value)} does not go with parallel.auto=true, which chooses it; remove one of "
-                "them",
-            )
+        if value != type(parallel).model_fields[key].default:
+            rule = "does not go with parallel.auto=true, which chooses it; remove one of them"
+            yield rule_fault(f"parallel.{key} parallel.auto", f"parallel.{key}={show(value)} {rule}")
 
 
 def boundaries_cover_the_model(model: ModelFamily, parallel: ParallelConfig) -> Iterator[Fault]:
@@ -255,22 +229,22 @@ def boundaries_cover_the_model(model: ModelFamily, parallel: ParallelConfig) -> 
     boundaries = parallel.boundaries
     if num_stages is None:
         return
-    example = even_boundaries(num_layers, num_stages) if num_layers is not None and num_stages <= num_layers else None
-    remedy = f"; for example parallel.boundaries={example}" if example else ""
+    remedy = ""
+    if num_layers is not None and num_stages <= num_layers:
+        even = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
+        remedy = f"; for example parallel.boundaries={even}"
     if boundaries is None:
         if parallel.partition == "manual":
-            yield rule_fault(
-                "parallel.partition",
-                "parallel.partition=manual needs parallel.boundaries, where the stages begin and end"
-                + (remedy or "; for example parallel.boundaries=[0, 6, 12] for parallel.pp=2 and 12 layers"),
-            )
+            rule = "parallel.partition=manual needs parallel.boundaries, where the stages begin and end"
+            remedy = remedy or "; for example parallel.boundaries=[0, 6, 12] for parallel.pp=2 and 12 layers"
+            yield rule_fault("parallel.partition", rule + remedy)
         return
     shown = boundaries if isinstance(boundaries, str) else list(boundaries)
     if parallel.partition != "manual":
         yield rule_fault(
             "parallel.boundaries",
-            f"parallel.boundaries={shown} is only for parallel.partition=manual, and it is "
-            f"{parallel.partition}; remove it, or set parallel.partition=manual",
+            f"parallel.boundaries={shown} is only for parallel.partition=manual, and it is {parallel.partition}; "
+            "remove it, or set parallel.partition=manual",
         )
         return
     broken = None
@@ -284,8 +258,7 @@ def boundaries_cover_the_model(model: ModelFamily, parallel: ParallelConfig) -> 
         if num_given != num_stages:
             broken = f"must have {num_stages} stages, one for each of {stages}, and has {num_given}"
     elif len(shown) != num_stages + 1:
-        entries = f"must have {num_stages + 1} entries, one more than {stages}"
-        broken = f"{entries}, and has {len(shown)}"
+        broken = f"must have {num_stages + 1} entries, one more than {stages}, and has {len(shown)}"
     elif shown[0] != 0:
         broken = f"must start with 0, and starts with {shown[0]}"
     elif any(end <= start for start, end in pairwise(shown)):
@@ -296,20 +269,9 @@ def boundaries_cover_the_model(model: ModelFamily, parallel: ParallelConfig) -> 
         yield rule_fault("parallel.boundaries", f"parallel.boundaries={shown} {broken}{remedy}")
 
 
-def even_boundaries(num_layers: int, num_stages: int) -> list[int]:
-    """Return boundaries of stages that differ by one layer at most.
-
-    Example:
-        >>> even_boundaries(12, 2)
-        [0, 6, 12]
-    """
-    return [stage * num_layers // num_stages for stage in range(num_stages + 1)]
-
-
 def batch_divides(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
     """A global batch is a whole number of micro-batches on every data-parallel rank."""
-    fault = batch_fault(train, 1 if parallel.dp == "auto" else parallel.dp)
-    if fault:
+    if fault := batch_fault(train, 1 if parallel.dp == "auto" else parallel.dp):
         yield fault
 
 
@@ -358,9 +320,8 @@ def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]
     if train.eval_interval is not None and data.validation_fraction == 0:
         yield rule_fault(
             "train.eval_interval data.validation_fraction",
-            f"train.eval_interval={train.eval_interval} needs text to evaluate on, and "
-            "data.validation_fraction=0 holds none out; "
-            "try data.validation_fraction=0.05, or train.eval_interval=null",
+            f"train.eval_interval={train.eval_interval} needs text to evaluate on, and data.validation_fraction=0 "
+            "holds none out; try data.validation_fraction=0.05, or train.eval_interval=null",
         )
 
 

@@ -131,9 +131,8 @@ class ParallelConfig(Section):
     def _known_schedule(cls, schedule: str) -> str:
         if schedule not in SCHEDULE_NAMES and not is_file(schedule):
             close = difflib.get_close_matches(schedule, SCHEDULE_NAMES, n=1) or ["1f1b"]
-            raise ValueError(
-                f"must be {', '.join(SCHEDULE_NAMES)}, or the path of a .csv file with a table; for example {close[0]}"
-            )
+            rule = f"must be {', '.join(SCHEDULE_NAMES)}, or the path of a .csv file with a table"
+            raise ValueError(f"{rule}; for example {close[0]}")
         return schedule
 
     @property
@@ -149,14 +148,13 @@ class ParallelConfig(Section):
     @classmethod
     def _known_partition(cls, partition: str) -> str:
         if partition.startswith("type:"):
+            rule, example = "must have a regular expression after 'type:'", "; for example type:Attention"
             try:
                 re.compile(partition.removeprefix("type:"))
             except re.error as error:
-                raise ValueError(
-                    f"must have a regular expression after 'type:' ({error}); for example type:Attention"
-                ) from None
+                raise ValueError(f"{rule} ({error}){example}") from None
             if partition == "type:":
-                raise ValueError("must have a regular expression after 'type:'; for example type:Attention")
+                raise ValueError(rule + example)
         elif partition not in ("parameters", "uniform", "flops", "profile", "memory", "manual"):
             from pipekit.partitioners.installed import installed_partitioners  # loads numpy, and is seldom asked
             from pipekit.partitioners.methods import known_methods

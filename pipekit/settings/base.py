@@ -37,10 +37,7 @@ class Section(BaseModel):
 class Fault:
     """One mistake in a configuration.
 
-    Args:
-        key: path of the key to change first, such as `("train", "steps")`.
-        message: the key and its value, the rule, and what to type instead.
-        partners: the other keys that a broken rule is about.
+    `message` has the key and its value, the rule, and what to type instead.
     """
 
     key: tuple[str, ...]
@@ -60,9 +57,8 @@ def rule_fault(keys: str, message: str) -> Fault:
 def config_error(lines: Iterable[str]) -> ConfigError:
     """Return one error that shows every line; a single line stands alone."""
     lines = list(lines)
-    if len(lines) == 1:
-        return ConfigError(lines[0])
-    return ConfigError("\n  ".join([f"{len(lines)} mistakes in the configuration:", *lines]))
+    heading = [] if len(lines) == 1 else [f"{len(lines)} mistakes in the configuration:"]
+    return ConfigError("\n  ".join([*heading, *lines]))
 
 
 def alternatives(words: Iterable[object], last: str = "or") -> str:

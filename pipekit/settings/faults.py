@@ -16,21 +16,9 @@ _SWITCH_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off":
 
 
 def section_faults(
-    name: str,
-    section: type[Section],
-    values: dict[str, Any],
-    error: ValidationError,
-    keys: dict[str, list[str]],
+    name: str, section: type[Section], values: dict[str, Any], error: ValidationError, keys: dict[str, list[str]]
 ) -> list[Fault]:
-    """Return one fault for each key that pydantic complains about.
-
-    Args:
-        name: name of the section.
-        section: the class that refused it.
-        values: what was given.
-        error: pydantic's account.
-        keys: the keys of every section, for suggestions.
-    """
+    """Return one fault for each key of section `name` that pydantic complains about; `keys` are for suggestions."""
     faults: dict[tuple[str, ...], Fault] = {}
     missing: list[str] = []
     for detail in error.errors(include_url=False):
@@ -121,33 +109,23 @@ def _find(
     for part in location:
         if current is None or not isinstance(part, str):
             break
-        field = current.model_fields.get(part)
-        path = (*path, part)
+        path, field = (*path, part), current.model_fields.get(part)
         values = values.get(part) if isinstance(values, dict) else None
-        if field is None:
-            break
-        current = _nested_model(field.annotation)
+        current = _nested_model(field.annotation) if field else None
     return path, field, values
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
+    parts = (annotation, *get_args(annotation))
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def _missing_faults(name: str, section: type[Section], missing: list[str]) -> list[Fault]:
     if missing and (remedy := section.missing_remedy(missing)):
         missing_keys = alternatives((f"{name}.{key}" for key in missing), last="and")
         return [Fault((name,), f"{missing_keys} {'are' if len(missing) > 1 else 'is'} missing; {remedy}")]
-    return [
-        Fault(
-            (name, key),
-            f"{name}.{key}: missing, and it has no default{_example(key, section.model_fields[key])}",
-        )
-        for key in missing
-    ]
+    rule = "missing, and it has no default"
+    return [Fault((name, key), f"{name}.{key}: {rule}{_example(key, section.model_fields[key])}") for key in missing]
 
 
 def _value_message(key: tuple[str, ...], field: FieldInfo | None, value: Any, detail: Any) -> str:
@@ -162,9 +140,7 @@ def _value_message(key: tuple[str, ...], field: FieldInfo | None, value: Any, de
 
 def _hint(key: str, field: FieldInfo, value: Any, rule: str) -> str:
     if isinstance(value, str):
-        literals = [str(choice) for choice in _literals(field.annotation)]
-        match = closest(value, literals)
-        if match:
+        if match := closest(value, map(str, _literals(field.annotation))):
             return f"; did you mean {match}?"
         if "true or false" in rule and value.lower() in _SWITCH_WORDS:
             return f"; did you mean {_SWITCH_WORDS[value.lower()]}?"

@@ -4,51 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-SYNONYMS: dict[str, str] = {
-    "learning_rate": "optimizer.lr",
-    "warmup": "scheduler.warmup_steps",
-    "min_lr": "scheduler.min_lr_ratio",
-    "batch_size": "train.global_batch_size",
-    "train_batch_size": "train.global_batch_size",
-    "micro_batch": "train.micro_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "max_steps": "train.steps",
-    "num_steps": "train.steps",
-    "train_iters": "train.steps",
-    "iterations": "train.steps",
-    "seq_len": "train.sequence_length",
-    "seq_length": "train.sequence_length",
-    "block_size": "train.sequence_length",
-    "context_length": "model.max_positions",
-    "n_positions": "model.max_positions",
-    "grad_clip": "train.gradient_clipping",
-    "clip_grad": "train.gradient_clipping",
-    "max_grad_norm": "train.gradient_clipping",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "dtype": "train.precision",
-    "n_embd": "model.hidden_size",
-    "d_model": "model.hidden_size",
-    "n_layer": "model.num_layers",
-    "n_head": "model.num_heads",
-    "num_attention_heads": "model.num_heads",
-    "d_ff": "model.ffn_size",
-    "stage": "parallel.zero",
-    "zero_stage": "parallel.zero",
-    "zero_optimization": "parallel.zero",
-    "num_stages": "parallel.pp",
-    "pipeline_parallel_size": "parallel.pp",
-    "tensor_parallel_size": "parallel.tp",
-    "data_parallel_size": "parallel.dp",
-    "output_dir": "run.dir",
-    "save_interval": "checkpoint.interval",
-    "log_interval": "logging.interval",
-    "dataset": "data.source",
-    "data_path": "data.source",
-    "path": "data.source",
+_FOREIGN_NAMES = {
+    "train.global_batch_size": "batch_size train_batch_size gradient_accumulation_steps",
+    "train.micro_batch_size": "micro_batch train_micro_batch_size_per_gpu",
+    "train.steps": "max_steps num_steps train_iters iterations",
+    "train.sequence_length": "seq_len seq_length block_size",
+    "train.gradient_clipping": "grad_clip clip_grad max_grad_norm",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.precision": "fp16 bf16 dtype",
+    "model.max_positions": "context_length n_positions",
+    "model.hidden_size": "n_embd d_model",
+    "model.num_layers": "n_layer",
+    "model.num_heads": "n_head num_attention_heads",
+    "model.ffn_size": "d_ff",
+    "parallel.zero": "stage zero_stage zero_optimization",
+    "parallel.pp": "num_stages pipeline_parallel_size",
+    "parallel.tp": "tensor_parallel_size",
+    "parallel.dp": "data_parallel_size",
+    "optimizer.lr": "learning_rate",
+    "scheduler.warmup_steps": "warmup",
+    "scheduler.min_lr_ratio": "min_lr",
+    "data.source": "dataset data_path path",
+    "run.dir": "output_dir",
+    "checkpoint.interval": "save_interval",
+    "logging.interval": "log_interval",
 }
+
+SYNONYMS = {name: key for key, names in _FOREIGN_NAMES.items() for name in names.split()}
 """Names of settings in other training programs, and the key of each here."""
 
 
@@ -68,10 +50,7 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
 def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Iterable[str]]) -> str:
     """Return a suggestion for an unknown key, looked for in its own section first, then in the others.
 
-    Args:
-        key: the unknown key.
-        parents: the keys above it; empty for a section.
-        sections: the keys of every section, by the section's dotted path.
+    `parents` are the keys above it, none for a section; `sections` the keys of every section by its dotted path.
     """
     prefix = ".".join(parents)
     own = list(sections.get(prefix, ()))

@@ -24,7 +24,6 @@ _RESOLVERS: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("merge", re.compile(r"<<"), "<"),
 )
 
-
 _COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -93,7 +92,6 @@ def read_yaml(text: str) -> YamlSource:
         ({'train': {'steps': 300}}, 2)
     """
     source = YamlSource()
-    loader: YamlLoader | None = None
     try:
         loader = YamlLoader(text)
         node = loader.get_single_node()
@@ -106,9 +104,6 @@ def read_yaml(text: str) -> YamlSource:
         position = getattr(error, "position", None)
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else None
         source.faults.append((line, "not valid YAML: a control character; retype the line"))
-    finally:
-        if loader is not None:
-            loader.dispose()
     return source
 
 
@@ -144,11 +139,7 @@ def _construct(
 
 
 def _construct_mapping(
-    loader: YamlLoader,
-    node: yaml.MappingNode,
-    path: Path,
-    source: YamlSource,
-    above: tuple[yaml.Node, ...],
+    loader: YamlLoader, node: yaml.MappingNode, path: Path, source: YamlSource, above: tuple[yaml.Node, ...]
 ) -> dict[str, Any]:
     own: dict[str, Any] = {}
     merged: dict[str, Any] = {}
@@ -166,12 +157,8 @@ def _construct_mapping(
         key = key_node.value
         here = (*path, key)
         if key in own:
-            source.faults.append(
-                (
-                    line,
-                    f"{'.'.join(here)}: given twice, first in line {source.lines[here]}; remove one of them",
-                )
-            )
+            rule = f"given twice, first in line {source.lines[here]}; remove one of them"
+            source.faults.append((line, f"{'.'.join(here)}: {rule}"))
             continue
         own[key] = _construct(loader, value_node, here, source, above)
         source.lines[here] = line

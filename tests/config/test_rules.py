@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from pipekit.config import parse_config
-from pipekit.config.rules import even_boundaries
 from pipekit.errors import ConfigError
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 300}}
@@ -196,5 +195,5 @@ def test_the_number_of_layers_of_a_users_model_is_not_guessed():
 
 @pytest.mark.parametrize("pp", range(1, 13))
 def test_suggested_boundaries_are_accepted(pp: int):
-    boundaries = even_boundaries(12, pp)
+    boundaries = [stage * 12 // pp for stage in range(pp + 1)]
     parse_config(BASE, ["parallel.partition=manual", f"parallel.pp={pp}", f"parallel.boundaries={boundaries}"])
