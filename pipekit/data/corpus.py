@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 import platform
 import sysconfig
@@ -54,10 +55,7 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Passage:
-    """A document, or a section of a long one.
-
-    `ends_document` is False where the document goes on in the next passage.
-    """
+    """A document, or a section of a long one; `ends_document` is False where it goes on in the next passage."""
 
     text: str
     num_bytes: int
@@ -85,10 +83,9 @@ def find_corpus(source: str | Sequence[str]) -> Corpus:
     """Return the files of `source`, without reading them.
 
     Args:
-        source: `python-stdlib` (the modules of the running interpreter's standard library, without their
-            tests), a text file, a `.jsonl` file, a folder (every `.txt`, `.md`, `.py` and `.jsonl` file under
-            it, hidden ones left out, in sorted order), or a list of those. A source that stands twice in the
-            list is read twice.
+        source: `python-stdlib` (the modules of the running interpreter's standard library, without their tests), a text
+            file, a `.jsonl` file, a folder (every `.txt`, `.md`, `.py` and `.jsonl` file under it, hidden ones left
+            out, in sorted order), or a list of those. A source that stands twice in the list is read twice.
 
     Raises:
         DataError: if a path does not exist, or there is no file to read.
@@ -108,21 +105,18 @@ def read_passages(corpus: Corpus, *, text_key: str = "text", max_bytes: int | No
         max_bytes: stop after so many bytes of text (UTF-8).
 
     Raises:
-        DataError: if a file cannot be read, a named file is not UTF-8, or a `.jsonl` line has no text under
-            `text_key`.
+        DataError: if a file cannot be read, a named file is not UTF-8, or a `.jsonl` line has no text under `text_key`.
     """
     max_chars = plan_passage_chars(corpus.num_bytes if max_bytes is None else min(corpus.num_bytes, max_bytes))
-    num_bytes_left = max_bytes
+    num_bytes_left = math.inf if max_bytes is None else max_bytes
     for file in corpus.files:
         for text, ends_document in _read_file(file, text_key, max_chars):
             encoded = text.encode()
-            if num_bytes_left is not None and len(encoded) >= num_bytes_left:
-                text = encoded[:num_bytes_left].decode(errors="ignore")
-                if text:
+            if len(encoded) >= num_bytes_left:
+                if text := encoded[: int(num_bytes_left)].decode(errors="ignore"):
                     yield Passage(text=text, num_bytes=len(text.encode()), ends_document=True)
                 return
-            if num_bytes_left is not None:
-                num_bytes_left -= len(encoded)
+            num_bytes_left -= len(encoded)
             yield Passage(text=text, num_bytes=len(encoded), ends_document=ends_document)
 
 
@@ -132,10 +126,8 @@ def plan_passage_chars(num_bytes: int) -> int:
     A small corpus is read in smaller passages, so that it too has many.
 
     Example:
-        >>> plan_passage_chars(1_000_000)
-        15625
-        >>> plan_passage_chars(1_000_000_000)
-        65536
+        >>> plan_passage_chars(1_000_000), plan_passage_chars(1_000_000_000)
+        (15625, 65536)
     """
     return min(MAX_PASSAGE_CHARS, max(MIN_PASSAGE_CHARS, num_bytes // MIN_NUM_PASSAGES))
 
@@ -148,10 +140,8 @@ def _find_files(source: str) -> list[CorpusFile]:
         if path.is_dir():
             files = [_describe_file(found, is_named=False) for found in _walk(path, FOLDER_SUFFIXES)]
             if not files:
-                raise DataError(
-                    f"data.source={source!r}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file; "
-                    f"give {_WHAT_TO_GIVE}"
-                )
+                rule = f"the folder holds no {', '.join(FOLDER_SUFFIXES)} file"
+                raise DataError(f"data.source={source!r}: {rule}; give {_WHAT_TO_GIVE}")
             return files
         if path.is_file():
             return [_describe_file(path, is_named=True)]
@@ -185,20 +175,13 @@ def _walk(root: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str]
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped_folders]
         found += [Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(suffixes)]
-    return sorted(
-        (path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix()
-    )  # a broken link is no file
+    files = [path for path in found if path.is_file()]  # a broken link is no file
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _describe_file(path: Path, *, is_named: bool) -> CorpusFile:
     status = path.stat()
-    return CorpusFile(
-        path=path,
-        name=str(path.resolve()),
-        num_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        is_named=is_named,
-    )
+    return CorpusFile(path, str(path.resolve()), status.st_size, status.st_mtime_ns, is_named)
 
 
 def _read_file(file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tuple[str, bool]]:
@@ -244,14 +227,11 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # both of undecodable bytes and of malformed JSON
-                raise DataError(
-                    f"{place}: not a JSON object on one line ({error}); correct or delete the line"
-                ) from error
+                rule = f"not a JSON object on one line ({error}); correct or delete the line"
+                raise DataError(f"{place}: {rule}") from error
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{place}: the line is {_json_type(row)}, and each must be an object such as "
-                    f'{{"{text_key}": "..."}}'
-                )
+                rule = f'each must be an object such as {{"{text_key}": "..."}}'
+                raise DataError(f"{place}: the line is {_json_type(row)}, and {rule}")
             if text_key not in row:
                 keys = ", ".join(repr(key) for key in list(row)[:8]) or "no key"
                 raise DataError(

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
+from pipekit.config.rules import near_multiples
 from pipekit.data.order import SampleOrder
 from pipekit.errors import ConfigError, DataError
+from pipekit.settings.base import alternatives
 
 
 class MapDataset(Protocol):
@@ -57,17 +59,18 @@ class BatchLoader:
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         if min(global_batch_size, micro_batch_size, dp) < 1 or global_batch_size % (micro_batch_size * dp) != 0:
+            sizes = near_multiples(global_batch_size, max(1, micro_batch_size * dp))
             raise ConfigError(
                 f"train.global_batch_size={global_batch_size} is not a multiple of "
                 f"train.micro_batch_size={micro_batch_size} x dp={dp}; try "
-                f"train.global_batch_size={_nearest_multiple(global_batch_size, micro_batch_size * dp)}"
+                f"train.global_batch_size={alternatives(sizes)}"
             )
         if not 0 <= dp_rank < dp:
             raise ConfigError(f"dp_rank={dp_rank} is not in [0, dp={dp})")
         if order.num_samples != len(dataset):
             raise DataError(
                 f"the sample order is for {order.num_samples} samples and the dataset has {len(dataset)}; "
-                "make it with sample_order(len(dataset), ...)"
+                "make it with SampleOrder(len(dataset), ...)"
             )
         self.dataset = dataset
         self.order = order
@@ -102,10 +105,11 @@ class BatchLoader:
         if self.collate is not None:
             return self.collate(samples)
         for index, sample in zip(indices, samples, strict=True):
-            if not isinstance(sample, tuple | list) or len(sample) != 2:
+            is_sequence, kind = isinstance(sample, tuple | list), type(sample).__name__
+            if not is_sequence or len(sample) != 2:
+                shown = f"a {kind} of {len(sample)}" if is_sequence else f"one {kind}"
                 raise DataError(
-                    f"sample {index} of {type(self.dataset).__name__} is {_describe(sample)}; "
-                    "return a pair (inputs, labels)"
+                    f"sample {index} of {type(self.dataset).__name__} is {shown}; return a pair (inputs, labels)"
                 )
         try:
             inputs, labels = default_collate([tuple(sample) for sample in samples])
@@ -115,14 +119,3 @@ class BatchLoader:
                 "give all samples the same shape and type"
             ) from error
         return inputs, labels
-
-
-def _nearest_multiple(value: int, factor: int) -> int:
-    factor = max(1, factor)
-    return max(1, round(value / factor)) * factor
-
-
-def _describe(sample: object) -> str:
-    if isinstance(sample, tuple | list):
-        return f"a {type(sample).__name__} of {len(sample)}"
-    return f"one {type(sample).__name__}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,57 +18,44 @@ from pipekit.rng import fold_seed
 _NUM_ROUNDS = 8
 
 
-class SampleOrder(Protocol):
-    """An endless sequence of sample indices in `[0, num_samples)`."""
-
-    @property
-    def num_samples(self) -> int:
-        """The number of samples of one epoch."""
-
-    def indices(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Return the samples `(count,)` at positions `start` to `start + count - 1` of the run."""
-
-
 @dataclass(frozen=True)
-class SequentialOrder:
-    """The samples as they stand in the dataset, epoch after epoch.
+class SampleOrder:
+    """The order in which a run goes through its samples, an endless sequence of indices in `[0, num_samples)`.
+
+    With `shuffle` every epoch is a permutation of its own, which depends on `seed` and the epoch alone; without, every
+    epoch goes through the samples as they stand in the dataset.
+
+    The permutation is a Feistel network on the pairs `(x // b, x % b)` of an `a x b` grid just large enough to hold all
+    samples. The few cells that are no sample are skipped by cycle walking: the network is applied again until it gives
+    a sample, and what remains is still a permutation. Memory is that of the positions asked for, at any number of
+    samples.
+
+    Raises:
+        DataError: if there is no sample.
+
+    Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002 (generalized Feistel, cycle-walking); Salmon
+        et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011, for keyed mixing as a source of randomness.
 
     Example:
-        >>> SequentialOrder(3).indices(1, 4).tolist()
+        >>> sorted(SampleOrder(5, seed=0).indices(5, 5).tolist())
+        [0, 1, 2, 3, 4]
+        >>> SampleOrder(3, seed=0, shuffle=False).indices(1, 4).tolist()
         [1, 2, 0, 1]
     """
 
     num_samples: int
-
-    def indices(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Return the samples `(count,)` at positions `start` to `start + count - 1`."""
-        return np.arange(start, start + count, dtype=np.int64) % self.num_samples
-
-
-@dataclass(frozen=True)
-class ShuffledOrder:
-    """Every epoch a permutation of its own, which depends on `seed` and the epoch alone.
-
-    The permutation is a Feistel network on the pairs `(x // b, x % b)` of an `a x b` grid just large enough
-    to hold all samples. The few cells that are no sample are skipped by cycle walking: the network is applied
-    again until it gives a sample, and what remains is still a permutation. Memory is that of the positions
-    asked for, at any number of samples.
-
-    Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002 (generalized Feistel,
-        cycle-walking); Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011, for keyed mixing as
-        a source of randomness.
-
-    Example:
-        >>> sorted(ShuffledOrder(5, seed=0).indices(5, 5).tolist())
-        [0, 1, 2, 3, 4]
-    """
-
-    num_samples: int
     seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise DataError(f"the dataset has {self.num_samples} samples and needs at least 1; give more data")
 
     def indices(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Return the samples `(count,)` at positions `start` to `start + count - 1`."""
+        """Return the samples `(count,)` at positions `start` to `start + count - 1` of the run."""
         epochs, samples = np.divmod(np.arange(start, start + count, dtype=np.int64), self.num_samples)
+        if not self.shuffle:
+            return samples
         keys = _mix(epochs.astype(np.uint64) + np.uint64(fold_seed(self.seed, "sample order")))
         values = samples.astype(np.uint64)
         walking = np.arange(count)
@@ -89,22 +75,6 @@ class ShuffledOrder:
             columns = (columns + shift) % np.uint64(num_columns)
         permuted: npt.NDArray[np.uint64] = rows * np.uint64(num_columns) + columns
         return permuted
-
-
-def sample_order(num_samples: int, seed: int, shuffle: bool = True) -> SampleOrder:
-    """Return the order in which a run goes through its samples: shuffled anew every epoch, or as they stand.
-
-    Args:
-        num_samples: samples of one epoch.
-        seed: what the shuffled order depends on.
-        shuffle: False for the order of the dataset.
-
-    Raises:
-        DataError: if there is no sample.
-    """
-    if num_samples < 1:
-        raise DataError(f"the dataset has {num_samples} samples and needs at least 1; give more data")
-    return ShuffledOrder(num_samples, seed) if shuffle else SequentialOrder(num_samples)
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

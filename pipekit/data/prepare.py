@@ -12,14 +12,14 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
 from pipekit.config import DataConfig
 from pipekit.data.corpus import Corpus, Passage, find_corpus, read_passages
@@ -50,12 +50,11 @@ _TRAIN_FILE = "train.bin"
 _VALIDATION_FILE = "validation.bin"
 
 
-@dataclass(frozen=True)
-class PreparedData:
+class PreparedData(BaseModel, frozen=True):
     """Token files that are ready for `TokenDataset`.
 
-    `fingerprint` is the hash of all tokens in their order: two runs with the same one see the same data, on
-    any machine. `validation_path` is None where `data.validation_fraction` is 0.
+    `fingerprint` is the hash of all tokens in their order, which is the same on every machine that sees the same data.
+    `validation_path` is None where `data.validation_fraction` is 0.
     """
 
     tokenizer_path: Path
@@ -65,17 +64,6 @@ class PreparedData:
     num_train_tokens: int
     num_validation_tokens: int
     fingerprint: str
-
-    def to_plain(self) -> dict[str, Any]:
-        """The same as plain data, of which `from_plain` makes an equal one."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> PreparedData:
-        """Build one from plain data."""
-        values: dict[str, Any] = dict(plain)
-        paths = {key: Path(value) for key, value in values.items() if key.endswith("_path") and value is not None}
-        return cls(**{**values, **paths})
 
     def is_here(self) -> bool:
         """True if this machine sees the files."""
@@ -96,19 +84,17 @@ def prepare_data(
 
     Args:
         config: the `data` section.
-        sequence_length: tokens of one sample; both splits must hold at least one. The cache does not depend
-            on it.
+        sequence_length: tokens of one sample; both splits must hold at least one. The cache does not depend on it.
         timeout_s: the longest wait for another process that builds, in seconds.
-        on_progress: called with what is being done, and the fraction done in `[0, 1]` or None where that is
-            not known.
+        on_progress: called with what is being done, and the fraction done in `[0, 1]` or None where that is not known.
 
     Raises:
         DataError: if the text or the tokenizer cannot be read, the cache cannot be written, another process
             builds for longer than `timeout_s`, or a split is shorter than one sample.
     """
-    report = on_progress or _ignore_progress
+    report = on_progress or (lambda message, fraction: None)
     corpus = find_corpus(config.source)
-    folder = _cache_root(config) / plan_cache_key(config, corpus)
+    folder = Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser() / "data" / plan_cache_key(config, corpus)
     prepared = _load_prepared(folder)
     if prepared is None:
         try:
@@ -116,7 +102,8 @@ def prepare_data(
             with _build_lock(folder, timeout_s=timeout_s, report=report):
                 prepared = _load_prepared(folder)  # another process may have built it while this one waited
                 if prepared is None:
-                    _remove_leftovers(folder)
+                    for leftover in folder.parent.glob(f"{folder.name}.building-*"):
+                        shutil.rmtree(leftover, ignore_errors=True)
                     _build(folder, config, corpus, report)
                     prepared = _load_prepared(folder)
         except OSError as error:
@@ -132,13 +119,11 @@ def prepare_data(
 def plan_cache_key(config: DataConfig, corpus: Corpus) -> str:
     """Return the name of the cache folder for these settings: a hash of all that the tokens depend on.
 
-    Files count by path, size and time of change, the standard library by Python version and sizes, a given
-    tokenizer by content.
+    Files count by path, size and time of change, the standard library by Python version and sizes, a given tokenizer by
+    content.
     """
-    tokenizer: object
-    if config.tokenizer is None:
-        tokenizer = {"vocab_size": config.vocab_size, "sample_bytes": TOKENIZER_SAMPLE_BYTES}
-    else:
+    tokenizer: object = {"vocab_size": config.vocab_size, "sample_bytes": TOKENIZER_SAMPLE_BYTES}
+    if config.tokenizer is not None:
         tokenizer = _hash_tokenizer(find_tokenizer_file(config.tokenizer))
     parts = {
         "version": _FORMAT_VERSION,
@@ -236,14 +221,13 @@ def _write_splits(
         if num_documents == 0:
             raise DataError(f"data.source={_show(config.source)} holds no text; give files that are not empty")
         report("encoding the text", 1.0)
+        both = f"{train.fingerprint} {validation.fingerprint}"
         return {
             "version": _FORMAT_VERSION,
             "vocab_size": vocab_size,
             "num_train_tokens": train.num_tokens,
             "num_validation_tokens": validation.num_tokens if validation is not train else 0,
-            "fingerprint": hashlib.blake2b(
-                f"{train.fingerprint} {validation.fingerprint}".encode(), digest_size=16
-            ).hexdigest(),
+            "fingerprint": hashlib.blake2b(both.encode(), digest_size=16).hexdigest(),
             "source": _show(config.source),
             "num_documents": num_documents,
             "num_text_bytes": num_bytes,
@@ -257,15 +241,8 @@ def _load_prepared(folder: Path) -> PreparedData | None:
     try:
         meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
         validation_path = folder / _VALIDATION_FILE if (folder / _VALIDATION_FILE).exists() else None
-        prepared = PreparedData(
-            tokenizer_path=folder / TOKENIZER_FILE,
-            vocab_size=int(meta["vocab_size"]),
-            train_path=folder / _TRAIN_FILE,
-            validation_path=validation_path,
-            num_train_tokens=int(meta["num_train_tokens"]),
-            num_validation_tokens=int(meta["num_validation_tokens"]),
-            fingerprint=str(meta["fingerprint"]),
-        )
+        paths = {"tokenizer_path": folder / TOKENIZER_FILE, "train_path": folder / _TRAIN_FILE}
+        prepared = PreparedData(**meta | paths, validation_path=validation_path)
         num_validation_tokens = 0 if validation_path is None else len(load_tokens(validation_path))
         is_whole = (
             len(load_tokens(prepared.train_path)) == prepared.num_train_tokens
@@ -280,31 +257,20 @@ def _load_prepared(folder: Path) -> PreparedData | None:
     return prepared if is_whole else None
 
 
-@contextmanager
-def _build_lock(folder: Path, *, timeout_s: float, report: ProgressCallback) -> Iterator[None]:
+def _build_lock(folder: Path, *, timeout_s: float, report: ProgressCallback) -> AbstractContextManager[object]:
     # The operating system frees the lock of a process that has ended, however it ended.
     lock_path = folder.with_name(f"{folder.name}.lock")
     lock = FileLock(lock_path, poll_interval=0.1)
+    with suppress(Timeout):
+        return lock.acquire(timeout=0)
+    report(f"waiting for another process to prepare the data ({lock_path})", None)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            report(f"waiting for another process to prepare the data ({lock_path})", None)
-            lock.acquire(timeout=timeout_s)
+        return lock.acquire(timeout=timeout_s)
     except Timeout as error:
         raise DataError(
             f"waited {timeout_s:g} s for another process to prepare the data in {folder}, and it still holds "
             f"the lock {lock_path}; let it finish and start again, or raise run.timeout_s"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for leftover in folder.parent.glob(f"{folder.name}.building-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _check_long_enough(prepared: PreparedData, config: DataConfig, sequence_length: int) -> None:
@@ -353,10 +319,6 @@ def _num_corpus_bytes(config: DataConfig, corpus: Corpus) -> int:
     return corpus.num_bytes if config.max_bytes is None else min(corpus.num_bytes, config.max_bytes)
 
 
-def _cache_root(config: DataConfig) -> Path:
-    return Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser() / "data"
-
-
 def _hash_tokenizer(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in (path, *(path.parent / name for name in SIDE_FILES)):
@@ -367,7 +329,3 @@ def _hash_tokenizer(path: Path) -> str:
 
 def _show(source: str | Sequence[str]) -> str:
     return source if isinstance(source, str) else "[" + ", ".join(source) + "]"
-
-
-def _ignore_progress(message: str, fraction: float | None) -> None:
-    pass

@@ -31,8 +31,7 @@ _PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
 class TextTokenizer:
     """Text to token ids and back.
 
-    A text that spells a special token is read as plain text, never as the token, so that no document can
-    forge its end.
+    A text that spells a special token is read as plain text, never as the token: no document can forge its end.
     """
 
     backend: Tokenizer
@@ -90,8 +89,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
 def load_tokenizer(path: str | Path) -> TextTokenizer:
     """Return the tokenizer of a `tokenizer.json` file.
 
-    Its end-of-text token is the `eos_token` of a `tokenizer_config.json` beside it, else one of the names in
-    common use.
+    Its end-of-text token is the `eos_token` of a `tokenizer_config.json` beside it, else a name in common use.
 
     Raises:
         DataError: if the file is missing or no tokenizer, or has no end-of-text token.
@@ -146,10 +144,7 @@ def copy_tokenizer(path: str | Path, folder: Path) -> Path:
 def write_hf_tokenizer(tokenizer_path: str | Path, folder: str | Path, max_length: int) -> None:
     """Write into `folder` the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads.
 
-    Args:
-        tokenizer_path: the `tokenizer.json`; settings beside it are kept.
-        folder: where to write; made if it does not exist.
-        max_length: the longest input of the model, in tokens.
+    Settings beside the `tokenizer.json` are kept; `max_length` is the longest input of the model, in tokens.
 
     Raises:
         DataError: if the tokenizer cannot be loaded.
@@ -160,21 +155,17 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: str | Path, max_lengt
     token = tokenizer.end_token
     settings: dict[str, Any] = _read_side_config(find_tokenizer_file(tokenizer_path)) or {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token,
-        "eos_token": token,
-        "unk_token": token,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), token),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
     settings.pop("auto_map", None)  # names Python files that are not copied
     settings["model_max_length"] = max_length
     copy_tokenizer(tokenizer_path, folder)
-    special = {
-        name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if settings.get(name)
-    }
     _write_json(folder / "tokenizer_config.json", settings)
     if not (folder / "special_tokens_map.json").is_file():
-        _write_json(folder / "special_tokens_map.json", special)
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        _write_json(folder / "special_tokens_map.json", {name: settings[name] for name in names if settings.get(name)})
 
 
 def _wrap(backend: Tokenizer, end_token: str) -> TextTokenizer:

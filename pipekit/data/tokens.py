@@ -26,10 +26,8 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """Return the smallest type that holds every token id below `vocab_size`.
 
     Example:
-        >>> token_dtype(50257)
-        'uint16'
-        >>> token_dtype(128256)
-        'uint32'
+        >>> token_dtype(50257), token_dtype(128256)
+        ('uint16', 'uint32')
     """
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
@@ -72,12 +70,8 @@ class TokenFileWriter:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
         if kind is None:
-            header = {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "dtype": self._dtype,
-                "num_tokens": self.num_tokens,
-            }
+            sizes = {"dtype": self._dtype, "num_tokens": self.num_tokens}
+            header = {"format": _FORMAT, "version": _VERSION, **sizes}
             self.path.with_suffix(".json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 

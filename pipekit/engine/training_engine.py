@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipekit.data.loader import BatchLoader, MapDataset
-from pipekit.data.order import sample_order
+from pipekit.data.order import SampleOrder
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
 from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.deepspeed.patches import drop_process_groups
@@ -129,7 +129,7 @@ class TrainingEngine:
         """
         loader = BatchLoader(
             dataset,
-            sample_order(len(dataset), self.module.seed, shuffle=True),
+            SampleOrder(len(dataset), self.module.seed, shuffle=True),
             global_batch_size=self.train_batch_size(),
             micro_batch_size=self.micro_batch_size,
             dp_rank=self.mpu.data_parallel_rank,

@@ -28,12 +28,12 @@ class LanguageModelTrial(Trial):
     @classmethod
     def prepare(cls, config: Config, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
         """Train or load the tokenizer, and turn the text into tokens."""
-        return _prepare(config, on_progress).to_plain()
+        return _prepare(config, on_progress).model_dump(mode="json")
 
     @classmethod
     def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
         """Return the configuration with the size of the vocabulary."""
-        data = PreparedData.from_plain(prepared)
+        data = PreparedData.model_validate(prepared)
         changes = config.model.fit_vocabulary(data.vocab_size, tokenizer=data.tokenizer_path)
         return config.updated(changes) if changes else config
 
@@ -64,7 +64,7 @@ class LanguageModelTrial(Trial):
     @cached_property
     def data(self) -> PreparedData:
         """The prepared text. A machine that does not see the files of the one that planned prepares it anew."""
-        planned = PreparedData.from_plain(self.context.plan.prepared)
+        planned = PreparedData.model_validate(self.context.plan.prepared)
         if planned.is_here():
             return planned
         found = _prepare(self.context.config)

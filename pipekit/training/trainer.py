@@ -12,7 +12,7 @@ from typing import Any
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.loader import BatchLoader, MapDataset
-from pipekit.data.order import sample_order
+from pipekit.data.order import SampleOrder
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
 from pipekit.engine.build import build_engine
 from pipekit.engine.load import load_checkpoint
@@ -203,7 +203,7 @@ class Trainer:
         batch = self.context.plan.batch
         return BatchLoader(
             dataset,
-            sample_order(len(dataset), self.config.train.seed, shuffle=shuffle),
+            SampleOrder(len(dataset), self.config.train.seed, shuffle=shuffle),
             global_batch_size=batch.global_batch_size,
             micro_batch_size=batch.micro_batch_size,
             dp_rank=self.context.unit.data_parallel_rank,

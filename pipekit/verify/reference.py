@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipekit.data.loader import BatchLoader
-from pipekit.data.order import sample_order
+from pipekit.data.order import SampleOrder
 from pipekit.engine.micro_batches import to_device
 from pipekit.errors import PipekitError
 from pipekit.layers.sequential import SequentialModel
@@ -50,7 +50,7 @@ def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
     dataset = trial.build_train_dataset()
     loader = BatchLoader(
         dataset,
-        sample_order(len(dataset), train.seed, shuffle=trial.context.config.data.shuffle),
+        SampleOrder(len(dataset), train.seed, shuffle=trial.context.config.data.shuffle),
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from pipekit.data.loader import BatchLoader
-from pipekit.data.order import sample_order
+from pipekit.data.order import SampleOrder
 from pipekit.errors import ConfigError, DataError
 
 
@@ -29,7 +29,7 @@ def read_step(
     for dp_rank in range(dp):
         loader = BatchLoader(
             numbered_dataset(num_samples),
-            sample_order(num_samples, seed=5),
+            SampleOrder(num_samples, seed=5),
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             dp_rank=dp_rank,
@@ -62,7 +62,7 @@ def test_all_ranks_together_read_the_global_batch_in_order(
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
     )
-    expected = sample_order(num_samples, seed=5).indices(consumed_samples, global_batch_size)
+    expected = SampleOrder(num_samples, seed=5).indices(consumed_samples, global_batch_size)
     assert numbers == expected.tolist()
 
 
@@ -88,7 +88,7 @@ def test_changing_the_layout_loses_and_repeats_nothing(num_samples: int, steps: 
 
 def test_validation_reads_from_the_start_in_order() -> None:
     loader = BatchLoader(
-        numbered_dataset(6), sample_order(6, seed=0, shuffle=False), global_batch_size=4, micro_batch_size=2
+        numbered_dataset(6), SampleOrder(6, seed=0, shuffle=False), global_batch_size=4, micro_batch_size=2
     )
     assert [labels.tolist() for _, labels in loader.step_batches(0)] == [[0, -1], [-2, -3]]
     assert [labels.tolist() for _, labels in loader.step_batches(4)] == [[-4, -5], [0, -1]]
@@ -105,7 +105,7 @@ class NumpyPairs:
 
 
 def test_a_users_own_dataset_is_stacked() -> None:
-    loader = BatchLoader(NumpyPairs(), sample_order(3, 0, shuffle=False), global_batch_size=3, micro_batch_size=3)
+    loader = BatchLoader(NumpyPairs(), SampleOrder(3, 0, shuffle=False), global_batch_size=3, micro_batch_size=3)
     ((inputs, labels),) = loader.step_batches(0)
     assert inputs.tolist() == [[0, 0], [1, 1], [2, 2]]
     assert inputs.dtype == torch.float32
@@ -121,15 +121,15 @@ def test_a_users_own_dataset_is_stacked() -> None:
     ],
 )
 def test_samples_that_are_no_pairs_are_refused(samples: list[Any], what: str) -> None:
-    loader = BatchLoader(samples, sample_order(2, 0, shuffle=False), global_batch_size=2, micro_batch_size=2)
+    loader = BatchLoader(samples, SampleOrder(2, 0, shuffle=False), global_batch_size=2, micro_batch_size=2)
     with pytest.raises(DataError, match=what):
         loader.step_batches(0)
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size=10 .*micro_batch_size=2 x dp=3; try .*=12"):
-        BatchLoader(numbered_dataset(9), sample_order(9, 0), global_batch_size=10, micro_batch_size=2, dp=3)
+    with pytest.raises(ConfigError, match=r"global_batch_size=10 .*micro_batch_size=2 x dp=3; try .*=6 or 12"):
+        BatchLoader(numbered_dataset(9), SampleOrder(9, 0), global_batch_size=10, micro_batch_size=2, dp=3)
     with pytest.raises(ConfigError, match="dp_rank=2"):
-        BatchLoader(numbered_dataset(9), sample_order(9, 0), global_batch_size=4, micro_batch_size=2, dp_rank=2, dp=2)
+        BatchLoader(numbered_dataset(9), SampleOrder(9, 0), global_batch_size=4, micro_batch_size=2, dp_rank=2, dp=2)
     with pytest.raises(DataError, match="for 8 samples and the dataset has 9"):
-        BatchLoader(numbered_dataset(9), sample_order(8, 0), global_batch_size=2, micro_batch_size=2)
+        BatchLoader(numbered_dataset(9), SampleOrder(8, 0), global_batch_size=2, micro_batch_size=2)

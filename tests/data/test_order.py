@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipekit.data.order import sample_order
+from pipekit.data.order import SampleOrder
 from pipekit.errors import DataError
 
 SEEDS = st.integers(min_value=0, max_value=2**40)
@@ -21,7 +21,7 @@ SEEDS = st.integers(min_value=0, max_value=2**40)
 @example(num_samples=4096, seed=0, epoch=0)
 @example(num_samples=4097, seed=0, epoch=0)
 def test_every_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int) -> None:
-    indices = sample_order(num_samples, seed).indices(epoch * num_samples, num_samples)
+    indices = SampleOrder(num_samples, seed).indices(epoch * num_samples, num_samples)
     assert np.array_equal(np.sort(indices), np.arange(num_samples))
 
 
@@ -36,7 +36,7 @@ def test_every_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int) -
 def test_any_split_of_a_range_gives_the_same_samples(
     num_samples: int, seed: int, shuffle: bool, start: int, counts: list[int]
 ) -> None:
-    order = sample_order(num_samples, seed, shuffle)
+    order = SampleOrder(num_samples, seed, shuffle)
     starts = list(itertools.accumulate(counts, initial=start))
     parts = [order.indices(first, count) for first, count in zip(starts, counts, strict=False)]
     joined = np.concatenate([*parts, np.empty(0, dtype=np.int64)])
@@ -44,21 +44,21 @@ def test_any_split_of_a_range_gives_the_same_samples(
 
 
 def test_epochs_and_seeds_differ() -> None:
-    order = sample_order(1000, seed=1)
+    order = SampleOrder(1000, seed=1)
     epochs = [order.indices(epoch * 1000, 1000) for epoch in range(5)]
-    epochs += [sample_order(1000, seed=seed).indices(0, 1000) for seed in (2, 3)]
+    epochs += [SampleOrder(1000, seed=seed).indices(0, 1000) for seed in (2, 3)]
     for one, other in itertools.combinations(epochs, 2):
         assert (one == other).mean() < 0.02  # two random permutations of n agree in about one place
 
 
 def test_without_shuffle_it_is_the_identity() -> None:
-    assert sample_order(5, seed=1, shuffle=False).indices(3, 9).tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert SampleOrder(5, seed=1, shuffle=False).indices(3, 9).tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
 @pytest.mark.parametrize("num_samples", [4, 10, 97])
 def test_every_sample_is_equally_likely_at_every_place(num_samples: int) -> None:
     num_epochs = 4000
-    indices = sample_order(num_samples, seed=7).indices(0, num_samples * num_epochs)
+    indices = SampleOrder(num_samples, seed=7).indices(0, num_samples * num_epochs)
     counts = np.zeros((num_samples, num_samples))
     np.add.at(counts, (np.tile(np.arange(num_samples), num_epochs), indices), 1)
     expected = num_epochs / num_samples
@@ -68,7 +68,7 @@ def test_every_sample_is_equally_likely_at_every_place(num_samples: int) -> None
 
 
 def test_neighbours_are_torn_apart() -> None:
-    indices = sample_order(100_000, seed=3).indices(0, 100_000)
+    indices = SampleOrder(100_000, seed=3).indices(0, 100_000)
     distances = np.abs(np.diff(indices))
     assert abs(distances.mean() / 100_000 - 1 / 3) < 0.01  # of two random places on a line of length 1
     assert (distances == 1).mean() < 0.001
@@ -77,11 +77,11 @@ def test_neighbours_are_torn_apart() -> None:
 def test_the_order_is_fixed_for_good() -> None:
     # A checkpoint holds only a position: another order in a later version would repeat and lose samples.
     first, second = [6, 5, 3, 2, 9, 0, 7, 4, 1, 8], [6, 8, 4, 9, 7, 3, 2, 5, 0, 1]
-    assert sample_order(10, seed=1234).indices(0, 20).tolist() == first + second
+    assert SampleOrder(10, seed=1234).indices(0, 20).tolist() == first + second
 
 
 def test_a_huge_dataset_costs_nothing() -> None:
-    indices = sample_order(10**13, seed=0).indices(10**13 - 500, 1000)
+    indices = SampleOrder(10**13, seed=0).indices(10**13 - 500, 1000)
     assert indices.min() >= 0
     assert indices.max() < 10**13
     assert len(set(indices.tolist())) == 1000
@@ -89,4 +89,4 @@ def test_a_huge_dataset_costs_nothing() -> None:
 
 def test_no_samples_are_refused() -> None:
     with pytest.raises(DataError, match="0 samples"):
-        sample_order(0, seed=1)
+        SampleOrder(0, seed=1)
