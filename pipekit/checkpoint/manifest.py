@@ -15,7 +15,8 @@ It is written under another name and renamed when it is whole; the file `latest`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,20 +103,13 @@ class Manifest:
             if stored.get("format") != FORMAT:
                 raise CheckpointError(f"{where}: not a pipekit checkpoint (format is {stored.get('format')!r})")
             if stored["version"] > VERSION:
-                raise CheckpointError(
-                    f"{where}: written as version {stored['version']}, and this pipekit reads up to {VERSION}; upgrade "
-                    f"pipekit"
-                )
+                rule = f"this pipekit reads up to {VERSION}; upgrade pipekit"
+                raise CheckpointError(f"{where}: written as version {stored['version']}, and {rule}")
             tensors = {
                 name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["files"], entry["trainable"])
                 for name, entry in stored["tensors"].items()
             }
-            return cls(
-                training=TrainingState(**stored["training"]),
-                tensors=tensors,
-                file_bytes=stored["file_bytes"],
-                written_by=stored["written_by"],
-            )
+            return cls(TrainingState(**stored["training"]), tensors, stored["file_bytes"], stored["written_by"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: cut short or damaged ({type(error).__name__}: {error})") from None
 
@@ -182,14 +176,19 @@ def load_manifest(checkpoint: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: no {MANIFEST_FILE}, so it is not a checkpoint")
     manifest = _read_manifest(path)
+    if fault := _find_fault(checkpoint, manifest):
+        instead = _instead(checkpoint.parent, checkpoint.name)
+        raise CheckpointError(f"{fault}: the checkpoint is cut short{'; ' + instead if instead else ''}")
+    return manifest
+
+
+def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
     for name, num_bytes in manifest.file_bytes.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
         if found != num_bytes:
-            fault = "is missing" if found is None else f"has {found:,} bytes of {num_bytes:,}"
-            instead = _instead(checkpoint.parent, checkpoint.name)
-            raise CheckpointError(f"{file}: {fault}: the checkpoint is cut short{'; ' + instead if instead else ''}")
-    return manifest
+            return f"{file}: {'is missing' if found is None else f'has {found:,} bytes of {num_bytes:,}'}"
+    return None
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -198,15 +197,8 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _instead(folder: Path, bad_name: str) -> str:
-    others: Iterable[Path] = (path for path in reversed(list_checkpoints(folder)) if path.name != bad_name)
-    for other in others:
-        try:
-            manifest = _read_manifest(other / MANIFEST_FILE)
-        except (CheckpointError, OSError):
-            continue
-        if all(
-            (other / name).is_file() and (other / name).stat().st_size == size
-            for name, size in manifest.file_bytes.items()
-        ):
-            return f"go on from one that is whole with checkpoint.resume={other}"
+    for other in reversed(list_checkpoints(folder)):
+        with suppress(CheckpointError, OSError):
+            if other.name != bad_name and not _find_fault(other, _read_manifest(other / MANIFEST_FILE)):
+                return f"go on from one that is whole with checkpoint.resume={other}"
     return ""

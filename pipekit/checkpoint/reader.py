@@ -16,10 +16,7 @@ from pipekit.tensor_parallel.shards import Shard
 
 
 class CheckpointReader:
-    """A whole checkpoint, open for reading.
-
-    Args:
-        path: the checkpoint's folder.
+    """A whole checkpoint, open for reading; `path` is its folder.
 
     Raises:
         CheckpointError: if it is not there, or cut short.
@@ -53,8 +50,7 @@ class CheckpointReader:
             else:
                 stored = self._files[file_name].get_slice(name)
                 before = (slice(None),) * shard.dim
-                indices = [(*before, own) for own in shard.slices]
-                tensor = torch.cat([stored[index] for index in indices], shard.dim)
+                tensor = torch.cat([stored[(*before, own)] for own in shard.slices], shard.dim)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file_name}: damaged ({error})") from None
         return tensor

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from torch import nn
-
 from pipekit.errors import LayoutError
 from pipekit.layers.specs import LayerSpec, build_on_meta, layer_names, spec_key
 from pipekit.predictions.elements import Shape, count_elements
@@ -33,19 +31,15 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
         key = spec_key(spec)
         if key not in known:
             layer = build_on_meta(spec, name=name)
-            if tp > 1:
-                _shard(layer, name, tp)
+            try:
+                if tp > 1:
+                    shard_layer(layer, PlannedGroup(rank=0, size=tp), sequence_parallel=False)
+            except LayoutError as error:
+                raise LayoutError(f"layer {name!r}: {error}") from None
             named = layer.named_parameters()
             known[key] = {path: tuple(parameter.shape) for path, parameter in named if parameter.requires_grad}
         shapes.append({f"{name}.{path}": shape for path, shape in known[key].items()})
     return shapes
-
-
-def _shard(layer: nn.Module, name: str, tp: int) -> None:
-    try:
-        shard_layer(layer, PlannedGroup(rank=0, size=tp), sequence_parallel=False)
-    except LayoutError as error:
-        raise LayoutError(f"layer {name!r}: {error}") from None
 
 
 def count_layer_parameters(specs: Sequence[LayerSpec]) -> list[int]:

@@ -64,8 +64,7 @@ class SequentialModel(nn.Module):
         """Set every parameter and buffer; those that are not allocated take over the tensors given.
 
         Raises:
-            CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the
-                source.
+            CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the source.
         """
         own_tensors = self.logical_tensors()
         for name in tensors:
@@ -74,9 +73,8 @@ class SequentialModel(nn.Module):
         for name, own in own_tensors.items():
             if name not in tensors or tensors[name].shape != own.shape:
                 found = "is missing" if name not in tensors else f"is {tuple(tensors[name].shape)}"
-                raise CheckpointError(
-                    f"{where}: {name} {found}, and the model has {tuple(own.shape)}; it belongs to another model"
-                )
+                rule = f"and the model has {tuple(own.shape)}; it belongs to another model"
+                raise CheckpointError(f"{where}: {name} {found}, {rule}")
             if own.is_meta:
                 given = tensors[name].detach().to(own.dtype)
                 if isinstance(own, nn.Parameter):

@@ -22,12 +22,7 @@ _IN_PLACE = "normal_ uniform_ zero_ fill_ copy_ add_ mul_ div_ sub_ relu_"
 
 
 def infer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Result of an operation on meta tensors, or None if torch has to compute it.
-
-    Args:
-        func: the operation, such as `torch.ops.aten.mm.default`.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+    """Result of an operation such as `torch.ops.aten.mm.default` on meta tensors, or None if torch has to compute it.
 
     Example:
         >>> a, b = torch.empty(2, 3, device="meta"), torch.empty(3, 5, device="meta")
@@ -77,19 +72,18 @@ def _like(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=dtype or x.dtype, device="meta")
 
 
+def _is_plain(kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("device") in (None, torch.device("meta")) and kwargs.get("layout") is None
+
+
 def _filled_like(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Result of `empty_like`, `zeros_like` and their kin."""
-    if kwargs.get("device") not in (None, torch.device("meta")) or kwargs.get("layout") is not None:
-        return None
-    if kwargs.get("memory_format") not in (None, torch.preserve_format):
-        return None
-    return _like(x, dtype=kwargs.get("dtype"))
+    is_same_form = kwargs.get("memory_format") in (None, torch.preserve_format)
+    return _like(x, dtype=kwargs.get("dtype")) if _is_plain(kwargs) and is_same_form else None
 
 
 def _new_filled(x: Tensor, shape: Sequence[int], **kwargs: Any) -> Tensor | None:
-    if kwargs.get("device") not in (None, torch.device("meta")) or kwargs.get("layout") is not None:
-        return None
-    return _new(x, *shape, dtype=kwargs.get("dtype"))
+    return _new(x, *shape, dtype=kwargs.get("dtype")) if _is_plain(kwargs) else None
 
 
 def _clone(x: Tensor, *, memory_format: torch.memory_format | None = None) -> Tensor | None:
@@ -122,21 +116,13 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
 
 def _made(shape: Sequence[int], **kwargs: Any) -> Tensor | None:
     """Result of `randn` and `rand`."""
-    if kwargs.get("device") != torch.device("meta") or kwargs.get("layout") is not None:
+    if kwargs.get("device") is None or not _is_plain(kwargs):
         return None
     return torch.empty(shape, dtype=kwargs.get("dtype") or torch.get_default_dtype(), device="meta")
 
 
 def _masked_fill(x: Tensor, mask: Tensor, value: float) -> Tensor | None:
     return _new(x, *x.shape) if _broadcast([tuple(x.shape), tuple(mask.shape)]) == tuple(x.shape) else None
-
-
-def _triangle(x: Tensor, diagonal: int = 0) -> Tensor:
-    return _like(x)
-
-
-def _slice_backward(grad: Tensor, shape: Sequence[int], *args: Any) -> Tensor:
-    return _new(grad, *shape)
 
 
 def _check_types(a: Tensor, b: Tensor) -> None:
@@ -175,10 +161,8 @@ def _pointwise(*args: Any, **kwargs: Any) -> Tensor | None:
     shape = _broadcast([tuple(tensor.shape) for tensor in tensors])
     if shape is None:
         return None
-    for tensor in tensors:
-        if tuple(tensor.shape) == shape:
-            return _like(tensor)
-    return _new(tensors[0], *shape)
+    whole = next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
+    return _new(tensors[0], *shape) if whole is None else _like(whole)
 
 
 def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -193,10 +177,9 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 
 def _in_place(changed: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    for value in args:
-        if isinstance(value, Tensor) and _broadcast([tuple(changed.shape), tuple(value.shape)]) != tuple(changed.shape):
-            return None
-    return changed
+    shape = tuple(changed.shape)
+    fits = all(_broadcast([shape, tuple(value.shape)]) == shape for value in args if isinstance(value, Tensor))
+    return changed if fits else None
 
 
 def _layer_norm(
@@ -213,34 +196,13 @@ def _layer_norm(
     return _new(x, *x.shape), _new(x, *statistics, dtype=dtype), _new(x, *statistics, dtype=dtype)
 
 
-def _layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    normalized: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    shapes = (x.shape, normalized, normalized)
+def _layer_norm_backward(grad: Tensor, x: Tensor, normalized: Sequence[int], *args: Any) -> tuple[Tensor | None, ...]:
+    shapes, mask = (x.shape, normalized, normalized), args[-1]
     return tuple(_new(x, *shape) if needed else None for shape, needed in zip(shapes, mask, strict=True))
 
 
 def _embedding(weight: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     return _new(weight, *ids.shape, weight.shape[1]) if weight.dim() == 2 else None
-
-
-def _embedding_backward(grad: Tensor, ids: Tensor, num_rows: int, *args: Any) -> Tensor:
-    return _new(grad, num_rows, grad.shape[-1])
-
-
-def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x, dtype=torch.bool)
-
-
-def _dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return _like(grad)
 
 
 def _sum(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
@@ -269,10 +231,6 @@ def _nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, 
     return _new(x), _new(x)
 
 
-def _nll_loss_backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
-    return _new(x, *x.shape)
-
-
 def _overloads(names: str, rule: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
     packets = [getattr(torch.ops.aten, name) for name in names.split()]
     plain = ("default", "Tensor", "Scalar")
@@ -293,21 +251,21 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.rand.default: _made,
     _aten.clone.default: _clone,
     _aten.cat.default: _cat,
-    _aten.tril.default: _triangle,
-    _aten.triu.default: _triangle,
+    _aten.tril.default: lambda x, *args: _like(x),
+    _aten.triu.default: lambda x, *args: _like(x),
     _aten.masked_fill.Scalar: _masked_fill,
     _aten.pow.Tensor_Scalar: _pointwise,
     _aten.stack.default: _stack,
-    _aten.slice_backward.default: _slice_backward,
+    _aten.slice_backward.default: lambda grad, shape, *args: _new(grad, *shape),
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.bmm.default: _bmm,
     _aten.native_layer_norm.default: _layer_norm,
     _aten.native_layer_norm_backward.default: _layer_norm_backward,
     _aten.embedding.default: _embedding,
-    _aten.embedding_dense_backward.default: _embedding_backward,
-    _aten.native_dropout.default: _dropout,
-    _aten.native_dropout_backward.default: _dropout_backward,
+    _aten.embedding_dense_backward.default: lambda grad, ids, rows, *args: _new(grad, rows, grad.shape[-1]),
+    _aten.native_dropout.default: lambda x, p, train: (_like(x), _like(x, dtype=torch.bool)),
+    _aten.native_dropout_backward.default: lambda grad, mask, scale: _like(grad),
     _aten.sum.dim_IntList: _sum,
     _aten.mean.dim: _sum,
     _aten._to_copy.default: _convert,
@@ -316,5 +274,5 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten._softmax_backward_data.default: _softmax_backward,
     _aten._log_softmax_backward_data.default: _softmax_backward,
     _aten.nll_loss_forward.default: _nll_loss,
-    _aten.nll_loss_backward.default: _nll_loss_backward,
+    _aten.nll_loss_backward.default: lambda grad, x, *args: _new(x, *x.shape),
 }

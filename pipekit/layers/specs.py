@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ class LayerSpec:
     Args:
         typename: an `nn.Module` class, or any callable that returns one.
         *args: positional arguments of `typename`.
-        name: logical name of the layer; its parameters are called `<name>.<parameter>` in checkpoints and
-            exports. Defaults to `layers.<index in the list>`.
+        name: logical name of the layer; its parameters are called `<name>.<parameter>` in checkpoints and exports.
+            Defaults to `layers.<index in the list>`.
         **kwargs: keyword arguments of `typename`.
 
     Example:
@@ -39,10 +40,9 @@ class LayerSpec:
         if not callable(typename):
             raise ConfigError(f"LayerSpec takes an nn.Module class, not {typename!r}; write LayerSpec(nn.Linear, 4, 2)")
         if isinstance(typename, nn.Module):
-            raise ConfigError(
-                f"LayerSpec takes an nn.Module class and its arguments, and {type(typename).__name__}(...) "
-                f"is built already; write LayerSpec({type(typename).__name__}, ...)"
-            )
+            own = type(typename).__name__
+            rule = f"LayerSpec takes an nn.Module class and its arguments, and {own}(...) is built already"
+            raise ConfigError(f"{rule}; write LayerSpec({own}, ...)")
         self.typename = typename
         self.module_args = args
         self.module_kwargs = kwargs
@@ -68,19 +68,15 @@ class LayerSpec:
 class TiedLayerSpec(LayerSpec):
     """A layer that shares its module with every other spec of the same `key`.
 
-    Stages that hold the same key keep one copy each, with equal weights: their gradients are summed before
-    every step.
+    Stages that hold the same key keep one copy each, with equal weights: their gradients are summed before every step.
 
     Args:
         key: names the shared module.
-        typename: an `nn.Module` class, or any callable that returns one.
-        *args: positional arguments of `typename`.
+        typename: an `nn.Module` class, or any callable that returns one; `*args` and `**kwargs` are its arguments.
         forward_fn: called as `forward_fn(module, inputs)` in place of `module(inputs)`.
         tied_weight_attr: the shared parameters, as attribute paths; everything else of the module must not be
             trained by more than one stage.
-        name: logical name of the shared module; defaults to the one that another spec of the key gives, or
-            `key`.
-        **kwargs: keyword arguments of `typename`.
+        name: logical name of the shared module; defaults to the one that another spec of the key gives, or `key`.
     """
 
     def __init__(
@@ -96,8 +92,7 @@ class TiedLayerSpec(LayerSpec):
         super().__init__(typename, *args, name=name, **kwargs)
         self.key = key
         self.forward_fn = forward_fn
-        attrs = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
-        self.tied_weight_attr = attrs
+        self.tied_weight_attr = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
 
 
 def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
@@ -137,20 +132,18 @@ def _build(spec: LayerSpec, name: str) -> nn.Module:
             raise
         raise ConfigError(f"layer {name!r} cannot be built from {spec!r}: {error}") from None
     if not isinstance(layer, nn.Module):
-        raise ConfigError(
-            f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
-        )
+        rule = f"built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
+        raise ConfigError(f"layer {name!r}: {spec!r} {rule}")
     return layer
 
 
 def _accepts(spec: LayerSpec) -> bool:
     """True if the arguments fit the signature, so that a TypeError comes from further inside."""
     try:
-        inspect.signature(spec.typename).bind(*spec.module_args, **spec.module_kwargs)
+        with suppress(ValueError):  # a class of an extension module, which has no signature
+            inspect.signature(spec.typename).bind(*spec.module_args, **spec.module_kwargs)
     except TypeError:
         return False
-    except ValueError:  # a class of an extension module, which has no signature
-        return True
     return True
 
 
@@ -217,9 +210,8 @@ def layer_names(specs: Sequence[LayerSpec]) -> list[str]:
         identity = f"tied:{key}" if key is not None else layer_idx
         if owner.setdefault(name, identity) != identity:
             raise ConfigError(
-                f"layer {layer_idx} ({spec.type_name}) is named {name!r}, and so is another layer; names "
-                "must differ, since checkpoints are keyed by them; pass another name=... to its "
-                f"{type(spec).__name__}"
+                f"layer {layer_idx} ({spec.type_name}) is named {name!r}, and so is another layer; names must differ, "
+                f"since checkpoints are keyed by them; pass another name=... to its {type(spec).__name__}"
             )
         names.append(name)
     return names
@@ -233,31 +225,27 @@ def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
         if not isinstance(spec, TiedLayerSpec):
             continue
         earlier = first.setdefault(spec.key, spec)
+        place, other = f"layer {layer_idx} is tied by key={spec.key!r} and", "and an earlier layer of that key"
         if isinstance(spec.typename, type) and earlier.typename is not spec.typename:
             raise ConfigError(
-                f"layer {layer_idx} is tied by key={spec.key!r} and builds {spec.type_name}, and an earlier "
-                f"layer of that key builds {earlier.type_name}; layers of one key share one module: "
-                "give both the same class and arguments, and tell them apart by forward_fn"
+                f"{place} builds {spec.type_name}, {other} builds {earlier.type_name}; layers of one key share one "
+                "module: give both the same class and arguments, and tell them apart by forward_fn"
             )
-        if _comparable(spec.module_args) != _comparable(earlier.module_args) or _comparable(
-            spec.module_kwargs
-        ) != _comparable(earlier.module_kwargs):
+        arguments = [_comparable((each.module_args, each.module_kwargs)) for each in (spec, earlier)]
+        if arguments[0] != arguments[1]:
             raise ConfigError(
-                f"layer {layer_idx} is tied by key={spec.key!r} and is {spec!r}, and an earlier layer of that key is "
-                f"{earlier!r}; layers of one key share one module: give both the same arguments, written in the same "
-                "way, and tell them apart by forward_fn"
+                f"{place} is {spec!r}, {other} is {earlier!r}; layers of one key share one module: give both the same "
+                "arguments, written in the same way, and tell them apart by forward_fn"
             )
         if set(spec.tied_weight_attr) != set(earlier.tied_weight_attr):
             raise ConfigError(
-                f"layer {layer_idx} is tied by key={spec.key!r} and shares {', '.join(spec.tied_weight_attr)}, and an "
-                f"earlier layer of that key shares {', '.join(earlier.tied_weight_attr)}; give both the same "
-                "tied_weight_attr"
+                f"{place} shares {', '.join(spec.tied_weight_attr)}, {other} shares "
+                f"{', '.join(earlier.tied_weight_attr)}; give both the same tied_weight_attr"
             )
         if spec.name is not None and given.setdefault(spec.key, spec.name) != spec.name:
             raise ConfigError(
-                f"layer {layer_idx} is tied by key={spec.key!r} and named {spec.name!r}, and an earlier "
-                f"layer of that key is named {given[spec.key]!r}; they share one module, which has one name: "
-                "give it once"
+                f"{place} named {spec.name!r}, {other} is named {given[spec.key]!r}; they share one module, which has "
+                "one name: give it once"
             )
     return {key: given.get(key, key) for key in first}
 

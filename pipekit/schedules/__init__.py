@@ -4,7 +4,6 @@ from pipekit.schedules.action import Action
 from pipekit.schedules.auto import plan_auto
 from pipekit.schedules.catalog import (
     SCHEDULE_NAMES,
-    ScheduleName,
     default_stages_per_rank,
     plan_schedule,
     schedule_placement,
@@ -25,7 +24,6 @@ __all__ = [
     "Action",
     "Costs",
     "Schedule",
-    "ScheduleName",
     "Span",
     "Timeline",
     "default_stages_per_rank",

@@ -20,7 +20,6 @@ from pipekit.schedules.zero_bubble import plan_zb_h1
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "auto"]
 SCHEDULE_NAMES: tuple[str, ...] = get_args(ScheduleName)
-_TWO_STAGES = ("interleaved-1f1b", "zb-v")
 
 
 def is_file(name: str) -> bool:
@@ -43,7 +42,7 @@ def default_stages_per_rank(name: str) -> int:
         schedule = read_csv(name)
         return schedule.num_stages // len(schedule.ranks)
     _check_name(name)
-    return 2 if name in _TWO_STAGES else 1
+    return 2 if name in ("interleaved-1f1b", "zb-v") else 1
 
 
 def schedule_placement(name: str, *, pp: int, stages_per_rank: int | None = None) -> tuple[int, ...]:
@@ -119,15 +118,12 @@ def plan_schedule(
             "(train.global_batch_size = train.micro_batch_size x micro-batches x dp)"
         )
     if is_file(name):
-        return _read_schedule(name, pp, num_micro_batches)
+        return _read_table(name, pp, num_micro_batches)
     check_stages_per_rank(name, stages_per_rank)
     stages_per_rank = stages_per_rank or default_stages_per_rank(name)
-    if name == "gpipe":
-        return plan_gpipe(num_stages=pp, num_micro_batches=num_micro_batches)
-    if name == "1f1b":
-        return plan_1f1b(num_stages=pp, num_micro_batches=num_micro_batches)
-    if name == "zb-h1":
-        return plan_zb_h1(num_stages=pp, num_micro_batches=num_micro_batches)
+    one_stage = {"gpipe": plan_gpipe, "1f1b": plan_1f1b, "zb-h1": plan_zb_h1}
+    if name in one_stage:
+        return one_stage[name](num_stages=pp, num_micro_batches=num_micro_batches)
     if name == "zb-v":
         return plan_zb_v(pp=pp, num_micro_batches=num_micro_batches)
     if name == "interleaved-1f1b":
@@ -164,7 +160,7 @@ def check_micro_batches(name: str, *, pp: int, num_micro_batches: int) -> None:
         )
 
 
-def _read_table(name: str, pp: int) -> Schedule:
+def _read_table(name: str, pp: int, num_micro_batches: int | None = None) -> Schedule:
     if not Path(name).is_file():
         raise ConfigError(f"parallel.schedule={name}: there is no such file")
     schedule = read_csv(name)
@@ -173,12 +169,7 @@ def _read_table(name: str, pp: int) -> Schedule:
             f"parallel.schedule={name} has {len(schedule.ranks)} rows, one for each pipeline rank, and "
             f"parallel.pp={pp}; try parallel.pp={len(schedule.ranks)}"
         )
-    return schedule
-
-
-def _read_schedule(name: str, pp: int, num_micro_batches: int) -> Schedule:
-    schedule = _read_table(name, pp)
-    if schedule.num_micro_batches != num_micro_batches:
+    if num_micro_batches is not None and schedule.num_micro_batches != num_micro_batches:
         raise ConfigError(
             f"parallel.schedule={name} is for {schedule.num_micro_batches} micro-batches, and a step has "
             f"{num_micro_batches} (train.global_batch_size = train.micro_batch_size x micro-batches x dp)"

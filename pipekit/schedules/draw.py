@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipekit.errors import PipekitError
 from pipekit.schedules.action import ACTION_NAMES, ActionKind
@@ -24,10 +24,6 @@ def draw_text(timeline: Timeline, *, width: int = 120) -> str:
 
     An action is shown by its kind, in small letters on the later stages of a rank, and its micro-batch where it fits.
 
-    Args:
-        timeline: what to draw.
-        width: columns of the whole step.
-
     Example:
         >>> from pipekit.schedules import Costs, plan_1f1b, simulate
         >>> print(draw_text(simulate(plan_1f1b(num_stages=2, num_micro_batches=2), Costs.uniform(2)), width=27))
@@ -44,19 +40,23 @@ def draw_text(timeline: Timeline, *, width: int = 120) -> str:
         for span in spans:
             first = round(span.start_s / step_s * width)
             room = max(1, round(span.end_s / step_s * width) - first)
-            is_later = span.action.stage > first_stages[rank]
-            kind = span.action.kind.lower() if is_later else span.action.kind
+            kind = span.action.kind.lower() if span.action.stage > first_stages[rank] else span.action.kind
             label = f"{kind}{span.action.micro_batch}"
             label = label if len(label) <= room else kind
             for column, character in zip(range(first, width), label.ljust(room, "-"), strict=False):
                 columns[column] = character
         rows.append(f"rank {rank:{digits}} {''.join(columns)}")
-    kinds = sorted({span.action.kind for spans in timeline.spans for span in spans}, key="FBIW".index)
+    kinds = _kinds([timeline])
     legend = ", ".join(f"{kind} {ACTION_NAMES[kind]}" for kind in kinds)
     if timeline.schedule.num_stages > len(timeline.spans):
         legend += ", small on a rank's later stages"
     rows.append(f"{legend}; {_summary(timeline)}")
     return "\n".join(rows)
+
+
+def _kinds(timelines: Iterable[Timeline]) -> list[ActionKind]:
+    kinds = {span.action.kind for timeline in timelines for spans in timeline.spans for span in spans}
+    return sorted(kinds, key="FBIW".index)
 
 
 def _summary(timeline: Timeline) -> str:
@@ -68,11 +68,8 @@ def _summary(timeline: Timeline) -> str:
 def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
     """Write a picture of timelines, one above the other on one axis of time; SVG or PNG, by the ending of `path`.
 
-    A row a rank, a colour a kind of action, darker for the later stages of a rank, with micro-batch numbers inside.
-
-    Args:
-        path: the file.
-        timelines: what to draw, by title.
+    A row a rank, a colour a kind of action, darker for the later stages of a rank, with micro-batch numbers inside. The
+    keys of `timelines` are their titles.
 
     Raises:
         PipekitError: if matplotlib is not installed, or the ending is neither `.svg` nor `.png`.
@@ -83,6 +80,7 @@ def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise PipekitError('drawing a schedule needs matplotlib; type pip install "pipekit[plot]"') from None
 
@@ -100,21 +98,12 @@ def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
         # Inches of one second, to see which numbers fit.
         _draw_rows(axes, timeline, scale, inches_per_s=0.9 * width_in / longest_s)
     every_axes[-1].set_xlabel(f"time in {unit}")
-    kinds = sorted(
-        {span.action.kind for timeline in timelines.values() for spans in timeline.spans for span in spans},
-        key="FBIW".index,
-    )
-    handles = [_patch(ACTION_COLOURS[kind], ACTION_NAMES[kind]) for kind in kinds]
+    kinds = _kinds(timelines.values())
+    handles = [Patch(facecolor=ACTION_COLOURS[kind], label=ACTION_NAMES[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
     # A fixed date and fixed names: the same timelines give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else None
     figure.savefig(path, dpi=110, metadata=metadata)
-
-
-def _patch(colour: str, label: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=colour, label=label)
 
 
 def _draw_rows(axes: Axes, timeline: Timeline, scale: float, *, inches_per_s: float) -> None:

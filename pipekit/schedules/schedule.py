@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from pipekit.schedules.action import Action
 
@@ -54,11 +55,7 @@ class Schedule:
             >>> [plan_1f1b(num_stages=4, num_micro_batches=8).peak_in_flight(rank) for rank in range(4)]
             [4, 3, 2, 1]
         """
-        in_flight = peak = 0
-        for action in self.ranks[pipe_rank]:
-            in_flight += action.activation_change
-            peak = max(peak, in_flight)
-        return peak
+        return max(accumulate((action.activation_change for action in self.ranks[pipe_rank]), initial=0))
 
     def peak_of_stages(self) -> list[int]:
         """Peak number of micro-batches of which each stage holds activations.

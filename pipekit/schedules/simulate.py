@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from statistics import median
 
 from pipekit.schedules.action import Action
@@ -65,10 +66,6 @@ class Costs:
         }
         return seconds[action.kind] + self.overhead_s
 
-    def bytes_of(self, stage: int) -> float:
-        """Return the bytes of activations that a stage holds of a micro-batch; 1 where no sizes are given."""
-        return 1.0 if self.activation_bytes is None else self.activation_bytes[stage]
-
 
 @dataclass(frozen=True)
 class Span:
@@ -109,15 +106,10 @@ class Timeline:
     @property
     def peak_bytes(self) -> tuple[float, ...]:
         """Peak bytes of activations on each rank; in stage activations where no sizes were given."""
-        costs = self.costs or Costs.uniform(self.schedule.num_stages)
-        peaks = []
-        for actions in self.schedule.ranks:
-            in_flight = peak = 0.0
-            for action in actions:
-                in_flight += action.activation_change * costs.bytes_of(action.stage)
-                peak = max(peak, in_flight)
-            peaks.append(peak)
-        return tuple(peaks)
+        given = self.costs.activation_bytes if self.costs else None
+        sizes = [1.0] * self.schedule.num_stages if given is None else given
+        changes = ([action.activation_change * sizes[action.stage] for action in row] for row in self.schedule.ranks)
+        return tuple(max(accumulate(row, initial=0.0)) for row in changes)
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:

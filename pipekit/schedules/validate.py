@@ -23,10 +23,8 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
     Every stage lives on one rank; every micro-batch passes every stage once forward and once backward, whole or split
     into input and weight gradient, each after the actions it needs; and no rank waits for ever.
 
-    Args:
-        schedule: the table.
-        channels: `buffered` where a send does not wait for its receiver, as in pipekit's executor; `blocking` where a
-            rank sends after each action and waits until the receiver comes to the action that takes it.
+    Where `channels` are `buffered` a send does not wait for its receiver, as in pipekit's executor; where `blocking`, a
+    rank sends after each action and waits until the receiver comes to the action that takes it.
 
     Raises:
         ScheduleError: naming the broken rule, with the table, its faulty cell between `>` and `<`.
@@ -40,9 +38,9 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
     _check_stages(schedule)
     _check_complete(schedule)
     _check_order(schedule)
-    _, stuck = dry_run(schedule)
+    done, stuck = dry_run(schedule)
     if stuck:
-        _refuse_deadlock(schedule, stuck, "every send is buffered")
+        _refuse_deadlock(schedule, {action for _, action in done}, stuck)
     if channels == "blocking":
         _check_blocking(schedule)
 
@@ -93,11 +91,8 @@ def _check_complete(schedule: Schedule) -> None:
             continue
         what = f"micro-batch {micro_batch} passes stage {stage} (rank {rank_of[stage]})"
         has = f"it has {', '.join(found)}" if found else "it has none of them"
-        positions = [
-            position
-            for position, action in enumerate(schedule.ranks[rank_of[stage]])
-            if (action.stage, action.micro_batch) == (stage, micro_batch)
-        ]
+        row = enumerate(schedule.ranks[rank_of[stage]])
+        positions = [at for at, action in row if (action.stage, action.micro_batch) == (stage, micro_batch)]
         rule = f"{what} once with F, and then with either B, or I and W; {has}"
         raise _fault(schedule, rule, rank_of[stage], positions[-1] if positions else None)
 
@@ -148,17 +143,16 @@ def _check_blocking(schedule: Schedule) -> None:
         )
 
 
-def _refuse_deadlock(schedule: Schedule, stuck: dict[int, Action], channels: str) -> None:
-    done = {action for _, action in dry_run(schedule)[0]}
-    waits, cell = [], None
-    for rank, missing in sorted(stuck.items()):
-        position = next(i for i, action in enumerate(schedule.ranks[rank]) if action not in done)
-        cell = cell or (rank, position)
-        action = schedule.ranks[rank][position]
-        waits.append(f"rank {rank} waits before {action} for {missing} of rank {schedule.placement[missing.stage]}")
-    assert cell is not None
-    rule = f"the ranks wait for each other for ever, though {channels}: {'; '.join(waits[:4])}"
-    raise _fault(schedule, rule, *cell)
+def _refuse_deadlock(schedule: Schedule, done: set[Action], stuck: dict[int, Action]) -> None:
+    ranks = sorted(stuck)
+    positions = [next(i for i, action in enumerate(schedule.ranks[rank]) if action not in done) for rank in ranks]
+    waits = [
+        f"rank {rank} waits before {schedule.ranks[rank][position]} for {stuck[rank]} of rank "
+        f"{schedule.placement[stuck[rank].stage]}"
+        for rank, position in zip(ranks[:4], positions, strict=False)
+    ]
+    rule = f"the ranks wait for each other for ever, though every send is buffered: {'; '.join(waits)}"
+    raise _fault(schedule, rule, ranks[0], positions[0])
 
 
 def _fault(schedule: Schedule, rule: str, rank: int, position: int | None) -> ScheduleError:
