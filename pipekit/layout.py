@@ -12,6 +12,7 @@ from math import prod
 from typing import Literal
 
 from pipekit.errors import LayoutError
+from pipekit.settings.base import alternatives
 
 Axis = Literal["pipe", "data", "tensor"]
 Order = tuple[Axis, Axis, Axis]
@@ -124,10 +125,10 @@ class Layout:
         `groups("pipe", "tensor")` the ranks that together hold one copy of the model. Along one axis the index in a
         list is the coordinate; the first of any list stands at 0 along all of `axes`.
         """
+        fixed = [axis for axis in DEFAULT_ORDER if axis not in axes]
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             coordinate = self.coordinate(rank)
-            fixed = tuple(axis for axis in DEFAULT_ORDER if axis not in axes)
             groups.setdefault(tuple(getattr(coordinate, axis) for axis in fixed), []).append(rank)
         return list(groups.values())
 
@@ -158,12 +159,10 @@ def plan_layout(
     """Return the layout for `world_size` ranks, or, where that is not given, for the devices present.
 
     Args:
-        pp: pipeline-parallel degree.
-        tp: tensor-parallel degree.
+        pp, tp, order: as in `Layout`.
         dp: data-parallel degree; `auto` fills the ranks, or the devices, that there are.
         world_size: the number of processes, where a launcher has already started them.
         num_devices: the number of accelerators present; None on a machine without, where `auto` means 1.
-        order: the axes, outermost first.
 
     Raises:
         LayoutError: if `pp * dp * tp` is not the world size, or the order is none of the three axes.
@@ -199,8 +198,7 @@ def plan_layout(
 
 
 def _suggest_pp(ranks: int, tp: int) -> str:
-    choices = [str(pp) for pp in range(1, ranks // tp + 1) if ranks % (pp * tp) == 0]
+    choices = [pp for pp in range(1, ranks // tp + 1) if ranks % (pp * tp) == 0]
     if not choices:
         return f"no parallel.pp fits parallel.tp={tp}; try parallel.tp=1"
-    *others, last = choices
-    return f"try parallel.pp={', '.join(others) + ' or ' if others else ''}{last}"
+    return f"try parallel.pp={alternatives(choices)}"

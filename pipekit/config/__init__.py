@@ -3,32 +3,15 @@
 from pipekit.config.batch import BatchPlan, plan_batch
 from pipekit.config.compare import conflicting_keys
 from pipekit.config.json_schema import config_json_schema
-from pipekit.config.load import load_config, parse_config, update_config
+from pipekit.config.load import load_config, parse_config
 from pipekit.config.resolve import resolve_layout
-from pipekit.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    SchedulerConfig,
-    TrainConfig,
-    WandbConfig,
-)
+from pipekit.config.schema import Config, DataConfig, OptimizerConfig, WandbConfig
 
 __all__ = [
     "BatchPlan",
-    "CheckpointConfig",
     "Config",
     "DataConfig",
-    "LoggingConfig",
     "OptimizerConfig",
-    "ParallelConfig",
-    "RunConfig",
-    "SchedulerConfig",
-    "TrainConfig",
     "WandbConfig",
     "config_json_schema",
     "conflicting_keys",
@@ -36,5 +19,4 @@ __all__ = [
     "parse_config",
     "plan_batch",
     "resolve_layout",
-    "update_config",
 ]

@@ -23,7 +23,6 @@ from pipekit.tensor_parallel.shards import shard_bounds
 SEQUENCE_DIM = 1
 """Activations are `(B, S, ...)`."""
 
-
 Exchange = Callable[[Tensor, TensorGroup], Tensor]
 
 
@@ -69,11 +68,7 @@ def _own_shard(x: Tensor, group: TensorGroup) -> Tensor:
 
 
 def check_divisible(sequence_length: int, group: TensorGroup) -> None:
-    """Check that a sequence can be split into equal shards.
-
-    Raises:
-        LayoutError: if it cannot.
-    """
+    """Raise a `LayoutError` if a sequence cannot be split into equal shards."""
     if sequence_length % group.size:
         raise LayoutError(
             f"a sequence of {sequence_length} tokens cannot be split into {group.size} equal shards for sequence "

@@ -32,11 +32,9 @@ def vocabulary_parallel_cross_entropy(
     all is nan.
 
     Args:
-        logits: `(B, S, V / tp)`, any floating type: this rank's shard, by `Shard(0, (V,), rank, tp)`.
-        labels: `(B, S)` int64, the next token of each.
-        group: the tensor-parallel peers; None where the logits are whole, `(B, S, V)`.
-        vocab_size: V.
-        ignored_label: tokens of this label are left out of the mean.
+        logits: `(B, S, V / tp)`, any floating type: this rank's shard, by `Shard(0, (V,), rank, tp)`; `(B, S, V)` where
+            `group` is None.
+        labels: `(B, S)` int64, the next token of each; tokens of `ignored_label` are left out of the mean.
 
     Raises:
         DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
@@ -88,14 +86,7 @@ class Targets:
     def of(
         cls, labels: Tensor, group: TensorGroup | None, *, num_tokens: int, vocab_size: int, ignored: int
     ) -> Targets:
-        """Find the labels among this rank's columns.
-
-        Args:
-            labels: of any shape, T in all.
-            group: the tensor-parallel peers; None where this rank has all columns.
-            num_tokens: number of tokens that there are logits of.
-            vocab_size: V.
-            ignored: the label of tokens that are left out of the mean.
+        """Find the labels, of any shape and T in all, among this rank's columns; there are logits of `num_tokens`.
 
         Raises:
             DataError: if T is another number, or, on the CPU, if a label is not in the vocabulary.
@@ -117,10 +108,8 @@ class Targets:
 
     def narrow(self, start: int, length: int) -> Targets:
         """Return the targets of some of the tokens; the mean stays that of all."""
-        columns, is_here, counts = (
-            tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts)
-        )
-        return Targets(columns, is_here, counts, self.num_counted)
+        own = (tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts))
+        return Targets(*own, num_counted=self.num_counted)
 
 
 def _check(labels: Tensor, vocab_size: int) -> None:
@@ -168,13 +157,9 @@ def mean_loss(sums: Tensor, scores: Tensor, targets: Targets) -> Tensor:
 
 
 def logits_gradient(logits: Tensor, sums: Tensor, targets: Targets, grad: Tensor) -> Tensor:
-    """Return the gradient of a rank's logits `(T, V / tp)`, in their type.
+    """Return the gradient of a rank's logits `(T, V / tp)`, in their type, from that of the mean loss.
 
-    Args:
-        logits: the rank's.
-        sums: `(T, 2)`, of the whole vocabulary, as `join_sums` returns them.
-        targets: the labels.
-        grad: that of the mean loss.
+    The sums `(T, 2)` are of the whole vocabulary, as `join_sums` returns them.
     """
     largest, total = sums.chunk(2, -1)
     weights = (grad.to(sums.dtype) / targets.num_counted).expand_as(total).masked_fill(~targets.counts, 0)

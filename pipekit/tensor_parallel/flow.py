@@ -49,12 +49,6 @@ def convert(activations: Any, *, is_shard: bool, wants_shard: bool, group: Tenso
 
     Floating-point tensors of three dimensions, `(B, S, D)`, are joined or split along the sequence; others, such as
     token ids and masks, are whole everywhere.
-
-    Args:
-        activations: output of the previous layer.
-        is_shard: True if that is this rank's shard of the sequence.
-        wants_shard: True if the next layer takes this rank's shard.
-        group: the tensor-parallel peers.
     """
     if group is None or is_shard == wants_shard:
         return activations

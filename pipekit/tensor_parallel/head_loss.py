@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
-from pipekit.tensor_parallel.cross_entropy import (
-    IGNORED_LABEL,
-    Targets,
-    join_sums,
-    logits_gradient,
-    mean_loss,
-    sum_up,
-)
+from pipekit.tensor_parallel.cross_entropy import IGNORED_LABEL, Targets, join_sums, logits_gradient, mean_loss, sum_up
 from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensors.weight_gradients import autocasts
 
@@ -75,13 +68,9 @@ def chunked_head_loss(
 
     Args:
         hidden: `(B, S, D)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, D)`.
-        weight: `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`.
-        labels: `(B, S)` int64, the next token of each, of the whole sequence.
-        group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
-        sequence_parallel: True if `hidden` is a shard of the sequence.
-        vocab_size: V.
+        weight: `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`; `(V, D)` where `group` is None.
+        labels: `(B, S)` int64, the next token of each, of the whole sequence; `ignored_label` is out of the mean.
         chunk_tokens: number of tokens taken at a time; see `plan_chunk_tokens`.
-        ignored_label: tokens of this label are left out of the mean.
 
     Raises:
         DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
@@ -127,23 +116,15 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, sums)
         # Not saved for the backward, where activation checkpointing would replace it by a copy.
         ctx.weight = weight
-        ctx.targets, ctx.group, ctx.sequence_parallel, ctx.chunk_tokens = (
-            targets,
-            group,
-            sequence_parallel,
-            chunk_tokens,
-        )
+        ctx.targets, ctx.group = targets, group
+        ctx.sequence_parallel, ctx.chunk_tokens = sequence_parallel, chunk_tokens
         return mean_loss(sums, scores, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, sums), weight, group, sequence_parallel = (
-            ctx.saved_tensors,
-            ctx.weight,
-            ctx.group,
-            ctx.sequence_parallel,
-        )
+        (hidden, sums), weight = ctx.saved_tensors, ctx.weight
+        group, sequence_parallel = ctx.group, ctx.sequence_parallel
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         x = _tokens(hidden, group, sequence_parallel)
         partial = x.new_empty(x.shape) if needs_hidden else None
@@ -159,18 +140,14 @@ class _HeadLoss(torch.autograd.Function):
             if weight_gradient is not None:
                 weight_gradient.add(gradient, x[chunk])
         hidden_gradient = partial if summing is None else summing.wait()
-        return (
-            None if hidden_gradient is None else hidden_gradient.view_as(hidden),
-            None if weight_gradient is None else weight_gradient.result(),
-            *(None,) * 4,
-        )
+        hidden_gradient = None if hidden_gradient is None else hidden_gradient.view_as(hidden)
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.result(), *(None,) * 4
 
 
 def _tokens(hidden: Tensor, group: TensorGroup | None, sequence_parallel: bool) -> Tensor:
     """Return the activations of all tokens, `(T, D)`."""
-    return (group.all_gather(hidden, SEQUENCE_DIM) if group is not None and sequence_parallel else hidden).flatten(
-        0, -2
-    )
+    whole = group.all_gather(hidden, SEQUENCE_DIM) if group is not None and sequence_parallel else hidden
+    return whole.flatten(0, -2)
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -44,14 +44,14 @@ class TensorParallelModule(nn.Module):
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         """Keep this rank's shard of every parameter. Called once, when the layer that it is in has been built.
 
-        Args:
-            group: the tensor-parallel peers.
-            sequence_parallel: True if activations outside are this rank's shard of the sequence.
-
         Raises:
             LayoutError: if a rank would get nothing.
         """
         self.group, self.sequence_parallel = group, sequence_parallel
+
+    def sum_outputs(self, partial: Tensor) -> Tensor:
+        """Return the sum of the ranks' partial outputs, in the form in which activations are held outside."""
+        return (reduce_scatter_sequence if self.sequence_parallel else sum_partials)(partial, self.group)
 
 
 class ColumnParallelLinear(TensorParallelModule, nn.Linear):
@@ -112,11 +112,7 @@ class RowParallelLinear(TensorParallelModule, nn.Linear):
         if self.group is None:
             return F.linear(x, self.weight, self.bias)
         partial = F.linear(x, self.weight)
-        y = (
-            reduce_scatter_sequence(partial, self.group)
-            if self.sequence_parallel
-            else sum_partials(partial, self.group)
-        )
+        y = self.sum_outputs(partial)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -149,25 +145,16 @@ class VocabularyParallelEmbedding(VocabularyParallelModule):
         if self.group is None:
             return F.embedding(token_ids, self.weight)
         if token_ids.device.type == "cpu" and token_ids.numel():
-            _check_ids(token_ids, self.vocab_size)
+            lowest, highest = (int(bound) for bound in token_ids.aminmax())
+            if lowest < 0 or highest >= self.vocab_size:
+                raise DataError(
+                    f"token ids from {lowest} to {highest}, and the embedding has {self.vocab_size} rows; prepare the "
+                    "data with the model's tokenizer, or raise model.vocab_size"
+                )
         first, end = shard_bounds(self.vocab_size, self.group.rank, self.group.size)
         elsewhere = (token_ids < first) | (token_ids >= end)
         found = F.embedding((token_ids - first).masked_fill(elsewhere, 0), self.weight)
-        partial = found.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return (
-            reduce_scatter_sequence(partial, self.group)
-            if self.sequence_parallel
-            else sum_partials(partial, self.group)
-        )
-
-
-def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
-    lowest, highest = (int(bound) for bound in token_ids.aminmax())
-    if lowest < 0 or highest >= vocab_size:
-        raise DataError(
-            f"token ids from {lowest} to {highest}, and the embedding has {vocab_size} rows; prepare the data "
-            "with the model's tokenizer, or raise model.vocab_size"
-        )
+        return self.sum_outputs(found.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
 class KeyValueLinear(ColumnParallelLinear):
@@ -219,14 +206,11 @@ class KeyValueLinear(ColumnParallelLinear):
 def column_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup | None, *, sequence_parallel: bool = False
 ) -> Tensor:
-    """Return this rank's outputs `(..., O / tp)` of a linear layer.
+    """Return this rank's outputs `(..., O / tp)` of a linear layer; without a group, `F.linear`.
 
     Args:
         x: `(..., I)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, I)`.
-        weight: `(O / tp, I)`.
-        bias: `(O / tp)`.
-        group: the tensor-parallel peers; None computes `F.linear`.
-        sequence_parallel: True if `x` is a shard of the sequence.
+        weight: `(O / tp, I)`, and the bias `(O / tp)`.
     """
     (output,) = column_parallel_linears(x, [(weight, bias)], group, sequence_parallel=sequence_parallel)
     return output
@@ -239,13 +223,9 @@ def column_parallel_linears(
     *,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return this rank's outputs of several linear layers; their input is gathered, and its gradient summed, once.
+    """Return this rank's outputs of several linear layers, given the weight and the bias of each.
 
-    Args:
-        x: as for `column_parallel_linear`.
-        layers: weight and bias of each.
-        group: the tensor-parallel peers; None computes `F.linear`.
-        sequence_parallel: True if `x` is a shard of the sequence.
+    Their input, as for `column_parallel_linear`, is gathered, and its gradient summed, once.
     """
     if group is not None and not autocasts(x):
         flat = [tensor for layer in layers for tensor in layer]
@@ -279,11 +259,8 @@ class _ColumnLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weights, biases, group = ctx.saved_tensors, ctx.weights, ctx.biases, ctx.group
         # In the order of the forward's arguments, in which weights and biases take turns.
-        needs_input, needs_weight, needs_bias = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[3::2],
-            ctx.needs_input_grad[4::2],
-        )
+        needs_input, _, _, *needs_layers = ctx.needs_input_grad
+        needs_weight, needs_bias = needs_layers[0::2], needs_layers[1::2]
         inputs = _Inputs(x, group if ctx.sequence_parallel else None)
         if any(needed and not is_deferred(weight) for needed, weight in zip(needs_weight, weights, strict=True)):
             inputs.start()
@@ -292,43 +269,33 @@ class _ColumnLinears(torch.autograd.Function):
             partial = grads[0].matmul(weights[0])
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 partial += grad.matmul(weight)
-            summing = (
-                group.start_reduce_scatter(partial, SEQUENCE_DIM)
-                if ctx.sequence_parallel
-                else group.start_all_reduce(partial)
-            )
+            if ctx.sequence_parallel:
+                summing = group.start_reduce_scatter(partial, SEQUENCE_DIM)
+            else:
+                summing = group.start_all_reduce(partial)
         gradients: list[Tensor | None] = []
         for index, grad in enumerate(grads):
-            weight_gradient = bias_gradient = None
-            if needs_weight[index]:
-                weight_gradient = defer_weight_gradient(weights[index], OuterProduct(grad, inputs.get))
-            if needs_bias[index]:
-                bias_gradient = defer_weight_gradient(biases[index], SumOverRows(grad))
-            gradients += [weight_gradient, bias_gradient]
+            weight, bias = weights[index], biases[index]
+            gradients += [
+                defer_weight_gradient(weight, OuterProduct(grad, inputs.get)) if needs_weight[index] else None,
+                defer_weight_gradient(bias, SumOverRows(grad)) if needs_bias[index] else None,
+            ]
         return None if summing is None else summing.wait(), None, None, *gradients
 
 
 class _Inputs:
-    """Inputs of linear layers in their backward, gathered when they are needed, if a rank keeps its shard only.
-
-    Args:
-        x: the inputs, or this rank's shard of them.
-        group: the tensor-parallel peers that have the other shards; None where `x` is whole.
-    """
+    """Inputs of linear layers in their backward: whole where `group` is None, else gathered when they are needed."""
 
     def __init__(self, x: Tensor, group: TensorGroup | None) -> None:
-        self._x = x
-        self._group = group
+        self._x, self._group = x, group
         self._pending: Pending | None = None
         self._whole: Tensor | None = None
 
     def start(self) -> None:
-        """Begin to gather."""
         if self._group is not None:
             self._pending = self._group.start_all_gather(self._x, SEQUENCE_DIM)
 
     def get(self) -> Tensor:
-        """Return the whole inputs."""
         if self._group is None:
             return self._x
         if self._whole is None:

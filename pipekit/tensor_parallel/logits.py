@@ -64,9 +64,7 @@ class Logits:
     def cross_entropy(self, labels: Tensor, *, ignored_label: int = IGNORED_LABEL) -> Tensor:
         """Return the mean cross-entropy in fp32, a scalar in nats per token, the same on all tensor ranks.
 
-        Args:
-            labels: `(B, S)` int64, the next token of each, of the whole sequence.
-            ignored_label: tokens of this label are left out of the mean.
+        The labels `(B, S)` int64 are the next token of each, of the whole sequence; `ignored_label` is out of the mean.
 
         Raises:
             DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
@@ -107,10 +105,7 @@ class Logits:
 
 
 def whole_outputs(outputs: Any) -> Any:
-    """Return the outputs of a model with tensors in place of `Logits`.
-
-    Args:
-        outputs: `Logits`, a tuple, list or dict that may hold some, or anything else, which is returned as it is.
+    """Return the outputs of a model with tensors in place of `Logits`, also in tuples, lists and dicts.
 
     Example:
         >>> logits = Logits(torch.ones(1, 2, 4), torch.ones(8, 4), None, vocab_size=8)

@@ -17,10 +17,8 @@ from pipekit.tensor_parallel.group import TensorGroup
 def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
     """Draw other random numbers inside on each tensor rank, and leave the generators the same on all of them.
 
-    The seed is drawn from the CPU's generator, which stands at the same place on all tensor ranks.
-
-    Args:
-        group: the tensor-parallel peers; None draws as outside.
+    The seed is drawn from the CPU's generator, which stands at the same place on all tensor ranks. Without a group
+    nothing changes.
     """
     if group is None:
         yield
@@ -42,14 +40,7 @@ def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
 
 
 def sharded_dropout(x: Tensor, p: float, training: bool, group: TensorGroup | None) -> Tensor:
-    """Apply dropout to this rank's shard of an activation, with a mask of its own.
-
-    Args:
-        x: the shard.
-        p: probability of zeroing an element.
-        training: False returns `x` as it is.
-        group: the tensor-parallel peers whose masks differ; None where `x` is whole.
-    """
+    """Apply dropout of probability `p` to this rank's shard `x` of an activation, with a mask of its own."""
     if not training or p == 0:
         return x
     with sharded_randomness(group):

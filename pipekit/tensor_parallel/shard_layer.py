@@ -11,15 +11,10 @@ from pipekit.tensor_parallel.shards import mark_partial_gradient, replacement_of
 
 
 def shard_layer(layer: nn.Module, group: TensorGroup, *, sequence_parallel: bool) -> None:
-    """Keep this rank's shard of a whole layer, in place.
+    """Keep this rank's shard of a layer that was built whole, in place.
 
-    Parameters outside tensor-parallel modules stay whole. In a layer that works on shards of the sequence their
-    gradients are partial, since each rank applies them to its own shard.
-
-    Args:
-        layer: built whole, with its initial weights.
-        group: the tensor-parallel peers.
-        sequence_parallel: True if the layer works on this rank's shard of the sequence; see `SequenceFlow`.
+    Parameters outside tensor-parallel modules stay whole. In a layer that works on shards of the sequence, which
+    `sequence_parallel` says (see `SequenceFlow`), their gradients are partial: each rank applies them to its own shard.
 
     Raises:
         LayoutError: if a module is too small for so many ranks, or shares a parameter with one that is not sharded.

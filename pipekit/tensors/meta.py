@@ -24,8 +24,8 @@ class TensorMeta:
     @classmethod
     def of(cls, tensor: Tensor, *, dtype: torch.dtype | None = None) -> TensorMeta:
         """Describe `tensor`, with `dtype` in place of its own if that is given and it holds floating-point numbers."""
-        is_other = dtype is not None and tensor.is_floating_point()
-        return cls(tuple(tensor.shape), dtype if dtype and is_other else tensor.dtype, tensor.requires_grad)
+        dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return cls(tuple(tensor.shape), dtype, tensor.requires_grad)
 
     @property
     def num_bytes(self) -> int:
@@ -42,27 +42,17 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class NestedMeta:
-    """Nested tensors without values.
-
-    Attributes:
-        tensors: its tensors, in order.
-        structure: their nesting, as `pipekit.tensors.nested` writes it.
-    """
+    """Nested tensors without values: in order, and their nesting as `pipekit.tensors.nested` writes it."""
 
     tensors: tuple[TensorMeta, ...]
     structure: Structure
 
     @classmethod
     def of(cls, value: Any, what: str, *, dtype: torch.dtype | None = None) -> NestedMeta:
-        """Describe nested tensors.
-
-        Args:
-            value: the nested tensors.
-            what: names them in an error.
-            dtype: taken for the dtype of floating-point tensors; None where they keep their own.
+        """Describe nested tensors, floating-point ones with `dtype` in place of their own if it is given.
 
         Raises:
-            PipekitError: if there is something else in `value`.
+            PipekitError: if there is something else in `value`, which is called `what`.
         """
         tensors, structure = flatten(value, what)
         return cls(tuple(TensorMeta.of(tensor, dtype=dtype) for tensor in tensors), structure)

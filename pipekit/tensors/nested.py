@@ -16,12 +16,8 @@ Structure = Any
 def flatten(value: Any, what: str) -> tuple[tuple[Tensor, ...], Structure]:
     """Return the tensors of `value` in order, and the structure that they are in.
 
-    Args:
-        value: a tensor, None, or a tuple, list or dict (with text keys) of such.
-        what: names the value in an error.
-
     Raises:
-        PipekitError: if it holds anything else.
+        PipekitError: if `value`, which it calls `what`, holds anything but tensors, None, tuples, lists and dicts.
 
     Example:
         >>> import torch

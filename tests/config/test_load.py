@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipekit.config import Config, RunConfig, load_config, parse_config
+from pipekit.config import Config, load_config, parse_config
+from pipekit.config.schema import RunConfig
 from pipekit.errors import ConfigError
 from pipekit.models.gpt2 import GPT2Config
 

@@ -12,8 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipekit.config import Config, TrainConfig, load_config, parse_config
+from pipekit.config import Config, load_config, parse_config
 from pipekit.config.load import section_keys
+from pipekit.config.schema import TrainConfig
 from pipekit.errors import ConfigError
 from pipekit.models.gpt2 import GPT2Config
 from pipekit.settings.base import Section
