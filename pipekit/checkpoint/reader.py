@@ -49,8 +49,8 @@ class CheckpointReader:
                 tensor: Tensor = self._files[file_name].get_tensor(name)
             else:
                 stored = self._files[file_name].get_slice(name)
-                before = (slice(None),) * shard.dim
-                tensor = torch.cat([stored[(*before, own)] for own in shard.slices], shard.dim)
+                indices = [(slice(None),) * shard.dim + (own,) for own in shard.slices]
+                tensor = torch.cat([stored[index] for index in indices], shard.dim)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file_name}: damaged ({error})") from None
         return tensor

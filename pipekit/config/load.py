@@ -19,7 +19,7 @@ from pipekit.errors import ConfigError
 from pipekit.models import family_of, find_families, preset_families
 from pipekit.models.custom import CustomModelConfig
 from pipekit.settings.base import Fault, Section, alternatives, config_error, show
-from pipekit.settings.faults import mapping_fault, section_faults, unknown_key_fault
+from pipekit.settings.faults import section_faults, unknown_key_fault
 from pipekit.settings.suggest import closest, suggest_key
 from pipekit.settings.yaml_source import read_yaml
 
@@ -134,12 +134,12 @@ def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
 def section_keys() -> dict[str, list[str]]:
     """Return the keys of every section by its dotted path; under the empty path, the sections themselves."""
     models: list[type[Section]] = [*find_families().values(), CustomModelConfig]
-    keys = {"": list(Config.model_fields), "logging.wandb": list(WandbConfig.model_fields)}
+    keys = {"": list(Config.model_fields)}
     for name, field in Config.model_fields.items():
         if name != "deepspeed":
             classes: list[Any] = models if name == "model" else [field.annotation]
             keys[name] = list(dict.fromkeys(key for section in classes for key in section.model_fields))
-    return keys
+    return keys | {"logging.wandb": list(WandbConfig.model_fields)}
 
 
 def _read_file(draft: _Draft, path: Path) -> None:
@@ -223,16 +223,19 @@ def _written_out(name: str, values: Any) -> Any:
 def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:
     """Return the checked section, or None after noting what is wrong with it."""
     values = draft.values.get(name)
-    if name == "model" and (shape := _model_shape_fault(values)):
-        draft.add(shape)
+    if name == "model" and (fault := _model_shape_fault(values)):
+        draft.add(fault)
         return None
     values = {} if values is None else _written_out(name, values)
     if not isinstance(values, dict):
-        draft.add(mapping_fault(name, values, _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"))
+        example = _EXAMPLES.get(name) or f"{{{keys[name][0]}: ...}}"
+        rule = f"must be a mapping of keys; for example {name}: {example}"
+        draft.add(Fault((name,), f"{name}={show(values)}: {rule}"))
         return None
-    section = _section_class(name, values)
-    if section is None:
+    if name == "deepspeed":
         return values
+    section: type[Section] | None = family_of(values) if name == "model" else Config.model_fields[name].annotation
+    assert section is not None, "each has a class"
     keys = {**keys, name: list(section.model_fields)}
     if name == "run" and values.get("dir") is None:
         values = {key: value for key, value in values.items() if key != "dir"}
@@ -267,14 +270,6 @@ def _model_shape_fault(values: object) -> Fault | None:
         hint = f"; did you mean {near}?" if near else ""
         return Fault((*key, "family"), f"model.family={show(family)}: must be {alternatives(families)}{hint}")
     return None
-
-
-def _section_class(name: str, values: object) -> type[Section] | None:
-    """Return the class of a section; None for `deepspeed`, which has no class."""
-    if name == "model":
-        return family_of(values)
-    annotation = Config.model_fields[name].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _idle_preset(draft: _Draft, values: dict[str, Any]) -> Fault | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 from torch.utils.data import default_collate
@@ -21,6 +22,7 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@dataclass(eq=False, repr=False)
 class BatchLoader:
     """Loads each data-parallel rank's micro-batches of every global batch.
 
@@ -32,8 +34,7 @@ class BatchLoader:
     on with the next epoch.
 
     Args:
-        dataset: map-style; its samples are pairs `(inputs, labels)` that `torch.utils.data.default_collate`
-            can stack.
+        dataset: map-style; its samples are pairs `(inputs, labels)` that `torch.utils.data.default_collate` can stack.
         order: the sample at each position.
         global_batch_size: samples of one optimizer step, over all ranks.
         micro_batch_size: samples of one forward pass on one rank.
@@ -42,44 +43,34 @@ class BatchLoader:
         collate: makes a micro-batch of a list of samples; by default stacks pairs of inputs and labels.
 
     Raises:
-        ConfigError: if `micro_batch_size * dp` does not divide `global_batch_size`, or `dp_rank` is not in
-            `[0, dp)`.
+        ConfigError: if `micro_batch_size * dp` does not divide `global_batch_size`, or `dp_rank` is not in `[0, dp)`.
         DataError: if the order is not for a dataset of this length.
     """
 
-    def __init__(
-        self,
-        dataset: MapDataset,
-        order: SampleOrder,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int = 0,
-        dp: int = 1,
-        collate: Callable[[list[Any]], Any] | None = None,
-    ) -> None:
-        if min(global_batch_size, micro_batch_size, dp) < 1 or global_batch_size % (micro_batch_size * dp) != 0:
-            sizes = near_multiples(global_batch_size, max(1, micro_batch_size * dp))
+    dataset: MapDataset
+    order: SampleOrder
+    _: KW_ONLY
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int = 0
+    dp: int = 1
+    collate: Callable[[list[Any]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        batch, micro, dp = self.global_batch_size, self.micro_batch_size, self.dp
+        if min(batch, micro, dp) < 1 or batch % (micro * dp) != 0:
             raise ConfigError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of "
-                f"train.micro_batch_size={micro_batch_size} x dp={dp}; try "
-                f"train.global_batch_size={alternatives(sizes)}"
+                f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x dp={dp}; try "
+                f"train.global_batch_size={alternatives(near_multiples(batch, max(1, micro * dp)))}"
             )
-        if not 0 <= dp_rank < dp:
-            raise ConfigError(f"dp_rank={dp_rank} is not in [0, dp={dp})")
-        if order.num_samples != len(dataset):
+        if not 0 <= self.dp_rank < dp:
+            raise ConfigError(f"dp_rank={self.dp_rank} is not in [0, dp={dp})")
+        if self.order.num_samples != len(self.dataset):
             raise DataError(
-                f"the sample order is for {order.num_samples} samples and the dataset has {len(dataset)}; "
+                f"the sample order is for {self.order.num_samples} samples and the dataset has {len(self.dataset)}; "
                 "make it with SampleOrder(len(dataset), ...)"
             )
-        self.dataset = dataset
-        self.order = order
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.dp_rank = dp_rank
-        self.dp = dp
-        self.collate = collate
-        self.num_micro_batches = global_batch_size // (micro_batch_size * dp)
+        self.num_micro_batches = batch // (micro * dp)
 
     def step_batches(self, consumed_samples: int) -> list[Any]:
         """Return this rank's micro-batches of the step that starts after `consumed_samples` samples.

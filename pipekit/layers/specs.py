@@ -132,8 +132,9 @@ def _build(spec: LayerSpec, name: str) -> nn.Module:
             raise
         raise ConfigError(f"layer {name!r} cannot be built from {spec!r}: {error}") from None
     if not isinstance(layer, nn.Module):
-        rule = f"built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
-        raise ConfigError(f"layer {name!r}: {spec!r} {rule}")
+        raise ConfigError(
+            f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
+        )
     return layer
 
 

@@ -48,10 +48,9 @@ def read_csv(path: str | Path) -> Schedule:
 def _read_row(cells: list[str], where: str) -> tuple[Action, ...]:
     actions = []
     for column, cell in enumerate(cells, start=1):
-        if not cell.strip():
-            continue
         try:
-            actions.append(Action.parse(cell))
+            if cell.strip():
+                actions.append(Action.parse(cell))
         except ConfigError as error:
             raise ScheduleError(f"{where}: column {column}: {error}") from None
     return tuple(actions)

@@ -31,7 +31,6 @@ def fill_bubbles(
         max_in_flight: stage activations that a rank may hold.
         hold_back: for each rank, how many weight gradients may wait although it has other work.
         patience: how long a rank waits for that other work before it does a weight gradient, in weight gradients.
-        name: name of the new table.
 
     Returns:
         The table, or None where the order of its forwards cannot keep to `max_in_flight`.

@@ -42,15 +42,7 @@ def list_schedule(
     """Return a table with split backwards, made by simulating ranks that choose what to do whenever they are free.
 
     On every stage each kind of action takes micro-batches in order, so that gradients add up in the same order under
-    every table.
-
-    Args:
-        placement: the pipeline rank of each stage.
-        num_micro_batches: micro-batches of a step.
-        costs: of the actions and of transfers.
-        max_in_flight: stage activations that each rank may hold; at least as many as it has stages.
-        priorities: how to choose.
-        name: of the schedule.
+    every table. A rank may hold the stage activations of `max_in_flight`, at least as many as it has stages.
     """
     num_stages, num_ranks = len(placement), max(placement) + 1
     stages_of = [[stage for stage in range(num_stages) if placement[stage] == rank] for rank in range(num_ranks)]

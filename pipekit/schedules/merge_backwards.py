@@ -34,10 +34,8 @@ def merge_backwards(schedule: Schedule, costs: Costs) -> Schedule:
     limits_s = [simulate(schedule, condition).step_time_s * (1 + 1e-9) for condition in conditions]
 
     def is_as_short(candidate: Schedule) -> bool:
-        return all(
-            simulate(candidate, condition).step_time_s <= limit_s
-            for condition, limit_s in zip(conditions, limits_s, strict=True)
-        )
+        limits = zip(conditions, limits_s, strict=True)
+        return all(simulate(candidate, condition).step_time_s <= limit_s for condition, limit_s in limits)
 
     schedule = _merge_most(schedule, range(schedule.num_stages), is_as_short)
     if sum(map(len, schedule.ranks)) <= _MOST_ACTIONS:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-PlacementKind = Literal["looped", "v"]
 
-
-def plan_placement(kind: PlacementKind, *, pp: int, stages_per_rank: int = 1) -> tuple[int, ...]:
+def plan_placement(kind: Literal["looped", "v"], *, pp: int, stages_per_rank: int = 1) -> tuple[int, ...]:
     """Return the pipeline rank of each of `pp * stages_per_rank` stages.
 
     `looped` starts again at the first rank after the last one; `v` turns round at the ends, so that neighbouring stages

@@ -28,14 +28,8 @@ def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
         1F0 2F0 2I0 1I0 2W0 1W0
     """
     order = Schedule("zb-v", num_micro_batches, tuple(_order(rank, pp, num_micro_batches) for rank in range(pp)))
-    schedule = fill_bubbles(
-        order,
-        Costs.uniform(2 * pp),
-        max_in_flight=2 * pp,
-        hold_back=range(pp),
-        patience=0.5,
-        name="zb-v",
-    )
+    costs, limit = Costs.uniform(2 * pp), 2 * pp
+    schedule = fill_bubbles(order, costs, max_in_flight=limit, hold_back=range(pp), patience=0.5, name="zb-v")
     assert schedule is not None, "the block keeps to the limit"
     return schedule
 

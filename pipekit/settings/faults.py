@@ -47,11 +47,6 @@ def unknown_key_fault(section: type[Section], key: tuple[str, ...], keys: Mappin
     return Fault(key, f"{'.'.join(key)}: unknown key; {remedy}")
 
 
-def mapping_fault(name: str, value: object, example: str) -> Fault:
-    """Return the fault of a section that is not a mapping."""
-    return Fault((name,), f"{name}={show(value)}: must be a mapping of keys; for example {name}: {example}")
-
-
 def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     """Return in words what a type with its constraints accepts.
 

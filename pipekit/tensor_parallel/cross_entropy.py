@@ -108,8 +108,8 @@ class Targets:
 
     def narrow(self, start: int, length: int) -> Targets:
         """Return the targets of some of the tokens; the mean stays that of all."""
-        own = (tensor.narrow(0, start, length) for tensor in (self.columns, self.is_here, self.counts))
-        return Targets(*own, num_counted=self.num_counted)
+        each = (self.columns, self.is_here, self.counts)
+        return Targets(*(tensor.narrow(0, start, length) for tensor in each), self.num_counted)
 
 
 def _check(labels: Tensor, vocab_size: int) -> None:

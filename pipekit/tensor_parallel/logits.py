@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipekit.tensor_parallel.layers import column_parallel_linear
 from pipekit.tensor_parallel.shards import Shard
 
 
+@dataclass(eq=False, repr=False)
 class Logits:
     """The scores `(B, S, V)` of every token of the vocabulary, not computed yet.
 
@@ -37,22 +39,16 @@ class Logits:
         '2.0794 is ln 8'
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        group: TensorGroup | None,
-        *,
-        sequence_parallel: bool = False,
-        vocab_size: int,
-        chunk_tokens: int | None = None,
-    ) -> None:
-        self.hidden = hidden
-        self.weight = weight
-        self.group = group
-        self.sequence_parallel = sequence_parallel and group is not None
-        self.vocab_size = vocab_size
-        self.chunk_tokens = chunk_tokens
+    hidden: Tensor
+    weight: Tensor
+    group: TensorGroup | None
+    _: KW_ONLY
+    sequence_parallel: bool = False
+    vocab_size: int
+    chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        self.sequence_parallel = self.sequence_parallel and self.group is not None
 
     @property
     def shape(self) -> torch.Size:

@@ -122,16 +122,13 @@ def is_deferred(weight: Tensor) -> bool:
 
 
 class OuterProduct:
-    """The weight gradient of a linear layer.
+    """The weight gradient `(O, I)` of a linear layer, of the output's gradient `(..., O)` and the input `(..., I)`.
 
-    Args:
-        grad: the output's gradient `(..., O)`.
-        inputs: returns the layer's input `(..., I)`; called once, when the gradient `(O, I)` is computed.
+    `inputs` returns that input; it is called once, when the gradient is computed.
     """
 
     def __init__(self, grad: Tensor, inputs: Callable[[], Tensor]) -> None:
-        self._grad = grad
-        self._inputs = inputs
+        self._grad, self._inputs = grad, inputs
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         inputs = self._inputs()
