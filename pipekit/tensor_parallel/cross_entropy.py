@@ -109,7 +109,8 @@ class Targets:
     def narrow(self, start: int, length: int) -> Targets:
         """Return the targets of some of the tokens; the mean stays that of all."""
         each = (self.columns, self.is_here, self.counts)
-        return Targets(*(tensor.narrow(0, start, length) for tensor in each), self.num_counted)
+        columns, is_here, counts = (tensor.narrow(0, start, length) for tensor in each)
+        return Targets(columns, is_here, counts, self.num_counted)
 
 
 def _check(labels: Tensor, vocab_size: int) -> None:
