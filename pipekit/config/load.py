@@ -234,8 +234,7 @@ def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default
         return None
     if name == "deepspeed":
         return values
-    section: type[Section] | None = family_of(values) if name == "model" else Config.model_fields[name].annotation
-    assert section is not None, "each has a class"
+    section: Any = family_of(values) if name == "model" else Config.model_fields[name].annotation
     keys = {**keys, name: list(section.model_fields)}
     if name == "run" and values.get("dir") is None:
         values = {key: value for key, value in values.items() if key != "dir"}
