@@ -12,7 +12,6 @@ from math import prod
 from typing import Literal
 
 from pipekit.errors import LayoutError
-from pipekit.settings.base import alternatives
 
 Axis = Literal["pipe", "data", "tensor"]
 Order = tuple[Axis, Axis, Axis]
@@ -198,7 +197,8 @@ def plan_layout(
 
 
 def _suggest_pp(ranks: int, tp: int) -> str:
-    choices = [pp for pp in range(1, ranks // tp + 1) if ranks % (pp * tp) == 0]
+    choices = [str(pp) for pp in range(1, ranks // tp + 1) if ranks % (pp * tp) == 0]
     if not choices:
         return f"no parallel.pp fits parallel.tp={tp}; try parallel.tp=1"
-    return f"try parallel.pp={alternatives(choices)}"
+    *others, last = choices
+    return f"try parallel.pp={', '.join(others) + ' or ' if others else ''}{last}"
