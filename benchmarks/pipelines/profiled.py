@@ -9,7 +9,7 @@ from typing import NoReturn
 from pipekit.layout import Layout
 from pipekit.partitioners import PartitionInputs
 from pipekit.predictions.devices import find_device
-from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.partition_inputs import partition_inputs
 from pipekit.predictions.prediction import PlannedModel, Prediction, predict

@@ -96,7 +96,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     """
     from pipekit.partitioners import compare_partitions
     from pipekit.plan.decide import build_specs, decide_run
-    from pipekit.plan.search import best_layout, search
+    from pipekit.plan.search import search
     from pipekit.predictions.prediction import predict
     from pipekit.predictions.report import report
     from pipekit.training.prepare import load_trial
@@ -128,9 +128,10 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     prepared = trial.prepare(config, tell) if config.model.needs_data else None
     if compares:
         config, specs = build_specs(config, trial, prepared)
-        found = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp)
-        best = best_layout(found, number, device)
-        return report(best, device, found.model.layer_names, found.result)
+        model, result = search(
+            config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp
+        )
+        return report(result.ranked[0], device, model.layer_names, result)
     decision = decide_run(config, trial, resources, prepared=prepared, on_progress=tell)
     boundaries, stages = decision.plan.boundaries, decision.plan.schedule.num_stages
     prediction = predict(decision.model, decision.parallel_plan, device, boundaries)

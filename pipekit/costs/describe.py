@@ -19,8 +19,7 @@ from pipekit.costs.trace import TracedLayer, trace_costs
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.shapes import ShapeRules
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names, spec_key
-from pipekit.predictions.layer_costs import LayerCosts
-from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.tensor_parallel import Logits
 from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, unflatten

@@ -16,7 +16,7 @@ from pipekit.errors import ConfigError
 from pipekit.layers.parameters import parameter_shapes
 from pipekit.layers.specs import LayerSpec, layer_names
 from pipekit.predictions.elements import Precision
-from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates
 from pipekit.predictions.prediction import PlannedModel
 from pipekit.progress import ProgressCallback

@@ -38,8 +38,7 @@ from pipekit.costs.profile_cache import ProfileCache, plain_meta
 from pipekit.costs.trace import TracedLayer
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.specs import LayerSpec, build_layer, build_on_meta, layer_names
-from pipekit.predictions.layer_costs import LayerCosts
-from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.progress import ProgressCallback
 from pipekit.tensors.host_memory import keep_freed_memory
 from pipekit.tensors.meta import NestedMeta

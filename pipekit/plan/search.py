@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,20 +13,11 @@ from pipekit.layers.specs import LayerSpec
 from pipekit.plan.device import plan_precision, present_device
 from pipekit.plan.resources import Resources
 from pipekit.predictions.devices import Device
-from pipekit.predictions.prediction import PlannedModel, Prediction
+from pipekit.predictions.prediction import PlannedModel
 from pipekit.predictions.search import SearchResult, SearchSpace, search_layouts
 
 if TYPE_CHECKING:
     from pipekit.plan.decide import TrialType
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search, with the model and the batch that it was made for."""
-
-    model: PlannedModel
-    result: SearchResult
-    global_batch_size: int
 
 
 def search(
@@ -39,11 +29,11 @@ def search(
     device: Device,
     is_gpu: bool,
     max_tp: int = 1,
-) -> Search:
+) -> tuple[PlannedModel, SearchResult]:
     """Compare every layout of a configuration's model over some devices.
 
     Args:
-        config: the configuration; of its parallel section the precision alone counts.
+        config: the configuration; of its parallel section the precision and the memory limit alone count.
         specs: the model.
         trial: the trial.
         num_devices: devices to fill.
@@ -53,6 +43,7 @@ def search(
 
     Raises:
         ConfigError: if it is not known what the layers cost.
+        LayoutError: if no layout fits; it says how much the nearest lacks.
     """
     if config.parallel.memory_limit_gb is not None:
         device = device.model_copy(update={"memory_bytes": int(config.parallel.memory_limit_gb * 1e9)})
@@ -63,34 +54,22 @@ def search(
         if heads.fault(2 * degrees[-1]):
             break
         degrees.append(2 * degrees[-1])
-    space = SearchSpace(
-        num_devices,
-        config.train.global_batch_size,
-        tp=degrees,
-        checkpointing=(True,) if config.train.activation_checkpointing else (False, True),
-    )
-    return Search(model, search_layouts(model, space, device), space.global_batch_size)
-
-
-def best_layout(found: Search, num_devices: int, device: Device) -> Prediction:
-    """Return the fastest layout of a search.
-
-    Raises:
-        LayoutError: if none fits; it says how much the nearest lacks.
-    """
-    if found.result.ranked:
-        return found.result.ranked[0]
+    batch_size = config.train.global_batch_size
+    checkpointing = (True,) if config.train.activation_checkpointing else (False, True)
+    space = SearchSpace(num_devices, batch_size, tp=degrees, checkpointing=checkpointing)
+    result = search_layouts(model, space, device)
+    if result.ranked:
+        return model, result
     over = f"{num_devices} x {device.name}"
-    rejected = found.result.rejected
-    if not rejected:
+    if not result.rejected:
         raise LayoutError(
-            f"no layout over {over} shares out the train.global_batch_size of {found.global_batch_size}: pp * tp * dp "
-            f"must be {num_devices}, pp at most the {len(found.model.layer_names)} layers, and dp must divide the "
-            "batch; try a multiple of the devices, or fewer of them"
+            f"no layout over {over} shares out the train.global_batch_size of {batch_size}: pp * tp * dp must be "
+            f"{num_devices}, pp at most the {len(model.layer_names)} layers, and dp must divide the batch; try a "
+            "multiple of the devices, or fewer of them"
         )
-    plan, reason = rejected[0]
+    plan, reason = result.rejected[0]
     raise LayoutError(
-        f"none of {len(rejected):,} layouts over {over} can run; the nearest is {plan}, which {reason}; try "
+        f"none of {len(result.rejected):,} layouts over {over} can run; the nearest is {plan}, which {reason}; try "
         "more devices, or a smaller train.sequence_length"
         + (", or compare tensor parallelism (pipekit plan --max-tp 8)" if plan.layout.tp == 1 else "")
     )
@@ -101,12 +80,6 @@ def choose_layout(
 ) -> tuple[Config, str, SearchResult]:
     """Choose the fastest layout for the devices present, in place of `parallel: auto`. Nothing is timed.
 
-    Args:
-        config: the configuration.
-        specs: the model.
-        trial: the trial's class.
-        resources: the devices.
-
     Returns:
         The configuration with the layout, the choice in one line, and the layouts that were compared.
 
@@ -115,8 +88,8 @@ def choose_layout(
     """
     number = resources.num_devices
     device = present_device(resources, number)
-    found = search(config, specs, trial, num_devices=number, device=device, is_gpu=bool(resources.num_gpus))
-    best = best_layout(found, number, device).plan
+    _, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=bool(resources.num_gpus))
+    best = result.ranked[0].plan
     resolved = config.updated(
         {
             "parallel.auto": False,
@@ -129,7 +102,7 @@ def choose_layout(
             "train.activation_checkpointing": best.checkpointing,
         }
     )
-    return resolved, reason_of_choice(found.result), found.result
+    return resolved, reason_of_choice(result), result
 
 
 def reason_of_choice(result: SearchResult) -> str:

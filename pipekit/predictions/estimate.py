@@ -9,13 +9,11 @@ from itertools import pairwise
 from math import gcd
 
 from pipekit.partitioners import balanced_boundaries
-from pipekit.predictions.layer_costs import layer_flops, stage_activation_bytes
+from pipekit.predictions.layer_costs import shard_layers, stage_activation_bytes
 from pipekit.predictions.memory import estimate_memory
-from pipekit.predictions.model_costs import stage_extras
 from pipekit.predictions.model_states import bytes_per_parameter
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel
-from pipekit.predictions.sharding import shard_layers
 from pipekit.predictions.timing import Cluster, action_costs, reduction_s, update_s
 from pipekit.schedules import Costs, plan_schedule, schedule_placement, simulate
 
@@ -126,9 +124,11 @@ class Estimator:
     def _balanced(self, size: int, placement: Sequence[int]) -> list[int]:
         costs = self._model.costs_of(size)
         flops = [layer.flops for layer in costs.layers]
-        extras = stage_extras(costs, len(placement), layer_flops)
+        extras = costs.stage_extras(len(placement), lambda loss: loss.flops)
         # Micro-batches of another size cost the same in other units.
-        key = _in_lowest_terms([*flops, int(extras[-1])]), tuple(placement)
+        numbers = [*flops, int(extras[-1])]
+        unit = gcd(*numbers) or 1
+        key = tuple(number // unit for number in numbers), tuple(placement)
         if key not in self._boundaries:
             self._boundaries[key] = balanced_boundaries(flops, placement, stage_extras=extras)
         return self._boundaries[key]
@@ -141,13 +141,11 @@ class Estimator:
             # As if each stage had a rank of its own: near enough, and soon found.
             boundaries = self._balanced(size, range(num_stages))
             layers = shard_layers(costs.layers, tp)
+            stages = [layers[start:end] for start, end in pairwise(boundaries)]
             self._stages[key] = _Stages(
                 boundaries,
-                [sum(layer.parameters for layer in layers[start:end]) for start, end in pairwise(boundaries)],
-                [
-                    stage_activation_bytes(layers[start:end], checkpointing=checkpointing)
-                    for start, end in pairwise(boundaries)
-                ],
+                [sum(layer.parameters for layer in stage) for stage in stages],
+                [stage_activation_bytes(stage, checkpointing=checkpointing) for stage in stages],
                 0 if costs.loss is None else costs.loss.saved_bytes // tp,
                 (sum(layer.parameters for layer in costs.layers) - self._model.num_parameters) // tp,
             )
@@ -155,24 +153,18 @@ class Estimator:
 
     def _stage_costs(self, plan: ParallelPlan, cluster: Cluster, stages: _Stages) -> Costs:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
-        are_far = tuple(link == cluster.device.inter_node for link in (cluster.pipe_link, cluster.tensor_link))
+        far = cluster.device.inter_node
+        are_far = (cluster.link("pipe") == far, cluster.link("tensor") == far)
         key = (plan.micro_batch_size, len(stages.parameters), plan.layout.tp, plan.checkpointing, are_far)
         if key not in self._costs:
-            costs = self._model.costs_of(plan.micro_batch_size)
             self._costs[key] = action_costs(
-                costs.layers,
+                self._model.costs_of(plan.micro_batch_size),
                 stages.boundaries,
                 cluster,
                 precision=self._model.precision,
                 checkpointing=plan.checkpointing,
-                loss=costs.loss,
             )
         return self._costs[key]
-
-
-def _in_lowest_terms(numbers: Sequence[int]) -> tuple[int, ...]:
-    unit = gcd(*numbers) or 1
-    return tuple(number // unit for number in numbers)
 
 
 def _pattern_of(plan: ParallelPlan, costs: Costs) -> tuple[float, _Pattern]:

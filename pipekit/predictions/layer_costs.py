@@ -1,9 +1,9 @@
-"""Costs of a layer for one micro-batch, and the activations of a stage."""
+"""Costs of layers and of a whole model for one micro-batch, and the activations of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 
@@ -45,22 +45,39 @@ class LayerCosts:
         return self.forward_flops + self.input_gradient_flops + self.weight_gradient_flops
 
     @property
-    def seconds(self) -> float | None:
-        """Measured seconds of the forward and the backward; None where nothing was measured."""
-        if self.forward_s is None or self.input_gradient_s is None or self.weight_gradient_s is None:
-            return None
-        return self.forward_s + self.input_gradient_s + self.weight_gradient_s
+    def seconds(self) -> float:
+        """Measured seconds of the forward and the backward."""
+        assert self.forward_s is not None, "the layer was not measured"
+        return self.forward_s + (self.input_gradient_s or 0.0) + (self.weight_gradient_s or 0.0)
 
 
-def layer_flops(layer: LayerCosts) -> float:
-    """Operations of a layer, forward and backward."""
-    return layer.flops
+@dataclass(frozen=True)
+class ModelCosts:
+    """Costs of a model for one micro-batch.
+
+    Attributes:
+        layers: one for each layer spec, in order.
+        loss: the loss function, which the last stage computes after its layers; None where the last layer returns the
+            loss itself.
+    """
+
+    layers: list[LayerCosts]
+    loss: LayerCosts | None = None
+
+    def stage_extras(self, num_stages: int, cost: Callable[[LayerCosts], float]) -> list[float]:
+        """Costs of each stage beside its layers: the loss on the last one."""
+        return [0.0] * (num_stages - 1) + [0.0 if self.loss is None else cost(self.loss)]
 
 
-def layer_seconds(layer: LayerCosts) -> float:
-    """Seconds of a measured layer, forward and backward."""
-    assert layer.seconds is not None, "the layer was not measured"
-    return layer.seconds
+def shard_layers(layers: Sequence[LayerCosts], tp: int) -> list[LayerCosts]:
+    """Costs of each layer on one of `tp` tensor-parallel ranks: one part in `tp` of all operations and bytes.
+
+    Norms and dropouts are sharded along the sequence, so that the ranks together hold every activation once.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.2.
+    """
+    shared = [field.name for field in fields(LayerCosts) if field.type == "int"]
+    return [replace(layer, **{name: -(-getattr(layer, name) // tp) for name in shared}) for layer in layers]
 
 
 def stage_activation_bytes(layers: Sequence[LayerCosts], *, checkpointing: bool) -> int:

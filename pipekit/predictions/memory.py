@@ -14,9 +14,14 @@ from math import ceil
 from pipekit.errors import LayoutError
 from pipekit.partitioners import MemoryLimit
 from pipekit.predictions.elements import Precision, Shape
-from pipekit.predictions.layer_costs import LayerCosts, stage_activation_bytes
-from pipekit.predictions.model_costs import ModelCosts
-from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates, bytes_per_parameter, model_states
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, stage_activation_bytes
+from pipekit.predictions.model_states import (
+    ADAM_STATES,
+    ModelStates,
+    OptimizerStates,
+    bytes_per_parameter,
+    model_states,
+)
 from pipekit.schedules import Action, Costs, Schedule, Timeline
 from pipekit.schedules.messages import EARLY_RECEIVES, plan_messages
 
@@ -41,50 +46,30 @@ class StageContents:
 
 
 @dataclass(frozen=True)
-class MemoryParts:
-    """Peak memory of one rank by parts, in bytes.
+class MemoryParts(ModelStates):
+    """Peak memory of one rank by parts, in bytes. Activations, logits and messages are gone when the update comes.
 
     Attributes:
-        weights: in the precision of the run.
-        gradients: accumulated in fp32; in bf16 also those of one backward, which are there until they are accumulated.
-        optimizer_states: moments and step counts.
-        masters: fp32 weights beside those of the run.
         activations: those of micro-batches in flight; under checkpointing also the layer that is recomputed.
         logits: temporary tensors of the loss: in a cross-entropy two gradients of the logits in fp32. Zero on all ranks
             but the last stage's.
         communication: messages that are received early, and gradients that are received and sent.
-        update: temporary buffers of the reduction over replicas and of the update, which come when activations, logits
-            and messages are gone.
-        is_estimate: whether the first four follow from a formula that no engine was held to: ZeRO 2 and 3.
     """
 
-    weights: int
-    gradients: int
-    optimizer_states: int
-    masters: int
     activations: int
     logits: int
     communication: int
-    update: int
-    is_estimate: bool = False
 
     @property
     def total(self) -> int:
         """Peak memory: the larger of the times before and after the last backward."""
-        standing = self.weights + self.gradients + self.optimizer_states + self.masters
-        return standing + max(self.activations + self.logits + self.communication, self.update)
+        return self.standing + max(self.activations + self.logits + self.communication, self.update)
 
 
 def stage_contents(
     layers: Sequence[LayerCosts], parameters: Sequence[Mapping[str, Shape]], boundaries: Sequence[int]
 ) -> list[StageContents]:
-    """Layers and parameters of each stage.
-
-    Args:
-        layers: costs of each layer of the model.
-        parameters: the shapes of each layer's trainable parameters by logical name.
-        boundaries: one more layer index than stages.
-    """
+    """Layers and parameters of each stage, from those of each layer of the model."""
     return [
         StageContents(
             layers[start:end], {name: shape for layer in parameters[start:end] for name, shape in layer.items()}
@@ -154,16 +139,11 @@ def peak_memory(
         )
         found.append(
             MemoryParts(
-                weights=states.weights,
-                gradients=states.gradients,
-                optimizer_states=states.optimizer_states,
-                masters=states.masters,
+                **vars(states),
                 activations=activations,
                 # A gradient of what the loss keeps, and one of what it made that of.
                 logits=2 * loss.saved_bytes if loss is not None and is_last else 0,
                 communication=_communication(stages, messages, rank),
-                update=states.update,
-                is_estimate=zero > 1,
             )
         )
     return found
@@ -255,9 +235,10 @@ def _activation_bytes(
     held = [stage_activation_bytes(stage.layers, checkpointing=checkpointing) for stage in stages]
     if checkpointing:
         for stage, contents in enumerate(stages):
-            # Where a layer's backward keeps nothing there is nothing to recompute, and its input is not kept either.
-            pairs = pairwise(contents.layers)
-            held[stage] -= sum(before.output_bytes for before, layer in pairs if not _keeps_anything(layer))
+            for before, layer in pairwise(contents.layers):
+                # Where a backward keeps nothing there is nothing to recompute, and its input is not kept either.
+                if not (layer.saved_bytes or layer.keeps_input or layer.keeps_output):
+                    held[stage] -= before.output_bytes
     if loss is not None:
         last = stages[-1].layers[-1]
         is_kept = loss.keeps_input or (last.keeps_output and not checkpointing)
@@ -267,10 +248,6 @@ def _activation_bytes(
             # What one stage passes on is what the next is passed: the same tensor.
             held[stage] -= stages[stage].layers[0].input_bytes
     return held
-
-
-def _keeps_anything(layer: LayerCosts) -> bool:
-    return layer.saved_bytes > 0 or layer.keeps_input or layer.keeps_output
 
 
 def _peak_bytes(actions: Sequence[Action], held: Sequence[float]) -> int:
@@ -284,13 +261,10 @@ def _count_halves(actions: Sequence[Action], num_stages: int) -> list[Action]:
     """Actions of a rank, with a second stage for each that splits its backwards, in flight between the two halves."""
     row: list[Action] = []
     for action in actions:
-        second = action.stage + num_stages
-        if action.kind == "I":
-            row.append(Action(second, "F", action.micro_batch))
-        else:
+        if action.kind != "I":
             row.append(action)
-            if action.kind == "W":
-                row.append(Action(second, "W", action.micro_batch))
+        if action.kind in "IW":
+            row.append(Action(action.stage + num_stages, "F" if action.kind == "I" else "W", action.micro_batch))
     return row
 
 

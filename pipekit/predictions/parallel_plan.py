@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from pipekit.layout import Layout
 from pipekit.schedules import SCHEDULE_NAMES, Schedule, plan_schedule
@@ -69,19 +70,12 @@ class ParallelPlan:
             ConfigError: if the schedule cannot run so.
         """
         pp, num_micro_batches = self.layout.pp, self.num_micro_batches
+        stages, most = self.stages_per_rank, self.max_in_flight
+        plan = partial(plan_schedule, self.schedule, pp=pp, stages_per_rank=stages, max_in_flight=most)
         # What is left out is a multiple of the ranks, as interleaving asks.
         fewer = 3 * pp + num_micro_batches % pp
         is_long = num_micro_batches > fewer and num_micro_batches * self.actions_per_micro_batch > _MOST_ACTIONS
         # Under GPipe every micro-batch more is held, and a file has the micro-batches that it has.
         if not is_long or self.schedule == "gpipe" or self.schedule not in SCHEDULE_NAMES:
-            return self._plan_schedule(num_micro_batches), None
-        return self._plan_schedule(fewer), self._plan_schedule(fewer - pp)
-
-    def _plan_schedule(self, num_micro_batches: int) -> Schedule:
-        return plan_schedule(
-            self.schedule,
-            pp=self.layout.pp,
-            num_micro_batches=num_micro_batches,
-            stages_per_rank=self.stages_per_rank,
-            max_in_flight=self.max_in_flight,
-        )
+            return plan(num_micro_batches=num_micro_batches), None
+        return plan(num_micro_batches=fewer), plan(num_micro_batches=fewer - pp)

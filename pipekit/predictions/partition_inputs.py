@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from pipekit.partitioners import PartitionInputs
-from pipekit.predictions.layer_costs import layer_flops, layer_seconds
+from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.memory import memory_limit
-from pipekit.predictions.model_costs import ModelCosts, stage_extras
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel
 from pipekit.schedules import Schedule
+
+_flops, _seconds = attrgetter("flops"), attrgetter("seconds")
 
 
 def partition_inputs(
@@ -35,15 +37,14 @@ def partition_inputs(
         return model.costs_of(plan.micro_batch_size)
 
     def extras(method: str) -> list[float] | None:
-        if method not in ("flops", "profile"):
-            return None
-        return stage_extras(costs(), schedule.num_stages, layer_flops if method == "flops" else layer_seconds)
+        cost = {"flops": _flops, "profile": _seconds}.get(method)
+        return None if cost is None else costs().stage_extras(schedule.num_stages, cost)
 
     return PartitionInputs(
         type_names,
         lambda: model.layer_parameters,
-        count_flops=lambda: list(map(layer_flops, costs().layers)),
-        measure_seconds=(lambda: list(map(layer_seconds, costs().layers))) if model.is_timed else None,
+        count_flops=lambda: list(map(_flops, costs().layers)),
+        measure_seconds=(lambda: list(map(_seconds, costs().layers))) if model.is_timed else None,
         stage_extras=extras,
         memory_limit=lambda: memory_limit(
             costs(),

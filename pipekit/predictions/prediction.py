@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from pipekit.predictions.devices import Device
 from pipekit.predictions.elements import Precision, Shape, count_elements
+from pipekit.predictions.layer_costs import ModelCosts, shard_layers
 from pipekit.predictions.memory import MemoryParts, peak_memory, stage_contents
-from pipekit.predictions.model_costs import ModelCosts
 from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates
 from pipekit.predictions.parallel_plan import ParallelPlan
-from pipekit.predictions.sharding import shard_layers
 from pipekit.predictions.timing import Cluster, StepTimes, action_costs, step_times
 
 
@@ -114,53 +112,41 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
     """
     schedule, shorter = plan.plan_schedules()
     costs = model.costs_of(plan.micro_batch_size)
-    tp, dp = plan.layout.tp, plan.layout.dp
+    tp = plan.layout.tp
     cluster = Cluster(device, plan.layout)
     stages = stage_contents(shard_layers(costs.layers, tp), model.shapes_of(tp), boundaries)
-    loss = None if costs.loss is None else shard_layers([costs.loss], tp)[0]
-    stage_parameters = [count_elements(stage.parameters) for stage in stages]
     times = step_times(
         schedule,
         plan.num_micro_batches,
-        action_costs(
-            costs.layers,
-            boundaries,
-            cluster,
-            precision=model.precision,
-            checkpointing=plan.checkpointing,
-            loss=costs.loss,
-        ),
+        action_costs(costs, boundaries, cluster, precision=model.precision, checkpointing=plan.checkpointing),
         cluster,
-        stage_parameters=stage_parameters,
+        stage_parameters=[count_elements(stage.parameters) for stage in stages],
         precision=model.precision,
         zero=plan.zero,
         shorter=shorter,
     )
-    layers = [range(start, end) for start, end in pairwise(boundaries)]
     memory = peak_memory(
         stages,
         schedule,
-        loss=loss,
+        loss=None if costs.loss is None else shard_layers([costs.loss], tp)[0],
         precision=model.precision,
         zero=plan.zero,
-        dp=dp,
+        dp=plan.layout.dp,
         optimizer_states=model.optimizer_states,
         checkpointing=plan.checkpointing,
     )
-    ranks = []
-    for rank in range(plan.layout.pp):
-        own = schedule.stages_of(rank)
-        ranks.append(
-            RankPrediction(
-                stages=tuple(layers[stage] for stage in own),
-                parameters=count_elements(*(stages[stage].parameters for stage in own)),
-                memory=memory[rank],
-                time_s=times.busy_s[rank],
-            )
+    ranks = [
+        RankPrediction(
+            stages=tuple(range(boundaries[stage], boundaries[stage + 1]) for stage in schedule.stages_of(rank)),
+            parameters=count_elements(*(stages[stage].parameters for stage in schedule.stages_of(rank))),
+            memory=memory[rank],
+            time_s=times.busy_s[rank],
         )
+        for rank in range(plan.layout.pp)
+    ]
     everything = [*costs.layers, *([] if costs.loss is None else [costs.loss])]
     flops = sum(layer.flops + (layer.forward_flops if plan.checkpointing else 0) for layer in everything)
-    num_flops = flops * plan.num_micro_batches * dp
+    num_flops = flops * plan.num_micro_batches * plan.layout.dp
     return Prediction(
         plan=plan,
         num_parameters=model.num_parameters,

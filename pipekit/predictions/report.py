@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from pipekit.layout import DEFAULT_ORDER, Layout
 from pipekit.partitioners import ComparedPartition
 from pipekit.predictions.devices import Device
-from pipekit.predictions.memory import MemoryParts
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import Prediction
-from pipekit.predictions.rejections import OutOfMemory, Rejection
-from pipekit.predictions.search import SearchResult
-from pipekit.schedules import Timeline
+from pipekit.predictions.search import OutOfMemory, SearchResult
 
+_KEPT = ("zero", "schedule", "stages_per_rank", "micro_batch_size", "num_micro_batches")
 # A picture of more actions shows nothing.
 _MOST_DRAWN = 6000
 
@@ -57,19 +54,19 @@ def report(
                     for stage in predicted.stages
                 ],
                 "parameters": predicted.parameters,
-                "memory_bytes": memory_report(predicted.memory),
+                "memory_bytes": {**vars(predicted.memory), "total": predicted.memory.total},
                 "time_s": predicted.time_s,
             }
             for rank, predicted in enumerate(prediction.ranks)
         ],
     }
     if sum(map(len, times.timeline.spans)) <= _MOST_DRAWN:
-        found["timeline"] = timeline_report(times.timeline)
-    if partitions:
-        found["partitions"] = [
-            {"method": other.method, "boundaries": list(other.boundaries), "imbalance": other.imbalance}
-            for other in partitions
+        found["timeline"] = [
+            [{"action": str(span.action), "start_s": span.start_s, "end_s": span.end_s} for span in spans]
+            for spans in times.timeline.spans
         ]
+    if partitions:
+        found["partitions"] = [other._asdict() for other in partitions]
     if search is not None:
         found["layouts"] = [
             {
@@ -84,13 +81,11 @@ def report(
         found["num_fitting"] = search.num_fitting
         found["num_open"] = search.num_open
         found["rejected"] = [
-            {"layout": plan_report(plan), "reason": str(reason), **_lacking(reason)} for plan, reason in search.rejected
+            {"layout": plan_report(plan), "reason": str(reason)}
+            | ({"lacking_bytes": reason.lacking_bytes} if isinstance(reason, OutOfMemory) else {})
+            for plan, reason in search.rejected
         ]
     return found
-
-
-def _lacking(reason: Rejection) -> dict[str, float]:
-    return {"lacking_bytes": reason.lacking_bytes} if isinstance(reason, OutOfMemory) else {}
 
 
 def plan_report(plan: ParallelPlan) -> dict[str, Any]:
@@ -102,11 +97,7 @@ def plan_report(plan: ParallelPlan) -> dict[str, Any]:
         "tp": layout.tp,
         "dp": layout.dp,
         **order,
-        "zero": plan.zero,
-        "schedule": plan.schedule,
-        "stages_per_rank": plan.stages_per_rank,
-        "micro_batch_size": plan.micro_batch_size,
-        "num_micro_batches": plan.num_micro_batches,
+        **{name: getattr(plan, name) for name in _KEPT},
         "activation_checkpointing": plan.checkpointing,
     }
 
@@ -115,24 +106,6 @@ def read_plan(layout: Mapping[str, Any]) -> ParallelPlan:
     """Layout and options from the plain data of `plan_report`, which leaves `max_in_flight` out."""
     return ParallelPlan(
         Layout(**{key: layout[key] for key in ("pp", "dp", "tp", "order") if key in layout}),
-        zero=layout["zero"],
-        schedule=layout["schedule"],
-        stages_per_rank=layout["stages_per_rank"],
-        micro_batch_size=layout["micro_batch_size"],
-        num_micro_batches=layout["num_micro_batches"],
         checkpointing=layout["activation_checkpointing"],
+        **{name: layout[name] for name in _KEPT},
     )
-
-
-def memory_report(memory: MemoryParts) -> dict[str, int]:
-    """Parts of a rank's memory, and its peak in total."""
-    parts = {field.name: getattr(memory, field.name) for field in fields(memory) if field.name != "is_estimate"}
-    return {**parts, "total": memory.total}
-
-
-def timeline_report(timeline: Timeline) -> list[list[dict[str, Any]]]:
-    """Actions of each rank with their times."""
-    return [
-        [{"action": str(span.action), "start_s": span.start_s, "end_s": span.end_s} for span in spans]
-        for spans in timeline.spans
-    ]

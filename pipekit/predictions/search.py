@@ -12,15 +12,45 @@ from pipekit.predictions.devices import Device
 from pipekit.predictions.estimate import Estimate, Estimator
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel, Prediction, predict
-from pipekit.predictions.rejections import NotDivisible, OutOfMemory, Rejection, TooMany
 from pipekit.predictions.timing import Cluster
 
 # Actions that are simulated in all, some seconds' worth.
 _MOST_SIMULATED = 150_000
 
-MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 SCHEDULES = {"1f1b": 1, "zb-h1": 1, "interleaved-1f1b": 2, "zb-v": 2}
 """Schedules to compare, with the stages that each puts on a rank."""
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """Memory that the fullest rank lacks.
+
+    Attributes:
+        needed_bytes: bytes that it needs at its peak.
+        available_bytes: bytes that its device has.
+        is_lower_bound: whether `needed_bytes` is an estimate that the true need is not below.
+
+    Example:
+        >>> str(OutOfMemory(16.15e9, 16e9)), OutOfMemory(18e9, 16e9).lacking_bytes
+        ('needs 16.15 GB of 16.00 GB', 2000000000.0)
+    """
+
+    needed_bytes: float
+    available_bytes: float
+    is_lower_bound: bool = False
+
+    @property
+    def lacking_bytes(self) -> float:
+        """Bytes that are missing."""
+        return self.needed_bytes - self.available_bytes
+
+    def __str__(self) -> str:
+        needs = "needs at least" if self.is_lower_bound else "needs"
+        return f"{needs} {self.needed_bytes / 1e9:,.2f} GB of {self.available_bytes / 1e9:,.2f} GB"
+
+
+Rejection = OutOfMemory | str
+"""Reason why a layout cannot run; as text, it goes on after "a layout that"."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,7 @@ class SearchSpace:
     tp: Sequence[int] = (1,)
     zero: Sequence[int] = (0, 1)
     schedules: Sequence[str] = tuple(SCHEDULES)
-    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
+    micro_batch_sizes: Sequence[int] = (1, 2, 4, 8, 16)
     checkpointing: Sequence[bool] = (False, True)
 
 
@@ -131,13 +161,13 @@ def parallel_plans(model: PlannedModel, space: SearchSpace) -> Iterator[Parallel
                 yield ParallelPlan(layout, zero, schedule, SCHEDULES[schedule], size, num_micro_batches, checkpointing)
 
 
-def why_impossible(model: PlannedModel, plan: ParallelPlan, device: Device) -> Rejection | None:
+def why_impossible(model: PlannedModel, plan: ParallelPlan, device: Device) -> str | None:
     """Reason why a layout cannot be built, memory left aside; None where it can."""
     pp, tp, num_layers = plan.layout.pp, plan.layout.tp, len(model.layer_names)
     if plan.num_stages > num_layers:
-        return TooMany("stages", plan.num_stages, limit=num_layers, of="layers")
+        return f"has {plan.num_stages:,} stages, more than the {num_layers:,} layers"
     if tp > device.devices_per_node:
-        return TooMany("tensor-parallel ranks", tp, limit=device.devices_per_node, of="devices of a node")
+        return f"has {tp:,} tensor-parallel ranks, more than the {device.devices_per_node:,} devices of a node"
     if plan.schedule == "interleaved-1f1b" and plan.num_micro_batches % pp:
-        return NotDivisible("micro-batches under interleaved-1f1b", plan.num_micro_batches, divisor="pp", by=pp)
+        return f"has {plan.num_micro_batches:,} micro-batches under interleaved-1f1b, which pp={pp} does not divide"
     return None

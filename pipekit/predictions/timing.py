@@ -9,7 +9,7 @@ from itertools import pairwise
 from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Device, Link
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision
-from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
 
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
@@ -34,11 +34,6 @@ def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
     return 2 * (size - 1) * (link.latency_s + num_bytes / size / link.bandwidth)
 
 
-def all_gather_s(num_bytes: float, size: int, link: Link) -> float:
-    """Seconds of an all-gather of `num_bytes` in all over a ring."""
-    return all_reduce_s(num_bytes, size, link) / 2
-
-
 @dataclass(frozen=True)
 class Cluster:
     """The devices of a run, and the place of each rank.
@@ -52,22 +47,7 @@ class Cluster:
     device: Device
     layout: Layout
 
-    @property
-    def tensor_link(self) -> Link:
-        """Link between tensor-parallel peers."""
-        return self._link_along("tensor")
-
-    @property
-    def data_link(self) -> Link:
-        """Link between the replicas of a stage."""
-        return self._link_along("data")
-
-    @property
-    def pipe_link(self) -> Link:
-        """Slowest link between neighbouring pipeline ranks."""
-        return self._link_along("pipe")
-
-    def _link_along(self, axis: Axis) -> Link:
+    def link(self, axis: Axis) -> Link:
         """Slowest link that a group along an axis needs.
 
         Groups fill blocks of consecutive ranks. Where a block lies on two nodes, the group of its first rank, or of one
@@ -75,14 +55,13 @@ class Cluster:
         """
         per_node = self.device.devices_per_node
         is_one_node = self.layout.world_size <= per_node or self.layout.degree(axis) == 1
-        return (
-            self.device.intra_node if is_one_node or per_node % self.layout.span(axis) == 0 else self.device.inter_node
-        )
+        is_near = is_one_node or per_node % self.layout.span(axis) == 0
+        return self.device.intra_node if is_near else self.device.inter_node
 
 
 def reduction_s(parameters: int, cluster: Cluster) -> float:
     """Seconds in which the replicas sum the gradients of so many parameters."""
-    return all_reduce_s(_REDUCED_BYTES * parameters, cluster.layout.dp, cluster.data_link)
+    return all_reduce_s(_REDUCED_BYTES * parameters, cluster.layout.dp, cluster.link("data"))
 
 
 def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
@@ -92,17 +71,13 @@ def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: i
     is_shared = zero > 0 or precision != "fp32"
     shard = parameters / cluster.layout.dp if is_shared else parameters
     moved_s = shard * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
-    return moved_s + (all_gather_s(parameters * weight_bytes, cluster.layout.dp, cluster.data_link) if is_shared else 0)
+    # An all-gather passes each link once, where an all-reduce does so twice.
+    gather_s = all_reduce_s(parameters * weight_bytes, cluster.layout.dp, cluster.link("data")) / 2
+    return moved_s + (gather_s if is_shared else 0)
 
 
 def action_costs(
-    layers: Sequence[LayerCosts],
-    boundaries: Sequence[int],
-    cluster: Cluster,
-    *,
-    precision: Precision,
-    checkpointing: bool,
-    loss: LayerCosts | None = None,
+    costs: ModelCosts, boundaries: Sequence[int], cluster: Cluster, *, precision: Precision, checkpointing: bool
 ) -> Costs:
     """Seconds of each stage's actions: forward, input gradient and weight gradient.
 
@@ -111,22 +86,21 @@ def action_costs(
     an all-reduce of each output in the forward, and of each input gradient in the backward.
 
     Args:
-        layers: of the whole model, for one micro-batch.
+        costs: of the model for one micro-batch.
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
         cluster: devices and layout.
         precision: of weights and activations.
         checkpointing: whether each backward first repeats the forward.
-        loss: costs of the loss, which the last stage computes after its layers.
     """
-    tp = cluster.layout.tp
+    tp, layers = cluster.layout.tp, costs.layers
     flops_per_s = cluster.device.matmul_flops(precision) * tp
     forward_s, input_gradient_s, weight_gradient_s = [], [], []
     for start, end in pairwise(boundaries):
-        stage = list(layers[start:end])
-        if loss is not None and end == len(layers):
-            stage.append(loss)
+        stage = layers[start:end]
+        if costs.loss is not None and end == len(layers):
+            stage = [*stage, costs.loss]
         messages_s = sum(
-            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, cluster.tensor_link)
+            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, cluster.link("tensor"))
             for layer in stage
             if layer.forward_flops
         )
@@ -142,12 +116,8 @@ def action_costs(
         input_gradient_s.append(inputs + (forward if checkpointing else 0.0))
         weight_gradient_s.append(weights)
     passed_on = [layers[boundary - 1].output_bytes for boundary in boundaries[1:-1]]
-    return Costs(
-        forward_s,
-        input_gradient_s,
-        weight_gradient_s,
-        transfer_s=cluster.pipe_link.transfer_s(max(passed_on, default=0) / tp) if passed_on else 0.0,
-    )
+    transfer_s = cluster.link("pipe").transfer_s(max(passed_on) / tp) if passed_on else 0.0
+    return Costs(forward_s, input_gradient_s, weight_gradient_s, transfer_s=transfer_s)
 
 
 def _seconds(measured_s: float | None, flops: int, flops_per_s: float, least_s: float = 0.0) -> float:

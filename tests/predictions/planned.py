@@ -18,8 +18,7 @@ from pipekit.models.transformer import language_model_loss
 from pipekit.predictions.devices import Device
 from pipekit.predictions.elements import Precision
 from pipekit.predictions.estimate import Estimator
-from pipekit.predictions.layer_costs import LayerCosts
-from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel, Prediction
 from pipekit.predictions.prediction import predict as predict_boundaries

@@ -374,9 +374,8 @@ def test_the_reduction_and_the_update_come_after_the_activations() -> None:
     assert two_stages(precision="bf16").update == 0
 
 
-def test_zero_2_and_3_are_estimates() -> None:
+def test_zero_2_and_3_hold_shares_of_gradients_and_weights() -> None:
     one, two, three = (two_stages(dp=2, zero=zero) for zero in (1, 2, 3))
-    assert [parts.is_estimate for parts in (one, two, three)] == [False, True, True]
     assert one.gradients > two.gradients == three.gradients == 4 * 16
     assert one.weights == two.weights == 2 * three.weights
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners import PartitionInputs, partition
-from pipekit.predictions.model_costs import ModelCosts
+from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.partition_inputs import partition_inputs
 from pipekit.predictions.prediction import PlannedModel, predict

@@ -7,8 +7,7 @@ import pytest
 from pipekit.predictions import search
 from pipekit.predictions.devices import Device, find_device
 from pipekit.predictions.prediction import PlannedModel, Prediction
-from pipekit.predictions.rejections import NotDivisible, OutOfMemory, Rejection, TooMany
-from pipekit.predictions.search import SearchSpace, parallel_plans, search_layouts, why_impossible
+from pipekit.predictions.search import OutOfMemory, SearchSpace, parallel_plans, search_layouts, why_impossible
 from predictions.planned import device, gpt, layer, model, plan, predict
 
 SPACE = SearchSpace(8, 32, micro_batch_sizes=(1, 2, 4))
@@ -78,16 +77,16 @@ def test_what_does_not_fit_says_how_much_it_lacks() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pp": 8, "schedule": "zb-v", "stages_per_rank": 2}, TooMany("stages", 16, 8, "layers")),
-        ({"tp": 16}, TooMany("tensor-parallel ranks", 16, 8, "devices of a node")),
+        ({"pp": 8, "schedule": "zb-v", "stages_per_rank": 2}, "has 16 stages, more than the 8 layers"),
+        ({"tp": 16}, "has 16 tensor-parallel ranks, more than the 8 devices of a node"),
         (
             {"pp": 4, "schedule": "interleaved-1f1b", "stages_per_rank": 2, "num_micro_batches": 6},
-            NotDivisible("micro-batches under interleaved-1f1b", 6, "pp", 4),
+            "has 6 micro-batches under interleaved-1f1b, which pp=4 does not divide",
         ),
         ({"pp": 8, "num_micro_batches": 6}, None),
     ],
 )
-def test_what_cannot_be_built_says_why(changes: dict[str, object], reason: Rejection | None) -> None:
+def test_what_cannot_be_built_says_why(changes: dict[str, object], reason: str | None) -> None:
     assert why_impossible(model([layer()] * 8), plan(**changes), device()) == reason
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Link
-from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_gather_s, all_reduce_s, step_times
+from pipekit.predictions.layer_costs import ModelCosts
+from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_reduce_s, step_times
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
 from predictions.planned import device, layer
 
@@ -37,7 +38,6 @@ def times(schedule: Schedule, costs: Costs, *, parameters: list[int], dp: int = 
 def test_an_all_reduce_sends_every_share_around_the_ring_twice() -> None:
     link = Link(bandwidth=100.0, latency_s=0.5)
     assert all_reduce_s(800, 4, link) == 6 * (0.5 + 200 / 100)
-    assert all_gather_s(800, 4, link) == 3 * (0.5 + 200 / 100)
     assert all_reduce_s(800, 1, link) == 0
 
 
@@ -56,7 +56,8 @@ def test_an_all_reduce_sends_every_share_around_the_ring_twice() -> None:
 def test_groups_use_the_slowest_link_that_they_need(layout: dict[str, Any], tensor: str, data: str, pipe: str) -> None:
     cluster = Cluster(device(intra_node=FAST, inter_node=SLOW), Layout(**layout))
     links = {"intra": cluster.device.intra_node, "inter": cluster.device.inter_node}
-    assert (cluster.tensor_link, cluster.data_link, cluster.pipe_link) == (links[tensor], links[data], links[pipe])
+    expected: dict[Axis, Link] = {"tensor": links[tensor], "data": links[data], "pipe": links[pipe]}
+    assert {axis: cluster.link(axis) for axis in expected} == expected
 
 
 @settings(max_examples=300)
@@ -70,20 +71,16 @@ def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
 ) -> None:
     layout = Layout(*degrees, order=tuple(order))  # type: ignore[arg-type]
     cluster = Cluster(device(intra_node=FAST, inter_node=SLOW, devices_per_node=per_node), layout)
-    links: dict[Axis, Link] = {
-        "pipe": cluster.pipe_link,
-        "data": cluster.data_link,
-        "tensor": cluster.tensor_link,
-    }
-    for axis, link in links.items():
+    for axis in order:
         is_slow = any(len({rank // per_node for rank in ranks}) > 1 for ranks in layout.groups(axis))
-        assert (link == cluster.device.inter_node) == is_slow
+        assert (cluster.link(axis) == cluster.device.inter_node) == is_slow
 
 
 def test_stages_take_their_operations_or_what_was_measured() -> None:
     layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
     cluster = Cluster(device(), Layout(pp=2))
-    costs = action_costs(layers, [0, 2, 3], cluster, precision="fp32", checkpointing=False, loss=layer(50))
+    model = ModelCosts(layers, layer(50))
+    costs = action_costs(model, [0, 2, 3], cluster, precision="fp32", checkpointing=False)
     assert costs.forward_s == [4.0, 5.5]
     assert costs.input_gradient_s == [4.0, 1.5]
     assert costs.weight_gradient_s == [4.0, 1.5]
@@ -91,14 +88,16 @@ def test_stages_take_their_operations_or_what_was_measured() -> None:
 
 
 def test_checkpointing_repeats_the_forward() -> None:
-    costs = action_costs([layer(100)], [0, 1], Cluster(device(), Layout()), precision="fp32", checkpointing=True)
+    model = ModelCosts([layer(100)])
+    costs = action_costs(model, [0, 1], Cluster(device(), Layout()), precision="fp32", checkpointing=True)
     assert (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s) == ([1.0], [2.0], [1.0])
     assert costs.transfer_s == 0
 
 
 def test_tensor_parallel_ranks_share_the_operations_and_sum_what_they_pass_on() -> None:
     layers = [layer(100, passed_bytes=8), layer(0, passed_bytes=8), replace(layer(100), output_bytes=1000)]
-    costs = action_costs(layers, [0, 3], Cluster(device(), Layout(tp=4)), precision="fp32", checkpointing=False)
+    cluster = Cluster(device(), Layout(tp=4))
+    costs = action_costs(ModelCosts(layers), [0, 3], cluster, precision="fp32", checkpointing=False)
     message_s = all_reduce_s(8, 4, device().intra_node)
     assert costs.forward_s == [pytest.approx(2 * 0.25 + 2 * message_s)]
     assert costs.input_gradient_s == costs.forward_s

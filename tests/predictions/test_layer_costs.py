@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipekit.predictions.sharding import shard_layers
+from pipekit.predictions.layer_costs import shard_layers
 from predictions.planned import layer
 
 
