@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipekit.costs.layer_timing import build_values
 from pipekit.costs.trace import TracedLayer, trace_costs
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.shapes import ShapeRules
@@ -25,6 +26,10 @@ from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, unflatten
 
 LossFn = Callable[[Any, Any], Any]
+
+_REMEDY = (
+    "if these are not the shapes it is for, mend {}; if it needs {}, set parallel.partition=profile, which runs it"
+)
 
 
 def describe_layers(
@@ -60,26 +65,45 @@ def describe_layers(
         >>> [(layer.parameters, layer.forward_flops, layer.input_gradient_flops) for layer in costs.layers]
         [(400, 0, 0), (400, 12800, 12800)]
     """
+
+    def describe(layer_idx: int, name: str, inputs: NestedMeta, loss_fn: LossFn | None) -> TracedLayer:
+        loss = None if loss_fn is None else take_loss(loss_fn, labels)
+        return describe_layer(specs[layer_idx], inputs, name=name, dtype=dtype, loss=loss)
+
+    layers, outputs = walk_layers(specs, inputs, describe, dtype=dtype, loss_fn=loss_fn)
+    return ModelCosts(layers, None if loss_fn is None or is_loss(outputs) else describe_loss(loss_fn, outputs, labels))
+
+
+def walk_layers(
+    specs: Sequence[LayerSpec],
+    inputs: Any,
+    find_costs: Callable[[int, str, NestedMeta, LossFn | None], TracedLayer],
+    *,
+    dtype: torch.dtype,
+    loss_fn: LossFn | None,
+) -> tuple[list[LayerCosts], NestedMeta]:
+    """Costs of each layer, found once for equal layers on equal inputs, and shapes and types of the last outputs.
+
+    Args:
+        specs: the model.
+        inputs: nested inputs of the first layer.
+        find_costs: called with index, logical name and inputs of a layer, and with the loss if that is a part of it.
+        dtype: of weights and floating-point activations.
+        loss_fn: the loss function behind the last layer, if any.
+    """
     meta = NestedMeta.of(inputs, "the input of the first layer", dtype=dtype)
-    described: dict[Hashable, TracedLayer] = {}
+    found: dict[Hashable, TracedLayer] = {}
     layers: list[LayerCosts] = []
-    for spec, name in zip(specs, layer_names(specs), strict=True):
-        is_last = len(layers) == len(specs) - 1
-        loss = None
-        if is_last and loss_fn is not None and gives_logits(spec, meta, name=name, dtype=dtype):
-            loss = take_loss(loss_fn, labels)
-        key = (layer_key(spec, meta), loss is None)
-        if key not in described:
-            described[key] = describe_layer(spec, meta, name=name, dtype=dtype, loss=loss)
-        layers.append(described[key].costs)
-        meta = described[key].outputs
-    return ModelCosts(layers, None if loss_fn is None or is_loss(meta) else describe_loss(loss_fn, meta, labels))
-
-
-def layer_key(spec: LayerSpec, inputs: NestedMeta) -> Hashable:
-    """Key that is equal for layers of equal costs."""
-    forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
-    return spec_key(spec), forward_fn, inputs.key
+    for layer_idx, (spec, name) in enumerate(zip(specs, layer_names(specs), strict=True)):
+        is_last = layer_idx == len(specs) - 1
+        has_loss = is_last and loss_fn is not None and _gives_logits(spec, meta, name=name, dtype=dtype)
+        forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
+        key = (spec_key(spec), forward_fn, meta.key, has_loss)
+        if key not in found:
+            found[key] = find_costs(layer_idx, name, meta, loss_fn if has_loss else None)
+        layers.append(found[key].costs)
+        meta = found[key].outputs
+    return layers, meta
 
 
 def describe_layer(
@@ -97,8 +121,8 @@ def describe_layer(
     Raises:
         ConfigError: if it does not fit its inputs, or cannot run without values.
     """
-    what = f"layer {name!r} ({spec.type_name})"
-    with _failures(what, inputs, mend="the layer before it", needs="values, or tensors on a device of its own"):
+    remedy = _REMEDY.format("the layer before it", "values, or tensors on a device of its own")
+    with failures(f"layer {name!r} ({spec.type_name})", f"described from {inputs}", lambda error: remedy):
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
         return trace_module(layer, apply_layer(layer, spec, loss), inputs.on_meta(), inputs.structure)
 
@@ -106,14 +130,7 @@ def describe_layer(
 def trace_module(
     module: nn.Module, call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure
 ) -> TracedLayer:
-    """Trace the costs of a built layer on its device.
-
-    Args:
-        module: holds the layer's parameters and buffers.
-        call: the function that a stage calls with the layer's inputs.
-        leaves: the input tensors.
-        structure: their nesting.
-    """
+    """Trace the costs of a built layer on its device; `call` is the function that a stage calls with its inputs."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     held = [parameter for parameter in module.parameters() if not parameter.requires_grad] + list(module.buffers())
     with leaves[0].device if leaves else torch.device("meta"):
@@ -134,7 +151,7 @@ def apply_layer(layer: nn.Module, spec: LayerSpec, loss: Callable[[Any], Any] | 
     return with_loss
 
 
-def gives_logits(spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype) -> bool:
+def _gives_logits(spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype) -> bool:
     """Test if a layer returns `Logits`, as far as can be told without values."""
     try:
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
@@ -144,11 +161,11 @@ def gives_logits(spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch
         return False
 
 
-def take_loss(loss_fn: LossFn, labels: Any) -> Callable[[Any], Any]:
-    """Function that computes the loss of outputs on torch's meta device."""
+def take_loss(loss_fn: LossFn, labels: Any, device: torch.device | None = None) -> Callable[[Any], Any]:
+    """Function that computes the loss of outputs on a device; on torch's meta device unless given."""
     meta = NestedMeta.of(labels, "the labels")
-    compute = copy.deepcopy(loss_fn).to("meta") if isinstance(loss_fn, nn.Module) else loss_fn
-    given = unflatten(meta.on_meta(), meta.structure)
+    compute = copy.deepcopy(loss_fn).to(device or "meta") if isinstance(loss_fn, nn.Module) else loss_fn
+    given = unflatten(meta.on_meta() if device is None else build_values(meta, device, labels), meta.structure)
     return lambda outputs: compute(outputs, given)
 
 
@@ -160,26 +177,22 @@ def is_loss(outputs: NestedMeta) -> bool:
 def describe_loss(loss_fn: LossFn, outputs: NestedMeta, labels: Any) -> LayerCosts:
     """Costs of the loss, as if it were a layer behind the last one.
 
-    Args:
-        loss_fn: called as `loss_fn(outputs, labels)`.
-        outputs: shapes and types of the last layer's outputs.
-        labels: nested tensors of which only shapes and types count.
-
     Raises:
         ConfigError: if the loss function does not fit what it is given, or cannot run without values.
     """
-    loss_name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    given = f"{outputs} and the labels {NestedMeta.of(labels, 'the labels')}"
-    what = f"the loss function {loss_name}"
-    with (
-        _failures(what, given, mend="the last layer or the labels", needs="values"),
-        torch.device("meta"),
-    ):
+    given = f"described from {outputs} and the labels {NestedMeta.of(labels, 'the labels')}"
+    remedy = _REMEDY.format("the last layer or the labels", "values")
+    with failures(name_of_loss(loss_fn), given, lambda error: remedy), torch.device("meta"):
         return trace_costs(take_loss(loss_fn, labels), outputs.on_meta(), outputs.structure).costs
 
 
+def name_of_loss(loss_fn: LossFn) -> str:
+    """Name of a loss function, for errors."""
+    return f"the loss function {getattr(loss_fn, '__name__', type(loss_fn).__name__)}"
+
+
 @contextmanager
-def _failures(what: str, given: object, *, mend: str, needs: str) -> Iterator[None]:
+def failures(what: object, tried: str, remedy_of: Callable[[Exception], str]) -> Iterator[None]:
     """Name the layer, its inputs and a remedy in every error."""
     try:
         yield
@@ -188,10 +201,7 @@ def _failures(what: str, given: object, *, mend: str, needs: str) -> Iterator[No
     except PipekitError as error:
         raise ConfigError(f"{what}: {error}") from None
     except Exception as error:
-        raise ConfigError(
-            f"{what} cannot be described from {given}: {first_line(error)}; if these are not the shapes it is for, "
-            f"mend {mend}; if it needs {needs}, set parallel.partition=profile, which runs it"
-        ) from error
+        raise ConfigError(f"{what} cannot be {tried}: {first_line(error)}; {remedy_of(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipekit.costs.fingerprint import Plain
 from pipekit.costs.trace import TracedLayer
 from pipekit.errors import PipekitError
 from pipekit.files import write_atomically
@@ -21,16 +22,9 @@ from pipekit.tensors.nested import unflatten
 
 logger = logging.getLogger(__name__)
 
-Plain = Any
-"""Numbers, texts, None, and lists and dicts of them, as JSON gives them back."""
-
 
 class ProfileCache:
-    """A folder of measurements, which any number of processes may read and write.
-
-    Args:
-        folder: where the files are; made with the first of them.
-    """
+    """A folder of measurements, made with the first of them, which any number of processes may read and write."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,11 +48,7 @@ class ProfileCache:
     def save(self, identity: Plain, measured: TracedLayer) -> None:
         """Write a measurement; where the folder cannot be written, the layer is measured again next time."""
         path = self._path(identity)
-        content = {
-            "identity": identity,
-            "costs": asdict(measured.costs),
-            "outputs": plain_meta(measured.outputs),
-        }
+        content = {"identity": identity, "costs": asdict(measured.costs), "outputs": plain_meta(measured.outputs)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(content, indent=1) + "\n")

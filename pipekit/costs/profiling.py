@@ -6,11 +6,10 @@ apart, as under a schedule that splits backwards. A layer is measured once, and 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import platform
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,28 +24,26 @@ from pipekit.costs.describe import (
     apply_layer,
     describe_layer,
     describe_loss,
-    first_line,
-    gives_logits,
+    failures,
     is_loss,
-    layer_key,
+    name_of_loss,
     take_loss,
     trace_module,
+    walk_layers,
 )
 from pipekit.costs.fingerprint import Fingerprinter, Plain, UnstableError
 from pipekit.costs.layer_timing import build_values, time_layer
 from pipekit.costs.profile_cache import ProfileCache, plain_meta
 from pipekit.costs.trace import TracedLayer
-from pipekit.errors import ConfigError, PipekitError
-from pipekit.layers.specs import LayerSpec, build_layer, build_on_meta, layer_names
+from pipekit.errors import ConfigError
+from pipekit.layers.specs import LayerSpec, build_layer, build_on_meta
 from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.progress import ProgressCallback
 from pipekit.tensors.host_memory import keep_freed_memory
 from pipekit.tensors.meta import NestedMeta
-from pipekit.tensors.nested import unflatten
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PROFILE_DIR = "~/.cache/pipekit/profiles"
 _FORMAT_VERSION = 2  # raise it when the same layer would be measured in another way
 
 
@@ -87,27 +84,18 @@ def profile_layers(
         ConfigError: if a layer does not fit its inputs, or fails; it names the layer.
     """
     target = _Target(dtype, torch.device(device), Fingerprinter())
-    profiler = _Profiler(target, ProfileCache(Path(cache_dir or DEFAULT_PROFILE_DIR).expanduser()), repeats)
-    report = on_progress or _ignore_progress
-    inputs = NestedMeta.of(example_inputs, "the input of the first layer", dtype=dtype)
-    values: Any = example_inputs
-    profiled: dict[Hashable, TracedLayer] = {}
-    layers: list[LayerCosts] = []
-    for layer_idx, (spec, name) in enumerate(zip(specs, layer_names(specs), strict=True)):
-        is_last = layer_idx == len(specs) - 1
-        loss = None
-        if is_last and loss_fn is not None and gives_logits(spec, inputs, name=name, dtype=dtype):
-            loss = _Loss(loss_fn, labels, target)
-        key = (layer_key(spec, inputs), loss is None)
-        if key not in profiled:
-            layer = _Layer(spec, name, loss, target)
-            profiled[key] = profiler.profile(layer, inputs, values, partial(_report, report, layer_idx / len(specs)))
-        layers.append(profiled[key].costs)
-        inputs, values = profiled[key].outputs, None
-    if loss_fn is None or is_loss(inputs):
+    cache = ProfileCache(Path(cache_dir or "~/.cache/pipekit/profiles").expanduser())
+    profiler = _Profiler(target, cache, repeats, on_progress)
+
+    def measure(layer_idx: int, name: str, inputs: NestedMeta, loss_fn: LossFn | None) -> TracedLayer:
+        loss = None if loss_fn is None else _Loss(loss_fn, labels, target)
+        values = example_inputs if layer_idx == 0 else None
+        return profiler.profile(_Layer(specs[layer_idx], name, loss, target), inputs, values, layer_idx / len(specs))
+
+    layers, outputs = walk_layers(specs, example_inputs, measure, dtype=dtype, loss_fn=loss_fn)
+    if loss_fn is None or is_loss(outputs):
         return ModelCosts(layers)
-    measured = profiler.profile(_Loss(loss_fn, labels, target), inputs, None, partial(_report, report, 1.0))
-    return ModelCosts(layers, measured.costs)
+    return ModelCosts(layers, profiler.profile(_Loss(loss_fn, labels, target), outputs, None, 1.0).costs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +116,7 @@ class _Loss:
     target: _Target
 
     def __str__(self) -> str:
-        return f"the loss function {getattr(self.loss_fn, '__name__', type(self.loss_fn).__name__)}"
+        return name_of_loss(self.loss_fn)
 
     def identify(self) -> Plain:
         """Describe it as plain data."""
@@ -139,11 +127,7 @@ class _Loss:
 
     def build(self) -> tuple[nn.Module, Callable[[Any], Any]]:
         """Build a module without parameters, and a function of the outputs that computes the loss."""
-        loss_fn, device = self.loss_fn, self.target.device
-        compute = copy.deepcopy(loss_fn).to(device) if isinstance(loss_fn, nn.Module) else loss_fn
-        meta = NestedMeta.of(self.labels, "the labels")
-        labels = unflatten(build_values(meta, device, self.labels), meta.structure)
-        return nn.Module(), lambda outputs: compute(outputs, labels)
+        return nn.Module(), take_loss(self.loss_fn, self.labels, self.target.device)
 
     def describe(self, inputs: NestedMeta) -> LayerCosts:
         """Costs by its code alone."""
@@ -181,8 +165,11 @@ class _Layer:
 class _Profiler:
     """Measures layers on one device."""
 
-    def __init__(self, target: _Target, cache: ProfileCache, repeats: int) -> None:
+    def __init__(
+        self, target: _Target, cache: ProfileCache, repeats: int, on_progress: ProgressCallback | None
+    ) -> None:
         self._target = target
+        self._on_progress = on_progress
         self._cache = cache
         self._repeats = repeats
         self._machine = {
@@ -193,24 +180,24 @@ class _Profiler:
             "torch": torch.__version__,
         }
 
-    def profile(
-        self, layer: _Layer | _Loss, inputs: NestedMeta, values: Any, report: Callable[[str], None]
-    ) -> TracedLayer:
+    def profile(self, layer: _Layer | _Loss, inputs: NestedMeta, values: Any, done: float) -> TracedLayer:
         """Measure a layer, unless it is in the cache.
 
         Args:
             layer: the layer.
             inputs: shapes and types of its inputs.
             values: the inputs; None where any values will do.
-            report: called with what is about to be measured.
+            done: the share of the layers that are done.
         """
-        with _failures(layer, inputs):
+        explain_failures = partial(failures, layer, f"measured on {inputs}", _remedy_of)
+        with explain_failures():
             identity = self._identify(layer, inputs)
         stored = None if identity is None else self._cache.load(identity)
         if stored is not None:
             return stored
-        report(f"measuring {layer} on {inputs}")
-        with _failures(layer, inputs), _own_random_numbers(self._target.device):
+        if self._on_progress is not None:
+            self._on_progress(f"measuring {layer} on {inputs}", done)
+        with explain_failures(), _own_random_numbers(self._target.device):
             measured = self._measure(layer, inputs, values)
         if identity is not None:
             self._cache.save(identity, measured)
@@ -245,23 +232,13 @@ class _Profiler:
         return TracedLayer(measured, times.outputs)
 
 
-@contextmanager
-def _failures(layer: _Layer | _Loss, inputs: NestedMeta) -> Iterator[None]:
-    """Name the layer in every error."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except PipekitError as error:
-        raise ConfigError(f"{layer}: {error}") from None
-    except Exception as error:
-        remedy = (
-            "if these are not the shapes it is for, mend the layer before it; if it needs other values than random "
-            "numbers and zeros, choose a parallel.partition that runs nothing"
-        )
-        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-            remedy = "lower train.micro_batch_size, or measure where there is more memory"
-        raise ConfigError(f"{layer} cannot be measured on {inputs}: {first_line(error)}; {remedy}") from error
+def _remedy_of(error: Exception) -> str:
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return "lower train.micro_batch_size, or measure where there is more memory"
+    return (
+        "if these are not the shapes it is for, mend the layer before it; if it needs other values than random "
+        "numbers and zeros, choose a parallel.partition that runs nothing"
+    )
 
 
 @contextmanager
@@ -283,11 +260,3 @@ def _device_name(device: torch.device) -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else f"{platform.machine()} {platform.processor()}".strip()
-
-
-def _report(report: ProgressCallback, done: float, text: str) -> None:
-    report(text, done)
-
-
-def _ignore_progress(text: str, done: float | None) -> None:
-    pass
