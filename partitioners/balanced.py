@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from pipekit.errors import LayoutError
 from pipekit.partitioners.local_search import StageSums, improve_boundaries
 from pipekit.partitioners.memory_limit import MemoryLimit
 from pipekit.partitioners.minmax import as_integers, check_costs, minmax_boundaries
-from pipekit.partitioners.prefix_sums import PrefixSums
+from pipekit.partitioners.prefix_sums import PrefixSums, in_few_bits
 from pipekit.partitioners.two_stages import LARGEST_SUM, Resource, smallest_limit_boundaries
 
 _LARGEST_TOTAL = LARGEST_SUM // 2
@@ -69,8 +68,7 @@ def balanced_boundaries(
     limit: tuple[StageSums, int] | None = None
     if memory is not None:
         memory.check(len(costs), num_stages)
-        held = StageSums([sums.before for sums in memory.stage_sums()], [int(extra) for extra in memory.extra_bytes])
-        limit = held, int(memory.limit_bytes)
+        limit = memory.held(), int(memory.limit_bytes)
     found = minmax_boundaries(costs, num_stages, stage_extras=stage_extras)
     nested = num_stages == 2 * pp and all(placement[stage] == placement[-1 - stage] for stage in range(pp))
     looped = num_stages == 2 * pp and all(placement[stage] == placement[stage + pp] for stage in range(pp))
@@ -96,14 +94,7 @@ def _two_stages_a_rank(
 ) -> list[int] | None:
     """Return the boundaries under which the fullest rank holds as little as it can, within a limit of something else.
 
-    Args:
-        sums: what is held.
-        limit: the something else, and the most that a rank may hold of it.
-        nested: whether placed as a V.
-        incumbent: a partition from which to begin.
-
-    Returns:
-        The boundaries; None if there are none within the limit.
+    None if there are none within the limit.
     """
     resource = _resource(sums)
     least_total = sum(resource.extras) + min(int(before[-1]) for before in resource.before)
@@ -124,12 +115,7 @@ def _resource(sums: StageSums) -> Resource:
 def _in_60_bits(sums: StageSums) -> StageSums:
     """Return sums that stand to one another as these do, as nearly as they can in 60 bits."""
     (before,) = {id(before): before for before in sums.before}.values()
-    total = before[-1] + sum(sums.extras)
-    if total <= _LARGEST_TOTAL:
+    if before[-1] + sum(sums.extras) <= _LARGEST_TOTAL:
         return sums
-    unit = gcd(*before, *sums.extras)
-
-    def small(value: int) -> int:
-        return value // unit if total // unit <= _LARGEST_TOTAL else value * _LARGEST_TOTAL // total
-
-    return StageSums([[small(value) for value in before]] * len(sums.before), [small(extra) for extra in sums.extras])
+    small_before, small_extras = in_few_bits(before, sums.extras, _LARGEST_TOTAL)
+    return StageSums([small_before] * len(sums.before), small_extras)

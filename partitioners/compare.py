@@ -45,7 +45,14 @@ def compare_partitions(inputs: PartitionInputs, num_stages: int) -> list[Compare
         ('uniform', [0, 2, 3], 1.0)
         ('parameters', [0, 1, 3], 2.0)
     """
-    inputs = _remembering(inputs)
+    # Each is computed once at most: seconds take long to measure.
+    inputs = replace(
+        inputs,
+        count_parameters=cache(inputs.count_parameters),
+        count_flops=inputs.count_flops and cache(inputs.count_flops),
+        measure_seconds=inputs.measure_seconds and cache(inputs.measure_seconds),
+        memory_limit=inputs.memory_limit and cache(inputs.memory_limit),
+    )
     methods = ["profile"] * (inputs.measure_seconds is not None) + ["flops"] * (inputs.count_flops is not None)
     found = []
     if inputs.memory_limit is not None and methods:
@@ -59,17 +66,6 @@ def compare_partitions(inputs: PartitionInputs, num_stages: int) -> list[Compare
             continue
         found.append(ComparedPartition(method, boundaries, imbalance_of(boundaries, inputs)))
     return sorted(found, key=lambda compared: compared.imbalance)
-
-
-def _remembering(inputs: PartitionInputs) -> PartitionInputs:
-    """Return the same inputs, each computed once at most: seconds take long to measure."""
-    return replace(
-        inputs,
-        count_parameters=cache(inputs.count_parameters),
-        count_flops=inputs.count_flops and cache(inputs.count_flops),
-        measure_seconds=inputs.measure_seconds and cache(inputs.measure_seconds),
-        memory_limit=inputs.memory_limit and cache(inputs.memory_limit),
-    )
 
 
 def imbalance_of(boundaries: list[int], inputs: PartitionInputs) -> float:

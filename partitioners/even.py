@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from pipekit.partitioners.prefix_sums import (
     earliest_start,
     earliest_starts,
     farthest_end,
+    in_few_bits,
 )
 
 _LARGEST_TOTAL = 2**31  # its square, and a sum of squares, fit into int64
@@ -59,7 +59,7 @@ def most_even_boundaries(
         for stage in range(num_stages)
     ]
     earliest, latest = _boundary_ranges(bounds)
-    costs_before, small_extras = _as_small_numbers(prefix, extras)
+    costs_before, small_extras = map(np.array, in_few_bits(prefix, extras, _LARGEST_TOTAL))
     reached = np.array([0])  # the boundaries that stages up to the current one can have, with the least squares to each
     least = np.array([0])
     best_start = np.zeros((num_stages, num_layers + 1), dtype=np.int64)
@@ -96,17 +96,6 @@ def _boundary_ranges(stages: Sequence[Bounds]) -> tuple[list[int], list[int]]:
     assert earliest[0] == 0, "no partition keeps the limit"
     assert latest[-1] == num_layers, "no partition keeps the limit"
     return earliest, latest
-
-
-def _as_small_numbers(prefix: Sequence[int], extras: Sequence[int]) -> tuple[Indices, Indices]:
-    unit = gcd(*prefix, *extras) or 1
-    total = prefix[-1] + sum(extras)
-    if total // unit <= _LARGEST_TOTAL:
-        small, small_extras = [value // unit for value in prefix], [value // unit for value in extras]
-    else:
-        small = [value * _LARGEST_TOTAL // total for value in prefix]
-        small_extras = [value * _LARGEST_TOTAL // total for value in extras]
-    return np.array(small, dtype=np.int64), np.array(small_extras, dtype=np.int64)
 
 
 def _best_starts(

@@ -10,7 +10,7 @@ its package:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from pipekit.errors import LayoutError
@@ -29,18 +29,9 @@ def installed_partitioners() -> list[str]:
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def load_partitioner(name: str) -> Partitioner:
-    """Import the partitioner that is installed under a name.
-
-    Raises:
-        LayoutError: if there is none, there are several, or it cannot be imported.
-    """
-    points: list[EntryPoint] = []
-    for point in entry_points(group=GROUP, name=name):
-        if point.value not in [other.value for other in points]:
-            points.append(point)
-    if not points:
-        raise LayoutError(f"no partitioner named {name} is installed")
+def _load(name: str) -> Partitioner:
+    """Import the partitioner that is installed under a name."""
+    points = list({point.value: point for point in entry_points(group=GROUP, name=name)}.values())
     if len(points) > 1:
         places = " and ".join(point.value for point in points)
         raise LayoutError(f"parallel.partition={name} is installed more than once, as {places}; uninstall one of them")
@@ -65,7 +56,5 @@ def partition_by_installed(name: str, inputs: PartitionInputs, num_stages: int) 
     Raises:
         LayoutError: if it cannot be loaded, or its boundaries do not make `num_stages` stages of all layers.
     """
-    made = load_partitioner(name)(inputs, num_stages)
-    return partition_manually(
-        made, len(inputs.type_names), num_stages, source=f"parallel.partition={name}: its result "
-    )
+    made, source = _load(name)(inputs, num_stages), f"parallel.partition={name}: its result "
+    return partition_manually(made, len(inputs.type_names), num_stages, source=source)

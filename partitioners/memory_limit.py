@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipekit.errors import LayoutError
+from pipekit.partitioners.local_search import StageSums
 from pipekit.partitioners.prefix_sums import PrefixSums
 
 
@@ -55,20 +56,20 @@ class MemoryLimit:
 
     def stage_sums(self) -> list[PrefixSums]:
         """Return, for each stage, sums over the first 0, 1, ... layers of the bytes that they would hold in it."""
-        made: dict[int, PrefixSums] = {}
-        for in_flight in map(int, self.in_flight):
-            if in_flight not in made:
-                pairs = zip(self.state_bytes, self.activation_bytes, strict=True)
-                made[in_flight] = PrefixSums.of(int(state) + in_flight * int(activation) for state, activation in pairs)
-        return [made[int(in_flight)] for in_flight in self.in_flight]
+        layers = [(int(state), int(held)) for state, held in zip(self.state_bytes, self.activation_bytes, strict=True)]
+        made = {
+            number: PrefixSums.of(state + number * held for state, held in layers)
+            for number in map(int, set(self.in_flight))
+        }
+        return [made[int(number)] for number in self.in_flight]
+
+    def held(self) -> StageSums:
+        """Bytes that layers and stages add up to."""
+        return StageSums([sums.before for sums in self.stage_sums()], [int(extra) for extra in self.extra_bytes])
 
     def rank_bytes(self, boundaries: Sequence[int], placement: Sequence[int]) -> list[int]:
         """Bytes of every rank under a partition."""
-        held = [0] * (max(placement) + 1)
-        for stage, (rank, sums) in enumerate(zip(placement, self.stage_sums(), strict=True)):
-            held[rank] += sums.before[boundaries[stage + 1]] - sums.before[boundaries[stage]]
-            held[rank] += int(self.extra_bytes[stage])
-        return held
+        return self.held().ranks(boundaries, placement)
 
     def error(self, least_bytes: int, pp: int, *, is_least: bool = True) -> LayoutError:
         """Message for the case that no partition fits: by how much, and remedies.

@@ -8,7 +8,7 @@ from pipekit.errors import LayoutError
 from pipekit.partitioners.balanced import balanced_boundaries
 from pipekit.partitioners.inputs import PartitionInputs
 from pipekit.partitioners.installed import installed_partitioners, partition_by_installed
-from pipekit.partitioners.layer_type import partition_by_type
+from pipekit.partitioners.layer_count import partition_by_type
 from pipekit.partitioners.manual import partition_manually
 from pipekit.partitioners.stage_spec import stage_spec_boundaries
 
@@ -46,14 +46,28 @@ def partition(
     num_layers = len(inputs.type_names)
     if method == "manual":
         if isinstance(boundaries, str):
-            return stage_spec_boundaries(boundaries, _names(inputs, boundaries), num_stages)
+            if inputs.layer_names is None:
+                raise LayoutError(
+                    f"parallel.boundaries={boundaries} speaks of blocks, and the layers' names are not known here; "
+                    "give a list of layer indices"
+                )
+            return stage_spec_boundaries(boundaries, inputs.layer_names, num_stages)
         return partition_manually(boundaries or (), num_layers, num_stages)
+    memory_limit = None
+    if method == "memory":
+        if inputs.memory_limit is None:
+            raise LayoutError(
+                "parallel.partition=memory needs to know what the layers hold and what a rank may, and neither is "
+                "known here; try parallel.partition=parameters"
+            )
+        method, memory_limit = "flops" if inputs.measure_seconds is None else "profile", inputs.memory_limit
     if method in BALANCED_METHODS:
         return balanced_boundaries(
-            inputs.costs(method), inputs.ranks_of(num_stages), stage_extras=inputs.extras(method)
+            inputs.costs(method),
+            inputs.ranks_of(num_stages),
+            stage_extras=inputs.extras(method),
+            memory=memory_limit and memory_limit(),
         )
-    if method == "memory":
-        return _partition_by_memory(inputs, num_stages)
     if method.startswith("type:"):
         return partition_by_type(inputs.type_names, method.removeprefix("type:"), num_stages)
     if method in installed_partitioners():
@@ -66,27 +80,3 @@ def known_methods() -> str:
     installed = installed_partitioners()
     own = f"one that is installed ({', '.join(installed)})" if installed else "one that you install (there are none)"
     return f"{', '.join(BALANCED_METHODS)}, memory, type:<regex>, manual or {own}"
-
-
-def _partition_by_memory(inputs: PartitionInputs, num_stages: int) -> list[int]:
-    if inputs.memory_limit is None:
-        raise LayoutError(
-            "parallel.partition=memory needs to know what the layers hold and what a rank may, and neither is known "
-            "here; try parallel.partition=parameters"
-        )
-    method = "flops" if inputs.measure_seconds is None else "profile"
-    return balanced_boundaries(
-        inputs.costs(method),
-        inputs.ranks_of(num_stages),
-        stage_extras=inputs.extras(method),
-        memory=inputs.memory_limit(),
-    )
-
-
-def _names(inputs: PartitionInputs, stage_spec: str) -> Sequence[str]:
-    if inputs.layer_names is None:
-        raise LayoutError(
-            f"parallel.boundaries={stage_spec} speaks of blocks, and the layers' names are not known here; give a list "
-            "of layer indices"
-        )
-    return inputs.layer_names

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
-from typing import SupportsFloat
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners.even import most_even_boundaries
@@ -127,18 +126,14 @@ def as_integers(costs: Sequence[float], stage_extras: Sequence[float]) -> tuple[
     """
     if not any(costs):
         return [1] * len(costs), [0] * len(stage_extras)
-    ratios = [_ratio(cost) for cost in (*costs, *stage_extras)]
+    # numpy's whole numbers have no ratio.
+    ratios = [
+        (int(cost), 1) if isinstance(cost, Integral) else float(cost).as_integer_ratio()
+        for cost in (*costs, *stage_extras)
+    ]
     scale = max(denominator for _, denominator in ratios)
     whole = [numerator * (scale // denominator) for numerator, denominator in ratios]
     return whole[: len(costs)], whole[len(costs) :]
-
-
-def _ratio(cost: object) -> tuple[int, int]:
-    """A number as an integer and a power of two to divide it by."""
-    if isinstance(cost, Integral):
-        return int(cost), 1
-    assert isinstance(cost, SupportsFloat)
-    return float(cost).as_integer_ratio()
 
 
 def smallest_integer(holds: Callable[[int], bool], low: int, high: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import gcd
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ _LARGEST_IN_64_BITS = 2**62  # so that the sum of two stays below 2**63
 
 @dataclass(frozen=True)
 class PrefixSums:
-    """PrefixSums of the first 0, 1, ... layers' whole numbers, which are not negative."""
+    """Sums of the first 0, 1, ... layers' whole numbers, which are not negative."""
 
     before: Sequence[int]
 
@@ -37,6 +38,13 @@ class PrefixSums:
     def array(self) -> NDArray[Any]:
         """The sums as an array: of Python's numbers where 64 bits do not hold them."""
         return np.array(self.before, dtype=np.int64 if self.before[-1] < _LARGEST_IN_64_BITS else object)
+
+
+def in_few_bits(before: Sequence[int], extras: Sequence[int], largest: int) -> tuple[list[int], list[int]]:
+    """Sums and extras whose total is at most `largest`: in units of their greatest common divisor, or rounded down."""
+    unit, total = gcd(*before, *extras) or 1, before[-1] + sum(extras)
+    factor, divisor = (1, unit) if total // unit <= largest else (largest, total)
+    return [value * factor // divisor for value in before], [value * factor // divisor for value in extras]
 
 
 @dataclass(frozen=True)

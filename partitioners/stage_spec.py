@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from pipekit.errors import LayoutError
 
@@ -17,14 +16,8 @@ _LETTERS = "Eth|L"
 _MAX_ITEMS = 100_000  # far beyond any model; a repeat of a repeat must not fill the memory
 
 
-@dataclass(frozen=True)
-class Item:
-    """A letter of a stage spec with its repeats written out.
-
-    Attributes:
-        letter: `E`, `t`, `h`, `L` or `|`.
-        position: where it stands in the string, from 1.
-    """
+class Item(NamedTuple):
+    """A letter of a stage spec, and its position in the string, from 1."""
 
     letter: str
     position: int
@@ -109,13 +102,7 @@ def stage_spec_boundaries(spec: str, layer_names: Sequence[str], num_stages: int
 
 
 def _advance(letter: str, layer_idx: int, starts: Sequence[int], layer_names: Sequence[str]) -> int:
-    """Index of the layer behind those that a letter takes.
-
-    Args:
-        letter: `E`, `t`, `h` or `L`.
-        layer_idx: the first layer that is not taken yet.
-        starts: see `_block_starts`.
-        layer_names: logical name of each layer.
+    """Index of the layer behind those that a letter takes, of which the first is `layer_idx`.
 
     Raises:
         LayoutError: if the letter cannot stand there; it says why, and not where.

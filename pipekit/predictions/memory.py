@@ -235,10 +235,10 @@ def _activation_bytes(
     held = [stage_activation_bytes(stage.layers, checkpointing=checkpointing) for stage in stages]
     if checkpointing:
         for stage, contents in enumerate(stages):
-            for before, layer in pairwise(contents.layers):
+            for lower, layer in pairwise(contents.layers):
                 # Where a backward keeps nothing there is nothing to recompute, and its input is not kept either.
                 if not (layer.saved_bytes or layer.keeps_input or layer.keeps_output):
-                    held[stage] -= before.output_bytes
+                    held[stage] -= lower.output_bytes
     if loss is not None:
         last = stages[-1].layers[-1]
         is_kept = loss.keeps_input or (last.keeps_output and not checkpointing)

@@ -1,4 +1,4 @@
-"""Stages of equally many layers of one type."""
+"""Stages of equally many layers, of any type or of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Sequence
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners.minmax import minmax_boundaries
+
+
+def partition_uniform(num_layers: int, num_stages: int) -> list[int]:
+    """Return boundaries of stages that differ by one layer at most.
+
+    Raises:
+        LayoutError: if there are fewer layers than stages.
+
+    Example:
+        >>> partition_uniform(6, num_stages=3)
+        [0, 2, 4, 6]
+    """
+    return minmax_boundaries([1] * num_layers, num_stages)
 
 
 def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) -> list[int]:

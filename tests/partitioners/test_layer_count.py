@@ -1,4 +1,4 @@
-"""Stages of equally many layers of one type."""
+"""Stages of equally many layers, of any type or of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from pipekit.errors import LayoutError
 from pipekit.models.gpt2 import GPT2Config
-from pipekit.partitioners import partition_by_type
+from pipekit.partitioners import partition_by_type, partition_uniform
 
 GPT2 = [spec.type_name for spec in GPT2Config(preset="gpt2").layer_specs()]
 
@@ -56,3 +56,18 @@ def test_what_is_no_expression_is_refused() -> None:
 def test_fewer_layers_than_stages_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"try parallel\.pp=2 or lower"):
         partition_by_type(["A", "A"], "a", 3)
+
+
+@pytest.mark.parametrize("num_layers", range(1, 30))
+def test_stages_differ_by_one_layer_at_most(num_layers: int) -> None:
+    for num_stages in range(1, num_layers + 1):
+        boundaries = partition_uniform(num_layers, num_stages)
+        sizes = [end - start for start, end in pairwise(boundaries)]
+        assert sum(sizes) == num_layers
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes == sorted(sizes, reverse=True), "the earlier stages take the layers that are left over"
+
+
+def test_fewer_layers_than_stages_are_refused_by_uniform() -> None:
+    with pytest.raises(LayoutError, match=r"try parallel\.pp=2 or lower"):
+        partition_uniform(2, 3)
