@@ -104,9 +104,8 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     compares = options.num_devices is not None or config.parallel.auto
     _check_options(options, compares=compares)
     resources = find_resources(os.environ, config, asks_gpu=options.device is None)
-    if compares:
-        number = options.num_devices or resources.num_devices
-    else:
+    number = options.num_devices or resources.num_devices
+    if not compares:
         number = _num_devices(config, resources.num_gpus if options.device is None else None)
     device = _device(options, resources, number)
     is_gpu = device.name != "cpu"
@@ -163,12 +162,10 @@ def _num_devices(config: Config, present: int | None) -> int:
 
 
 def _device(options: PlanOptions, resources: Resources, num_processes: int) -> Device:
+    from pipekit.plan.device import present_device
     from pipekit.predictions.devices import find_device
 
-    if options.device is not None:
-        return find_device(options.device, options.device_files)
-    if options.device_files:
-        return find_device(resources.gpu_name or "cpu", options.device_files)
-    from pipekit.plan.device import present_device
-
-    return present_device(resources, num_processes)
+    if options.device is None and not options.device_files:
+        return present_device(resources, num_processes)
+    name = resources.gpu_name or "cpu" if options.device is None else options.device
+    return find_device(name, options.device_files)

@@ -61,12 +61,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
-    """Return a row for each pipeline rank: its layers, and what it computes and holds.
-
-    Args:
-        report: the run.
-        is_narrow: whether to do without the bars.
-    """
+    """Return a row for each pipeline rank: its layers, and what it computes and holds. A narrow one has no bars."""
     limit = report["device"]["memory_bytes"]
     table = _new_table(is_narrow=is_narrow)
     for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
@@ -105,12 +100,7 @@ def partitions_table(partitions: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def layouts_table(layouts: Sequence[Mapping[str, Any]], *, is_narrow: bool = False) -> Table:
-    """Return a row for each layout, the fastest first.
-
-    Args:
-        layouts: what was compared.
-        is_narrow: whether to do without what other columns tell.
-    """
+    """Return a row for each layout, the fastest first. A narrow one leaves out what other columns tell."""
     table = _new_table(is_narrow=is_narrow, gap=2)
     left_out = {"step", "ZeRO"} if is_narrow else set()
     for name in ("", "tokens/s", "step", "bubble", "memory", "pp", "dp", "tp", "ZeRO"):

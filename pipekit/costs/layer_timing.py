@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -22,19 +21,9 @@ _FEWEST_REPEATS = 3
 _ENOUGH_S = 5.0
 
 
-@dataclass(frozen=True)
-class LayerTimes:
-    """Median seconds of a layer, and the shapes and types of its outputs."""
-
-    forward_s: float
-    input_gradient_s: float
-    weight_gradient_s: float
-    outputs: NestedMeta
-
-
 def time_layer(
     call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure, *, device: torch.device, repeats: int
-) -> LayerTimes:
+) -> tuple[dict[str, float], NestedMeta]:
     """Time a layer, by the clock on CPUs and by events of the stream on GPUs.
 
     On CPUs only those repeats count that got the fewest fresh pages from the system: fetching them takes a large layer
@@ -46,6 +35,9 @@ def time_layer(
         structure: their nesting.
         device: its device.
         repeats: how often it is run after warming up; a layer that takes seconds is run less often.
+
+    Returns:
+        Medians of `forward_s`, `input_gradient_s` and `weight_gradient_s`; shapes and types of the outputs.
 
     Raises:
         PipekitError: if the layer's output cannot be passed on.
@@ -63,10 +55,9 @@ def time_layer(
         faults.append(count_page_faults())
     fresh_pages = [after - before for before, after in pairwise(faults)]
     settled = _settled(fresh_pages) if device.type == "cpu" else range(_WARM_UPS, len(fresh_pages))
-    forward_s, input_gradient_s, weight_gradient_s = (
-        median(column[run] for run in settled) for column in watch.seconds(3)
-    )
-    return LayerTimes(forward_s, input_gradient_s, weight_gradient_s, outputs)
+    names = ("forward_s", "input_gradient_s", "weight_gradient_s")
+    columns = zip(names, watch.seconds(len(names)), strict=True)
+    return {name: median(column[run] for run in settled) for name, column in columns}, outputs
 
 
 def _settled(fresh_pages: Sequence[int]) -> list[int]:

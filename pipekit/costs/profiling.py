@@ -218,18 +218,12 @@ class _Profiler:
             keep_freed_memory()
         module, call = layer.build()
         leaves = build_values(inputs, device, values)
-        times = time_layer(call, leaves, inputs.structure, device=device, repeats=self._repeats)
+        seconds, outputs = time_layer(call, leaves, inputs.structure, device=device, repeats=self._repeats)
         try:
             costs = layer.describe(inputs)
         except ConfigError:  # it needs values, and has just shown that it runs with these
             costs = trace_module(module, call, leaves, inputs.structure).costs
-        measured = replace(
-            costs,
-            forward_s=times.forward_s,
-            input_gradient_s=times.input_gradient_s,
-            weight_gradient_s=times.weight_gradient_s,
-        )
-        return TracedLayer(measured, times.outputs)
+        return TracedLayer(replace(costs, **seconds), outputs)
 
 
 def _remedy_of(error: Exception) -> str:

@@ -65,11 +65,6 @@ class PeakFlops(Section):
     fp16: PositiveFloat = Field(examples=["312e12"])
     """float16, accumulated in fp32."""
 
-    def __getitem__(self, precision: MatmulFormat) -> float:
-        """Return the figure of a precision."""
-        value: float = getattr(self, precision)
-        return value
-
 
 class Device(Section):
     """Speed, memory and links of one device."""
@@ -118,7 +113,8 @@ class Device(Section):
             >>> find_device("a100-80gb").matmul_flops("bf16") / 1e12
             156.0
         """
-        return self.peak_flops[precision] * self.efficiency
+        peak: float = getattr(self.peak_flops, precision)
+        return peak * self.efficiency
 
 
 def list_devices(extra_files: Iterable[str | Path] = ()) -> tuple[Device, ...]:

@@ -72,51 +72,9 @@ def model_states(
     Source: `runtime/zero/stage_1_and_2.py` and `runtime/bf16_optimizer.py` of DeepSpeed 0.19.8.
     """
     shapes = {name: shape for stage in stages for name, shape in stage.items()}
+    groups = _group_sizes(shapes.values())
     # An idle parameter, which a rank without others has, gets no gradient, and so no states.
-    return _states_of_groups(
-        _group_sizes(shapes.values()),
-        num_gradients=count_elements(shapes),
-        num_tensors=len(shapes),
-        largest_stage=max(map(count_elements, stages)),
-        precision=precision,
-        zero=zero,
-        dp=dp,
-        states=states,
-    )
-
-
-def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: OptimizerStates = ADAM_STATES) -> float:
-    """Bytes of model states for each parameter of a rank, without padding and step counts.
-
-    Example:
-        >>> bytes_per_parameter(precision="fp32", zero=1, dp=4), bytes_per_parameter(precision="fp16", zero=1, dp=4)
-        (11.0, 9.0)
-    """
-    number = _ALIGNMENT * dp  # which is not padded
-    found = _states_of_groups(
-        [number],
-        num_gradients=number,
-        num_tensors=0,
-        largest_stage=number,
-        precision=precision,
-        zero=zero,
-        dp=dp,
-        states=OptimizerStates(states.per_parameter, 0),
-    )
-    return found.standing / number
-
-
-def _states_of_groups(
-    groups: Sequence[int],
-    *,
-    num_gradients: int,
-    num_tensors: int,
-    largest_stage: int,
-    precision: Precision,
-    zero: int,
-    dp: int,
-    states: OptimizerStates,
-) -> ModelStates:
+    num_gradients, num_tensors = count_elements(shapes), len(shapes)
     is_flat = zero > 0 or precision != "fp32"
     if is_flat:
         multiple = _ALIGNMENT * dp
@@ -130,7 +88,7 @@ def _states_of_groups(
         gradients = _FP32_BYTES * num_shard
     elif precision == "bf16":
         # A flat fp32 buffer, to which each backward's own gradients are added after it.
-        of_one_backward = BYTES_PER_ELEMENT[precision] * largest_stage
+        of_one_backward = BYTES_PER_ELEMENT[precision] * max(map(count_elements, stages))
         gradients = _FP32_BYTES * sum(flat) + of_one_backward
     update = 0
     if dp > 1 and zero < 2:
@@ -146,6 +104,19 @@ def _states_of_groups(
         masters=_FP32_BYTES * num_shard if is_flat else 0,
         update=update,
     )
+
+
+def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: OptimizerStates = ADAM_STATES) -> float:
+    """Bytes of model states for each parameter of a rank, without padding and step counts.
+
+    Example:
+        >>> bytes_per_parameter(precision="fp32", zero=1, dp=4), bytes_per_parameter(precision="fp16", zero=1, dp=4)
+        (11.0, 9.0)
+    """
+    number = _ALIGNMENT * dp  # which is not padded
+    states = OptimizerStates(states.per_parameter, per_tensor=0)
+    found = model_states([{"weight": (number, 1)}], precision=precision, zero=zero, dp=dp, states=states)
+    return found.standing / number
 
 
 def _group_sizes(shapes: Iterable[Shape]) -> list[int]:

@@ -47,7 +47,7 @@ def test_the_table_holds_what_people_train_on() -> None:
 def test_figures_of_data_sheets() -> None:
     a100, h100, h200 = (find_device(name) for name in ("a100-80gb", "h100", "h200"))
     assert (a100.peak_flops.bf16, a100.memory_bandwidth, a100.intra_node.bandwidth) == (312e12, 2039e9, 300e9)
-    assert (h100.peak_flops["bf16"], h100.memory_bandwidth, h100.intra_node.bandwidth) == (989.4e12, 3350e9, 450e9)
+    assert (h100.peak_flops.bf16, h100.memory_bandwidth, h100.intra_node.bandwidth) == (989.4e12, 3350e9, 450e9)
     assert (h200.memory_bytes, h200.memory_bandwidth, h200.peak_flops) == (141 * 10**9, 4800e9, h100.peak_flops)
     assert find_device("v100-32gb").peak_flops.fp16 == 125e12
     assert find_device("mi300x").peak_flops.bf16 == 1307.4e12
