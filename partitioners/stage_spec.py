@@ -142,15 +142,13 @@ def _expand(spec: str) -> list[Item]:
     last: list[Item] | None = None  # what a repeat would repeat
     position = 0
     while position < len(spec):
-        character = spec[position]
-        position += 1
+        character, position = spec[position], position + 1
         if character == "," or character.isspace():
             continue
         if character == "(":
             groups.append(([], position))
             last = None
-            continue
-        if character == "*":
+        elif character == "*":
             number = re.match(r"\s*([0-9]{1,9})", spec[position:])
             if last is None:
                 _refuse(spec, position, "* must follow a letter, | or a group in parentheses")
@@ -162,16 +160,13 @@ def _expand(spec: str) -> list[Item]:
             groups[-1][0].extend(last * (times - 1))
             position += number.end()
             last = None
-            continue
-        if character == ")":
-            if len(groups) == 1:
-                _refuse(spec, position, "there is no ( to this )")
-            last, _ = groups.pop()
-        elif character in _LETTERS:
-            last = [Item(character, position)]
+        elif character == ")" and len(groups) == 1:
+            _refuse(spec, position, "there is no ( to this )")
+        elif character == ")" or character in _LETTERS:
+            last = groups.pop()[0] if character == ")" else [Item(character, position)]
+            groups[-1][0].extend(last)
         else:
             _refuse(spec, position, "no such letter; use E, t, h, L, |, * with a number, ( and )")
-        groups[-1][0].extend(last)
     if len(groups) > 1:
         _refuse(spec, groups[-1][1], "there is no ) to this (")
     return groups[0][0]

@@ -28,7 +28,7 @@ Path: TypeAlias = list[tuple[int, int]]
 _BELOW_ALL = -(2**62)
 
 LARGEST_SUM = 2**61
-"""PrefixSums up to this can be added to one another, and to `_BELOW_ALL`, within 64 bits."""
+"""Sums up to this can be added to one another, and to `_BELOW_ALL`, within 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,7 @@ class Halves:
     num_layers: int
 
     def sums(self, left_before: Numbers, right_before: Numbers) -> Numbers:
-        """Sum of the layers taken at each point of the grid.
-
-        Args:
-            left_before: sums of the first 0, 1, ... layers as they count in the first half of the pipeline.
-            right_before: as they count in the second half.
-        """
+        """Sum of the layers taken at each point of the grid, from prefix sums as they count in either half."""
         if self.middle is None:
             left, right = left_before, right_before[-1] - right_before[::-1]
         else:

@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of `pipekit plan`.
-
-    Attributes:
-        num_devices: devices whose layouts are compared; None takes the configuration's layout.
-        device: name of what each rank computes on; what is present unless given.
-        device_files: YAML files with devices of one's own.
-        max_tp: largest tensor-parallel degree to compare.
-        measure: whether layers are timed on this machine.
-    """
+    """Options of `pipekit plan`, as its help describes them; without `num_devices` the configuration's layout holds."""
 
     num_devices: int | None = None
     device: str | None = None

@@ -109,14 +109,7 @@ def walk_layers(
 def describe_layer(
     spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype, loss: Callable[[Any], Any] | None = None
 ) -> TracedLayer:
-    """Costs of one layer, and the shapes and types of its outputs.
-
-    Args:
-        spec: the layer.
-        inputs: shapes and types of its inputs.
-        name: its logical name, for errors.
-        dtype: of its weights.
-        loss: computes the loss of the layer's outputs, if these are `Logits`.
+    """Costs of one layer, with the loss of its outputs if these are `Logits`, and the shapes and types of its outputs.
 
     Raises:
         ConfigError: if it does not fit its inputs, or cannot run without values.

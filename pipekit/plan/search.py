@@ -33,9 +33,9 @@ def search(
     """Compare every layout of a configuration's model over some devices.
 
     Args:
-        config: the configuration; of its parallel section the precision and the memory limit alone count.
-        specs: the model.
-        trial: the trial.
+        config: the configuration; of its parallel section the memory limit alone counts.
+        specs: its layers.
+        trial: describes their inputs.
         num_devices: devices to fill.
         device: what each rank computes on.
         is_gpu: whether that is a GPU, which computes in bf16 where the configuration does not say.

@@ -190,26 +190,16 @@ def memory_limit(
 ) -> MemoryLimit:
     """Upper bounds on the memory of layers and stages, which add up to one for each rank, and the limit of a rank.
 
-    Args:
-        costs: of the model's layers for one micro-batch.
-        schedule: the table of a step.
-        precision: of weights and activations.
-        zero: ZeRO stage.
-        dp: number of replicas.
-        optimizer_states: those that the optimizer keeps.
-        checkpointing: whether only the inputs of layers are kept.
-        limit_bytes: the most that a rank may hold.
+    Options are those of `peak_memory`; costs are for one micro-batch.
     """
     per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states)
     in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
     # The input of a stage is held for each micro-batch, and messages come early, from both sides at most.
-    extras = [(number + _MOST_MESSAGES) * largest_input for number in in_flight]
+    recomputed = recomputation_bytes(costs.layers) if checkpointing else 0
+    extras = [(number + _MOST_MESSAGES) * largest_input + recomputed for number in in_flight]
     # What is recomputed for an input gradient stays until the weight gradient.
     is_recomputed = checkpointing and not schedule.split_backwards
-    if checkpointing:
-        recomputed = max(recomputation_bytes([layer]) for layer in costs.layers)
-        extras = [extra + recomputed for extra in extras]
     if costs.loss is not None:
         extras[-1] += (in_flight[-1] + 2) * costs.loss.saved_bytes
     return MemoryLimit(

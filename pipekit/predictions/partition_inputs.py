@@ -23,15 +23,7 @@ def partition_inputs(
     type_names: Sequence[str],
     limit_bytes: Callable[[], int],
 ) -> PartitionInputs:
-    """Inputs of the partitioners; costs of layers are computed when a partitioner asks for them.
-
-    Args:
-        model: the model; where it is timed, seconds are known.
-        plan: the layout and its options.
-        schedule: the table of a step.
-        type_names: class name of each layer.
-        limit_bytes: called for the memory of a rank.
-    """
+    """Inputs of the partitioners; costs of layers, and the memory of a rank, are computed when a partitioner asks."""
 
     def costs() -> ModelCosts:
         return model.costs_of(plan.micro_batch_size)

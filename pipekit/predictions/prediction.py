@@ -99,13 +99,7 @@ class Prediction:
 
 
 def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries: Sequence[int]) -> Prediction:
-    """Predict a run under one layout.
-
-    Args:
-        model: the model.
-        plan: the layout and its options.
-        device: the device of each rank.
-        boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+    """Predict a run under one layout, each rank on a device, stage `s` from layer `boundaries[s]` on.
 
     Raises:
         PipekitError: if the layout cannot run; it says why.
