@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
+from typing import Any
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners.even import most_even_boundaries
@@ -127,10 +128,8 @@ def as_integers(costs: Sequence[float], stage_extras: Sequence[float]) -> tuple[
     if not any(costs):
         return [1] * len(costs), [0] * len(stage_extras)
     # numpy's whole numbers have no ratio.
-    ratios = [
-        (int(cost), 1) if isinstance(cost, Integral) else float(cost).as_integer_ratio()
-        for cost in (*costs, *stage_extras)
-    ]
+    numbers: list[Any] = [*costs, *stage_extras]
+    ratios = [(int(cost), 1) if isinstance(cost, Integral) else float(cost).as_integer_ratio() for cost in numbers]
     scale = max(denominator for _, denominator in ratios)
     whole = [numerator * (scale // denominator) for numerator, denominator in ratios]
     return whole[: len(costs)], whole[len(costs) :]

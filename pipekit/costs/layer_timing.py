@@ -23,7 +23,7 @@ _ENOUGH_S = 5.0
 
 def time_layer(
     call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure, *, device: torch.device, repeats: int
-) -> tuple[dict[str, float], NestedMeta]:
+) -> tuple[dict[str, Any], NestedMeta]:
     """Time a layer, by the clock on CPUs and by events of the stream on GPUs.
 
     On CPUs only those repeats count that got the fewest fresh pages from the system: fetching them takes a large layer
