@@ -10,7 +10,6 @@ from math import gcd
 
 from pipekit.partitioners import balanced_boundaries
 from pipekit.predictions.layer_costs import shard_layers, stage_activation_bytes
-from pipekit.predictions.memory import estimate_memory
 from pipekit.predictions.model_states import bytes_per_parameter
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel
@@ -19,6 +18,8 @@ from pipekit.schedules import Costs, plan_schedule, schedule_placement, simulate
 
 # The bubble of a longer pipeline is that of one with so many ranks and as many micro-batches a rank, times its length.
 _MOST_RANKS = 8
+# Where stages are cut more evenly than for an estimate, the fullest rank may hold less.
+_SURELY = 0.75
 # Messages and gradients are told apart by hundredths of a rank's forward.
 _DIGITS = 2
 
@@ -85,7 +86,7 @@ class Estimator:
         """Estimated time and memory of a layout.
 
         The step is that of the busiest rank, with the bubble that the schedule has where stages are alike, the
-        reduction over replicas behind it, and the update.
+        reduction over replicas behind it, and the update. The memory leaves messages and updates out.
         """
         layout = plan.layout
         stages = self._stages_of(plan)
@@ -104,17 +105,16 @@ class Estimator:
         behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero)
         forward_s, pattern = _pattern_of(plan, costs)
         compute_s = plan.num_micro_batches * max(rank_s) + forward_s * pattern.bubble
-        memory_bytes, least_bytes = estimate_memory(
-            rank_parameters,
-            [number * size for number, size in zip(pattern.in_flight, stages.activation_bytes, strict=True)],
-            placement,
-            overlap=pattern.overlap,
-            loss_bytes=stages.loss_bytes,
-            per_parameter=bytes_per_parameter(
-                precision=precision, zero=plan.zero, dp=layout.dp, states=self._model.optimizer_states
-            ),
+        per_parameter = bytes_per_parameter(
+            precision=precision, zero=plan.zero, dp=layout.dp, states=self._model.optimizer_states
         )
-        return Estimate(compute_s + behind_s, memory_bytes, least_bytes)
+        standing = [per_parameter * number for number in rank_parameters]
+        estimated, least = list(standing), list(standing)
+        for rank, number, size in zip(placement, pattern.in_flight, stages.activation_bytes, strict=True):
+            estimated[rank] += pattern.overlap[rank] * (number * size)
+            least[rank] = max(least[rank], standing[rank] + number * size)
+        estimated[placement[-1]] += 3 * stages.loss_bytes
+        return Estimate(compute_s + behind_s, max(estimated), _SURELY * max(least))
 
     def boundaries(self, plan: ParallelPlan) -> Sequence[int]:
         """Boundaries of the stages that balance the operations of a layout's ranks."""

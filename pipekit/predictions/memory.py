@@ -1,4 +1,4 @@
-"""Peak memory of each rank: exact, estimated, and bounded from below and above.
+"""Peak memory of each rank: exact, and bounded from above.
 
 Weights, gradients, masters and optimizer states come from `model_states`. Activations are as exact as what each layer
 is known to keep, and within a tenth where split backwards meet checkpointing.
@@ -25,8 +25,6 @@ from pipekit.predictions.model_states import (
 from pipekit.schedules import Action, Costs, Schedule, Timeline
 from pipekit.schedules.messages import EARLY_RECEIVES, plan_messages
 
-# Where stages are cut more evenly than for an estimate, the fullest rank may hold less.
-_SURELY = 0.75
 # From either side, and one gradient that is received and one that is sent.
 _MOST_MESSAGES = 2 * EARLY_RECEIVES + 2
 
@@ -147,34 +145,6 @@ def peak_memory(
             )
         )
     return found
-
-
-def estimate_memory(
-    rank_parameters: Sequence[int],
-    stage_activations: Sequence[float],
-    placement: Sequence[int],
-    *,
-    overlap: Sequence[float],
-    loss_bytes: int,
-    per_parameter: float,
-) -> tuple[float, float]:
-    """Estimate of the fullest rank's peak memory, and a lower bound on it, both without messages and updates.
-
-    Args:
-        rank_parameters: parameters of each pipeline rank.
-        stage_activations: bytes of activations of each stage with all its micro-batches in flight.
-        placement: the pipeline rank of each stage.
-        overlap: for each rank, the part of its stages' activations that is there at the same time.
-        loss_bytes: bytes that the loss keeps of one micro-batch.
-        per_parameter: bytes of model states for each parameter.
-    """
-    standing = [per_parameter * number for number in rank_parameters]
-    estimated, least = list(standing), list(standing)
-    for rank, activations in zip(placement, stage_activations, strict=True):
-        estimated[rank] += overlap[rank] * activations
-        least[rank] = max(least[rank], standing[rank] + activations)
-    estimated[placement[-1]] += 3 * loss_bytes
-    return max(estimated), _SURELY * max(least)
 
 
 def memory_limit(
