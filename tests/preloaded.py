@@ -8,9 +8,8 @@ import torch
 torch.set_num_threads(1)
 
 MODULES = [
-    # DeepSpeed imports it with the first engine, and it imports most of torch's compiler.
+    # DeepSpeed imports these three with the first engine.
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    # These two with the first engine as well.
     "deepspeed.module_inject.auto_ep_layer",
     "einops._torch_specific",
     "pipekit.cli",
@@ -30,5 +29,6 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import_module("pipekit.deepspeed.patches").import_muon_uncompiled()
     for name in MODULES:
         import_module(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
@@ -40,6 +42,24 @@ def use_joined_processes() -> None:
             method.__defaults__ = tuple(None if isinstance(d, ProcessGroup) else d for d in method.__defaults__)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
+
+
+def import_muon_uncompiled() -> None:
+    """Import the Muon optimizer of DeepSpeed 0.19.8 without torch's compiler, unless it has been imported.
+
+    DeepSpeed imports it with the first engine under ZeRO, and decorates functions of it with `torch.compile`. That
+    imports six hundred modules of the compiler, a second of a CPU or more, beside `torch._dynamo`, which torch's own
+    optimizers import. Muon makes the same updates uncompiled.
+    """
+    name = "deepspeed.runtime.zero.muon.original_muon"
+    if name in sys.modules:
+        return
+    compile_function = torch.compile
+    torch.compile = lambda function, **options: function  # type: ignore[assignment]
+    try:
+        import_module(name)
+    finally:
+        torch.compile = compile_function  # type: ignore[assignment]
 
 
 def number_from_zero() -> None:

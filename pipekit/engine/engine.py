@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEng
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import clean_globals, use_joined_processes
+from pipekit.deepspeed.patches import clean_globals, import_muon_uncompiled, use_joined_processes
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor
@@ -61,6 +61,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
         self._is_built = False
         use_joined_processes()
+        import_muon_uncompiled()
         with clean_globals():
             super().__init__(
                 args=None,

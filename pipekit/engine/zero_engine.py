@@ -14,7 +14,13 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import clean_globals, linear_function, number_from_zero, use_joined_processes
+from pipekit.deepspeed.patches import (
+    clean_globals,
+    import_muon_uncompiled,
+    linear_function,
+    number_from_zero,
+    use_joined_processes,
+)
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.diagnostics import Diagnostics
@@ -65,6 +71,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         given = {**prepare_optimizer(module, build_optimizer, config), **deepspeed_args}
         sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
         use_joined_processes()
+        import_muon_uncompiled()
         number_from_zero()
         with linear_function(F.linear), clean_globals():
             super().__init__(
