@@ -277,7 +277,7 @@ class Measuring(LanguageModelTrial):
     def validation_metrics(self):
         return {
             "accuracy": lambda logits, labels: (logits.argmax(-1) == labels).float().mean(),
-            "replica": lambda logits, labels: labels.float().mean() * 0 + self.context.unit.data_parallel_rank,
+            "replica": lambda logits, labels: labels.float().mean() * 0 + self.context.mpu.data_parallel_rank,
         }
 """
 
@@ -306,7 +306,7 @@ class ReportsLast(ModelParallelUnit):
 
 class Reporting(LanguageModelTrial):
     @classmethod
-    def build_unit(cls, layout, *, placement, timeout_s):
+    def build_mpu(cls, layout, *, placement, timeout_s):
         return ReportsLast(layout, placement=placement, timeout_s=timeout_s)
 
 class Silent(ModelParallelUnit):
@@ -314,7 +314,7 @@ class Silent(ModelParallelUnit):
 
 class Wrong(LanguageModelTrial):
     @classmethod
-    def build_unit(cls, layout, *, placement, timeout_s):
+    def build_mpu(cls, layout, *, placement, timeout_s):
         return Silent(layout, placement=placement, timeout_s=timeout_s)
 """
 
@@ -347,7 +347,7 @@ class Failing(LanguageModelTrial):
 
     def loss(self, outputs, labels):
         Failing.calls += 1
-        if self.context.unit.is_last_stage and Failing.calls > 2 * 4:
+        if self.context.mpu.is_last_stage and Failing.calls > 2 * 4:
             self.fail()
         return super().loss(outputs, labels)
 
@@ -383,7 +383,7 @@ from pipekit.training.language_model import LanguageModelTrial
 
 class Drifting(LanguageModelTrial):
     def learning_rate(self, step):
-        return super().learning_rate(step) * (1 + self.context.unit.data_parallel_rank)
+        return super().learning_rate(step) * (1 + self.context.mpu.data_parallel_rank)
 """
 
 

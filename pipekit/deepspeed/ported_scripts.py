@@ -85,7 +85,7 @@ def _adopt(layer: Any, layer_idx: int) -> LayerSpec:
     )
 
 
-def build_unit(
+def build_mpu(
     num_stages: int | None,
     topology: ProcessTopology | None,
     *,

@@ -150,12 +150,12 @@ def check_mpu(mpu: ModelParallelUnit, *, layout: Layout | None = None, placement
         if layout is not None and _degrees(mine.layout) != _degrees(layout):
             raise LayoutError(
                 f"rank {mine.rank}: layout is {mine.layout}, and that of the run is {layout}; make the unit of the "
-                "layout that build_unit is given"
+                "layout that build_mpu is given"
             )
         if placement is not None and mine.placement != tuple(placement):
             raise LayoutError(
                 f"rank {mine.rank}: placement is {mine.placement}, and that of the run is {tuple(placement)}; make the "
-                "unit of the placement that build_unit is given"
+                "unit of the placement that build_mpu is given"
             )
     except LayoutError as error:
         mine = str(error)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipekit.deepspeed.mpu import DeepSpeedMPU
-from pipekit.deepspeed.ported_scripts import adopt_layers, build_unit
+from pipekit.deepspeed.ported_scripts import adopt_layers, build_mpu
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.engine.tensor_group import ProcessTensorGroup
@@ -121,7 +121,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.schedule = schedule
         self.stages_per_rank = stages_per_rank
         if mpu is None:
-            mpu = build_unit(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
+            mpu = build_mpu(num_stages, topology, schedule=schedule, stages_per_rank=stages_per_rank)
         elif type(mpu) is not ModelParallelUnit:
             check_mpu(mpu)
         self.boundaries = list(boundaries or self._cut(partition_method, mpu.placement))

@@ -23,14 +23,14 @@ class TrialContext:
     Attributes:
         plan: every decision of the run.
         specs: the whole model's layers.
-        unit: the process groups, and this rank's place in them.
+        mpu: the process groups, and this rank's place in them.
         device: what this rank computes on.
         folder: the run's files.
     """
 
     plan: Plan
     specs: Sequence[LayerSpec]
-    unit: ModelParallelUnit
+    mpu: ModelParallelUnit
     device: torch.device
     folder: RunFolder
 
@@ -49,7 +49,7 @@ class TrialContext:
 
         Every rank calls this together; what other stages pass does not count.
         """
-        total = torch.tensor(value if self.unit.is_last_stage else 0.0, dtype=torch.float64, device=self.device)
+        total = torch.tensor(value if self.mpu.is_last_stage else 0.0, dtype=torch.float64, device=self.device)
         # Tensor-parallel peers hold the same value.
         dist.all_reduce(total)
-        return float(total) / (self.unit.layout.dp * self.unit.layout.tp)
+        return float(total) / (self.mpu.layout.dp * self.mpu.layout.tp)

@@ -83,10 +83,10 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
         PipekitError: if the trial cannot be built, or the ranks' units do not fit together.
     """
     kind = load_trial(plan.config)
-    unit = kind.build_unit(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
-    check_mpu(unit, layout=plan.layout, placement=plan.placement)
+    mpu = kind.build_mpu(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
+    check_mpu(mpu, layout=plan.layout, placement=plan.placement)
     specs = kind.build_layers(plan.config) if specs is None else specs
-    return kind(TrialContext(plan, specs, unit, device, RunFolder(plan.config.run.dir)))
+    return kind(TrialContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def _train(trial: Trial, terminal: TextIO, *, plan_shown: bool) -> RunResult:
     config = plan.config
     error: Exception | None = None
     callbacks: list[Callback] = []
-    if trial.context.unit.should_report_metrics:
+    if trial.context.mpu.should_report_metrics:
         console = make_console(terminal)
         try:
             callbacks += [MetricsFile()]

@@ -45,7 +45,7 @@ class Trainer:
         self.trial = trial
         self.context = trial.context
         self.config = self.context.config
-        reports = self.context.unit.should_report_metrics
+        reports = self.context.mpu.should_report_metrics
         self._callbacks = [*callbacks, *trial.build_callbacks()] if reports else []
         self.engine = self._build_engine()
         self._train_loader = self._build_loader(trial.build_train_dataset, shuffle=self.config.data.shuffle)
@@ -127,7 +127,7 @@ class Trainer:
 
     def _draw_profile(self) -> None:
         timeline = self.engine.gather_timeline()
-        if self.context.unit.should_report_metrics:
+        if self.context.mpu.should_report_metrics:
             save_profile(timeline, self.context.folder.profile / f"step-{self.step:08d}")
 
     def _evaluate(self, metrics: StepMetrics) -> StepMetrics:
@@ -153,7 +153,7 @@ class Trainer:
         plan, train, parallel = self.context.plan, self.config.train, self.config.parallel
         module = PipelineModule(
             self.context.specs,
-            mpu=self.context.unit,
+            mpu=self.context.mpu,
             boundaries=plan.boundaries,
             loss_fn=self.trial.loss,
             base_seed=train.seed,
@@ -192,7 +192,7 @@ class Trainer:
         )
 
     def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> BatchLoader | None:
-        if not self.context.unit.should_build_data_loader:
+        if not self.context.mpu.should_build_data_loader:
             return None
         dataset = build_dataset()
         if dataset is None:
@@ -206,7 +206,7 @@ class Trainer:
             SampleOrder(len(dataset), self.config.train.seed, shuffle=shuffle),
             global_batch_size=batch.global_batch_size,
             micro_batch_size=batch.micro_batch_size,
-            dp_rank=self.context.unit.data_parallel_rank,
+            dp_rank=self.context.mpu.data_parallel_rank,
             dp=batch.dp,
         )
 

@@ -58,7 +58,7 @@ class Trial:
         raise NotImplementedError(f"{cls.__name__}.build_layers must return the model's list of LayerSpec")
 
     @classmethod
-    def build_unit(cls, layout: Layout, *, placement: Sequence[int], timeout_s: float) -> ModelParallelUnit:
+    def build_mpu(cls, layout: Layout, *, placement: Sequence[int], timeout_s: float) -> ModelParallelUnit:
         """Return the process groups of the run, and this rank's place in them. Every rank calls this together.
 
         A subclass of `ModelParallelUnit` may answer otherwise than it does. The answers of all ranks are compared

@@ -64,10 +64,10 @@ def _run_reference(task: Task, plan: Plan) -> None:
     # A trial may ask the unit for its place in the run, which needs a world, of which this process is all.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     device = torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu")
-    unit = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
+    mpu = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
     kind = load_trial(plan.config)
     specs = kind.build_layers(plan.config)
-    trial = kind(TrialContext(plan, specs, unit, device, RunFolder(plan.config.run.dir)))
+    trial = kind(TrialContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
     record_reference(trial, Path(task.folder) / "rank-0", num_steps=task.num_steps)
 
 
