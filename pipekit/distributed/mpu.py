@@ -141,7 +141,7 @@ class ModelParallelUnit:
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which replica of the model this process belongs to."""
+        """Index of the replica of the model that this process belongs to."""
         return self.coordinate.data
 
     @property
@@ -151,22 +151,22 @@ class ModelParallelUnit:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this process holds the first stage, which reads the inputs."""
+        """True on the ranks of the first stage, which reads the inputs."""
         return self.placement[0] == self.coordinate.pipe
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this process holds the last stage, which reads the labels and has the loss."""
+        """True on the ranks of the last stage, which reads the labels and computes the loss."""
         return self.placement[-1] == self.coordinate.pipe
 
     @property
     def should_build_data_loader(self) -> bool:
-        """Whether this process reads batches: the first stage needs the inputs, the last the labels."""
+        """True on the ranks that read batches: the first stage needs the inputs, the last the labels."""
         return self.is_first_stage or self.is_last_stage
 
     @property
     def should_report_metrics(self) -> bool:
-        """Whether this process writes metrics and talks to the console: rank 0, and no other."""
+        """True on the rank that writes metrics and the console: rank 0, and no other."""
         return self.global_rank == 0
 
     def stage_rank(self, stage: int) -> int:

@@ -91,11 +91,11 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self._is_built = True
 
     def is_first_stage(self) -> bool:
-        """Whether this process holds the first stage."""
+        """True on the ranks of the first stage."""
         return self.mpu.is_first_stage if self._is_built else super().is_first_stage()
 
     def is_last_stage(self) -> bool:
-        """Whether this process holds the last stage."""
+        """True on the ranks of the last stage."""
         return self.mpu.is_last_stage if self._is_built else super().is_last_stage()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:

@@ -30,7 +30,7 @@ Observer = Callable[[Any, Any], None]
 
 @dataclass(frozen=True)
 class _InFlight:
-    """What a stage keeps of a micro-batch between its forward and its backward."""
+    """Tensors that a stage keeps of a micro-batch between its forward and its backward."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -38,7 +38,7 @@ class _InFlight:
 
 @dataclass(frozen=True)
 class _Table:
-    """What this rank reads off a schedule."""
+    """This rank's view of a schedule: its actions, messages and acknowledgements."""
 
     schedule: Schedule
     actions: tuple[Action, ...]
@@ -199,7 +199,7 @@ class Executor:
         return torch.is_grad_enabled(), self._shape_classes[micro_batch], stage
 
     def _find_meta(self, action: Action) -> NestedMeta | None:
-        """Return what an action's result looks like: what a stage passes on, or the gradients of what it was passed."""
+        """Shapes and types of an action's result: a stage's outputs, or the gradients of its inputs."""
         if action.kind == "F":
             return self._metas.get(self._meta_key(action.stage, action.micro_batch))
         # A gradient arrives after the activation that it belongs to was sent from here.

@@ -31,7 +31,7 @@ from pipekit.tensor_parallel.flow import convert
 from pipekit.tensors.weight_gradients import split_linear
 
 Activations = Any
-"""What passes between layers: a tensor, or tuples, lists and dicts of tensors."""
+"""Values that pass between layers: a tensor, or tuples, lists and dicts of tensors."""
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -311,11 +311,11 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         return inputs
 
     def returns_shard(self, layer_idx: int) -> bool:
-        """Return whether one of this rank's layers returns this rank's part of the sequence."""
+        """True if one of this rank's layers returns a shard of the sequence."""
         return self._flows[layer_idx].returns_shard
 
     def _as_taken(self, inputs: Activations, layer_idx: int) -> Activations:
-        """Return what the layer before has returned as this one takes it: the whole sequence, or this rank's part."""
+        """Convert the outputs of one layer to what the next takes: the whole sequence, or this rank's shard of it."""
         is_shard = layer_idx > 0 and self.returns_shard(layer_idx - 1)
         wants_shard = self._flows[layer_idx].takes_shard
         return convert(inputs, is_shard=is_shard, wants_shard=wants_shard, group=self.tensor_group)

@@ -1,4 +1,4 @@
-"""What the engines have in common, with a pipeline and without: evaluation, data, losses, checkpoints."""
+"""Evaluation, data, losses and checkpoints of both engines, with a pipeline and without."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ class TrainingEngine:
 def prepare_optimizer(
     module: PipelineModule, build_optimizer: OptimizerBuilder | None, deepspeed_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what DeepSpeed's engines are given to train a module with: its parameters, and the optimizer, if any.
+    """Arguments of DeepSpeed's engines for training a module: its parameters, and the optimizer, if any.
 
     Args:
         module: what to train.

@@ -104,7 +104,7 @@ def _keys_of_either(found: Recording, expected: Recording, kind: MeasurementKind
 
 
 def _cancelled(tolerance: float, expected: Recording, source: TensorKey, key: TensorKey) -> float:
-    """Return how far a tensor may be off for the rounding errors of what it is made of."""
+    """Tolerance of a tensor for the rounding errors of the terms that it is a sum of."""
     if not (expected.copies(source) and expected.copies(key)):
         return 0.0
     tensor = expected.load(source)

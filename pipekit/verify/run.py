@@ -89,7 +89,7 @@ def _run_layout(task: Task, plan: Plan, reference: Path, *, rank: int, local_ran
 
 
 def compare_run(trial: Trial, found: Recording, expected: Recording, *, tolerance: float) -> list[Measurement]:
-    """Return how far everything that was recorded is from the reference."""
+    """Differences of all recorded tensors from the reference."""
     measurements = list(compare_recordings(found, expected, trial.context.plan.layer_names, tolerance=tolerance))
     updates = compare_updates(
         build_model(trial),
@@ -139,7 +139,7 @@ def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> No
 
 
 def _parts_of(module: Any) -> Callable[[int, Tensor], Shard | None]:
-    """Return what tells which part of a layer's output this rank has, under sequence parallelism."""
+    """Shard of a layer's output that this rank has under sequence parallelism."""
     group = module.tensor_group
 
     def part(layer_idx: int, tensor: Tensor) -> Shard | None:
