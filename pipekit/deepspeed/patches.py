@@ -102,13 +102,22 @@ def clean_globals() -> Iterator[None]:
     """Clear what DeepSpeed's modules keep of an engine that is built inside.
 
     The grid of its own messages and the mpu of its activation checkpointing are not used here. The mpu of
-    `deepspeed.utils.groups` would be taken for its own by an engine without one that is built later. What ZeRO-3 has on
-    its stack between forwards is the whole model, which each forward puts there again.
+    `deepspeed.utils.groups` would be taken for its own by an engine without one that is built later. ZeRO-3 has the
+    whole model on its stack between forwards, and would keep it for ever: a weak reference takes its place.
     """
+    stack = parameter_offload.FWD_MODULE_STACK
+    before = len(stack)
+
+    def forget(dead: Any) -> None:
+        stack[:] = [module for module in stack if module is not dead]
+
     try:
         yield
+    except BaseException:
+        del stack[before:]
+        raise
     finally:
-        parameter_offload.FWD_MODULE_STACK.clear()
+        stack[before:] = [weakref.proxy(module, forget) for module in stack[before:]]
         p2p._grid = None
         checkpointing.mpu = None
         groups.mpu = None
