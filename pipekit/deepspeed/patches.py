@@ -59,7 +59,7 @@ def import_muon_uncompiled() -> None:
     try:
         import_module(name)
     finally:
-        torch.compile = compile_function  # type: ignore[assignment]
+        torch.compile = compile_function
 
 
 def number_from_zero() -> None:
