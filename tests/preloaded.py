@@ -1,4 +1,4 @@
-"""What the server that forks processes for tests imports once for all of them."""
+"""Imports of the server that forks processes for tests, made once for all of them."""
 
 import warnings
 from importlib import import_module

@@ -30,7 +30,7 @@ def files_of(room: str) -> list[Path]:
 
 @cache
 def names_in(room: str) -> set[str]:
-    """Return what a folder defines: `name` at the top of a module, and `Class.name`."""
+    """Names that a folder defines: `name` at the top of a module, and `Class.name`."""
     names: set[str] = set()
     for path in files_of(room):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

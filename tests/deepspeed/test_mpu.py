@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
 
 
 def answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what our adapter and DeepSpeed's grid of the same topology say, by name."""
+    """Answers of our adapter and of DeepSpeed's grid of the same topology, by name."""
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
     from pipekit.deepspeed.mpu import DeepSpeedMPU
@@ -66,7 +66,7 @@ def test_it_answers_as_deepspeeds_grid_does(gloo: GlooWorkers, layout: Layout) -
 
 
 def megatron_answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what DeepSpeed asks of an `mpu` beside its own grid's names, and what it must be by the layout."""
+    """Other names that DeepSpeed asks of an `mpu`, with the answers that follow from the layout."""
     from deepspeed.utils.bwc import (
         bwc_pipeline_parallel_group,
         bwc_pipeline_parallel_world_size,

@@ -1,4 +1,4 @@
-"""What rank 0 tells the others, between threads that share a store."""
+"""Messages of rank 0 to the others, between threads that share a store."""
 
 from __future__ import annotations
 

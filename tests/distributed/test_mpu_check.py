@@ -22,7 +22,7 @@ FOUR = Layout(pp=2, dp=2)
 
 
 def describe(layout: Layout, placement: tuple[int, ...] | None = None) -> list[MPUDescription]:
-    """Return what the units of a layout answer, without processes."""
+    """Answers of the units of a layout, without processes."""
     placement = placement or tuple(range(layout.pp))
     described = []
     for rank in range(layout.world_size):

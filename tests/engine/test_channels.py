@@ -111,7 +111,7 @@ def test_sends_that_tell_that_they_are_done_are_dropped_at_the_next() -> None:
 
 
 def kept_at_most(schedule: Schedule, rank: int, peer: int) -> int:
-    """Return how many messages a rank has sent at most, and not yet confirmed to be received."""
+    """Largest number of messages that a rank has sent and that are not yet confirmed to be received."""
     acknowledgements = plan_acknowledgements(schedule, rank)[peer]
     split = schedule.split_backwards
     kept: set[Action] = set()

@@ -1,4 +1,4 @@
-"""What is left of an engine that was destroyed, and of processes that have left each other: nothing."""
+"""Threads and files of destroyed engines, and of processes that have left each other: none remain."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def tokens_and_labels() -> tuple[Tensor, Tensor]:
 
 
 class Outcome(NamedTuple):
-    """What one micro-batch gives."""
+    """Results of one micro-batch."""
 
     logits: Tensor
     loss: Tensor
