@@ -158,7 +158,7 @@ def build_engine(
     from pipekit.engine.module import PipelineModule
     from pipekit.layout import Layout
     from pipekit.partitioners import partition_uniform
-    from pipekit.schedules import default_stages_per_rank, plan_schedule, schedule_placement
+    from pipekit.schedules import default_stages_per_rank, schedule_placement
 
     if case.precision == "fp16":
         # DeepSpeed refuses fp16 on processors without fp16 instructions; torch computes it all the same.
@@ -179,6 +179,7 @@ def build_engine(
         base_seed=1,
         activation_checkpoint_interval=int(case.checkpointing),
         sequence_parallel=case.sequence_parallel,
+        schedule=case.schedule,
     )
     return build.build_engine(
         module,
@@ -192,9 +193,6 @@ def build_engine(
             offload=case.offload,  # type: ignore[arg-type]
         ),
         build_optimizer=lambda parameters: make_optimizer(case, parameters),
-        plan_schedule=lambda num_micro_batches, costs: plan_schedule(
-            case.schedule, pp=case.pp, num_micro_batches=num_micro_batches, costs=costs
-        ),
         measure_costs=case.schedule == "auto",
         profile=profile,
     )

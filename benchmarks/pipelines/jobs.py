@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from threading import Barrier
 
 from pipekit.schedules import Costs, median_costs
 from pipelines.profiled import ProfiledModel
 from pipelines.ranks import RankPool, Say
-from pipelines.settings import EmulatedSetting, Setting, plan_table
+from pipelines.settings import EmulatedSetting, Setting, max_in_flight, plan_table
 from pipelines.turns import Contender, Results, Step, System, Turns, combine, take_turns
 
 CALIBRATED_STEPS = 4
@@ -113,10 +112,10 @@ def _build(setting: Setting, contender: Contender) -> Step:
     if contender.system == "limit":
         return build_limit(workload, boundaries=contender.boundaries)
     assert contender.table is not None
-    plan = partial(plan_table, contender.schedule, pp=setting.pp, num_micro_batches=setting.num_micro_batches)
     return build_ours(
         workload,
         table=contender.table,
         boundaries=contender.boundaries,
-        replan=(lambda costs: plan(costs=costs)) if contender.measures_costs else None,
+        measure_costs=contender.measures_costs,
+        max_in_flight=max_in_flight(contender.schedule, pp=setting.pp),
     )

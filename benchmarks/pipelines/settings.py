@@ -25,15 +25,21 @@ def plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs |
 
     The memory is that of the activations that a rank may hold, in those of 1F1B's first rank; `auto` alone takes it.
     """
-    name, stages_per_rank, memory = _parse(schedule)
+    name, stages_per_rank, _ = _parse(schedule)
     return plan_schedule(
         name,
         pp=pp,
         num_micro_batches=num_micro_batches,
         stages_per_rank=stages_per_rank,
         costs=costs,
-        max_in_flight=round(memory * pp * stages_per_rank) if name == "auto" else None,
+        max_in_flight=max_in_flight(schedule, pp=pp),
     )
+
+
+def max_in_flight(schedule: str, *, pp: int) -> int | None:
+    """Stage activations that a rank may hold under one of our schedules; None where it cannot be told."""
+    name, stages_per_rank, memory = _parse(schedule)
+    return round(memory * pp * stages_per_rank) if name == "auto" else None
 
 
 def _parse(schedule: str) -> tuple[str, int, float]:

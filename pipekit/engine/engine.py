@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor
 
-from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import clean_globals, import_muon_uncompiled, use_joined_processes
 from pipekit.engine.channels import wait
-from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.reduction import GradientReducer
-from pipekit.engine.stopwatch import Stopwatch
-from pipekit.engine.training_engine import OptimizerBuilder, SchedulePlanner, TrainingEngine, prepare_optimizer
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.schedules import Timeline, median_costs
 from pipekit.tensor_parallel import has_partial_gradient
@@ -35,60 +30,23 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
     tied and replicated gradients are reduced and counted once under every optimizer, and a step whose gradients are not
     finite is skipped and counted.
 
-    Args:
-        module: this rank's stages.
-        build_optimizer: called with the rank's trainable parameters; returns a torch optimizer. None where DeepSpeed's
-            configuration names one.
-        deepspeed_config: DeepSpeed's configuration.
-        plan_schedule: returns the table of a step; 1F1B unless given.
-        measure_costs: whether to time the actions of the first steps, and then to plan the table anew for them.
-        profile: whether to time every step's actions, for `gather_timeline`.
-        **deepspeed_args: what else DeepSpeed's engine is given.
+    Its arguments are those of `build_engine`.
     """
 
-    def __init__(
-        self,
-        module: PipelineModule,
-        *,
-        build_optimizer: OptimizerBuilder | None,
-        deepspeed_config: Mapping[str, Any],
-        plan_schedule: SchedulePlanner | None = None,
-        measure_costs: bool = False,
-        profile: bool = False,
-        **deepspeed_args: Any,
-    ) -> None:
-        config, mpu = dict(deepspeed_config), module.mpu()
-        # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
-        self._is_built = False
-        use_joined_processes()
-        import_muon_uncompiled()
-        with clean_globals():
-            super().__init__(
-                args=None,
-                model=module,
-                mpu=module._grid,
-                config=config,
-                config_class=DeepSpeedConfig(config, module._grid),
-                **{**prepare_optimizer(module, build_optimizer, config), **deepspeed_args},
-            )
-        self.mpu = mpu
-        mpu.register_engine()
-        self.view = view_optimizer(self.optimizer, mpu)
-        self.executor = Executor(
-            module, mpu, view=self.view, device=self.device, on_stage_done=self._reduce_gradients_of
-        )
-        self._reducer = GradientReducer(self.view, mpu.data)
+    # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.
+    _is_built = False
+
+    def __init__(self, module: PipelineModule, **settings: Any) -> None:
+        super().__init__(module, **settings)
+        self._reducer = GradientReducer(self.view, self.mpu.data)
         self._stages_left: set[int] = set()
-        self._plan_schedule = plan_schedule or self._plan_1f1b
-        self._diagnostics = Diagnostics(self)
-        self._costs = None
         self._timelines: list[Timeline] = []
-        self._measure_costs = measure_costs and mpu.layout.pp > 1
-        self._profile = profile
-        if profile or self._measure_costs:
-            self.executor.stopwatch = Stopwatch(self.device)
-        self._schedules = {}
         self._is_built = True
+
+    def _build_executor(self) -> Executor:
+        return Executor(
+            self.module, self.mpu, view=self.view, device=self.device, on_stage_done=self._reduce_gradients_of
+        )
 
     def is_first_stage(self) -> bool:
         """True on the ranks of the first stage."""

@@ -16,7 +16,7 @@ from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.engine.build import build_engine
 from pipekit.engine.module import PipelineModule
 from pipekit.errors import ConfigError
-from pipekit.schedules import Costs, Schedule, plan_schedule
+from pipekit.schedules import Schedule
 
 
 def initialize(
@@ -74,7 +74,6 @@ def initialize(
         )  # fmt: skip
         return result
     settings = _read_config(config)
-    mpu = model.mpu()
     if optimizer is None and "optimizer" not in settings:
         raise ConfigError(
             'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
@@ -82,24 +81,6 @@ def initialize(
         )
     interval = settings.get("pipeline", {}).pop("activation_checkpoint_interval", 0)
     model.activation_checkpointing = interval or model.activation_checkpointing
-    schedule = model.schedule
-
-    def plan(num_micro_batches: int, costs: Costs | None) -> Schedule:
-        if isinstance(schedule, Schedule):
-            if schedule.num_micro_batches != num_micro_batches:
-                raise ConfigError(
-                    f"schedule {schedule.name} is for {schedule.num_micro_batches} micro-batches, and a step has "
-                    f"{num_micro_batches} (gradient_accumulation_steps)"
-                )
-            return schedule
-        return plan_schedule(
-            schedule,
-            pp=mpu.layout.pp,
-            num_micro_batches=num_micro_batches,
-            stages_per_rank=model.stages_per_rank,
-            costs=costs,
-        )
-
     zero = settings.get("zero_optimization", {}).get("stage", 0)
     if zero >= 2:
         _check_zero_stage(model, zero)
@@ -108,15 +89,14 @@ def initialize(
     engine = build_engine(
         model,
         deepspeed_config=complete_deepspeed_config(settings),
-        plan_schedule=plan,
-        measure_costs=schedule == "auto",
+        measure_costs=model.schedule == "auto",
         profile=profile,
         optimizer=optimizer,
         model_parameters=list(model_parameters),
         lr_scheduler=lr_scheduler,
     )
     # A schedule that cannot run is refused here, not in the first step.
-    plan(engine.micro_batches, None)
+    _ = engine.schedule
     if training_data is not None:
         engine.set_training_data(training_data, collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

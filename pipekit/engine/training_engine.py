@@ -10,29 +10,28 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
-from pipekit.deepspeed.optimizer_view import OptimizerView
-from pipekit.deepspeed.patches import drop_process_groups
-from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.deepspeed.optimizers import view_optimizer
+from pipekit.deepspeed.patches import clean_globals, drop_process_groups, import_muon_uncompiled, use_joined_processes
 from pipekit.engine.channels import wait
 from pipekit.engine.consistency_check import check_consistency
+from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
-from pipekit.errors import PipekitError
-from pipekit.schedules import Costs, Schedule, Timeline, plan_1f1b, plan_forward_only
+from pipekit.engine.stopwatch import Stopwatch
+from pipekit.errors import ConfigError, PipekitError
+from pipekit.schedules import Costs, Schedule, Timeline, plan_forward_only, plan_schedule
 from pipekit.tensor_parallel import whole_outputs
 from pipekit.tensors.host_memory import keep_freed_memory
 from pipekit.tensors.nested import flatten, unflatten
 
 OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulePlanner = Callable[[int, Costs | None], Schedule]
-"""Returns the table of a step of so many micro-batches; with what the stages' actions cost, once that is known."""
-
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
 """Returns the gradient of a parameter; None where it has none. All data-parallel ranks call it together."""
@@ -43,12 +42,23 @@ GradientObserver = Callable[[GradientOf], None]
 class TrainingEngine:
     """The part of an engine that does not depend on how gradients are reduced and weights are updated.
 
-    It stands before one of DeepSpeed's engines among the bases of a class, which sets `module`, `device`,
-    `lr_scheduler`, `global_steps` and `global_samples`.
+    It stands before one of DeepSpeed's engines among the bases of a class.
+
+    Args:
+        module: this rank's stages, and the schedule to run.
+        deepspeed_config: DeepSpeed's configuration.
+        build_optimizer: called with the trainable parameters; returns a torch optimizer. None where the configuration
+            or `deepspeed_args` name one.
+        measure_costs: whether to time the actions of the first steps, and then to plan the table anew for them.
+        max_in_flight: the stage activations that a rank may hold under the table that is planned anew.
+        profile: whether to time every step's actions, for `gather_timeline`.
+        **deepspeed_args: what else DeepSpeed's engine is given.
     """
 
+    # Set by DeepSpeed's engine.
     module: PipelineModule
     device: torch.device
+    optimizer: Any
     lr_scheduler: Any
     config: Any
     global_steps: int
@@ -56,25 +66,65 @@ class TrainingEngine:
     micro_batches: int
     micro_batch_size: int
     training_dataloader: Any
-    mpu: ModelParallelUnit
-    view: OptimizerView
-    optimizer: Any
-    executor: Executor
     data_iterator: Iterator[Any] | None
     steps_per_print: Callable[[], int | None]
-    _config: Any
-    _global_grad_norm: Any
     train_batch_size: Callable[[], int]
     set_dataiterator: Callable[[Iterator[Any] | None], None]
-    _plan_schedule: SchedulePlanner
-    _schedules: dict[tuple[str, int], Schedule]
-    _costs: Costs | None
+    _config: Any
+    _global_grad_norm: Any
+
     _is_destroyed = False
 
     on_gradients: GradientObserver | None = None
     """Called before every update, when the gradients are those of the step and of all replicas, with a function of a
     parameter that returns its gradient in fp32 or the parameter's own type; of a tensor that tensor-parallel ranks
     shard, this rank's shard. In fp16 the gradients are multiplied with `view.loss_scale`."""
+
+    def __init__(
+        self,
+        module: PipelineModule,
+        *,
+        deepspeed_config: Mapping[str, Any],
+        build_optimizer: OptimizerBuilder | None = None,
+        measure_costs: bool = False,
+        max_in_flight: int | None = None,
+        profile: bool = False,
+        **deepspeed_args: Any,
+    ) -> None:
+        mpu = module.mpu()
+        config = dict(deepspeed_config)
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if next(iter(parameters), torch.empty(0)).device.type == "cpu":
+            keep_freed_memory()
+        optimizer = build_optimizer(parameters) if build_optimizer is not None else None
+        if optimizer is not None and offloads_optimizer(config):
+            optimizer = with_cpu_adam(optimizer)
+        use_joined_processes()
+        import_muon_uncompiled()
+        with clean_globals():
+            super().__init__(  # type: ignore[call-arg]
+                args=None,
+                model=module,
+                mpu=module._grid,
+                config=config,
+                config_class=DeepSpeedConfig(config, module._grid),
+                **{"optimizer": optimizer, "model_parameters": parameters, **deepspeed_args},
+            )
+        self.mpu = mpu
+        mpu.register_engine()
+        self.view = view_optimizer(self.optimizer, mpu)
+        self.executor = self._build_executor()
+        self._measure_costs = measure_costs and mpu.layout.pp > 1
+        self._max_in_flight = max_in_flight
+        self._profile = profile
+        if profile or self._measure_costs:
+            self.executor.stopwatch = Stopwatch(self.device)
+        self._diagnostics = Diagnostics(self)
+        self._costs: Costs | None = None
+        self._schedules: dict[tuple[str, int], Schedule] = {}
+
+    def _build_executor(self) -> Executor:
+        raise NotImplementedError
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Train on one global batch.
@@ -95,16 +145,35 @@ class TrainingEngine:
             self.set_dataiterator(data_iter)
         self.module.train()
 
-    def _plan_1f1b(self, num_micro_batches: int, costs: Costs | None) -> Schedule:
-        return plan_1f1b(num_stages=self.mpu.num_stages, num_micro_batches=num_micro_batches)
-
     @property
     def schedule(self) -> Schedule:
-        """The table of a training step."""
+        """The table of a training step.
+
+        Raises:
+            ConfigError: if the module's schedule cannot run with so many micro-batches.
+        """
         key = ("train", self.micro_batches)
         if key not in self._schedules:
-            self._schedules[key] = self._plan_schedule(self.micro_batches, self._costs)
+            self._schedules[key] = self._plan_schedule()
         return self._schedules[key]
+
+    def _plan_schedule(self) -> Schedule:
+        schedule, pp = self.module.schedule, self.mpu.layout.pp
+        if isinstance(schedule, Schedule) and self._costs is None:
+            if schedule.num_micro_batches != self.micro_batches:
+                raise ConfigError(
+                    f"schedule {schedule.name} is for {schedule.num_micro_batches} micro-batches, and a step has "
+                    f"{self.micro_batches} (gradient_accumulation_steps)"
+                )
+            return schedule
+        return plan_schedule(
+            schedule.name if isinstance(schedule, Schedule) else schedule,
+            pp=pp,
+            num_micro_batches=self.micro_batches,
+            stages_per_rank=self.mpu.num_stages // pp,
+            costs=self._costs,
+            max_in_flight=self._max_in_flight,
+        )
 
     def _evaluation_schedule(self, num_micro_batches: int) -> Schedule:
         key = ("eval", num_micro_batches)
@@ -347,25 +416,6 @@ class TrainingEngine:
             optimizer_states=load_optimizer_states and not load_module_only,
             scheduler_state=load_lr_scheduler_states and not load_module_only,
         )
-
-
-def prepare_optimizer(
-    module: PipelineModule, build_optimizer: OptimizerBuilder | None, deepspeed_config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments of DeepSpeed's engines for training a module: its parameters, and the optimizer, if any.
-
-    Args:
-        module: what to train.
-        build_optimizer: called with the trainable parameters; None where DeepSpeed's configuration names an optimizer.
-        deepspeed_config: DeepSpeed's configuration.
-    """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if next(iter(parameters), torch.empty(0)).device.type == "cpu":
-        keep_freed_memory()
-    optimizer = build_optimizer(parameters) if build_optimizer is not None else None
-    if optimizer is not None and offloads_optimizer(deepspeed_config):
-        optimizer = with_cpu_adam(optimizer)
-    return {"optimizer": optimizer, "model_parameters": parameters}
 
 
 def _take_outputs(outputs: Any, labels: Any) -> Any:

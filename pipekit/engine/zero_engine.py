@@ -8,28 +8,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import (
-    clean_globals,
-    import_muon_uncompiled,
-    linear_function,
-    number_from_zero,
-    use_joined_processes,
-)
+from pipekit.deepspeed.patches import linear_function, number_from_zero
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
-from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor
 from pipekit.engine.micro_batches import MicroBatchReader, StepData
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.partial_gradients import sum_gradients_over
-from pipekit.engine.stopwatch import Stopwatch
-from pipekit.engine.training_engine import OptimizerBuilder, TrainingEngine, prepare_optimizer
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import ConfigError
 from pipekit.tensor_parallel import Logits, has_partial_gradient
 
@@ -41,61 +31,34 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     own engine: its hooks reduce every gradient as soon as it is there, each rank keeps its piece of the sum, and under
     ZeRO-3 they fetch the weights of a layer before it runs and let them go after it.
 
-    Args:
-        module: the whole model; one stage.
-        build_optimizer: called with the trainable parameters; returns a torch optimizer. None where DeepSpeed's
-            configuration names one.
-        deepspeed_config: DeepSpeed's configuration.
-        profile: whether to time every step's actions, for `gather_timeline`.
-        **deepspeed_args: what else DeepSpeed's engine is given.
+    Its arguments are those of `build_engine`; whatever the module's schedule, it runs 1F1B.
 
     Raises:
         ConfigError: if the module has more than one stage.
     """
 
-    def __init__(
-        self,
-        module: PipelineModule,
-        *,
-        build_optimizer: OptimizerBuilder | None,
-        deepspeed_config: Mapping[str, Any],
-        profile: bool = False,
-        **deepspeed_args: Any,
-    ) -> None:
-        config, mpu = dict(deepspeed_config), module.mpu()
+    def __init__(self, module: PipelineModule, *, deepspeed_config: Mapping[str, Any], **settings: Any) -> None:
+        mpu = module.mpu()
         if mpu.num_stages != 1:
             raise ConfigError(
-                f"ZeRO-{config['zero_optimization']['stage']} needs a model of one stage, and this one has "
+                f"ZeRO-{deepspeed_config['zero_optimization']['stage']} needs a model of one stage, and this one has "
                 f"{mpu.num_stages}; try ZeRO-1, or one stage"
             )
-        given = {**prepare_optimizer(module, build_optimizer, config), **deepspeed_args}
-        sum_gradients_over(mpu.tensor, filter(has_partial_gradient, given["model_parameters"]))
-        use_joined_processes()
-        import_muon_uncompiled()
+        module.schedule = "1f1b"
+        sum_gradients_over(mpu.tensor, filter(has_partial_gradient, module.parameters()))
         number_from_zero()
-        with linear_function(F.linear), clean_globals():
-            super().__init__(
-                args=None,
-                model=module,
-                mpu=module._grid,
-                config=config,
-                config_class=DeepSpeedConfig(config, module._grid),
-                **given,
-            )
-            self._own_linear = F.linear
-        self.mpu = mpu
-        mpu.register_engine()
-        self.view = view_optimizer(self.optimizer, mpu)
-        self.executor = Executor(module, mpu, view=self.view, device=self.device, forward=self, backward=self._backward)
-        self.executor.reader = _AgreeingReader(mpu, device=self.device)
         self.data_iterator: Iterator[Any] | None = None
-        self._plan_schedule = self._plan_1f1b
-        self._costs = None
-        self._schedules = {}
         self._micro_batches_done = 0
-        self._diagnostics = Diagnostics(self)
-        if profile:
-            self.executor.stopwatch = Stopwatch(self.device)
+        with linear_function(F.linear):
+            super().__init__(module, deepspeed_config=deepspeed_config, **settings)
+            self._own_linear = F.linear
+
+    def _build_executor(self) -> Executor:
+        executor = Executor(
+            self.module, self.mpu, view=self.view, device=self.device, forward=self, backward=self._backward
+        )
+        executor.reader = _AgreeingReader(self.mpu, device=self.device)
+        return executor
 
     # DeepSpeed's own pipeline engine sets these two; its plain one has functions in their place.
 

@@ -22,7 +22,6 @@ from pipekit.engine.save import save_checkpoint
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.plan.run_folder import check_data
-from pipekit.schedules import Costs, Schedule, plan_schedule
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.profile import save_profile
 from pipekit.training.trial import Trial
@@ -160,6 +159,7 @@ class Trainer:
             activation_checkpoint_interval=int(train.activation_checkpointing),
             device=self.context.device,
             sequence_parallel=parallel.sequence_parallel,
+            schedule=plan.schedule,
         )
         return build_engine(
             module,
@@ -173,22 +173,9 @@ class Trainer:
                 offload=parallel.offload,
             ),
             build_optimizer=self.trial.build_optimizer,
-            plan_schedule=self._plan_schedule,
             measure_costs=parallel.schedule == "auto",
-            profile=self.config.logging.profile,
-        )
-
-    def _plan_schedule(self, num_micro_batches: int, costs: Costs | None) -> Schedule:
-        plan, parallel = self.context.plan, self.config.parallel
-        if costs is None:
-            return plan.schedule
-        return plan_schedule(
-            parallel.schedule,
-            pp=plan.layout.pp,
-            num_micro_batches=num_micro_batches,
-            stages_per_rank=parallel.stages_per_rank,
-            costs=costs,
             max_in_flight=parallel.max_in_flight,
+            profile=self.config.logging.profile,
         )
 
     def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> BatchLoader | None:
