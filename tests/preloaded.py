@@ -1,5 +1,6 @@
 """Imports of the server that forks processes for tests, made once for all of them."""
 
+import gc
 import warnings
 from importlib import import_module
 
@@ -8,9 +9,14 @@ import torch
 torch.set_num_threads(1)
 
 MODULES = [
-    # DeepSpeed imports these three with the first engine.
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    # Torch and DeepSpeed import these with the first optimizer and the first engine.
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.utils.pin_memory",
     "einops._torch_specific",
     "pipekit.cli",
     "pipekit.commands.plan",
@@ -32,3 +38,6 @@ with warnings.catch_warnings():
     import_module("pipekit.deepspeed.patches").import_muon_uncompiled()
     for name in MODULES:
         import_module(name)
+
+# Collections in the forks leave alone what is here now, and so its memory stays shared.
+gc.freeze()

@@ -30,7 +30,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
     tied and replicated gradients are reduced and counted once under every optimizer, and a step whose gradients are not
     finite is skipped and counted.
 
-    Its arguments are those of `build_engine`.
+    Its arguments are those of `TrainingEngine`.
     """
 
     # Until its constructor ends, DeepSpeed's engine asks for neighbouring ranks, and means those of one stage each.

@@ -31,7 +31,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     own engine: its hooks reduce every gradient as soon as it is there, each rank keeps its piece of the sum, and under
     ZeRO-3 they fetch the weights of a layer before it runs and let them go after it.
 
-    Its arguments are those of `build_engine`; whatever the module's schedule, it runs 1F1B.
+    Its arguments are those of `TrainingEngine`; whatever the module's schedule, it runs 1F1B.
 
     Raises:
         ConfigError: if the module has more than one stage.
