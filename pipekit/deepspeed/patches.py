@@ -99,12 +99,14 @@ def replace_norm(optimizer: Any, norm: Callable[..., Any]) -> None:
 
 @contextmanager
 def clean_globals() -> Iterator[None]:
-    """Clear what DeepSpeed's modules keep of an engine that is built inside.
+    """Keep an engine that is built inside out of the globals of DeepSpeed's modules.
 
-    The grid of its own messages and the mpu of its activation checkpointing are not used here. The mpu of
-    `deepspeed.utils.groups` would be taken for its own by an engine without one that is built later. ZeRO-3 has the
-    whole model on its stack between forwards, and would keep it for ever: a weak reference takes its place.
+    The grid of DeepSpeed's own messages and the mpu of its activation checkpointing are not used here, and may be those
+    of an engine of DeepSpeed's. The mpu of `deepspeed.utils.groups` would be taken for its own by an engine without one
+    that is built later. ZeRO-3 has the whole model on its stack between forwards, and would keep it for ever: a weak
+    reference takes its place.
     """
+    found = p2p._grid, checkpointing.mpu, groups.mpu
     stack = parameter_offload.FWD_MODULE_STACK
     before = len(stack)
 
@@ -118,9 +120,7 @@ def clean_globals() -> Iterator[None]:
         raise
     finally:
         stack[before:] = [weakref.proxy(module, forget) for module in stack[before:]]
-        p2p._grid = None
-        checkpointing.mpu = None
-        groups.mpu = None
+        p2p._grid, checkpointing.mpu, groups.mpu = found
 
 
 def drop_process_groups(engine: Any) -> None:
