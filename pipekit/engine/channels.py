@@ -1,15 +1,12 @@
 """Channels between pipeline ranks: receives posted early, sends that do not wait.
 
 A channel carries all messages of one rank to one other, activations and gradients, in the order in which the sender's
-row of the schedule makes them, which the receiver knows from the table. Messages to higher ranks and to lower ones flow
-over process groups of their own, so that on NCCL, where the operations of a pair run in order, a receive posted early
-never stands in the way of a send.
+row of the schedule makes them; `pipekit.schedules.operations` says when each is posted and sent.
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +18,6 @@ from torch import Tensor
 from pipekit.errors import CommunicationError, PipekitError
 from pipekit.schedules import Action
 from pipekit.schedules.acknowledgements import Acknowledgements
-from pipekit.schedules.messages import EARLY_RECEIVES
 from pipekit.tensors.meta import NestedMeta, TensorMeta
 
 _DTYPES = {
@@ -75,13 +71,30 @@ def wait(work: dist.Work, what: str) -> None:
         raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
-def _send(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
-    """Begin to send to a rank of the group, as `dist.isend` does after checks that cost as much as a message."""
-    return group.send([torch.view_as_real(tensor) if tensor.is_complex() else tensor], peer, 0)
+def name_result(action: Action) -> str:
+    """Name what an action passes on, as in "the output of 0F3"."""
+    return f"the {'output' if action.kind == 'F' else 'input gradient'} of {action}"
 
 
-def _receive(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.Work:
-    return group.recv([torch.view_as_real(tensor) if tensor.is_complex() else tensor], peer, 0)
+@dataclass(frozen=True)
+class End:
+    """The other end of a channel, as a process group sees it.
+
+    Attributes:
+        group: the process group.
+        index: index of the other rank in it.
+    """
+
+    group: dist.ProcessGroup
+    index: int
+
+    def send(self, tensor: Tensor) -> dist.Work:
+        """Begin to send, as `dist.isend` does after checks that cost as much as a message."""
+        return self.group.send([torch.view_as_real(tensor) if tensor.is_complex() else tensor], self.index, 0)
+
+    def receive(self, tensor: Tensor) -> dist.Work:
+        """Begin to receive, as `dist.irecv` does."""
+        return self.group.recv([torch.view_as_real(tensor) if tensor.is_complex() else tensor], self.index, 0)
 
 
 @dataclass(frozen=True)
@@ -101,14 +114,14 @@ class Sender:
 
     Args:
         peer: pipeline rank of the receiver.
-        group: the ranks of the pipeline, in order; carries the tensors.
-        header_group: the same ranks on CPUs; carries the descriptions.
+        end: the receiver, for tensors.
+        header_end: the receiver on CPUs, for their descriptions.
     """
 
-    def __init__(self, *, peer: int, group: dist.ProcessGroup, header_group: dist.ProcessGroup) -> None:
+    def __init__(self, *, peer: int, end: End, header_end: End) -> None:
         self._peer = peer
-        self._group = group
-        self._header_group = header_group
+        self._end = end
+        self._header_end = header_end
         # By step and action, in the order of sending: a step that failed may have left some behind.
         self._pending: dict[tuple[int, Action], _Sent] = {}
         self._step = 0
@@ -121,21 +134,22 @@ class Sender:
         self._acknowledgements = acknowledgements
         self._num_received = 0
 
-    def send(self, action: Action, tensors: Sequence[Tensor], what: str, *, header: Tensor | None = None) -> None:
+    def send(self, action: Action, tensors: Sequence[Tensor], *, header: Tensor | None = None) -> None:
         """Send an action's result without waiting for it to arrive, after its description where that is new.
 
         Args:
             action: the action.
             tensors: its result.
-            what: names it in errors.
             header: what `encode_meta` made of it, if the receiver lacks it.
         """
         buffers = tuple(tensor.detach().contiguous() for tensor in tensors)
         works = []
         if header is not None:
-            works.append(_send(header, self._peer, self._header_group))
-        works += [_send(buffer, self._peer, self._group) for buffer in buffers]
-        self._pending[self._step, action] = _Sent(works, buffers if header is None else (*buffers, header), what)
+            works.append(self._header_end.send(header))
+        works += [self._end.send(buffer) for buffer in buffers]
+        self._pending[self._step, action] = _Sent(
+            works, buffers if header is None else (*buffers, header), name_result(action)
+        )
         while self._pending:
             oldest = next(iter(self._pending))
             if not all(work.is_completed() for work in self._pending[oldest].works):
@@ -163,12 +177,12 @@ class Sender:
 
 
 class Receiver:
-    """The receiving end of a channel: messages are asked for ahead of their use, in the order of the sender.
+    """The receiving end of a channel: messages are posted ahead of their use, in the order of the sender.
 
     Args:
         peer: pipeline rank of the sender.
-        group: the ranks of the pipeline, in order; carries the tensors.
-        header_group: the same ranks on CPUs; carries the descriptions.
+        end: the sender, for tensors.
+        header_end: the sender on CPUs, for their descriptions.
         device: where the tensors go.
         find_meta: returns the description of an action's result, or None where the sender is going to tell it.
         learn_meta: called with what the sender told.
@@ -178,53 +192,40 @@ class Receiver:
         self,
         *,
         peer: int,
-        group: dist.ProcessGroup,
-        header_group: dist.ProcessGroup,
+        end: End,
+        header_end: End,
         device: torch.device,
         find_meta: Callable[[Action], NestedMeta | None],
         learn_meta: Callable[[Action, NestedMeta], Any],
     ) -> None:
         self._peer = peer
-        self._group = group
-        self._header_group = header_group
+        self._end = end
+        self._header_end = header_end
         self._device = device
         self._find_meta = find_meta
         self._learn_meta = learn_meta
-        self._unposted: deque[Action] = deque()
         self._posted: dict[Action, tuple[list[dist.Work], tuple[Tensor, ...]]] = {}
 
-    def start(self, messages: Sequence[Action]) -> None:
-        """Begin a step in which the sender sends the results of these actions, in this order."""
+    def start(self) -> None:
+        """Begin a step."""
         assert not self._posted, "the step before was left in the middle"
-        self._unposted = deque(messages)
-        self._post_ahead()
 
-    def receive(self, action: Action, what: str) -> tuple[Tensor, ...]:
-        """Return the tensors of an action's result, and ask for those to come."""
-        while action not in self._posted:
-            following = self._unposted[0]
-            meta = self._find_meta(following)
-            if meta is None:
-                header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-                work = _receive(header, self._peer, self._header_group)
-                wait(work, f"the shape of {what} from pipeline rank {self._peer}")
-                meta = decode_meta(header)
-                self._learn_meta(following, meta)
-            self._post(meta)
-        works, buffers = self._posted.pop(action)
-        self._post_ahead()
-        for work in works:
-            wait(work, f"{what} from pipeline rank {self._peer}")
-        return buffers
-
-    def _post_ahead(self) -> None:
-        while self._unposted and len(self._posted) < EARLY_RECEIVES:
-            meta = self._find_meta(self._unposted[0])
-            if meta is None:
-                return
-            self._post(meta)
-
-    def _post(self, meta: NestedMeta) -> None:
+    def post(self, action: Action) -> None:
+        """Ask for an action's result, the next one that the sender sends; waits for its description where it is new."""
+        meta = self._find_meta(action)
+        if meta is None:
+            header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+            work = self._header_end.receive(header)
+            wait(work, f"the shape of {name_result(action)} from pipeline rank {self._peer}")
+            meta = decode_meta(header)
+            self._learn_meta(action, meta)
         buffers = tuple(tensor.empty(self._device) for tensor in meta.tensors)
-        works = [_receive(buffer, self._peer, self._group) for buffer in buffers]
-        self._posted[self._unposted.popleft()] = works, buffers
+        works = [self._end.receive(buffer) for buffer in buffers]
+        self._posted[action] = works, buffers
+
+    def receive(self, action: Action) -> tuple[Tensor, ...]:
+        """Wait for what was posted, and return the tensors of an action's result."""
+        works, buffers = self._posted.pop(action)
+        for work in works:
+            wait(work, f"{name_result(action)} from pipeline rank {self._peer}")
+        return buffers

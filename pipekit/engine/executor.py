@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.engine.channel_ends import ChannelEnds
 from pipekit.engine.channels import Receiver, Sender, encode_meta
 from pipekit.engine.micro_batches import MicroBatchReader, StepData, to_device
 from pipekit.engine.module import PipelineModule
@@ -19,7 +20,8 @@ from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Schedule
 from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
-from pipekit.schedules.messages import destination, plan_messages
+from pipekit.schedules.messages import destination
+from pipekit.schedules.operations import Operation, plan_operations
 from pipekit.tensors.meta import NestedMeta, TensorMeta
 from pipekit.tensors.nested import flatten, unflatten
 from pipekit.tensors.weight_gradients import WeightGradients, deferring
@@ -38,11 +40,10 @@ class _InFlight:
 
 @dataclass(frozen=True)
 class _Table:
-    """This rank's view of a schedule: its actions, messages and acknowledgements."""
+    """This rank's view of a schedule: its operations and acknowledgements."""
 
     schedule: Schedule
-    actions: tuple[Action, ...]
-    received_from: dict[int, tuple[Action, ...]]
+    operations: tuple[Operation, ...]
     acknowledgements: dict[int, Acknowledgements]
     gradient_of: dict[tuple[int, int], Action]
     last_of_stage: frozenset[Action]
@@ -84,12 +85,8 @@ class Executor:
         # What each stage passes on, by whether gradients are computed and the class of the micro-batch's shapes.
         self._metas: dict[tuple[bool, int, int], NestedMeta] = {}
         self._shape_classes: list[int] = []
-        pipe = None
-        if mpu.layout.pp > 1:
-            pipelines = mpu.layout.groups("pipe")
-            self._upward, self._downward = (mpu.build_group(pipelines, purpose=way) for way in ("upward", "downward"))
-            pipe = self._headers = mpu.build_group(pipelines, "gloo", purpose="headers")
-        self.reader = MicroBatchReader(mpu, pipe)
+        self._ends = ChannelEnds(mpu, device)
+        self.reader = MicroBatchReader(mpu, self._ends.headers)
         self.stopwatch: Stopwatch | None = None
 
     def run(
@@ -119,27 +116,23 @@ class Executor:
         table = self._read_table(schedule)
         step_data = self.reader.read(data, schedule.num_micro_batches)
         self._shape_classes = step_data.shape_classes
+        for receiver in self._receivers.values():
+            receiver.start()
         for peer, acknowledgements in table.acknowledgements.items():
             self._sender(peer).start(acknowledgements)
-        for peer, messages in table.received_from.items():
-            self._receiver(peer).start(messages)
         # Evaluations are not timed: what was timed last is a training step.
         stopwatch = self.stopwatch if torch.is_grad_enabled() else None
         run = _Run(self, table, step_data, loss_fn, loss_scale, dropout_step, observe, stopwatch)
         if stopwatch is not None:
             stopwatch.begin()
         confirmed = False
-        for action in table.actions:
-            if action.kind != "F" and not confirmed:
+        for operation in table.operations:
+            action = operation.action
+            if operation.kind == "run" and action.kind != "F" and not confirmed:
                 step_data.confirm()
                 confirmed = True
-            if action.kind == "F":
-                run.forward(action)
-            elif action.kind == "W":
-                run.weight_gradients(action)
-            else:
-                run.backward(action)
-            if action in table.last_of_stage:
+            run.do(operation)
+            if operation.kind == "run" and action in table.last_of_stage:
                 self._on_stage_done(action.stage)
         if not confirmed:
             step_data.confirm()
@@ -157,41 +150,35 @@ class Executor:
                 f"on {self._mpu.placement}; build both for the same number of stages and the same placement"
             )
         rank = self._mpu.pipe_rank
-        actions = schedule.ranks[rank]
-        last = {action.stage: action for action in actions if action.kind in "BW"}
-        received = {source: sent for (source, target), sent in plan_messages(schedule).items() if target == rank}
+        operations = plan_operations(schedule)[rank]
+        last = {action.stage: action for action in schedule.ranks[rank] if action.kind in "BW"}
         # Whether another rank's backward is whole or split decides which of its actions sends the gradient.
         gradients = {
-            (action.stage - 1, action.micro_batch): action
-            for sent in received.values()
-            for action in sent
-            if action.kind != "F"
+            (operation.action.stage - 1, operation.action.micro_batch): operation.action
+            for operation in operations
+            if operation.kind == "receive" and operation.action.kind != "F"
         }
         self._table = _Table(
-            schedule, actions, received, plan_acknowledgements(schedule, rank), gradients, frozenset(last.values())
+            schedule, operations, plan_acknowledgements(schedule, rank), gradients, frozenset(last.values())
         )
         return self._table
 
-    def _groups(self, source: int, target: int) -> dict[str, Any]:
-        group = self._upward if source < target else self._downward
-        assert group is not None
-        assert self._headers is not None
-        return {"group": group.process_group, "header_group": self._headers.process_group}
-
     def _sender(self, peer: int) -> Sender:
         if peer not in self._senders:
-            groups = self._groups(self._mpu.pipe_rank, peer)
-            self._senders[peer] = Sender(peer=peer, **groups)
+            end, header_end = self._ends.to(peer)
+            self._senders[peer] = Sender(peer=peer, end=end, header_end=header_end)
         return self._senders[peer]
 
     def _receiver(self, peer: int) -> Receiver:
         if peer not in self._receivers:
+            end, header_end = self._ends.of(peer)
             self._receivers[peer] = Receiver(
                 peer=peer,
+                end=end,
+                header_end=header_end,
                 device=self._device,
                 find_meta=self._find_meta,
                 learn_meta=self._learn_meta,
-                **self._groups(peer, self._mpu.pipe_rank),
             )
         return self._receivers[peer]
 
@@ -211,7 +198,10 @@ class Executor:
     def _learn_meta(self, action: Action, meta: NestedMeta) -> None:
         self._metas[self._meta_key(action.stage, action.micro_batch)] = meta
 
-    def _send_activations(self, action: Action, tensors: tuple[Tensor, ...], structure: Any, target: int) -> None:
+    def _send(self, action: Action, tensors: tuple[Tensor, ...], structure: Any, target: int) -> None:
+        if action.kind != "F":
+            self._sender(target).send(action, tensors)
+            return
         meta = NestedMeta(tuple(TensorMeta.of(tensor) for tensor in tensors), structure)
         known = self._metas.setdefault(self._meta_key(action.stage, action.micro_batch), meta)
         if known != meta:
@@ -220,7 +210,7 @@ class Executor:
                 f"{known}; what a stage passes on must follow from the shapes of the inputs alone: pad it"
             )
         header = encode_meta(meta) if known is meta else None
-        self._sender(target).send(action, tensors, f"the output of {action}", header=header)
+        self._sender(target).send(action, tensors, header=header)
 
 
 class _Run:
@@ -255,14 +245,33 @@ class _Run:
         # What passes between two stages of this rank, by the stage that it is for: no copy, no message.
         self._handed_up: dict[tuple[int, int], Any] = {}
         self._handed_down: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        # What passes between ranks, by the action that it results from, until it is used or sent.
+        self._received: dict[Action, tuple[Tensor, ...]] = {}
+        self._results: dict[Action, tuple[tuple[Tensor, ...], Any]] = {}
         self.losses: list[Tensor] = []
+
+    def do(self, operation: Operation) -> None:
+        action, peer = operation.action, operation.peer
+        if peer is None:
+            {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weight_gradients}[action.kind](
+                action
+            )
+        elif operation.kind == "post":
+            self._executor._receiver(peer).post(action)
+        elif operation.kind == "receive":
+            tensors = self._received[action] = self._executor._receiver(peer).receive(action)
+            # A message without tensors is never sent, so that it proves nothing.
+            if tensors and peer in self._acknowledgements:
+                self._executor._sender(peer).release(action)
+        else:
+            self._executor._send(action, *self._results.pop(action), peer)
 
     def finish(self) -> None:
         assert not self._in_flight, "a forward was left without its backward"
         assert not self._deferred, "an input gradient was left without its weight gradient"
 
-    def forward(self, action: Action) -> None:
-        inputs = self._receive_activations(action)
+    def _forward(self, action: Action) -> None:
+        inputs = self._inputs(action)
         self._start(action)
         is_last = action.stage == self._schedule.num_stages - 1
         outputs = self._executor._forward(
@@ -283,32 +292,27 @@ class _Run:
             )
         if is_last:
             return
-        target = self._schedule.placement[action.stage + 1]
-        if target == self._mpu.pipe_rank:
+        if self._schedule.placement[action.stage + 1] == self._mpu.pipe_rank:
             passed = [_leaf(tensor.detach(), tensor.requires_grad) for tensor in tensors]
             self._handed_up[action.stage + 1, action.micro_batch] = unflatten(passed, structure)
         else:
-            self._executor._send_activations(action, tensors, structure, target)
+            self._results[action] = tensors, structure
 
-    def _receive_activations(self, action: Action) -> Any:
+    def _inputs(self, action: Action) -> Any:
         stage, micro_batch = action.stage, action.micro_batch
         if stage == 0:
             return to_device(self._data.micro_batches[micro_batch][0], self._device)
-        source = self._schedule.placement[stage - 1]
-        if source == self._mpu.pipe_rank:
+        if self._schedule.placement[stage - 1] == self._mpu.pipe_rank:
             return self._handed_up.pop((stage, micro_batch))
         result_of = Action(stage - 1, "F", micro_batch)
-        tensors = self._receive(source, result_of, f"the activations of {action}")
         meta = self._executor._find_meta(result_of)
         assert meta is not None
-        received = [
-            _leaf(tensor, described.requires_grad) for tensor, described in zip(tensors, meta.tensors, strict=True)
-        ]
-        return unflatten(received, meta.structure)
+        received = zip(self._received.pop(result_of), meta.tensors, strict=True)
+        return unflatten([_leaf(tensor, described.requires_grad) for tensor, described in received], meta.structure)
 
-    def backward(self, action: Action) -> None:
+    def _backward(self, action: Action) -> None:
         flight = self._in_flight[action.stage, action.micro_batch]
-        gradients = self._receive_gradients(action, flight)
+        gradients = self._gradients(action, flight)
         self._start(action)
         with deferring() if action.kind == "I" else nullcontext() as deferred:
             if flight.outputs:
@@ -326,30 +330,20 @@ class _Run:
         # A weight gradient that is put off keeps its layer's input, which must not keep what is sent.
         for leaf in flight.inputs:
             leaf.grad = None
-        target = self._schedule.placement[stage]
-        if target == self._mpu.pipe_rank:
+        if self._schedule.placement[stage] == self._mpu.pipe_rank:
             self._handed_down[stage, action.micro_batch] = needed
         else:
-            self._executor._sender(target).send(action, needed, f"the input gradient of {action}")
+            self._results[action] = needed, None
 
-    def _receive_gradients(self, action: Action, flight: _InFlight) -> tuple[Tensor, ...]:
+    def _gradients(self, action: Action, flight: _InFlight) -> tuple[Tensor, ...]:
         stage = action.stage
         if stage == self._schedule.num_stages - 1:
             return tuple(torch.full_like(tensor, self._backward_scale) for tensor in flight.outputs)
-        source = self._schedule.placement[stage + 1]
-        if source == self._mpu.pipe_rank:
+        if self._schedule.placement[stage + 1] == self._mpu.pipe_rank:
             return self._handed_down.pop((stage, action.micro_batch))
-        result_of = self._gradient_of[stage, action.micro_batch]
-        return self._receive(source, result_of, f"the gradients of {action}")
+        return self._received.pop(self._gradient_of[stage, action.micro_batch])
 
-    def _receive(self, source: int, result_of: Action, what: str) -> tuple[Tensor, ...]:
-        tensors = self._executor._receiver(source).receive(result_of, what)
-        # A message without tensors is never sent, so that it proves nothing.
-        if tensors and source in self._acknowledgements:
-            self._executor._sender(source).release(result_of)
-        return tensors
-
-    def weight_gradients(self, action: Action) -> None:
+    def _weight_gradients(self, action: Action) -> None:
         self._start(action)
         with torch.no_grad():
             self._deferred.pop((action.stage, action.micro_batch)).compute(self._view.add)

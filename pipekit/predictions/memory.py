@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 
 from pipekit.errors import LayoutError
@@ -23,10 +23,7 @@ from pipekit.predictions.model_states import (
     model_states,
 )
 from pipekit.schedules import Action, Costs, Schedule, Timeline
-from pipekit.schedules.messages import EARLY_RECEIVES, plan_messages
-
-# From either side, and one gradient that is received and one that is sent.
-_MOST_MESSAGES = 2 * EARLY_RECEIVES + 2
+from pipekit.schedules.operations import Operation, most_posted, plan_operations
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def peak_memory(
     # about as much as all layers keep without checkpointing.
     kept = _activation_bytes(stages, schedule, loss=loss, checkpointing=False) if checkpointing else held
     more = [max(0, after - before) for after, before in zip(kept, held, strict=True)]
-    messages = plan_messages(schedule)
+    operations = plan_operations(schedule)
     found = []
     for rank, actions in enumerate(schedule.ranks):
         own = [stages[stage] for stage in schedule.stages_of(rank)]
@@ -141,7 +138,7 @@ def peak_memory(
                 activations=activations,
                 # A gradient of what the loss keeps, and one of what it made that of.
                 logits=2 * loss.saved_bytes if loss is not None and is_last else 0,
-                communication=_communication(stages, messages, rank),
+                communication=_communication(stages, operations[rank]),
             )
         )
     return found
@@ -165,9 +162,13 @@ def memory_limit(
     per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states)
     in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
-    # The input of a stage is held for each micro-batch, and messages come early, from both sides at most.
+    posted = [most_posted(operations) for operations in plan_operations(schedule)]
     recomputed = recomputation_bytes(costs.layers) if checkpointing else 0
-    extras = [(number + _MOST_MESSAGES) * largest_input + recomputed for number in in_flight]
+    # The input of a stage for each micro-batch, what is received early, and a gradient received and one sent.
+    extras = [
+        (number + posted[rank] + 2) * largest_input + recomputed
+        for number, rank in zip(in_flight, schedule.placement, strict=True)
+    ]
     # What is recomputed for an input gradient stays until the weight gradient.
     is_recomputed = checkpointing and not schedule.split_backwards
     if costs.loss is not None:
@@ -228,23 +229,19 @@ def _count_halves(actions: Sequence[Action], num_stages: int) -> list[Action]:
     return row
 
 
-def _communication(
-    stages: Sequence[StageContents], messages: Mapping[tuple[int, int], Sequence[Action]], pipe_rank: int
-) -> int:
+def _communication(stages: Sequence[StageContents], operations: Sequence[Operation]) -> int:
+    """Peak of the receives that are posted, and the largest gradients that are received and sent."""
+
     def size(action: Action) -> int:
         # An activation is the input of the stage above; a gradient is that of its own stage's input.
         stage = action.stage + 1 if action.kind == "F" else action.stage
         return stages[stage].layers[0].input_bytes
 
-    ahead, received, sent = 0, [0], [0]
-    for (source, target), passed in messages.items():
-        if pipe_rank not in (source, target):
-            continue
-        gradients = [size(action) for action in passed if action.kind != "F"]
-        if target == pipe_rank:
-            sizes = [size(action) for action in passed]
-            ahead += max(sum(sizes[first : first + EARLY_RECEIVES]) for first in range(len(sizes)))
-            received += gradients
-        else:
-            sent += gradients
-    return ahead + max(received) + max(sent)
+    changes = {"post": 1, "receive": -1}
+    sizes = [(each, size(each.action)) for each in operations if each.peer is not None]
+    posted = accumulate(changes.get(each.kind, 0) * num_bytes for each, num_bytes in sizes)
+    gradients: dict[str, int] = {}
+    for each, num_bytes in sizes:
+        if each.action.kind != "F":
+            gradients[each.kind] = max(gradients.get(each.kind, 0), num_bytes)
+    return max(posted, default=0) + gradients.get("receive", 0) + gradients.get("send", 0)

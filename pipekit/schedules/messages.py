@@ -5,9 +5,6 @@ from __future__ import annotations
 from pipekit.schedules.action import Action
 from pipekit.schedules.schedule import Schedule
 
-EARLY_RECEIVES = 2
-"""Messages that a rank asks of each other ahead of their use: one on its way, and one that waits for its turn."""
-
 
 def destination(action: Action, schedule: Schedule) -> int | None:
     """Return the stage that an action's result goes to: activations up, input gradients down; None where it stays."""

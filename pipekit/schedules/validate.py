@@ -9,9 +9,11 @@ from pipekit.errors import ScheduleError
 from pipekit.schedules.action import Action
 from pipekit.schedules.dependencies import dry_run, needs
 from pipekit.schedules.messages import plan_messages
+from pipekit.schedules.nccl import find_hang
+from pipekit.schedules.operations import Operation, plan_operations
 from pipekit.schedules.schedule import Schedule
 
-Channels = Literal["buffered", "blocking"]
+Channels = Literal["buffered", "blocking", "nccl"]
 
 # Cells shown on each side of a faulty one, and ranks above and below its row.
 _SHOWN_CELLS, _SHOWN_RANKS = 6, 8
@@ -24,7 +26,9 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
     into input and weight gradient, each after the actions it needs; and no rank waits for ever.
 
     Where `channels` are `buffered` a send does not wait for its receiver, as in pipekit's executor; where `blocking`, a
-    rank sends after each action and waits until the receiver comes to the action that takes it.
+    rank sends after each action and waits until the receiver comes to the action that takes it; where `nccl`, the
+    executor's operations follow the rules of NCCL and CUDA (`pipekit.schedules.nccl`), each host waiting for its device
+    after each operation.
 
     Raises:
         ScheduleError: naming the broken rule, with the table, its faulty cell between `>` and `<`.
@@ -33,6 +37,7 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
         >>> from pipekit.schedules import plan_gpipe, plan_1f1b
         >>> validate(plan_1f1b(num_stages=4, num_micro_batches=8))
         >>> validate(plan_gpipe(num_stages=4, num_micro_batches=8), channels="blocking")
+        >>> validate(plan_1f1b(num_stages=4, num_micro_batches=8), channels="nccl")
     """
     _check_cells(schedule)
     _check_stages(schedule)
@@ -43,6 +48,31 @@ def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
         _refuse_deadlock(schedule, {action for _, action in done}, stuck)
     if channels == "blocking":
         _check_blocking(schedule)
+    if channels == "nccl":
+        check_operations(schedule, plan_operations(schedule))
+
+
+def check_operations(schedule: Schedule, ranks: Sequence[Sequence[Operation]]) -> None:
+    """Check that the operations of all ranks come to an end over NCCL, connected or not.
+
+    Raises:
+        ScheduleError: with the operations that wait for each other for ever, and their actions in the table.
+    """
+    for connected in (True, False):
+        cycle = find_hang(ranks, connected=connected)
+        if cycle:
+            chain = [f"rank {rank}: {ranks[rank][index]}" for rank, index in cycle]
+            acting = {ranks[rank][index].action for rank, index in cycle}
+            cells = [
+                (rank, position)
+                for rank, actions in enumerate(schedule.ranks)
+                for position, action in enumerate(actions)
+                if action in acting
+            ]
+            raise ScheduleError(
+                f"schedule {schedule.name}: over NCCL these operations would wait for each other for ever, each for "
+                f"the next: {'; '.join([*chain, chain[0]])}\n{show_grid(schedule, *cells)}"
+            )
 
 
 def _check_cells(schedule: Schedule) -> None:
@@ -157,12 +187,12 @@ def _refuse_deadlock(schedule: Schedule, done: set[Action], stuck: dict[int, Act
 
 def _fault(schedule: Schedule, rule: str, rank: int, position: int | None) -> ScheduleError:
     where = f"rank {rank}" if position is None else f"rank {rank}, position {position}"
-    cell = None if position is None else (rank, position)
-    return ScheduleError(f"schedule {schedule.name}: {where}: {rule}\n{show_grid(schedule, cell)}")
+    cells = [] if position is None else [(rank, position)]
+    return ScheduleError(f"schedule {schedule.name}: {where}: {rule}\n{show_grid(schedule, *cells)}")
 
 
-def show_grid(schedule: Schedule, fault: tuple[int, int] | None = None) -> str:
-    """Return the table, a row for each rank, or the part of it around a faulty cell, which stands between `>` and `<`.
+def show_grid(schedule: Schedule, *faults: tuple[int, int]) -> str:
+    """Return the table, a row for each rank, or the part of it around faulty cells, which stand between `>` and `<`.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -170,13 +200,13 @@ def show_grid(schedule: Schedule, fault: tuple[int, int] | None = None) -> str:
         rank 0:   0F0    0F1    0B0    0B1
         rank 1:   1F0   >1B0<   1F1    1B1
     """
-    rank, position = fault or (0, 0)
-    ranks = range(max(0, rank - _SHOWN_RANKS), min(len(schedule.ranks), rank + _SHOWN_RANKS + 1))
-    first = max(0, position - _SHOWN_CELLS)
+    rows, positions = zip(*faults, strict=True) if faults else ((0,), (0,))
+    ranks = range(max(0, min(rows) - _SHOWN_RANKS), min(len(schedule.ranks), max(rows) + _SHOWN_RANKS + 1))
+    first = max(0, min(positions) - _SHOWN_CELLS)
     cells: list[Sequence[str]] = []
     for row in ranks:
-        shown = schedule.ranks[row][first : position + _SHOWN_CELLS + 1]
-        cells.append([f">{a}<" if fault == (row, first + i) else f" {a} " for i, a in enumerate(shown)])
+        shown = schedule.ranks[row][first : max(positions) + _SHOWN_CELLS + 1]
+        cells.append([f">{a}<" if (row, first + i) in faults else f" {a} " for i, a in enumerate(shown)])
     width = max((len(cell) for row in cells for cell in row), default=0)
     digits = len(str(ranks[-1]))
     lines = []

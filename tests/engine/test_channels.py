@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine_jobs import VOCAB, Case, build_engine, micro_batches
 from gloo_workers import GlooWorkers
-from pipekit.engine.channels import Sender
+from pipekit.engine.channels import End, Sender
 from pipekit.layers.specs import LayerSpec
 from pipekit.schedules import Action, Schedule, plan_1f1b, plan_schedule
 from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
@@ -50,7 +50,7 @@ class Group:
 
 
 def build_sender(group: Group, header_group: Group) -> Sender:
-    return Sender(peer=1, group=group, header_group=header_group)  # type: ignore[arg-type]
+    return Sender(peer=1, end=End(group, 1), header_end=End(header_group, 1))  # type: ignore[arg-type]
 
 
 def forward(micro_batch: int) -> Action:
@@ -59,7 +59,7 @@ def forward(micro_batch: int) -> Action:
 
 def send(sender: Sender, micro_batch: int, *, header: Tensor | None = None) -> StorageWeakRef:
     tensor = torch.full((4,), float(micro_batch))
-    sender.send(forward(micro_batch), [tensor], f"the output of 0F{micro_batch}", header=header)
+    sender.send(forward(micro_batch), [tensor], header=header)
     return StorageWeakRef(tensor.untyped_storage())
 
 
@@ -143,12 +143,12 @@ def count_alive(rank: int, case: Case, evaluate: bool) -> dict[tuple[int, str], 
     peaks: dict[tuple[int, str], int] = {}
     original = Sender.send
 
-    def watch(self: Sender, action: Action, tensors: Any, what: str, **options: Any) -> None:
+    def watch(self: Sender, action: Action, tensors: Any, **options: Any) -> None:
         (tensor,) = tensors
         storages = sent.setdefault((self._peer, action.kind), [])
         storages.append(StorageWeakRef(tensor.untyped_storage()))
         del tensor
-        original(self, action, tensors, what, **options)
+        original(self, action, tensors, **options)
         alive = sum(not storage.expired() for storage in storages)
         peaks[self._peer, action.kind] = max(peaks.get((self._peer, action.kind), 0), alive)
 

@@ -1,0 +1,87 @@
+"""Operations of a pipeline rank: the receives that it posts, the actions that it runs and what it sends, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from pipekit.schedules.action import Action
+from pipekit.schedules.dependencies import dry_run, needs
+from pipekit.schedules.messages import destination
+from pipekit.schedules.schedule import Schedule
+
+OperationKind = Literal["post", "receive", "run", "send"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing that a rank's host asks of its device.
+
+    Attributes:
+        kind: `post` asks for a message, `receive` waits for it, `run` computes, `send` sends the result.
+        action: the action that runs, or whose result is the message.
+        peer: pipeline rank of the other end of the message; None for `run`.
+    """
+
+    kind: OperationKind
+    action: Action
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.action}"
+
+
+def plan_operations(schedule: Schedule) -> tuple[tuple[Operation, ...], ...]:
+    """Plan the operations of every rank of a pipeline so that no rank waits for ever, whatever its channels are like.
+
+    All actions are put in one order in which they could run one at a time. A message is sent and its receive is posted
+    where its action stands in that order. So an operation waits for none but earlier ones, even where a send
+    waits for its receive, a channel carries one message at a time, and the host waits for its device after each
+    operation (as CUDA does to load a kernel or to free memory). The order is that of a step of equal stages, so that
+    receives are posted early.
+
+    Example:
+        >>> from pipekit.schedules import plan_1f1b
+        >>> for row in plan_operations(plan_1f1b(num_stages=2, num_micro_batches=2)):
+        ...     print(", ".join(map(str, row)))
+        run 0F0, send 0F0, run 0F1, send 0F1, post 1B0, receive 1B0, run 0B0, post 1B1, receive 1B1, run 0B1
+        post 0F0, post 0F1, receive 0F0, run 1F0, run 1B0, send 1B0, receive 0F1, run 1F1, run 1B1, send 1B1
+    """
+    operations: list[list[Operation]] = [[] for _ in schedule.ranks]
+    for rank, action in _global_order(schedule):
+        for other in needs(action, schedule):
+            source = schedule.placement[other.stage]
+            if source != rank:
+                operations[rank].append(Operation("receive", other, source))
+        operations[rank].append(Operation("run", action))
+        stage = destination(action, schedule)
+        if stage is not None and (target := schedule.placement[stage]) != rank:
+            operations[target].append(Operation("post", action, rank))
+            operations[rank].append(Operation("send", action, target))
+    return tuple(map(tuple, operations))
+
+
+def most_posted(operations: Sequence[Operation]) -> int:
+    """Peak number of messages that a rank has posted and not received.
+
+    Example:
+        >>> from pipekit.schedules import plan_1f1b
+        >>> [most_posted(row) for row in plan_operations(plan_1f1b(num_stages=4, num_micro_batches=8))]
+        [1, 2, 2, 2]
+    """
+    changes = {"post": 1, "receive": -1}
+    return max(accumulate((changes.get(operation.kind, 0) for operation in operations), initial=0))
+
+
+def _global_order(schedule: Schedule) -> list[tuple[int, Action]]:
+    """All actions with their ranks, by the start of each where a whole backward takes two seconds, and all else one."""
+    ends: dict[Action, int] = {}
+    starts: dict[Action, int] = {}
+    free = [0] * len(schedule.ranks)
+    order, _ = dry_run(schedule)
+    for rank, action in order:
+        starts[action] = max(free[rank], *(ends[other] for other in needs(action, schedule)), 0)
+        free[rank] = ends[action] = starts[action] + (2 if action.kind == "B" else 1)
+    return sorted(order, key=lambda item: (starts[item[1]], item))
