@@ -100,14 +100,23 @@ class ModelParallelUnit:
             backend: of the groups; that of the world unless given.
             purpose: of messages that must not mix with others between the same ranks.
         """
-        own: RankGroup | None = None
-        for ranks in map(tuple, rank_lists):
-            key = (ranks, backend, purpose)
+        keys = [(tuple(ranks), backend, purpose) for ranks in rank_lists]
+        new = [list(key[0]) for key in keys if key not in self._groups]
+        if new and backend is None and _splits_world():
+            # One call for all of them, since each is work for the whole world.
+            split = dist.split_group(split_ranks=new, timeout=self._timeout)
+            self._groups.update({key: self._member(key[0], split) for key in keys if key not in self._groups})
+        for key in keys:
             if key not in self._groups:
-                group = dist.new_group(ranks=list(ranks), backend=backend, timeout=self._timeout)
-                self._groups[key] = RankGroup(ranks, group) if self.global_rank in ranks else None
-            own = self._groups[key] or own
-        return own
+                group = dist.new_group(ranks=list(key[0]), backend=backend, timeout=self._timeout)
+                self._groups[key] = self._member(key[0], group)
+        return next((group for key in keys if (group := self._groups[key]) is not None), None)
+
+    def _member(self, ranks: Sequence[int], group: dist.ProcessGroup | None) -> RankGroup | None:
+        if self.global_rank not in ranks:
+            return None
+        assert group is not None
+        return RankGroup(ranks, group)
 
     def register_engine(self) -> None:
         """Count an engine that uses the groups; `release_engine` is its end."""
@@ -173,3 +182,9 @@ class ModelParallelUnit:
         """Return the global rank that holds `stage` in this process's pipeline."""
         pipe_rank = self.placement[stage]
         return self.layout.rank(pipe=pipe_rank, data=self.coordinate.data, tensor=self.coordinate.tensor)
+
+
+def _splits_world() -> bool:
+    """True where groups are made by splitting the world's communicator: over NCCL with a bound device."""
+    world = dist.group.WORLD
+    return world is not None and world.bound_device_id is not None and dist.get_backend() == "nccl"

@@ -85,7 +85,7 @@ class ChannelEnds:
 
 
 def has_pairs() -> bool:
-    """Whether every directed edge of a pipeline has a group of its own."""
+    """True where every directed edge of a pipeline has a group of its own."""
     return str(dist.get_backend()) != "gloo"
 
 

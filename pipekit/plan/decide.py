@@ -26,7 +26,7 @@ from pipekit.predictions.partition_inputs import partition_inputs
 from pipekit.predictions.prediction import PlannedModel
 from pipekit.predictions.search import SearchResult
 from pipekit.progress import ProgressCallback
-from pipekit.schedules import plan_schedule
+from pipekit.schedules import plan_schedule, validate
 
 
 class TrialType(Protocol):
@@ -104,6 +104,8 @@ def decide_run(
         stages_per_rank=parallel.stages_per_rank,
         max_in_flight=parallel.max_in_flight,
     )
+    if device == "cuda":
+        validate(schedule, channels="nccl")
     precision = plan_precision(config, device)
     num_threads = threads_per_process(
         config.run.threads_per_process, resources.local_world_size or layout.world_size, resources.num_cpus

@@ -41,7 +41,7 @@ def read_csv(path: str | Path) -> Schedule:
         raise ScheduleError(f"{path}: holds no action; write one row for each pipeline rank, as in 0F0,0F1,0B0,0B1")
     num_micro_batches = 1 + max(action.micro_batch for row in rows for action in row)
     schedule = Schedule(str(path), num_micro_batches, tuple(rows))
-    validate(schedule)
+    validate(schedule, channels="nccl")
     return schedule
 
 

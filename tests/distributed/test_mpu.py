@@ -44,3 +44,37 @@ def test_groups_talk_to_the_ranks_of_the_layout(gloo: GlooWorkers, order: Order)
     for found in gloo.run(8, sums, Layout(2, 2, 2, order=order)):
         for total, ranks in found:
             assert total == sum(2**rank for rank in ranks)
+
+
+def split_world(rank: int, layout: Layout) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Build a unit where the world can be split, and return the calls that split it, and the ranks of its groups."""
+    from datetime import timedelta
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from pipekit.distributed import mpu
+
+    calls: list[list[list[int]]] = []
+
+    def split_group(*, split_ranks: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:
+        calls.append(split_ranks)
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in split_ranks]
+        return next((group for group, ranks in zip(groups, split_ranks, strict=True) if rank in ranks), None)
+
+    splits = mock.patch.object(mpu, "_splits_world", return_value=True)
+    with splits, mock.patch.object(dist, "split_group", split_group):
+        unit = mpu.ModelParallelUnit(layout)
+        again = unit.build_group(layout.groups("data"))
+    assert again is unit.data
+    for group in (unit.pipe, unit.data, unit.tensor, unit.model):
+        assert dist.get_process_group_ranks(group.process_group) == group.ranks
+    return calls, [group.ranks for group in (unit.pipe, unit.data, unit.tensor, unit.model)]
+
+
+def test_over_nccl_the_groups_along_an_axis_are_one_split_of_the_world(gloo: GlooWorkers) -> None:
+    layout = Layout(2, 2, 2)
+    axes: list[list[Axis]] = [["pipe"], ["data"], ["tensor"], ["pipe", "tensor"]]
+    for rank, (calls, groups) in enumerate(gloo.run(8, split_world, layout)):
+        assert calls == [layout.groups(*along) for along in axes]
+        assert groups == [next(ranks for ranks in layout.groups(*along) if rank in ranks) for along in axes]
