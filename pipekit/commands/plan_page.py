@@ -20,7 +20,6 @@ _MEMORY_PARTS: dict[str, tuple[str, str]] = {
     "activations": ("activations", "#E8743B"),
     "communication": ("communication", "#CC79A7"),
     "logits": ("logits", "#8A8A8A"),
-    "update": ("reduction and update", "#7B5EA7"),
 }
 """The parts of a rank's memory in the order of their bars, each with its name and colour (Okabe and Ito 2008)."""
 
@@ -52,9 +51,9 @@ def render_html(report: Mapping[str, Any]) -> str:
             there. None is shown as a dash.
 
     Example:
-        >>> page = render_html({"parameters": 124e6, "layout": {"pp": 1}, "device": {"name": "h100", "memory_bytes":
-        ...     80e9}, "step_time_s": 0.5, "tokens_per_s": 1e5, "tflops_per_device": 300.0, "bubble_fraction": 0.0,
-        ...     "stages": []})
+        >>> device = {"name": "h100", "memory_bytes": 80e9, "usable_bytes": 74.5e9}
+        >>> page = render_html({"parameters": 124e6, "layout": {"pp": 1}, "device": device, "step_time_s": 0.5,
+        ...     "tokens_per_s": 1e5, "tflops_per_device": 300.0, "bubble_fraction": 0.0, "stages": []})
         >>> "<dd>124.0 M</dd>" in page, "<script" in page
         (True, False)
     """
@@ -68,38 +67,28 @@ def render_html(report: Mapping[str, Any]) -> str:
     environment.filters |= {"layout": _layout, "value": _value, "keys": _keys}
     environment.filters["key"] = lambda key: _LAYOUT_KEYS.get(key, key)
     return environment.get_template("plan.html").render(
-        report=report, limit=report["device"]["memory_bytes"], memory=_memory(report), timeline=_timeline(report)
+        report=report, limit=report["device"]["usable_bytes"], memory=_memory(report), timeline=_timeline(report)
     )
 
 
 def _memory(report: Mapping[str, Any]) -> dict[str, Any]:
     """Bars of the ranks' memory at its peak; positions in per cent, so that bars fit any screen."""
-    limit_bytes = report["device"]["memory_bytes"]
+    limit_bytes = report["device"]["usable_bytes"]
     scale = 98 / max(limit_bytes, *(stage["memory_bytes"]["total"] for stage in report["stages"]), 0)
     ranks, seen = [], set()
     for stage in report["stages"]:
         boxes, start = [], 0.0
-        for part, size in _at_peak(stage["memory_bytes"]).items():
+        for part, (name, colour) in _MEMORY_PARTS.items():
+            size = stage["memory_bytes"].get(part, 0)
+            if not size:
+                continue
             seen.add(part)
-            name, colour = _MEMORY_PARTS[part]
             x, width = f"{start * scale:.3f}", f"{size * scale:.3f}"
             boxes.append({"x": x, "width": width, "colour": colour, "name": name, "size": size})
             start += size
         ranks.append({"number": stage["rank"], "boxes": boxes, "total": stage["memory_bytes"]["total"]})
     legend = [{"name": name, "colour": colour} for part, (name, colour) in _MEMORY_PARTS.items() if part in seen]
     return {"ranks": ranks, "legend": legend, "limit_x": f"{limit_bytes * scale:.3f}"}
-
-
-def _at_peak(parts: Mapping[str, float]) -> dict[str, float]:
-    """Parts of a rank's memory at its peak: either those of micro-batches or that of the update, the larger of the two.
-
-    Example:
-        >>> _at_peak({"weights": 4, "activations": 3, "logits": 2, "update": 6, "total": 10})
-        {'weights': 4, 'update': 6}
-    """
-    passing = ("activations", "communication", "logits")
-    absent = passing if parts.get("update", 0) > sum(parts.get(part, 0) for part in passing) else ("update",)
-    return {part: parts[part] for part in _MEMORY_PARTS if parts.get(part, 0) > 0 and part not in absent}
 
 
 def _timeline(report: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -44,7 +44,9 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table.add_row("model", f"{report['parameters']:,} parameters")
     table.add_row("layout", str(read_plan(layout)))
     number = layout["pp"] * layout["dp"] * layout["tp"]
-    table.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}")
+    reserve_bytes = device["memory_bytes"] - device["usable_bytes"]
+    kept = f", {bytes_text(reserve_bytes)} of it for other than tensors" if reserve_bytes else ""
+    table.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}{kept}")
     table.add_row(
         "step",
         f"{seconds_text(report['step_time_s'])}: compute {seconds_text(report['compute_s'])}, of which "
@@ -55,14 +57,14 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.3g} TFLOP/s on each device"
     )
     most = max(rank["memory_bytes"]["total"] for rank in report["stages"])
-    fits = "" if most <= device["memory_bytes"] else ", which does not fit"
+    fits = "" if most <= device["usable_bytes"] else ", which does not fit"
     table.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
     return table
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
     """Return a row for each pipeline rank: its layers, and what it computes and holds. A narrow one has no bars."""
-    limit = report["device"]["memory_bytes"]
+    limit = report["device"]["usable_bytes"]
     table = _new_table(is_narrow=is_narrow)
     for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
         table.add_column(name, justify="right", no_wrap=True)

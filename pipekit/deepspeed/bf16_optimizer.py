@@ -4,46 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from pipekit.deepspeed.gradient_buffers import GradientBuffers, GradientGroup
 from pipekit.deepspeed.optimizer_view import FlatOptimizerView
-from pipekit.deepspeed.patches import replace_norm
+from pipekit.deepspeed.patches import remove_gradient_hooks, replace_norm
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.tensors.weight_gradients import Compute
 
 
 class BF16OptimizerView(FlatOptimizerView):
-    """`BF16_Optimizer`: gradients accumulate in an fp32 buffer beside the bf16 ones."""
+    """`BF16_Optimizer`: gradients accumulate in its flat fp32 buffers.
+
+    Of the gradients that are reduced, norm and clipping take what this replica updates; it may have no others.
+    """
 
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
         super().__init__(optimizer, mpu)
-        self._get_grads_for_norm = optimizer.get_grads_for_norm
-        replace_norm(optimizer, self._nonempty_grads_for_norm)
-        self._address = {
-            parameter: (group, index)
-            for group, parameters in enumerate(optimizer.bf16_groups)
-            for index, parameter in enumerate(parameters)
-        }
+        replace_norm(optimizer, self._gradients_for_norm)
+        # It would fill the buffers with zeros twice in a step.
+        optimizer.clear_hp_grads = lambda: None
 
-    def accumulate(self) -> None:
-        self.optimizer.update_hp_grads(clear_lp_grads=False)
-        self.optimizer.clear_lp_grads(set_to_none=True)
+    def _build_buffers(self) -> GradientBuffers:
+        bf16 = self.optimizer
+        remove_gradient_hooks(bf16)
+        flats = zip(bf16.bf16_groups_flat, bf16.fp32_groups_gradients_flat, bf16.bf16_groups, strict=True)
+        replicas = self._mpu.data.size
+        return GradientBuffers(
+            [GradientGroup.beside(weights, flat, parameters, replicas=replicas) for weights, flat, parameters in flats]
+        )
 
-    def add(self, parameter: Tensor, compute: Compute) -> None:
-        parameter.grad = compute()
-        with torch.no_grad():
-            self.optimizer._update_hp_grad(parameter, *self._address[parameter], clear_lp_grads=False)
-        parameter.grad = None
+    def hand_over_gradients(self) -> None:
+        assert self.buffers is not None
+        self.buffers.fill()
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        gradient: Tensor | None = getattr(parameter, "_hp_grad", None)
-        return gradient
-
-    def _nonempty_grads_for_norm(self, for_clipping: bool = False) -> Any:
-        """Let a stage that owns none of its parameters, a tied head alone, add nothing; DeepSpeed would stop."""
-        gradients = self._get_grads_for_norm(for_clipping=for_clipping)
+    def _gradients_for_norm(self, for_clipping: bool = False) -> Any:
+        """Gradients to clip, or one number whose norm over the model-parallel ranks is that of all gradients."""
+        assert self.buffers is not None
+        pieces = [piece for group in self.buffers.groups for piece in group.pieces(self._mpu.data.rank)]
         if for_clipping:
-            return gradients
-        dense, expert = gradients
-        return dense or [torch.zeros(1, device=self.device)], expert
+            return [gradient for _, gradient in pieces]
+        counted = [gradient for parameter, gradient in pieces if not getattr(parameter, "ds_pipe_replicated", False)]
+        return [self._sum_of_squares(counted, sharded=True).sqrt()], {}

@@ -12,6 +12,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from pipekit.deepspeed.gradient_buffers import GradientBuffers, flat_gradients
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.tensors.weight_gradients import Compute, add_gradient
 
@@ -35,11 +36,25 @@ class OptimizerView:
     Args:
         optimizer: what DeepSpeed made of the torch optimizer.
         mpu: the process groups over which norms are summed.
+
+    Attributes:
+        buffers: where gradients accumulate; None where that is left to autograd, or to hooks of DeepSpeed's.
     """
 
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
         self.optimizer = optimizer
         self._mpu = mpu
+        self.buffers = self._build_buffers()
+
+    def _build_buffers(self) -> GradientBuffers | None:
+        if self._mpu.data.size == 1:
+            return None
+        return GradientBuffers([each for group in self.param_groups for each in flat_gradients(group["params"])])
+
+    @property
+    def needs_whole_gradients(self) -> bool:
+        """True if an update needs more of the gradients than those of the weights that it updates."""
+        return False
 
     @property
     def loss_scale(self) -> float:
@@ -63,15 +78,19 @@ class OptimizerView:
         for group in self.param_groups:
             group["lr"] = lr
 
-    def accumulate(self) -> None:
-        """Take up the gradients of a backward that has just ended."""
-
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the accumulated gradient of a parameter."""
-        return parameter.grad
+        buffers = self._buffers_of(parameter)
+        return parameter.grad if buffers is None else buffers.gradient(parameter)
+
+    def _buffers_of(self, parameter: Tensor) -> GradientBuffers | None:
+        """Where the gradient of a parameter accumulates, unless that is elsewhere, as where no optimizer updates it."""
+        return self.buffers if self.buffers is not None and parameter in self.buffers else None
 
     def gradient_or_zeros(self, parameter: nn.Parameter) -> Tensor:
         """Return the accumulated gradient of a parameter, which is zero from now on if there was none."""
+        if (buffers := self._buffers_of(parameter)) is not None:
+            return buffers.gradient_or_zeros(parameter)
         if self.gradient(parameter) is None:
             self.add(parameter, lambda: torch.zeros_like(parameter))
         gradient = self.gradient(parameter)
@@ -80,7 +99,10 @@ class OptimizerView:
 
     def add(self, parameter: Tensor, compute: Compute) -> None:
         """Add to the accumulated gradient of a parameter what `compute` returns."""
-        add_gradient(parameter, compute)
+        if (buffers := self._buffers_of(parameter)) is None:
+            add_gradient(parameter, compute)
+        else:
+            buffers.add(parameter, compute)
 
     def hand_over_gradients(self) -> None:
         """Give the gradients, which are now those of the whole step and of all replicas, to the optimizer."""
@@ -92,6 +114,8 @@ class OptimizerView:
 
     def clear_gradients(self) -> None:
         """Forget the gradients of a step that has ended."""
+        if self.buffers is not None:
+            self.buffers.clear()
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return the state of fp16's dynamic loss scale; empty in other precisions."""
@@ -174,15 +198,19 @@ class OptimizerView:
         return self._norm_over_model(gradients)
 
     def _norm_over_model(self, gradients: Sequence[Tensor], *, sharded: bool = False) -> Tensor:
+        squares = self._sum_of_squares(gradients, sharded=sharded)
+        dist.all_reduce(squares, group=self._mpu.model.process_group)
+        return squares.sqrt()
+
+    def _sum_of_squares(self, gradients: Sequence[Tensor], *, sharded: bool) -> Tensor:
         # Not where the masters are: on the CPU, with offload, no other rank could be reached over NCCL.
         squares = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
         if gradients:
             norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
             squares += torch.stack(norms).to(squares.device).square().sum()
-        if sharded:
+        if sharded and self._mpu.data.size > 1:
             dist.all_reduce(squares, group=self._mpu.data.process_group)
-        dist.all_reduce(squares, group=self._mpu.model.process_group)
-        return squares.sqrt()
+        return squares
 
 
 class FlatOptimizerView(OptimizerView):

@@ -97,6 +97,13 @@ def replace_norm(optimizer: Any, norm: Callable[..., Any]) -> None:
     setattr(optimizer, next(name for name, kind in zip(names, kinds, strict=True) if isinstance(optimizer, kind)), norm)
 
 
+def remove_gradient_hooks(optimizer: Any) -> None:
+    """Remove the hooks by which an optimizer of DeepSpeed accumulates gradients in tensors of its own."""
+    for hook in optimizer._grad_acc_hooks:
+        hook.remove()
+    optimizer._grad_acc_hooks.clear()
+
+
 @contextmanager
 def clean_globals() -> Iterator[None]:
     """Keep an engine that is built inside out of the globals of DeepSpeed's modules.

@@ -24,6 +24,9 @@ class Zero3OptimizerView(LossScaledView):
         super().__init__(optimizer, mpu)
         replace_norm(optimizer, self._norm_groups)
 
+    def _build_buffers(self) -> None:
+        """Leave it to DeepSpeed's hooks, which reduce each gradient at once, and keep a piece of it."""
+
     def _norm_groups(self) -> list[Tensor]:
         zero, gradients = self.optimizer, list[Tensor]()
         for group, parameters in enumerate(zero.fp16_groups):

@@ -4,30 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pipekit.deepspeed.gradient_buffers import GradientBuffers, GradientGroup
 from pipekit.deepspeed.optimizer_view import FlatOptimizerView, LossScaledView
-from pipekit.deepspeed.patches import replace_norm
+from pipekit.deepspeed.patches import remove_gradient_hooks, replace_norm
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.tensors.weight_gradients import Compute
+
+
+class _Pieces(list[Tensor]):
+    """Gradients that a rank updates; where they lie in one tensor, DeepSpeed does not flatten them into another."""
+
+    flat_partition: Tensor | None = None
 
 
 class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
     """`DeepSpeedZeroOptimizer`, with one all-reduce for the norm in place of one for each parameter group.
 
     DeepSpeed's would wait for ever where stages have different numbers of groups that are not empty. Under ZeRO-1 the
-    gradients are handed over at the end of a step; under ZeRO-2 DeepSpeed's hooks take each as soon as it is there.
+    gradients are handed over at the end of a step; under ZeRO-2, and with masters in host memory, DeepSpeed's hooks
+    take each as soon as it is there.
     """
 
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
         super().__init__(optimizer, mpu)
         replace_norm(optimizer, self._scaled_global_norm)
 
+    def _build_buffers(self) -> GradientBuffers | None:
+        zero = self.optimizer
+        if zero.cpu_offload or zero.partition_gradients:
+            return None
+        remove_gradient_hooks(zero)
+        return GradientBuffers(
+            [
+                GradientGroup.beside(
+                    weights,
+                    torch.zeros_like(weights, dtype=zero.gradient_accumulation_dtype),
+                    parameters,
+                    replicas=self._mpu.data.size,
+                )
+                for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True)
+            ]
+        )
+
     @property
     def is_offloaded(self) -> bool:
         return bool(self.optimizer.cpu_offload)
 
+    @property
+    def needs_whole_gradients(self) -> bool:
+        # Muon makes an update of a whole matrix at once.
+        return "muon" in type(self.torch_optimizer).__name__.lower()
+
     def clear_gradients(self) -> None:
+        super().clear_gradients()
         # DeepSpeed would give a parameter that the next step leaves unused this step's gradient again, and add to it
         # where the first micro-batch leaves it unused.
         if self.is_offloaded:
@@ -36,17 +68,15 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
             for accumulated in self.optimizer.accumulated_grads_in_cpu.values():
                 accumulated.zero_()
 
-    def accumulate(self) -> None:
-        if self.optimizer.use_grad_accum_attribute:
-            self.optimizer.fill_grad_accum_attribute()
-
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if self.buffers is not None:
+            return super().gradient(parameter)
         gradient: Tensor | None = self.optimizer.get_param_gradient_attribute(parameter)
         return gradient
 
     def add(self, parameter: Tensor, compute: Compute) -> None:
         super().add(parameter, compute)
-        if self.optimizer.use_grad_accum_attribute:
+        if self.buffers is None and self.optimizer.use_grad_accum_attribute:
             self.optimizer._fill_param_grad_accum_attribute(parameter)
 
     def hand_over_gradients(self) -> None:
@@ -59,23 +89,28 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
                     self.gradient_or_zeros(parameter)
             zero.reduce_gradients(pipeline_parallel=True)
             return
+        assert self.buffers is not None
+        rank = self._mpu.data.rank
         for group, parameters in enumerate(zero.params_in_partition):
             zero.all_grad_tensors[group] = [self.gradient_or_zeros(parameter) for parameter in parameters]
-            zero.averaged_gradients[group] = zero.get_flat_partition(
-                parameters,
-                zero.first_offset[group],
-                zero.partition_size[group],
-                dtype=zero.gradient_accumulation_dtype,
-                device=self.device,
-                param_group_idx=group,
-                return_tensor_list=True,
+            pieces = zero.averaged_gradients[group] = _Pieces(
+                zero.get_flat_partition(
+                    parameters,
+                    zero.first_offset[group],
+                    zero.partition_size[group],
+                    dtype=zero.gradient_accumulation_dtype,
+                    device=self.device,
+                    param_group_idx=group,
+                    return_tensor_list=True,
+                )
             )
             zero.all_grad_tensors[group] = None
+            if not self.needs_whole_gradients:
+                shard = zero.partition_size[group]
+                pieces.flat_partition = self.buffers.groups[group].flat[rank * shard : (rank + 1) * shard]
         for parameters in zero.bit16_groups:
             for parameter in parameters:
                 parameter.grad = None
-                if zero.use_grad_accum_attribute:
-                    parameter.grad_accum = None
 
     def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         zero, gradients = self.optimizer, list[Tensor]()

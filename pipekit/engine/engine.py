@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipekit.engine.channels import wait
 from pipekit.engine.executor import Executor
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.reduction import GradientReducer
+from pipekit.engine.reduction import GradientReducer, reduce_together
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.schedules import Timeline, median_costs
-from pipekit.tensor_parallel import has_partial_gradient
+from pipekit.tensor_parallel import has_partial_gradient, shard_of
 
 # Steps whose actions are timed before a table is planned for them; the first does much that is never done again.
 _MEASURED_STEPS = 3
@@ -38,14 +39,14 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
 
     def __init__(self, module: PipelineModule, **settings: Any) -> None:
         super().__init__(module, **settings)
-        self._reducer = GradientReducer(self.view, self.mpu.data)
+        self._reducer = GradientReducer(self.view, self.mpu.data, shared=self._shared_parameters())
         self._stages_left: set[int] = set()
         self._timelines: list[Timeline] = []
         self._is_built = True
 
     def _build_executor(self) -> Executor:
         return Executor(
-            self.module, self.mpu, view=self.view, device=self.device, on_stage_done=self._reduce_gradients_of
+            self.module, self.mpu, view=self.view, device=self.device, last_gradients=self._reducing_gradients_of
         )
 
     def is_first_stage(self) -> bool:
@@ -75,7 +76,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         loss = self._mean_of_replicas(losses)
         loss_sent = self._begin_broadcast(loss)
         self._reducer.finish()
-        self._sum_partial_gradients()
+        self._reduce_gradients_of_tensor_replicas()
         self._reduce_tied_gradients()
         if self.on_gradients is not None:
             self.on_gradients(self.view.gradient)
@@ -102,28 +103,38 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
             self.executor.stopwatch = None
         self._schedules = {key: schedule for key, schedule in self._schedules.items() if key[0] == "eval"}
 
-    def _reduce_gradients_of(self, stage: int) -> None:
-        """Begin to reduce the gradients of a stage that is done, except what a stage yet to come shares with it."""
-        self._stages_left.discard(stage)
-        if self.view.is_offloaded:
-            return
-        awaited = {parameter for other in self._stages_left for parameter in self.module.stage_parameters(other)}
-        self._reducer.start(parameter for parameter in self.module.stage_parameters(stage) if parameter not in awaited)
+    def _shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that ranks of other stages or tensor-parallel ranks hold, too."""
+        tied = [weight for weight, _ in self.module.get_tied_weights_and_groups()]
+        return [*tied, *self._tensor_replicas()]
 
-    def _sum_partial_gradients(self) -> None:
-        """Sum the gradients of what each tensor-parallel rank has applied to its part of the sequence."""
+    def _tensor_replicas(self) -> list[nn.Parameter]:
         if self.module.tensor_group is None:
-            return
-        gradients = [
-            self.view.gradient_or_zeros(parameter)
-            for parameter in self.module.parameters()
-            if parameter.requires_grad and has_partial_gradient(parameter)
-        ]
+            return []
+        return [each for each in self.module.parameters() if each.requires_grad and shard_of(each) is None]
+
+    def _reducing_gradients_of(self, stage: int, weights: list[Tensor] | None) -> AbstractContextManager[None]:
+        """Reduce the gradients of a stage as its last ones come, except what a stage yet to come shares with it."""
+        self._stages_left.discard(stage)
+        awaited = {parameter for other in self._stages_left for parameter in self.module.stage_parameters(other)}
+        parameters = [each for each in self.module.stage_parameters(stage) if each not in awaited]
+        whole = self.on_gradients is not None or self.view.needs_whole_gradients
+        return self._reducer.reducing(parameters, weights, whole=whole)
+
+    def _reduce_gradients_of_tensor_replicas(self) -> None:
+        """Make the gradients of what tensor-parallel ranks hold in common the same on all of them, to the bit.
+
+        Those of what each has applied to its part of the sequence are summed. Others are the same but for rounding, as
+        kernels may sum in another order on each rank, and are averaged.
+        """
+        gradients = []
+        for parameter in self._tensor_replicas():
+            gradients.append(self.view.gradient_or_zeros(parameter))
+            if not has_partial_gradient(parameter):
+                gradients[-1].div_(self.mpu.layout.tp)
         if gradients:
-            total = self.module.tensor_group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            pieces = torch.split(total, [gradient.numel() for gradient in gradients])
-            for gradient, piece in zip(gradients, pieces, strict=True):
-                gradient.copy_(piece.view_as(gradient))
+            assert self.module.tensor_group is not None
+            reduce_together(gradients, self.module.tensor_group.all_reduce)
 
     def _reduce_tied_gradients(self) -> None:
         for weight, group in self.module.get_tied_weights_and_groups():

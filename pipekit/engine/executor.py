@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from pipekit.tensors.weight_gradients import WeightGradients, deferring
 
 Observer = Callable[[Any, Any], None]
 """Called with the last layer's outputs and the labels of a micro-batch."""
+
+LastGradients = Callable[[int, list[Tensor] | None], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Executor:
         mpu: the process groups.
         view: where gradients accumulate.
         device: where the stages compute.
-        on_stage_done: called with a stage as soon as its last gradient of a step is there.
+        last_gradients: called with a stage before the action that completes its gradients of a step, and with the
+            weights that get gradients in it, as often as they do; None for all of them, once. The action runs inside
+            of the context manager that it returns.
         forward: called as the module's forward is, which it is unless given.
         backward: called with the outputs of a forward and their gradients; autograd's unless given.
     """
@@ -69,14 +73,14 @@ class Executor:
         *,
         view: OptimizerView,
         device: torch.device,
-        on_stage_done: Callable[[int], None] = lambda stage: None,
+        last_gradients: LastGradients = lambda stage, weights: nullcontext(),
         forward: Callable[..., Any] | None = None,
         backward: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None] = torch.autograd.backward,
     ) -> None:
         self._mpu = mpu
         self._view = view
         self._device = device
-        self._on_stage_done = on_stage_done
+        self._last_gradients = last_gradients
         self._forward = forward or module.forward
         self._backward = backward
         self._senders: dict[int, Sender] = {}
@@ -131,9 +135,11 @@ class Executor:
             if operation.kind == "run" and action.kind != "F" and not confirmed:
                 step_data.confirm()
                 confirmed = True
-            run.do(operation)
             if operation.kind == "run" and action in table.last_of_stage:
-                self._on_stage_done(action.stage)
+                with self._last_gradients(action.stage, run.weights_of(action)):
+                    run.do(operation)
+            else:
+                run.do(operation)
         if not confirmed:
             step_data.confirm()
         run.finish()
@@ -319,7 +325,6 @@ class _Run:
                 self._executor._backward(flight.outputs, gradients)
         if deferred is not None:
             self._deferred[action.stage, action.micro_batch] = deferred
-        self._view.accumulate()
         self._stop(action)
         del self._in_flight[action.stage, action.micro_batch]
         stage = destination(action, self._schedule)
@@ -342,6 +347,10 @@ class _Run:
         if self._schedule.placement[stage + 1] == self._mpu.pipe_rank:
             return self._handed_down.pop((stage, action.micro_batch))
         return self._received.pop(self._gradient_of[stage, action.micro_batch])
+
+    def weights_of(self, action: Action) -> list[Tensor] | None:
+        """The weights whose gradients a `W` computes; None for a whole backward."""
+        return self._deferred[action.stage, action.micro_batch].weights if action.kind == "W" else None
 
     def _weight_gradients(self, action: Action) -> None:
         self._start(action)

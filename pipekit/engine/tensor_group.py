@@ -39,29 +39,34 @@ class ProcessTensorGroup(TensorGroup):
     def __init__(self, group: RankGroup) -> None:
         self.rank, self.size = group.rank, group.size
         self._ranks = group
-        self._has_reduce_scatter = dist.get_backend(group.process_group) == "nccl"
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         work = dist.all_reduce(tensor, group=self._ranks.process_group, async_op=True)
         return _Waiting(work, f"the sum of {_shape(tensor)}", lambda: tensor)
 
     def start_all_gather(self, tensor: Tensor, dim: int) -> Pending:
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        work = dist.all_gather(parts, tensor.contiguous(), group=self._ranks.process_group, async_op=True)
-        return _Waiting(work, f"a gathering of {_shape(tensor)}", lambda: torch.cat(parts, dim))
+        own = tensor.contiguous()
+        joined = own.new_empty((*own.shape[:dim], self.size * own.shape[dim], *own.shape[dim + 1 :]))
+        parts = joined.view(self.size, -1)
+        work = dist.all_gather_into_tensor(parts, own.view(1, -1), group=self._ranks.process_group, async_op=True)
+
+        def finish() -> Tensor:
+            return joined if _lies_in_parts(own, dim) else torch.cat([part.view_as(own) for part in parts], dim)
+
+        return _Waiting(work, f"a gathering of {_shape(tensor)}", finish)
 
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
-        what = f"the scattered sum of {_shape(tensor)}"
-        if self._has_reduce_scatter:
-            parts = [part.contiguous() for part in tensor.chunk(self.size, dim)]
-            own = torch.empty_like(parts[self.rank])
-            return _Waiting(
-                dist.reduce_scatter(own, parts, group=self._ranks.process_group, async_op=True), what, lambda: own
-            )
-        # Gloo's own sums all of it too, and copies more.
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        work = dist.all_reduce(total, group=self._ranks.process_group, async_op=True)
-        return _Waiting(work, what, lambda: total.chunk(self.size, dim)[self.rank].clone())
+        parts = tensor.contiguous() if _lies_in_parts(tensor, dim) else torch.stack(tensor.chunk(self.size, dim))
+        own = tensor.new_empty((*tensor.shape[:dim], tensor.shape[dim] // self.size, *tensor.shape[dim + 1 :]))
+        work = dist.reduce_scatter_tensor(
+            own.view(1, -1), parts.view(self.size, -1), group=self._ranks.process_group, async_op=True
+        )
+        return _Waiting(work, f"the scattered sum of {_shape(tensor)}", lambda: own)
+
+
+def _lies_in_parts(tensor: Tensor, dim: int) -> bool:
+    """True if what is joined along `dim` lies one part after the other in memory, as it does in a batch of one."""
+    return all(length == 1 for length in tensor.shape[:dim])
 
 
 def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -48,12 +48,12 @@ def _cpu_has_fp16() -> bool:
 
 
 def rank_memory(config: Config, device: Device, resources: Resources, num_local_ranks: int) -> int:
-    """The bytes that a rank may hold: the configured number, the GPU's memory, or its share of the machine's."""
+    """The bytes that a rank may hold: the configured number, the GPU's for tensors, or its share of the machine's."""
     if config.parallel.memory_limit_gb is not None:
         return int(config.parallel.memory_limit_gb * 1e9)
     if device == "cuda":
         assert resources.gpu_memory_bytes is not None, "the launcher asks for it where a decision needs it"
-        return resources.gpu_memory_bytes
+        return max(1, resources.gpu_memory_bytes - devices.gpu_reserve_bytes(resources.gpu_memory_bytes))
     return resources.memory_bytes // num_local_ranks
 
 

@@ -46,7 +46,8 @@ def search(
         LayoutError: if no layout fits; it says how much the nearest lacks.
     """
     if config.parallel.memory_limit_gb is not None:
-        device = device.model_copy(update={"memory_bytes": int(config.parallel.memory_limit_gb * 1e9)})
+        limit_bytes = int(config.parallel.memory_limit_gb * 1e9)
+        device = device.model_copy(update={"memory_bytes": limit_bytes, "reserve_bytes": 0})
     precision = plan_precision(config, "cuda" if is_gpu else "cpu")
     model = describe_model(config, specs, partial(trial.example, config), precision=precision)
     degrees, heads = [1], config.model.attention_heads

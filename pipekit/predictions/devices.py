@@ -11,7 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from pipekit.errors import ConfigError
 from pipekit.settings.base import Section, alternatives, config_error, show
@@ -29,6 +38,23 @@ _VENDOR_WORDS = {"nvidia", "amd", "instinct", "tesla", "geforce"}
 def _whole(value: object) -> object:
     """Return 80e9 as the whole number that it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def gpu_reserve_bytes(memory_bytes: int) -> int:
+    """Bytes of a GPU's memory that tensors do not get, an estimate.
+
+    They are 0.5e9 for the context and the kernels that are loaded, 1e9 for the buffers of communicators and the
+    workspaces of matmuls, and a twentieth of the memory for what the caching allocator cannot put together.
+
+    Source: https://github.com/pytorch/pytorch/issues/107667 (300 MB of context with kernels loaded lazily);
+    https://github.com/Lumi-supercomputer/LUMI-AI-Guide/issues/111 (1 GiB with the first communicator);
+    `CUBLAS_WORKSPACE_CONFIG` in the CUDA semantics of torch (8 MiB a handle and stream, 32 MiB on Hopper).
+
+    Example:
+        >>> gpu_reserve_bytes(80_000_000_000)
+        5500000000
+    """
+    return 1_500_000_000 + memory_bytes // 20
 
 
 class Link(Section):
@@ -75,6 +101,10 @@ class Device(Section):
     memory_bytes: Annotated[PositiveInt, BeforeValidator(_whole)] = Field(examples=["80e9"])
     """Memory of the device."""
 
+    reserve_bytes: Annotated[NonNegativeInt | None, BeforeValidator(_whole)] = Field(default=None, examples=["5e9"])
+    """Memory that tensors do not get: context, communicators, workspaces, and gaps between tensors; that of a GPU
+    unless given."""
+
     peak_flops: PeakFlops = Field(examples=[{"fp32": "19.5e12", "tf32": "156e12", "bf16": "312e12", "fp16": "312e12"}])
     """Floating-point operations per second of large matmuls, without sparsity, by precision."""
 
@@ -105,6 +135,12 @@ class Device(Section):
 
     efficiency_source: str = Field(min_length=1)
     """Where `efficiency` comes from."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory for tensors."""
+        reserve_bytes = gpu_reserve_bytes(self.memory_bytes) if self.reserve_bytes is None else self.reserve_bytes
+        return max(1, self.memory_bytes - reserve_bytes)
 
     def matmul_flops(self, precision: MatmulFormat) -> float:
         """Return the floating-point operations per second that large transformer layers reach.

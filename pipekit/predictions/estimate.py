@@ -101,7 +101,7 @@ class Estimator:
             rank_parameters[placement[0]] -= stages.tied_parameters
         parameters = max(rank_parameters)
         precision = self._model.precision
-        behind_s = reduction_s(parameters, cluster)
+        behind_s = reduction_s(parameters, cluster, precision=precision, zero=plan.zero)
         behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero)
         forward_s, pattern = _pattern_of(plan, costs)
         compute_s = plan.num_micro_batches * max(rank_s) + forward_s * pattern.bubble

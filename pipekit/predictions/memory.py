@@ -13,7 +13,7 @@ from math import ceil
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners import MemoryLimit
-from pipekit.predictions.elements import Precision, Shape
+from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision, Shape
 from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, stage_activation_bytes
 from pipekit.predictions.model_states import (
     ADAM_STATES,
@@ -42,7 +42,7 @@ class StageContents:
 
 @dataclass(frozen=True)
 class MemoryParts(ModelStates):
-    """Peak memory of one rank by parts, in bytes. Activations, logits and messages are gone when the update comes.
+    """Peak memory of one rank by parts, in bytes.
 
     Attributes:
         activations: those of micro-batches in flight; under checkpointing also the layer that is recomputed.
@@ -57,8 +57,8 @@ class MemoryParts(ModelStates):
 
     @property
     def total(self) -> int:
-        """Peak memory: the larger of the times before and after the last backward."""
-        return self.standing + max(self.activations + self.logits + self.communication, self.update)
+        """Peak memory."""
+        return self.standing + self.activations + self.logits + self.communication
 
 
 def stage_contents(
@@ -107,7 +107,7 @@ def peak_memory(
         >>> first, _ = peak_memory(stages, plan_1f1b(num_stages=2, num_micro_batches=4), loss=None,
         ...     precision="fp32", zero=0, dp=1)
         >>> first.weights, first.gradients, first.optimizer_states, first.activations
-        (80, 80, 164, 64)
+        (80, 160, 164, 64)
     """
     if len(stages) != schedule.num_stages:
         raise LayoutError(
@@ -162,11 +162,13 @@ def memory_limit(
     per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states)
     in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
+    largest_gradient = BYTES_PER_ELEMENT[precision] * max(layer.parameters for layer in costs.layers)
     posted = [most_posted(operations) for operations in plan_operations(schedule)]
     recomputed = recomputation_bytes(costs.layers) if checkpointing else 0
-    # The input of a stage for each micro-batch, what is received early, and a gradient received and one sent.
+    # The input of a stage for each micro-batch, what is received early, a gradient received and one sent, and the
+    # weight gradients of a layer that are yet to be added to those accumulated.
     extras = [
-        (number + posted[rank] + 2) * largest_input + recomputed
+        (number + posted[rank] + 2) * largest_input + recomputed + largest_gradient
         for number, rank in zip(in_flight, schedule.placement, strict=True)
     ]
     # What is recomputed for an input gradient stays until the weight gradient.

@@ -35,21 +35,19 @@ ADAM_STATES = OptimizerStates(per_parameter=2, per_tensor=1)
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes of one rank that are there from step to step, and of its update.
+    """Bytes of one rank that are there from step to step; reduction and update need no others.
 
     Attributes:
         weights: in the precision of the run.
-        gradients: accumulated in fp32; in bf16 also those of one backward, which are there until they are accumulated.
+        gradients: accumulated in fp32, and the largest gradient of one parameter until it is added to them.
         optimizer_states: moments and step counts.
         masters: fp32 weights beside those of the run.
-        update: temporary buffers of the reduction over replicas and of the update.
     """
 
     weights: int
     gradients: int
     optimizer_states: int
     masters: int
-    update: int
 
     @property
     def standing(self) -> int:
@@ -74,40 +72,32 @@ def model_states(
     shapes = {name: shape for stage in stages for name, shape in stage.items()}
     groups = _group_sizes(shapes.values())
     # An idle parameter, which a rank without others has, gets no gradient, and so no states.
-    num_gradients, num_tensors = count_elements(shapes), len(shapes)
+    num_shard, num_tensors = count_elements(shapes), len(shapes)
     is_flat = zero > 0 or precision != "fp32"
     if is_flat:
         multiple = _ALIGNMENT * dp
         flat = [-(-size // multiple) * multiple for size in groups]
         num_tensors, num_shard = len(flat), sum(flat) // dp
     else:
-        flat, num_shard = list(groups), num_gradients
+        flat = list(groups)
 
-    gradients, of_one_backward = _FP32_BYTES * num_gradients, 0
     if zero > 1:
         gradients = _FP32_BYTES * num_shard
-    elif precision == "bf16":
-        # A flat fp32 buffer, to which each backward's own gradients are added after it.
-        of_one_backward = BYTES_PER_ELEMENT[precision] * max(map(count_elements, stages))
-        gradients = _FP32_BYTES * sum(flat) + of_one_backward
-    update = 0
-    if dp > 1 and zero < 2:
-        # All gradients once more, flattened to be summed over the replicas.
-        update = max(0, _FP32_BYTES * num_gradients - of_one_backward)
-    elif is_flat and precision != "bf16" and zero < 2:
-        # Each group's gradients are flattened and then freed; those of the groups before it are gone.
-        update = max(_FP32_BYTES * (size - sum(groups[:index])) for index, size in enumerate(flat))
+    else:
+        # One replica without ZeRO leaves accumulation to autograd, and others have flat buffers.
+        accumulated = sum(flat) if is_flat or dp > 1 else num_shard
+        largest = max(map(prod, shapes.values()), default=0)
+        gradients = _FP32_BYTES * accumulated + BYTES_PER_ELEMENT[precision] * largest
     return ModelStates(
         weights=BYTES_PER_ELEMENT[precision] * (num_shard if zero == 3 else sum(flat)),
         gradients=gradients,
         optimizer_states=_FP32_BYTES * (states.per_parameter * num_shard + states.per_tensor * num_tensors),
         masters=_FP32_BYTES * num_shard if is_flat else 0,
-        update=update,
     )
 
 
 def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: OptimizerStates = ADAM_STATES) -> float:
-    """Bytes of model states for each parameter of a rank, without padding and step counts.
+    """Bytes of model states for each parameter of a rank, without padding, step counts and gradients yet to be added.
 
     Example:
         >>> bytes_per_parameter(precision="fp32", zero=1, dp=4), bytes_per_parameter(precision="fp16", zero=1, dp=4)
@@ -116,7 +106,8 @@ def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: Opt
     number = _ALIGNMENT * dp  # which is not padded
     states = OptimizerStates(states.per_parameter, per_tensor=0)
     found = model_states([{"weight": (number, 1)}], precision=precision, zero=zero, dp=dp, states=states)
-    return found.standing / number
+    added = BYTES_PER_ELEMENT[precision] * number if zero < 2 else 0
+    return (found.standing - added) / number
 
 
 def _group_sizes(shapes: Iterable[Shape]) -> list[int]:

@@ -37,7 +37,12 @@ def report(
     found: dict[str, Any] = {
         "parameters": prediction.num_parameters,
         "layout": plan_report(prediction.plan),
-        "device": {"name": device.name, "memory_bytes": device.memory_bytes, "source": device.source},
+        "device": {
+            "name": device.name,
+            "memory_bytes": device.memory_bytes,
+            "usable_bytes": device.usable_bytes,
+            "source": device.source,
+        },
         "boundaries": list(prediction.boundaries),
         "step_time_s": prediction.step_time_s,
         "compute_s": times.compute_s,

@@ -114,13 +114,13 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
             rejected.append((inf, plan, reason))
             continue
         estimate = estimator.estimate(plan, Cluster(device, plan.layout))
-        least = OutOfMemory(estimate.least_bytes, device.memory_bytes, is_lower_bound=True)
+        least = OutOfMemory(estimate.least_bytes, device.usable_bytes, is_lower_bound=True)
         if least.lacking_bytes > 0:
             rejected.append((estimate.memory_bytes, plan, least))
         else:
             possible.append((estimate, plan))
     # Those that hardly fit come last.
-    possible.sort(key=lambda item: (item[0].memory_bytes > device.memory_bytes, item[0].step_time_s))
+    possible.sort(key=lambda item: (item[0].memory_bytes > device.usable_bytes, item[0].step_time_s))
     fitting: list[Prediction] = []
     actions = num_tried = 0
     for _, plan in possible:
@@ -129,7 +129,7 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
         num_tried += 1
         actions += min(plan.num_micro_batches, 5 * plan.layout.pp) * plan.actions_per_micro_batch
         prediction = predict(model, plan, device, estimator.boundaries(plan))
-        need = OutOfMemory(prediction.memory_bytes, device.memory_bytes)
+        need = OutOfMemory(prediction.memory_bytes, device.usable_bytes)
         if need.lacking_bytes > 0:
             rejected.append((need.needed_bytes, plan, need))
         else:

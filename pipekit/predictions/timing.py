@@ -15,6 +15,16 @@ from pipekit.schedules import Costs, Schedule, Timeline, simulate
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
 _REDUCED_BYTES = 4
 
+BUCKET_ELEMENTS = 10_000_000
+"""Gradients that are reduced in one message, as soon as the last backward of a stage has computed them."""
+
+SHARE_ELEMENTS_PER_REPLICA = 100_000
+"""Gradients that a replica must update, for each replica, to be sent their sums alone.
+
+A reduction to one replica passes through all others in turn, at about 20 us each. It takes half the time of an
+all-reduce where that is little beside the transfer, at tens of gigabytes a second.
+"""
+
 # What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
 # written, and the weight itself written in its own format.
 _UPDATE_BYTES = 28
@@ -59,16 +69,25 @@ class Cluster:
         return self.device.intra_node if is_near else self.device.inter_node
 
 
-def reduction_s(parameters: int, cluster: Cluster) -> float:
-    """Seconds in which the replicas sum the gradients of so many parameters."""
-    return all_reduce_s(_REDUCED_BYTES * parameters, cluster.layout.dp, cluster.link("data"))
+def reduction_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
+    """Seconds in which the replicas sum the gradients of so many parameters.
+
+    Where each updates a share of the weights, and that is large, it receives the sums of its share alone.
+    """
+    dp = cluster.layout.dp
+    whole_s = all_reduce_s(_REDUCED_BYTES * parameters, dp, cluster.link("data"))
+    return whole_s / 2 if _is_shared(precision, zero) and parameters >= dp**2 * SHARE_ELEMENTS_PER_REPLICA else whole_s
+
+
+def _is_shared(precision: Precision, zero: int) -> bool:
+    """True if each replica updates a share of the weights, as always in 16 bits."""
+    return zero > 0 or precision != "fp32"
 
 
 def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
     """Seconds in which a rank with so many parameters updates its shard, and gathers the others'."""
     weight_bytes = BYTES_PER_ELEMENT[precision]
-    # In 16 bits the optimizer's states are always shared out.
-    is_shared = zero > 0 or precision != "fp32"
+    is_shared = _is_shared(precision, zero)
     shard = parameters / cluster.layout.dp if is_shared else parameters
     moved_s = shard * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
     # An all-gather passes each link once, where an all-reduce does so twice.
@@ -166,7 +185,8 @@ def step_times(
 ) -> StepTimes:
     """Time of a step.
 
-    The reduction of a stage's gradients begins when the last of them is ready, one stage after another on each rank.
+    The gradients of a stage are reduced while its last backward runs, but for the last message, one stage after another
+    on each rank.
 
     Args:
         schedule: the table; of a step with many micro-batches it may be that of fewer, three for each pipeline rank or
@@ -187,10 +207,13 @@ def step_times(
     longer_s = more * max(max(per_micro_batch), _growth_s(timeline, shorter, costs))
     done_s = longest_update_s = 0.0
     for rank, spans in enumerate(timeline.spans):
-        last_s = {span.action.stage: span.end_s for span in spans}
+        last = {span.action.stage: span for span in spans}
         free_s = 0.0
-        for stage, end_s in sorted(last_s.items(), key=lambda item: item[1]):
-            free_s = max(free_s, end_s) + reduction_s(stage_parameters[stage], cluster)
+        for stage, span in sorted(last.items(), key=lambda item: item[1].end_s):
+            parameters = stage_parameters[stage]
+            seconds = reduction_s(parameters, cluster, precision=precision, zero=zero)
+            last_message_s = seconds * min(1.0, BUCKET_ELEMENTS / max(1, parameters))
+            free_s = max(max(free_s, span.start_s) + seconds, max(free_s, span.end_s) + last_message_s)
         done_s = max(done_s, free_s)
         parameters = sum(stage_parameters[stage] for stage in schedule.stages_of(rank))
         longest_update_s = max(longest_update_s, update_s(parameters, cluster, precision=precision, zero=zero))

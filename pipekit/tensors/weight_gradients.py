@@ -55,6 +55,11 @@ class WeightGradients:
     def __len__(self) -> int:
         return len(self._deferred)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights whose gradients are deferred, each as often as it has been used."""
+        return [weight for weight, _ in self._deferred]
+
     def compute(self, add: Callable[[Tensor, Compute], None]) -> None:
         """Call `add` for every weight with the function that computes its gradient, and free each at once."""
         while self._deferred:

@@ -49,7 +49,7 @@ def stage(rank: int, total_bytes: float, *layers: list[Any]) -> dict[str, Any]:
 REPORT: dict[str, Any] = {
     "parameters": 124_439_808,
     "layout": LAYOUT,
-    "device": {"name": "a100-80gb", "memory_bytes": 80_000_000_000},
+    "device": {"name": "a100-80gb", "memory_bytes": 80_000_000_000, "usable_bytes": 80_000_000_000},
     "step_time_s": 0.25,
     "tokens_per_s": 131_072.0,
     "tflops_per_device": 151.5,
@@ -140,7 +140,7 @@ def test_a_page_loads_nothing() -> None:
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=y>', "a & b", "</title></style>"])
 def test_text_is_escaped(evil: str) -> None:
     report = changed(
-        device={"name": evil, "memory_bytes": 80e9},
+        device={"name": evil, "memory_bytes": 80e9, "usable_bytes": 80e9},
         stages=[stage(0, 60e9, [0, 1, evil, evil])],
         layout={**LAYOUT, "schedule": evil},
         rejected=[{"layout": {**LAYOUT, "schedule": evil, evil: evil}, "reason": evil}],

@@ -145,43 +145,6 @@ def test_a_table_of_ones_own_may_split_some_backwards_and_not_others(gloo: GlooW
     assert_same(run(gloo, Case(pp=2, schedule=str(path), steps=1)), reference(True))
 
 
-def order_of_events(rank: int) -> tuple[list[tuple[int, int]], int]:
-    """Return for each reduction its stage's last layer and how many actions were left, and the actions of all."""
-    case = Case(pp=2, dp=2, schedule="zb-v", zero=1, tied=False)
-    engine = build_engine(case)
-    row = engine.schedule.ranks[engine.mpu.pipe_rank]
-    done, begun = [], []
-    start = engine._reducer.start
-
-    class Counter:
-        def begin(self) -> None:
-            done.clear()
-
-        def start(self, action: Action) -> None:
-            pass
-
-        def stop(self, action: Action) -> None:
-            done.append(action)
-
-    def note(parameters: Any) -> None:
-        begun.append((done[-1].stage, len(row) - len(done)))
-        start(parameters)
-
-    engine.executor.stopwatch = Counter()
-    engine._reducer.start = note
-    engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
-    return begun, len(row)
-
-
-def test_a_stages_reduction_begins_with_its_last_gradient(gloo: GlooWorkers) -> None:
-    for begun, num_actions in gloo.run(4, order_of_events):
-        stages = [stage for stage, _ in begun]
-        assert sorted(stages) in ([0, 3], [1, 2])
-        first, last = (left for _, left in begun)
-        assert 0 < first < num_actions
-        assert last == 0
-
-
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def test_memory_is_the_gpus_or_a_share_of_the_machines() -> None:
     specs = [LayerSpec(nn.Linear, 64, 64, bias=False)] * 4
     example = Example(torch.empty(2, 64, device="meta"))
     assert decide(config_of(*layout), specs, example, memory_bytes=10**9).plan.boundaries == (0, 2, 4)
-    on_gpu = decide(config_of(*layout), specs, example, num_gpus=2, gpu_memory_bytes=10**9)
+    on_gpu = decide(config_of(*layout), specs, example, num_gpus=2, gpu_memory_bytes=2 * 10**9)
     assert (on_gpu.plan.device, on_gpu.plan.boundaries) == ("cuda", (0, 2, 4))
     for resources in ({"memory_bytes": 10**5}, {"num_gpus": 2, "memory_bytes": 10**9, "gpu_memory_bytes": 10**4}):
         with pytest.raises(LayoutError, match="do not fit into the memory"):

@@ -30,6 +30,7 @@ def device(**changes: Any) -> Device:
     values = {
         "name": "plain",
         "memory_bytes": 10**6,
+        "reserve_bytes": 0,
         "peak_flops": dict.fromkeys(("fp32", "tf32", "bf16", "fp16"), 100.0),
         "memory_bandwidth": 1e6,
         "intra_node": link,

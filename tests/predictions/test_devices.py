@@ -160,7 +160,7 @@ def test_the_last_file_holds(tmp_path: Path) -> None:
             "h100:\n  inter_node:\n    bandwith: 1\n",
             ":3: h100.inter_node.bandwith: unknown key; did you mean bandwidth?",
         ),
-        ("h100:\n  price: 1\n", ":2: h100.price: unknown key; the keys are memory_bytes, peak_flops, "),
+        ("h100:\n  price: 1\n", ":2: h100.price: unknown key; the keys are memory_bytes, reserve_bytes, peak_flops, "),
         ("h100:\n  name: x\n", ":2: h100.name: unknown key; the name stands above the keys"),
         ("h100:\n  aliases: [1]\n", ":2: h100.aliases=1: must be a list with every entry text"),
         ("h100: fast\n", ":1: h100=fast: must be a mapping of keys"),
@@ -189,3 +189,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not a text file"):
         find_device("h100", [tmp_path / "binary.yaml"])
+
+
+def test_a_gpu_keeps_a_reserve_that_a_file_may_change(tmp_path: Path) -> None:
+    h100, cpu = find_device("h100"), find_device("cpu")
+    assert (h100.memory_bytes - h100.usable_bytes, cpu.usable_bytes) == (5_500_000_000, cpu.memory_bytes)
+    path = tmp_path / "devices.yaml"
+    path.write_text("h100:\n  reserve_bytes: 8e9\n")
+    assert find_device("h100", [path]).usable_bytes == 72_000_000_000

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from engine_jobs import GLOBAL_BATCH, Case, batch, build_engine, micro_batches, model_specs
+from engine_jobs import GLOBAL_BATCH, VOCAB, Case, batch, build_engine, micro_batches, model_specs
 from gloo_workers import GlooWorkers
 from pipekit.errors import LayoutError
 from pipekit.layers.parameters import parameter_shapes
@@ -56,9 +58,9 @@ def recording(found: list[Tensor]) -> Iterator[None]:
         yield
 
 
-def measured_layers(case: Case) -> list[LayerCosts]:
+def measured_layers(case: Case, specs: list[LayerSpec]) -> list[LayerCosts]:
     """Run every layer and the loss by itself, and return what its backward keeps; the loss comes last."""
-    model = SequentialModel(model_specs(case), seed=1).to(DTYPES[case.precision])
+    model = SequentialModel(specs, seed=1).to(DTYPES[case.precision])
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     # Tokens and labels are of the step, not of a micro-batch under way.
     x, labels = (tensor[: case.micro_batch_size] for tensor in batch(0))
@@ -88,12 +90,13 @@ def measured_layers(case: Case) -> list[LayerCosts]:
     return layers
 
 
-def predicted(case: Case) -> list[tuple[MemoryParts, int]]:
+def predicted(case: Case, specs: list[LayerSpec] | None = None) -> list[tuple[MemoryParts, int]]:
     """Return for each rank of a pipeline what it holds, and how much of that is a recomputation."""
+    specs = specs or model_specs(case)
     schedule = plan_schedule(case.schedule, pp=case.pp, num_micro_batches=num_micro_batches(case))
-    *layers, loss = measured_layers(case)
+    *layers, loss = measured_layers(case, specs)
     boundaries = case.boundaries or partition_uniform(len(layers), schedule.num_stages)
-    stages = stage_contents(layers, parameter_shapes(model_specs(case)), boundaries)
+    stages = stage_contents(layers, parameter_shapes(specs), boundaries)
     held = peak_memory(
         stages,
         schedule,
@@ -122,11 +125,12 @@ class Probe:
         self._outputs: dict[tuple[int, int], int] = {}
         self._passed_on = 0
         self._in_forward = False
-        self.activations = self.gradients = 0
+        self.activations = self.gradients = self.largest_gradient = 0
         layers = engine.module._layers
         engine.module._layers = {layer_idx: self._observed(layer) for layer_idx, layer in layers.items()}
-        for name in ("accumulate", "hand_over_gradients"):
-            setattr(engine.view, name, self._after_counting(getattr(engine.view, name)))
+        engine.view.hand_over_gradients = self._after_counting(engine.view.hand_over_gradients)
+        if engine.view.buffers is not None:
+            engine.view.buffers._add = self._after_noting(engine.view.buffers._add)
         engine.executor.stopwatch = self
 
     def _observed(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -137,10 +141,24 @@ class Probe:
 
     def _after_counting(self, method: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            self.gradients = max(self.gradients, num_bytes(gradients(self._engine)))
+            self.gradients = num_bytes(gradients(self._engine))
+            if self._engine.view.buffers is None:
+                self._note_gradients(parameter.grad for parameter in self._engine.module.parameters())
             method()
 
         return run
+
+    def _after_noting(self, add: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+        def run(parameter: Tensor, gradient: Tensor) -> None:
+            self._note_gradients([gradient])
+            add(parameter, gradient)
+
+        return run
+
+    def _note_gradients(self, gradients: Iterable[Tensor | None]) -> None:
+        """Note the largest gradient of one backward."""
+        sizes = [num_bytes([gradient]) for gradient in gradients if gradient is not None]
+        self.largest_gradient = max([self.largest_gradient, *sizes])
 
     def begin(self) -> None:
         self._seen, self._outputs = {}, {}
@@ -192,10 +210,9 @@ def noting_deferred(probe: Probe) -> Iterator[None]:
 
 def gradients(engine: Any) -> list[Tensor]:
     """Return every gradient that is held, wherever."""
-    found: list[Any] = []
-    for parameter in engine.module.parameters():
-        found += [parameter.grad, getattr(parameter, "grad_accum", None), getattr(parameter, "_hp_grad", None)]
+    found: list[Any] = [parameter.grad for parameter in engine.module.parameters()]
     found += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
+    found += [] if engine.view.buffers is None else [group.flat for group in engine.view.buffers.groups]
     for pieces in getattr(engine.optimizer, "averaged_gradients", {}).values():
         found += pieces or []
     return [tensor for tensor in found if tensor is not None]
@@ -217,7 +234,8 @@ def measure(rank: int, case: Case, specs: list[LayerSpec] | None = None) -> dict
         "weights": num_bytes(weights),
         "masters": num_bytes(weights + masters) - num_bytes(weights),
         "optimizer_states": num_bytes(state for state in states if isinstance(state, Tensor)),
-        "gradients": probe.gradients,
+        # One gradient at a time is yet to be added.
+        "gradients": probe.gradients + probe.largest_gradient,
         "activations": probe.activations,
     }
 
@@ -266,6 +284,68 @@ def test_a_rank_without_parameters_holds_an_idle_one(gloo: GlooWorkers, precisio
         assert {name: found[name] for name in STANDING} == {name: getattr(parts, name) for name in STANDING}
 
 
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, those apart that were there before."""
+
+    def __init__(self, standing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._standing = {StorageWeakRef(tensor.untyped_storage()) for tensor in standing}
+        self._known = {weak.cdata for weak in self._standing}
+        self._alive: list[tuple[StorageWeakRef, int]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                weak = StorageWeakRef(tensor.untyped_storage())
+                if weak.cdata not in self._known:
+                    self._alive.append((weak, tensor.untyped_storage().nbytes()))
+                    self._known.add(weak.cdata)
+        ended = {weak.cdata for weak, _ in self._alive if weak.expired()}
+        self._alive = [(weak, size) for weak, size in self._alive if weak.cdata not in ended]
+        self._known -= ended
+        self.peak = max(self.peak, sum(size for _, size in self._alive))
+        return result
+
+
+def wide_specs() -> list[LayerSpec]:
+    """Return layers of large weights and small activations."""
+    return [
+        LayerSpec(nn.Embedding, VOCAB, 512),
+        *(LayerSpec(nn.Linear, 512, 512) for _ in range(4)),
+        LayerSpec(nn.Linear, 512, VOCAB),
+    ]
+
+
+def peak_of_a_step(rank: int, case: Case) -> tuple[int, int]:
+    """Return the bytes that stay from step to step, and those that a step allocates beside them."""
+    engine = build_engine(case, specs=wide_specs())
+    torch_optimizer = engine.view.torch_optimizer
+    for group in torch_optimizer.param_groups:
+        group["fused"] = True
+    engine.train_batch(micro_batches(0, case, rank))
+    weights = list(engine.module.parameters())
+    masters = [parameter for group in torch_optimizer.param_groups for parameter in group["params"]]
+    states = [value for state in torch_optimizer.state.values() for value in state.values()]
+    standing = [*weights, *masters, *states, *(group.flat for group in engine.view.buffers.groups)]
+    data = list(micro_batches(1, case, rank))
+    with Allocations(standing) as allocations:
+        engine.train_batch(iter(data))
+    return num_bytes(standing), allocations.peak
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("precision", "zero"), [("bf16", 1), ("fp16", 1), ("fp32", 1), ("fp32", 0)])
+def test_a_step_allocates_no_copy_of_the_gradients(gloo: GlooWorkers, precision: Precision, zero: int) -> None:
+    case = Case(dp=2, precision=precision, zero=zero, clip=1.0)
+    ((parts, _),) = predicted(case, wide_specs())
+    for standing, allocated in gloo.run(2, peak_of_a_step, case):
+        assert standing + allocated == pytest.approx(parts.total, rel=0.02)
+        # The gradients of one replica's share would be four times the largest weight in fp32, or more.
+        assert allocated < 2 * 4 * 512 * 512
+
+
 LINEAR = LayerCosts(
     20, 40, 40, 40, input_bytes=16, output_bytes=20, saved_bytes=0, keeps_input=True, keeps_output=False
 )
@@ -304,8 +384,8 @@ def test_16_bits_hold_masters_and_gradients_in_fp32() -> None:
     bf16, fp16 = (two_stages(precision=precision, zero=0) for precision in ("bf16", "fp16"))
     assert bf16.weights == fp16.weights == 2 * 30
     assert bf16.masters == fp16.masters == 4 * 30
-    # The flat buffer and a backward's own gradients; in fp16 each parameter's go when they come.
-    assert (bf16.gradients, fp16.gradients) == (4 * 30 + 2 * 28, 4 * 28)
+    # The flat buffer, and the largest gradient before it is added.
+    assert bf16.gradients == fp16.gradients == 4 * 30 + 2 * 21
 
 
 def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
@@ -313,7 +393,7 @@ def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
     stages = stage_contents(layers, [weight, {}, {}, weight], [0, 1, 2, 3, 4])
     schedule = plan_schedule("zb-v", pp=2, num_micro_batches=4)
     parts = peak_memory(stages, schedule, loss=LOSS, precision="fp32", zero=0, dp=1)[0]
-    assert parts.weights == parts.gradients == 80
+    assert (parts.weights, parts.gradients) == (80, 2 * 80)
 
 
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
@@ -364,14 +444,13 @@ def test_messages_are_received_ahead_and_gradients_are_passed_on() -> None:
     assert two_stages(1).communication == 2 * 20 + 20
 
 
-def test_the_reduction_and_the_update_come_after_the_activations() -> None:
+def test_gradients_are_there_once_and_the_largest_twice() -> None:
+    # Without ZeRO they lie in flat buffers only where replicas reduce them, and nothing is filled up.
+    assert [two_stages(zero=0, dp=dp).gradients for dp in (1, 2)] == 2 * [4 * 28 + 4 * 21]
+    assert two_stages(zero=1, dp=2).gradients == 4 * 32 + 4 * 21
     parts = two_stages(dp=2)
-    assert parts.update == 4 * 28
     standing = parts.weights + parts.gradients + parts.optimizer_states + parts.masters
-    assert parts.total == standing + max(parts.activations + parts.logits + parts.communication, parts.update)
-    # A replica alone reduces nothing; ZeRO flattens the larger group's gradients.
-    assert [two_stages(zero=zero).update for zero in (0, 1)] == [0, 4 * 22]
-    assert two_stages(precision="bf16").update == 0
+    assert parts.total == standing + parts.activations + parts.logits + parts.communication
 
 
 def test_zero_2_and_3_hold_shares_of_gradients_and_weights() -> None:

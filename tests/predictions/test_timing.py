@@ -196,3 +196,13 @@ def test_messages_that_hold_1f1b_up_make_every_micro_batch_longer() -> None:
 
     assert compute_s(12, 8) == pytest.approx(compute_s(64, None))
     assert compute_s(12, None) < 0.9 * compute_s(64, None)
+
+
+def test_large_shares_are_reduced_to_those_who_update_them_behind_the_last_backward() -> None:
+    # 100 million parameters take 4e6 seconds in an all-reduce over two, and half of that to one each.
+    large, costs = 10**8, Costs.uniform(1, forward_s=1.0, input_gradient_s=1e6, weight_gradient_s=1e6)
+    schedule = plan_1f1b(num_stages=1, num_micro_batches=1)
+    whole, shared = (times(schedule, costs, parameters=[large], dp=2, zero=zero).reduction_s for zero in (0, 1))
+    assert (whole, shared) == (2e6, 2e6 / 10)
+    # As long as the backward lasts, all but the last of ten messages is hidden behind it.
+    assert times(schedule, costs, parameters=[10**5], dp=2, zero=1).reduction_s == 4000
