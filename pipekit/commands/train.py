@@ -12,6 +12,7 @@ from pipekit.commands.shared_options import ConfigFile, Overrides
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_plan
+from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
@@ -75,7 +76,7 @@ def start(config: Config) -> None:
 def join(config: Config, ranks: RankEnvironment) -> None:
     """Be one rank of a run that another launcher has started."""
     local_world_size = ranks.local_world_size or ranks.world_size
-    os.environ.update(ranks.as_environ())
+    os.environ.update({**ranks.as_environ(), **gloo_environ(ranks, os.environ)})
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
     if ranks.local_rank == 0:
         for note in guard_extension_builds(os.environ):

@@ -10,11 +10,10 @@ from pipekit.predictions.elements import Precision
 Offload = Literal["none", "optimizer", "parameters"]
 
 
-_CPU = {"device": "cpu"}
-_OFFLOADED: dict[Offload, dict[str, Any]] = {
-    "none": {},
-    "optimizer": {"offload_optimizer": _CPU},
-    "parameters": {"offload_optimizer": _CPU, "offload_param": _CPU},
+_OFFLOADED: dict[Offload, tuple[str, ...]] = {
+    "none": (),
+    "optimizer": ("offload_optimizer",),
+    "parameters": ("offload_optimizer", "offload_param"),
 }
 
 
@@ -27,6 +26,7 @@ def plan_deepspeed_config(
     gradient_clipping: float,
     extra: Mapping[str, Any],
     offload: Offload = "none",
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> dict[str, Any]:
     """Configuration of DeepSpeed's engine.
 
@@ -40,6 +40,7 @@ def plan_deepspeed_config(
         extra: the user's `deepspeed` section, merged over the defaults.
         offload: what is kept in host memory: `optimizer` the fp32 masters and the moments, `parameters` these and,
             with ZeRO-3, the weights.
+        device: kind of device that computes; what GPUs exchange with host memory is pinned there.
 
     Example:
         >>> config = plan_deepspeed_config(micro_batch_size=2, num_micro_batches=4, precision="fp32", zero=1,
@@ -52,7 +53,10 @@ def plan_deepspeed_config(
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": gradient_clipping,
         "steps_per_print": None,
-        "zero_optimization": {"stage": zero, **_OFFLOADED[offload]},
+        "zero_optimization": {
+            "stage": zero,
+            **{key: {"device": "cpu", "pin_memory": device == "cuda"} for key in _OFFLOADED[offload]},
+        },
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}

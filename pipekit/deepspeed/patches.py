@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.pipe import p2p
@@ -24,10 +26,13 @@ from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 import deepspeed
+from pipekit.distributed.processes import bind_gpu, join_processes
 
 
 def use_joined_processes() -> None:
     """Have DeepSpeed talk through the process groups of torch; it joins the processes where that has not been done.
+
+    On GPUs the one of this process is made the current one, unless the script has chosen another than the first.
 
     On CPUs DeepSpeed would compile a shared-memory collective at its first use. That takes most of a minute, and a run
     that is killed meanwhile leaves it locked. It serves inference; training does not call it.
@@ -40,8 +45,19 @@ def use_joined_processes() -> None:
         # The world of the moment when DeepSpeed was imported, which may have ended; None is that of the call.
         if any(isinstance(default, ProcessGroup) for default in getattr(method, "__defaults__", None) or ()):
             method.__defaults__ = tuple(None if isinstance(d, ProcessGroup) else d for d in method.__defaults__)
+    if get_accelerator().device_name() == "cuda":
+        _bind_gpu_and_join(deepspeed.comm.get_local_rank())
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
+
+
+def _bind_gpu_and_join(local_rank: int) -> None:
+    if not dist.is_initialized() and local_rank >= torch.cuda.device_count():
+        # DeepSpeed would take the local rank for the number of a GPU, although this process sees fewer.
+        join_processes(device="cuda", timeout_s=default_pg_timeout.total_seconds(), local_rank=local_rank)
+    elif torch.cuda.current_device() == 0:
+        # Scripts for DeepSpeed leave it to its engine, before which layers would be built on the first GPU by all.
+        bind_gpu(local_rank)
 
 
 def import_muon_uncompiled() -> None:

@@ -28,13 +28,9 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
 
     Raises:
         CommunicationError: if the others do not come within `timeout_s`.
-        LaunchError: if rank 0's port is in use.
+        LaunchError: if rank 0's port is in use, or torch sees no GPU.
     """
-    place, backend = torch.device("cpu"), "gloo"
-    if device == "cuda":
-        # Some launchers show each process its own GPU only.
-        place, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
-        torch.cuda.set_device(place)
+    place, backend = (bind_gpu(local_rank), "nccl") if device == "cuda" else (torch.device("cpu"), "gloo")
     timeout = timedelta(seconds=timeout_s)
     try:
         with warnings.catch_warnings():
@@ -61,6 +57,25 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             "them were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     return place
+
+
+def bind_gpu(local_rank: int) -> torch.device:
+    """Make the GPU of a local rank the current one of this process, and return it.
+
+    Launchers that show each process one GPU only still count local ranks over the machine; ROCm's GPUs are "cuda", too.
+
+    Raises:
+        LaunchError: if torch sees no GPU.
+    """
+    if not torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} sees no GPU: torch {torch.__version__} finds none; install a build of torch for "
+            "the GPUs of this machine, correct CUDA_VISIBLE_DEVICES (HIP_VISIBLE_DEVICES under ROCm), or set "
+            "run.device=cpu"
+        )
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def leave_processes() -> None:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -94,7 +95,8 @@ class TrainingEngine:
         mpu = module.mpu()
         config = dict(deepspeed_config)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if next(iter(parameters), torch.empty(0)).device.type == "cpu":
+        device = next(iter(parameters), torch.empty(0)).device
+        if device.type == "cpu":
             keep_freed_memory()
         optimizer = build_optimizer(parameters) if build_optimizer is not None else None
         if optimizer is not None and offloads_optimizer(config):
@@ -103,7 +105,8 @@ class TrainingEngine:
         import_muon_uncompiled()
         with clean_globals():
             super().__init__(  # type: ignore[call-arg]
-                args=None,
+                # Unless told, DeepSpeed takes the local rank for the number of the GPU.
+                args=SimpleNamespace(device_rank=device.index or 0),
                 model=module,
                 mpu=module._grid,
                 config=config,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -78,22 +80,34 @@ def num_usable_cpus(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return num_cpus
 
 
-def num_accelerators(environ: Mapping[str, str], driver_dir: Path = Path("/proc/driver/nvidia/gpus")) -> int | None:
-    """Return the number of CUDA devices that a process would see, or None where there is none.
+def num_accelerators(
+    environ: Mapping[str, str],
+    driver_dir: Path = Path("/proc/driver/nvidia/gpus"),
+    amd_dir: Path = Path("/sys/class/kfd/kfd/topology/nodes"),
+) -> int | None:
+    """Number of NVIDIA's GPUs, or AMD's under a torch for ROCm, that a process would see; None where there is none.
 
-    Asks the NVIDIA driver, not torch: it takes milliseconds, and holds no memory on any device.
+    Asks the driver, not torch: it takes milliseconds, and holds no memory on any device.
 
-    `driver_dir` is where the driver lists its devices. `CUDA_VISIBLE_DEVICES` is honoured.
+    `driver_dir` and `amd_dir` are where the drivers list their devices. `CUDA_VISIBLE_DEVICES` is honoured, and under
+    ROCm `HIP_VISIBLE_DEVICES`, which wins over it, and `ROCR_VISIBLE_DEVICES`, which hides devices from both.
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not visible.strip():
-        return None
-    present = _num_present(environ, driver_dir)
-    return (num_visible(visible, present) if visible and present else present) or None
+    if _torch_is_for_rocm():
+        present = sum(_is_amd_gpu(node) for node in amd_dir.glob("*/properties"))
+        hip = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in environ else "CUDA_VISIBLE_DEVICES"
+        lists = [environ.get("ROCR_VISIBLE_DEVICES"), environ.get(hip)]
+    else:
+        lists = [environ.get("CUDA_VISIBLE_DEVICES")]
+        if lists[0] is not None and not lists[0].strip():
+            return None
+        present = _num_present(environ, driver_dir)
+    for visible in lists:
+        present = num_visible(visible, present) if visible is not None and present else present
+    return present or None
 
 
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:
-    """Number of devices that `CUDA_VISIBLE_DEVICES` leaves visible.
+    """Number of devices that `CUDA_VISIBLE_DEVICES`, or ROCm's variable in its place, leaves visible.
 
     As CUDA counts: those named before the first that does not exist.
 
@@ -106,6 +120,19 @@ def num_visible(cuda_visible_devices: str, num_present: int) -> int:
     names = (name.strip() for name in cuda_visible_devices.split(","))
     exist = (int(name) < num_present if name.isdigit() else name.startswith(("GPU-", "MIG-")) for name in names)
     return sum(takewhile(bool, exist))
+
+
+def _torch_is_for_rocm() -> bool:
+    found = find_spec("torch")
+    folders = (found and found.submodule_search_locations) or []
+    return any(Path(folder, "lib", "libtorch_hip.so").exists() for folder in folders)
+
+
+def _is_amd_gpu(properties: Path) -> bool:
+    # Processors are nodes, too, and have no SIMD units.
+    with suppress(OSError):
+        return re.search(r"^simd_count [1-9]", properties.read_text(), re.MULTILINE) is not None
+    return False
 
 
 def _num_present(environ: Mapping[str, str], driver_dir: Path) -> int:

@@ -171,6 +171,7 @@ class Trainer:
                 gradient_clipping=train.gradient_clipping,
                 extra=self.config.deepspeed,
                 offload=parallel.offload,
+                device=plan.device,
             ),
             build_optimizer=self.trial.build_optimizer,
             measure_costs=parallel.schedule == "auto",

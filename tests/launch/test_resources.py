@@ -98,3 +98,26 @@ def test_an_nvidia_smi_that_fails_or_hangs_counts_as_no_device(
     started_s = time.monotonic()
     assert num_accelerators(nvidia_smi(tmp_path, script), tmp_path / "none") is None
     assert time.monotonic() - started_s < 10
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, 3),
+        ({"HIP_VISIBLE_DEVICES": "0,2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, 1),
+        ({"HIP_VISIBLE_DEVICES": "0,1", "CUDA_VISIBLE_DEVICES": "0"}, 2),
+        ({"ROCR_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0,1"}, 1),
+        ({"HIP_VISIBLE_DEVICES": ""}, None),
+    ],
+)
+def test_amd_gpus_are_counted_where_torch_is_for_rocm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: int | None
+) -> None:
+    for node, num_simds in enumerate([0, 0, 304, 304, 304]):  # two processors, three GPUs
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\nsimd_count {num_simds}\nmem_banks 1\n")
+    nothing = {"PATH": str(tmp_path)}
+    assert num_accelerators({**environ, **nothing}, tmp_path / "none", tmp_path) is None
+    monkeypatch.setattr(resources, "_torch_is_for_rocm", lambda: True)
+    assert num_accelerators({**environ, **nothing}, tmp_path / "none", tmp_path) == expected
