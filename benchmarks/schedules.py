@@ -1,4 +1,4 @@
-"""Pipeline schedules, measured: ours against DeepSpeed's `PipelineEngine` and `torch.distributed.pipelining`.
+"""Pipeline schedules, measured: ours against DeepSpeed's `PipelineEngine` and `torch.distributed.pipelining`'s.
 
     python benchmarks/schedules.py [--emulated] [--gpt] [--rounds N] [--settings NAME ...] [--schedules NAME ...]
                                    [--quick] [--json PATH]

@@ -108,7 +108,7 @@ def _build(setting: Setting, contender: Contender) -> Step:
     if contender.system == "DeepSpeed":
         return build_deepspeed(workload, partition=contender.partition)
     if contender.system == "torch":
-        return build_torch(workload, boundaries=contender.boundaries)
+        return build_torch(workload, schedule=contender.schedule, boundaries=contender.boundaries)
     if contender.system == "limit":
         return build_limit(workload, boundaries=contender.boundaries)
     assert contender.table is not None

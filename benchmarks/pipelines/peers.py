@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
 from deepspeed.pipe import PipelineModule as DeepSpeedPipelineModule
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 import deepspeed
 from pipekit.deepspeed.patches import use_joined_processes
+from pipelines.settings import TORCH_V_SCHEDULES
 from pipelines.turns import Step
 from pipelines.workload import Workload
 
@@ -41,22 +44,33 @@ def build_deepspeed_module(workload: Workload, *, partition: str) -> DeepSpeedPi
     )
 
 
-def build_torch(workload: Workload, *, boundaries: Sequence[int]) -> Step:
-    """Return a step of torch's 1F1B."""
-    rank, last = dist.get_rank(), workload.pp - 1
-    layers = workload.build_stage(boundaries, rank)
-    stage = PipelineStage(layers, stage_index=rank, num_stages=workload.pp, device=torch.device("cpu"))
-    schedule = Schedule1F1B(stage, workload.num_micro_batches, loss_fn=workload.loss_fn)
-    optimizer = workload.build_optimizer(list(layers.parameters()))
+def build_torch(workload: Workload, *, schedule: str, boundaries: Sequence[int]) -> Step:
+    """Return a step of one of torch's schedules, by its name in `get_schedule_class`.
+
+    `1F1B` has one stage on each rank. The others have two: those whose names end in V go down the ranks and back up,
+    and `Interleaved...` goes down twice.
+    """
+    rank, num_stages = dist.get_rank(), len(boundaries) - 1
+    second = 2 * workload.pp - 1 - rank if schedule in TORCH_V_SCHEDULES else rank + workload.pp
+    stages, parameters = [], []
+    for index in [rank, second][: num_stages // workload.pp]:
+        layers = workload.build_stage(boundaries, index)
+        for layer in layers:
+            if hasattr(layer, "has_own_weight_node"):
+                layer.has_own_weight_node = True
+        stages.append(PipelineStage(layers, stage_index=index, num_stages=num_stages, device=torch.device("cpu")))
+        parameters += list(layers.parameters())
+    kind = get_schedule_class(schedule)
+    is_single = issubclass(kind, PipelineScheduleSingle)
+    runner: Any = kind(stages[0] if is_single else stages, workload.num_micro_batches, loss_fn=workload.loss_fn)
+    optimizer = workload.build_optimizer(parameters)
+    inputs = [workload.inputs] if stages[0].is_first else []
+    is_last = any(stage.is_last for stage in stages)
 
     def step() -> float | None:
         losses: list[Tensor] = []
-        if rank == 0:
-            schedule.step(workload.inputs, return_outputs=False)
-        elif rank == last:
-            schedule.step(target=workload.labels, losses=losses, return_outputs=False)
-        else:
-            schedule.step(return_outputs=False)
+        labels = {"target": workload.labels, "losses": losses} if is_last else {}
+        runner.step(*inputs, **labels, return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
         return float(torch.stack(losses).mean()) if losses else None

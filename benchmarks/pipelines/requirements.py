@@ -11,6 +11,8 @@ from pipelines.turns import Contender, Results, fastest, of_system
 ZB_H1_SPEEDUP = {4: 1.20, 8: 1.22}
 """Over DeepSpeed on emulated devices, by the number of ranks, as is the next."""
 BEST_SPEEDUP = {4: 1.30, 8: 1.35}
+BEST_SPEEDUP_OVER_TORCH = {4: 1.06, 8: 1.10}
+"""Over the best of torch's schedules on emulated devices, zero-bubble ones among them."""
 ONE_F_ONE_B_SPEEDUP = 1.0
 SIMULATION_ERROR = {0.05: 0.03, 0.02: 0.06}
 """How far a measured step may be off the simulated one, by the seconds of a forward."""
@@ -59,6 +61,9 @@ def _check_emulated(setting: EmulatedSetting, results: Results) -> Iterator[Requ
     best, result = fastest(ours)
     what = f"best, {best.schedule}: speed over DeepSpeed"
     yield Requirement(name, what, peer_s / result.step_s, BEST_SPEEDUP[setting.pp])
+    torch_best, torch_result = fastest(of_system(results, "torch"))
+    what = f"best, {best.schedule}: speed over torch's {torch_best.schedule}"
+    yield Requirement(name, what, torch_result.step_s / result.step_s, BEST_SPEEDUP_OVER_TORCH[setting.pp])
 
     def error(contender: Contender) -> float:
         return abs(ours[contender].step_s / setting.simulated_s(contender) - 1)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16"]
 
+TORCH_V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
+"""Torch's schedules of two stages a rank that go down the ranks and back up."""
+TORCH_SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", *TORCH_V_SCHEDULES)
+
 
 def plan_table(schedule: str, *, pp: int, num_micro_batches: int, costs: Costs | None = None) -> Schedule:
     """Return the table of one of our schedules, written `name`, `name:stages on each rank` or `name:stages:memory`.
@@ -87,13 +91,12 @@ class EmulatedSetting:
         return self.num_micro_batches * 3 * self.forward_s
 
     def contenders(self, schedules: Sequence[str]) -> list[Contender]:
-        """Return raw DeepSpeed, torch, and ours with each of `schedules`."""
+        """Return raw DeepSpeed, torch's schedules, and ours with each of `schedules`."""
         num_layers = 2 * self.pp
-        boundaries = tuple(partition_uniform(num_layers, self.pp))
-        found = [
-            Contender("DeepSpeed", "1f1b", "uniform"),
-            Contender("torch", "1f1b", boundaries=boundaries),
-        ]
+        found = [Contender("DeepSpeed", "1f1b", "uniform")]
+        for name in TORCH_SCHEDULES:
+            num_stages = self.pp if name == "1F1B" else num_layers
+            found.append(Contender("torch", name, boundaries=tuple(partition_uniform(num_layers, num_stages))))
         for schedule in schedules:
             _, stages_per_rank, _ = _parse(schedule)
             num_stages = self.pp * stages_per_rank
@@ -190,7 +193,7 @@ class GPTSetting:
     def contenders(self, schedules: Sequence[str], *, num_cuts: int | None = None) -> list[Contender]:
         """Return raw DeepSpeed with each partition, torch with the first of its cuts, ours, and the limit."""
         found = [Contender("DeepSpeed", "1f1b", partition) for partition in ("parameters", "uniform")]
-        found += [Contender("torch", "1f1b", *self._cut(cut)) for cut in self.torch_cuts[:num_cuts]]
+        found += [Contender("torch", "1F1B", *self._cut(cut)) for cut in self.torch_cuts[:num_cuts]]
         even = self.torch_cuts[0]
         for schedule in schedules:
             name, stages_per_rank, _ = _parse(schedule)

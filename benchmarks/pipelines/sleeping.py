@@ -39,15 +39,43 @@ class _Scale(torch.autograd.Function):
         return grad * weight, defer_weight_gradient(weight, weight_gradient), None
 
 
+class _SleepBackward(torch.autograd.Function):
+    """Returns a copy of its input, and sleeps for `seconds` in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
 class SleepingLayer(nn.Module):
-    """Scales `(B, 1)` by its one weight, and takes its time."""
+    """Scales `(B, 1)` by its one weight, and takes its time.
+
+    Attributes:
+        has_own_weight_node: whether the weight gradient sleeps in an autograd node of its own, on the way from the
+            weight, so that torch's pipelines can put it off.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
         self.seconds = seconds
+        self.has_own_weight_node = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.has_own_weight_node:
+            time.sleep(self.seconds)
+            # The very first layer sleeps for its input gradient with its weight gradient.
+            halves = 1 if x.requires_grad else 2
+            product: Tensor = _SleepBackward.apply(x, self.seconds) * _SleepBackward.apply(
+                self.weight, halves * self.seconds
+            )
+            return product
         scaled: Tensor = _Scale.apply(x, self.weight, self.seconds)
         return scaled
 
