@@ -37,17 +37,11 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
         if zero.cpu_offload or zero.partition_gradients:
             return None
         remove_gradient_hooks(zero)
-        return GradientBuffers(
-            [
-                GradientGroup.beside(
-                    weights,
-                    torch.zeros_like(weights, dtype=zero.gradient_accumulation_dtype),
-                    parameters,
-                    replicas=self._mpu.data.size,
-                )
-                for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True)
-            ]
-        )
+        groups, replicas = [], self._mpu.data.size
+        for weights, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
+            flat = torch.zeros_like(weights, dtype=zero.gradient_accumulation_dtype)
+            groups.append(GradientGroup.beside(weights, flat, parameters, replicas=replicas))
+        return GradientBuffers(groups)
 
     @property
     def is_offloaded(self) -> bool:
