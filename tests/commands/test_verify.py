@@ -134,12 +134,13 @@ class MissingAllReduce(LanguageModelTrial):
         super().__init__(context)
         from pipekit.engine.reduction import GradientReducer
 
-        start = GradientReducer.start
+        reducing = GradientReducer.reducing
 
-        def start_others(self, parameters):
-            start(self, [parameter for parameter in parameters if not hasattr(parameter, "is_private")])
+        def reduce_others(self, parameters, *args, **options):
+            others = [parameter for parameter in parameters if not hasattr(parameter, "is_private")]
+            return reducing(self, others, *args, **options)
 
-        GradientReducer.start = start_others
+        GradientReducer.reducing = reduce_others
 
 
 class TiedTwice(LanguageModelTrial):
