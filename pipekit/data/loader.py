@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
@@ -84,12 +84,14 @@ class BatchLoader:
         Raises:
             DataError: if a sample is not a pair.
         """
+        return list(self.iterate_step(consumed_samples))
+
+    def iterate_step(self, consumed_samples: int) -> Iterator[Any]:
+        """Yield what `step_batches` returns, each micro-batch as soon as it is collated."""
         num_samples = self.num_micro_batches * self.micro_batch_size
         indices = self.order.indices(consumed_samples + self.dp_rank * num_samples, num_samples).tolist()
-        return [
-            self._collate(indices[first : first + self.micro_batch_size])
-            for first in range(0, num_samples, self.micro_batch_size)
-        ]
+        for first in range(0, num_samples, self.micro_batch_size):
+            yield self._collate(indices[first : first + self.micro_batch_size])
 
     def _collate(self, indices: list[int]) -> Any:
         samples = [self.dataset[index] for index in indices]

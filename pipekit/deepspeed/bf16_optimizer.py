@@ -6,7 +6,7 @@ from typing import Any
 
 from pipekit.deepspeed.gradient_buffers import GradientBuffers, GradientGroup
 from pipekit.deepspeed.optimizer_view import FlatOptimizerView
-from pipekit.deepspeed.patches import remove_gradient_hooks, replace_norm
+from pipekit.deepspeed.patches import remove_gradient_hooks, replace_global_norm, replace_norm
 from pipekit.distributed.mpu import ModelParallelUnit
 
 
@@ -19,6 +19,10 @@ class BF16OptimizerView(FlatOptimizerView):
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
         super().__init__(optimizer, mpu)
         replace_norm(optimizer, self._gradients_for_norm)
+        # On the host, where DeepSpeed looks at it; its own would have the host wait for the device three times.
+        replace_global_norm(
+            optimizer, lambda input_tensors, **options: self._norm_over_model(input_tensors, sharded=True).cpu()
+        )
         # It would fill the buffers with zeros twice in a step.
         optimizer.clear_hp_grads = lambda: None
 
@@ -36,10 +40,9 @@ class BF16OptimizerView(FlatOptimizerView):
         self.buffers.fill()
 
     def _gradients_for_norm(self, for_clipping: bool = False) -> Any:
-        """Gradients to clip, or one number whose norm over the model-parallel ranks is that of all gradients."""
+        """Gradients to clip, or those that count for the norm."""
         assert self.buffers is not None
         pieces = [piece for group in self.buffers.groups for piece in group.pieces(self._mpu.data.rank)]
         if for_clipping:
             return [gradient for _, gradient in pieces]
-        counted = [gradient for parameter, gradient in pieces if not getattr(parameter, "ds_pipe_replicated", False)]
-        return [self._sum_of_squares(counted, sharded=True).sqrt()], {}
+        return [gradient for parameter, gradient in pieces if not getattr(parameter, "ds_pipe_replicated", False)], {}

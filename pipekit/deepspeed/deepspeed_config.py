@@ -79,6 +79,8 @@ def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         # Where DeepSpeed's Adam for CPUs cannot be compiled, and for any other optimizer, torch's makes the updates.
         "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's own count of samples a second waits for the device twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
     completed = _merge(defaults, config)

@@ -198,11 +198,6 @@ class OptimizerView:
         return self._norm_over_model(gradients)
 
     def _norm_over_model(self, gradients: Sequence[Tensor], *, sharded: bool = False) -> Tensor:
-        squares = self._sum_of_squares(gradients, sharded=sharded)
-        dist.all_reduce(squares, group=self._mpu.model.process_group)
-        return squares.sqrt()
-
-    def _sum_of_squares(self, gradients: Sequence[Tensor], *, sharded: bool) -> Tensor:
         # Not where the masters are: on the CPU, with offload, no other rank could be reached over NCCL.
         squares = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
         if gradients:
@@ -210,7 +205,8 @@ class OptimizerView:
             squares += torch.stack(norms).to(squares.device).square().sum()
         if sharded and self._mpu.data.size > 1:
             dist.all_reduce(squares, group=self._mpu.data.process_group)
-        return squares
+        dist.all_reduce(squares, group=self._mpu.model.process_group)
+        return squares.sqrt()
 
 
 class FlatOptimizerView(OptimizerView):

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -118,6 +119,16 @@ def remove_gradient_hooks(optimizer: Any) -> None:
     for hook in optimizer._grad_acc_hooks:
         hook.remove()
     optimizer._grad_acc_hooks.clear()
+
+
+def replace_global_norm(optimizer: Any, norm: Callable[..., Tensor]) -> None:
+    """Have a BF16_Optimizer take the norm over all ranks from a function of ours, called as DeepSpeed's own is.
+
+    Its `step` finds that function among the globals of its module; this optimizer gets a `step` with others.
+    """
+    step = bf16_optimizer.BF16_Optimizer.step.__wrapped__
+    step = FunctionType(step.__code__, {**step.__globals__, "get_global_norm_of_tensors": norm}, argdefs=(None,))
+    optimizer.step = torch.no_grad()(MethodType(step, optimizer))
 
 
 @contextmanager

@@ -36,7 +36,8 @@ class Zero3OptimizerView(LossScaledView):
             else:
                 pieces = zero.averaged_gradients[group]
             gradients += [g for g, p in zip(pieces, parameters, strict=True) if not p.ds_pipe_replicated]
-        return [self._norm_over_model(gradients, sharded=True)]
+        # On the host, where DeepSpeed looks at it.
+        return [self._norm_over_model(gradients, sharded=True).cpu()]
 
     @property
     def is_offloaded(self) -> bool:

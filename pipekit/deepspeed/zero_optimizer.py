@@ -30,7 +30,8 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
 
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
         super().__init__(optimizer, mpu)
-        replace_norm(optimizer, self._scaled_global_norm)
+        # On the host: DeepSpeed looks at it once more for each parameter group.
+        replace_norm(optimizer, lambda norm_type=2: self._scaled_global_norm().cpu())
 
     def _build_buffers(self) -> GradientBuffers | None:
         zero = self.optimizer
@@ -106,7 +107,7 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
             for parameter in parameters:
                 parameter.grad = None
 
-    def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+    def _scaled_global_norm(self) -> Tensor:
         zero, gradients = self.optimizer, list[Tensor]()
         if zero.cpu_offload:
             # By now the gradients are on the CPU; their norms were taken on the way.

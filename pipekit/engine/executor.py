@@ -14,7 +14,7 @@ from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.channel_ends import ChannelEnds
 from pipekit.engine.channels import Receiver, Sender, encode_meta
-from pipekit.engine.micro_batches import MicroBatchReader, StepData, to_device
+from pipekit.engine.micro_batches import MicroBatchReader, StepData
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
@@ -24,6 +24,7 @@ from pipekit.schedules.messages import destination
 from pipekit.schedules.operations import Operation, plan_operations
 from pipekit.tensors.meta import NestedMeta, TensorMeta
 from pipekit.tensors.nested import flatten, unflatten
+from pipekit.tensors.transfer import to_device
 from pipekit.tensors.weight_gradients import WeightGradients, deferring
 
 Observer = Callable[[Any, Any], None]
@@ -241,7 +242,11 @@ class _Run:
         self._view = executor._view
         self._device = executor._device
         self._stopwatch = stopwatch
-        self._data = data
+        micro_batches = data.micro_batches
+        self._step_inputs, self._labels = (
+            to_device([micro_batch[part] for micro_batch in micro_batches], self._device) if is_needed else []
+            for part, is_needed in enumerate((self._mpu.is_first_stage, self._mpu.is_last_stage))
+        )
         self._loss_fn = loss_fn
         self._backward_scale = loss_scale / table.schedule.num_micro_batches
         self._dropout_step = dropout_step
@@ -307,7 +312,7 @@ class _Run:
     def _inputs(self, action: Action) -> Any:
         stage, micro_batch = action.stage, action.micro_batch
         if stage == 0:
-            return to_device(self._data.micro_batches[micro_batch][0], self._device)
+            return self._step_inputs[micro_batch]
         if self._schedule.placement[stage - 1] == self._mpu.pipe_rank:
             return self._handed_up.pop((stage, micro_batch))
         result_of = Action(stage - 1, "F", micro_batch)
@@ -359,7 +364,7 @@ class _Run:
         self._stop(action)
 
     def _loss(self, outputs: Any, action: Action) -> Any:
-        labels = to_device(self._data.micro_batches[action.micro_batch][1], self._device)
+        labels = self._labels[action.micro_batch]
         loss = outputs if self._loss_fn is None else self._loss_fn(outputs, labels)
         if torch.is_grad_enabled() and (not isinstance(loss, Tensor) or loss.numel() != 1):
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

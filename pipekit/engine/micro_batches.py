@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.data.loader import BatchLoader
+from pipekit.data.prefetch import Prefetcher
 from pipekit.distributed.mpu import ModelParallelUnit, RankGroup
 from pipekit.engine.channels import wait
 from pipekit.errors import DataError
-from pipekit.tensors.nested import flatten, unflatten
+from pipekit.tensors.nested import flatten, map_tensors, unflatten
 
 MicroBatch = tuple[Any, Any]
 """The inputs and the labels of one micro-batch: tensors, or tuples, lists and dicts of them."""
@@ -149,12 +149,13 @@ class TrainingData:
     """An endless iterable of micro-batches that goes on where training stands.
 
     Args:
-        loader: gives the micro-batches of a step.
+        prefetcher: gives the micro-batches of a step.
         position: returns how many samples have been trained on, over all replicas.
     """
 
-    def __init__(self, loader: BatchLoader, position: Callable[[], int]) -> None:
-        self.loader = loader
+    def __init__(self, prefetcher: Prefetcher, position: Callable[[], int]) -> None:
+        self.loader = prefetcher.loader
+        self._prefetcher = prefetcher
         self._position = position
 
     def __len__(self) -> int:
@@ -164,7 +165,8 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield from self.loader.step_batches(self._position())
+            position = self._position()
+            yield from self._prefetcher.step_batches(position, then=position + self.loader.global_batch_size)
 
 
 def join_batches(outputs: list[Any]) -> Any:
@@ -261,7 +263,8 @@ def _checksum(micro_batches: list[MicroBatch]) -> int:
     total = 1
     for micro_batch in micro_batches:
         for part in micro_batch:
-            tensors = list(_tensors(part))
+            tensors: list[Tensor] = []
+            map_tensors(tensors.append, part)
             if not tensors or any(tensor.is_cuda for tensor in tensors):
                 return 0
             for tensor in tensors:
@@ -269,26 +272,3 @@ def _checksum(micro_batches: list[MicroBatch]) -> int:
                 sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)].contiguous().view(torch.uint8)
                 total = zlib.crc32(sample.numpy().tobytes(), total)
     return total if micro_batches else 0
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return `batch` with its tensors on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, (tuple, list)):
-        parts = [to_device(part, device) for part in batch]
-        return parts if isinstance(batch, list) else tuple(parts)
-    if isinstance(batch, dict):
-        return {key: to_device(part, device) for key, part in batch.items()}
-    return batch

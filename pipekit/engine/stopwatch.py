@@ -1,12 +1,43 @@
-"""Times the actions of a step, on CPUs by the clock and on GPUs by events of the stream."""
+"""Times of steps and their actions, on CPUs by the clock and on GPUs by events of the stream."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from pipekit.schedules import Action, Span
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The moment at which a device has done what was launched on it until now.
+
+    Attributes:
+        mark: seconds of the host's clock, or an event of the device's stream.
+    """
+
+    mark: float | torch.cuda.Event
+
+    @classmethod
+    def now(cls, device: torch.device) -> Moment:
+        """Mark the moment, without waiting for it."""
+        if device.type != "cuda":
+            return cls(time.perf_counter())
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return cls(event)
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds since an earlier moment on the same device; waits for this one."""
+        if isinstance(self.mark, float):
+            assert isinstance(earlier.mark, float)
+            return self.mark - earlier.mark
+        assert isinstance(earlier.mark, torch.cuda.Event)
+        self.mark.synchronize()
+        elapsed_ms: float = earlier.mark.elapsed_time(self.mark)
+        return elapsed_ms / 1000
 
 
 class Stopwatch:
@@ -17,45 +48,28 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._begun: float | torch.cuda.Event = 0.0
-        self._marks: list[tuple[Action, float | torch.cuda.Event]] = []
+        self._device = device
+        self._begun = Moment(0.0)
+        self._marks: list[tuple[Action, Moment]] = []
 
     def begin(self) -> None:
         """Begin a step, and forget the one before."""
         self._marks = []
-        self._begun = self._now()
+        self._begun = Moment.now(self._device)
 
     def start(self, action: Action) -> None:
         """Note that an action starts."""
-        self._marks.append((action, self._now()))
+        self._marks.append((action, Moment.now(self._device)))
 
     def stop(self, action: Action) -> None:
         """Note that the action that started last has ended."""
         assert self._marks[-1][0] == action
-        self._marks.append((action, self._now()))
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _since(self, mark: float | torch.cuda.Event) -> float:
-        if isinstance(mark, float):
-            assert isinstance(self._begun, float)
-            return mark - self._begun
-        assert isinstance(self._begun, torch.cuda.Event)
-        elapsed_ms: float = self._begun.elapsed_time(mark)
-        return elapsed_ms / 1000
+        self._marks.append((action, Moment.now(self._device)))
 
     def spans(self) -> list[Span]:
         """Start and end of the last step's actions, in seconds since it began, in order."""
-        if self._cuda:
-            torch.cuda.synchronize()
         starts, stops = self._marks[::2], self._marks[1::2]
         return [
-            Span(action, self._since(start), self._since(stop))
+            Span(action, start.since(self._begun), stop.since(self._begun))
             for (action, start), (_, stop) in zip(starts, stops, strict=True)
         ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
+from pipekit.data.prefetch import Prefetcher
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
 from pipekit.deepspeed.optimizers import view_optimizer
 from pipekit.deepspeed.patches import clean_globals, drop_process_groups, import_muon_uncompiled, use_joined_processes
@@ -23,6 +24,7 @@ from pipekit.engine.channels import wait
 from pipekit.engine.consistency_check import check_consistency
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
+from pipekit.engine.late_number import LateNumber
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.stopwatch import Stopwatch
@@ -208,7 +210,8 @@ class TrainingEngine:
             dp=self.mpu.layout.dp,
             collate=collate,
         )
-        data = TrainingData(loader, lambda: int(self.global_samples))
+        prefetcher = Prefetcher(loader, pin_memory=self.device.type == "cuda")
+        data = TrainingData(prefetcher, lambda: int(self.global_samples))
         self.set_dataiterator(iter(data) if self.mpu.should_build_data_loader else None)
         self.training_dataloader = data
 
@@ -288,8 +291,13 @@ class TrainingEngine:
     @property
     def grad_norm(self) -> float:
         """The 2-norm of the last step's gradient, before clipping; infinite where the step was skipped."""
+        return self.late_grad_norm.read()
+
+    @property
+    def late_grad_norm(self) -> LateNumber:
+        """`grad_norm`, to be read without waiting for what is launched meanwhile."""
         norm = self._global_grad_norm
-        return float("nan") if norm is None else float(norm)
+        return LateNumber(float("nan") if norm is None else norm)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""

@@ -57,7 +57,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         executor = Executor(
             self.module, self.mpu, view=self.view, device=self.device, forward=self, backward=self._backward
         )
-        executor.reader = _AgreeingReader(self.mpu, device=self.device)
+        executor.reader = _AgreeingReader(self.mpu)
         return executor
 
     # DeepSpeed's own pipeline engine sets these two; its plain one has functions in their place.
@@ -132,12 +132,12 @@ class _AgreeingReader(MicroBatchReader):
 
     Args:
         mpu: the process groups.
-        device: what the ranks talk from.
     """
 
-    def __init__(self, mpu: ModelParallelUnit, *, device: torch.device) -> None:
+    def __init__(self, mpu: ModelParallelUnit) -> None:
         super().__init__(mpu, None)
-        self._device = device
+        # On CPUs: over the device's group, the host would wait for the step before.
+        self._world = mpu.build_group([range(mpu.layout.world_size)], "gloo", purpose="headers")
 
     def read(self, data: Iterator[Any] | None, num_micro_batches: int) -> StepData:
         step_data, error = None, None
@@ -145,9 +145,10 @@ class _AgreeingReader(MicroBatchReader):
             step_data = super().read(data, num_micro_batches)
         except Exception as failure:
             error = failure
-        failed = torch.tensor(float(error is not None), device=self._device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if failed.item():
+        failed = torch.tensor(error is not None, dtype=torch.uint8)
+        assert self._world is not None
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._world.process_group)
+        if failed:
             raise_together(error)
         assert step_data is not None
         return step_data

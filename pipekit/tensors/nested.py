@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,24 @@ def _flatten(value: Any, tensors: list[Tensor], what: str) -> Structure:
         f"{what} holds a {type(value).__name__}; what passes between layers must be tensors, None, or tuples, lists "
         "and dicts (with text keys) of them: make a number a tensor, or keep it in the layer"
     )
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to each tensor in nested tuples, lists and dicts; what else is in them stays.
+
+    Example:
+        >>> import torch
+        >>> map_tensors(torch.Tensor.tolist, {"ids": torch.arange(2), "names": ["a"]})
+        {'ids': [0, 1], 'names': ['a']}
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        parts = [map_tensors(function, part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, part) for key, part in value.items()}
+    return value
 
 
 def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Any:

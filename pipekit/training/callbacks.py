@@ -67,7 +67,10 @@ class Callback:
         """Training is about to begin, after `start_step` updates of an earlier start."""
 
     def on_step_end(self, metrics: StepMetrics) -> None:
-        """A step has been made and, where it was due, evaluated."""
+        """A step has been made and, where it was due, evaluated.
+
+        Without an evaluation or a checkpoint after the step, the next one may have been made by now, weights included.
+        """
 
     def on_evaluation_start(self, step: int) -> None:
         """The model is about to be evaluated."""

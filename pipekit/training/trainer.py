@@ -6,19 +6,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
+from pipekit.data.prefetch import Prefetcher
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
 from pipekit.engine.build import build_engine
+from pipekit.engine.late_number import LateNumber
 from pipekit.engine.load import load_checkpoint
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.save import save_checkpoint
+from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.plan.run_folder import check_data
@@ -32,8 +35,35 @@ _MAX_SKIPPED_IN_A_ROW = 20
 _PROFILED_STEP = 10
 
 
+@dataclass(frozen=True)
+class _LaunchedStep:
+    """A step whose results may still be on their way from the device."""
+
+    step: int
+    lr: float
+    num_tokens: int
+    loss: LateNumber
+    grad_norm: LateNumber
+    started: Moment
+    ended: Moment
+
+    def read(self) -> StepMetrics:
+        step_time_s = self.ended.since(self.started)
+        return StepMetrics(
+            step=self.step,
+            loss=self.loss.read(),
+            lr=self.lr,
+            grad_norm=self.grad_norm.read(),
+            tokens_per_s=self.num_tokens / step_time_s,
+            step_time_s=step_time_s,
+        )
+
+
 class Trainer:
     """Trains a trial as its context's plan says. Every rank builds one and calls `fit`.
+
+    The loss and the gradient norm of a step are read while the next one runs, so that the device need not wait for the
+    host between them. They are read at once where an evaluation, a checkpoint or the end of the run follows.
 
     Args:
         trial: what to train.
@@ -54,6 +84,7 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self._metrics = StepMetrics(step=0)
+        self._skipped_in_a_row = 0
 
     def fit(self) -> RunResult:
         """Train until `train.steps` updates are made, from the checkpoint to go on from, if there is one.
@@ -64,6 +95,9 @@ class Trainer:
         with ExitStack() as stack:
             for callback in reversed(self._callbacks):
                 stack.callback(callback.close)
+            for loader in (self._train_loader, self._validation_loader):
+                if loader is not None:
+                    stack.callback(loader.close)
             return self._fit()
 
     def _fit(self) -> RunResult:
@@ -78,51 +112,75 @@ class Trainer:
             self._metrics = self._evaluate(StepMetrics(step=0))
             first_val_loss = self._metrics.val_loss
             self._each(lambda callback: callback.on_step_end(self._metrics))
-        skipped_in_a_row = 0
+        unread: _LaunchedStep | None = None
         while self.step < train.steps:
-            metrics = self.train_step()
+            try:
+                launched = self._launch_step()
+            finally:
+                # Reported even where the step after it fails.
+                if unread is not None:
+                    self._end_step(unread.read())
+                unread = None
             last = self.step == train.steps
-            if train.eval_interval is not None and (self.step % train.eval_interval == 0 or last):
+            interval = self.config.checkpoint.interval
+            evaluates = train.eval_interval is not None and (last or self.step % train.eval_interval == 0)
+            draws = self.config.logging.profile and (last or self.step == _PROFILED_STEP)
+            saves = last or (interval is not None and self.step % interval == 0)
+            if not (evaluates or draws or saves or self._skipped_in_a_row):
+                unread = launched
+                continue
+            metrics = launched.read()
+            if evaluates:
                 metrics = self._evaluate(metrics)
                 first_val_loss = metrics.val_loss if first_val_loss is None else first_val_loss
-            self._metrics = metrics
-            self._each(lambda callback: callback.on_step_end(self._metrics))
-            if self.config.logging.profile and (last or self.step == _PROFILED_STEP):
+            self._end_step(metrics)
+            if draws:
                 self._draw_profile()
-            skipped_in_a_row = 0 if math.isfinite(metrics.grad_norm or 0.0) else skipped_in_a_row + 1
-            if skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
-                raise PipekitError(
-                    f"step {self.step}: the gradient has not been finite for {skipped_in_a_row} steps in a row (loss "
-                    f"{metrics.loss}), and none of them changed the weights; lower optimizer.lr="
-                    f"{self.config.optimizer.lr:g}, lengthen scheduler.warmup_steps, or train in bf16 or fp32"
-                )
-            interval = self.config.checkpoint.interval
-            if last or (interval is not None and self.step % interval == 0):
+            if saves:
                 checkpoint = self._save()
         result = RunResult(self.step, checkpoint, first_val_loss, self._metrics, time.perf_counter() - started_s)
         self._each(lambda callback: callback.on_train_end(result))
         return result
 
     def train_step(self) -> StepMetrics:
-        """Make one update, on the next global batch."""
-        train = self.config.train
+        """Make one update, on the next global batch, and wait for its metrics."""
+        return self._launch_step().read()
+
+    def _launch_step(self) -> _LaunchedStep:
+        train, device = self.config.train, self.context.device
         lr = self.trial.learning_rate(self.step)
         self.engine.set_lr(lr)
-        started_s = time.perf_counter()
-        loss = float(self.engine.train_batch(self._batches(self._train_loader, self.consumed_samples)))
-        step_time_s = time.perf_counter() - started_s
+        started = Moment.now(device)
+        following = self.consumed_samples + train.global_batch_size
+        then = following if self.step + 1 < train.steps else None
+        loss = self.engine.train_batch(self._batches(self._train_loader, self.consumed_samples, then))
+        launched = _LaunchedStep(
+            step=self.step + 1,
+            lr=lr,
+            num_tokens=train.global_batch_size * train.sequence_length,
+            ended=Moment.now(device),
+            loss=LateNumber(loss),
+            grad_norm=self.engine.late_grad_norm,
+            started=started,
+        )
         self.step += 1
-        self.consumed_samples += train.global_batch_size
+        self.consumed_samples = following
         if train.check_replicas is not None and self.step % train.check_replicas == 0:
             self.engine.check_replicas()
-        return StepMetrics(
-            step=self.step,
-            loss=loss,
-            lr=lr,
-            grad_norm=self.engine.grad_norm,
-            tokens_per_s=train.global_batch_size * train.sequence_length / step_time_s,
-            step_time_s=step_time_s,
-        )
+        return launched
+
+    def _end_step(self, metrics: StepMetrics) -> None:
+        """Report a step, and end the run where its gradient was one too many that was not finite."""
+        self._metrics = metrics
+        self._each(lambda callback: callback.on_step_end(metrics))
+        # From the first on, each is read at once, so that the run ends with the step that the message names.
+        self._skipped_in_a_row = 0 if math.isfinite(metrics.grad_norm or 0.0) else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+            raise PipekitError(
+                f"step {metrics.step}: the gradient has not been finite for {self._skipped_in_a_row} steps in a row "
+                f"(loss {metrics.loss}), and none of them changed the weights; lower optimizer.lr="
+                f"{self.config.optimizer.lr:g}, lengthen scheduler.warmup_steps, or train in bf16 or fp32"
+            )
 
     def _draw_profile(self) -> None:
         timeline = self.engine.gather_timeline()
@@ -142,7 +200,8 @@ class Trainer:
 
         losses = []
         for batch in range(train.eval_batches):
-            batches = self._batches(self._validation_loader, batch * train.global_batch_size)
+            then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
+            batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
             losses.append(float(self.engine.eval_batch(batches, observe=observe)))
         num_micro_batches = train.eval_batches * self.context.plan.batch.num_micro_batches
         extra = {f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
@@ -179,7 +238,7 @@ class Trainer:
             profile=self.config.logging.profile,
         )
 
-    def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> BatchLoader | None:
+    def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> Prefetcher | None:
         if not self.context.mpu.should_build_data_loader:
             return None
         dataset = build_dataset()
@@ -189,7 +248,7 @@ class Trainer:
                 "data; set it to null, or return a dataset from build_validation_dataset"
             )
         batch = self.context.plan.batch
-        return BatchLoader(
+        loader = BatchLoader(
             dataset,
             SampleOrder(len(dataset), self.config.train.seed, shuffle=shuffle),
             global_batch_size=batch.global_batch_size,
@@ -197,10 +256,11 @@ class Trainer:
             dp_rank=self.context.mpu.data_parallel_rank,
             dp=batch.dp,
         )
+        return Prefetcher(loader, pin_memory=self.context.device.type == "cuda")
 
     @staticmethod
-    def _batches(loader: BatchLoader | None, consumed_samples: int) -> Iterator[MicroBatch] | None:
-        return None if loader is None else iter(loader.step_batches(consumed_samples))
+    def _batches(loader: Prefetcher | None, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
+        return None if loader is None else iter(loader.step_batches(consumed_samples, then=then))
 
     def _resume(self) -> None:
         assert self.context.start is not None

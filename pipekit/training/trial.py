@@ -84,7 +84,10 @@ class Trial:
         raise NotImplementedError(f"{type(self).__name__}.loss must return a scalar tensor")
 
     def build_train_dataset(self) -> MapDataset:
-        """Return the training samples: pairs of inputs and labels. Called on the first and the last stage."""
+        """Return the training samples: pairs of inputs and labels. Called on the first and the last stage.
+
+        Samples are read on a thread of their own, one step ahead.
+        """
         raise NotImplementedError(f"{type(self).__name__}.build_train_dataset must return a map-style dataset")
 
     def build_validation_dataset(self) -> MapDataset | None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pipekit.data.loader import BatchLoader
 from pipekit.data.order import SampleOrder
-from pipekit.engine.micro_batches import to_device
 from pipekit.errors import PipekitError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layout import Coordinate
 from pipekit.rng import fold_seed
+from pipekit.tensors.transfer import to_device
 from pipekit.training.trial import Trial
 from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.recording import Recorder, TensorKey

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import Tensor
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.config import Config, parse_config
 from pipekit.data.loader import MapDataset
+from pipekit.engine.late_number import LateNumber
 from pipekit.errors import PipekitError
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
@@ -85,9 +87,9 @@ class FakeEngine:
         self.num_checks += 1
 
     @property
-    def grad_norm(self) -> float:
+    def late_grad_norm(self) -> LateNumber:
         place = len(self.trained) - 1
-        return self._norms[place] if place < len(self._norms) else 1.0
+        return LateNumber(self._norms[place] if place < len(self._norms) else 1.0)
 
 
 class Events(Callback):
@@ -233,6 +235,77 @@ def test_a_gradient_that_stays_infinite_ends_the_run(run: Any) -> None:
         made.trainer.fit()
     assert made.saved == []
     assert made.events.names[-2:] == ["step 21", "close"]
+
+
+def test_the_loss_of_a_step_is_read_after_the_next_one_is_launched(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Noting(FakeEngine):
+        def train_batch(self, batches: Iterator[Any]) -> Tensor:
+            loss = super().train_batch(batches)
+            order.append(f"launch {len(self.trained)}")
+            return loss
+
+    read = LateNumber.read
+
+    def note(number: LateNumber) -> float:
+        value = read(number)
+        # The norms; the losses are larger, and read beside them.
+        if value < 1.0:
+            order.append(f"read {value}")
+        return value
+
+    monkeypatch.setattr(LateNumber, "read", note)
+    norms = [0.1, 0.2, 0.3, 0.4, 0.5]
+    made = run(train={"steps": 5}, checkpoint={"interval": 3}, engine=Noting(norms))
+    made.trainer.fit()
+    assert order == [
+        *("launch 1", "launch 2", "read 0.1", "launch 3", "read 0.2", "read 0.3"),
+        *("launch 4", "launch 5", "read 0.4", "read 0.5"),
+    ]
+    assert [(metrics.step, metrics.loss, metrics.grad_norm) for metrics in made.events.metrics] == [
+        (step + 1, 9.0 - step, norm) for step, norm in enumerate(norms)
+    ]
+
+
+def test_a_step_is_reported_though_the_next_one_fails(run: Any) -> None:
+    class Failing(FakeEngine):
+        def train_batch(self, batches: Iterator[Any]) -> Tensor:
+            if len(self.trained) == 2:
+                raise PipekitError("out of luck")
+            return super().train_batch(batches)
+
+    made = run(train={"steps": 5}, engine=Failing())
+    with pytest.raises(PipekitError, match="out of luck"):
+        made.trainer.fit()
+    assert made.events.names == ["start after 0", "step 1", "step 2", "close"]
+
+
+def test_the_next_step_is_collated_while_one_runs_and_none_after_the_last(run: Any) -> None:
+    class Noting(Numbers):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            read.append(index)
+            if len(read) == 8:
+                second_is_read.set()
+            return super().__getitem__(index)
+
+    class NotingTrial(NumbersTrial):
+        def build_train_dataset(self) -> MapDataset:
+            return Noting()
+
+    class Waiting(FakeEngine):
+        def train_batch(self, batches: Iterator[Any]) -> Tensor:
+            # The first step ends when the second has been collated; else it would wait for ever.
+            assert second_is_read.wait(60.0)
+            return super().train_batch(batches)
+
+    read: list[int] = []
+    second_is_read = threading.Event()
+    made = run(train={"steps": 3}, kind=NotingTrial, engine=Waiting(), data={"shuffle": True})
+    made.trainer.fit()
+    assert read == [sample for samples in made.engine.trained for sample in samples]
+    assert len(read) == 12
+    assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
 
 
 def test_skipped_steps_with_others_between_them_do_not(run: Any) -> None:

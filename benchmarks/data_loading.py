@@ -1,0 +1,176 @@
+"""Data that are read while the step before runs, measured: how much longer they make a step.
+
+    python benchmarks/data_loading.py [--steps 12] [--share 0.5] [--out data_loading.json]
+
+A small GPT trains on one process and one core. Its dataset takes a share of a step for the samples of a step: by
+waiting, as a disk or a network lets it wait, or by computing in Python, which needs a second core and the interpreter's
+lock now and then. The samples of a step are collated in memory before (`ready`), in the step (`in the step`), or on a
+thread while the step before runs (`ahead`), as `pipekit train` does it. The ways take turns. Prints a table and writes
+JSON; it takes a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pipekit.data.loader import BatchLoader
+from pipekit.data.order import SampleOrder
+from pipekit.data.prefetch import Prefetcher
+from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.processes import join_processes, leave_processes
+from pipekit.engine.build import build_engine
+from pipekit.engine.module import PipelineModule
+from pipekit.layout import Layout
+from pipekit.models import find_families
+from pipekit.models.transformer import language_model_loss
+
+VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 2048, 128, 16, 2
+WANTED = 1.02
+"""What `ahead` may take of the time of `ready`, with a dataset that waits."""
+
+
+class Samples:
+    """Random windows of tokens, each of which takes its time."""
+
+    def __init__(self, take_time: Callable[[], None]) -> None:
+        self._take_time = take_time
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self._take_time()
+        window = torch.randint(VOCAB, (SEQUENCE + 1,), generator=torch.Generator().manual_seed(index))
+        return window[:-1], window[1:]
+
+
+def compute(seconds: float) -> None:
+    """Compute in Python for so long, as a dataset does that parses text."""
+    until_s, total = time.perf_counter() + seconds, 0
+    while time.perf_counter() < until_s:
+        total += sum(range(100))
+
+
+def build() -> Any:
+    config = find_families()["gpt2"](
+        vocab_size=VOCAB, hidden_size=256, num_layers=4, num_heads=4, max_positions=SEQUENCE, dropout=0.0
+    )
+    specs = config.layer_specs()
+    module = PipelineModule(
+        specs,
+        mpu=ModelParallelUnit(Layout(pp=1, dp=1, tp=1)),
+        boundaries=(0, len(specs)),
+        loss_fn=language_model_loss,
+        base_seed=1,
+    )
+    return build_engine(
+        module,
+        deepspeed_config=plan_deepspeed_config(
+            micro_batch_size=MICRO_BATCH,
+            num_micro_batches=GLOBAL_BATCH // MICRO_BATCH,
+            precision="fp32",
+            zero=0,
+            gradient_clipping=1.0,
+            extra={},
+        ),
+        build_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    )
+
+
+class Way:
+    """One way to have the samples of a step collated, and the times of its steps."""
+
+    def __init__(self, name: str, take_time: Callable[[], None]) -> None:
+        self.name = name
+        self.times_s: list[float] = []
+        dataset = Samples(take_time)
+        order = SampleOrder(len(dataset), 1, shuffle=False)
+        loader = BatchLoader(dataset, order, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH)
+        self._prefetcher = Prefetcher(loader)
+        self._position = 0
+        if name == "ahead":
+            self._read(then=GLOBAL_BATCH)
+
+    def _read(self, then: int | None) -> list[Any]:
+        batches = self._prefetcher.step_batches(self._position, then=then)
+        self._position += GLOBAL_BATCH
+        return batches
+
+    def step(self, engine: Any) -> None:
+        """Time a step; the samples of the one after are collated meanwhile, if they are at all."""
+        ready = self._read(None) if self.name == "ready" else None
+        started_s = time.perf_counter()
+        if ready is None:
+            ready = self._read(self._position + GLOBAL_BATCH if self.name == "ahead" else None)
+        engine.train_batch(iter(ready))
+        self.times_s.append(time.perf_counter() - started_s)
+
+
+def measure(engine: Any, take_time: Callable[[], None], steps: int) -> dict[str, float]:
+    """Median times of a step in seconds, by way."""
+    ways = [Way(name, take_time) for name in ("ready", "in the step", "ahead")]
+    for _ in range(steps):
+        for way in ways:
+            # What `ahead` collates must not run under the steps of the others.
+            way.step(engine)
+            time.sleep(0.1)
+    return {way.name: statistics.median(way.times_s[1:]) for way in ways}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12, help="steps of each measurement")
+    parser.add_argument("--share", type=float, default=0.5, help="share of a step that its samples take")
+    parser.add_argument("--out", type=Path, default=Path("data_loading.json"), help="JSON file to write")
+    arguments = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    join_processes(device="cpu", timeout_s=60.0, local_rank=0)
+    engine = build()
+    alone_s = measure(engine, lambda: None, 4)["ready"]
+    sample_s = arguments.share * alone_s / GLOBAL_BATCH
+    results: dict[str, Any] = {
+        "num_cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "share": arguments.share,
+        "step_s": alone_s,
+        "wanted_of_ready": WANTED,
+        "measured": {},
+    }
+    title = f"a step of {alone_s:.2f} s, whose samples take {arguments.share:g} of it, {results['num_cpus']} cores"
+    table = Table("samples", "collated", "step", "of ready", title=title)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for kind, take_time in (("wait", lambda: time.sleep(sample_s)), ("compute", lambda: compute(sample_s))):
+        times_s = measure(engine, take_time, arguments.steps)
+        results["measured"][kind] = times_s
+        for way, step_s in times_s.items():
+            table.add_row(kind, way, f"{step_s:.3f} s", f"{step_s / times_s['ready']:.3f}")
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(table)
+    waiting = results["measured"]["wait"]
+    console.print(
+        f"collated ahead, a step takes {waiting['ahead'] / waiting['ready']:.3f} of the time without reading, wanted "
+        f"at most {WANTED}"
+    )
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()
