@@ -87,7 +87,7 @@ class BatchLoader:
         return list(self.iterate_step(consumed_samples))
 
     def iterate_step(self, consumed_samples: int) -> Iterator[Any]:
-        """Yield what `step_batches` returns, each micro-batch as soon as it is collated."""
+        """The micro-batches of `step_batches`, each yielded as soon as it is collated."""
         num_samples = self.num_micro_batches * self.micro_batch_size
         indices = self.order.indices(consumed_samples + self.dp_rank * num_samples, num_samples).tolist()
         for first in range(0, num_samples, self.micro_batch_size):

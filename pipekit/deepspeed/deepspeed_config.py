@@ -69,6 +69,8 @@ def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> complete_deepspeed_config({"bf16": {"enabled": True}})["zero_optimization"]["stage"]
         1
+        >>> complete_deepspeed_config({"timers": {"throughput": {"enabled": True}}})["timers"]
+        {'throughput': {'enabled': True}}
     """
     zero: dict[str, Any] = {
         # The default of 5e8 elements allocates gigabytes in every step; this is as fast.

@@ -114,12 +114,14 @@ def counting_waits() -> Iterator[_Devices]:
     """Count the waits of the host for its device in what runs inside."""
     devices, accelerator = _Devices(), type(get_accelerator())
     # Its name alone would not tell the device from host memory.
-    name, accelerator.current_device_name = accelerator.current_device_name, lambda self: torch.device("cpu")
+    name, synchronize = accelerator.current_device_name, accelerator.synchronize
+    accelerator.current_device_name = lambda self: torch.device("cpu")
+    accelerator.synchronize = lambda self, device_index=None: devices.waits.update(["synchronize"])
     try:
         with _Operations(devices), _Functions(devices):
             yield devices
     finally:
-        accelerator.current_device_name = name
+        accelerator.current_device_name, accelerator.synchronize = name, synchronize
 
 
 def _has_mask(name: str, args: Any) -> bool:

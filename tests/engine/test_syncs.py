@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from engine.syncs import counting_waits
@@ -34,6 +35,7 @@ def test_what_makes_the_host_wait_is_counted() -> None:
         "equal": lambda: torch.equal(values, values),
         "blocking copy": lambda: torch.zeros(3).to(device),
         "copy to host": lambda: torch.zeros(3).copy_(values),
+        "DeepSpeed's timers": lambda: get_accelerator().synchronize(),
         "new tensor": lambda: torch.tensor([1.0], device=device),
     }
     for name, read in reads.items():
