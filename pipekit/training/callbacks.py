@@ -69,7 +69,7 @@ class Callback:
     def on_step_end(self, metrics: StepMetrics) -> None:
         """A step has been made and, where it was due, evaluated.
 
-        Without an evaluation or a checkpoint after the step, the next one may have been made by now, weights included.
+        On a GPU, the next one may have been made by now, weights included, unless a checkpoint follows.
         """
 
     def on_evaluation_start(self, step: int) -> None:

@@ -47,6 +47,10 @@ class _LaunchedStep:
     started: Moment
     ended: Moment
 
+    @property
+    def has_ended(self) -> bool:
+        return self.loss.is_here and self.grad_norm.is_here
+
     def read(self) -> StepMetrics:
         step_time_s = self.ended.since(self.started)
         return StepMetrics(
@@ -62,8 +66,9 @@ class _LaunchedStep:
 class Trainer:
     """Trains a trial as its context's plan says. Every rank builds one and calls `fit`.
 
-    The loss and the gradient norm of a step are read while the next one runs, so that the device need not wait for the
-    host between them. They are read at once where an evaluation, a checkpoint or the end of the run follows.
+    The loss and the gradient norm of a step that the device has not finished are read while the next one runs, so that
+    the device need not wait for the host between them; or at once where an evaluation, a checkpoint or the end of the
+    run follows.
 
     Args:
         trial: what to train.
@@ -126,7 +131,7 @@ class Trainer:
             evaluates = train.eval_interval is not None and (last or self.step % train.eval_interval == 0)
             draws = self.config.logging.profile and (last or self.step == _PROFILED_STEP)
             saves = last or (interval is not None and self.step % interval == 0)
-            if not (evaluates or draws or saves or self._skipped_in_a_row):
+            if not (launched.has_ended or evaluates or draws or saves or self._skipped_in_a_row):
                 unread = launched
                 continue
             metrics = launched.read()

@@ -160,8 +160,10 @@ class Run:
         self.trainer = Trainer(kind(context), [self.events])
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+@pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What builds a run, whose numbers are on the host as soon as a step is launched, or are never seen to be there."""
+    monkeypatch.setattr(LateNumber, "is_here", request.param)
     return lambda **settings: Run(monkeypatch, tmp_path, **settings)
 
 
@@ -237,6 +239,7 @@ def test_a_gradient_that_stays_infinite_ends_the_run(run: Any) -> None:
     assert made.events.names[-2:] == ["step 21", "close"]
 
 
+@pytest.mark.parametrize("run", [False], indirect=True)
 def test_the_loss_of_a_step_is_read_after_the_next_one_is_launched(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
