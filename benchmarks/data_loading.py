@@ -1,6 +1,6 @@
 """Data that are read while the step before runs, measured: how much longer they make a step.
 
-    python benchmarks/data_loading.py [--steps 12] [--share 0.5] [--out data_loading.json]
+    python benchmarks/data_loading.py [--steps 20] [--share 0.5] [--out data_loading.json]
 
 A small GPT trains on one process and one core. Its dataset takes a share of a step for the samples of a step: by
 waiting, as a disk or a network lets it wait, or by computing in Python, which needs a second core and the interpreter's
@@ -68,7 +68,7 @@ def compute(seconds: float) -> None:
 
 def build() -> Any:
     config = find_families()["gpt2"](
-        vocab_size=VOCAB, hidden_size=256, num_layers=4, num_heads=4, max_positions=SEQUENCE, dropout=0.0
+        vocab_size=VOCAB, hidden_size=128, num_layers=4, num_heads=4, max_positions=SEQUENCE, dropout=0.0
     )
     specs = config.layer_specs()
     module = PipelineModule(
@@ -121,20 +121,29 @@ class Way:
         self.times_s.append(time.perf_counter() - started_s)
 
 
-def measure(engine: Any, take_time: Callable[[], None], steps: int) -> dict[str, float]:
-    """Median times of a step in seconds, by way."""
+def measure(engine: Any, take_time: Callable[[], None], steps: int) -> dict[str, dict[str, float]]:
+    """Median time of a step in seconds, and median of its ratios to the step of `ready` before it, by way."""
     ways = [Way(name, take_time) for name in ("ready", "in the step", "ahead")]
     for _ in range(steps):
         for way in ways:
             # What `ahead` collates must not run under the steps of the others.
             way.step(engine)
             time.sleep(0.1)
-    return {way.name: statistics.median(way.times_s[1:]) for way in ways}
+    ready = ways[0]
+    return {
+        way.name: {
+            "step_s": statistics.median(way.times_s),
+            "of_ready": statistics.median(
+                step_s / ready_s for step_s, ready_s in zip(way.times_s, ready.times_s, strict=True)
+            ),
+        }
+        for way in ways
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="steps of each measurement")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each measurement")
     parser.add_argument("--share", type=float, default=0.5, help="share of a step that its samples take")
     parser.add_argument("--out", type=Path, default=Path("data_loading.json"), help="JSON file to write")
     arguments = parser.parse_args()
@@ -144,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     join_processes(device="cpu", timeout_s=60.0, local_rank=0)
     engine = build()
-    alone_s = measure(engine, lambda: None, 4)["ready"]
+    alone_s = measure(engine, lambda: None, 5)["ready"]["step_s"]
     sample_s = arguments.share * alone_s / GLOBAL_BATCH
     results: dict[str, Any] = {
         "num_cpus": os.cpu_count(),
@@ -158,17 +167,13 @@ def main() -> None:
     table = Table("samples", "collated", "step", "of ready", title=title)
     console = Console(width=None if sys.stdout.isatty() else 100)
     for kind, take_time in (("wait", lambda: time.sleep(sample_s)), ("compute", lambda: compute(sample_s))):
-        times_s = measure(engine, take_time, arguments.steps)
-        results["measured"][kind] = times_s
-        for way, step_s in times_s.items():
-            table.add_row(kind, way, f"{step_s:.3f} s", f"{step_s / times_s['ready']:.3f}")
+        seen = results["measured"][kind] = measure(engine, take_time, arguments.steps)
+        for way, values in seen.items():
+            table.add_row(kind, way, f"{values['step_s']:.3f} s", f"{values['of_ready']:.3f}")
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table)
-    waiting = results["measured"]["wait"]
-    console.print(
-        f"collated ahead, a step takes {waiting['ahead'] / waiting['ready']:.3f} of the time without reading, wanted "
-        f"at most {WANTED}"
-    )
+    of_ready = results["measured"]["wait"]["ahead"]["of_ready"]
+    console.print(f"collated ahead, a step takes {of_ready:.3f} of the time without reading, wanted at most {WANTED}")
     leave_processes()
 
 
