@@ -30,12 +30,13 @@ def pack(value: Any, *, pin_memory: bool = False) -> Any:
 
     map_tensors(count, value)
     storage = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin_memory)
-    pieces = iter(storage.split(sizes))
+    pieces = iter(torch.split(storage, sizes))
 
     def copy(tensor: Tensor) -> Tensor:
         if not _is_packable(tensor):
             return tensor
-        return next(pieces)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        piece: Tensor = next(pieces)
+        return piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     return map_tensors(copy, value)
 
@@ -60,7 +61,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         if 2 * used[key] < storage.nbytes() or storage.nbytes() % tensor.itemsize:
             return tensor.to(device, non_blocking=True)
         if key not in copies:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             copies[key] = whole.to(device, non_blocking=True)
         copied = copies[key].view(tensor.dtype)
         return copied.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
