@@ -20,6 +20,7 @@ class Samples:
 
     def __init__(self) -> None:
         self.read: list[int] = []
+        self.is_at_gate = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
 
@@ -27,7 +28,9 @@ class Samples:
         return 12
 
     def __getitem__(self, index: int) -> Any:
-        assert index != 4 or self.gate.wait(60.0)
+        if index == 4:
+            self.is_at_gate.set()
+            assert self.gate.wait(60.0)
         self.read.append(index)
         if index == 7:
             raise OSError("sample 7 cannot be read")
@@ -96,6 +99,7 @@ def test_a_dataset_that_does_not_answer_does_not_keep_a_run_from_ending(
     monkeypatch.setattr(prefetch, "_PATIENCE_S", 0.01)
     samples.gate.clear()
     prefetcher.step_batches(0, then=3)
+    assert samples.is_at_gate.wait(60.0)
     prefetcher.close()
     samples.gate.set()
     wait_until_collated()
