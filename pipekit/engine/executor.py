@@ -242,11 +242,10 @@ class _Run:
         self._view = executor._view
         self._device = executor._device
         self._stopwatch = stopwatch
-        micro_batches = data.micro_batches
-        self._step_inputs, self._labels = (
-            to_device([micro_batch[part] for micro_batch in micro_batches], self._device) if is_needed else []
-            for part, is_needed in enumerate((self._mpu.is_first_stage, self._mpu.is_last_stage))
-        )
+        # Of all micro-batches at once, so that they are copied at once.
+        inputs = [inputs for inputs, _ in data.micro_batches] if self._mpu.is_first_stage else []
+        labels = [labels for _, labels in data.micro_batches] if self._mpu.is_last_stage else []
+        self._step_inputs, self._step_labels = to_device(inputs, self._device), to_device(labels, self._device)
         self._loss_fn = loss_fn
         self._backward_scale = loss_scale / table.schedule.num_micro_batches
         self._dropout_step = dropout_step
@@ -364,7 +363,7 @@ class _Run:
         self._stop(action)
 
     def _loss(self, outputs: Any, action: Action) -> Any:
-        labels = self._labels[action.micro_batch]
+        labels = self._step_labels[action.micro_batch]
         loss = outputs if self._loss_fn is None else self._loss_fn(outputs, labels)
         if torch.is_grad_enabled() and (not isinstance(loss, Tensor) or loss.numel() != 1):
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
