@@ -133,7 +133,8 @@ class Executor:
         confirmed = False
         for operation in table.operations:
             action = operation.action
-            if operation.kind == "run" and action.kind != "F" and not confirmed:
+            # A gradient that has to be waited for never comes from a rank that has found the data wrong.
+            if action.kind != "F" and operation.kind != "post" and not confirmed:
                 step_data.confirm()
                 confirmed = True
             if operation.kind == "run" and action in table.last_of_stage:
