@@ -48,7 +48,7 @@ def version(
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one message and exit code 2."""
+    """Run the command; a mistake of the user's is one message and exit code 2, a hang one and 1."""
     from pipekit.errors import PipekitError
 
     try:
@@ -56,7 +56,7 @@ def main() -> None:
     except PipekitError as error:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -1,14 +1,20 @@
 """The errors that pipekit raises for its users.
 
 Each message says where the fault is, the value, the rule that it breaks and what to type instead. The command line
-shows the message alone, without a traceback, and ends with exit code 2.
+shows the message alone, without a traceback, and ends with its exit code, 2 unless said otherwise.
 """
 
 from __future__ import annotations
 
 
 class PipekitError(Exception):
-    """A mistake of the user's, or a failure outside pipekit, that has one clear message."""
+    """A mistake of the user's, or a failure outside pipekit, that has one clear message.
+
+    Attributes:
+        exit_code: of the command that it ends.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(PipekitError):

@@ -339,7 +339,7 @@ def test_a_trials_unit_that_does_not_fit_is_refused_before_training(workspace: P
 
 
 FAILING_TRIAL = """
-import os, signal
+import os, signal, time
 from pipekit.training.language_model import LanguageModelTrial
 
 class Failing(LanguageModelTrial):
@@ -358,6 +358,17 @@ class Raises(Failing):
 class Dies(Failing):
     def fail(self):
         os.kill(os.getpid(), signal.SIGKILL)
+
+class Stops(Failing):
+    def fail(self):
+        if Failing.calls > 8 * 4:
+            time.sleep(1)  # a heartbeat tells what this rank is at
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+class Sleeps(Failing):
+    def fail(self):
+        if Failing.calls > 8 * 4:
+            time.sleep(3600)
 """
 
 
@@ -376,6 +387,38 @@ def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, tria
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
     assert [record["step"] for record in metrics(workspace, run)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("trial", "fault"),
+    [
+        ("Stops", "has not been heard from for"),
+        pytest.param("Sleeps", "waits for nobody, and has been computing 1F0 for", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_hangs_in_step_9_is_named_early_and_ends_all_at_the_limit(
+    workspace: Path, trial: str, fault: str
+) -> None:
+    (workspace / "failing.py").write_text(FAILING_TRIAL)
+    run = f"runs/{trial}"
+    overrides = (f"run.trial=failing:{trial}", f"run.dir={run}", "train.eval_interval=null", "run.timeout_s=8")
+    done = pipekit(workspace, "train", "c.yaml", *overrides)
+    assert done.returncode == 1
+    warning, error, *report = done.stderr.splitlines()
+    assert warning.startswith("warning: step 9 has lasted 5 s, 10 usual steps take ")
+    assert error.startswith(f"error: the run hangs: rank 1 (stage 1) {fault} ")
+    assert "computing 1F0" in warning
+    assert "computing 1F0" in error
+    assert error.endswith("; rank 0 waits for it")
+    table = [line.split() for line in report[1:4]]
+    assert table[0][:3] == ["rank", "stage", "phase"]
+    assert table[1][:9] == ["0", "0", "step", "9", "receiving", "the", "input", "gradient", "of"]
+    assert table[1][-3] == "1"
+    assert table[2][:6] == ["1", "1", "step", "9", "computing", "1F0"]
+    assert report[-1] == f"kept in {workspace}/{run}/logs/hang.txt"
+    assert (workspace / run / "logs" / "hang.txt").read_text().startswith("the run hangs: rank 1 (stage 1)")
+    assert not ranks_of(run)
+    assert not list((workspace / run / "logs").glob("*.heartbeat.json"))
 
 
 DRIFTING_TRIAL = """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipekit.commands.shared_options import ConfigFile, Overrides
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.local import run_plan
+from pipekit.launch.local import flight_recorder_environ, run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure
@@ -86,6 +86,8 @@ def join(config: Config, ranks: RankEnvironment) -> None:
     _check_degrees(config, resources)
     if not resources.num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        os.environ.update(flight_recorder_environ(Path(config.run.dir) / "logs", os.environ))
     from pipekit.training.run import run_joining_rank
 
     run_joining_rank(config, resources, rank=ranks.rank, local_rank=ranks.local_rank)

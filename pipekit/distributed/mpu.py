@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipekit.errors import CommunicationError
+from pipekit.hangs.activity import Activity
 from pipekit.layout import Axis, Layout
 
 
@@ -67,12 +68,16 @@ class ModelParallelUnit:
         layout: the layout of the world; its world size is that of the default process group.
         placement: the pipeline rank of each stage; one stage a rank unless given.
         timeout_s: no wait in one of its groups lasts longer.
+
+    Attributes:
+        activity: what this rank is at, for a report of a hang.
     """
 
     def __init__(self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float = 600.0) -> None:
         self.layout = layout
         self.placement = tuple(range(layout.pp)) if placement is None else tuple(placement)
         self._timeout = timedelta(seconds=timeout_s)
+        self.activity = Activity()
         self.global_rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.global_rank)
         self._groups: dict[tuple[tuple[int, ...], str | None, str], RankGroup | None] = {}
@@ -88,7 +93,12 @@ class ModelParallelUnit:
         return group
 
     def build_group(
-        self, rank_lists: Sequence[Sequence[int]], backend: str | None = None, *, purpose: str = ""
+        self,
+        rank_lists: Sequence[Sequence[int]],
+        backend: str | None = None,
+        *,
+        purpose: str = "",
+        timeout: timedelta | None = None,
     ) -> RankGroup | None:
         """Build a process group for each rank list, and return the one that this rank is in, if any.
 
@@ -99,16 +109,17 @@ class ModelParallelUnit:
             rank_lists: global ranks of each group; no rank is in two.
             backend: of the groups; that of the world unless given.
             purpose: of messages that must not mix with others between the same ranks.
+            timeout: the longest wait in the groups; that of the unit unless given.
         """
         keys = [(tuple(ranks), backend, purpose) for ranks in rank_lists]
         new = [list(key[0]) for key in keys if key not in self._groups]
         if new and backend is None and _splits_world():
             # One call for all of them, since each is work for the whole world.
-            split = dist.split_group(split_ranks=new, timeout=self._timeout)
+            split = dist.split_group(split_ranks=new, timeout=timeout or self._timeout)
             self._groups.update({key: self._member(key[0], split) for key in keys if key not in self._groups})
         for key in keys:
             if key not in self._groups:
-                group = dist.new_group(ranks=list(key[0]), backend=backend, timeout=self._timeout)
+                group = dist.new_group(ranks=list(key[0]), backend=backend, timeout=timeout or self._timeout)
                 self._groups[key] = self._member(key[0], group)
         return next((group for key in keys if (group := self._groups[key]) is not None), None)
 

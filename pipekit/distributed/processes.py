@@ -90,17 +90,18 @@ def leave_processes() -> None:
     gc.collect()
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank if any of them has an error, so that none goes on to wait for one that has stopped.
 
-    Every rank calls this at the same place, with its own error or None.
+    Every rank calls this at the same place, with its own error or None. `group` is one of all ranks, that of the world
+    unless given.
 
     Raises:
         PipekitError: of the type and with the message of the lowest rank that failed.
     """
     mine = None if error is None else (type(error), f"{error}")
     reports: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, mine)
+    dist.all_gather_object(reports, mine, group=group)
     for rank, report in enumerate(reports):
         if report is None:
             continue

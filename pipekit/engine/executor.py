@@ -119,6 +119,8 @@ class Executor:
             PipekitError: if the data end too soon, or a layer returns what cannot be passed on.
         """
         table = self._read_table(schedule)
+        activity = self._mpu.activity
+        activity.note("reading the batches of the step")
         step_data = self.reader.read(data, schedule.num_micro_batches)
         self._shape_classes = step_data.shape_classes
         for receiver in self._receivers.values():
@@ -132,6 +134,7 @@ class Executor:
             stopwatch.begin()
         confirmed = False
         for operation in table.operations:
+            activity.note(operation)
             action = operation.action
             # A gradient that has to be waited for never comes from a rank that has found the data wrong.
             if action.kind != "F" and operation.kind != "post" and not confirmed:
@@ -142,6 +145,7 @@ class Executor:
                     run.do(operation)
             else:
                 run.do(operation)
+        activity.note("ending the step")
         if not confirmed:
             step_data.confirm()
         run.finish()

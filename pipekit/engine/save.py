@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
 from pipekit.files import replace_folder, write_atomically
+
+# Storage may be slow, and a rank that writes is not heard from by those that wait for it.
+_LONGEST_WRITE = timedelta(hours=6)
 
 
 def save_checkpoint(
@@ -66,7 +70,12 @@ def save_checkpoint(
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    everybody = engine.mpu.build_group(
+        [range(dist.get_world_size())], "gloo", purpose="checkpoints", timeout=_LONGEST_WRITE
+    )
+    assert everybody is not None
+    control = everybody.process_group
+    dist.barrier(control)
 
     error: Exception | None = None
     entries: dict[str, TensorEntry] = {}
@@ -77,9 +86,9 @@ def save_checkpoint(
     except OSError as failure:
         error, file_bytes = CheckpointError(f"{temporary}: could not be written: {failure}"), {}
     try:
-        raise_together(error)
+        raise_together(error, control)
         written: list[tuple[dict[str, TensorEntry], dict[str, int]]] = [({}, {})] * dist.get_world_size()
-        dist.all_gather_object(written, (entries, file_bytes))
+        dist.all_gather_object(written, (entries, file_bytes), group=control)
         if rank == 0:
             try:
                 _finish(temporary, final, written, training, config_yaml, extra_files or {})
@@ -88,7 +97,7 @@ def save_checkpoint(
                 _prune(folder, keep)
             except OSError as failure:
                 error = CheckpointError(f"{final}: could not be written: {failure}")
-        raise_together(error)
+        raise_together(error, control)
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)

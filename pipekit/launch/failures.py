@@ -99,6 +99,12 @@ class RankError(LaunchError):
         super().__init__(describe_failure(failure))
 
 
+class HangError(LaunchError):
+    """Ranks of a run have waited too long for another; the message is the report."""
+
+    exit_code = 1
+
+
 def describe_failure(failure: RankFailure, *, names_rank: bool = True, names_log: bool = True) -> str:
     """Return the message for the user: the rank, what happened, and where to read on.
 

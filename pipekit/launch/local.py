@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipekit.errors import LaunchError
+from pipekit.hangs.heartbeat import heartbeat_file
+from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.failures import FailureReport, RankError, RankFailure, first_failure
+from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import thread_environ
 from pipekit.launch.watcher import Watcher
@@ -32,6 +35,8 @@ _SETTLE_S = 2.0
 # After SIGKILL a process is gone at once, unless it is stuck in a driver.
 _KILLED_S = 5.0
 _PORT_ATTEMPTS = 3
+# Ranks that lose each other after a wait of this share of the limit have hung; sooner, a connection was lost.
+_SHARE_OF_LIMIT = 0.8
 
 
 def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0) -> None:
@@ -43,8 +48,17 @@ def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank
     environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
     if plan.device == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        environ |= flight_recorder_environ(log_dir, os.environ)
     command = [sys.executable, "-m", "pipekit.launch.rank", str(plan_file), *task]
-    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, stdout_rank=stdout_rank)
+    run_local(
+        command,
+        world_size=world_size,
+        log_dir=log_dir,
+        env=environ,
+        stdout_rank=stdout_rank,
+        timeout_s=plan.config.run.timeout_s,
+    )
 
 
 def run_local(
@@ -56,6 +70,7 @@ def run_local(
     stdout_rank: int = 0,
     grace_s: float = 10.0,
     port: int | None = None,
+    timeout_s: float = math.inf,
 ) -> None:
     """Run `world_size` processes of `command` on this machine, and return when all have succeeded.
 
@@ -65,6 +80,9 @@ def run_local(
     When one rank fails, the others are ended: SIGTERM first, SIGKILL for those that are there after `grace_s`, each
     with the processes that it started. SIGINT, SIGTERM and SIGHUP end all ranks the same way, a second one without
     grace; the launcher then exits with 128 plus the signal's number. If the launcher is killed, so are the ranks.
+
+    A rank whose heartbeat stops is warned of, and ends the run after `timeout_s`. Where ranks have waited too long for
+    one another, the report of the hang stays in `log_dir/hang.txt`.
 
     Where no port is given, and another program takes the chosen one before rank 0 listens on it, another is chosen and
     the ranks are started again.
@@ -77,17 +95,19 @@ def run_local(
         stdout_rank: the rank that may write to the launcher's stdout.
         grace_s: seconds between SIGTERM and SIGKILL.
         port: the port on which rank 0 listens for the others; None chooses a free one.
+        timeout_s: the longest wait of a rank for another, and the longest silence of one that has begun to beat.
 
     Raises:
         LaunchError: if the port is taken, or a process cannot be started.
         RankError: if a rank fails; the message begins with the one that failed first.
+        HangError: if ranks have waited too long for another.
         SystemExit: after a signal.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     with _signals_noted() as signals:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             chosen = choose_port(port)
-            job = _Job(command, world_size, log_dir.absolute(), env, stdout_rank, chosen)
+            job = _Job(command, world_size, log_dir.absolute(), env, stdout_rank, chosen, timeout_s)
             failure = _run_job(job, signals, grace_s=grace_s)
             if failure is None and signals:
                 sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {world_size} processes\n")
@@ -106,6 +126,7 @@ class _Job:
     env: Mapping[str, str]
     stdout_rank: int
     port: int
+    timeout_s: float
 
     def environ(self, rank: int) -> dict[str, str]:
         place = RankEnvironment(
@@ -201,12 +222,13 @@ def _run_job(job: _Job, signals: Sequence[int], *, grace_s: float) -> RankFailur
     """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
     workers: list[_Worker] = []
     failures: list[RankFailure] = []
+    hang: str | None = None
     with Watcher() as watcher:
         try:
             for rank in range(job.world_size):
                 workers.append(_start(job, rank))
                 watcher.watch(workers[-1].process.pid)
-            _wait(workers, signals)
+            hang = _wait(workers, signals, HangMonitor(job.log_dir, range(job.world_size)), job.timeout_s)
         finally:
             interrupted = bool(signals)
             failed = [worker.rank for worker in workers if worker.failure() is not None]
@@ -221,11 +243,15 @@ def _run_job(job: _Job, signals: Sequence[int], *, grace_s: float) -> RankFailur
             ]
             for rank in range(job.world_size):
                 job.error_file(rank).unlink(missing_ok=True)
+                heartbeat_file(job.log_dir, rank).unlink(missing_ok=True)
+    if hang is not None:
+        raise HangError(save_report(hang, job.log_dir))
     return first_failure(failures) if failures else None
 
 
 def _start(job: _Job, rank: int) -> _Worker:
     job.error_file(rank).unlink(missing_ok=True)
+    heartbeat_file(job.log_dir, rank).unlink(missing_ok=True)
     with job.log(rank).open("ab") as log:
         log_start = log.tell()
         try:
@@ -242,20 +268,28 @@ def _start(job: _Job, rank: int) -> _Worker:
         return _Worker(rank, process, job.log(rank), log_start, job.error_file(rank))
 
 
-def _wait(workers: Sequence[_Worker], signals: Sequence[int]) -> None:
-    """Wait until all have succeeded, one has failed, or a signal has come."""
+def _wait(workers: Sequence[_Worker], signals: Sequence[int], monitor: HangMonitor, timeout_s: float) -> str | None:
+    """Wait until all have succeeded, one has failed, or a signal has come; return the report of a hang."""
     peer_lost_s: float | None = None
     while True:
         num_running = sum([worker.poll() for worker in workers])
         failures = [failure for worker in workers if (failure := worker.failure()) is not None]
-        if num_running == 0 or signals:
-            return
-        if any(failure.report is None or failure.report.kind != "peer" for failure in failures):
-            return
-        if failures:
+        if signals or (num_running == 0 and not failures):
+            return None
+        if not failures:
+            monitor.listen()
+            if warning := monitor.warning():
+                sys.stderr.write(f"warning: {warning}\n")
+            if monitor.longest_silence_s() > timeout_s:
+                return monitor.report()
+        elif not all(map(_gave_up_waiting, failures)):
+            return None
+        else:
+            # What was heard before the first gave up tells why.
             peer_lost_s = peer_lost_s or time.monotonic()
-            if time.monotonic() - peer_lost_s > _SETTLE_S:
-                return
+            if num_running == 0 or time.monotonic() - peer_lost_s > _SETTLE_S:
+                is_hang = monitor.longest_wait_s() > _SHARE_OF_LIMIT * timeout_s
+                return monitor.report({failure.rank for failure in failures}) if is_hang else None
         time.sleep(_POLL_S)
 
 
@@ -263,6 +297,8 @@ def _end(workers: Sequence[_Worker], signals: Sequence[int], *, grace_s: float) 
     """End what still runs, and what the ranks that have ended left behind."""
     num_signals = len(signals)
     remaining = [worker for worker in workers if worker.signal_group(signal.SIGTERM)]
+    for worker in remaining:
+        worker.signal_group(signal.SIGCONT)  # one that was stopped hears the other signal now
     deadline_s = time.monotonic() + grace_s
     while remaining and time.monotonic() < deadline_s and len(signals) == num_signals:
         time.sleep(_POLL_S)
@@ -274,6 +310,25 @@ def _end(workers: Sequence[_Worker], signals: Sequence[int], *, grace_s: float) 
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(max(0.0, deadline_s - time.monotonic()))
         worker.poll()
+
+
+def _gave_up_waiting(failure: RankFailure) -> bool:
+    # NCCL's watchdog aborts the process.
+    return failure.returncode == -signal.SIGABRT if failure.report is None else failure.report.kind == "peer"
+
+
+def flight_recorder_environ(log_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment of torch's flight recorder: the last operations of NCCL's groups, left beside the logs when one
+    lasts too long, as `flight-recorder-<rank>`, for `torchfrtrace` to read. The user's own settings win.
+
+    Source: torch/csrc/distributed/c10d/FlightRecorder.hpp, ProcessGroupNCCL.hpp.
+    """
+    defaults = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{log_dir.absolute()}/flight-recorder-",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    return {name: environ.get(name, value) for name, value in defaults.items()}
 
 
 def _port_was_taken(failure: RankFailure, port: int) -> bool:

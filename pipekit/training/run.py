@@ -15,6 +15,8 @@ from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together
 from pipekit.errors import ConfigError
+from pipekit.hangs.heartbeat import HeartbeatThread
+from pipekit.hangs.monitor import HangTeller
 from pipekit.layers.specs import LayerSpec
 from pipekit.plan.decide import Decision
 from pipekit.plan.device import plan_device
@@ -40,7 +42,7 @@ def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
     torch.set_num_threads(plan.num_threads)
     config = plan.config
     with _own_log(config, rank=rank) as terminal, joined(config, plan.device, local_rank=local_rank) as device:
-        return _train(start_trial(plan, device), terminal, plan_shown=True)
+        return _train(start_trial(plan, device), terminal, is_watched=True)
 
 
 def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_rank: int) -> RunResult:
@@ -71,7 +73,7 @@ def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_r
         )
         plan = decided[0].plan if decided else Plan.from_json(text)
         torch.set_num_threads(plan.num_threads)
-        return _train(start_trial(plan, device, decided[0].specs if decided else None), terminal, plan_shown=False)
+        return _train(start_trial(plan, device, decided[0].specs if decided else None), terminal, is_watched=False)
 
 
 def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | None = None) -> Trial:
@@ -105,7 +107,8 @@ def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
         yield terminal
 
 
-def _train(trial: Trial, terminal: TextIO, *, plan_shown: bool) -> RunResult:
+def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
+    """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
     error: Exception | None = None
@@ -118,8 +121,20 @@ def _train(trial: Trial, terminal: TextIO, *, plan_shown: bool) -> RunResult:
             callbacks += [WandbLogger(config.logging.wandb)] if config.logging.wandb is not None else []
         except ConfigError as failure:
             error = failure
-        if not plan_shown:
+        if not is_watched:
             show_plan(plan, console)
         callbacks.append(ConsoleProgress(console, interval=config.logging.interval))
     raise_together(error)
-    return Trainer(trial, callbacks).fit()
+    context = trial.context
+    mpu, folder = context.mpu, context.folder
+    heartbeat = HeartbeatThread(
+        mpu.activity,
+        folder.logs,
+        rank=mpu.global_rank,
+        world_size=plan.layout.world_size,
+        stages=mpu.stages,
+        pipe_ranks=mpu.pipe.ranks,
+        on_beat=None if is_watched else HangTeller(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
+    )
+    with heartbeat:
+        return Trainer(trial, callbacks).fit()

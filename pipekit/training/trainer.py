@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState
+from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState, checkpoint_name
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
@@ -153,6 +153,7 @@ class Trainer:
 
     def _launch_step(self) -> _LaunchedStep:
         train, device = self.config.train, self.context.device
+        self.context.mpu.activity.begin_step(self.step + 1)
         lr = self.trial.learning_rate(self.step)
         self.engine.set_lr(lr)
         started = Moment.now(device)
@@ -195,6 +196,7 @@ class Trainer:
     def _evaluate(self, metrics: StepMetrics) -> StepMetrics:
         """Return the metrics with the held-out loss added: the same batches every time, whatever the layout."""
         self._each(lambda callback: callback.on_evaluation_start(self.step))
+        self.context.mpu.activity.begin(f"evaluation after step {self.step}", "preparing the evaluation")
         train = self.config.train
         extra_metrics = self.trial.validation_metrics()
         sums = dict.fromkeys(extra_metrics, 0.0)
@@ -269,6 +271,7 @@ class Trainer:
 
     def _resume(self) -> None:
         assert self.context.start is not None
+        self.context.mpu.activity.begin("start", f"loading {self.context.start.name}")
         reader = CheckpointReader(self.context.start)
         check_data(reader.manifest, self.trial.data_fingerprint, where=reader.path)
         kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
@@ -278,6 +281,8 @@ class Trainer:
         self._metrics = StepMetrics(step=training.step)
 
     def _save(self) -> Any:
+        name = checkpoint_name(self.step)
+        self.context.mpu.activity.begin(f"checkpoint {name}", f"writing {name}")
         view = self.engine.view
         training = TrainingState(
             step=self.step,
@@ -297,10 +302,12 @@ class Trainer:
             config_yaml=self.config.to_yaml(),
             extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else {},
             keep=self.config.checkpoint.keep,
+            name=name,
         )
         self._each(lambda callback: callback.on_checkpoint(self.step, path))
         return path
 
     def _each(self, call: Callable[[Callback], None]) -> None:
+        self.context.mpu.activity.begin(f"callbacks after step {self.step}", "calling callbacks")
         for callback in self._callbacks:
             call(callback)

@@ -21,7 +21,8 @@ import pytest
 
 from pipekit.errors import LaunchError
 from pipekit.launch import local
-from pipekit.launch.local import run_local
+from pipekit.launch.failures import HangError
+from pipekit.launch.local import flight_recorder_environ, run_local
 
 PRELUDE = """
 import json, os, pathlib, signal, socket, subprocess, sys, time
@@ -65,9 +66,24 @@ def write_rank(folder: Path, body: str) -> list[str]:
     return [sys.executable, str(folder / "rank.py"), str(folder)]
 
 
-def run(folder: Path, body: str, *, world_size: int = 3, grace_s: float = 10, port: int | None = None) -> None:
-    command = write_rank(folder, body)
-    run_local(command, world_size=world_size, log_dir=folder / "logs", env={"X": "x"}, grace_s=grace_s, port=port)
+def run(
+    folder: Path,
+    body: str,
+    *,
+    world_size: int = 3,
+    grace_s: float = 10,
+    port: int | None = None,
+    timeout_s: float = 600,
+) -> None:
+    run_local(
+        write_rank(folder, body),
+        world_size=world_size,
+        log_dir=folder / "logs",
+        env={"X": "x"},
+        grace_s=grace_s,
+        port=port,
+        timeout_s=timeout_s,
+    )
 
 
 def is_running(pid: int) -> bool:
@@ -166,6 +182,54 @@ def test_a_lost_peer_is_told_when_no_rank_failed_otherwise(tmp_path: Path, monke
     with pytest.raises(LaunchError, match=r"^rank 0 lost contact with another rank: rank 1 does not answer\n"):
         run(tmp_path, "if rank == 0: raise CommunicationError('rank 1 does not answer')\ntime.sleep(300)")
     assert_nothing_left(tmp_path, num_pids=3)
+
+
+BEATING = """
+from pipekit.hangs.activity import Activity
+from pipekit.hangs.heartbeat import HeartbeatThread
+activity = Activity()
+with HeartbeatThread(activity, folder / "logs", rank=rank, world_size=3, stages=(rank,)):
+    activity.begin_step(5)
+    time.sleep(1)
+"""
+
+
+def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
+    body = BEATING + "    os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else time.sleep(300)"
+    started_s = time.monotonic()
+    with pytest.raises(
+        HangError, match=r"^the run hangs: rank 1 \(stage 1\) has not been heard from for [45] s"
+    ) as caught:
+        run(tmp_path, body, timeout_s=4)
+    assert caught.value.exit_code == 1
+    # Nobody had to wait for the end of the grace.
+    assert time.monotonic() - started_s < 12
+    report = tmp_path / "logs" / "hang.txt"
+    assert str(caught.value) == f"{report.read_text().rstrip()}\n\nkept in {report}"
+    report.unlink()
+    assert_nothing_left(tmp_path, num_pids=3)
+
+
+def test_a_rank_that_others_gave_up_waiting_for_is_named(tmp_path: Path) -> None:
+    body = (
+        BEATING
+        + """    if rank == 0:
+        time.sleep(300)
+    time.sleep(2)
+    raise CommunicationError("gave up")"""
+    )
+    with pytest.raises(HangError, match=r"^the run hangs: rank 0 \(stage 0\) waits for nobody"):
+        run(tmp_path, body, timeout_s=3)
+    (tmp_path / "logs" / "hang.txt").unlink()
+    assert_nothing_left(tmp_path, num_pids=3)
+
+
+def test_the_users_own_settings_of_the_flight_recorder_win(tmp_path: Path) -> None:
+    assert flight_recorder_environ(tmp_path, {"TORCH_FR_BUFFER_SIZE": "9", "X": "x"}) == {
+        "TORCH_FR_BUFFER_SIZE": "9",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/flight-recorder-",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
 
 
 def test_a_rank_that_exits_without_a_word(tmp_path: Path) -> None:

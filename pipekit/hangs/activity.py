@@ -1,0 +1,55 @@
+"""Activity of a rank: the phase and the operation that it is at."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+
+from pipekit.schedules.operations import Operation
+
+_REMEMBERED_STEPS = 20
+_FEWEST_STEPS = 3
+
+
+class Activity:
+    """Phase and operation that a rank is at, as its main thread notes them for the thread of its heartbeat.
+
+    A note is one assignment, and no thread waits for another.
+
+    Attributes:
+        phase: a name such as "step 12", and the time at which it began, of `time.monotonic`.
+        operation: the operation or a name for what is done, such as "updating the weights", and its time.
+        usual_step_s: median of the last steps; None until there are some. The first is left out, since it compiles and
+            allocates.
+    """
+
+    def __init__(self) -> None:
+        self.phase = "start", time.monotonic()
+        self.operation: tuple[Operation | str, float] = "building the engine", time.monotonic()
+        self.usual_step_s: float | None = None
+        self._durations_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._step_began_s: float | None = None
+        self._is_first_step = True
+
+    def begin(self, phase: str, doing: str) -> None:
+        """Note the beginning of a phase, and what is done first in it; the phase before ends."""
+        now_s = time.monotonic()
+        self.phase, self.operation = (phase, now_s), (doing, now_s)
+        if self._step_began_s is None:
+            return
+        if not self._is_first_step:
+            self._durations_s.append(now_s - self._step_began_s)
+        self._is_first_step = False
+        if len(self._durations_s) >= _FEWEST_STEPS:
+            self.usual_step_s = statistics.median(self._durations_s)
+        self._step_began_s = None
+
+    def begin_step(self, step: int) -> None:
+        """Note the beginning of a training step; the next phase ends it."""
+        self.begin(f"step {step}", "beginning the step")
+        self._step_began_s = self.phase[1]
+
+    def note(self, operation: Operation | str) -> None:
+        """Note the beginning of an operation."""
+        self.operation = operation, time.monotonic()
