@@ -29,10 +29,14 @@ class RankError(AssertionError):
 class GlooWorkers:
     """Starts the ranks of one job after another."""
 
-    def run(self, world_size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, world_size: int, job: Callable[..., Any], *args: Any, nccl: bool = False) -> list[Any]:
         """Run `job(rank, *args)` on `world_size` ranks and return what each returned.
 
-        `job` is a function at the top level of an importable module.
+        Args:
+            world_size: number of ranks.
+            job: a function at the top level of an importable module.
+            args: its arguments after the rank.
+            nccl: whether process groups behave as NCCL's do (`nccl_double`).
         """
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -42,7 +46,7 @@ class GlooWorkers:
         try:
             for rank in range(world_size):
                 ours, theirs = Pipe()
-                team.append((fork_server.fork(_serve, theirs, rank, world_size, port, task), ours))
+                team.append((fork_server.fork(_serve, theirs, rank, world_size, port, task, nccl), ours))
                 theirs.close()
             return _collect([connection for _, connection in team])
         finally:
@@ -76,7 +80,7 @@ def _collect(connections: list[Connection]) -> list[Any]:
     return [results[rank] for rank in range(len(connections))]
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int, task: bytes) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int, task: bytes, nccl: bool) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -87,12 +91,14 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, task: 
     try:
         import torch
 
+        import nccl_double
         from pipekit.distributed.processes import join_processes, leave_processes
 
-        join_processes(device="cpu", timeout_s=180.0, local_rank=rank)
-        job, args = pickle.loads(task)
-        result = job(rank, *args)
-        torch.distributed.barrier()
+        with nccl_double.installed() if nccl else contextlib.nullcontext():
+            join_processes(device="cpu", timeout_s=180.0, local_rank=rank)
+            job, args = pickle.loads(task)
+            result = job(rank, *args)
+            torch.distributed.barrier()
         num_threads = len(os.listdir("/proc/self/task"))
         assert num_threads <= MAX_THREADS, f"rank {rank} has {num_threads} threads"
         leave_processes()

@@ -44,9 +44,9 @@ def gradients_of_each_step(rank: int, case: Case) -> dict[str, Any]:
     return {"losses": losses, "gradients": steps, "schedule": str(engine.schedule)}
 
 
-def run(gloo: GlooWorkers, case: Case) -> dict[str, Any]:
+def run(gloo: GlooWorkers, case: Case, *, nccl: bool = False) -> dict[str, Any]:
     """Return the losses of rank 0 and the gradients of the whole model; those that two ranks hold must agree."""
-    results = gloo.run(case.world_size, gradients_of_each_step, case)
+    results = gloo.run(case.world_size, gradients_of_each_step, case, nccl=nccl)
     merged: list[dict[str, Tensor]] = [{} for _ in range(case.steps)]
     for result in results:
         assert result["losses"] == results[0]["losses"]
