@@ -22,8 +22,9 @@ LAUNCHER_PID_VARIABLE = "PIPEKIT_LAUNCHER_PID"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own sources.
-_GLOO_SOURCE = "gloo/"
+# gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own sources, but
+# for that of a later wait for a rank that was given up.
+_GLOO = re.compile(r"gloo/|Application timeout caused pair closure")
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
@@ -73,7 +74,7 @@ def failure_kind(error: BaseException) -> FailureKind:
     if _PORT_TAKEN.search(str(error)):
         return "crash"
     names = {cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] == "torch"}
-    from_gloo = type(error) is RuntimeError and _GLOO_SOURCE in str(error)
+    from_gloo = type(error) is RuntimeError and _GLOO.search(str(error)) is not None
     return "peer" if "DistError" in names or from_gloo else "crash"
 
 

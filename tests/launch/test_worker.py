@@ -37,6 +37,7 @@ def run_block(block: str, error_file: Path | None) -> subprocess.CompletedProces
         ("raise CommunicationError('rank 1 is gone')", "peer", "rank 1 is gone", 2),
         ("raise ValueError('bad')", "crash", "ValueError: bad", 1),
         ("raise RuntimeError('[x/gloo/transport/pair.cc:5] closed')", "peer", None, 1),
+        ("raise RuntimeError('Application timeout caused pair closure')", "peer", None, 1),
         ("sys.exit(7)", "crash", "SystemExit: 7", 7),
         ("sys.exit('no')", "crash", "SystemExit: no", 1),
     ],
