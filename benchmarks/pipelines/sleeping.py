@@ -14,6 +14,12 @@ from pipelines.settings import EmulatedSetting
 from pipelines.workload import Workload
 
 
+def _sleep(seconds: float) -> None:
+    # Even a sleep of no time enters the kernel and waits for its timer.
+    if seconds > 0:
+        time.sleep(seconds)
+
+
 class _Scale(torch.autograd.Function):
     """Multiplies by a weight, and sleeps for `seconds` in each of forward, input gradient and weight gradient."""
 
@@ -21,7 +27,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.seconds = seconds
-        time.sleep(seconds)
+        _sleep(seconds)
         return x * weight
 
     @staticmethod
@@ -30,11 +36,11 @@ class _Scale(torch.autograd.Function):
         seconds = ctx.seconds
 
         def weight_gradient() -> Tensor:
-            time.sleep(seconds)
+            _sleep(seconds)
             return (grad * x).sum().reshape(1)
 
         # The very first layer sleeps as well, though nobody asks for its input gradient: all ranks cost the same.
-        time.sleep(seconds)
+        _sleep(seconds)
         # Only a schedule that splits the backward puts this off; elsewhere it is computed here and now.
         return grad * weight, defer_weight_gradient(weight, weight_gradient), None
 
@@ -49,7 +55,7 @@ class _SleepBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        time.sleep(ctx.seconds)
+        _sleep(ctx.seconds)
         return grad, None
 
 
@@ -69,7 +75,7 @@ class SleepingLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_own_weight_node:
-            time.sleep(self.seconds)
+            _sleep(self.seconds)
             # The very first layer sleeps for its input gradient with its weight gradient.
             halves = 1 if x.requires_grad else 2
             product: Tensor = _SleepBackward.apply(x, self.seconds) * _SleepBackward.apply(

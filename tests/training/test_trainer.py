@@ -18,6 +18,7 @@ from pipekit.config import Config, parse_config
 from pipekit.data.loader import MapDataset
 from pipekit.engine.late_number import LateNumber
 from pipekit.errors import PipekitError
+from pipekit.hangs.activity import Activity
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.plan.decide import decide_run
@@ -147,7 +148,12 @@ class Run:
             "train": {**train, **sections.get("train", {})},
         }
         decision = decide_run(parse_config(values), kind, Resources(world_size=1))
-        unit: Any = SimpleNamespace(should_report_metrics=reports, should_build_data_loader=True, data_parallel_rank=0)
+        unit: Any = SimpleNamespace(
+            should_report_metrics=reports,
+            should_build_data_loader=True,
+            data_parallel_rank=0,
+            activity=Activity(),
+        )
         context = TrialContext(decision.plan, decision.specs, unit, torch.device("cpu"), RunFolder(folder))
 
         def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Path:
