@@ -68,7 +68,8 @@ class ChannelEnds:
         message = torch.zeros(1, device=device)
         is_source = self._mpu.pipe_rank == source
         end = self._end(group, target if is_source else source)
-        wait(end.send(message) if is_source else end.receive(message), f"the channel from rank {source} to {target}")
+        work = end.send(message) if is_source else end.receive(message)
+        wait(work, f"the channel of pipeline ranks {source} and {target}")
 
     def _end(self, group: RankGroup, peer: int) -> End:
         return End(group.process_group, group.ranks.index(self._mpu.pipe.ranks[peer]))

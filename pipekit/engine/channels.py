@@ -18,6 +18,7 @@ from torch import Tensor
 from pipekit.errors import CommunicationError, PipekitError
 from pipekit.schedules import Action
 from pipekit.schedules.acknowledgements import Acknowledgements
+from pipekit.schedules.messages import name_result
 from pipekit.tensors.meta import NestedMeta, TensorMeta
 
 _DTYPES = {
@@ -71,11 +72,6 @@ def wait(work: dist.Work, what: str) -> None:
         raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
-def name_result(action: Action) -> str:
-    """Name what an action passes on, as in "the output of 0F3"."""
-    return f"the {'output' if action.kind == 'F' else 'input gradient'} of {action}"
-
-
 @dataclass(frozen=True)
 class End:
     """The other end of a channel, as a process group sees it.
@@ -103,7 +99,6 @@ class _Sent:
 
     works: list[dist.Work]
     buffers: tuple[Tensor, ...]
-    what: str
 
 
 class Sender:
@@ -147,9 +142,7 @@ class Sender:
         if header is not None:
             works.append(self._header_end.send(header))
         works += [self._end.send(buffer) for buffer in buffers]
-        self._pending[self._step, action] = _Sent(
-            works, buffers if header is None else (*buffers, header), name_result(action)
-        )
+        self._pending[self._step, action] = _Sent(works, buffers if header is None else (*buffers, header))
         while self._pending:
             oldest = next(iter(self._pending))
             if not all(work.is_completed() for work in self._pending[oldest].works):
@@ -163,17 +156,18 @@ class Sender:
         for action in self._acknowledgements.used[self._num_received : num_received]:
             sent = self._pending.pop((self._step, action), None)
             if sent is not None:
-                self._wait(sent)
+                self._wait(action, sent)
         self._num_received = max(self._num_received, num_received)
 
     def drain(self) -> None:
         """Wait until everything sent has left."""
         while self._pending:
-            self._wait(self._pending.pop(next(iter(self._pending))))
+            key = next(iter(self._pending))
+            self._wait(key[1], self._pending.pop(key))
 
-    def _wait(self, sent: _Sent) -> None:
+    def _wait(self, action: Action, sent: _Sent) -> None:
         for work in sent.works:
-            wait(work, f"{sent.what} to be received by pipeline rank {self._peer}")
+            wait(work, f"{name_result(action)} to be received by pipeline rank {self._peer}")
 
 
 class Receiver:

@@ -20,7 +20,7 @@ from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Schedule
 from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
-from pipekit.schedules.messages import destination
+from pipekit.schedules.messages import destination, name_result
 from pipekit.schedules.operations import Operation, plan_operations
 from pipekit.tensors.meta import NestedMeta, TensorMeta
 from pipekit.tensors.nested import flatten, unflatten
@@ -31,6 +31,8 @@ Observer = Callable[[Any, Any], None]
 """Called with the last layer's outputs and the labels of a micro-batch."""
 
 LastGradients = Callable[[int, list[Tensor] | None], AbstractContextManager[None]]
+"""Called with a stage before the action that completes its gradients of a step, and with the weights that get gradients
+in that action, each as often as it does; None for all of them, once. The action runs inside the context manager."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ class Executor:
         mpu: the process groups.
         view: where gradients accumulate.
         device: where the stages compute.
-        last_gradients: called with a stage before the action that completes its gradients of a step, and with the
-            weights that get gradients in it, as often as they do; None for all of them, once. The action runs inside
-            of the context manager that it returns.
+        last_gradients: wraps the action that completes a stage's gradients of a step.
         forward: called as the module's forward is, which it is unless given.
         backward: called with the outputs of a forward and their gradients; autograd's unless given.
     """
@@ -86,7 +86,8 @@ class Executor:
         self._backward = backward
         self._senders: dict[int, Sender] = {}
         self._receivers: dict[int, Receiver] = {}
-        self._table: _Table | None = None
+        # By the identity of the schedule, which its table keeps alive.
+        self._tables: dict[int, _Table] = {}
         # What each stage passes on, by whether gradients are computed and the class of the micro-batch's shapes.
         self._metas: dict[tuple[bool, int, int], NestedMeta] = {}
         self._shape_classes: list[int] = []
@@ -154,8 +155,8 @@ class Executor:
         return run.losses
 
     def _read_table(self, schedule: Schedule) -> _Table:
-        if self._table is not None and self._table.schedule is schedule:
-            return self._table
+        if id(schedule) in self._tables:
+            return self._tables[id(schedule)]
         if schedule.placement != self._mpu.placement:
             raise PipekitError(
                 f"the schedule {schedule.name} puts its stages on the ranks {schedule.placement}, and the model's are "
@@ -170,10 +171,10 @@ class Executor:
             for operation in operations
             if operation.kind == "receive" and operation.action.kind != "F"
         }
-        self._table = _Table(
+        self._tables[id(schedule)] = _Table(
             schedule, operations, plan_acknowledgements(schedule, rank), gradients, frozenset(last.values())
         )
-        return self._table
+        return self._tables[id(schedule)]
 
     def _sender(self, peer: int) -> Sender:
         if peer not in self._senders:
@@ -218,7 +219,7 @@ class Executor:
         known = self._metas.setdefault(self._meta_key(action.stage, action.micro_batch), meta)
         if known != meta:
             raise PipekitError(
-                f"the output of {action} is {meta}, and that of another micro-batch with inputs of the same shape was "
+                f"{name_result(action)} is {meta}, and that of another micro-batch with inputs of the same shape was "
                 f"{known}; what a stage passes on must follow from the shapes of the inputs alone: pad it"
             )
         header = encode_meta(meta) if known is meta else None
@@ -268,9 +269,12 @@ class _Run:
     def do(self, operation: Operation) -> None:
         action, peer = operation.action, operation.peer
         if peer is None:
-            {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weight_gradients}[action.kind](
-                action
-            )
+            if action.kind == "F":
+                self._forward(action)
+            elif action.kind == "W":
+                self._weight_gradients(action)
+            else:
+                self._backward(action)
         elif operation.kind == "post":
             self._executor._receiver(peer).post(action)
         elif operation.kind == "receive":
@@ -297,7 +301,7 @@ class _Run:
         )
         if is_last:
             outputs = self._loss(outputs, action)
-        tensors, structure = flatten(outputs, f"the output of {action}")
+        tensors, structure = flatten(outputs, name_result(action))
         self._stop(action)
         if torch.is_grad_enabled():
             leaves, _ = flatten(inputs, f"the input of {action}")

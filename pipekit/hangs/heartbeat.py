@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from pipekit.hangs.activity import Activity
+from pipekit.schedules.messages import name_result
 from pipekit.schedules.operations import Operation
 
 _INTERVAL_S = 0.5
@@ -169,8 +170,7 @@ class HeartbeatThread:
 def _describe(operation: Operation) -> str:
     if operation.kind == "run":
         return f"computing {operation.action}"
-    result = "output" if operation.action.kind == "F" else "input gradient"
-    return f"{'sending' if operation.kind == 'send' else 'receiving'} the {result} of {operation.action}"
+    return f"{'sending' if operation.kind == 'send' else 'receiving'} {name_result(operation.action)}"
 
 
 def _find_wait(frame: FrameType | None) -> str | None:

@@ -15,6 +15,16 @@ def destination(action: Action, schedule: Schedule) -> int | None:
     return None
 
 
+def name_result(action: Action) -> str:
+    """Name of an action's result in messages for people.
+
+    Example:
+        >>> name_result(Action.parse("0F3")), name_result(Action.parse("2B1"))
+        ('the output of 0F3', 'the input gradient of 2B1')
+    """
+    return f"the {'output' if action.kind == 'F' else 'input gradient'} of {action}"
+
+
 def plan_messages(schedule: Schedule) -> dict[tuple[int, int], tuple[Action, ...]]:
     """Return, for each ordered pair of ranks, the actions of the first whose results go to the second, in order.
 

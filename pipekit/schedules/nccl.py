@@ -1,8 +1,9 @@
-"""Model of NCCL's channels: whether the operations of all ranks come to an end, as a graph of what waits for what."""
+"""Model of NCCL's channels: a graph of which operation waits for which, and the cycles in it, which are hangs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 
 from pipekit.schedules.operations import Operation
@@ -26,15 +27,15 @@ def find_hang(
     syncs: bool = True,
     connected: bool = True,
 ) -> list[Place]:
-    """Find operations that wait for each other for ever, under the rules of NCCL and CUDA; none where all end.
+    """Find a deadlock: operations that wait for each other for ever under the rules of NCCL and CUDA.
 
-    On the host, a rank issues its operations in order. On the device, what computes runs in order on one stream, and
-    the messages of each communicator on a stream of its own: each begins when the one before it has ended, and what the
-    host had issued to compute by then. A message ends when both its ends have begun. What is to compute after
-    a `receive` begins when the message has ended.
+    On the host, a rank issues its operations in order. On the device, actions run in order on one stream, and the
+    messages of each communicator on a stream of its own. A message begins when the one before it on its stream has
+    ended, and so have the actions that the host had issued by then. It ends when both of its ends have begun. An action
+    after a `receive` begins when the message has ended.
 
-    All of that is a graph of events, in which more waits can only add cycles. So to allow a wait at any place is to
-    have it at every place.
+    All of that is a graph of events, to which more waits can only add cycles. So a wait that may occur anywhere is
+    modelled as one that occurs everywhere.
 
     Args:
         ranks: the operations of each rank.
@@ -44,7 +45,7 @@ def find_hang(
             message of each for the other end.
 
     Returns:
-        A cycle: each operation waits for the next, and the last for the first.
+        A cycle: each operation waits for the next, and the last for the first. Empty if all operations end.
 
     Raises:
         ValueError: if a receive is posted for another message than the one that is sent.
@@ -74,17 +75,20 @@ class _Graph:
         self._syncs = syncs
         posts: dict[tuple[int, int], list[Place]] = {}
         sends: dict[tuple[int, int], list[Place]] = {}
+        # By communicator, the first operation of each rank.
+        firsts: dict[Hashable, dict[int, int]] = {}
         for rank, operations in enumerate(ranks):
             self._add_rank(rank, operations, communicator)
             for index, operation in enumerate(operations):
-                if operation.peer is not None and operation.kind == "send":
-                    sends.setdefault((rank, operation.peer), []).append((rank, index))
-                if operation.peer is not None and operation.kind == "post":
-                    posts.setdefault((operation.peer, rank), []).append((rank, index))
+                ends = operation.message_of(rank)
+                if ends is not None:
+                    (sends if operation.kind == "send" else posts).setdefault(ends, []).append((rank, index))
+                    firsts.setdefault(communicator(*ends), {}).setdefault(rank, index)
         for pair in posts.keys() | sends.keys():
             self._add_messages(ranks, posts.get(pair, []), sends.get(pair, []))
         if not connected:
-            self._add_connections(ranks, communicator)
+            for first in firsts.values():
+                self._add_connection(ranks, first)
 
     def _event(self, place: Place, kind: int) -> int:
         return 4 * (self._starts[place[0]] + place[1]) + kind
@@ -112,9 +116,7 @@ class _Graph:
             elif operation.kind == "receive":
                 self._add(ended, posted[operation.action])
                 computed = ended
-            else:
-                assert operation.peer is not None
-                ends = (rank, operation.peer) if operation.kind == "send" else (operation.peer, rank)
+            elif (ends := operation.message_of(rank)) is not None:
                 stream = communicator(*ends)
                 if stream in last_of:
                     self._add(begun, last_of[stream])
@@ -132,18 +134,11 @@ class _Graph:
             self._add(self._event(post, _ENDED), self._event(send, _BEGUN))
             self._add(self._event(send, _ENDED), self._event(post, _BEGUN))
 
-    def _add_connections(self, ranks: Sequence[Sequence[Operation]], communicator: Communicator) -> None:
-        firsts: dict[Hashable, dict[int, int]] = {}
-        for rank, operations in enumerate(ranks):
-            for index, operation in enumerate(operations):
-                if operation.peer is not None and operation.kind in ("send", "post"):
-                    ends = (rank, operation.peer) if operation.kind == "send" else (operation.peer, rank)
-                    firsts.setdefault(communicator(*ends), {}).setdefault(rank, index)
-        for first in firsts.values():
-            for rank, index in first.items():
-                if index + 1 < len(ranks[rank]):
-                    others = [self._event((other, at), _ISSUED) for other, at in first.items() if other != rank]
-                    self._add(self._event((rank, index + 1), _ISSUED), *others)
+    def _add_connection(self, ranks: Sequence[Sequence[Operation]], first: Mapping[int, int]) -> None:
+        for rank, index in first.items():
+            if index + 1 < len(ranks[rank]):
+                others = [self._event((other, at), _ISSUED) for other, at in first.items() if other != rank]
+                self._add(self._event((rank, index + 1), _ISSUED), *others)
 
     def find_cycle(self) -> list[Place]:
         left = [len(others) for others in self._waits_for]
@@ -169,5 +164,5 @@ class _Graph:
         return [self._place(number) for number, following in pairwise([*cycle, cycle[0]]) if number != following]
 
     def _place(self, number: int) -> Place:
-        rank = next(rank for rank, start in enumerate(self._starts[1:]) if number < start)
+        rank = bisect_right(self._starts, number) - 1
         return rank, number - self._starts[rank]

@@ -32,15 +32,21 @@ class Operation:
     def __str__(self) -> str:
         return f"{self.kind} {self.action}"
 
+    def message_of(self, rank: int) -> tuple[int, int] | None:
+        """Sender and receiver of the message that `rank` sends or posts with this operation; None for others."""
+        if self.peer is None or self.kind == "receive":
+            return None
+        return (rank, self.peer) if self.kind == "send" else (self.peer, rank)
+
 
 def plan_operations(schedule: Schedule) -> tuple[tuple[Operation, ...], ...]:
-    """Plan the operations of every rank of a pipeline so that no rank waits for ever, whatever its channels are like.
+    """Operations of every rank of a pipeline, in an order in which no rank can wait for ever.
 
-    All actions are put in one order in which they could run one at a time. A message is sent and its receive is posted
-    where its action stands in that order. So an operation waits for none but earlier ones, even where a send
-    waits for its receive, a channel carries one message at a time, and the host waits for its device after each
-    operation (as CUDA does to load a kernel or to free memory). The order is that of a step of equal stages, so that
-    receives are posted early.
+    All actions are put in one order in which they could run one at a time. A message is sent, and its receive posted,
+    where its action stands in that order. So an operation only ever waits for earlier ones, even if every send waits
+    for its receive, a channel carries one message at a time, and the host waits for its device after each operation (as
+    CUDA does to load a kernel or to free memory). The order is that of a step of equal stages, so that receives are
+    posted early.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -82,6 +88,6 @@ def _global_order(schedule: Schedule) -> list[tuple[int, Action]]:
     free = [0] * len(schedule.ranks)
     order, _ = dry_run(schedule)
     for rank, action in order:
-        starts[action] = max(free[rank], *(ends[other] for other in needs(action, schedule)), 0)
+        starts[action] = max([free[rank], *(ends[other] for other in needs(action, schedule))])
         free[rank] = ends[action] = starts[action] + (2 if action.kind == "B" else 1)
     return sorted(order, key=lambda item: (starts[item[1]], item))

@@ -136,7 +136,7 @@ def train_with_receives_posted_ahead(rank: int, pp: int, has_pairs: bool) -> Non
     engine.train_batch(micro_batches(0, case, 0))
     # From the second step on, the shapes of all messages are known.
     executor.plan_operations = lambda schedule: tuple(map(tuple, post_ahead(schedule, 2)))
-    engine.executor._table = None
+    engine.executor._tables.clear()
     for group in engine.executor._ends._groups.values():
         group.process_group.timeout = timedelta(seconds=60 if has_pairs else 2)
     engine.train_batch(micro_batches(1, case, 0))
