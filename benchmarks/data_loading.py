@@ -41,7 +41,7 @@ from pipekit.models.transformer import language_model_loss
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 2048, 128, 16, 2
 WANTED = 1.02
-"""What `ahead` may take of the time of `ready`, with a dataset that waits."""
+"""Largest step time of `ahead` over that of `ready`, with a dataset that waits."""
 
 
 class Samples:

@@ -48,7 +48,7 @@ def version(
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one message and exit code 2, a hang one and 1."""
+    """Run the command line. An error is one message, and the exit code 2 for a mistake of the user's, 1 for a hang."""
     from pipekit.errors import PipekitError
 
     try:

@@ -89,7 +89,7 @@ class _Sent:
         self.copy = _copy(tensor)
 
     def fault(self) -> str | None:
-        """What happened to the buffer, if anything."""
+        """Broken rule of the buffer, in words; None if there is none."""
         # None, or a storage that counts as a user from now on.
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
@@ -119,7 +119,7 @@ class LateWork:
         return f"rank {self.rank}: {self.what}"
 
     def is_completed(self) -> bool:
-        """Whether it has ended; what it fills is filled by `wait` all the same."""
+        """True if it has ended; its outputs are filled by `wait` alone."""
         return self.ended.is_set()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -250,22 +250,17 @@ class LateGroup(dist.ProcessGroup):
         what = f"{name} of {', '.join(_shape(tensor) for tensor, _ in pairs) or 'nothing'}"
         return self._post(what, run, pairs[:num_outputs], [tensor for tensor, _ in pairs[num_outputs:]])
 
-    allreduce = partialmethod(_collective, "allreduce")
-    reduce = partialmethod(_collective, "reduce")
-    broadcast = partialmethod(_collective, "broadcast")
-    allgather = partialmethod(_collective, "allgather")
-    all_gather_single = partialmethod(_collective, "all_gather_single")
-    reduce_scatter = partialmethod(_collective, "reduce_scatter")
-    reduce_scatter_single = partialmethod(_collective, "reduce_scatter_single")
-    gather = partialmethod(_collective, "gather")
-    scatter = partialmethod(_collective, "scatter")
-    alltoall = partialmethod(_collective, "alltoall")
-    all_to_all_single = partialmethod(_collective, "all_to_all_single")
-    barrier = partialmethod(_collective, "barrier")
-
     def shutdown(self) -> None:
         """End the thread, after what was posted."""
         self._tasks.put(None)
+
+
+_COLLECTIVES = (
+    "allreduce reduce broadcast allgather all_gather_single reduce_scatter reduce_scatter_single gather scatter "
+    "alltoall all_to_all_single barrier"
+)
+for _name in _COLLECTIVES.split():
+    setattr(LateGroup, _name, partialmethod(LateGroup._collective, _name))
 
 
 def poison(tensor: Tensor) -> None:

@@ -405,7 +405,7 @@ def test_a_rank_that_hangs_in_step_9_is_named_early_and_ends_all_at_the_limit(
     done = pipekit(workspace, "train", "c.yaml", *overrides)
     assert done.returncode == 1
     warning, error, *report = done.stderr.splitlines()
-    assert warning.startswith("warning: step 9 has lasted 5 s, 10 usual steps take ")
+    assert warning.startswith("warning: step 9 has lasted 5 s (10 usual steps take ")
     assert error.startswith(f"error: the run hangs: rank 1 (stage 1) {fault} ")
     assert "computing 1F0" in warning
     assert "computing 1F0" in error
@@ -415,7 +415,7 @@ def test_a_rank_that_hangs_in_step_9_is_named_early_and_ends_all_at_the_limit(
     assert table[1][:9] == ["0", "0", "step", "9", "receiving", "the", "input", "gradient", "of"]
     assert table[1][-3] == "1"
     assert table[2][:6] == ["1", "1", "step", "9", "computing", "1F0"]
-    assert report[-1] == f"kept in {workspace}/{run}/logs/hang.txt"
+    assert report[-1] == f"saved in {workspace}/{run}/logs/hang.txt"
     assert (workspace / run / "logs" / "hang.txt").read_text().startswith("the run hangs: rank 1 (stage 1)")
     assert not ranks_of(run)
     assert not list((workspace / run / "logs").glob("*.heartbeat.json"))

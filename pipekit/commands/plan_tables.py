@@ -45,8 +45,8 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table.add_row("layout", str(read_plan(layout)))
     number = layout["pp"] * layout["dp"] * layout["tp"]
     reserve_bytes = device["memory_bytes"] - device["usable_bytes"]
-    kept = f", {bytes_text(reserve_bytes)} of it for other than tensors" if reserve_bytes else ""
-    table.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}{kept}")
+    reserved = f", of which {bytes_text(reserve_bytes)} are reserved" if reserve_bytes else ""
+    table.add_row("devices", f"{number:,} x {device['name']} with {bytes_text(device['memory_bytes'])}{reserved}")
     table.add_row(
         "step",
         f"{seconds_text(report['step_time_s'])}: compute {seconds_text(report['compute_s'])}, of which "

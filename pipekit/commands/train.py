@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from pipekit.commands.shared_options import ConfigFile, Overrides
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.local import flight_recorder_environ, run_plan
+from pipekit.launch.flight_recorder import flight_recorder_environ
+from pipekit.launch.local import run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import find_resources, thread_environ
 from pipekit.launch.worker import error_file_from, report_failure

@@ -105,7 +105,7 @@ class ParallelConfig(Section):
 
     memory_limit_gb: PositiveFloat | None = Field(default=None, examples=[80.0])
     """For `partition: memory` and `parallel: auto`: memory limit of a rank, in 10^9 bytes; null is the memory of its
-    GPU, but for a reserve, or on a CPU an equal fraction of the machine's."""
+    GPU less a reserve, or on a CPU an equal fraction of the machine's."""
 
     schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
     """Pipeline schedule: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first

@@ -70,7 +70,7 @@ class ModelParallelUnit:
         timeout_s: no wait in one of its groups lasts longer.
 
     Attributes:
-        activity: what this rank is at, for a report of a hang.
+        activity: current phase and operation of this rank, for the report of a hang.
     """
 
     def __init__(self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float = 600.0) -> None:

@@ -91,13 +91,13 @@ def leave_processes() -> None:
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank if any of them has an error, so that none goes on to wait for one that has stopped.
+    """Raise an error on every rank if any rank has one, so that no rank goes on to wait for one that has stopped.
 
-    Every rank calls this at the same place, with its own error or None. `group` is one of all ranks, that of the world
-    unless given.
+    Every rank calls this at the same point, with its own error or None. `group` is a group of all ranks, by default
+    that of the world.
 
     Raises:
-        PipekitError: of the type and with the message of the lowest rank that failed.
+        PipekitError: with the type and the message of the lowest rank's error; a rank that has an error raises its own.
     """
     mine = None if error is None else (type(error), f"{error}")
     reports: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()

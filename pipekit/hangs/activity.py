@@ -1,4 +1,4 @@
-"""Activity of a rank: the phase and the operation that it is at."""
+"""Activity of a rank: its current phase and operation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _FEWEST_STEPS = 3
 
 
 class Activity:
-    """Phase and operation that a rank is at, as its main thread notes them for the thread of its heartbeat.
+    """Current phase and operation of a rank, which its main thread notes for the thread of its heartbeat.
 
-    A note is one assignment, and no thread waits for another.
+    A note is a single assignment, so that neither thread waits for the other.
 
     Attributes:
         phase: a name such as "step 12", and the time at which it began, of `time.monotonic`.
-        operation: the operation or a name for what is done, such as "updating the weights", and its time.
-        usual_step_s: median of the last steps; None until there are some. The first is left out, since it compiles and
-            allocates.
+        operation: the operation, or words for it such as "updating the weights", and the time at which it began.
+        usual_step_s: median duration of the last steps; None until there are some. The first step is left out, since it
+            compiles and allocates.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Activity:
         self._is_first_step = True
 
     def begin(self, phase: str, doing: str) -> None:
-        """Note the beginning of a phase, and what is done first in it; the phase before ends."""
+        """Note the beginning of a phase, which ends the one before, and its first operation in words."""
         now_s = time.monotonic()
         self.phase, self.operation = (phase, now_s), (doing, now_s)
         if self._step_began_s is None:

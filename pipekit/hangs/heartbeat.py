@@ -1,4 +1,4 @@
-"""Heartbeats: a small file of each rank that says twice a second what the rank is at."""
+"""Heartbeats: a small file of each rank, in which it writes its current activity twice a second."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipekit.schedules.messages import name_result
 from pipekit.schedules.operations import Operation
 
 _INTERVAL_S = 0.5
-# Of many ranks, so many write a second in all: they may share a file system.
+# Writes of all ranks together: they may share a file system, so many ranks write less often.
 _WRITES_PER_S = 200
-# A record is written over the one before; what is shorter is padded.
+# Each record is written over the one before, and padded to this length.
 _RECORD_BYTES = 2048
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
-    """File of a rank's heartbeat in the folder of the logs."""
+    """Path of a rank's heartbeat file in the folder of the logs."""
     return folder / f"rank-{rank}.heartbeat.json"
 
 
@@ -37,15 +37,15 @@ class Heartbeat:
     Attributes:
         rank: global rank.
         stages: the stages that it holds.
-        number: of the beat, counted up.
+        number: number of the beat, counting from 1.
         phase: such as "step 12" or "evaluation after step 12".
-        phase_s: how long the phase has lasted.
+        phase_s: seconds that the phase has lasted.
         doing: such as "computing 2F3".
-        doing_s: how long that has lasted.
+        doing_s: seconds that this has lasted.
         is_waiting: whether it waits for other ranks.
-        waits_for: global ranks that it waits for; empty where only others in general are known.
-        usual_step_s: median of its last steps; None until it has made some.
-        interval_s: time between beats.
+        waits_for: global ranks that it waits for; empty where it is not known which.
+        usual_step_s: median seconds of its last steps; None until it has made some.
+        interval_s: seconds between beats.
     """
 
     rank: int
@@ -73,7 +73,7 @@ class Heartbeat:
 
     @classmethod
     def read(cls, path: Path) -> Heartbeat | None:
-        """Heartbeat in a file; None where it is not there, or was read in the middle of a write."""
+        """Heartbeat in a file; None if there is no file, or it was read in the middle of a write."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             record: dict[str, Any] = json.loads(path.read_bytes())
             return cls(**record | {key: tuple(record[key]) for key in ("stages", "waits_for")})
@@ -83,12 +83,12 @@ class Heartbeat:
 class HeartbeatThread:
     """Thread that writes a rank's heartbeat while its block runs; the file is removed if the block succeeds.
 
-    The main thread is not asked: the thread reads its `activity`, and its stack where it may be in a collective, which
-    costs the training nothing.
+    The main thread takes no part in it: this one reads the `activity` that the main thread notes, and the main thread's
+    stack for a collective in which it waits. That costs the training nothing.
 
     Args:
-        activity: what the main thread notes.
-        folder: of the logs; it is there.
+        activity: current phase and operation of the main thread.
+        folder: folder of the logs, which exists.
         rank: global rank.
         world_size: the number of ranks.
         stages: the stages of the rank.
@@ -129,7 +129,7 @@ class HeartbeatThread:
             self._path.unlink(missing_ok=True)
 
     def _run(self) -> None:
-        # A full disk must not end the run: without beats, the rank is not heard from, and that is all.
+        # A full disk must not end the run: the rank then falls silent, and nothing else happens.
         with contextlib.suppress(OSError), self._path.open("wb", buffering=0) as file:
             while True:
                 self._beat = self._observe()
@@ -174,13 +174,13 @@ def _describe(operation: Operation) -> str:
 
 
 def _find_wait(frame: FrameType | None) -> str | None:
-    """The wait for other ranks that a stack is in: a message that is awaited, or the name of a collective."""
+    """Wait for other ranks in a stack: the awaited message, or the name of the collective; None if it does not wait."""
     found = None
     while frame is not None:
         module, function = frame.f_globals.get("__name__"), frame.f_code.co_name
         if module == "pipekit.engine.channels" and function == "wait":
             return f"a wait for {frame.f_locals.get('what')}"
         if module == "torch.distributed.distributed_c10d" and not function.startswith("_"):
-            found = function  # the outermost is the one that the caller knows
+            found = function  # the outermost is the one that was called
         frame = frame.f_back
     return found

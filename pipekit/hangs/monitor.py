@@ -17,7 +17,7 @@ STALL_STEPS = 10
 REPORT_FILE = "hang.txt"
 """Name of the report of a hang in the folder of the logs."""
 
-# No stall is shorter. Until the usual step is known, only a rank that is not heard from is warned of, and later.
+# No stall is shorter. Until the usual step is known, only a silent rank is a stall, and after a longer time.
 _SHORTEST_STALL_S = 5.0
 _FIRST_STALL_S = 10.0
 _LISTEN_S = 0.5
@@ -27,7 +27,7 @@ _BEFORE_LIMIT_S = 30.0
 
 @dataclass(frozen=True)
 class _Heard:
-    """The newest heartbeat of a rank, and when it was heard. Clocks of other machines are not asked."""
+    """The newest heartbeat of a rank, and when it was heard by the clock of this machine."""
 
     beat: Heartbeat
     time_s: float
@@ -49,8 +49,8 @@ class HangMonitor:
     """Listener to heartbeats of ranks.
 
     Args:
-        folder: of the logs, where the heartbeats are.
-        ranks: the global ranks to listen to; of those that beat elsewhere, nothing is known.
+        folder: folder of the logs, where the heartbeats are.
+        ranks: the global ranks to listen to; those whose heartbeats are elsewhere stay unknown.
         clock: a monotonic clock, in seconds.
     """
 
@@ -62,7 +62,7 @@ class HangMonitor:
         self._has_warned = False
 
     def listen(self) -> None:
-        """Read the heartbeats, where the last time is a moment ago; without a call, time stands still."""
+        """Read the heartbeats, unless that was a moment ago. All times below are those of the last reading."""
         now_s = self._clock()
         if now_s - self._now_s < _LISTEN_S:
             return
@@ -72,24 +72,24 @@ class HangMonitor:
             last = self._heard.get(rank)
             if beat is None:
                 if last is not None and not file.exists():
-                    del self._heard[rank]  # it has ended as it should
+                    del self._heard[rank]  # it has succeeded
             elif last is None or beat.number != last.beat.number:
                 self._heard[rank] = _Heard(beat, now_s)
 
     def first_speaker(self) -> int | None:
-        """The lowest rank that is heard from; None where there is none."""
+        """The lowest rank that is heard from; None if there is none."""
         return min((rank for rank, heard in self._heard.items() if not heard.is_silent(self._now_s)), default=None)
 
     def longest_silence_s(self) -> float:
-        """Seconds since the last heartbeat of the rank that has been silent the longest; 0 if none has begun."""
+        """Seconds since the last heartbeat of the rank that has been silent the longest; 0 before the first."""
         return max((heard.silence_s(self._now_s) for heard in self._heard.values()), default=0.0)
 
     def longest_wait_s(self) -> float:
-        """Seconds that a rank has been at one thing: the longest of all; 0 if none has begun."""
+        """Seconds of the longest operation that a rank is in; 0 before the first heartbeat."""
         return max((heard.doing_s(self._now_s) for heard in self._heard.values()), default=0.0)
 
     def warning(self) -> str | None:
-        """One line about a stall that has begun; None where there is none, or it was told before."""
+        """One line about a stall; None if there is none, or there was a warning about it before."""
         usual_s = max((heard.beat.usual_step_s or 0.0 for heard in self._heard.values()), default=0.0)
         limit_s = max(STALL_STEPS * usual_s, _SHORTEST_STALL_S if usual_s else _FIRST_STALL_S)
         stalled = [heard for heard in self._heard.values() if self._is_stalled(heard, limit_s, is_timed=usual_s > 0)]
@@ -101,21 +101,21 @@ class HangMonitor:
         # A silent rank may have gone on after its last heartbeat.
         speaking = [heard for heard in self._heard.values() if not heard.is_silent(self._now_s)]
         longest = max(speaking or stalled, key=lambda heard: heard.doing_s(self._now_s))
-        usual = f", {STALL_STEPS} usual steps take {STALL_STEPS * usual_s:.2g} s" if usual_s else ""
+        usual = f" ({STALL_STEPS} usual steps take {STALL_STEPS * usual_s:.2g} s)" if usual_s else ""
         return f"{longest.beat.phase} has lasted {longest.phase_s(self._now_s):.0f} s{usual}: {self._blame()}"
 
     def _is_stalled(self, heard: _Heard, limit_s: float, *, is_timed: bool) -> bool:
         if heard.silence_s(self._now_s) > limit_s:
             return True
-        # Each thing that is done in an evaluation is short; a checkpoint takes as long as the storage does.
+        # Each operation of an evaluation is short; a checkpoint takes as long as the storage does.
         lasted_s = {"step": heard.phase_s, "evaluation": heard.doing_s}.get(heard.beat.phase.split()[0])
         return is_timed and lasted_s is not None and lasted_s(self._now_s) > limit_s
 
     def report(self, ended: Container[int] = ()) -> str:
-        """Report of a hang: the rank at fault, and a table of what each rank does and for whom it waits.
+        """Report of a hang: the rank at fault, and a table of all ranks with their activities and waits.
 
         Args:
-            ended: ranks whose processes are gone, since they had waited too long.
+            ended: ranks that gave up waiting, so that their processes are gone.
         """
         rows = [("rank", "stage", "phase", "doing", "waits for", "for")]
         for heard in (self._heard[rank] for rank in sorted(self._heard)):
@@ -138,33 +138,33 @@ class HangMonitor:
         silent = [heard for heard in present if heard.is_silent(now_s)]
         if silent:
             guilty = max(silent, key=lambda heard: heard.silence_s(now_s))
-            text = (
-                f"{guilty.beat.name} has not been heard from for {guilty.silence_s(now_s):.0f} s; the last it did, in "
+            fault = (
+                f"has not been heard from for {guilty.silence_s(now_s):.0f} s, and was last seen in "
+                f"{guilty.beat.phase}, {guilty.beat.doing}"
             )
-            text += f"{guilty.beat.phase}: {guilty.beat.doing}"
         elif busy := [heard for heard in present if not heard.beat.is_waiting]:
             guilty = max(busy, key=lambda heard: heard.doing_s(now_s))
-            text = f"{guilty.beat.name} waits for nobody, and has been {guilty.beat.doing} for "
-            text += f"{guilty.doing_s(now_s):.0f} s"
+            fault = f"waits for nobody, and has been {guilty.beat.doing} for {guilty.doing_s(now_s):.0f} s"
         else:
-            return "every rank waits for another" + ("" if self._heard else ", and none has been heard from")
+            return "every rank waits for another"
         waiting = [
             heard.beat.owner for rank, heard in sorted(self._heard.items()) if guilty.beat.rank in heard.beat.waits_for
         ]
-        return text + (f"; {' and '.join(waiting)} wait{'s' * (len(waiting) == 1)} for it" if waiting else "")
+        waiters = f"; {' and '.join(waiting)} wait{'s' * (len(waiting) == 1)} for it" if waiting else ""
+        return f"{guilty.beat.name} {fault}{waiters}"
 
 
 class HangTeller:
-    """Warning and report of a hang by a rank, where no launcher of ours listens: the lowest that is heard from speaks.
+    """Warning and report of a hang from the lowest rank that is heard from, under launchers that do not listen.
 
-    Called on the thread of the heartbeat with each beat of this rank. Ranks that do not see the `folder` of the others,
-    on machines that share no file system, know their own and those of their machine.
+    Called on the thread of the heartbeat with each beat of this rank. Where machines share no file system, a rank knows
+    only those of its own machine.
 
     Args:
-        folder: of the logs.
+        folder: folder of the logs.
         world_size: the number of ranks.
         timeout_s: the longest wait for another rank; the report is made shortly before.
-        terminal: where it is told.
+        terminal: where to write warning and report.
     """
 
     def __init__(self, folder: Path, world_size: int, timeout_s: float, terminal: TextIO) -> None:
@@ -177,7 +177,7 @@ class HangTeller:
         self._has_reported = False
 
     def __call__(self, beat: Heartbeat) -> None:
-        # Nobody reads what the others write before there is a reason.
+        # The heartbeats of the others are not read before there is a reason to.
         if beat.doing_s < _SHORTEST_STALL_S / 2:
             self._monitor = None
             return
@@ -199,7 +199,7 @@ class HangTeller:
 
 
 def save_report(report: str, folder: Path) -> str:
-    """Write a report of a hang into the folder of the logs; return it with the place of the file."""
+    """Write a report of a hang into the folder of the logs, and return it with the path of its file."""
     path = folder / REPORT_FILE
     write_atomically(path, f"{report}\n")
-    return f"{report}\n\nkept in {path}"
+    return f"{report}\n\nsaved in {path}"

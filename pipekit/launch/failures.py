@@ -114,7 +114,7 @@ def describe_failure(failure: RankFailure, *, names_rank: bool = True, names_log
     report = failure.report
     if report is None:
         tail = tail_of_log(failure.log, start=failure.log_start) or "(nothing)"
-        ending, text = "", f"{_describe_end(failure.returncode)}\nthe last it wrote:\n{tail}"
+        ending, text = "", f"{_describe_end(failure.returncode)}\nits last output:\n{tail}"
     elif report.kind == "user":
         ending, text = ":", report.message
     elif report.kind == "peer":

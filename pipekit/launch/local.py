@@ -21,6 +21,7 @@ from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
+from pipekit.launch.flight_recorder import flight_recorder_environ
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import thread_environ
 from pipekit.launch.watcher import Watcher
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pipekit.plan.plan import Plan
 
 _POLL_S = 0.05
-# How long a rank that lost another one waits for that other one's own report.
+# After a rank has lost another, the time for that other to report its own failure.
 _SETTLE_S = 2.0
 # After SIGKILL a process is gone at once, unless it is stuck in a driver.
 _KILLED_S = 5.0
@@ -40,7 +41,7 @@ _SHARE_OF_LIMIT = 0.8
 
 
 def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0) -> None:
-    """Run every rank of a plan that was written to `plan_file`, by `pipekit.launch.rank`; see `run_local`."""
+    """Run every rank of the plan in `plan_file` as a process on this machine; see `run_local`."""
     for note in guard_extension_builds(os.environ):
         sys.stderr.write(f"{note}\n")
     world_size = plan.layout.world_size
@@ -81,8 +82,8 @@ def run_local(
     with the processes that it started. SIGINT, SIGTERM and SIGHUP end all ranks the same way, a second one without
     grace; the launcher then exits with 128 plus the signal's number. If the launcher is killed, so are the ranks.
 
-    A rank whose heartbeat stops is warned of, and ends the run after `timeout_s`. Where ranks have waited too long for
-    one another, the report of the hang stays in `log_dir/hang.txt`.
+    A rank whose heartbeat stops causes a warning, and after `timeout_s` the end of the run. If ranks have waited too
+    long for one another, the report of the hang stays in `log_dir/hang.txt`.
 
     Where no port is given, and another program takes the chosen one before rank 0 listens on it, another is chosen and
     the ranks are started again.
@@ -95,12 +96,12 @@ def run_local(
         stdout_rank: the rank that may write to the launcher's stdout.
         grace_s: seconds between SIGTERM and SIGKILL.
         port: the port on which rank 0 listens for the others; None chooses a free one.
-        timeout_s: the longest wait of a rank for another, and the longest silence of one that has begun to beat.
+        timeout_s: the longest wait of a rank for another, and the longest silence between its heartbeats.
 
     Raises:
         LaunchError: if the port is taken, or a process cannot be started.
         RankError: if a rank fails; the message begins with the one that failed first.
-        HangError: if ranks have waited too long for another.
+        HangError: if ranks have waited too long for one another.
         SystemExit: after a signal.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ class _Worker:
         return False
 
     def failure(self) -> RankFailure | None:
-        """Return its failure, or None if it still runs or has succeeded."""
+        """Failure of the rank; None while it runs, and if it has succeeded."""
         if self.ended_s is None or self.process.returncode == 0:
             return None
         return RankFailure(
@@ -193,7 +194,7 @@ class _Worker:
         )
 
     def signal_group(self, signum: int) -> bool:
-        """Send a signal to the process and all that it started; return whether any of them is there."""
+        """Send a signal to the process and all that it started; return True if any of them still runs."""
         if not self.group_gone:
             try:
                 os.killpg(self.process.pid, signum)
@@ -285,7 +286,7 @@ def _wait(workers: Sequence[_Worker], signals: Sequence[int], monitor: HangMonit
         elif not all(map(_gave_up_waiting, failures)):
             return None
         else:
-            # What was heard before the first gave up tells why.
+            # The heartbeats before the first of them gave up tell why.
             peer_lost_s = peer_lost_s or time.monotonic()
             if num_running == 0 or time.monotonic() - peer_lost_s > _SETTLE_S:
                 is_hang = monitor.longest_wait_s() > _SHARE_OF_LIMIT * timeout_s
@@ -315,20 +316,6 @@ def _end(workers: Sequence[_Worker], signals: Sequence[int], *, grace_s: float) 
 def _gave_up_waiting(failure: RankFailure) -> bool:
     # NCCL's watchdog aborts the process.
     return failure.returncode == -signal.SIGABRT if failure.report is None else failure.report.kind == "peer"
-
-
-def flight_recorder_environ(log_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment of torch's flight recorder: the last operations of NCCL's groups, left beside the logs when one
-    lasts too long, as `flight-recorder-<rank>`, for `torchfrtrace` to read. The user's own settings win.
-
-    Source: torch/csrc/distributed/c10d/FlightRecorder.hpp, ProcessGroupNCCL.hpp.
-    """
-    defaults = {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_FR_DUMP_TEMP_FILE": f"{log_dir.absolute()}/flight-recorder-",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    }
-    return {name: environ.get(name, value) for name, value in defaults.items()}
 
 
 def _port_was_taken(failure: RankFailure, port: int) -> bool:

@@ -41,10 +41,10 @@ def _whole(value: object) -> object:
 
 
 def gpu_reserve_bytes(memory_bytes: int) -> int:
-    """Bytes of a GPU's memory that tensors do not get, an estimate.
+    """Estimated bytes of a GPU's memory that are not available to tensors.
 
-    They are 0.5e9 for the context and the kernels that are loaded, 1e9 for the buffers of communicators and the
-    workspaces of matmuls, and a twentieth of the memory for what the caching allocator cannot put together.
+    The context and its loaded kernels take 0.5e9, the buffers of communicators and the workspaces of matmuls 1e9, and
+    the gaps that the caching allocator leaves a twentieth of the memory.
 
     Source: https://github.com/pytorch/pytorch/issues/107667 (300 MB of context with kernels loaded lazily);
     https://github.com/Lumi-supercomputer/LUMI-AI-Guide/issues/111 (1 GiB with the first communicator);

@@ -22,7 +22,7 @@ import pytest
 from pipekit.errors import LaunchError
 from pipekit.launch import local
 from pipekit.launch.failures import HangError
-from pipekit.launch.local import flight_recorder_environ, run_local
+from pipekit.launch.local import run_local
 
 PRELUDE = """
 import json, os, pathlib, signal, socket, subprocess, sys, time
@@ -173,7 +173,7 @@ def test_a_killed_rank_is_blamed_and_not_those_that_lost_it(tmp_path: Path) -> N
             """,
         )
     message = str(caught.value)
-    assert message.startswith("rank 2 was killed by SIGKILL; out of memory?\nthe last it wrote:\nallocating\n")
+    assert message.startswith("rank 2 was killed by SIGKILL; out of memory?\nits last output:\nallocating\n")
     assert_nothing_left(tmp_path, num_pids=3)
 
 
@@ -205,7 +205,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
     # Nobody had to wait for the end of the grace.
     assert time.monotonic() - started_s < 12
     report = tmp_path / "logs" / "hang.txt"
-    assert str(caught.value) == f"{report.read_text().rstrip()}\n\nkept in {report}"
+    assert str(caught.value) == f"{report.read_text().rstrip()}\n\nsaved in {report}"
     report.unlink()
     assert_nothing_left(tmp_path, num_pids=3)
 
@@ -222,14 +222,6 @@ def test_a_rank_that_others_gave_up_waiting_for_is_named(tmp_path: Path) -> None
         run(tmp_path, body, timeout_s=3)
     (tmp_path / "logs" / "hang.txt").unlink()
     assert_nothing_left(tmp_path, num_pids=3)
-
-
-def test_the_users_own_settings_of_the_flight_recorder_win(tmp_path: Path) -> None:
-    assert flight_recorder_environ(tmp_path, {"TORCH_FR_BUFFER_SIZE": "9", "X": "x"}) == {
-        "TORCH_FR_BUFFER_SIZE": "9",
-        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/flight-recorder-",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    }
 
 
 def test_a_rank_that_exits_without_a_word(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pipekit.config import Config, parse_config
 from pipekit.costs.example import Example
-from pipekit.errors import ConfigError, LayoutError
+from pipekit.errors import ConfigError, LayoutError, ScheduleError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.models import build_layers
@@ -23,6 +24,7 @@ from pipekit.plan.device import plan_device, plan_precision
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.schedules import plan_1f1b
+from schedules.tables import post_ahead
 
 NAMES = ["embed", "position", *(f"blocks.{i}.{half}" for i in range(4) for half in ("attention", "mlp")), "final_norm"]
 
@@ -148,6 +150,16 @@ def test_gpus_are_taken_where_they_are() -> None:
     assert (on_cpu.device, on_cpu.precision, on_cpu.layout.dp) == ("cpu", "fp32", 1)
     with pytest.raises(LayoutError, match="needs 12 devices, and 8 are present"):
         plan("parallel.pp=12", "parallel.dp=1", num_devices=8)
+
+
+def test_a_table_that_would_hang_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["pipekit.schedules.validate"], "plan_operations", lambda table: post_ahead(table, 2)
+    )
+    with pytest.raises(ScheduleError, match="over NCCL these operations would wait for each other for ever"):
+        plan("parallel.pp=2", num_devices=2)
+    # Gloo matches messages by sender and receiver.
+    assert plan("parallel.pp=2").device == "cpu"
 
 
 def test_a_launcher_has_the_last_word_on_the_number_of_processes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import strategies as st
 
 from pipekit.schedules import (
@@ -13,6 +15,11 @@ from pipekit.schedules import (
     plan_zb_h1,
     plan_zb_v,
 )
+from pipekit.schedules.dependencies import needs
+from pipekit.schedules.messages import plan_messages
+from pipekit.schedules.operations import Operation
+
+Rows = list[list[Operation]]
 
 NAMES = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v")
 
@@ -70,3 +77,38 @@ def needed(action: Action, last_stage: int) -> list[tuple[int, str]]:
     if action.kind == "W":
         return [(action.stage, "I")]
     return [(action.stage, "F")] + ([(action.stage + 1, "BI")] if action.stage < last_stage else [])
+
+
+def post_ahead(schedule: Schedule, ahead: int) -> Rows:
+    """Operations that post `ahead` receives from each peer before their use, which hang over NCCL in many tables."""
+    rows: Rows = []
+    messages = plan_messages(schedule)
+    target_of = {action: target for (_, target), sent in messages.items() for action in sent}
+    for rank, actions in enumerate(schedule.ranks):
+        row: list[Operation] = []
+        unposted = {source: list(sent) for (source, target), sent in messages.items() if target == rank}
+        posted: Counter[int] = Counter()
+
+        def post(source: int, limit: int, row: list[Operation] = row, posted: Counter[int] = posted,
+                 unposted: dict[int, list[object]] = unposted) -> None:  # type: ignore[assignment]  # fmt: skip
+            while unposted[source] and posted[source] < limit:
+                row.append(Operation("post", unposted[source].pop(0), source))  # type: ignore[arg-type]
+                posted[source] += 1
+
+        for source in unposted:
+            post(source, ahead)
+        for action in actions:
+            for other in needs(action, schedule):
+                source = schedule.placement[other.stage]
+                if source == rank:
+                    continue
+                while not any(each.kind == "post" and each.action == other for each in row):
+                    post(source, posted[source] + 1)
+                row.append(Operation("receive", other, source))
+                posted[source] -= 1
+                post(source, ahead)
+            row.append(Operation("run", action))
+            if action in target_of:
+                row.append(Operation("send", action, target_of[action]))
+        rows.append(row)
+    return rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+import sys
+from collections import defaultdict
 from collections.abc import Hashable
 from itertools import pairwise
 from pathlib import Path
@@ -26,54 +27,15 @@ from pipekit.schedules import (
     validate,
     write_csv,
 )
-from pipekit.schedules.dependencies import needs
-from pipekit.schedules.messages import plan_messages
 from pipekit.schedules.nccl import Communicator, edge, find_hang
 from pipekit.schedules.operations import Operation, plan_operations
 from pipekit.schedules.validate import check_operations
-from schedules.tables import schedules
-
-Rows = list[list[Operation]]
+from schedules.tables import Rows, post_ahead, schedules
 
 
 def by_direction(source: int, target: int) -> Hashable:
     """One communicator of the whole pipeline for each direction."""
     return "upward" if source < target else "downward"
-
-
-def post_ahead(schedule: Schedule, ahead: int) -> Rows:
-    """Return operations that post so many receives of each peer ahead of their use, from the beginning of the step."""
-    rows: Rows = []
-    messages = plan_messages(schedule)
-    target_of = {action: target for (_, target), sent in messages.items() for action in sent}
-    for rank, actions in enumerate(schedule.ranks):
-        row: list[Operation] = []
-        unposted = {source: list(sent) for (source, target), sent in messages.items() if target == rank}
-        posted: Counter[int] = Counter()
-
-        def post(source: int, limit: int, row: list[Operation] = row, posted: Counter[int] = posted,
-                 unposted: dict[int, list[object]] = unposted) -> None:  # type: ignore[assignment]  # fmt: skip
-            while unposted[source] and posted[source] < limit:
-                row.append(Operation("post", unposted[source].pop(0), source))  # type: ignore[arg-type]
-                posted[source] += 1
-
-        for source in unposted:
-            post(source, ahead)
-        for action in actions:
-            for other in needs(action, schedule):
-                source = schedule.placement[other.stage]
-                if source == rank:
-                    continue
-                while not any(each.kind == "post" and each.action == other for each in row):
-                    post(source, posted[source] + 1)
-                row.append(Operation("receive", other, source))
-                posted[source] -= 1
-                post(source, ahead)
-            row.append(Operation("run", action))
-            if action in target_of:
-                row.append(Operation("send", action, target_of[action]))
-        rows.append(row)
-    return rows
 
 
 def play(ranks: Rows, communicator: Communicator, *, syncs: bool, connected: bool) -> bool:
@@ -248,7 +210,12 @@ def test_no_table_that_is_planned_for_measured_costs_can_hang(tens: int | range)
             prove_auto(10 * ten + number)
 
 
-def test_a_file_is_proved_as_it_is_read(tmp_path: Path) -> None:
+def test_a_file_is_proved_as_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     write_csv(plan_schedule("zb-v", pp=4, num_micro_batches=6), path)
-    validate(read_csv(path), channels="nccl")
+    read_csv(path)
+    monkeypatch.setattr(
+        sys.modules["pipekit.schedules.validate"], "plan_operations", lambda table: post_ahead(table, 2)
+    )
+    with pytest.raises(ScheduleError, match="over NCCL these operations would wait for each other for ever"):
+        read_csv(path)

@@ -168,7 +168,7 @@ class Run:
 
 @pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """What builds a run, whose numbers are on the host as soon as a step is launched, or are never seen to be there."""
+    """Builder of a run whose numbers are on the host as soon as a step is launched, or are never seen to be there."""
     monkeypatch.setattr(LateNumber, "is_here", request.param)
     return lambda **settings: Run(monkeypatch, tmp_path, **settings)
 
