@@ -39,7 +39,7 @@ WAYS = {"plain": (1, False), "tp=2": (2, False), "chunks": (1, True), "chunks, t
 
 REPEATS = 3
 WANTED = 0.35
-"""What `chunks, tp=2` may take of the memory of `plain`."""
+"""Largest memory of `chunks, tp=2` over that of `plain`."""
 
 
 class GlooGroup(TensorGroup):

@@ -1,4 +1,4 @@
-"""What the ranks of engine tests do, and the single process that they are compared with."""
+"""Jobs of the ranks of engine tests, and the single process that they are compared with."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def reference_run(case: Case, specs: list[LayerSpec] | None = None) -> dict[str,
 
 
 def show(case: Case) -> str:
-    """Return what a case has other than the default, for the names of tests."""
+    """Values of a case that are not the defaults, for the names of tests."""
     default = Case()
     changed = {key: value for key, value in vars(case).items() if value != getattr(default, key)}
     return "-".join(f"{key}={value}" for key, value in changed.items()) or "default"
@@ -119,7 +119,7 @@ _reference = cache(reference_run)
 
 
 def reference(case: Case) -> dict[str, Any]:
-    """Return what one process with nothing but torch has, whatever the layout of the case."""
+    """Results of one process with nothing but torch, whatever the layout of the case."""
     same = ("family", "tied", "clip", "optimizer", "num_kv_heads", "steps")
     return _reference(Case(**{name: getattr(case, name) for name in same}))
 

@@ -1,4 +1,4 @@
-"""What the documentation says is true: commands, configurations, links, tables and examples."""
+"""Truth of the documentation: commands, configurations, links, tables and examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One way to an engine: the engine that fits the ZeRO stage of DeepSpeed's configuration."""
+"""Building an engine: the one that fits the ZeRO stage of DeepSpeed's configuration."""
 
 from __future__ import annotations
 

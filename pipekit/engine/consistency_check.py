@@ -35,7 +35,7 @@ class TensorDigest:
 
     Attributes:
         dtype: its number format.
-        shape: that of what the rank holds.
+        shape: shape of the part that the rank holds.
         sums: two sums of its bits; see `sum_bits`.
     """
 
@@ -45,7 +45,7 @@ class TensorDigest:
 
 
 TensorPart = tuple[str, Shard | None]
-"""A tensor's logical name, and which part of it a tensor-parallel rank holds; None is the whole. Ranks that hold the
+"""A tensor's logical name, and the part of it that a tensor-parallel rank holds; None is the whole. Ranks that hold the
 same part must hold the same bits."""
 
 
@@ -55,7 +55,7 @@ class RankDescription:
 
     Attributes:
         rank: the global rank.
-        coordinate: where it stands.
+        coordinate: its place in the layout.
         data_ranks: the ranks of its data-parallel group.
         tensors: the digest of each tensor that has copies.
     """
@@ -123,9 +123,9 @@ def digest_tensors(module: PipelineModule) -> dict[TensorPart, TensorDigest]:
 
 
 def find_differing_copies(descriptions: Sequence[RankDescription]) -> list[str]:
-    """Return a line for each tensor whose copies are not all equal: its name, and which ranks differ from which.
+    """Tensors whose copies are not all equal: a line for each, with its name and the ranks that differ.
 
-    Right is what most ranks hold, and of as many the lowest rank.
+    The copy that most ranks hold counts as right; of several that equally many hold, that of the lowest rank.
 
     Args:
         descriptions: of every rank, in rank order.
@@ -202,8 +202,8 @@ def _verb(ranks: Sequence[int], verb: str) -> str:
 def check_consistency(module: PipelineModule, mpu: ModelParallelUnit, *, step: int) -> None:
     """Check that all ranks that hold the same tensor hold the same bits of it. Every rank calls this at the same place.
 
-    Compared are parameters and persistent buffers: among data-parallel replicas, among tensor-parallel ranks where
-    these hold a tensor whole, and among pipeline ranks that share a tied layer. A checkpoint keeps one copy of each.
+    Parameters and persistent buffers are compared among data-parallel replicas, among tensor-parallel ranks that hold a
+    tensor whole, and among pipeline ranks that share a tied layer. A checkpoint keeps one copy of each.
     Parameters under ZeRO-3 are left out, since each rank holds a piece that no other has. Optimizer states and fp32
     masters are left out too: where they have copies, what differs in them shows in the weights after the next update.
 
@@ -214,7 +214,7 @@ def check_consistency(module: PipelineModule, mpu: ModelParallelUnit, *, step: i
     Args:
         module: this rank's stages.
         mpu: the process groups.
-        step: how many updates have been made; the error names it.
+        step: number of updates that have been made, for the error.
 
     Raises:
         ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.

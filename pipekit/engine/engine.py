@@ -27,7 +27,7 @@ _MEASURED_STEPS = 3
 class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[misc]
     """Trains a `PipelineModule`.
 
-    It is DeepSpeed's engine with its own execution: actions come from a schedule's table, messages are asynchronous,
+    It is DeepSpeed's engine with another execution: actions come from a schedule's table, messages are asynchronous,
     tied and replicated gradients are reduced and counted once under every optimizer, and a step whose gradients are not
     finite is skipped and counted.
 
@@ -122,9 +122,9 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         return self._reducer.reducing(parameters, weights, whole=whole)
 
     def _reduce_gradients_of_tensor_replicas(self) -> None:
-        """Make the gradients of what tensor-parallel ranks hold in common the same on all of them, to the bit.
+        """Make the gradients of parameters that tensor-parallel ranks hold whole equal on all of them, to the bit.
 
-        Those of what each has applied to its part of the sequence are summed. Others are the same but for rounding, as
+        Gradients that come from each rank's part of the sequence are summed. The others differ by rounding alone, as
         kernels may sum in another order on each rank, and are averaged.
         """
         gradients = []

@@ -1,4 +1,4 @@
-"""Checkpoints of an engine by itself, for a training loop of one's own."""
+"""Checkpoints of an engine that is used without a `Trainer`, in a training loop of the user's own."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def save_engine(
     """Write the engine's weights, optimizer states and counters into `folder`, and return the checkpoint's path.
 
     Args:
-        engine: what to save.
-        folder: holds one checkpoint beside the other.
-        name: of the checkpoint; follows from the step unless given.
-        client_state: what else to keep.
+        engine: the engine to save.
+        folder: folder of the checkpoints.
+        name: name of the checkpoint; made from the step unless given.
+        client_state: further values to keep.
         update_latest: whether `latest` names it from now on.
 
     Raises:
@@ -65,12 +65,12 @@ def save_engine(
 def load_engine(
     engine: TrainingEngine, folder: Path, *, name: str | None, optimizer_states: bool, scheduler_state: bool
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """Set the engine to what a checkpoint holds, and return its path and the client's state.
+    """Load a checkpoint into the engine, and return its path and the client's state.
 
     Args:
-        engine: what to set.
-        folder: holds the checkpoints.
-        name: of the checkpoint; the newest unless given.
+        engine: the engine to load into.
+        folder: folder of the checkpoints.
+        name: name of the checkpoint; the newest unless given.
         optimizer_states: whether to read the optimizer's states.
         scheduler_state: whether to read the learning-rate scheduler's.
 

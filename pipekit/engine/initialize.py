@@ -1,4 +1,4 @@
-"""`initialize`: what `deepspeed.initialize` is to DeepSpeed's pipeline module, for pipekit's."""
+"""`initialize`: the counterpart of `deepspeed.initialize` for pipekit's pipeline module."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """Return an engine for a `pipekit.PipelineModule`, as `deepspeed.initialize` does for DeepSpeed's.
 
-    Any other model is handed on to DeepSpeed.
+    Any other model is passed on to DeepSpeed.
 
     Args:
         args: has `deepspeed_config`, the path of a configuration, where `config` is not given.
@@ -57,8 +57,8 @@ def initialize(
         **others: for other models.
 
     Returns:
-        The engine, its optimizer, the loader of `training_data`, and the learning-rate scheduler; None for what there
-        is not.
+        The engine, its optimizer, the loader of `training_data`, and the learning-rate scheduler, each None if there is
+        none.
 
     Raises:
         ConfigError: if the configuration cannot be read, has a key that DeepSpeed does not know, or cannot run.

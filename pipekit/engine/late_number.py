@@ -26,7 +26,7 @@ class LateNumber:
 
     @property
     def is_here(self) -> bool:
-        """True if reading it takes no waiting, as it never does on a CPU."""
+        """True if it can be read without waiting, as always on a CPU."""
         return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> float:

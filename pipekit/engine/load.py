@@ -17,18 +17,18 @@ from pipekit.tensor_parallel import shard_of
 def load_checkpoint(
     engine: TrainingEngine, reader: CheckpointReader, *, optimizer_states: bool = True
 ) -> TrainingState:
-    """Set the engine's weights, fp32 masters, optimizer states and counters, and return where training stands.
+    """Load the engine's weights, fp32 masters, optimizer states and counters, and return the state of the training.
 
-    Each rank reads the tensors of its own stage, and of those that tensor-parallel ranks share out its own part.
+    Each rank reads the tensors of its own stage, and only its own part of those that tensor-parallel ranks share out.
     Every rank calls this together.
 
     Args:
-        engine: what to set.
+        engine: the engine to load into.
         reader: the checkpoint.
         optimizer_states: False where the optimizer is of another kind now; its states then begin anew.
 
     Raises:
-        CheckpointError: on every rank, if the checkpoint does not fit the model; nothing has been changed then.
+        CheckpointError: on every rank, if the checkpoint does not fit the model; then nothing has been changed.
     """
     training = reader.manifest.training
     try:

@@ -1,10 +1,9 @@
 """The micro-batches of a step: read by the ranks that hold the first and the last stage, agreed on by all.
 
 Tensor-parallel ranks read the same, and make sure of it before anything else. The ranks of the first and of the last
-stage tell all others what they read: whether the data lasted, a checksum, and
-which micro-batches have shapes that were seen before. So data that end stop every rank with one error, a first and a
-last stage that read other batches are found out, and shapes may change at any micro-batch. The messages travel behind
-the first forwards.
+stage tell all others what they read: whether there was enough data, a checksum, and a number for the shapes of each
+micro-batch. So every rank stops with the same error when the data end, different batches on the first and the last
+stage are found, and shapes may change at any micro-batch. The messages travel behind the first forwards.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ MicroBatch = tuple[Any, Any]
 """The inputs and the labels of one micro-batch: tensors, or tuples, lists and dicts of them."""
 
 BatchFunction = Callable[[Any], MicroBatch]
-"""Makes inputs and labels of what a data iterator yields."""
+"""Makes inputs and labels from what a data iterator yields."""
 
 _OK, _NO_ITERATOR, _FAILED, _PEERS_DIFFER = 0, -1, -2, -3
-# A position of a sample's checksum: more would cost time and find nothing more.
+# A checksum reads about this many elements of a tensor: more would take time, and find nothing more.
 _SAMPLED_ELEMENTS = 1024
 
 
@@ -43,8 +42,8 @@ class StepData:
         micro_batches: inputs and labels, in order; empty on ranks that hold neither the first nor the last stage.
         shape_classes: for each micro-batch a number that stands for the shapes and dtypes of its inputs, the same on
             every rank of the pipeline.
-        confirm: to be called before the step's first backward: waits until the last stage has told what it read, and
-            raises a DataError if that does not fit.
+        confirm: to be called before the step's first backward: waits for the report of the last stage, and raises a
+            DataError if that stage could not read, or read something else than the first.
     """
 
     micro_batches: list[MicroBatch]
@@ -99,7 +98,7 @@ class MicroBatchReader:
             if failure is not None:
                 raise failure
             _check(report.tolist(), "first" if mpu.is_first_stage else "last", num_micro_batches)
-        # What the first stage has read is needed at once, but on the first stage itself; all else can wait.
+        # All other stages need the report of the first stage at once; everything else can wait.
         heard = report.tolist() if mpu.is_first_stage else reports[first].receive()
         _check(heard, "first", num_micro_batches)
 
@@ -146,11 +145,11 @@ class MicroBatchReader:
 
 
 class TrainingData:
-    """An endless iterable of micro-batches that goes on where training stands.
+    """An endless iterable of micro-batches, each step's from the position that training has reached.
 
     Args:
         prefetcher: gives the micro-batches of a step.
-        position: returns how many samples have been trained on, over all replicas.
+        position: returns the number of samples that have been trained on, over all replicas.
     """
 
     def __init__(self, prefetcher: Prefetcher, position: Callable[[], int]) -> None:
@@ -159,7 +158,7 @@ class TrainingData:
         self._position = position
 
     def __len__(self) -> int:
-        """The micro-batches of an epoch on one replica; an epoch's last step may reach into the next epoch."""
+        """Number of micro-batches of an epoch on one replica; an epoch's last step may reach into the next epoch."""
         steps = -(-self.loader.order.num_samples // self.loader.global_batch_size)
         return steps * self.loader.num_micro_batches
 
@@ -170,7 +169,7 @@ class TrainingData:
 
 
 def join_batches(outputs: list[Any]) -> Any:
-    """Return the outputs of micro-batches as one of all of them, joined along their first dimension; None of none."""
+    """Join the outputs of micro-batches along their first dimension; None if there are none."""
     if not outputs:
         return None
     flat = [flatten(output, "the last layer's output") for output in outputs]
@@ -185,10 +184,10 @@ class _Report:
     """Report of a rank on the batches that it has read, sent to all others of the pipeline.
 
     Args:
-        report: what this rank has to say, if it is the source.
+        report: the report, on the source; on other ranks, the tensor that receives it.
         mpu: the process groups.
         group: a CPU group of the pipeline's ranks; None where there is one rank.
-        source: pipeline rank of the one that reports.
+        source: pipeline rank that reports.
     """
 
     def __init__(self, report: Tensor, mpu: ModelParallelUnit, group: RankGroup | None, source: int) -> None:
@@ -196,7 +195,7 @@ class _Report:
         self._works: list[dist.Work] = []
         if group is None:
             return
-        # Beside the descriptions of activations, which go by the tag 0; one tag for each of the two that report.
+        # Descriptions of activations have the tag 0; each of the two ranks that report has a tag of its own.
         tag = 1 if source == mpu.placement[0] else 2
         for peer in range(mpu.layout.pp):
             if mpu.pipe_rank == source and peer != source:
@@ -210,14 +209,14 @@ class _Report:
 
     def receive(self) -> list[int]:
         """Return the report of the source."""
-        # A message of gloo can be waited for once.
+        # A message of gloo can be waited for only once.
         while self._works:
             wait(self._works.pop(), "the other stages to begin the step")
         return self._report.tolist()
 
 
 def _agree(report: Tensor, peers: RankGroup) -> int:
-    """Return the status of the first tensor-parallel rank that has not read its data, or whether all read the same."""
+    """Status of the first tensor-parallel rank that could not read its data; else `_OK`, or `_PEERS_DIFFER`."""
     reports = [torch.empty_like(report) for _ in range(peers.size)]
     work = dist.all_gather(reports, report.clone(), group=peers.process_group, async_op=True)
     assert work is not None

@@ -1,4 +1,4 @@
-"""Gradients that each tensor-parallel rank has a part of, summed before anything else is done with them."""
+"""Gradients of which each tensor-parallel rank has a part, summed before they are used for anything else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipekit.distributed.mpu import RankGroup
 
 
 def sum_gradients_over(group: RankGroup, parameters: Iterable[nn.Parameter]) -> None:
-    """Let the gradient of each parameter be summed over a group whenever it is computed.
+    """Sum the gradient of each parameter over a group whenever it is computed.
 
     ZeRO-2 and 3 reduce a gradient over the replicas as soon as it is there, and keep a piece of it; what is to be
     summed over other ranks must be summed before. All ranks of the group run the same backwards, so that they meet in

@@ -36,7 +36,7 @@ class _Bucket:
 class GradientReducer:
     """Averages gradients over the replicas of a stage, in place, while the backward of its lower layers still runs.
 
-    Under ZeRO each gradient goes to the replica that updates its weights, where that is faster than to all of them.
+    Under ZeRO each gradient goes only to the replica that updates its weights, where that is faster.
 
     Args:
         view: where the gradients are.
@@ -59,12 +59,12 @@ class GradientReducer:
     ) -> Iterator[None]:
         """Begin to reduce gradients as soon as they are complete in the last backward of a stage, which runs inside.
 
-        All replicas do this with the same parameters, in one order; whatever the order in which gradients come, the
-        reductions begin in that of the layers from last to first.
+        All replicas do this with the same parameters, in the same order. Reductions begin from the last layer to the
+        first, whatever the order in which gradients come.
 
         Args:
             parameters: those of the stage, in the order of its layers.
-            expected: what gets gradients inside, as often as it does; every parameter, once, unless given.
+            expected: the parameters that get gradients inside, each as often as it does; by default every one once.
             whole: whether each replica needs the means of all gradients.
 
         Raises:

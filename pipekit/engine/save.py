@@ -1,4 +1,4 @@
-"""Writing a checkpoint: each rank its share of the logical tensors, all of it or nothing."""
+"""Writing a checkpoint: each rank writes its share of the logical tensors, and all of it appears or nothing."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def save_checkpoint(
     """Write a checkpoint into `folder` and return its path. Every rank calls this together.
 
     The replicas of a stage share its tensors out among themselves, so that all ranks write at once. The folder appears
-    under its name when it is whole, and `latest` names it after that.
+    under its name when it is complete, and `latest` names it after that.
 
     Args:
-        engine: what to save.
+        engine: the engine to save.
         folder: the run's `checkpoints` folder, which every rank sees.
-        training: where training stands.
+        training: the state of the training.
         config_yaml: the resolved configuration.
         extra_files: files to copy in, by name.
         keep: how many checkpoints to keep in `folder`; None keeps all.
-        name: of the checkpoint; follows from the step unless given.
+        name: name of the checkpoint; made from the step unless given.
         update_latest: whether `latest` names it from now on.
 
     Raises:
@@ -177,7 +177,7 @@ def _finish(
     versions = {name: version(name) for name in ("pipekit", "torch", "deepspeed")}
     manifest = Manifest(training=training, tensors=tensors, file_bytes=file_bytes, written_by=versions)
     write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
-    replace_folder(temporary, final)  # A run that was set back to an earlier step passes here again.
+    replace_folder(temporary, final)  # A run that was set back to an earlier step writes this one again.
 
 
 def _prune(folder: Path, keep: int | None) -> None:

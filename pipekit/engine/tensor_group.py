@@ -1,4 +1,4 @@
-"""The tensor group of a rank, over its processes."""
+"""Tensor-parallel peers over a process group, and the logical tensors of what they hold."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def join_shards(own: Tensor, parameter: nn.Parameter, group: TensorGroup | None) -> Tensor:
-    """Return the logical tensor of what each tensor-parallel rank has of a parameter. All of them call this together.
+    """Join what each tensor-parallel rank has of a parameter to the logical tensor. All of them call this together.
 
     Args:
         own: what belongs to this rank's part of the parameter: its weights, a state, a gradient.

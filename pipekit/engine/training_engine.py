@@ -55,7 +55,7 @@ class TrainingEngine:
         measure_costs: whether to time the actions of the first steps, and then to plan the table anew for them.
         max_in_flight: the stage activations that a rank may hold under the table that is planned anew.
         profile: whether to time every step's actions, for `gather_timeline`.
-        **deepspeed_args: what else DeepSpeed's engine is given.
+        **deepspeed_args: further arguments of DeepSpeed's engine.
     """
 
     # Set by DeepSpeed's engine.
@@ -81,7 +81,7 @@ class TrainingEngine:
     on_gradients: GradientObserver | None = None
     """Called before every update, when the gradients are those of the step and of all replicas, with a function of a
     parameter that returns its gradient in fp32 or the parameter's own type; of a tensor that tensor-parallel ranks
-    shard, this rank's shard. In fp16 the gradients are multiplied with `view.loss_scale`."""
+    shard, this rank's shard. In fp16 the gradients are multiplied by `view.loss_scale`."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class TrainingEngine:
         return self._schedules[key]
 
     def set_batch_fn(self, fn: BatchFunction) -> None:
-        """Set what makes a pair of inputs and labels of what a data iterator yields."""
+        """Set the function that makes a pair of inputs and labels from what a data iterator yields."""
         self.executor.reader.batch_fn = fn
 
     def set_training_data(self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None = None) -> None:
@@ -216,7 +216,7 @@ class TrainingEngine:
         self.training_dataloader = data
 
     def gather_timeline(self) -> Timeline:
-        """Return when each rank of this pipeline did what in the last step. All ranks call this together.
+        """Measured timeline of the last step on this pipeline. All ranks call this together.
 
         The engine must have been built with `profile=True`.
         """
@@ -338,7 +338,7 @@ class TrainingEngine:
     def destroy(self) -> None:
         """Free the engine's process groups, unless another engine uses them. All ranks call this together.
 
-        The module, which talks through them, ends with the engine.
+        The module communicates through them, and cannot be used any more.
         """
         if self._is_destroyed:
             return
@@ -375,8 +375,8 @@ class TrainingEngine:
 
         Args:
             save_dir: the folder, which every rank sees.
-            tag: name of the checkpoint; follows from the step unless given.
-            client_state: what else to keep: numbers, texts, lists and dicts.
+            tag: name of the checkpoint; made from the step unless given.
+            client_state: further values to keep: numbers, texts, lists and dicts.
             save_latest: whether `latest` names it from now on.
             exclude_frozen_parameters: not taken.
         """

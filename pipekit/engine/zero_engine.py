@@ -27,7 +27,7 @@ from pipekit.tensor_parallel import Logits, has_partial_gradient
 class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     """Trains a `PipelineModule` of one stage under ZeRO-2 or 3.
 
-    It does to its users what `PipelineEngine` does. Each micro-batch goes forward and back at once, through DeepSpeed's
+    To its users it behaves like `PipelineEngine`. Each micro-batch goes forward and back at once, through DeepSpeed's
     own engine: its hooks reduce every gradient as soon as it is there, each rank keeps its piece of the sum, and under
     ZeRO-3 they fetch the weights of a layer before it runs and let them go after it.
 
@@ -72,7 +72,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         """Sequences of a micro-batch."""
         return int(self.train_micro_batch_size_per_gpu())
 
-    # What these ask for, `Diagnostics` does under both engines; DeepSpeed's own would be done beside it.
+    # `Diagnostics` does what these ask for, under both engines; DeepSpeed would do it a second time.
 
     def wall_clock_breakdown(self) -> bool:
         return False
@@ -81,7 +81,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         return False
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
-        """Set what `train_batch` reads where it is given no iterator."""
+        """Set the iterator that `train_batch` reads if it is given none."""
         self.data_iterator = iterator
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
@@ -117,7 +117,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self._micro_batches_done += 1
         is_last = self._micro_batches_done == self.micro_batches
         # DeepSpeed counts calls, and would lose count when a step fails or the batch size changes. With masters in host
-        # memory it hands over at the boundary what the last micro-batch has used alone; `train_batch` does all of it.
+        # memory it hands over at the boundary only what the last micro-batch has used; `train_batch` hands over all.
         self.set_gradient_accumulation_boundary(is_last and not self.view.is_offloaded)
         (loss,) = outputs
         self.backward(loss)
@@ -126,7 +126,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
 
 
 class _AgreeingReader(MicroBatchReader):
-    """Reads each step's micro-batches, and lets every rank know when one of them could not.
+    """Reads each step's micro-batches, and lets every rank know if any could not.
 
     ZeRO-2 and 3 talk during each backward, and ZeRO-3 during each forward, so that no rank may begin a step alone.
 

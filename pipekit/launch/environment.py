@@ -78,9 +78,9 @@ class RankEnvironment:
 def detect_ranks(environ: Environ) -> RankEnvironment | None:
     """Return this process's place in its launch, or None if it was started on its own.
 
-    Understood are torchrun and deepspeed, Open MPI, MPICH and Intel MPI, and SLURM's srun. The shell or batch
-    script of a SLURM allocation is not a launch: only srun sets `SLURM_STEP_ID`, and a step of one task has
-    nobody to join.
+    The launchers are torchrun and deepspeed, Open MPI, MPICH and Intel MPI, and SLURM's srun. The shell or batch
+    script of a SLURM allocation is not a launch: only srun sets `SLURM_STEP_ID`, and a step of one task has no
+    other process to join.
 
     Raises:
         LaunchError: if some of a launcher's variables are missing, or they contradict each other.
@@ -122,7 +122,7 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_on_node(tasks_per_node: str, node_idx: int) -> int | None:
-    """Return the number of tasks of one node, from SLURM's short form; None where the form does not cover it.
+    """Number of tasks of one node, from SLURM's short form; None if the form leaves the node out.
 
     Example:
         >>> [tasks_on_node("4(x2),1", node) for node in range(4)]
@@ -201,7 +201,7 @@ def _pmi_is_srun(environ: Environ) -> bool:
 
 
 def _master_port(environ: Environ) -> int:
-    """Return a port that every rank of a job computes alike, and two jobs on one machine rarely share."""
+    """Port that is the same for every rank of a job, and rarely the same for two jobs on one machine."""
     if "MASTER_PORT" in environ:
         return _integer(environ, "MASTER_PORT")
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID") if "SLURM_JOB_ID" in environ else ("PMIX_NAMESPACE", "PBS_JOBID")
@@ -214,7 +214,7 @@ def _require(launcher: str, environ: Environ, names: Sequence[str]) -> None:
     if missing:
         hint = " ".join(name for name in names if name in environ) or " ".join(names)
         raise LaunchError(
-            f"not set: {', '.join(missing)}, though this process seems to be started by {launcher}, which sets all of "
+            f"not set: {', '.join(missing)}, though this process seems to have been started by {launcher}, which sets "
             f"{', '.join(names)}; set what is missing, or unset {hint} to start without a launcher"
         )
 

@@ -2,7 +2,7 @@
 
 A build is protected by a file named `lock`. A process that is killed while it builds leaves that file, and
 every later process waits for its removal for ever, without a word. The file holds no process number, but its
-builder keeps it open as long as the build runs, so on Linux it can be told whether the builder still lives.
+builder keeps it open as long as the build runs, so on Linux one can tell whether the builder is still there.
 
 Source: torch/utils/file_baton.py and torch/utils/cpp_extension.py (`_jit_compile`).
 """
@@ -55,7 +55,7 @@ def guard_extension_builds(
 ) -> list[str]:
     """Remove the locks of builds whose process is gone, and wait for builds that are under way.
 
-    Call it on one process of each machine before any imports deepspeed.
+    Call it in one process of each machine before any process imports deepspeed.
 
     A lock is removed when no process has it open and no ninja runs in its folder. Where that cannot be known
     (another user's lock, a folder shared with other machines or containers, not Linux), it is removed when

@@ -205,7 +205,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _signals_noted() -> Iterator[list[int]]:
-    """Note the signals that ask for the end, and do not act on them; ignored ones, as by nohup, stay so."""
+    """Note the signals that ask for the end, and do not act on them; those that nohup ignores stay ignored."""
     signals: list[int] = []
     previous = {}
     try:

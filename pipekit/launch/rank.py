@@ -16,7 +16,7 @@ from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one rank, of which the environment says the number; a task is one of `pipekit.verify.run`, as JSON."""
+    """Run the rank whose number is in the environment; the task, if any, is a `pipekit.verify.run.Task` as JSON."""
     tie_to_parent(os.environ)
     with report_failure(error_file_from(os.environ)):
         ranks = detect_ranks(os.environ)

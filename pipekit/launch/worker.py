@@ -22,8 +22,8 @@ LAUNCHER_PID_VARIABLE = "PIPEKIT_LAUNCHER_PID"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# gloo raises a bare RuntimeError when another rank is gone; its text begins with the place in gloo's own sources, but
-# for that of a later wait for a rank that was given up.
+# gloo raises a bare RuntimeError when another rank is gone. Its text begins with the place in gloo's own sources, or
+# says that gloo has given the rank up before.
 _GLOO = re.compile(r"gloo/|Application timeout caused pair closure")
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 

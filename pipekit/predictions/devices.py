@@ -131,10 +131,10 @@ class Device(Section):
     """Other names that it is found by."""
 
     source: str = Field(min_length=1)
-    """Where the figures come from."""
+    """Source of the figures."""
 
     efficiency_source: str = Field(min_length=1)
-    """Where `efficiency` comes from."""
+    """Source of `efficiency`."""
 
     @property
     def usable_bytes(self) -> int:

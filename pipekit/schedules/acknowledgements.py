@@ -1,4 +1,4 @@
-"""Acknowledgements: the messages that the answers of a pipeline peer confirm to be received, read off the table."""
+"""Acknowledgements: answers of a pipeline peer that confirm the receipt of messages, read off the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipekit.schedules.schedule import Schedule
 
 @dataclass(frozen=True)
 class Acknowledgements:
-    """The messages of one rank to another that the messages coming back confirm to be received.
+    """The messages of one rank to another whose receipt is confirmed by the messages that come back.
 
     Attributes:
         used: the actions whose results the one sends to the other, in the order in which the other's row uses them.

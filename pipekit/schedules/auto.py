@@ -30,14 +30,15 @@ def plan_auto(
     never longer in simulation than that of any fixed schedule that has this placement and keeps to the limit.
 
     Args:
-        costs: of each stage.
+        costs: costs of each stage.
         placement: the pipeline rank of each stage.
         num_micro_batches: micro-batches of a step.
         max_in_flight: stage activations that a rank may hold; as many as there are stages unless given, which is what
             1F1B's first rank holds.
 
     Raises:
-        ConfigError: if the limit is smaller than the number of stages on a rank, or the costs are of other stages.
+        ConfigError: if the limit is smaller than the number of stages on a rank, or the costs are for another number of
+            stages.
 
     Example:
         >>> slow_messages = Costs.uniform(4, transfer_s=0.5)
@@ -64,7 +65,7 @@ def plan_auto(
         step_time_s = simulate(schedule, costs).step_time_s
         if best is None or step_time_s < best[0]:
             best = step_time_s, schedule
-        # Nothing can be better, but for rounding.
+        # Nothing can be better, except by rounding.
         if best[0] <= shortest_s * (1 + 1e-9):
             break
     assert best is not None, "list scheduling keeps to every limit"

@@ -36,7 +36,7 @@ def default_stages_per_rank(name: str) -> int:
     """Default number of stages on each rank under a schedule.
 
     Raises:
-        ConfigError: if there is no such schedule, or the file holds none.
+        ConfigError: if there is no such schedule, or the file does not hold one.
     """
     if is_file(name):
         schedule = read_csv(name)

@@ -14,13 +14,13 @@ from pipekit.schedules.simulate import Span, Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart by the colour-blind too; Okabe and Ito 2008.
+# The colour-blind can tell them apart, too; Okabe and Ito 2008.
 ACTION_COLOURS: dict[ActionKind, str] = {"F": "#56B4E9", "B": "#E8743B", "I": "#F0B429", "W": "#009E73"}
 _CHARACTER_WIDTH = 0.62  # of its height
 
 
 def draw_text(timeline: Timeline, *, width: int = 120) -> str:
-    """Return a row for each rank, in which an action takes columns as it takes time; idle columns hold a dot.
+    """Draw a timeline as text: a row for each rank, with actions as wide as they are long, and dots where it is idle.
 
     An action is shown by its kind, in small letters on the later stages of a rank, and its micro-batch where it fits.
 
@@ -68,8 +68,8 @@ def _summary(timeline: Timeline) -> str:
 def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
     """Write a picture of timelines, one above the other on one axis of time; SVG or PNG, by the ending of `path`.
 
-    A row a rank, a colour a kind of action, darker for the later stages of a rank, with micro-batch numbers inside. The
-    keys of `timelines` are their titles.
+    It has a row for each rank and a colour for each kind of action, darker for the later stages of a rank, with the
+    numbers of micro-batches inside. The keys of `timelines` are their titles.
 
     Raises:
         PipekitError: if matplotlib is not installed, or the ending is neither `.svg` nor `.png`.

@@ -1,4 +1,4 @@
-"""Interleaved 1F1B: several stages a rank, which shortens the bubble by as much."""
+"""Interleaved 1F1B: several stages a rank, which shortens the bubble by the same factor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulator: when each action of a table runs, given what it costs."""
+"""The simulator: start and end of each action of a table, given its costs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Costs:
     """Costs of the actions of a step.
 
     Attributes:
-        forward_s: seconds of each stage's forward for one micro-batch, as are the next two.
-        input_gradient_s: of each stage's input gradient.
-        weight_gradient_s: of each stage's weight gradient; a whole backward takes both.
-        transfer_s: seconds until an activation or a gradient has reached another rank; no rank computes less meanwhile.
-        overhead_s: seconds that a rank spends on every action beside computing it.
-        activation_bytes: what each stage holds of a micro-batch from its forward to the end of its backward; 1 for each
-            stage unless given.
+        forward_s: seconds of each stage's forward for one micro-batch.
+        input_gradient_s: seconds of each stage's input gradient for one micro-batch.
+        weight_gradient_s: seconds of each stage's weight gradient for one micro-batch; a whole backward takes both.
+        transfer_s: seconds until an activation or a gradient has reached another rank; it slows no rank down.
+        overhead_s: seconds that a rank spends on every action besides computing it.
+        activation_bytes: bytes that each stage holds of a micro-batch from its forward to the end of its backward; 1
+            for each stage unless given.
     """
 
     forward_s: Sequence[float]

@@ -1,4 +1,4 @@
-"""How long a sender keeps what it sent, and what it waits for."""
+"""Messages that a sender keeps, and its waits."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def linear_specs() -> list[LayerSpec]:
 
 
 def count_alive(rank: int, case: Case, evaluate: bool) -> dict[tuple[int, str], int]:
-    """Return how many messages this rank held at most, by the rank that it sent them to and the kind of action."""
+    """Peak number of messages that this rank held, by the rank that it sent them to and the kind of action."""
     engine = build_engine(case, specs=linear_specs())
     engine.train_batch(micro_batches(0, case, 0))
     sent: dict[tuple[int, str], list[StorageWeakRef]] = {}

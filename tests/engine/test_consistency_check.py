@@ -294,7 +294,7 @@ def test_every_parameter_is_compared_but_the_pieces_of_zero_3(gloo: GlooWorkers)
 
 
 def check_with_nans(rank: int, case: Case) -> int:
-    """Return how many collectives a check takes that finds the same NaN in a weight of every rank."""
+    """Number of collectives of a check that finds the same NaN in a weight of every rank."""
     engine = build_engine(case)
     calls = []
     gather = dist.all_gather_object

@@ -1,4 +1,4 @@
-"""What the executor passes between stages, and how it fails."""
+"""Values that the executor passes between stages, and its failures."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def looked_up(embedding: nn.Embedding, token_ids: Tensor) -> Tensor:
 
 
 def deepspeed_layers() -> list[Any]:
-    """What a script of DeepSpeed's holds: its own specs, tied ones, modules, and functions."""
+    """Layers as a DeepSpeed script has them: its own specs, tied ones, modules, and functions."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     return [

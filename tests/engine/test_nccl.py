@@ -20,7 +20,7 @@ from engine_jobs import (
     train_job,
 )
 from gloo_workers import GlooWorkers, RankError
-from schedules.test_nccl import post_ahead
+from schedules.tables import post_ahead
 
 pytestmark = pytest.mark.distributed
 

@@ -41,7 +41,7 @@ def gradients_of_each_step(rank: int, case: Case) -> dict[str, Any]:
         float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank)))
         for step in range(case.steps)
     ]
-    return {"losses": losses, "gradients": steps, "schedule": str(engine.schedule)}
+    return {"losses": losses, "gradients": steps, "schedule": str(engine.schedule), "costs": engine._costs}
 
 
 def run(gloo: GlooWorkers, case: Case, *, nccl: bool = False) -> dict[str, Any]:
@@ -126,7 +126,10 @@ def test_16_bits_are_those_of_one_process_in_16_bits(gloo: GlooWorkers, schedule
 def test_a_measured_schedule_is_planned_after_three_steps(gloo: GlooWorkers) -> None:
     case = Case(pp=2, schedule="auto", steps=STEPS)
     results = gloo.run(2, gradients_of_each_step, case)
-    assert results[0]["schedule"] == results[1]["schedule"]
+    costs = results[0]["costs"]
+    planned = plan_schedule("auto", pp=2, num_micro_batches=8, costs=costs)
+    assert [(result["costs"], result["schedule"]) for result in results] == [(costs, str(planned))] * 2
+    assert costs is not None
     # What the layers cost here is far from equal: the planner has something to do.
     assert_same(run(gloo, case), reference(True))
 

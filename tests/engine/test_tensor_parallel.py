@@ -86,7 +86,7 @@ def test_dropout_draws_the_same_masks_under_every_layout_of_one_degree(gloo: Glo
 
 
 def dropout_masks(rank: int, sequence_parallel: bool) -> dict[str, list[Tensor]]:
-    """Return what each layer with dropout has returned of ones, on this tensor rank."""
+    """Outputs of each layer with dropout for inputs of ones, on this tensor-parallel rank."""
     case = Case(tp=2, dropout=0.5, steps=1, sequence_parallel=sequence_parallel)
     engine = build_engine(case)
     masks: dict[str, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Which rank is blamed, and what is said about it."""
+"""The rank that is blamed for a failure, and its message."""
 
 from __future__ import annotations
 

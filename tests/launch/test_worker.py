@@ -1,4 +1,4 @@
-"""What a failing worker leaves behind; run in processes of their own, because a report ends the process."""
+"""Reports of failing workers, which run in processes of their own, because a report ends the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from pipekit.errors import CommunicationError, ConfigError
 from pipekit.launch.failures import FailureReport
-from pipekit.launch.worker import error_file_from, failure_kind, report_failure
+from pipekit.launch.worker import error_file_from, failure_kind
 
 
 def run_block(block: str, error_file: Path | None) -> subprocess.CompletedProcess[str]:
@@ -104,8 +104,3 @@ def test_failure_kind_knows_torch_by_name() -> None:
 def test_error_file_from_the_environment() -> None:
     assert error_file_from({"PIPEKIT_ERROR_FILE": "/x/rank-0.error.json"}) == Path("/x/rank-0.error.json")
     assert error_file_from({}) is None
-
-
-def test_report_failure_passes_success_through() -> None:
-    with report_failure(None):
-        pass

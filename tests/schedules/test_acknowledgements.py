@@ -1,4 +1,4 @@
-"""What answers prove, against every rank's row gone through message by message."""
+"""Acknowledgements, against every rank's row gone through message by message."""
 
 from __future__ import annotations
 
