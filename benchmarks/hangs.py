@@ -1,4 +1,4 @@
-"""Ranks that stop, dawdle or die at random moments of a run: whether the run says which, how soon, and ends.
+"""Ranks that stop, dawdle or die at random moments of a run: the reports that name them, their delay, and the end.
 
     python benchmarks/hangs.py [--rounds 20] [--faults stop slow kill] [--seed 0] [--out hangs.json]
 

@@ -4,8 +4,7 @@
 
 Trains layers that multiply one number by one weight, on two ranks and on four, 32 micro-batches a step under 1F1B: with
 DeepSpeed's `PipelineEngine`, with torch's `Schedule1F1B` and with ours, all in one run, which take turns. A step is 64
-actions on each rank. Each figure is the median over the rounds. Prints a table and
-writes JSON.
+actions on each rank. Each figure is the median over the rounds. Prints a table and writes JSON.
 """
 
 from __future__ import annotations

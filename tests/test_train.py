@@ -362,7 +362,7 @@ class Dies(Failing):
 class Stops(Failing):
     def fail(self):
         if Failing.calls > 8 * 4:
-            time.sleep(1)  # a heartbeat tells what this rank is at
+            time.sleep(1)  # a heartbeat is written meanwhile
             os.kill(os.getpid(), signal.SIGSTOP)
 
 class Sleeps(Failing):

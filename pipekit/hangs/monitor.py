@@ -154,7 +154,7 @@ class HangMonitor:
         return f"{guilty.beat.name} {fault}{waiters}"
 
 
-class HangTeller:
+class HangReporter:
     """Warning and report of a hang from the lowest rank that is heard from, under launchers that do not listen.
 
     Called on the thread of the heartbeat with each beat of this rank. Where machines share no file system, a rank knows

@@ -16,7 +16,7 @@ from pipekit.distributed.mpu_check import check_mpu
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together
 from pipekit.errors import ConfigError
 from pipekit.hangs.heartbeat import HeartbeatThread
-from pipekit.hangs.monitor import HangTeller
+from pipekit.hangs.monitor import HangReporter
 from pipekit.layers.specs import LayerSpec
 from pipekit.plan.decide import Decision
 from pipekit.plan.device import plan_device
@@ -134,7 +134,9 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
         world_size=plan.layout.world_size,
         stages=mpu.stages,
         pipe_ranks=mpu.pipe.ranks,
-        on_beat=None if is_watched else HangTeller(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
+        on_beat=None
+        if is_watched
+        else HangReporter(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
     )
     with heartbeat:
         return Trainer(trial, callbacks).fit()

@@ -402,7 +402,7 @@ def test_shapes_may_change_from_micro_batch_to_micro_batch(gloo: GlooWorkers, sc
         assert losses == pytest.approx(alone, rel=1e-5)
 
 
-def evaluate(rank: int, num_stages: int, dp: int) -> dict[str, Any]:
+def evaluate(rank: int, num_stages: int) -> dict[str, Any]:
     engine, *_ = build(num_stages)
     engine.train_batch(batches(0, engine))
     loss, logits = engine.eval_batch(batches(1, engine), return_logits=True)
@@ -419,8 +419,8 @@ def evaluate(rank: int, num_stages: int, dp: int) -> dict[str, Any]:
 
 
 def test_eval_batch_does_all_that_it_is_asked(gloo: GlooWorkers) -> None:
-    alone = gloo.run(1, evaluate, 1, 1)[0]
-    first, last = gloo.run(2, evaluate, 2, 1)
+    alone = gloo.run(1, evaluate, 1)[0]
+    first, last = gloo.run(2, evaluate, 2)
     assert first["loss"] == last["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert first["each"] == last["each"] == pytest.approx(alone["each"], rel=1e-5)
     assert alone["loss"] == pytest.approx(sum(alone["each"]) / GLOBAL_BATCH, rel=1e-5)

@@ -13,7 +13,7 @@ import pytest
 from pipekit.hangs import monitor as monitor_module
 from pipekit.hangs.activity import Activity
 from pipekit.hangs.heartbeat import Heartbeat, HeartbeatThread, heartbeat_file
-from pipekit.hangs.monitor import HangMonitor, HangTeller
+from pipekit.hangs.monitor import HangMonitor, HangReporter
 from pipekit.schedules.action import Action
 from pipekit.schedules.operations import Operation
 
@@ -179,20 +179,22 @@ def test_the_usual_step_is_a_median_without_the_first(monkeypatch: pytest.Monkey
     assert usual == [None, None, None, None, 2.0]
 
 
-def test_without_a_launcher_the_lowest_rank_that_lives_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_launcher_the_lowest_rank_that_is_heard_from_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranks = Ranks(tmp_path)
     monkeypatch.setattr(
         monitor_module, "HangMonitor", lambda folder, of: HangMonitor(folder, of, clock=lambda: ranks.now_s)
     )
     terminals = [io.StringIO() for _ in range(4)]
-    tellers = [HangTeller(tmp_path, 4, 60.0, terminal) for terminal in terminals]
+    reporters = [HangReporter(tmp_path, 4, 60.0, terminal) for terminal in terminals]
     ranks.silent = {0}
     for rank in (1, 2, 3):
         ranks.wait(rank, 0)
     for _ in range(140):
         ranks.pass_s(0.5)
         for rank in (1, 2, 3):
-            tellers[rank](ranks.beats[rank])
+            reporters[rank](ranks.beats[rank])
     text = terminals[1].getvalue()
     assert text.count("warning: step 7 has lasted") == 1
     assert text.count("the run hangs: rank 0 (stage 0) has not been heard from") == 1
