@@ -43,6 +43,7 @@ class Case:
     boundaries: tuple[int, ...] | None = None
     schedule: str = "1f1b"
     offload: str = "none"
+    compile: bool = False
 
     @property
     def world_size(self) -> int:
@@ -180,6 +181,7 @@ def build_engine(
         activation_checkpoint_interval=int(case.checkpointing),
         sequence_parallel=case.sequence_parallel,
         schedule=case.schedule,
+        compile_layers=case.compile,
     )
     return build.build_engine(
         module,

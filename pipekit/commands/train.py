@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipekit.commands.shared_options import ConfigFile, Overrides
+from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.flight_recorder import flight_recorder_environ
@@ -85,6 +86,7 @@ def join(config: Config, ranks: RankEnvironment) -> None:
     os.environ.update(thread_environ(config.run.threads_per_process, local_world_size, os.environ))
     resources = find_resources(os.environ, config, world_size=ranks.world_size, local_world_size=local_world_size)
     _check_degrees(config, resources)
+    os.environ.update(compiler_environ(config, os.environ, device="cuda" if resources.num_gpus else "cpu"))
     if not resources.num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:

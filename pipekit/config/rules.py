@@ -85,6 +85,16 @@ def zero_3_fits_the_head(model: ModelFamily, parallel: ParallelConfig, train: Tr
         )
 
 
+def compile_fits(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Compiled layers need their weights whole, and ZeRO-3 gathers them in hooks."""
+    if train.compile and parallel.zero == 3:
+        yield rule_fault(
+            "train.compile parallel.zero",
+            "train.compile=true does not go with parallel.zero=3, which gathers the weights of a layer in hooks that "
+            "cannot be compiled; try parallel.zero=2, or train.compile=false",
+        )
+
+
 def zero_fits(parallel: ParallelConfig) -> Iterator[Fault]:
     """ZeRO 2 and 3 take each micro-batch forward and back at once, without a pipeline."""
     zero = parallel.zero
@@ -329,6 +339,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train"), sequence_fits_positions),
     (("model", "parallel", "train"), tensor_parallel_fits),
     (("model", "parallel", "train"), zero_3_fits_the_head),
+    (("train", "parallel"), compile_fits),
     (("parallel",), zero_fits),
     (("parallel",), offload_fits),
     (("deepspeed", "parallel"), deepspeed_fits_zero),

@@ -203,6 +203,15 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
+    compile: bool = False
+    """Compile the layers whose class occurs more than once, each class once, with `torch.compile`: the first step takes
+    up to minutes longer. Needs a C++ compiler, on GPUs Triton and a C compiler, and `parallel.zero`
+    below 3."""
+
+    tf32: bool = True
+    """On GPUs, round the factors of fp32 matrix products to TF32, 10 bits of mantissa, which is several times
+    faster."""
+
     loss_chunk_tokens: PositiveInt | Literal["auto"] | None = Field(default="auto", examples=[1024])
     """Tokens for which the loss of a built-in model computes the scores of the vocabulary at a time, and again in the
     backward pass; `auto` takes all at once where they need little memory, null always."""

@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 
 from pipekit.config import Config
+from pipekit.costs.child import profile_in_child
 from pipekit.costs.describe import describe_layers
 from pipekit.costs.example import Example
 from pipekit.costs.profiling import profile_layers
@@ -63,7 +64,8 @@ def describe_model(
                 specs, given.inputs, dtype=_DTYPES[precision], loss_fn=given.loss_fn, labels=given.labels
             )
         with _threads(num_threads):
-            return profile_layers(
+            # A GPU's context and memory would stay with this process as long as it watches over the run.
+            return (profile_in_child if time_on == "cuda" else profile_layers)(
                 specs,
                 given.inputs,
                 dtype=_DTYPES[precision],

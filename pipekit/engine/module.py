@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -28,7 +29,7 @@ from pipekit.rng import fold_seed
 from pipekit.schedules import Schedule
 from pipekit.tensor_parallel import SequenceFlow, shard_layer, shard_of
 from pipekit.tensor_parallel.flow import convert
-from pipekit.tensors.weight_gradients import split_linear
+from pipekit.tensors.weight_gradients import split_linear, split_uncompiled_linear
 
 Activations = Any
 """Values that pass between layers: a tensor, or tuples, lists and dicts of tensors."""
@@ -76,6 +77,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         device: where the layers live; the accelerator of this process unless given.
         sequence_parallel: whether tensor-parallel ranks keep their part of the sequence of what passes between layers
             that can work on parts.
+        compile_layers: whether torch compiles the layers whose class occurs more than once in the model, each class
+            once. Random numbers stay those of uncompiled layers.
 
     Raises:
         PipekitError: if layers, degrees and processes do not fit together.
@@ -102,6 +105,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         boundaries: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         sequence_parallel: bool = True,
+        compile_layers: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         if not seed_layers:
@@ -129,8 +133,11 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.tensor_group = ProcessTensorGroup(mpu.tensor) if mpu.layout.tp > 1 else None
         self.sequence_parallel = sequence_parallel and self.tensor_group is not None
         self.observe_layer: LayerObserver | None = None
+        self._split_linear = split_uncompiled_linear() if compile_layers else split_linear
         self._present_to_deepspeed(mpu)
         self._build_stages()
+        if compile_layers:
+            self._compile_layers()
         if not any(parameter.requires_grad for parameter in self.parameters()):
             # Neither DeepSpeed nor torch's optimizers take a rank without parameters; an idle one keeps it in step.
             self.register_parameter("idle", nn.Parameter(torch.zeros(1)))
@@ -206,6 +213,15 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         for parameter in self.parameters():
             # What all tensor-parallel ranks hold whole, the first of them counts in the gradient norm.
             parameter.ds_pipe_replicated = is_counted_elsewhere and shard_of(parameter) is None
+
+    def _compile_layers(self) -> None:
+        counts = Counter(spec.type_name for spec in self.layer_specs)
+        tied = set(self.tied_modules.values())
+        for layer_idx in self.layer_indices:
+            layer = self._layers[layer_idx]
+            # Tied layers may be embedding and head: two shapes, and a function between.
+            if isinstance(layer, nn.Module) and counts[self.layer_specs[layer_idx].type_name] > 1 and layer not in tied:
+                layer.compile(dynamic=False, options={"fallback_random": True})
 
     def _build_layer(self, layer_idx: int) -> nn.Module:
         spec = self.layer_specs[layer_idx]
@@ -297,7 +313,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     def _run_layers(
         self, layers: range, dropout_path: tuple[int, int] | None, split_backward: bool, inputs: Activations
     ) -> Activations:
-        with split_linear() if split_backward else nullcontext():
+        with self._split_linear() if split_backward else nullcontext():
             for layer_idx in layers:
                 if dropout_path is not None:
                     self._seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pipekit.errors import LaunchError
 from pipekit.hangs.heartbeat import heartbeat_file
 from pipekit.hangs.monitor import HangMonitor, save_report
+from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
@@ -51,6 +52,7 @@ def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank
         environ["DS_ACCELERATOR"] = "cpu"
     else:
         environ |= flight_recorder_environ(log_dir, os.environ)
+    environ |= compiler_environ(plan.config, {**os.environ, **environ}, device=plan.device)
     command = [sys.executable, "-m", "pipekit.launch.rank", str(plan_file), *task]
     run_local(
         command,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,11 +179,16 @@ class _Linear(torch.autograd.Function):
 
 
 class _SplitLinear(TorchFunctionMode):
+    def __init__(self, uncompiled: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self._uncompiled = uncompiled
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _split(*args, **(kwargs or {}))
+        split = self._uncompiled if torch.compiler.is_compiling() else _split
+        if func is F.linear and split is not None and torch.is_grad_enabled():
+            return split(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -202,3 +208,8 @@ def autocasts(x: Tensor) -> bool:
 
 split_linear = _SplitLinear
 """Context manager: every `F.linear` inside can defer its weight gradient in the backward."""
+
+
+def split_uncompiled_linear() -> Callable[[], TorchFunctionMode]:
+    """`split_linear` for layers that torch compiles: `F.linear` runs between the compiled parts, which cannot defer."""
+    return partial(_SplitLinear, torch.compiler.disable(_split))  # type: ignore[no-untyped-call]

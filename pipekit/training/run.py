@@ -111,6 +111,8 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
     """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
+    if plan.device == "cuda":
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     error: Exception | None = None
     callbacks: list[Callback] = []
     if trial.context.mpu.should_report_metrics:

@@ -226,6 +226,7 @@ class Trainer:
             device=self.context.device,
             sequence_parallel=parallel.sequence_parallel,
             schedule=plan.schedule,
+            compile_layers=train.compile,
         )
         return build_engine(
             module,
