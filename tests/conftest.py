@@ -51,7 +51,9 @@ def gloo() -> GlooWorkers:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker a core, and none to run a single file: each has to import torch."""
+    """One worker a core; none for a single file, as each has to import torch, nor for GPUs, which they would share."""
+    if config.option.markexpr == "gpu":
+        return 0
     paths = [Path(argument.split("::")[0]) for argument in config.args]
     if all(path.is_file() for path in paths):
         return 0

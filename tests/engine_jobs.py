@@ -40,10 +40,12 @@ class Case:
     checkpointing: bool = False
     steps: int = 10
     optimizer: str = "adamw"
+    lr: float = 5e-3
     boundaries: tuple[int, ...] | None = None
     schedule: str = "1f1b"
     offload: str = "none"
     compile: bool = False
+    preset: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -51,6 +53,8 @@ class Case:
 
 
 def model_specs(case: Case) -> list[LayerSpec]:
+    if case.preset is not None:
+        return find_families()[case.family](preset=case.preset, vocab_size=VOCAB, dropout=case.dropout).layer_specs()
     config = find_families()[case.family](
         vocab_size=VOCAB,
         hidden_size=32,
@@ -87,7 +91,7 @@ def make_optimizer(case: Case, parameters: list[nn.Parameter]) -> torch.optim.Op
     groups = [group for group in groups if group["params"]]
     if case.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=5e-3)
+    return torch.optim.AdamW(groups, lr=case.lr)
 
 
 def reference_run(case: Case, specs: list[LayerSpec] | None = None) -> dict[str, Any]:
@@ -121,17 +125,17 @@ _reference = cache(reference_run)
 
 def reference(case: Case) -> dict[str, Any]:
     """Results of one process with nothing but torch, whatever the layout of the case."""
-    same = ("family", "tied", "clip", "optimizer", "num_kv_heads", "steps")
+    same = ("family", "tied", "clip", "optimizer", "lr", "num_kv_heads", "steps", "preset")
     return _reference(Case(**{name: getattr(case, name) for name in same}))
 
 
-def assert_trained_as_one_process(results: list[dict[str, Any]], case: Case) -> None:
-    """Compare losses, gradient norms and final weights of `train_job`, each to a relative 1e-4."""
+def assert_trained_as_one_process(results: list[dict[str, Any]], case: Case, tolerance: float = 1e-4) -> None:
+    """Compare losses, gradient norms and final weights of `train_job`, each to a relative tolerance."""
     expected = reference(case)
     for result in results:
         for kind in ("losses", "norms"):
             difference = max(abs(ours / theirs - 1) for ours, theirs in zip(result[kind], expected[kind], strict=True))
-            assert difference <= 1e-4, f"{kind} differ by {difference:.1e}"
+            assert difference <= tolerance, f"{kind} differ by {difference:.1e}"
         for name, weights in result["weights"].items():
             theirs = expected["weights"][name]
             if name.endswith(("qkv.bias", ".kv.bias")):
@@ -140,7 +144,7 @@ def assert_trained_as_one_process(results: list[dict[str, Any]], case: Case) -> 
                 weights, theirs = weights.clone(), theirs.clone()
                 weights[keys] = theirs[keys] = 0.0
             difference = float((weights - theirs).norm() / theirs.norm())
-            assert difference <= 1e-4, f"{name} differs by {difference:.1e}"
+            assert difference <= tolerance, f"{name} differs by {difference:.1e}"
     held = {name for result in results for name in result["weights"]}
     assert held == expected["weights"].keys()
 
@@ -152,6 +156,7 @@ def build_engine(
     unit: Any = None,
     extra: dict[str, Any] | None = None,
     profile: bool = False,
+    device: str | torch.device = "cpu",
 ) -> Any:
     from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
     from pipekit.distributed.mpu import ModelParallelUnit
@@ -179,6 +184,7 @@ def build_engine(
         loss_fn=loss_fn,
         base_seed=1,
         activation_checkpoint_interval=int(case.checkpointing),
+        device=device,
         sequence_parallel=case.sequence_parallel,
         schedule=case.schedule,
         compile_layers=case.compile,
@@ -193,6 +199,7 @@ def build_engine(
             gradient_clipping=case.clip,
             extra=extra or {},
             offload=case.offload,  # type: ignore[arg-type]
+            device=torch.device(device).type,  # type: ignore[arg-type]
         ),
         build_optimizer=lambda parameters: make_optimizer(case, parameters),
         measure_costs=case.schedule == "auto",
@@ -201,14 +208,20 @@ def build_engine(
 
 
 def train(
-    rank: int, case: Case, *, save: str | None = None, save_after: int = 5, load: str | None = None
+    rank: int,
+    case: Case,
+    *,
+    save: str | None = None,
+    save_after: int = 5,
+    load: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Train, and return losses, gradient norms, an evaluation, and this stage's fp32 weights."""
     from pipekit.checkpoint.reader import CheckpointReader
     from pipekit.engine.load import load_checkpoint
     from pipekit.engine.tensor_group import join_shards
 
-    engine = build_engine(case)
+    engine = build_engine(case, device=device)
     start = load_checkpoint(engine, CheckpointReader(Path(load))).step if load else 0
     losses, norms = [], []
     for step in range(start, case.steps):
@@ -220,7 +233,9 @@ def train(
             save_engine(engine, Path(save), step + 1)
     evaluation = float(engine.eval_batch(micro_batches(10_000, case, engine.mpu.data_parallel_rank)))
     weights = {
-        name: join_shards(engine.view.full_master(parameter), parameter, engine.module.tensor_group).clone()
+        name: join_shards(engine.view.full_master(parameter), parameter, engine.module.tensor_group).to(
+            "cpu", copy=True
+        )
         for name, parameter, _ in engine.module.named_logical_parameters()
     }
     return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights}

@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
 
 import fork_server
 
@@ -46,7 +47,7 @@ class GlooWorkers:
         try:
             for rank in range(world_size):
                 ours, theirs = Pipe()
-                team.append((fork_server.fork(_serve, theirs, rank, world_size, port, task, nccl), ours))
+                team.append((self._start(theirs, rank, world_size, port, task, nccl), ours))
                 theirs.close()
             return _collect([connection for _, connection in team])
         finally:
@@ -56,6 +57,11 @@ class GlooWorkers:
                 process.kill()
                 process.join()
                 process.close()
+
+    def _start(
+        self, connection: Connection, rank: int, world_size: int, port: int, task: bytes, nccl: bool
+    ) -> BaseProcess:
+        return fork_server.fork(serve_rank, connection, rank, world_size, port, task, nccl)
 
 
 def _collect(connections: list[Connection]) -> list[Any]:
@@ -80,7 +86,17 @@ def _collect(connections: list[Connection]) -> list[Any]:
     return [results[rank] for rank in range(len(connections))]
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int, task: bytes, nccl: bool) -> None:
+def serve_rank(
+    connection: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    task: bytes,
+    nccl: bool,
+    device: Literal["cpu", "cuda"] = "cpu",
+    max_threads: int = MAX_THREADS,
+) -> None:
+    """Do a pickled job as one rank, and send what it returned, or the traceback of its failure."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -95,12 +111,12 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, task: 
         from pipekit.distributed.processes import join_processes, leave_processes
 
         with nccl_double.installed() if nccl else contextlib.nullcontext():
-            join_processes(device="cpu", timeout_s=180.0, local_rank=rank)
+            join_processes(device=device, timeout_s=180.0, local_rank=rank)
             job, args = pickle.loads(task)
             result = job(rank, *args)
             torch.distributed.barrier()
         num_threads = len(os.listdir("/proc/self/task"))
-        assert num_threads <= MAX_THREADS, f"rank {rank} has {num_threads} threads"
+        assert num_threads <= max_threads, f"rank {rank} has {num_threads} threads"
         leave_processes()
         connection.send_bytes(pickle.dumps((True, result)))
     except BaseException:

@@ -1,0 +1,69 @@
+"""Processes with a GPU each, over NCCL, or with one GPU for all of them, over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+from unittest import mock
+
+import pytest
+import torch
+
+from gloo_workers import GlooWorkers, serve_rank
+
+# CUDA has threads of its own in every process.
+_MAX_THREADS = 2000
+_ENVIRON = {
+    "DS_ACCELERATOR": "cuda",
+    # What cuBLAS needs for results that are the same in every run.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+
+
+class GpuWorkers(GlooWorkers):
+    """Starts the ranks of one job after another in new interpreters: CUDA does not survive a fork.
+
+    Args:
+        backend: `nccl` gives every rank a GPU, `gloo` the first one to all.
+    """
+
+    def __init__(self, backend: Literal["nccl", "gloo"] = "nccl") -> None:
+        self._backend = backend
+
+    def _start(
+        self, connection: Connection, rank: int, world_size: int, port: int, task: bytes, nccl: bool
+    ) -> BaseProcess:
+        device = "cuda" if self._backend == "nccl" else "cpu"
+        process = multiprocessing.get_context("spawn").Process(
+            target=serve_rank, args=(connection, rank, world_size, port, task, nccl, device, _MAX_THREADS), daemon=True
+        )
+        with mock.patch.dict(os.environ, _ENVIRON):
+            process.start()
+        return process
+
+
+def workers_on(device: str) -> GlooWorkers:
+    """Return what starts ranks on a kind of device."""
+    return GpuWorkers() if device == "cuda" else GlooWorkers()
+
+
+def on_gpus(number: int, *values: Any, name: str | None = None) -> Any:
+    """Return a test's parameters that need as many GPUs."""
+    found = torch.cuda.device_count()
+    reason = f"needs {number} CUDA device{'s' if number > 1 else ''}, found {found}"
+    return pytest.param(*values, marks=[pytest.mark.gpu, pytest.mark.skipif(found < number, reason=reason)], id=name)
+
+
+def own_device(device: str) -> torch.device:
+    """Return the device of a rank: the GPU that it is bound to, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def compute_repeatably() -> None:
+    """Let this process compute the same bits in every run, also on a GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(False)
