@@ -3,12 +3,12 @@
     python benchmarks/gpu.py [--device cuda] [--micro-batch-sizes 1 4 8] [--steps 5] [--quick] [--kernels] [--json PATH]
 
 A GPT of 1.3 billion parameters, bf16, sequences of 2048 tokens, 8 micro-batches a step, for each size of the
-micro-batch, and for the largest with activation checkpointing, too. Each setting has a process of its own, which trains
-as `pipekit train` does, on random tokens. MFU counts the operations of the model, without those of recomputation, and
-divides by the peak that the table of devices has. Synchronizing calls are those that torch warns of
-(`torch.cuda.set_sync_debug_mode`). The predicted step is that of layers timed beforehand (`partition: profile`), or
-with `--quick` counted.
-Memory by the driver counts other processes of the device, too. A step whose kernels are recorded gives the idle share.
+micro-batch; for the largest with activation checkpointing, too, and on a GPU for all with compiled layers. Each setting
+has a process of its own, which trains as `pipekit train` does, on random tokens. MFU counts the operations of the
+model, without those of recomputation, and divides by the peak that the table of devices has. Synchronizing calls are
+those that torch warns of (`torch.cuda.set_sync_debug_mode`). The predicted step is that of layers timed beforehand
+(`partition: profile`), or with `--quick` counted. Memory by the driver counts other processes of the device, too.
+A step whose kernels are recorded gives the idle share.
 
 `--kernels` times the choices that the engine makes: chunks of head and loss by their size, ways to add a bf16 gradient
 to an fp32 sum, copies from pinned and from pageable memory, and half a block with and without `torch.compile`.
@@ -81,6 +81,7 @@ class Setting:
         quick: whether the model is the tiny one.
         micro_batch_size: sequences of a micro-batch.
         checkpointing: whether activations are computed again in the backward pass.
+        compile: whether layers are compiled.
         steps: steps to time, behind `WARM_UP_STEPS`.
     """
 
@@ -88,6 +89,7 @@ class Setting:
     quick: bool
     micro_batch_size: int
     checkpointing: bool
+    compile: bool
     steps: int
 
     def config(self, folder: Path) -> Config:
@@ -103,6 +105,7 @@ class Setting:
                     "global_batch_size": self.micro_batch_size * NUM_MICRO_BATCHES,
                     "precision": "bf16",
                     "activation_checkpointing": self.checkpointing,
+                    "compile": self.compile,
                 },
                 "parallel": {"dp": 1, "partition": "parameters" if self.quick else "profile"},
                 "run": {"dir": str(folder / "run"), "device": self.device},
@@ -193,6 +196,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         "mfu": flops / step_s / table_device.peak_flops.bf16,
         "idle_share": idle[0] if idle else None,
         "syncs": len(syncs) if is_gpu else None,
+        "synced_at": syncs,
         "planned_bytes": planned.memory_bytes,
         "planned_parts_bytes": asdict(planned.ranks[0].memory),
         **memory,
@@ -310,7 +314,7 @@ def measure_kernels(device: torch.device, *, quick: bool) -> dict[str, dict[str,
             loss = chunked_head_loss(
                 hidden, weight, labels, None, sequence_parallel=False, vocab_size=vocab_size, chunk_tokens=chunk_tokens
             )
-        loss.backward()
+        torch.autograd.backward(loss)
 
     heads = {"whole": time_call(lambda: head_loss(None), device)}
     for mebibytes in (64, 256, 1024, 2048):
@@ -355,14 +359,15 @@ def _kernel_config(quick: bool) -> Config:
 
 def step_table(results: list[dict[str, Any]], title: str) -> Table:
     """Return a row for each setting."""
-    columns = ("micro-batch", "checkpointing", "step", "predicted", "tokens/s", "MFU", "idle", "syncs", "planned")
+    columns = ("micro-batch", "way", "step", "predicted", "tokens/s", "MFU", "idle", "syncs", "planned")
     table = Table(*columns, "allocated", "reserved", "driver", title=title)
 
     def gb(value: int | None) -> str:
         return "-" if value is None else f"{value / 1e9:.2f} GB"
 
     for one in results:
-        name = (str(one["micro_batch_size"]), "yes" if one["checkpointing"] else "no")
+        ways = [way for way in ("checkpointing", "compile") if one[way]]
+        name = (str(one["micro_batch_size"]), ", ".join(ways) or "plain")
         if "error" in one:
             table.add_row(*name, one["error"])
             continue
@@ -408,10 +413,10 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU; --device cpu --quick tries this benchmark out without one")
     sizes = arguments.micro_batch_sizes or ([1, 2] if arguments.quick else [1, 4, 8])
-    settings = [
-        Setting(arguments.device, arguments.quick, size, checkpointing, arguments.steps)
-        for size, checkpointing in [*((size, False) for size in sizes), (sizes[-1], True)]
-    ]
+    ways = [*((size, False, False) for size in sizes), (sizes[-1], True, False)]
+    if arguments.device == "cuda":
+        ways += [(size, False, True) for size in sizes]
+    settings = [Setting(arguments.device, arguments.quick, *way, arguments.steps) for way in ways]
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     report: dict[str, Any] = {"device": name, "torch": torch.__version__, "quick": arguments.quick, "settings": []}

@@ -175,10 +175,11 @@ def plan_layout(
         if ranks is None:
             return Layout(pp=pp, dp=1, tp=tp, order=order)
         if ranks % (pp * tp) != 0 or ranks < pp * tp:
-            what = "processes were started" if world_size is not None else "devices are present"
+            what = "processes started" if world_size is not None else "GPUs present"
+            instead = "" if world_size is not None else ", or run on the CPU with run.device=cpu"
             raise LayoutError(
-                f"parallel.pp={pp} x parallel.tp={tp} does not divide {ranks}: {ranks} {what}, and pp*tp*dp "
-                f"must equal that; {_suggest_pp(ranks, tp)}"
+                f"parallel.pp={pp} x parallel.tp={tp} does not divide {ranks}, the number of {what}, and pp*tp*dp "
+                f"must equal it; {_suggest_pp(ranks, tp)}{instead}"
             )
         return Layout(pp=pp, dp=ranks // (pp * tp), tp=tp, order=order)
     layout = Layout(pp=pp, dp=dp, tp=tp, order=order)

@@ -20,6 +20,8 @@ _ENVIRON = {
     "DS_ACCELERATOR": "cuda",
     # What cuBLAS needs for results that are the same in every run.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Streams that share a hardware queue wait for each other.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
 }
 
 
@@ -67,3 +69,4 @@ def compute_repeatably() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -165,26 +165,26 @@ def test_a_degree_that_is_given_need_not_fill_the_devices() -> None:
     [
         (
             {"pp": 6, "tp": 1, "dp": "auto", "world_size": 8},
-            "parallel.pp=6 x parallel.tp=1 does not divide 8: 8 processes were started, and pp*tp*dp must "
-            "equal that; "
+            "parallel.pp=6 x parallel.tp=1 does not divide 8, the number of processes started, and pp*tp*dp must "
+            "equal it; "
             "try parallel.pp=1, 2, 4 or 8",
         ),
         (
             {"pp": 16, "tp": 2, "dp": "auto", "num_devices": 8},
-            "parallel.pp=16 x parallel.tp=2 does not divide 8: 8 devices are present, and pp*tp*dp must "
-            "equal that; "
-            "try parallel.pp=1, 2 or 4",
+            "parallel.pp=16 x parallel.tp=2 does not divide 8, the number of GPUs present, and pp*tp*dp must "
+            "equal it; "
+            "try parallel.pp=1, 2 or 4, or run on the CPU with run.device=cpu",
         ),
         (
             {"pp": 2, "tp": 1, "dp": "auto", "world_size": 1},
-            "parallel.pp=2 x parallel.tp=1 does not divide 1: 1 processes were started, and pp*tp*dp must "
-            "equal that; "
+            "parallel.pp=2 x parallel.tp=1 does not divide 1, the number of processes started, and pp*tp*dp must "
+            "equal it; "
             "try parallel.pp=1",
         ),
         (
             {"pp": 1, "tp": 3, "dp": "auto", "world_size": 8},
-            "parallel.pp=1 x parallel.tp=3 does not divide 8: 8 processes were started, and pp*tp*dp must "
-            "equal that; "
+            "parallel.pp=1 x parallel.tp=3 does not divide 8, the number of processes started, and pp*tp*dp must "
+            "equal it; "
             "no parallel.pp fits parallel.tp=3; try parallel.tp=1",
         ),
         (

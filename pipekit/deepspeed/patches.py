@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.utils import get_local_rank_from_launcher
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.activation_checkpointing import checkpointing
@@ -47,7 +48,7 @@ def use_joined_processes() -> None:
         if any(isinstance(default, ProcessGroup) for default in getattr(method, "__defaults__", None) or ()):
             method.__defaults__ = tuple(None if isinstance(d, ProcessGroup) else d for d in method.__defaults__)
     if get_accelerator().device_name() == "cuda":
-        _bind_gpu_and_join(deepspeed.comm.get_local_rank())
+        _bind_gpu_and_join(get_local_rank_from_launcher())
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
 

@@ -35,7 +35,9 @@ def test_a_ported_script_has_its_gpu_before_anything_is_built(
     monkeypatch.setattr(patches, "join_processes", lambda *, local_rank, **_: calls.append(f"join {local_rank}"))
     monkeypatch.setattr(patches.dist, "is_initialized", lambda: is_joined)
     monkeypatch.setattr(deepspeed.comm, "is_initialized", lambda: is_joined)
-    monkeypatch.setattr(deepspeed.comm, "get_local_rank", lambda: 3)
+    # DeepSpeed itself tells the local rank only when it has joined.
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: calls.append("deepspeed"))
     patches.use_joined_processes()
     assert calls == expected

@@ -39,7 +39,13 @@ def test_the_benchmark_of_one_gpu(tmp_path: Path, device: str, options: list[str
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads(out.read_text())
     settings: list[dict[str, Any]] = report["settings"]
-    assert [one["checkpointing"] for one in settings] == [False] * (len(settings) - 1) + [True]
+    ways = [(one["checkpointing"], one["compile"]) for one in settings]
+    expected = (
+        [(False, False), (True, False)]
+        if device == "cpu"
+        else [*[(False, False)] * 3, (True, False), *[(False, True)] * 3]
+    )
+    assert ways == expected
     for one in settings:
         assert one["step_s"] > 0
         assert one["predicted_step_s"] > 0

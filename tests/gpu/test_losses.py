@@ -31,7 +31,7 @@ def run(device: str, case: Case, **options: Any) -> list[dict[str, Any]]:
     ("device", "case"),
     [
         ("cpu", Case(precision="bf16", steps=5)),
-        on_gpus(1, "cuda", Case(precision="bf16", steps=20, preset="gpt2", lr=1e-4)),
+        on_gpus(1, "cuda", Case(precision="bf16", steps=20, preset="gpt2", lr=2e-5)),
     ],
     ids=["cpu", "cuda"],
 )
