@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ from pipekit.config import Config
 from pipekit.config.load import parse_config
 from pipekit.costs.example import Example, language_model_example
 from pipekit.distributed.processes import join_processes, leave_processes
+from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.layers.specs import LayerSpec, build_layer
 from pipekit.models import build_layers
 from pipekit.models.transformer import language_model_loss
@@ -183,7 +185,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     memory = memory_of_device() if is_gpu else dict.fromkeys(("allocated_bytes", "reserved_bytes", "driver_bytes"))
     with counted_syncs() as syncs:
         loss = trainer.train_step().loss
-    with idle_share(is_gpu) as idle:
+    with recorded_kernels(is_gpu) as recorded:
         trainer.train_step()
     leave_processes()
     train = decision.plan.config.train
@@ -194,7 +196,8 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
         "predicted_step_s": planned.step_time_s,
         "tokens_per_s": train.global_batch_size * train.sequence_length / step_s,
         "mfu": flops / step_s / table_device.peak_flops.bf16,
-        "idle_share": idle[0] if idle else None,
+        "idle_share": recorded.get("idle_share"),
+        "longest_kernels_s": recorded.get("longest_kernels_s"),
         "syncs": len(syncs) if is_gpu else None,
         "synced_at": syncs,
         "planned_bytes": planned.memory_bytes,
@@ -239,9 +242,9 @@ def counted_syncs() -> Iterator[list[str]]:
 
 
 @contextmanager
-def idle_share(is_gpu: bool) -> Iterator[list[float]]:
-    """Append to a list the share of the block's time in which the GPU does nothing; leave it empty without a GPU."""
-    found: list[float] = []
+def recorded_kernels(is_gpu: bool) -> Iterator[dict[str, Any]]:
+    """Record the work of a GPU in the block: its share of idle time, and the kernels that take longest."""
+    found: dict[str, Any] = {}
     if not is_gpu:
         yield found
         return
@@ -253,24 +256,28 @@ def idle_share(is_gpu: bool) -> Iterator[list[float]]:
         yield found
         torch.cuda.synchronize()
         total_s = time.perf_counter() - started_s
-    events = profiler.events() or ()
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
+    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     busy_us, last_us = 0.0, 0.0
-    for start_us, end_us in spans:
+    totals_s: dict[str, float] = defaultdict(float)
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        start_us, end_us = event.time_range.start, event.time_range.end
         busy_us += max(0.0, end_us - max(start_us, last_us))
         last_us = max(last_us, end_us)
-    found.append(max(0.0, 1.0 - busy_us / 1e6 / total_s))
+        totals_s[event.name] += (end_us - start_us) / 1e6
+    found["idle_share"] = max(0.0, 1.0 - busy_us / 1e6 / total_s)
+    found["longest_kernels_s"] = dict(sorted(totals_s.items(), key=lambda item: -item[1])[:20])
 
 
 def run_alone(setting: Setting) -> dict[str, Any]:
     """Measure a setting in a process of its own; return why it failed where it did, as for want of memory."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    environ = {
-        **os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": setting.device,
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        environ = {
+            **os.environ, **gpu_environ(Path(folder), os.environ), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": setting.device,
+        }  # fmt: skip
         command = [sys.executable, __file__, "--measure", json.dumps({**asdict(setting), "folder": folder})]
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         out = Path(folder) / "measured.json"

@@ -38,6 +38,9 @@ WAYS = {"plain": (1, False), "tp=2": (2, False), "chunks": (1, True), "chunks, t
 """The tensor-parallel degree, and whether tokens are taken by the chunk."""
 
 REPEATS = 3
+LIMIT_BYTES = 64 * 2**20
+"""For the fp32 logits of a chunk."""
+
 WANTED = 0.35
 """Largest memory of `chunks, tp=2` over that of `plain`."""
 
@@ -75,7 +78,7 @@ def loss_of(
 ) -> Tensor:
     """Return the loss, one of the four ways."""
     if by_chunk:
-        chunk_tokens = plan_chunk_tokens(labels.numel(), len(weight)) or labels.numel()
+        chunk_tokens = plan_chunk_tokens(labels.numel(), len(weight), limit_bytes=LIMIT_BYTES) or labels.numel()
         return chunked_head_loss(
             hidden, weight, labels, group, sequence_parallel=False, vocab_size=vocab_size, chunk_tokens=chunk_tokens
         )
@@ -195,8 +198,8 @@ def main() -> None:
         "tokens": arguments.tokens,
         "hidden_size": arguments.hidden_size,
         "vocab_size": arguments.vocab_size,
-        "chunk_tokens": plan_chunk_tokens(arguments.tokens, arguments.vocab_size),
-        "chunk_tokens_tp2": plan_chunk_tokens(arguments.tokens, -(-arguments.vocab_size // 2)),
+        "chunk_tokens": plan_chunk_tokens(arguments.tokens, arguments.vocab_size, limit_bytes=LIMIT_BYTES),
+        "chunk_tokens_tp2": plan_chunk_tokens(arguments.tokens, -(-arguments.vocab_size // 2), limit_bytes=LIMIT_BYTES),
         "wanted_of_plain": WANTED,
         "measured": {},
     }

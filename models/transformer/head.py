@@ -14,7 +14,7 @@ from torch import Tensor
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.models.family import LossChunk
 from pipekit.models.transformer.embedding import TokenEmbedding
-from pipekit.tensor_parallel import Logits, SequenceFlow, VocabularyParallelModule, plan_chunk_tokens
+from pipekit.tensor_parallel import Logits, SequenceFlow, VocabularyParallelModule, chunk_limit_bytes, plan_chunk_tokens
 
 
 class Head(VocabularyParallelModule):
@@ -61,7 +61,8 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
         num_tokens = x.shape[0] * x.shape[1] * (1 if parts is None else parts.size)
         tp = 1 if module.group is None else module.group.size
         # The largest part, so that all ranks decide alike.
-        chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp))
+        limit_bytes = chunk_limit_bytes(module.weight.dtype)
+        chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp), limit_bytes=limit_bytes)
     if module.group is None and chunk is None:
         return F.linear(x, module.weight)
     return Logits(

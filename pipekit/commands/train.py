@@ -12,7 +12,7 @@ from pipekit.commands.shared_options import ConfigFile, Overrides
 from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.flight_recorder import flight_recorder_environ
+from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import find_resources, thread_environ
@@ -90,7 +90,7 @@ def join(config: Config, ranks: RankEnvironment) -> None:
     if not resources.num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
-        os.environ.update(flight_recorder_environ(Path(config.run.dir) / "logs", os.environ))
+        os.environ.update(gpu_environ(Path(config.run.dir) / "logs", os.environ))
     from pipekit.training.run import run_joining_rank
 
     run_joining_rank(config, resources, rank=ranks.rank, local_rank=ranks.local_rank)

@@ -19,12 +19,17 @@ from pipekit.tensors.weight_gradients import add_gradient, deferring, split_line
 _WARM_UPS = 2
 _FEWEST_REPEATS = 3
 _ENOUGH_S = 5.0
+# Some 10 ms.
+_HELD_CYCLES = 20_000_000
 
 
 def time_layer(
     call: Callable[[Any], Any], leaves: Sequence[Tensor], structure: Structure, *, device: torch.device, repeats: int
 ) -> tuple[dict[str, Any], NestedMeta]:
     """Time a layer, by the clock on CPUs and by events of the stream on GPUs.
+
+    A GPU sleeps while a repeat is launched: its events would count the time in which it waits for the host, which in a
+    run is ahead.
 
     On CPUs only those repeats count that got the fewest fresh pages from the system: fetching them takes a large layer
     many times as long as its computation, and a run has its pages after a few steps.
@@ -80,6 +85,7 @@ def _run(
 ) -> tuple[NestedMeta, list[Tensor]]:
     # A layer may change its input in place, which a leaf that requires a gradient does not allow.
     entered = unflatten([leaf.clone() if leaf.requires_grad else leaf for leaf in leaves], structure)
+    watch.hold()
     with watch, split_linear():
         returned = call(entered)
     tensors, output_structure = flatten(returned, "its output")
@@ -132,6 +138,11 @@ class _Watch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[float | torch.cuda.Event] = []
+
+    def hold(self) -> None:
+        """Have a GPU sleep for the time in which the host launches the kernels of a layer."""
+        if self.device.type == "cuda":
+            torch.cuda._sleep(_HELD_CYCLES)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> None:
         self._marks.append(self._now())

@@ -22,7 +22,7 @@ from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
-from pipekit.launch.flight_recorder import flight_recorder_environ
+from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import thread_environ
 from pipekit.launch.watcher import Watcher
@@ -51,7 +51,7 @@ def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank
     if plan.device == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
     else:
-        environ |= flight_recorder_environ(log_dir, os.environ)
+        environ |= gpu_environ(log_dir, os.environ)
     environ |= compiler_environ(plan.config, {**os.environ, **environ}, device=plan.device)
     command = [sys.executable, "-m", "pipekit.launch.rank", str(plan_file), *task]
     run_local(

@@ -17,7 +17,8 @@ from gpu_workers import GpuWorkers, on_gpus
 from pipekit.schedules import Schedule, plan_schedule
 from pipekit.schedules.nccl import Communicator, edge, find_hang
 from pipekit.schedules.operations import Operation, plan_operations
-from schedules.test_nccl import by_direction, post_ahead
+from schedules.tables import post_ahead
+from schedules.test_nccl import by_direction
 
 pytestmark = pytest.mark.distributed
 
