@@ -45,6 +45,7 @@ class OptimizerView:
         self.optimizer = optimizer
         self._mpu = mpu
         self.buffers = self._build_buffers()
+        self._summed_along: Tensor | None = None
 
     def _build_buffers(self) -> GradientBuffers | None:
         if self._mpu.data.size == 1:
@@ -197,6 +198,15 @@ class OptimizerView:
         gradients = [p.grad for p in parameters if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)]
         return self._norm_over_model(gradients)
 
+    def sum_along(self, value: Tensor) -> None:
+        """Sum a number over the model's ranks in place, with the norm of the next update: in one all-reduce."""
+        self._summed_along = value
+
+    @property
+    def sums_along(self) -> bool:
+        """True while a number waits for a norm; after an update, if the optimizer needed none."""
+        return self._summed_along is not None
+
     def _norm_over_model(self, gradients: Sequence[Tensor], *, sharded: bool = False) -> Tensor:
         # Not where the masters are: on the CPU, with offload, no other rank could be reached over NCCL.
         squares = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
@@ -205,8 +215,12 @@ class OptimizerView:
             squares += torch.stack(norms).to(squares.device).square().sum()
         if sharded and self._mpu.data.size > 1:
             dist.all_reduce(squares, group=self._mpu.data.process_group)
-        dist.all_reduce(squares, group=self._mpu.model.process_group)
-        return squares.sqrt()
+        along, self._summed_along = self._summed_along, None
+        sums = squares[None] if along is None else torch.stack([squares, along])
+        dist.all_reduce(sums, group=self._mpu.model.process_group)
+        if along is not None:
+            along.copy_(sums[1])
+        return sums[0].sqrt()
 
 
 class FlatOptimizerView(OptimizerView):

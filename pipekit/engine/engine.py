@@ -11,7 +11,6 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor, nn
 
-from pipekit.engine.channels import wait
 from pipekit.engine.executor import Executor
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.reduction import GradientReducer, reduce_together
@@ -73,8 +72,10 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
                 )
         finally:
             self._running_engine_backward = False
-        loss = self._mean_of_replicas(losses)
-        loss_sent = self._begin_broadcast(loss)
+        own_loss = self._mean_of_replicas(losses)
+        # The first tensor-parallel rank speaks for the others of its stage.
+        loss = own_loss if self.mpu.tensor.rank == 0 else torch.zeros_like(own_loss)
+        self.view.sum_along(loss)
         self._reducer.finish()
         self._reduce_gradients_of_tensor_replicas()
         self._reduce_tied_gradients()
@@ -85,9 +86,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self.view.clear_gradients()
         if self._measure_costs:
             self._learn_costs()
-        if loss_sent is not None:
-            wait(loss_sent, "the loss of the last stage")
-        return loss
+        return self._broadcast_from_last(own_loss) if self.view.sums_along else loss
 
     def _learn_costs(self) -> None:
         """Time the step that has just ended; after the last to be timed, plan the table for what the actions cost."""

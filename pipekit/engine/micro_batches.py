@@ -77,7 +77,10 @@ class MicroBatchReader:
         """
         mpu = self._mpu
         first, last = mpu.placement[0], mpu.placement[-1]
-        report = torch.zeros(2 + num_micro_batches, dtype=torch.int64)
+        report = [_OK, 0, *[0] * num_micro_batches]
+        # Messages that are awaited arrive sooner.
+        sources = dict.fromkeys((first, last))
+        reports = {source: self._listen(source, len(report)) for source in sources if source != mpu.pipe_rank}
         micro_batches: list[MicroBatch] = []
         failure = None
         if mpu.should_build_data_loader:
@@ -89,17 +92,18 @@ class MicroBatchReader:
             if self._peers is not None:
                 report[0] = _agree(report[:2], self._peers)
         if mpu.is_first_stage and report[0] == _OK:
-            report[2:] = torch.tensor([self._class_of(inputs) for inputs, _ in micro_batches])
-        reports = {source: _Report(report.clone(), self._mpu, self._group, source) for source in {first, last}}
+            report[2:] = [self._class_of(inputs) for inputs, _ in micro_batches]
+        if mpu.pipe_rank in sources:
+            reports[mpu.pipe_rank] = self._tell(report)
         if report[0] != _OK:
             # The others hear of it before this rank gives up.
-            for source in {first, last} & {mpu.pipe_rank}:
-                reports[source].receive()
+            if mpu.pipe_rank in sources:
+                reports[mpu.pipe_rank].receive()
             if failure is not None:
                 raise failure
-            _check(report.tolist(), "first" if mpu.is_first_stage else "last", num_micro_batches)
+            _check(report, "first" if mpu.is_first_stage else "last", num_micro_batches)
         # All other stages need the report of the first stage at once; everything else can wait.
-        heard = report.tolist() if mpu.is_first_stage else reports[first].receive()
+        heard = report if mpu.is_first_stage else reports[first].receive()
         _check(heard, "first", num_micro_batches)
 
         def confirm() -> None:
@@ -114,6 +118,24 @@ class MicroBatchReader:
                 )
 
         return StepData(micro_batches, heard[2:], confirm)
+
+    def _listen(self, source: int, length: int) -> _Report:
+        """Begin to receive the report of a pipeline rank."""
+        report = torch.zeros(length, dtype=torch.int64)
+        assert self._group is not None
+        index = self._group.ranks.index(self._mpu.pipe.ranks[source])
+        return _Report(report, [self._group.process_group.recv([report], index, self._tag(source))])
+
+    def _tell(self, report: list[int]) -> _Report:
+        """Begin to send this rank's report to all others of the pipeline."""
+        told = torch.tensor(report, dtype=torch.int64)
+        tag, group = self._tag(self._mpu.pipe_rank), self._group
+        peers = [] if group is None else [index for index in range(group.size) if index != group.rank]
+        return _Report(told, [group.process_group.send([told], index, tag) for index in peers if group is not None])
+
+    def _tag(self, source: int) -> int:
+        # Descriptions of activations have the tag 0; each of the two ranks that report has a tag of its own.
+        return 1 if source == self._mpu.placement[0] else 2
 
     def _read(self, data: Iterator[Any] | None, num_micro_batches: int) -> tuple[int, list[MicroBatch]]:
         if data is None:
@@ -180,45 +202,26 @@ def join_batches(outputs: list[Any]) -> Any:
     )
 
 
+@dataclass
 class _Report:
-    """Report of a rank on the batches that it has read, sent to all others of the pipeline.
+    """Report of a rank on the batches that it has read, and the messages that carry it."""
 
-    Args:
-        report: the report, on the source; on other ranks, the tensor that receives it.
-        mpu: the process groups.
-        group: a CPU group of the pipeline's ranks; None where there is one rank.
-        source: pipeline rank that reports.
-    """
-
-    def __init__(self, report: Tensor, mpu: ModelParallelUnit, group: RankGroup | None, source: int) -> None:
-        self._report = report
-        self._works: list[dist.Work] = []
-        if group is None:
-            return
-        # Descriptions of activations have the tag 0; each of the two ranks that report has a tag of its own.
-        tag = 1 if source == mpu.placement[0] else 2
-        for peer in range(mpu.layout.pp):
-            if mpu.pipe_rank == source and peer != source:
-                work = dist.isend(report, mpu.pipe.ranks[peer], group=group.process_group, tag=tag)
-            elif mpu.pipe_rank == peer and peer != source:
-                work = dist.irecv(report, mpu.pipe.ranks[source], group=group.process_group, tag=tag)
-            else:
-                continue
-            assert work is not None
-            self._works.append(work)
+    report: Tensor
+    works: list[dist.Work]
 
     def receive(self) -> list[int]:
         """Return the report of the source."""
         # A message of gloo can be waited for only once.
-        while self._works:
-            wait(self._works.pop(), "the other stages to begin the step")
-        return self._report.tolist()
+        while self.works:
+            wait(self.works.pop(), "the other stages to begin the step")
+        return self.report.tolist()
 
 
-def _agree(report: Tensor, peers: RankGroup) -> int:
+def _agree(report: list[int], peers: RankGroup) -> int:
     """Status of the first tensor-parallel rank that could not read its data; else `_OK`, or `_PEERS_DIFFER`."""
-    reports = [torch.empty_like(report) for _ in range(peers.size)]
-    work = dist.all_gather(reports, report.clone(), group=peers.process_group, async_op=True)
+    own = torch.tensor(report, dtype=torch.int64)
+    reports = [torch.empty_like(own) for _ in range(peers.size)]
+    work = dist.all_gather(reports, own, group=peers.process_group, async_op=True)
     assert work is not None
     wait(work, "its tensor-parallel peers to read the step's data")
     statuses = [int(status) for status, _ in reports]
@@ -249,7 +252,7 @@ def _check(report: list[int], stage: str, num_micro_batches: int) -> None:
 
 def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(value.shape), str(value.dtype)
+        return value.shape, value.dtype
     if isinstance(value, (tuple, list)):
         return tuple(_shapes(part) for part in value)
     if isinstance(value, dict):
@@ -258,8 +261,8 @@ def _shapes(value: Any) -> Any:
 
 
 def _checksum(micro_batches: list[MicroBatch]) -> int:
-    """Return a checksum of inputs and labels; 0 where a rank has only one of them, or they are on a GPU."""
-    total = 1
+    """Checksum of inputs and labels; 0 where a rank has only one of them, or they are on a GPU."""
+    samples: dict[torch.dtype, list[Tensor]] = {}
     for micro_batch in micro_batches:
         for part in micro_batch:
             tensors: list[Tensor] = []
@@ -268,6 +271,10 @@ def _checksum(micro_batches: list[MicroBatch]) -> int:
                 return 0
             for tensor in tensors:
                 flat = tensor.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)].contiguous().view(torch.uint8)
-                total = zlib.crc32(sample.numpy().tobytes(), total)
+                if flat.numel() > _SAMPLED_ELEMENTS:
+                    flat = flat[:: flat.numel() // _SAMPLED_ELEMENTS]
+                samples.setdefault(flat.dtype, []).append(flat)
+    total = 1
+    for flats in samples.values():
+        total = zlib.crc32(torch.cat(flats).view(torch.uint8).numpy().data, total)
     return total if micro_batches else 0

@@ -323,17 +323,12 @@ class TrainingEngine:
         return list(self._broadcast_from_last(stacked))
 
     def _broadcast_from_last(self, value: Tensor) -> Tensor:
-        work = self._begin_broadcast(value)
-        if work is not None:
+        if self.mpu.layout.pp > 1:
+            last = self.mpu.stage_rank(self.mpu.num_stages - 1)
+            work = dist.broadcast(value, src=last, group=self.mpu.pipe.process_group, async_op=True)
+            assert work is not None
             wait(work, "what the last stage computed")
         return value
-
-    def _begin_broadcast(self, value: Tensor) -> dist.Work | None:
-        if self.mpu.layout.pp == 1:
-            return None
-        last = self.mpu.stage_rank(self.mpu.num_stages - 1)
-        work: dist.Work | None = dist.broadcast(value, src=last, group=self.mpu.pipe.process_group, async_op=True)
-        return work
 
     def destroy(self) -> None:
         """Free the engine's process groups, unless another engine uses them. All ranks call this together.
