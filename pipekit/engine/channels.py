@@ -7,6 +7,7 @@ row of the schedule makes them; `pipekit.schedules.operations` says when each is
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,6 +181,8 @@ class Receiver:
         device: where the tensors go.
         find_meta: returns the description of an action's result, or None where the sender is going to tell it.
         learn_meta: called with what the sender told.
+        may_defer: whether a receive whose description is not known yet may be posted when it is needed; otherwise
+            posting waits for the description.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class Receiver:
         device: torch.device,
         find_meta: Callable[[Action], NestedMeta | None],
         learn_meta: Callable[[Action, NestedMeta], Any],
+        may_defer: bool,
     ) -> None:
         self._peer = peer
         self._end = end
@@ -198,6 +202,8 @@ class Receiver:
         self._device = device
         self._find_meta = find_meta
         self._learn_meta = learn_meta
+        self._may_defer = may_defer
+        self._deferred: deque[Action] = deque()
         self._posted: dict[Action, tuple[list[dist.Work], tuple[Tensor, ...]]] = {}
 
     def start(self) -> None:
@@ -205,20 +211,31 @@ class Receiver:
         assert not self._posted, "the step before was left in the middle"
 
     def post(self, action: Action) -> None:
-        """Ask for an action's result, the next one that the sender sends; waits for its description where it is new."""
-        meta = self._find_meta(action)
-        if meta is None:
-            header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-            work = self._header_end.receive(header)
-            wait(work, f"the shape of {name_result(action)} from pipeline rank {self._peer}")
-            meta = decode_meta(header)
-            self._learn_meta(action, meta)
+        """Ask for an action's result, the next one that the sender sends."""
+        self._deferred.append(action)
+        while self._deferred and (meta := self._find_meta(self._deferred[0])) is not None:
+            self._post_first(meta)
+        while self._deferred and not self._may_defer:
+            self._post_first(self._learn())
+
+    def _learn(self) -> NestedMeta:
+        """Wait for the description of the next message."""
+        action = self._deferred[0]
+        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        wait(self._header_end.receive(header), f"the shape of {name_result(action)} from pipeline rank {self._peer}")
+        meta = decode_meta(header)
+        self._learn_meta(action, meta)
+        return meta
+
+    def _post_first(self, meta: NestedMeta) -> None:
         buffers = tuple(tensor.empty(self._device) for tensor in meta.tensors)
-        works = [self._end.receive(buffer) for buffer in buffers]
-        self._posted[action] = works, buffers
+        self._posted[self._deferred.popleft()] = [self._end.receive(buffer) for buffer in buffers], buffers
 
     def receive(self, action: Action) -> tuple[Tensor, ...]:
         """Wait for what was posted, and return the tensors of an action's result."""
+        while action not in self._posted:
+            meta = self._find_meta(self._deferred[0])
+            self._post_first(self._learn() if meta is None else meta)
         works, buffers = self._posted.pop(action)
         for work in works:
             wait(work, f"{name_result(action)} from pipeline rank {self._peer}")

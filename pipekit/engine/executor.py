@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.engine.channel_ends import ChannelEnds
+from pipekit.engine.channel_ends import ChannelEnds, has_pairs
 from pipekit.engine.channels import Receiver, Sender, encode_meta
 from pipekit.engine.micro_batches import MicroBatchReader, StepData
 from pipekit.engine.module import PipelineModule
@@ -21,7 +21,7 @@ from pipekit.errors import PipekitError
 from pipekit.schedules import Action, Schedule
 from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
 from pipekit.schedules.messages import destination, name_result
-from pipekit.schedules.operations import Operation, plan_operations
+from pipekit.schedules.operations import POSTED_AHEAD, Operation, plan_operations
 from pipekit.tensors.meta import NestedMeta, TensorMeta
 from pipekit.tensors.nested import flatten, unflatten
 from pipekit.tensors.transfer import to_device
@@ -163,7 +163,7 @@ class Executor:
                 f"on {self._mpu.placement}; build both for the same number of stages and the same placement"
             )
         rank = self._mpu.pipe_rank
-        operations = plan_operations(schedule)[rank]
+        operations = plan_operations(schedule, ahead=0 if has_pairs() else POSTED_AHEAD)[rank]
         last = {action.stage: action for action in schedule.ranks[rank] if action.kind in "BW"}
         # Whether another rank's backward is whole or split decides which of its actions sends the gradient.
         gradients = {
@@ -192,6 +192,7 @@ class Executor:
                 device=self._device,
                 find_meta=self._find_meta,
                 learn_meta=self._learn_meta,
+                may_defer=not has_pairs(),
             )
         return self._receivers[peer]
 

@@ -23,7 +23,7 @@ from pipekit.predictions.model_states import (
     model_states,
 )
 from pipekit.schedules import Action, Costs, Schedule, Timeline
-from pipekit.schedules.operations import Operation, most_posted, plan_operations
+from pipekit.schedules.operations import POSTED_AHEAD, Operation, most_posted, plan_operations
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def peak_memory(
     # about as much as all layers keep without checkpointing.
     kept = _activation_bytes(stages, schedule, loss=loss, checkpointing=False) if checkpointing else held
     more = [max(0, after - before) for after, before in zip(kept, held, strict=True)]
-    operations = plan_operations(schedule)
+    operations = plan_operations(schedule, ahead=POSTED_AHEAD)
     found = []
     for rank, actions in enumerate(schedule.ranks):
         own = [stages[stage] for stage in schedule.stages_of(rank)]
@@ -163,7 +163,7 @@ def memory_limit(
     in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
     largest_gradient = BYTES_PER_ELEMENT[precision] * max(layer.parameters for layer in costs.layers)
-    posted = [most_posted(operations) for operations in plan_operations(schedule)]
+    posted = [most_posted(operations) for operations in plan_operations(schedule, ahead=POSTED_AHEAD)]
     recomputed = recomputation_bytes(costs.layers) if checkpointing else 0
     # The input of a stage for each micro-batch, what is received early, a gradient received and one sent, and the
     # weight gradients of a layer that are yet to be added to those accumulated.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -13,6 +14,9 @@ from pipekit.schedules.messages import destination
 from pipekit.schedules.schedule import Schedule
 
 OperationKind = Literal["post", "receive", "run", "send"]
+
+POSTED_AHEAD = 2
+"""Receives that a rank posts ahead for each of its peers, over gloo: the next message comes while one is used."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Operation:
         return (rank, self.peer) if self.kind == "send" else (self.peer, rank)
 
 
-def plan_operations(schedule: Schedule) -> tuple[tuple[Operation, ...], ...]:
+def plan_operations(schedule: Schedule, *, ahead: int = 0) -> tuple[tuple[Operation, ...], ...]:
     """Operations of every rank of a pipeline, in an order in which no rank can wait for ever.
 
     All actions are put in one order in which they could run one at a time. A message is sent, and its receive posted,
@@ -47,6 +51,11 @@ def plan_operations(schedule: Schedule) -> tuple[tuple[Operation, ...], ...]:
     for its receive, a channel carries one message at a time, and the host waits for its device after each operation (as
     CUDA does to load a kernel or to free memory). The order is that of a step of equal stages, so that receives are
     posted early.
+
+    Args:
+        schedule: the table.
+        ahead: receives that are posted for each peer as soon as an earlier one has ended, where that is sooner. Only
+            for channels whose receives never keep anything else waiting, as gloo's.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -66,7 +75,32 @@ def plan_operations(schedule: Schedule) -> tuple[tuple[Operation, ...], ...]:
         if stage is not None and (target := schedule.placement[stage]) != rank:
             operations[target].append(Operation("post", action, rank))
             operations[rank].append(Operation("send", action, target))
-    return tuple(map(tuple, operations))
+    return tuple(tuple(_post_ahead(row, ahead)) for row in operations)
+
+
+def _post_ahead(operations: Sequence[Operation], ahead: int) -> Iterator[Operation]:
+    """The operations of a rank, with up to `ahead` receives of each peer posted at any time."""
+    posts = [operation for operation in operations if operation.kind == "post"]
+    waiting = {post.peer: [each for each in posts if each.peer == post.peer] for post in posts}
+    posted: Counter[int | None] = Counter()
+
+    def top_up(peer: int | None) -> Iterator[Operation]:
+        while waiting[peer] and posted[peer] < ahead:
+            posted[peer] += 1
+            yield waiting[peer].pop(0)
+
+    for peer in waiting:
+        yield from top_up(peer)
+    for operation in operations:
+        if operation.kind != "post":
+            yield operation
+        elif operation in waiting[operation.peer]:
+            posted[operation.peer] += 1
+            waiting[operation.peer].remove(operation)
+            yield operation
+        if operation.kind == "receive":
+            posted[operation.peer] -= 1
+            yield from top_up(operation.peer)
 
 
 def most_posted(operations: Sequence[Operation]) -> int:

@@ -96,8 +96,8 @@ def swap_two_receives() -> None:
 
     plan_operations = executor.plan_operations
 
-    def changed(schedule: Any) -> Any:
-        rows = [list(row) for row in plan_operations(schedule)]
+    def changed(schedule: Any, **options: Any) -> Any:
+        rows = [list(row) for row in plan_operations(schedule, **options)]
         first, second = [index for index, operation in enumerate(rows[1]) if operation.kind == "post"][:2]
         rows[1][first], rows[1][second] = rows[1][second], rows[1][first]
         return rows
@@ -135,7 +135,7 @@ def train_with_receives_posted_ahead(rank: int, pp: int, has_pairs: bool) -> Non
     engine = build_engine(case)
     engine.train_batch(micro_batches(0, case, 0))
     # From the second step on, the shapes of all messages are known.
-    executor.plan_operations = lambda schedule: tuple(map(tuple, post_ahead(schedule, 2)))
+    executor.plan_operations = lambda schedule, **options: tuple(map(tuple, post_ahead(schedule, 2)))
     engine.executor._tables.clear()
     for group in engine.executor._ends._groups.values():
         group.process_group.timeout = timedelta(seconds=60 if has_pairs else 2)

@@ -439,8 +439,8 @@ def test_the_last_stage_holds_the_gradients_of_its_logits_for_a_moment() -> None
 
 
 def test_messages_are_received_ahead_and_gradients_are_passed_on() -> None:
-    # The message between the stages has 20 bytes. Rank 0 posts one gradient while one more is in use.
-    assert two_stages(0).communication == 20 + 20
+    # The message between the stages has 20 bytes. Rank 0 posts two gradients while one more is in use.
+    assert two_stages(0).communication == 2 * 20 + 20
     assert two_stages(1).communication == 2 * 20 + 20
 
 

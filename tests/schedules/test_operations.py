@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipekit.schedules import Schedule, plan_1f1b, plan_schedule
 from pipekit.schedules.dependencies import needs
@@ -12,11 +16,11 @@ from pipekit.schedules.operations import most_posted, plan_operations
 from schedules.tables import schedules
 
 
-@given(schedules)
+@given(schedules, st.integers(0, 3))
 @settings(max_examples=200)
-def test_every_action_runs_and_every_message_is_posted_sent_and_received_once(schedule: Schedule) -> None:
+def test_every_action_runs_and_every_message_is_posted_sent_and_received_once(schedule: Schedule, ahead: int) -> None:
     messages = plan_messages(schedule)
-    for rank, operations in enumerate(plan_operations(schedule)):
+    for rank, operations in enumerate(plan_operations(schedule, ahead=ahead)):
         assert tuple(each.action for each in operations if each.kind == "run") == schedule.ranks[rank]
         for peer in range(len(schedule.ranks)):
             of_peer = [each for each in operations if each.peer == peer]
@@ -29,10 +33,10 @@ def test_every_action_runs_and_every_message_is_posted_sent_and_received_once(sc
             assert sorted(received) == sorted(posted)
 
 
-@given(schedules)
+@given(schedules, st.integers(0, 3))
 @settings(max_examples=200)
-def test_what_an_action_needs_is_there_when_it_runs(schedule: Schedule) -> None:
-    for rank, operations in enumerate(plan_operations(schedule)):
+def test_what_an_action_needs_is_there_when_it_runs(schedule: Schedule, ahead: int) -> None:
+    for rank, operations in enumerate(plan_operations(schedule, ahead=ahead)):
         seen: set[tuple[str, object]] = set()
         for operation in operations:
             if operation.kind == "run":
@@ -71,6 +75,21 @@ def test_one_worker_could_do_all_of_them_each_message_at_both_ends_at_once(sched
 def test_few_receives_are_posted_ahead(name: str) -> None:
     schedule = plan_schedule(name, pp=4, num_micro_batches=16)
     assert max(map(most_posted, plan_operations(schedule))) <= 4
+
+
+@given(schedules, st.integers(1, 3))
+@settings(max_examples=200)
+def test_so_many_receives_of_each_peer_are_posted_as_soon_as_may_be(schedule: Schedule, ahead: int) -> None:
+    messages = plan_messages(schedule)
+    for rank, operations in enumerate(plan_operations(schedule, ahead=ahead)):
+        left = {source: len(sent) for (source, target), sent in messages.items() if target == rank}
+        posted: Counter[int | None] = Counter()
+        for operation, following in pairwise([*operations, None]):
+            assert operation is not None
+            posted[operation.peer] += {"post": 1, "receive": -1}.get(operation.kind, 0)
+            left[operation.peer] = left.get(operation.peer, 0) - (operation.kind == "post")
+            if following is not None and following.kind != "post":
+                assert all(posted[peer] >= min(ahead, number + posted[peer]) for peer, number in left.items())
 
 
 def test_receives_are_posted_before_they_are_needed() -> None:
