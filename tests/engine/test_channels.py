@@ -12,10 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine_jobs import VOCAB, Case, build_engine, micro_batches
 from gloo_workers import GlooWorkers
-from pipekit.engine.channels import End, Sender
+from pipekit.engine.channels import End, Receiver, Sender, encode_meta
 from pipekit.layers.specs import LayerSpec
 from pipekit.schedules import Action, Schedule, plan_1f1b, plan_schedule
 from pipekit.schedules.acknowledgements import Acknowledgements, plan_acknowledgements
+from pipekit.tensors.meta import NestedMeta, TensorMeta
 
 NUM_MICRO_BATCHES = 8
 
@@ -210,3 +211,57 @@ def train_without_gradients_below(rank: int, schedule: str, pp: int) -> list[flo
 def test_answers_without_tensors_are_not_waited_for(gloo: GlooWorkers, schedule: str) -> None:
     alone = gloo.run(1, train_without_gradients_below, "1f1b", 1)[0]
     assert gloo.run(2, train_without_gradients_below, schedule, 2)[0] == pytest.approx(alone, rel=1e-5)
+
+
+@dataclass
+class Inbox:
+    """A process group in which every message arrives at once: a description, and ones for tensors."""
+
+    log: list[str] = field(default_factory=list)
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Work:
+        (tensor,) = tensors
+        is_header = tensor.dtype is torch.uint8
+        self.log.append("header" if is_header else "tensor")
+        tensor.copy_(encode_meta(META) if is_header else torch.ones(2))
+        return Work(tells=False, received=True)
+
+
+META = NestedMeta((TensorMeta((2,), torch.float32, True),), "*")
+
+
+def build_receiver(*, may_defer: bool) -> tuple[Receiver, list[str]]:
+    inbox = Inbox()
+    metas: dict[int, NestedMeta] = {}
+    receiver = Receiver(
+        peer=1,
+        end=End(inbox, 1),  # type: ignore[arg-type]
+        header_end=End(inbox, 1),  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        may_defer=may_defer,
+        find_meta=lambda action: metas.get(action.stage),
+        learn_meta=lambda action, meta: metas.__setitem__(action.stage, meta),
+    )
+    return receiver, inbox.log
+
+
+def test_a_receive_without_a_description_waits_for_it_where_it_is_needed() -> None:
+    receiver, log = build_receiver(may_defer=True)
+    # The description could depend on what this rank does after it has posted.
+    receiver.post(forward(0))
+    receiver.post(forward(1))
+    assert log == []
+    (found,) = receiver.receive(forward(0))
+    torch.testing.assert_close(found, torch.ones(2))
+    assert log == ["header", "tensor"]
+    # What was put off is posted before what comes after it.
+    receiver.post(forward(2))
+    assert log == ["header", "tensor", "tensor", "tensor"]
+    assert [len(receiver.receive(action)) for action in (forward(1), forward(2))] == [1, 1]
+
+
+def test_over_nccl_posting_waits_for_the_description() -> None:
+    receiver, log = build_receiver(may_defer=False)
+    receiver.post(forward(0))
+    receiver.post(forward(1))
+    assert log == ["header", "tensor", "tensor"]
