@@ -63,15 +63,17 @@ def describe_model(
             return describe_layers(
                 specs, given.inputs, dtype=_DTYPES[precision], loss_fn=given.loss_fn, labels=given.labels
             )
+        # A GPU's context and memory would stay with this process as long as it watches over the run.
+        profile = profile_in_child if time_on == "cuda" else profile_layers
         with _threads(num_threads):
-            # A GPU's context and memory would stay with this process as long as it watches over the run.
-            return (profile_in_child if time_on == "cuda" else profile_layers)(
+            return profile(
                 specs,
                 given.inputs,
                 dtype=_DTYPES[precision],
                 device=time_on,
                 loss_fn=given.loss_fn,
                 labels=given.labels,
+                tf32=config.train.tf32,
                 on_progress=on_progress,
             )
 
@@ -83,6 +85,7 @@ def describe_model(
         precision=precision,
         optimizer_states=_optimizer_states(config),
         is_timed=time_on is not None,
+        tf32=config.train.tf32,
     )
 
 

@@ -39,6 +39,7 @@ from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, build_layer, build_on_meta
 from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.progress import ProgressCallback
+from pipekit.tensors.fp32_products import fp32_products
 from pipekit.tensors.host_memory import keep_freed_memory
 from pipekit.tensors.meta import NestedMeta
 
@@ -55,6 +56,7 @@ def profile_layers(
     device: torch.device | str,
     loss_fn: LossFn | None = None,
     labels: Any = None,
+    tf32: bool = False,
     cache_dir: str | Path | None = None,
     repeats: int = 10,
     on_progress: ProgressCallback | None = None,
@@ -76,6 +78,7 @@ def profile_layers(
         device: the device to measure on; on CPUs with the number of threads that this process has.
         loss_fn: called as `loss_fn(outputs, labels)` behind the last layer; None where that returns the loss.
         labels: labels for the loss function.
+        tf32: whether a GPU multiplies fp32 in TF32.
         cache_dir: folder of earlier measurements; None means `~/.cache/pipekit/profiles`.
         repeats: how often each layer is run after warming up; fewer times where it takes seconds.
         on_progress: called with the layer that is about to be measured, and the share of the layers that are done.
@@ -85,14 +88,22 @@ def profile_layers(
     """
     target = _Target(dtype, torch.device(device), Fingerprinter())
     cache = ProfileCache(Path(cache_dir or "~/.cache/pipekit/profiles").expanduser())
-    profiler = _Profiler(target, cache, repeats, on_progress)
+    with fp32_products(target.device, tf32=tf32):
+        profiler = _Profiler(target, cache, repeats, on_progress)
+        return _profile_layers(specs, example_inputs, profiler, loss_fn=loss_fn, labels=labels)
+
+
+def _profile_layers(
+    specs: Sequence[LayerSpec], example_inputs: Any, profiler: _Profiler, *, loss_fn: LossFn | None, labels: Any
+) -> ModelCosts:
+    target = profiler.target
 
     def measure(layer_idx: int, name: str, inputs: NestedMeta, loss_fn: LossFn | None) -> TracedLayer:
         loss = None if loss_fn is None else _Loss(loss_fn, labels, target)
         values = example_inputs if layer_idx == 0 else None
         return profiler.profile(_Layer(specs[layer_idx], name, loss, target), inputs, values, layer_idx / len(specs))
 
-    layers, outputs = walk_layers(specs, example_inputs, measure, dtype=dtype, loss_fn=loss_fn)
+    layers, outputs = walk_layers(specs, example_inputs, measure, dtype=target.dtype, loss_fn=loss_fn)
     if loss_fn is None or is_loss(outputs):
         return ModelCosts(layers)
     return ModelCosts(layers, profiler.profile(_Loss(loss_fn, labels, target), outputs, None, 1.0).costs)
@@ -168,7 +179,7 @@ class _Profiler:
     def __init__(
         self, target: _Target, cache: ProfileCache, repeats: int, on_progress: ProgressCallback | None
     ) -> None:
-        self._target = target
+        self.target = target
         self._on_progress = on_progress
         self._cache = cache
         self._repeats = repeats
@@ -178,6 +189,7 @@ class _Profiler:
             "device": _device_name(target.device),
             "threads": torch.get_num_threads() if target.device.type == "cpu" else None,
             "torch": torch.__version__,
+            "matmul": torch.get_float32_matmul_precision(),
         }
 
     def profile(self, layer: _Layer | _Loss, inputs: NestedMeta, values: Any, done: float) -> TracedLayer:
@@ -197,7 +209,7 @@ class _Profiler:
             return stored
         if self._on_progress is not None:
             self._on_progress(f"measuring {layer} on {inputs}", done)
-        with explain_failures(), _own_random_numbers(self._target.device):
+        with explain_failures(), _own_random_numbers(self.target.device):
             measured = self._measure(layer, inputs, values)
         if identity is not None:
             self._cache.save(identity, measured)
@@ -213,7 +225,7 @@ class _Profiler:
         return json.loads(json.dumps(identity))  # as it will be read: without tuples
 
     def _measure(self, layer: _Layer | _Loss, inputs: NestedMeta, values: Any) -> TracedLayer:
-        device = self._target.device
+        device = self.target.device
         if device.type == "cpu":
             keep_freed_memory()
         module, call = layer.build()

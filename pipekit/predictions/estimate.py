@@ -161,7 +161,7 @@ class Estimator:
                 self._model.costs_of(plan.micro_batch_size),
                 stages.boundaries,
                 cluster,
-                precision=self._model.precision,
+                matmul_format=self._model.matmul_format,
                 checkpointing=plan.checkpointing,
             )
         return self._costs[key]

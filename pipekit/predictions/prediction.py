@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipekit.predictions.devices import Device
+from pipekit.predictions.devices import Device, MatmulFormat
 from pipekit.predictions.elements import Precision, Shape, count_elements
 from pipekit.predictions.layer_costs import ModelCosts, shard_layers
 from pipekit.predictions.memory import MemoryParts, peak_memory, stage_contents
@@ -27,6 +27,7 @@ class PlannedModel:
         precision: of weights and activations.
         optimizer_states: tensors that its optimizer keeps.
         is_timed: whether `costs_of` tells measured seconds too.
+        tf32: whether matrix products of fp32 are computed in TF32, on devices that have it.
     """
 
     costs_of: Callable[[int], ModelCosts]
@@ -36,6 +37,12 @@ class PlannedModel:
     precision: Precision
     optimizer_states: OptimizerStates = ADAM_STATES
     is_timed: bool = False
+    tf32: bool = False
+
+    @property
+    def matmul_format(self) -> MatmulFormat:
+        """Number format of its matrix products."""
+        return "tf32" if self.precision == "fp32" and self.tf32 else self.precision
 
     @property
     def num_parameters(self) -> int:
@@ -112,7 +119,7 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
     times = step_times(
         schedule,
         plan.num_micro_batches,
-        action_costs(costs, boundaries, cluster, precision=model.precision, checkpointing=plan.checkpointing),
+        action_costs(costs, boundaries, cluster, matmul_format=model.matmul_format, checkpointing=plan.checkpointing),
         cluster,
         stage_parameters=[count_elements(stage.parameters) for stage in stages],
         precision=model.precision,

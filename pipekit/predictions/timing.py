@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pipekit.layout import Axis, Layout
-from pipekit.predictions.devices import Device, Link
+from pipekit.predictions.devices import Device, Link, MatmulFormat
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision
 from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
@@ -96,7 +96,7 @@ def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: i
 
 
 def action_costs(
-    costs: ModelCosts, boundaries: Sequence[int], cluster: Cluster, *, precision: Precision, checkpointing: bool
+    costs: ModelCosts, boundaries: Sequence[int], cluster: Cluster, *, matmul_format: MatmulFormat, checkpointing: bool
 ) -> Costs:
     """Seconds of each stage's actions: forward, input gradient and weight gradient.
 
@@ -108,11 +108,11 @@ def action_costs(
         costs: of the model for one micro-batch.
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
         cluster: devices and layout.
-        precision: of weights and activations.
+        matmul_format: of matrix products.
         checkpointing: whether each backward first repeats the forward.
     """
     tp, layers = cluster.layout.tp, costs.layers
-    flops_per_s = cluster.device.matmul_flops(precision) * tp
+    flops_per_s = cluster.device.matmul_flops(matmul_format) * tp
     forward_s, input_gradient_s, weight_gradient_s = [], [], []
     for start, end in pairwise(boundaries):
         stage = layers[start:end]

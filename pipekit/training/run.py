@@ -24,6 +24,7 @@ from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder, find_start, write_plan
 from pipekit.progress import ProgressCallback
+from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.context import TrialContext
@@ -111,8 +112,6 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
     """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
-    if plan.device == "cuda":
-        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     error: Exception | None = None
     callbacks: list[Callback] = []
     if trial.context.mpu.should_report_metrics:
@@ -140,5 +139,5 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
         if is_watched
         else HangReporter(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
     )
-    with heartbeat:
+    with heartbeat, fp32_products(context.device, tf32=config.train.tf32):
         return Trainer(trial, callbacks).fit()

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Link
+from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_reduce_s, step_times
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
-from predictions.planned import device, layer
+from predictions.planned import device, layer, model
 
 FAST = {"bandwidth": 1000.0, "latency_s": 0.0}
 SLOW = {"bandwidth": 10.0, "latency_s": 0.0}
@@ -79,17 +80,23 @@ def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
 def test_stages_take_their_operations_or_what_was_measured() -> None:
     layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
     cluster = Cluster(device(), Layout(pp=2))
-    model = ModelCosts(layers, layer(50))
-    costs = action_costs(model, [0, 2, 3], cluster, precision="fp32", checkpointing=False)
+    costs = action_costs(ModelCosts(layers, layer(50)), [0, 2, 3], cluster, matmul_format="fp32", checkpointing=False)
     assert costs.forward_s == [4.0, 5.5]
     assert costs.input_gradient_s == [4.0, 1.5]
     assert costs.weight_gradient_s == [4.0, 1.5]
     assert costs.transfer_s == 0.4
 
 
+@pytest.mark.parametrize(
+    ("precision", "tf32", "expected"), [("fp32", True, "tf32"), ("fp32", False, "fp32"), ("bf16", True, "bf16")]
+)
+def test_products_of_fp32_take_tf32_where_the_run_does(precision: Precision, tf32: bool, expected: str) -> None:
+    assert replace(model([layer(1)], precision=precision), tf32=tf32).matmul_format == expected
+
+
 def test_checkpointing_repeats_the_forward() -> None:
-    model = ModelCosts([layer(100)])
-    costs = action_costs(model, [0, 1], Cluster(device(), Layout()), precision="fp32", checkpointing=True)
+    cluster = Cluster(device(), Layout())
+    costs = action_costs(ModelCosts([layer(100)]), [0, 1], cluster, matmul_format="fp32", checkpointing=True)
     assert (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s) == ([1.0], [2.0], [1.0])
     assert costs.transfer_s == 0
 
@@ -97,7 +104,7 @@ def test_checkpointing_repeats_the_forward() -> None:
 def test_tensor_parallel_ranks_share_the_operations_and_sum_what_they_pass_on() -> None:
     layers = [layer(100, passed_bytes=8), layer(0, passed_bytes=8), replace(layer(100), output_bytes=1000)]
     cluster = Cluster(device(), Layout(tp=4))
-    costs = action_costs(ModelCosts(layers), [0, 3], cluster, precision="fp32", checkpointing=False)
+    costs = action_costs(ModelCosts(layers), [0, 3], cluster, matmul_format="fp32", checkpointing=False)
     message_s = all_reduce_s(8, 4, device().intra_node)
     assert costs.forward_s == [pytest.approx(2 * 0.25 + 2 * message_s)]
     assert costs.input_gradient_s == costs.forward_s
