@@ -33,6 +33,10 @@ class CheckpointError(PipekitError):
     """A checkpoint is missing, incomplete, or belongs to another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not as it was written; an earlier one may be whole."""
+
+
 class LaunchError(PipekitError):
     """The processes of a run could not be started, or one of them failed."""
 

@@ -8,24 +8,42 @@ import uuid
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, and rename it once it is on the disk.
 
     Whoever reads meanwhile sees the old file or the new one; several processes may write the same one.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the entries of a folder, with the names of what is in it, are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Give a folder that is complete its final name, in place of an earlier folder of that name."""
-    if final.exists():
-        shutil.rmtree(final)
+    """Give a folder that is complete its final name, in place of an earlier folder of that name.
+
+    The earlier one is removed when the new one is in its place and on the disk.
+    """
+    sync_folder(temporary)
+    earlier = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old") if final.exists() else None
+    if earlier is not None:
+        final.rename(earlier)
     temporary.rename(final)
+    sync_folder(final.parent)
+    if earlier is not None:
+        shutil.rmtree(earlier)

@@ -247,6 +247,7 @@ def train_job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
 
 def save_engine(engine: Any, folder: Path, step: int) -> Path:
     from pipekit.checkpoint.manifest import TrainingState
+    from pipekit.checkpoint.retention import Retention
     from pipekit.engine.save import save_checkpoint
 
     state = TrainingState(
@@ -257,4 +258,5 @@ def save_engine(engine: Any, folder: Path, step: int) -> Path:
         optimizer={"type": "adamw", "step": engine.view.step_count(), "states": engine.view.state_names()},
         loss_scaler=engine.view.loss_scaler_state(),
     )
-    return save_checkpoint(engine, folder, training=state, config_yaml="model: {preset: tiny}\n", keep=2)
+    config = "model: {preset: tiny}\n"
+    return save_checkpoint(engine, folder, training=state, config_yaml=config, retention=Retention(newest=2)).wait()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -56,11 +57,46 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     file = "weights-0000.safetensors"
     save_file(dict(tensors), folder / file)
-    entries = {name: TensorEntry(tuple(t.shape), "float32", {"weights": file}) for name, t in tensors.items()}
-    state = TrainingState(step=step, consumed_samples=8 * step, seed=1, lr=0.1, optimizer={})
-    manifest = Manifest(state, entries, {file: (folder / file).stat().st_size})
-    (folder / "manifest.json").write_text(manifest.to_json())
     (folder / "config.yaml").write_text(config.to_yaml())
     if tokenizer is not None:
         (small_tokenizer() if tokenizer == "small" else tokenizer).save(str(folder / "tokenizer.json"))
+    state = TrainingState(step=step, consumed_samples=8 * step, seed=1, lr=0.1, optimizer={})
+    write_manifest(folder, {name: {"weights": (file, tensor)} for name, tensor in tensors.items()}, state)
     return folder
+
+
+def write_manifest(
+    folder: Path, tensors: Mapping[str, Mapping[str, tuple[str, Tensor]]], training: TrainingState
+) -> Manifest:
+    """Write the manifest of what a folder holds, and return it.
+
+    Args:
+        folder: the checkpoint.
+        tensors: by logical name and kind, the file that holds the tensor, and the tensor.
+        training: the state of the training.
+    """
+    entries = {
+        name: TensorEntry(
+            tuple(kinds["weights"][1].shape),
+            "float32",
+            {kind: file for kind, (file, _) in kinds.items()},
+            checksums={
+                kind: xxhash.xxh3_128_hexdigest(tensor.numpy().tobytes()) for kind, (_, tensor) in kinds.items()
+            },
+        )
+        for name, kinds in tensors.items()
+    }
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    others = [path for path in files if path.suffix != ".safetensors"]
+    manifest = Manifest(
+        training,
+        entries,
+        {path.name: path.stat().st_size for path in files},
+        file_checksums={path.name: _checksum(path.read_bytes()) for path in others},
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return manifest
+
+
+def _checksum(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)

@@ -38,3 +38,16 @@ def test_a_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
         (temporary / content).touch()
         replace_folder(temporary, tmp_path / "final")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["final", "final/second"]
+
+
+def test_the_earlier_folder_is_there_until_the_new_one_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, temporary = tmp_path / "final", tmp_path / "temporary"
+    for folder in (final, temporary):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    removed: list[list[Path]] = []
+    monkeypatch.setattr("shutil.rmtree", lambda path: removed.append([*path.iterdir(), *final.iterdir()]))
+    replace_folder(temporary, final)
+    assert [[path.name for path in paths] for paths in removed] == [["final", "temporary"]]

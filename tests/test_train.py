@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -203,6 +204,23 @@ LAUNCHERS = {
 
 
 # Another test trains under torchrun as well.
+def test_a_damaged_weight_is_named_and_the_checkpoint_before_is_taken(workspace: Path, base_run: str) -> None:
+    run = workspace / "runs/damaged"
+    shutil.copytree(workspace / "runs/base", run)
+    shutil.rmtree(run / "checkpoints/step-00000012")
+    (run / "checkpoints/latest").write_text("step-00000008\n")
+    file = run / "checkpoints/step-00000008/exp_avg-0001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    result = pipekit(workspace, "train", "c.yaml", "run.dir=runs/damaged")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"exp_avg-0001.safetensors: damaged \(exp_avg of '\S+' has changed", result.stdout)
+    assert "step-00000004 instead" in result.stdout
+    assert "going on after step 4" in result.stdout
+    assert losses(workspace, "runs/damaged") == losses(workspace, "runs/base")
+
+
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_under_another_launcher_it_joins(workspace: Path, base_run: str, launcher: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -3,34 +3,53 @@
 A checkpoint holds logical tensors under logical names and knows nothing of the layout that wrote it:
 
     step-00000100/
-        manifest.json                   tensors, optimizer, data position, seeds, file sizes
+        manifest.json                   tensors, optimizer, data position, seeds, file sizes, checksums
         config.yaml                     the resolved configuration
         tokenizer.json                  where the model was trained on text
         weights-0000.safetensors        fp32 weights by logical name, one file a writer
         exp_avg-0000.safetensors        optimizer states by the same names
 
-It is written under another name and renamed when it is whole; the file `latest` beside it is written last.
+It is written under another name and renamed when it is whole; the file `latest` beside it is written last. The
+manifest has checksums of all tensors, of every other file, and of itself. No name in it leads out of the folder.
 """
 
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipekit.errors import CheckpointError
+import xxhash
+from pydantic import AfterValidator, Field, NonNegativeInt, TypeAdapter, ValidationError
+
+from pipekit.errors import CheckpointError, DamagedCheckpointError
 
 FORMAT = "pipekit-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
 WEIGHTS = "weights"
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+"""Name of a file of the checkpoint's own folder: no path, so that it leads nowhere else."""
+
+
+def checksum(data: Any) -> str:
+    """XXH3 of 128 bits, in hexadecimal, of bytes or of any buffer.
+
+    Example:
+        >>> checksum(b"")
+        '99aa06d3014798d86001c324468d497f'
+    """
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 @dataclass(frozen=True)
@@ -42,12 +61,21 @@ class TensorEntry:
         dtype: of the model's weights (`float32`); optimizer states are fp32.
         files: for each kind (`weights`, `exp_avg`, ...) the file that holds it under its logical name.
         trainable: False for buffers and frozen parameters.
+        checksums: for each kind the checksum of its bytes.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[NonNegativeInt, ...]
     dtype: str
-    files: Mapping[str, str]
+    files: Mapping[str, FileName]
     trainable: bool = True
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+
+def _check_optimizer(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key, kind in {"type": str, "step": int, "states": list}.items():
+        if type(record.get(key, kind())) is not kind:
+            raise ValueError(f"{key} must be {kind.__name__}")
+    return record
 
 
 @dataclass(frozen=True)
@@ -67,11 +95,11 @@ class TrainingState:
         client_state: values that a training loop of your own saved with it.
     """
 
-    step: int
-    consumed_samples: int
+    step: NonNegativeInt
+    consumed_samples: NonNegativeInt
     seed: int
     lr: float
-    optimizer: Mapping[str, Any]
+    optimizer: Annotated[Mapping[str, Any], AfterValidator(_check_optimizer)]
     loss_scaler: Mapping[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -80,38 +108,64 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The table of contents of a checkpoint."""
+    """The table of contents of a checkpoint.
+
+    Attributes:
+        training: progress of the training.
+        tensors: by logical name.
+        file_bytes: sizes of all files but the manifest.
+        file_checksums: checksums of the files that hold no tensors.
+        written_by: versions, and the layout.
+    """
 
     training: TrainingState
     tensors: Mapping[str, TensorEntry]
-    file_bytes: Mapping[str, int]
+    file_bytes: Mapping[FileName, NonNegativeInt]
     written_by: Mapping[str, str] = field(default_factory=dict)
+    file_checksums: Mapping[FileName, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the manifest as it is stored."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+        """Return the manifest as it is stored, with the checksum of its content."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps({**content, "checksum": _content_checksum(content)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Manifest:
         """Parse a stored manifest.
 
         Raises:
-            CheckpointError: if `text` is not a manifest, or one of a newer version.
+            DamagedCheckpointError: if `text` is not a manifest, or not as it was written.
+            CheckpointError: if it is one of another version.
         """
         try:
             stored = json.loads(text)
+            if not isinstance(stored, dict):
+                raise ValueError("no JSON object")
             if stored.get("format") != FORMAT:
-                raise CheckpointError(f"{where}: not a pipekit checkpoint (format is {stored.get('format')!r})")
-            if stored["version"] > VERSION:
-                rule = f"this pipekit reads up to {VERSION}; upgrade pipekit"
-                raise CheckpointError(f"{where}: written as version {stored['version']}, and {rule}")
-            tensors = {
-                name: TensorEntry(tuple(entry["shape"]), entry["dtype"], entry["files"], entry["trainable"])
-                for name, entry in stored["tensors"].items()
-            }
-            return cls(TrainingState(**stored["training"]), tensors, stored["file_bytes"], stored["written_by"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: cut short or damaged ({type(error).__name__}: {error})") from None
+                raise DamagedCheckpointError(f"{where}: not a pipekit checkpoint (format is {stored.get('format')!r})")
+            if stored.get("version") != VERSION:
+                rule = f"this pipekit reads version {VERSION}; use the pipekit that wrote it, or a newer one"
+                raise CheckpointError(f"{where}: written as version {stored.get('version')!r}, and {rule}")
+            manifest = _adapter().validate_json(text, strict=True)
+            if stored.pop("checksum", None) != _content_checksum(stored):
+                raise ValueError("its content does not match its checksum")
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            reason = f"{place}: {first['msg']}, and is {str(first['input'])[:80]!r}"
+            raise DamagedCheckpointError(f"{where}: cut short or damaged ({reason})") from None
+        except (ValueError, RecursionError) as error:
+            raise DamagedCheckpointError(f"{where}: cut short or damaged ({error})") from None
+        return manifest
+
+
+def _content_checksum(content: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True).encode())
+
+
+@cache
+def _adapter() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def checkpoint_name(step: int) -> str:
@@ -126,25 +180,59 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a `checkpoints` folder, oldest first, without any that is still being written."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST_FILE).is_file())
+    return sorted(path for path in folder.glob("step-*") if _is_checkpoint(path))
+
+
+def earlier_checkpoints(checkpoint: Path) -> list[Path]:
+    """Checkpoints of fewer steps in the same folder, newest first."""
+    return [path for path in reversed(list_checkpoints(checkpoint.parent)) if path.name < checkpoint.name]
 
 
 def find_latest(folder: Path) -> Path | None:
     """Return the newest checkpoint that a `checkpoints` folder's `latest` file names; None where there is none.
 
     Raises:
-        CheckpointError: if `latest` names a checkpoint that is not there.
+        DamagedCheckpointError: if `latest` names a checkpoint that is not there.
     """
     latest = folder / LATEST_FILE
-    if not latest.is_file():
+    if not latest.exists():
         checkpoints = list_checkpoints(folder)
         return checkpoints[-1] if checkpoints else None
-    name = latest.read_text().strip()
-    if not (folder / name / MANIFEST_FILE).is_file():
-        raise CheckpointError(
+    # A longer file, or one that is no file, holds no name.
+    name = latest.read_bytes()[:255].decode(errors="replace").strip() if _is_plain_file(latest) else ""
+    if Path(name).name != name or not _is_checkpoint(folder / name):
+        raise DamagedCheckpointError(
             f"{latest} names {name!r}, which is not there; {_instead(folder, name) or f'remove {latest} to start anew'}"
         )
     return folder / name
+
+
+def find_whole(folder: Path) -> tuple[Path, Manifest, str] | None:
+    """The checkpoint to go on from in a `checkpoints` folder: the newest whose manifest and sizes are sound.
+
+    Returns:
+        The checkpoint, its manifest, and a warning where it is not the newest; None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none of them is whole.
+    """
+    fault: DamagedCheckpointError | None = None
+    candidates: list[Path] = list_checkpoints(folder)[::-1]
+    try:
+        newest = find_latest(folder)
+        if newest is None:
+            return None
+        candidates = [newest, *earlier_checkpoints(newest)]
+    except DamagedCheckpointError as error:
+        fault = error
+    for checkpoint in candidates:
+        try:
+            manifest = load_manifest(checkpoint)
+            return checkpoint, manifest, f"{fault}; going on from {checkpoint} instead" if fault else ""
+        except DamagedCheckpointError as error:
+            fault = fault or error
+    assert fault is not None
+    raise fault
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -167,31 +255,55 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def load_manifest(checkpoint: Path) -> Manifest:
-    """Read a checkpoint's manifest and check that each file is there and whole.
+    """Read a checkpoint's manifest, and check that each file is there, of its size, and, without tensors, unchanged.
 
     Raises:
-        CheckpointError: if something is missing or cut short; it names the file, both sizes, and what to use instead.
+        DamagedCheckpointError: if something is missing or damaged; it names the file, and what to use instead.
+        CheckpointError: if there is no checkpoint, or one of another version.
     """
     path = checkpoint / MANIFEST_FILE
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{checkpoint}: no {MANIFEST_FILE}, so it is not a checkpoint")
-    manifest = _read_manifest(path)
+    manifest = read_manifest(checkpoint)
     if fault := _find_fault(checkpoint, manifest):
         instead = _instead(checkpoint.parent, checkpoint.name)
-        raise CheckpointError(f"{fault}: the checkpoint is cut short{'; ' + instead if instead else ''}")
+        raise DamagedCheckpointError(f"{fault}: the checkpoint is damaged{'; ' + instead if instead else ''}")
     return manifest
 
 
 def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
     for name, num_bytes in manifest.file_bytes.items():
         file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != num_bytes:
-            return f"{file}: {'is missing' if found is None else f'has {found:,} bytes of {num_bytes:,}'}"
+        try:
+            if not _is_plain_file(file):
+                return f"{file}: is no plain file"
+            if (found := file.stat().st_size) != num_bytes:
+                return f"{file}: has {found:,} bytes of {num_bytes:,}"
+            expected = manifest.file_checksums.get(name)
+            if expected is not None and checksum(file.read_bytes()) != expected:
+                return f"{file}: has changed since it was written"
+        except FileNotFoundError:
+            return f"{file}: is missing"
+    for name, entry in manifest.tensors.items():
+        for kind, file_name in entry.files.items():
+            if file_name not in manifest.file_bytes or kind not in entry.checksums:
+                return f"{checkpoint / MANIFEST_FILE}: has no size or no checksum for {kind} of {name!r}"
     return None
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _is_plain_file(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return not path.is_symlink() and (path / MANIFEST_FILE).is_file()
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read a checkpoint's manifest, and check it but none of the other files; `load_manifest` does."""
+    path = checkpoint / MANIFEST_FILE
+    if not _is_plain_file(path):
+        raise DamagedCheckpointError(f"{path}: is no plain file")
     # Bytes that are no text make no JSON either.
     return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
 
@@ -199,6 +311,6 @@ def _read_manifest(path: Path) -> Manifest:
 def _instead(folder: Path, bad_name: str) -> str:
     for other in reversed(list_checkpoints(folder)):
         with suppress(CheckpointError, OSError):
-            if other.name != bad_name and not _find_fault(other, _read_manifest(other / MANIFEST_FILE)):
+            if other.name != bad_name and not _find_fault(other, read_manifest(other)):
                 return f"go on from one that is whole with checkpoint.resume={other}"
     return ""

@@ -19,6 +19,9 @@ def command(
     top_k: Annotated[int, typer.Option(min=0, help="Draw among so many of the likeliest; 0 among all.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the code that a checkpoint names as model.builder.")
+    ] = False,
 ) -> None:
     """Sample text from a trained model."""
     from pipekit.inference.stream_text import stream_text
@@ -31,6 +34,7 @@ def command(
         top_k=top_k or None,
         seed=seed,
         device=device,
+        trust_code=trust_code,
     ):
         sys.stdout.write(piece)
         sys.stdout.flush()

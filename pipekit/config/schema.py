@@ -315,6 +315,16 @@ class CheckpointConfig(Section):
     keep: PositiveInt | None = Field(default=2, examples=[2])
     """Number of the newest checkpoints to keep; null keeps all."""
 
+    keep_every: PositiveInt | None = Field(default=None, examples=[1000])
+    """Checkpoints of multiples of so many steps are kept too."""
+
+    keep_best: str | None = Field(default=None, min_length=1, examples=["val_loss"])
+    """Name of a metric of `metrics.jsonl`: the checkpoint with the best value of it is kept too. Those saved after
+    steps that do not measure it do not count."""
+
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """The best value of `keep_best`."""
+
 
 class WandbConfig(Section):
     """Logging to Weights & Biases."""

@@ -57,9 +57,10 @@ def save_engine(
     )
     # JSON is YAML too.
     config = json.dumps({"deepspeed": engine.config}, indent=2, default=str) + "\n"
-    return save_checkpoint(
+    saved = save_checkpoint(
         engine, folder, training=training, config_yaml=config, name=name, update_latest=update_latest
     )
+    return saved.wait()
 
 
 def load_engine(

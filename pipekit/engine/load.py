@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ def load_checkpoint(
     """Load the engine's weights, fp32 masters, optimizer states and counters, and return the state of the training.
 
     Each rank reads the tensors of its own stage, and only its own part of those that tensor-parallel ranks share out.
-    Every rank calls this together.
+    Before that, the ranks of a stage check the tensors' checksums, each those of some. Every rank calls this together.
 
     Args:
         engine: the engine to load into.
@@ -28,18 +30,20 @@ def load_checkpoint(
         optimizer_states: False where the optimizer is of another kind now; its states then begin anew.
 
     Raises:
+        DamagedCheckpointError: on every rank, if a tensor is not as it was written; then nothing has been changed.
         CheckpointError: on every rank, if the checkpoint does not fit the model; then nothing has been changed.
     """
     training = reader.manifest.training
+    states = list(training.optimizer.get("states", [])) if optimizer_states else []
     try:
         _check_fit(engine, reader)
+        _verify_share(engine, reader, states)
         error = None
     except CheckpointError as failure:
         error = failure
     raise_together(error)
 
     view = engine.view
-    states: list[str] = list(training.optimizer.get("states", [])) if optimizer_states else []
     view.prepare_states(states, int(training.optimizer.get("step", 0)))
     trainable: list[tuple[str, nn.Parameter]] = []
     for name, parameter, _ in engine.module.named_logical_parameters():
@@ -52,7 +56,7 @@ def load_checkpoint(
         for name, parameter in trainable:
             view.load_state(parameter, state, _read(reader, name, parameter, state))
     for name, buffer, _ in engine.module.named_logical_buffers():
-        _copy(buffer, reader.tensor(name))
+        _copy(buffer, reader.tensor(name, is_verified=True))
 
     engine.global_steps = training.step
     engine.global_samples = training.consumed_samples
@@ -81,8 +85,20 @@ def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
         )
 
 
+def _verify_share(engine: TrainingEngine, reader: CheckpointReader, states: list[str]) -> None:
+    """Check this rank's share of the checksums of its stage's tensors."""
+    needed = [(name, WEIGHTS) for name, _, _ in engine.module.named_logical_buffers()]
+    for name, parameter, _ in engine.module.named_logical_parameters():
+        needed += [(name, kind) for kind in (WEIGHTS, *(states if parameter.requires_grad else ()))]
+    needed.sort(key=lambda tensor: math.prod(reader.manifest.tensors[tensor[0]].shape))
+    mpu = engine.mpu
+    place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
+    for name, kind in needed[place :: mpu.layout.dp * mpu.layout.tp]:
+        reader.verify(name, kind)
+
+
 def _read(reader: CheckpointReader, name: str, parameter: nn.Parameter, kind: str = WEIGHTS) -> Tensor:
-    return reader.tensor(name, kind, shard=shard_of(parameter)).to(parameter.device)
+    return reader.tensor(name, kind, shard=shard_of(parameter), is_verified=True).to(parameter.device)
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import (
@@ -23,8 +23,10 @@ from pipekit.checkpoint.manifest import (
     TensorEntry,
     TrainingState,
     checkpoint_name,
-    list_checkpoints,
+    checksum,
 )
+from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
+from pipekit.checkpoint.writer import write_tensors
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.engine.training_engine import TrainingEngine
@@ -35,6 +37,45 @@ from pipekit.files import replace_folder, write_atomically
 _LONGEST_WRITE = timedelta(hours=6)
 
 
+class PendingCheckpoint:
+    """A checkpoint that is written, or is being written in the background; `path` appears once it is whole."""
+
+    def __init__(self, path: Path, write: Callable[[], None], *, in_background: bool) -> None:
+        self.path = path
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if not in_background:
+            write()
+            return
+
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:  # raised again where it is waited for
+                self._error = error
+
+        # Where the process ends early, what is written so far is left behind, and the checkpoint before is the newest.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would return at once."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint is on the disk, and return its path. Every rank calls this at the same point.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.path
+
+
 def save_checkpoint(
     engine: TrainingEngine,
     folder: Path,
@@ -42,14 +83,16 @@ def save_checkpoint(
     training: TrainingState,
     config_yaml: str,
     extra_files: Mapping[str, Path] | None = None,
-    keep: int | None = None,
+    retention: Retention | None = None,
     name: str | None = None,
     update_latest: bool = True,
-) -> Path:
-    """Write a checkpoint into `folder` and return its path. Every rank calls this together.
+    in_background: bool = False,
+) -> PendingCheckpoint:
+    """Write a checkpoint into `folder`. Every rank calls this together, once the one before has been waited for.
 
-    The replicas of a stage share its tensors out among themselves, so that all ranks write at once. The folder appears
-    under its name when it is complete, and `latest` names it after that.
+    The replicas of a stage share its tensors out among themselves, so that all ranks write at once, each from a copy of
+    its share in the host's memory. The folder appears under its name when it is complete, and `latest` names it after
+    that.
 
     Args:
         engine: the engine to save.
@@ -57,52 +100,67 @@ def save_checkpoint(
         training: the state of the training.
         config_yaml: the resolved configuration.
         extra_files: files to copy in, by name.
-        keep: how many checkpoints to keep in `folder`; None keeps all.
+        retention: the checkpoints of `folder` that are kept; by default all.
         name: name of the checkpoint; made from the step unless given.
         update_latest: whether `latest` names it from now on.
+        in_background: whether to return once the copy is made, and to write it on a thread.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write; nothing is left behind.
+        CheckpointError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
+            happens in the background.
     """
     name = name or checkpoint_name(training.step)
     final, temporary = folder / name, folder / f".{name}.tmp"
     rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     everybody = engine.mpu.build_group(
         [range(dist.get_world_size())], "gloo", purpose="checkpoints", timeout=_LONGEST_WRITE
     )
     assert everybody is not None
     control = everybody.process_group
-    dist.barrier(control)
-
     error: Exception | None = None
-    entries: dict[str, TensorEntry] = {}
-    # Gathering is collective, so that it goes on whether or not this rank can write.
+    if rank == 0:
+        try:
+            remove_leftovers(folder)
+            temporary.mkdir(parents=True)
+        except OSError as failure:
+            error = CheckpointError(f"{temporary}: could not be written: {failure}")
+    raise_together(error, control)
     shares, entries = _gather_share(engine, writer=rank)
-    try:
-        file_bytes = {file: _write(temporary / file, tensors) for file, tensors in shares.items()}
-    except OSError as failure:
-        error, file_bytes = CheckpointError(f"{temporary}: could not be written: {failure}"), {}
-    try:
-        raise_together(error, control)
-        written: list[tuple[dict[str, TensorEntry], dict[str, int]]] = [({}, {})] * dist.get_world_size()
-        dist.all_gather_object(written, (entries, file_bytes), group=control)
-        if rank == 0:
-            try:
-                _finish(temporary, final, written, training, config_yaml, extra_files or {})
-                if update_latest:
-                    write_atomically(folder / LATEST_FILE, name + "\n")
-                _prune(folder, keep)
-            except OSError as failure:
-                error = CheckpointError(f"{final}: could not be written: {failure}")
-        raise_together(error, control)
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    layout = f"{engine.mpu.layout}, ZeRO {engine.config.get('zero_optimization', {}).get('stage', 0)}"
+
+    def write() -> None:
+        error: Exception | None = None
+        file_bytes: dict[str, int] = {}
+        checksums: dict[str, dict[str, str]] = {tensor_name: {} for tensor_name in entries}
+        try:
+            for file, tensors in shares.items():
+                for tensor_name, value in write_tensors(temporary / file, tensors).items():
+                    checksums[tensor_name][file.rpartition("-")[0]] = value
+                file_bytes[file] = (temporary / file).stat().st_size
+                tensors.clear()
+        except (OSError, CheckpointError) as failure:
+            error = CheckpointError(f"{temporary}: could not be written: {failure}")
+        checked = {key: replace(entry, checksums=checksums[key]) for key, entry in entries.items()}
+        try:
+            raise_together(error, control)
+            written: list[tuple[dict[str, TensorEntry], dict[str, int]]] = [({}, {})] * dist.get_world_size()
+            dist.all_gather_object(written, (checked, file_bytes), group=control)
+            if rank == 0:
+                try:
+                    _finish(temporary, final, written, training, config_yaml, extra_files or {}, layout)
+                    if update_latest:
+                        write_atomically(folder / LATEST_FILE, name + "\n")
+                    for surplus in list_surplus(folder, retention or Retention()):
+                        remove_checkpoint(surplus)
+                except OSError as failure:
+                    error = CheckpointError(f"{final}: could not be written: {failure}")
+            raise_together(error, control)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    return PendingCheckpoint(final, write, in_background=in_background)
 
 
 def _gather_share(
@@ -120,14 +178,15 @@ def _gather_share(
     load = [0] * (mpu.layout.dp * mpu.layout.tp)
     place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
 
-    def put(name: str, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
-        files = {}
-        for kind, tensor in tensors.items():
-            files[kind] = f"{kind}-{writer:04d}.safetensors"
-            shares.setdefault(files[kind], {})[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        weights = tensors[WEIGHTS]
-        dtype = str(weights.dtype).removeprefix("torch.")
-        entries[name] = TensorEntry(tuple(weights.shape), dtype, files, trainable)
+    def put(name: str, kind: str, tensor: Tensor, *, trainable: bool) -> None:
+        file = f"{kind}-{writer:04d}.safetensors"
+        if kind == WEIGHTS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries[name] = TensorEntry(tuple(tensor.shape), dtype, {}, trainable)
+        else:
+            tensor = tensor.float()
+        entries[name] = replace(entries[name], files={**entries[name].files, kind: file})
+        shares.setdefault(file, {})[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
     for name, parameter, owned in engine.module.named_logical_parameters():
         # The owner among the stage's ranks is the one with the least to write so far: the same on all of them.
@@ -135,27 +194,19 @@ def _gather_share(
         mine = owned and owner == place
         if owned:
             load[owner] += math.prod(logical_shape(parameter))
-        if not parameter.requires_grad:
-            frozen = join_shards(view.full_frozen(parameter), parameter, tensor_group)
+        trainable = parameter.requires_grad
+        for kind in (WEIGHTS, *states) if trainable else (WEIGHTS,):
+            if kind == WEIGHTS:
+                part = view.full_master(parameter) if trainable else view.full_frozen(parameter)
+            else:
+                part = view.full_state(parameter, kind)
+            tensor = join_shards(part, parameter, tensor_group)
             if mine:
-                put(name, {WEIGHTS: frozen}, trainable=False)
-            continue
-        tensors = {WEIGHTS: view.full_master(parameter)}
-        tensors |= {state: view.full_state(parameter, state) for state in states}
-        tensors = {kind: join_shards(tensor, parameter, tensor_group) for kind, tensor in tensors.items()}
-        if mine:
-            put(name, tensors, trainable=True)
+                put(name, kind, tensor, trainable=trainable)
     for name, buffer, owned in engine.module.named_logical_buffers():
         if owned and place == 0:
-            put(name, {WEIGHTS: buffer}, trainable=False)
+            put(name, WEIGHTS, buffer, trainable=False)
     return shares, entries
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> int:
-    save_file(tensors, path, metadata={"format": "pt"})
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size
 
 
 def _finish(
@@ -165,25 +216,25 @@ def _finish(
     training: TrainingState,
     config_yaml: str,
     extra_files: Mapping[str, Path],
+    layout: str,
 ) -> None:
     tensors: dict[str, TensorEntry] = {}
     file_bytes: dict[str, int] = {}
+    file_checksums: dict[str, str] = {}
     for entries, sizes in written:
         tensors.update(entries)
         file_bytes.update(sizes)
-    for name, source in extra_files.items():
-        shutil.copyfile(source, temporary / name)
-    write_atomically(temporary / CONFIG_FILE, config_yaml)
+    contents = {name: source.read_bytes() for name, source in extra_files.items()}
+    for name, content in {**contents, CONFIG_FILE: config_yaml.encode()}.items():
+        write_atomically(temporary / name, content)
+        file_bytes[name], file_checksums[name] = len(content), checksum(content)
     versions = {name: version(name) for name in ("pipekit", "torch", "deepspeed")}
-    manifest = Manifest(training=training, tensors=tensors, file_bytes=file_bytes, written_by=versions)
+    manifest = Manifest(
+        training=training,
+        tensors=tensors,
+        file_bytes=file_bytes,
+        written_by={**versions, "layout": layout},
+        file_checksums=file_checksums,
+    )
     write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
     replace_folder(temporary, final)  # A run that was set back to an earlier step writes this one again.
-
-
-def _prune(folder: Path, keep: int | None) -> None:
-    if keep is None:
-        return
-    latest = (folder / LATEST_FILE).read_text().strip()
-    older = [path for path in list_checkpoints(folder) if path.name != latest]
-    for path in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(path)

@@ -14,14 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS, resolve_checkpoint
+from pipekit.checkpoint.manifest import TOKENIZER_FILE, WEIGHTS, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.config import load_config
 from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import replace_folder, write_atomically
 from pipekit.inference.hugging_face import to_hf
-from pipekit.inference.load_model import MODEL_FILE, read_model
+from pipekit.inference.load_model import MODEL_FILE, read_config, read_model
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models.family import TransformerFamily
 
@@ -68,21 +67,21 @@ def export_checkpoint(
     """
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
     _check_free(out, overwrite=overwrite)
-    config = load_config(checkpoint / CONFIG_FILE)
+    reader = CheckpointReader(checkpoint)
+    config = read_config(reader)
     if reason := config.model.no_export_reason():
         raise CheckpointError(
             f"{checkpoint}: its model {reason}; read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold "
             "them under their own names"
         )
     assert isinstance(config.model, TransformerFamily)
-    reader = CheckpointReader(checkpoint)
     model = read_model(reader, config)
     final = out.resolve()
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_folder(temporary, model, config.model, checkpoint, dtype)
+        _write_folder(temporary, model, config.model, reader.file(TOKENIZER_FILE), dtype)
         step = reader.manifest.training.step
         check = _compare(temporary, model, config.model, checkpoint=str(checkpoint), step=step, dtype=dtype)
         write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
@@ -107,13 +106,13 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def _write_folder(
-    folder: Path, model: SequentialModel, config: TransformerFamily, checkpoint: Path, dtype: ExportDtype
+    folder: Path, model: SequentialModel, config: TransformerFamily, tokenizer_file: Path | None, dtype: ExportDtype
 ) -> None:
     tensors = to_hf(config, model.logical_tensors())
     exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
     save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
     end_token_id = None
-    if (tokenizer_file := checkpoint / TOKENIZER_FILE).is_file():
+    if tokenizer_file is not None:
         end_token_id = load_tokenizer(tokenizer_file).end_token_id
         write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
     ends = {"bos_token_id": end_token_id, "eos_token_id": end_token_id}

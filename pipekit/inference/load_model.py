@@ -15,20 +15,47 @@ from pipekit.errors import CheckpointError
 from pipekit.inference.hugging_face import from_hf, read_hf_config
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
+from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import TransformerFamily
 
 MODEL_FILE = "model.safetensors"
 """Weights of an exported folder."""
 
 
-def load_model(checkpoint: Path) -> tuple[SequentialModel, Config]:
-    """Model of a checkpoint, in evaluation mode, and its configuration; a CheckpointError if either cannot be read."""
-    config = load_config(checkpoint / CONFIG_FILE)
-    return read_model(CheckpointReader(checkpoint), config), config
+def load_model(checkpoint: Path, *, trust_code: bool = False) -> tuple[SequentialModel, Config]:
+    """Model of a checkpoint, in evaluation mode, and its configuration.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        trust_code: whether the function that its configuration names as `model.builder` may be imported and called.
+
+    Raises:
+        CheckpointError: if either cannot be read, or the model is built by code that is not trusted.
+    """
+    reader = CheckpointReader(checkpoint)
+    config = read_config(reader)
+    return read_model(reader, config, trust_code=trust_code), config
 
 
-def read_model(reader: CheckpointReader, config: Config) -> SequentialModel:
-    """Model of an open checkpoint, in evaluation mode; a CheckpointError if it does not fit the configuration."""
+def read_config(reader: CheckpointReader) -> Config:
+    """Configuration of an open checkpoint; a CheckpointError if it has none. Runs no code that it names."""
+    file = reader.file(CONFIG_FILE)
+    if file is None:
+        raise CheckpointError(f"{reader.path}: its manifest lists no {CONFIG_FILE}, so its model is unknown")
+    return load_config(file)
+
+
+def read_model(reader: CheckpointReader, config: Config, *, trust_code: bool = False) -> SequentialModel:
+    """Model of an open checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: if it does not fit the configuration, or is built by code that is not trusted.
+    """
+    if isinstance(config.model, CustomModelConfig) and not trust_code:
+        raise CheckpointError(
+            f"{reader.path}: model.builder={config.model.builder} is code, which a checkpoint of unknown origin must "
+            "not run; add --trust-code if you know where it comes from"
+        )
     # A layer of the user's own may compute more in its constructor than a checkpoint holds.
     seed = None if isinstance(config.model, TransformerFamily) else config.train.seed
     model = SequentialModel(build_layers(config), seed=seed)

@@ -25,6 +25,7 @@ def stream_text(
     top_k: int | None,
     seed: int,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    trust_code: bool = False,
 ) -> Iterator[str]:
     """Yield the prompt, then the text that follows it piece by piece.
 
@@ -32,6 +33,8 @@ def stream_text(
         source: a run's folder, one of its checkpoints, or an exported folder.
         prompt: text to go on from; empty begins a document.
         max_new_tokens, temperature, top_k, seed: see `sample_tokens`.
+        device: what to compute on.
+        trust_code: whether code that a checkpoint names as `model.builder` may run.
 
     Raises:
         PipekitError: if there is no model, no tokenizer, or no such device.
@@ -39,7 +42,7 @@ def stream_text(
     if device == "cuda" and not torch.cuda.is_available():
         raise PipekitError("--device cuda: no GPU is present; use --device auto or cpu")
     place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, tokenizer, max_positions = _load(source)
+    model, tokenizer, max_positions = _load(source, trust_code=trust_code)
     model.to(place)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_token_id]
     yield prompt
@@ -65,7 +68,7 @@ def stream_text(
             shown = text
 
 
-def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
+def _load(source: Path, *, trust_code: bool) -> tuple[SequentialModel, TextTokenizer, int]:
     """Model, tokenizer and longest sequence of an exported folder, or of a run or checkpoint."""
     if (source / "config.json").is_file() and (source / MODEL_FILE).is_file():
         folder = source
@@ -73,7 +76,7 @@ def _load(source: Path) -> tuple[SequentialModel, TextTokenizer, int]:
         max_positions = family.longest_sequence
     else:
         folder = resolve_checkpoint(source)
-        model, config = load_model(folder)
+        model, config = load_model(folder, trust_code=trust_code)
         max_positions = config.model.longest_sequence or config.train.sequence_length
     if not (folder / TOKENIZER_FILE).is_file():
         raise PipekitError(f"{folder}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")

@@ -26,10 +26,12 @@ class StartPoint:
     Attributes:
         checkpoint: its folder.
         step: updates made in it.
+        warning: the reason why it is not the newest; empty where it is.
     """
 
     checkpoint: Path
     step: int
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Plan:
                 "num_micro_batches": self.schedule.num_micro_batches,
                 "ranks": [" ".join(map(str, actions)) for actions in self.schedule.ranks],
             },
-            "start": self.start and {"checkpoint": str(self.start.checkpoint), "step": self.start.step},
+            "start": self.start and {**asdict(self.start), "checkpoint": str(self.start.checkpoint)},
         }
         try:
             return json.dumps(stored, indent=1) + "\n"
@@ -129,7 +131,7 @@ class Plan:
                     schedule["num_micro_batches"],
                     tuple(tuple(map(Action.parse, row.split())) for row in schedule["ranks"]),
                 ),
-                "start": start and StartPoint(Path(start["checkpoint"]), start["step"]),
+                "start": start and StartPoint(Path(start["checkpoint"]), start["step"], start["warning"]),
             }
             lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
             return cls(**{**stored, **lists, **made})

@@ -10,7 +10,7 @@ from pipekit.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     Manifest,
-    find_latest,
+    find_whole,
     list_checkpoints,
     load_manifest,
     resolve_checkpoint,
@@ -52,6 +52,8 @@ class RunFolder:
 def find_start(config: Config) -> StartPoint | None:
     """The checkpoint that a run goes on from, or None where it starts anew. Reads, and writes nothing.
 
+    Where the newest is damaged, it is an earlier one, with a warning.
+
     Raises:
         ConfigError: if the run folder holds a run of another model or other data, or one that `checkpoint.resume=never`
             would overwrite.
@@ -71,12 +73,12 @@ def find_start(config: Config) -> StartPoint | None:
                 "give another run.dir, or go on from them with checkpoint.resume=auto"
             )
         return None
-    checkpoint = find_latest(folder.checkpoints) if resume == "auto" else resolve_checkpoint(Path(resume))
-    if checkpoint is None:
-        return None
+    if resume == "auto":
+        found = find_whole(folder.checkpoints)
+        return None if found is None else StartPoint(found[0], found[1].training.step, found[2])
+    checkpoint = resolve_checkpoint(Path(resume))
     manifest = load_manifest(checkpoint)
-    if resume != "auto":
-        _check_same_run(checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration")
+    _check_same_run(checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration")
     return StartPoint(checkpoint, manifest.training.step)
 
 

@@ -66,6 +66,9 @@ class Callback:
     def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
         """Training is about to begin, after `start_step` updates of an earlier start."""
 
+    def on_warning(self, message: str) -> None:
+        """Something is not as it should be, and the run goes on; also before `on_train_start`."""
+
     def on_step_end(self, metrics: StepMetrics) -> None:
         """A step has been made and, where it was due, evaluated.
 

@@ -185,6 +185,9 @@ class ConsoleProgress(Callback):
             self._task = self._progress.add_task("train", total=self._num_steps, completed=start_step, metrics="")
             self._progress.start()
 
+    def on_warning(self, message: str) -> None:
+        self._console.print(f"warning: {message}", style="yellow", markup=False)
+
     def on_evaluation_start(self, step: int) -> None:
         if self._progress is not None:
             self._progress.update(self._task, metrics="evaluating")

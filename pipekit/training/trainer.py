@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState, checkpoint_name
+from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState, checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.checkpoint.retention import Retention
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
+from pipekit.distributed.processes import raise_together
 from pipekit.engine.build import build_engine
 from pipekit.engine.late_number import LateNumber
 from pipekit.engine.load import load_checkpoint
@@ -23,7 +26,8 @@ from pipekit.engine.module import PipelineModule
 from pipekit.engine.save import save_checkpoint
 from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import PipekitError
+from pipekit.errors import CheckpointError, DamagedCheckpointError, PipekitError
+from pipekit.plan.plan import StartPoint
 from pipekit.plan.run_folder import check_data
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.profile import save_profile
@@ -108,8 +112,8 @@ class Trainer:
     def _fit(self) -> RunResult:
         context, train = self.context, self.config.train
         checkpoint = context.start
-        if checkpoint is not None:
-            self._resume()
+        if context.plan.start is not None:
+            self._resume(context.plan.start)
         self._each(lambda callback: callback.on_train_start(context.plan, context.folder, self.step))
         started_s = time.perf_counter()
         first_val_loss = None
@@ -270,19 +274,36 @@ class Trainer:
     def _batches(loader: Prefetcher | None, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
         return None if loader is None else iter(loader.step_batches(consumed_samples, then=then))
 
-    def _resume(self) -> None:
-        assert self.context.start is not None
-        self.context.mpu.activity.begin("start", f"loading {self.context.start.name}")
-        reader = CheckpointReader(self.context.start)
-        check_data(reader.manifest, self.trial.data_fingerprint, where=reader.path)
-        kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
-        same_states = len(kinds) == 1 or kinds == {"adam", "adamw"}
-        training = load_checkpoint(self.engine, reader, optimizer_states=same_states)
+    def _resume(self, start: StartPoint) -> None:
+        if start.warning:
+            self._each(lambda callback: callback.on_warning(start.warning))
+        training = self._load(start.checkpoint)
         self.step, self.consumed_samples = training.step, training.consumed_samples
         self._metrics = StepMetrics(step=training.step)
 
+    def _load(self, checkpoint: Path) -> TrainingState:
+        """Load a checkpoint or, where the run chose it itself and it is damaged, the newest before it that is whole."""
+        self.context.mpu.activity.begin("start", f"loading {checkpoint.name}")
+        try:
+            reader, error = CheckpointReader(checkpoint), None
+            check_data(reader.manifest, self.trial.data_fingerprint, where=reader.path)
+        except CheckpointError as failure:
+            error = failure
+        try:
+            raise_together(error)
+            kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
+            same_states = len(kinds) == 1 or kinds == {"adam", "adamw"}
+            return load_checkpoint(self.engine, reader, optimizer_states=same_states)
+        except DamagedCheckpointError as damage:
+            earlier = earlier_checkpoints(checkpoint) if self.config.checkpoint.resume == "auto" else []
+            if not earlier:
+                raise
+            warning = f"{damage}; going on from {earlier[0]} instead"
+        self._each(lambda callback: callback.on_warning(warning))
+        return self._load(earlier[0])
+
     def _save(self) -> Any:
-        name = checkpoint_name(self.step)
+        name, settings = checkpoint_name(self.step), self.config.checkpoint
         self.context.mpu.activity.begin(f"checkpoint {name}", f"writing {name}")
         view = self.engine.view
         training = TrainingState(
@@ -302,9 +323,9 @@ class Trainer:
             training=training,
             config_yaml=self.config.to_yaml(),
             extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else {},
-            keep=self.config.checkpoint.keep,
+            retention=Retention(settings.keep, settings.keep_every, settings.keep_best, settings.best_is),
             name=name,
-        )
+        ).wait()
         self._each(lambda callback: callback.on_checkpoint(self.step, path))
         return path
 

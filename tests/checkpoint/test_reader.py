@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
+from hand_made import write_manifest
+from pipekit.checkpoint.manifest import TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.errors import CheckpointError
 
@@ -22,15 +23,12 @@ def checkpoint(tmp_path: Path) -> Path:
     save_file({"a.weight": WEIGHTS["a.weight"]}, tmp_path / "weights-0000.safetensors")
     save_file({"b.bias": WEIGHTS["b.bias"]}, tmp_path / "weights-0001.safetensors")
     save_file({"a.weight": -WEIGHTS["a.weight"]}, tmp_path / "exp_avg-0000.safetensors")
-    entries = {
-        "a.weight": TensorEntry(
-            (2, 3), "float32", {"weights": "weights-0000.safetensors", "exp_avg": "exp_avg-0000.safetensors"}
-        ),
-        "b.bias": TensorEntry((1,), "float32", {"weights": "weights-0001.safetensors"}, trainable=False),
+    a, b = WEIGHTS.values()
+    held = {
+        "a.weight": {"weights": ("weights-0000.safetensors", a), "exp_avg": ("exp_avg-0000.safetensors", -a)},
+        "b.bias": {"weights": ("weights-0001.safetensors", b)},
     }
-    state = TrainingState(step=1, consumed_samples=8, seed=1, lr=0.1, optimizer={})
-    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
-    (tmp_path / "manifest.json").write_text(Manifest(state, entries, sizes).to_json())
+    write_manifest(tmp_path, held, TrainingState(step=1, consumed_samples=8, seed=1, lr=0.1, optimizer={}))
     return tmp_path
 
 

@@ -24,6 +24,7 @@ END = "<|endoftext|>"
 
 def pieces(source: Path, prompt: str, **options: Any) -> list[str]:
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_k": None, "seed": 0, "device": "cpu"}
+    settings["trust_code"] = True
     return list(stream_text(source, prompt, **{**settings, **options}))
 
 
@@ -165,6 +166,24 @@ def test_a_space_that_the_tokenizer_writes_before_words_is_kept(says: Says) -> N
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     assert text(says(backend, [1, 2, 3, 4, 0]), "once") == "once upon a time"
+
+
+def test_code_that_a_checkpoint_names_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n")
+    _, tensors = random_model()
+    custom = parse_config({"model": "evil:build", "train": {"steps": 1, "sequence_length": 24}})
+    write_checkpoint(tmp_path, custom, tensors)
+    with pytest.raises(CheckpointError, match=r"model\.builder=evil:build is code, .* --trust-code"):
+        text(tmp_path, "def", trust_code=False)
+
+
+def test_a_configuration_that_was_changed_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, *random_model())
+    path = checkpoint / "config.yaml"
+    path.write_text(path.read_text().replace("num_heads: 4", "num_heads: 2"))
+    for read in (lambda: text(tmp_path, "def"), lambda: export_checkpoint(tmp_path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"config\.yaml: has changed since it was written"):
+            read()
 
 
 def test_ones_own_model_sees_as_much_as_it_was_trained_on(says: Says) -> None:

@@ -127,7 +127,7 @@ def test_a_cut_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     state = TrainingState(step=3, consumed_samples=3, seed=1, lr=0.1, optimizer={})
     newest = add_checkpoint(folder, 3)
     (newest / "manifest.json").write_text(Manifest(state, {}, {"weights-0000.safetensors": 10}).to_json())
-    with pytest.raises(CheckpointError, match="is missing: the checkpoint is cut short"):
+    with pytest.raises(CheckpointError, match="is missing: the checkpoint is damaged"):
         find_start(config_in(tmp_path))
 
 

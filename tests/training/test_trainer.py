@@ -156,9 +156,9 @@ class Run:
         )
         context = TrialContext(decision.plan, decision.specs, unit, torch.device("cpu"), RunFolder(folder))
 
-        def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Path:
+        def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Any:
             self.saved.append(training)
-            return folder / f"step-{training.step}"
+            return SimpleNamespace(wait=lambda: folder / f"step-{training.step}")
 
         monkeypatch.setattr(Trainer, "_build_engine", lambda trainer: self.engine)
         monkeypatch.setattr(trainer_module, "save_checkpoint", save)
