@@ -1,0 +1,103 @@
+"""Overview of a run's checkpoints: their steps, losses, sizes and faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipekit.checkpoint.manifest import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    Manifest,
+    find_latest,
+    list_checkpoints,
+    load_manifest,
+)
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """One checkpoint of a run.
+
+    Attributes:
+        path: its folder.
+        is_latest: whether the run goes on from it.
+        faults: what is wrong with it, each naming a file; empty where it is whole.
+        manifest: None where it cannot be read.
+        num_bytes: of all its files.
+    """
+
+    path: Path
+    is_latest: bool
+    faults: tuple[str, ...]
+    manifest: Manifest | None
+    num_bytes: int
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Folder of the checkpoints of a run, given either.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    for folder in (run / CHECKPOINTS_FOLDER, run):
+        if list_checkpoints(folder):
+            return folder
+    raise CheckpointError(f"{run}: holds no checkpoint; give the folder of a run")
+
+
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """Checkpoint that a user means by its step, its name in `folder`, or its path.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    for path in (folder / (f"step-{int(name):08d}" if name.isdecimal() else name), Path(name)):
+        if (path / MANIFEST_FILE).is_file():
+            return path
+    names = ", ".join(path.name for path in list_checkpoints(folder))
+    raise CheckpointError(f"{name}: no such checkpoint in {folder}; give a step, a path, or one of {names}")
+
+
+def summarize_checkpoints(folder: Path, *, verify: bool = False) -> list[CheckpointSummary]:
+    """Summaries of the checkpoints of a folder, oldest first; `verify` reads all bytes and checks all checksums."""
+    try:
+        latest = find_latest(folder)
+    except CheckpointError:
+        latest = None
+    return [
+        _summarize(path, is_latest=path == latest, verify=verify)
+        for path in sorted(path.parent for path in folder.glob(f"*/{MANIFEST_FILE}"))
+        if not path.name.startswith(".")
+    ]
+
+
+def _summarize(path: Path, *, is_latest: bool, verify: bool) -> CheckpointSummary:
+    manifest: Manifest | None = None
+    faults: tuple[str, ...] = ()
+    try:
+        manifest = load_manifest(path)
+        faults = tuple(find_faults(path)) if verify else ()
+    except CheckpointError as error:
+        faults = (str(error).partition("; go on from")[0],)
+    num_bytes = sum(file.lstat().st_size for file in path.iterdir())
+    return CheckpointSummary(path, is_latest, faults, manifest, num_bytes)
+
+
+def find_faults(path: Path) -> list[str]:
+    """Faults of all tensors of a checkpoint, by their checksums; each names the file and the tensor.
+
+    Raises:
+        CheckpointError: if the manifest cannot be read, or a file is missing or of another size.
+    """
+    reader = CheckpointReader(path)
+    faults = []
+    for name, entry in reader.manifest.tensors.items():
+        for kind in entry.files:
+            try:
+                reader.verify(name, kind)
+            except CheckpointError as error:
+                faults.append(str(error))
+    return faults

@@ -1,0 +1,155 @@
+"""`pipekit checkpoints`: the checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipekit.commands.number_text import bytes_text
+from pipekit.commands.shared_options import AsJson
+
+if TYPE_CHECKING:
+    from pipekit.checkpoint.combine import TensorDifference
+    from pipekit.checkpoint.overview import CheckpointSummary
+
+
+def command(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[average|prune] RUN",
+            help="The folder of a run, to list its checkpoints; `average` or `prune` before it does that.",
+            show_default=False,
+        ),
+    ],
+    verify: Annotated[bool, typer.Option("--verify", help="Read all of them, and check every checksum.")] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Show which tensors differ between two, given by step, name or path.", show_default=False),
+    ] = None,
+    last: Annotated[int, typer.Option(min=1, help="Of average: the number of the newest to average.")] = 5,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Of prune: the number of the newest to keep.", show_default=False)
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Of prune: keep multiples of so many steps too.", show_default=False)
+    ] = None,
+    keep_best: Annotated[
+        str | None, typer.Option(help="Of prune: keep the one with the best value of this metric too.")
+    ] = None,
+    best_is: Annotated[Literal["lowest", "highest"], typer.Option(help="Of prune: the best value.")] = "lowest",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of prune: say what it would remove.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run, verify, compare, average or prune them."""
+    from pipekit.checkpoint.combine import average_checkpoints, compare_checkpoints
+    from pipekit.checkpoint.manifest import list_checkpoints
+    from pipekit.checkpoint.overview import checkpoints_folder, find_checkpoint, summarize_checkpoints
+    from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint
+    from pipekit.errors import CheckpointError
+
+    *action, run = words
+    if action not in ([], ["average"], ["prune"]):
+        raise CheckpointError(f"{' '.join(words)}: give the folder of a run, or average or prune and the folder")
+    folder = checkpoints_folder(Path(run))
+    if action == ["average"]:
+        chosen = list_checkpoints(folder)[-last:]
+        typer.echo(f"averaged {', '.join(path.name for path in chosen)}: {average_checkpoints(chosen, folder)}")
+    elif action == ["prune"]:
+        if keep is None:
+            raise CheckpointError("prune removes checkpoints; say how many of the newest to keep, such as --keep 2")
+        for path in list_surplus(folder, Retention(keep, keep_every, keep_best, best_is)):
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {path}")
+            if not dry_run:
+                remove_checkpoint(path)
+    elif diff is not None:
+        one, other = (find_checkpoint(folder, name) for name in diff)
+        _show_differences(compare_checkpoints(one, other), as_json=as_json)
+    else:
+        summaries = summarize_checkpoints(folder, verify=verify)
+        _show_summaries(summaries, verified=verify, as_json=as_json)
+        if verify and any(summary.faults for summary in summaries):
+            raise typer.Exit(1)
+
+
+def _show_summaries(summaries: Sequence[CheckpointSummary], *, verified: bool, as_json: bool) -> None:
+    records = [_record(summary) for summary in summaries]
+    if as_json:
+        _print_json(records)
+        return
+    rows = [("name", "step", "loss", "val loss", "size", "written by", "state")]
+    for record in records:
+        loss, val_loss = ("-" if record[key] is None else f"{record[key]:.4f}" for key in ("loss", "val_loss"))
+        state = "damaged" if record["faults"] else "verified" if verified else "whole"
+        rows.append(
+            (
+                record["name"],
+                "-" if record["step"] is None else str(record["step"]),
+                loss,
+                val_loss,
+                bytes_text(record["bytes"]),
+                record["layout"] or "-",
+                f"{state}, latest" if record["is_latest"] else state,
+            )
+        )
+    _print_table(rows)
+    for record in records:
+        for fault in record["faults"]:
+            typer.echo(f"damaged: {fault}")
+
+
+def _record(summary: CheckpointSummary) -> dict[str, Any]:
+    training = None if summary.manifest is None else summary.manifest.training
+    metrics = {} if training is None else training.metrics
+    return {
+        "name": summary.path.name,
+        "path": str(summary.path),
+        "step": None if training is None else training.step,
+        "loss": metrics.get("loss"),
+        "val_loss": metrics.get("val_loss"),
+        "bytes": summary.num_bytes,
+        "layout": None if summary.manifest is None else summary.manifest.written_by.get("layout"),
+        "is_latest": summary.is_latest,
+        "faults": list(summary.faults),
+    }
+
+
+def _show_differences(differences: Sequence[TensorDifference], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(
+            [
+                {**vars(each), "largest": _finite(each.largest), "relative": _finite(each.relative)}
+                for each in differences
+            ]
+        )
+        return
+    if not differences:
+        typer.echo("the tensors are the same, bit for bit")
+        return
+    rows = [("tensor", "kind", "largest difference", "relative")]
+    for each in differences:
+        if each.largest is None or each.relative is None:
+            rows.append((each.name, each.kind, each.reason, "-"))
+        else:
+            rows.append((each.name, each.kind, f"{each.largest:.3g}", f"{each.relative:.3g}"))
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _finite(number: float | None) -> float | None:
+    """A number that JSON knows."""
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _print_json(records: list[dict[str, Any]]) -> None:
+    typer.echo(json.dumps(records, indent=1))
