@@ -57,13 +57,24 @@ class AttentionHeads:
 class TensorRename:
     """One tensor under its logical name and under that of the class of Hugging Face `transformers`.
 
-    Theirs is made of ours by the `pattern` of `einops.rearrange`, with the lengths `sizes`; by none where it is None.
+    Attributes:
+        ours: logical name.
+        theirs: their name; unused where `rows` has several.
+        pattern: of `einops.rearrange`, from ours to theirs; None where they have the same order of elements.
+        sizes: lengths of the axes that the pattern takes apart.
+        rows: where ours is several of theirs, one below the other: the name and the number of rows of each.
     """
 
     ours: str
-    theirs: str
+    theirs: str = ""
     pattern: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that the tensor has there."""
+        return tuple(self.rows) or (self.theirs,)
 
 
 class ModelFamily(Section):

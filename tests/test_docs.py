@@ -220,6 +220,9 @@ def setting_tables() -> dict[str, dict[str, list[str]]]:
     return {**page_tables("docs/models.md"), **page_tables("docs/configuration.md")}
 
 
+PRESET_COLUMNS = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
+
+
 def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each section of the JSON schema that has keys of its own, with its properties."""
     schema = config_json_schema()
@@ -265,7 +268,10 @@ def test_no_key_is_documented_that_is_not_there() -> None:
 def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
     tables = setting_tables()
     for name, family in preset_families().items():
-        assert tables["Presets"][name] == [str(size) for size in family.presets[name].values()]
+        sizes = dict(family.presets[name])
+        *row, other = tables["Presets"][name]
+        assert row == [str(sizes.pop(key)) for key in PRESET_COLUMNS]
+        assert (yaml.safe_load(other.strip("`")) or {}) == yaml.safe_load(yaml.safe_dump(sizes))
     refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}
     assert refused == OWNED_KEYS
 

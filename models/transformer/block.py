@@ -31,28 +31,35 @@ from pipekit.tensor_parallel import (
     TensorGroup,
     TensorParallelModule,
     column_parallel_linears,
+    mark_partial_gradient,
     sharded_dropout,
     sharded_randomness,
 )
 
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "silu"]
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
 }
+
+Norm = Literal["layer", "rms"]
+
+_NORMS: dict[Norm, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 _Linear = TypeVar("_Linear", bound=nn.Linear)
 
 
 def _build_linear(kind: Callable[..., _Linear], *args: Any, std: float, **kwargs: Any) -> _Linear:
-    """Linear layer with normal weights of standard deviation `std` and a bias of zero."""
+    """Linear layer with normal weights of standard deviation `std`, and a bias of zero where it has one."""
     # Without nn.Linear's own initial weights, which would be drawn only to be replaced.
     with torch.device("meta"):
         linear = kind(*args, **kwargs)
     linear.to_empty(device=torch.get_default_device())
     nn.init.normal_(linear.weight, std=std)
-    nn.init.zeros_(linear.bias)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
     return linear
 
 
@@ -65,9 +72,16 @@ class Attention(TensorParallelModule):
         hidden_size: D.
         num_heads: H.
         num_kv_heads: heads of keys and values; None is H.
+        head_size: E; None is D / H.
         rotary: rotation of queries and keys; None where positions are added to the tokens.
+        norm: kind of the norm.
+        bias: whether queries, keys and values have a bias.
+        projection_bias: whether the last projection has one.
+        qk_norm: whether the queries and the keys of each head have a norm of their own.
+        window: tokens that a token attends to, its own included; None is all before it.
 
-    Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
+    Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints";
+    Jiang et al. 2023, "Mistral 7B".
     """
 
     sequence_flow = SHARDED
@@ -78,7 +92,13 @@ class Attention(TensorParallelModule):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
+        head_size: int | None = None,
         rotary: Rotary | None = None,
+        norm: Norm = "layer",
+        bias: bool = True,
+        projection_bias: bool = True,
+        qk_norm: bool = False,
+        window: int | None = None,
         dropout: float,
         eps: float,
         init_std: float,
@@ -86,36 +106,58 @@ class Attention(TensorParallelModule):
     ) -> None:
         super().__init__()
         self.heads = AttentionHeads(num_heads, num_kv_heads or num_heads)
-        self.head_size = hidden_size // num_heads
-        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.head_size = head_size or hidden_size // num_heads
+        width = num_heads * self.head_size
+        self.norm = _NORMS[norm](hidden_size, eps=eps)
         self.qkv: ColumnParallelLinear | None = None
         if self.heads.num_kv_heads == num_heads:
             self.qkv = _build_linear(
-                ColumnParallelLinear, hidden_size, 3 * hidden_size, std=init_std, blocks=(hidden_size,) * 3
+                ColumnParallelLinear, hidden_size, 3 * width, std=init_std, bias=bias, blocks=(width,) * 3
             )
         else:
-            self.q = _build_linear(ColumnParallelLinear, hidden_size, hidden_size, std=init_std)
-            self.kv = _build_linear(KeyValueLinear, hidden_size, self.heads.num_kv_heads, self.head_size, std=init_std)
-        self.projection = _build_linear(RowParallelLinear, hidden_size, hidden_size, std=residual_std)
-        self.rotary, self.dropout = rotary, dropout
+            self.q = _build_linear(ColumnParallelLinear, hidden_size, width, std=init_std, bias=bias)
+            self.kv = _build_linear(
+                KeyValueLinear, hidden_size, self.heads.num_kv_heads, self.head_size, std=init_std, bias=bias
+            )
+        if qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(self.head_size, eps=eps), nn.RMSNorm(self.head_size, eps=eps)
+        self.qk_norm = qk_norm
+        self.projection = _build_linear(RowParallelLinear, width, hidden_size, std=residual_std, bias=projection_bias)
+        self.rotary, self.window, self.dropout = rotary, window, dropout
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         super().shard(group, sequence_parallel=sequence_parallel)
         if fault := self.heads.fault(group.size):
             raise LayoutError(fault.message)
+        if self.qk_norm:
+            # Each rank has the gradients of its own heads.
+            mark_partial_gradient(self.q_norm.weight)
+            mark_partial_gradient(self.k_norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(self.norm(x))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, k)
         dropout = self.dropout if self.training else 0.0
+        mask = self._window_mask(q)
         # The heads are shared out, whether the sequence is or not.
         with sharded_randomness(self.group) if dropout else nullcontext():
             y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
             )  # (B, H, S, E)
         y = self.projection(rearrange(y, "b h s e -> b s (h e)"))  # (B, S, D)
         return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
+
+    def _window_mask(self, q: Tensor) -> Tensor | None:
+        """True where a query attends to a key, `(S, S)`; None where that is all of them up to its own."""
+        length = q.shape[2]
+        if self.window is None or length <= self.window:
+            return None
+        positions = torch.arange(length, device=q.device)
+        distance = positions.unsqueeze(1) - positions
+        return (distance >= 0) & (distance < self.window)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
@@ -143,6 +185,11 @@ class MLP(TensorParallelModule):
         hidden_size: D.
         ffn_size: F.
         activation: function between the two linear layers.
+        gated: whether another linear layer's outputs multiply those of the function.
+        norm: kind of the norm.
+        bias: whether the linear layers have biases.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
     sequence_flow = SHARDED
@@ -153,19 +200,33 @@ class MLP(TensorParallelModule):
         ffn_size: int,
         *,
         activation: Activation,
+        gated: bool = False,
+        norm: Norm = "layer",
+        bias: bool = True,
         dropout: float,
         eps: float,
         init_std: float,
         residual_std: float,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.expand = _build_linear(ColumnParallelLinear, hidden_size, ffn_size, std=init_std)
-        self.contract = _build_linear(RowParallelLinear, ffn_size, hidden_size, std=residual_std)
+        self.norm = _NORMS[norm](hidden_size, eps=eps)
+        self.gate_and_up: ColumnParallelLinear | None = None
+        if gated:
+            self.gate_and_up = _build_linear(
+                ColumnParallelLinear, hidden_size, 2 * ffn_size, std=init_std, bias=bias, blocks=(ffn_size,) * 2
+            )
+        else:
+            self.expand = _build_linear(ColumnParallelLinear, hidden_size, ffn_size, std=init_std, bias=bias)
+        self.contract = _build_linear(RowParallelLinear, ffn_size, hidden_size, std=residual_std, bias=bias)
         self.activation, self.dropout = activation, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _ACTIVATIONS[self.activation](self.expand(self.norm(x)))  # (B, S, F)
+        x, activation = self.norm(x), _ACTIVATIONS[self.activation]
+        if self.gate_and_up is None:
+            y = activation(self.expand(x))  # (B, S, F)
+        else:
+            gate, up = self.gate_and_up(x).chunk(2, -1)  # (B, S, F) each
+            y = activation(gate) * up
         y = self.contract(y)  # (B, S, D)
         return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
@@ -211,5 +272,14 @@ class ParallelBlock(TensorParallelModule):
 
 class FinalNorm(nn.LayerNorm):
     """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
+
+    sequence_flow = SHARDED
+
+
+class FinalRMSNorm(nn.RMSNorm):
+    """Root-mean-square norm of every token by itself: `(B, S, D)` to `(B, S, D)`.
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
 
     sequence_flow = SHARDED

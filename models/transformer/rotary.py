@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipekit.models.rotary_scaling import RotaryScaling
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -21,18 +23,23 @@ class Rotary:
     Attributes:
         size: R, even.
         base: of the wavelengths, which are 2 pi x base^(i / R) tokens for i = 0, 2, 4, ...
+        scaling: makes them longer.
     """
 
     size: int
     base: float = 10_000.0
+    scaling: RotaryScaling | None = None
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys of a sequence from its first token on, each `(B, heads, S, E)`."""
         exponents = torch.arange(0, self.size, 2, dtype=torch.float32, device=q.device) / self.size
+        frequencies, factor = 1.0 / self.base**exponents, 1.0  # (R / 2)
+        if self.scaling is not None:
+            frequencies, factor = self.scaling.scale(frequencies, self.base)
         positions = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)
-        angles = positions.unsqueeze(1) * (1.0 / self.base**exponents)  # (S, R / 2)
+        angles = positions.unsqueeze(1) * frequencies  # (S, R / 2)
         angles = torch.cat((angles, angles), dim=1)  # (S, R)
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        cos, sin = (angles.cos() * factor).to(q.dtype), (angles.sin() * factor).to(q.dtype)
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

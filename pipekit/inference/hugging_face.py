@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -20,7 +21,9 @@ def to_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[t
         tensor = tensors[rename.ours]
         if rename.pattern is not None:
             tensor = rearrange(tensor, rename.pattern, **rename.sizes)
-        yield rename.theirs, tensor.contiguous()
+        parts = torch.split(tensor, list(rename.rows.values())) if rename.rows else [tensor]
+        for name, part in zip(rename.names, parts, strict=True):
+            yield name, part.contiguous()
 
 
 def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -29,13 +32,16 @@ def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator
     The names may lack what is before the first dot, as in the released GPT-2 files of the model without its head.
     """
     for rename in model.hf_renames():
-        bare = rename.theirs.partition(".")[2]
-        theirs = rename.theirs if rename.theirs in tensors else bare
-        if theirs not in tensors:
-            raise CheckpointError(
-                f"{rename.theirs} is missing: the file does not hold the {model.hf_class} of its config.json"
-            )
-        tensor = tensors[theirs]
+        parts = []
+        for name in rename.names:
+            bare = name.partition(".")[2]
+            theirs = name if name in tensors else bare
+            if theirs not in tensors:
+                raise CheckpointError(
+                    f"{name} is missing: the file does not hold the {model.hf_class} of its config.json"
+                )
+            parts.append(tensors[theirs])
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if rename.pattern is not None:
             left, right = rename.pattern.split(" -> ")
             tensor = rearrange(tensor, f"{right} -> {left}", **rename.sizes)

@@ -27,7 +27,7 @@ from pipekit.tensor_parallel.layers import (
 from pipekit.tensor_parallel.logits import Logits, whole_outputs
 from pipekit.tensor_parallel.randomness import sharded_dropout, sharded_randomness
 from pipekit.tensor_parallel.shard_layer import shard_layer
-from pipekit.tensor_parallel.shards import Shard, has_partial_gradient, shard_of, shard_parameter
+from pipekit.tensor_parallel.shards import Shard, has_partial_gradient, mark_partial_gradient, shard_of, shard_parameter
 
 __all__ = [
     "SHARDED",
@@ -51,6 +51,7 @@ __all__ = [
     "gather_sequence",
     "gather_sequence_for_shards",
     "has_partial_gradient",
+    "mark_partial_gradient",
     "plan_chunk_tokens",
     "reduce_scatter_sequence",
     "shard_layer",

@@ -29,6 +29,7 @@ from gloo_workers import GlooWorkers
 from pipekit.errors import ConfigError, DataError
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
+from pipekit.models import find_families
 from pipekit.models.transformer import language_model_loss
 from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -62,11 +63,20 @@ def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorke
         Case(tp=2, num_kv_heads=1),
         Case(tp=4, num_kv_heads=2, sequence_parallel=False),
         Case(tp=2, pp=2, family="gpt_neox", tied=False),
+        Case(tp=2, pp=2, family="llama", tied=False, num_kv_heads=2),
+        Case(tp=2, pp=2, family="qwen3", num_kv_heads=2),
     ],
     ids=show,
 )
 def test_tensor_parallel_ranks_train_as_one_process_does(gloo: GlooWorkers, case: Case) -> None:
     check_against_reference(gloo, replace(case, steps=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", find_families())
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_family_trains_in_3d_as_in_one_process(gloo: GlooWorkers, family: str, tied: bool) -> None:
+    check_against_reference(gloo, Case(tp=2, pp=2, dp=2, family=family, tied=tied, steps=20))
 
 
 def test_dropout_draws_the_same_masks_under_every_layout_of_one_degree(gloo: GlooWorkers) -> None:

@@ -144,7 +144,7 @@ def test_the_released_configuration_is_our_preset() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "llama"),
+        ("model_type", "mamba"),
         ("activation_function", "relu"),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),

@@ -219,8 +219,8 @@ def test_a_damaged_export_is_told(tmp_path: Path, file: str, content: bytes) -> 
 def test_an_export_of_another_architecture_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", *random_model())
     export_checkpoint(tmp_path / "run", tmp_path / "out")
-    (tmp_path / "out/config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match=r"out/config\.json: model_type='llama'; only 'gpt2' or 'gpt_neox' is known"):
+    (tmp_path / "out/config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match=r"out/config\.json: model_type='mamba'; only .* is known"):
         pieces(tmp_path / "out", "def")
 
 

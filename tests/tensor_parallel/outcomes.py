@@ -48,7 +48,7 @@ def assert_same(actual: Outcome, expected: Outcome, *, tolerance: float = 1e-10)
     """Check logits to a tolerance, and what is computed in fp32, which are the loss and with it every gradient."""
     torch.testing.assert_close(actual.logits, expected.logits, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=1e-6, atol=1e-6)
-    assert_all_close(actual.gradients, expected.gradients, tolerance=2e-6)
+    assert_all_close(actual.gradients, expected.gradients, tolerance=max(2e-6, tolerance))
 
 
 def run_sharded(

@@ -1,0 +1,225 @@
+"""Common base of the families that descend from Llama: RMS norms, rotary positions, grouped queries, a gated MLP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from pipekit.models.family import (
+    AttentionHeads,
+    LossChunk,
+    TensorRename,
+    TransformerFamily,
+    divisors,
+    setting_error,
+)
+from pipekit.models.rotary_scaling import RotaryScaling, read_rope_parameters
+from pipekit.settings.base import alternatives
+
+if TYPE_CHECKING:
+    from pipekit.layers.specs import LayerSpec
+
+
+class DecoderFamily(TransformerFamily):
+    """A decoder like Llama. What its descendants do otherwise, they say by the properties and methods below.
+
+    Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models".
+    """
+
+    hf_keys: ClassVar = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_size": "head_dim",
+        "max_positions": "max_position_embeddings",
+        "ffn_size": "intermediate_size",
+        "dropout": "attention_dropout",
+        "tied_embedding": "tie_word_embeddings",
+        "rms_norm_eps": "rms_norm_eps",
+        "init_std": "initializer_range",
+    }
+    hf_fixed: ClassVar = {"hidden_act": ("silu", "swish")}
+    other_layers: ClassVar = 3
+
+    num_kv_heads: PositiveInt | None = Field(default=None, examples=[2])
+    """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head
+    its own."""
+
+    head_size: PositiveInt | None = Field(default=None, examples=[64])
+    """Width of a head; null is `hidden_size / num_heads`."""
+
+    rotary_base: PositiveFloat = Field(default=10_000.0, examples=[500_000.0])
+    """Base of the wavelengths of the rotary positions."""
+
+    rotary_scaling: RotaryScaling | None = Field(default=None, examples=["{type: linear, factor: 2.0}"])
+    """Longer wavelengths of the rotary positions: `type`, `factor` and what the type needs beside; null leaves them."""
+
+    tied_embedding: bool = False
+    """The head shares the weight of the token embedding."""
+
+    rms_norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in every norm."""
+
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """True if queries, keys and values have a bias."""
+        return False
+
+    @property
+    def has_projection_bias(self) -> bool:
+        """True if the last projection of attention has a bias."""
+        return False
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """True if the linear layers of an MLP have biases."""
+        return False
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """True if the queries and keys of each head have norms of their own."""
+        return False
+
+    def window_of(self, block: int) -> int | None:
+        """Tokens that a token attends to in a block; None is all before it."""
+        return None
+
+    @property
+    def attention_heads(self) -> AttentionHeads:
+        return AttentionHeads(self.num_heads, self.num_kv_heads or self.num_heads)
+
+    @property
+    def known_head_size(self) -> int:
+        """Width of a head."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
+        """Token embedding, two halves for each block, final norm, head."""
+        from pipekit.layers.specs import LayerSpec
+        from pipekit.models import transformer
+
+        width, eps, std = self.hidden_size, self.rms_norm_eps, self.init_std
+        embedding, head = transformer.embedding_and_head(
+            self.known_vocab_size, width, loss_chunk_tokens, tied=self.tied_embedding, init_std=std
+        )
+        # Two residual additions a block: their sum keeps its size at any depth.
+        residual_std = std / math.sqrt(2 * self.num_layers)
+        common = {
+            "norm": "rms", "dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std
+        }  # fmt: skip
+        attention = {
+            "rotary": transformer.Rotary(self.known_head_size, self.rotary_base, self.rotary_scaling),
+            "bias": self.has_qkv_bias,
+            "projection_bias": self.has_projection_bias,
+            **({} if self.num_kv_heads is None else {"num_kv_heads": self.num_kv_heads}),
+            **({} if self.head_size is None else {"head_size": self.head_size}),
+            **({"qk_norm": True} if self.has_qk_norm else {}),
+        }
+        mlp = {"activation": "silu", "gated": True, "bias": self.has_mlp_bias}
+        blocks = []
+        for block in range(self.num_layers):
+            name, window = f"blocks.{block}", self.window_of(block)
+            limit = {} if window is None else {"window": window}
+            blocks += [
+                LayerSpec(
+                    transformer.AttentionHalf,
+                    width,
+                    self.num_heads,
+                    **attention,
+                    **limit,
+                    **common,
+                    name=f"{name}.attention",
+                ),
+                LayerSpec(transformer.MLPHalf, width, self.ffn_size, **mlp, **common, name=f"{name}.mlp"),
+            ]
+        return [embedding, *blocks, LayerSpec(transformer.FinalRMSNorm, width, eps=eps, name="final_norm"), head]
+
+    def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
+        return {
+            **super().hf_config(end_token_id=end_token_id, dtype=dtype),
+            "num_key_value_heads": self.attention_heads.num_kv_heads,
+            "head_dim": self.known_head_size,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": None if self.rotary_scaling is None else self.rotary_scaling.to_hf(),
+        }
+
+    @classmethod
+    def from_hf_config(cls, stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
+        base, scaling = read_rope_parameters(stored, where=where)
+        model = super().from_hf_config(cls._settings_of(stored, where=where), where=where)
+        changes = {"rotary_scaling": scaling} | ({} if base is None else {"rotary_base": float(base)})
+        return cls.model_validate({**model.given(), **changes})
+
+    @classmethod
+    def _settings_of(cls, stored: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
+        """What a `config.json` says, in the form in which `hf_keys` reads it."""
+        return {**stored, "attention_dropout": float(stored.get("attention_dropout", 0.0))}
+
+    def hf_renames(self) -> list[TensorRename]:
+        outside = {"embed.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+        renames = [TensorRename(ours, theirs) for ours, theirs in outside.items()]
+        for block in range(self.num_layers):
+            renames += self._hf_renames_of(f"blocks.{block}", f"model.layers.{block}")
+        return renames if self.tied_embedding else [*renames, TensorRename("head.weight", "lm_head.weight")]
+
+    def _hf_renames_of(self, ours: str, theirs: str) -> list[TensorRename]:
+        heads, size, attention, mlp = self.attention_heads, self.known_head_size, f"{theirs}.self_attn", f"{theirs}.mlp"
+        keys, values = (f"{attention}.{part}_proj" for part in "kv")
+        kv_rows = {keys: heads.num_kv_heads * size, values: heads.num_kv_heads * size}
+        q_rows = {f"{attention}.q_proj": heads.num_heads * size}
+        packed = {"qkv": q_rows | kv_rows} if self.num_kv_heads is None else {"q": q_rows, "kv": kv_rows}
+        renames = [TensorRename(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight")]
+        for kind in ("weight", "bias") if self.has_qkv_bias else ("weight",):
+            for part, rows in packed.items():
+                named = {f"{name}.{kind}": number for name, number in rows.items()}
+                renames.append(TensorRename(f"{ours}.attention.{part}.{kind}", rows=named))
+        for part in ("q_norm", "k_norm") if self.has_qk_norm else ():
+            renames.append(TensorRename(f"{ours}.attention.{part}.weight", f"{attention}.{part}.weight"))
+        for kind in ("weight", "bias") if self.has_projection_bias else ("weight",):
+            renames.append(TensorRename(f"{ours}.attention.projection.{kind}", f"{attention}.o_proj.{kind}"))
+        renames.append(TensorRename(f"{ours}.mlp.norm.weight", f"{theirs}.post_attention_layernorm.weight"))
+        for kind in ("weight", "bias") if self.has_mlp_bias else ("weight",):
+            gate_and_up = {f"{mlp}.{part}_proj.{kind}": self.ffn_size for part in ("gate", "up")}
+            renames.append(TensorRename(f"{ours}.mlp.gate_and_up.{kind}", rows=gate_and_up))
+            renames.append(TensorRename(f"{ours}.mlp.contract.{kind}", f"{mlp}.down_proj.{kind}"))
+        return renames
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_follows(cls, values: Any) -> Any:
+        """Write as many heads of keys as of queries, and heads as wide as they would be, as null."""
+        if not isinstance(values, dict):
+            return values
+        filled = {**cls.presets.get(str(values.get("preset")), {}), **values}
+        width, heads = filled.get("hidden_size"), filled.get("num_heads")
+        if heads is not None and filled.get("num_kv_heads") == heads:
+            values = {**values, "num_kv_heads": None}
+        if type(width) is type(heads) is int and heads > 0 and filled.get("head_size") == width // heads:
+            values = {**values, "head_size": None}
+        return values
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> DecoderFamily:
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            text = f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
+            raise setting_error("num_kv_heads", f"{text}; try {alternatives(divisors(self.num_heads))}")
+        if self.known_head_size % 2:
+            text = f"model.head_size={self.known_head_size} is odd, and rotary positions turn pairs of dimensions"
+            raise setting_error("head_size", f"{text}; make heads of an even size")
+        return self
+
+
+def decoder_sizes(
+    vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, max_positions: int, ffn_size: int, **more: Any
+) -> dict[str, Any]:
+    """Settings of a preset."""
+    sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+    return {**sizes, "max_positions": max_positions, "ffn_size": ffn_size, **more}

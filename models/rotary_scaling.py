@@ -1,0 +1,165 @@
+"""Scaling of rotary positions, with which a model reads longer sequences than those it was first trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from pipekit.errors import ConfigError
+from pipekit.models.family import setting_error
+from pipekit.settings.base import Section, alternatives
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "llama3": ("original_max_positions", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_positions",),
+}
+_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
+_THEIR_NAMES = {"type": "rope_type", "original_max_positions": "original_max_position_embeddings"}
+_OUR_NAMES = {"original_max_position_embeddings": "original_max_positions"}
+
+
+class RotaryScaling(Section):
+    """Longer wavelengths of rotary positions.
+
+    Source: `modeling_rope_utils.py` of transformers 5; Peng et al. 2023, "YaRN: Efficient Context Window Extension of
+    Large Language Models"; Llama Team 2024, "The Llama 3 Herd of Models".
+    """
+
+    type: Literal["linear", "dynamic", "llama3", "yarn"]
+    """`linear` scales all of them; `dynamic` none up to `max_positions`, which no sequence here exceeds; `llama3` the
+    long ones; `yarn` blends long and short ones and scales attention, too."""
+
+    factor: PositiveFloat = Field(examples=[8.0])
+    """Factor of the wavelengths."""
+
+    original_max_positions: PositiveInt | None = Field(default=None, examples=[8192])
+    """Longest sequence before the scaling, in tokens."""
+
+    low_freq_factor: PositiveFloat | None = Field(default=None, examples=[1.0])
+    """`llama3`: wavelengths over `original_max_positions` divided by this are scaled as a whole."""
+
+    high_freq_factor: PositiveFloat | None = Field(default=None, examples=[4.0])
+    """`llama3`: wavelengths below `original_max_positions` divided by this are not scaled."""
+
+    beta_fast: PositiveFloat | None = Field(default=None, examples=[32.0])
+    """`yarn`: dimensions that turn so often within `original_max_positions`, or more often, are not scaled; 32 unless
+    given."""
+
+    beta_slow: PositiveFloat | None = Field(default=None, examples=[1.0])
+    """`yarn`: dimensions that turn so often, or less often, are scaled as a whole; 1 unless given."""
+
+    attention_factor: PositiveFloat | None = Field(default=None, examples=[1.2])
+    """`yarn`: factor of rotated queries and of rotated keys; follows from `factor` unless given."""
+
+    mscale: PositiveFloat | None = Field(default=None, examples=[1.0])
+    """`yarn`: with `mscale_all_dim`, gives `attention_factor`."""
+
+    mscale_all_dim: PositiveFloat | None = Field(default=None, examples=[1.0])
+    """`yarn`: with `mscale`, gives `attention_factor`."""
+
+    truncate: bool | None = Field(default=None, examples=[True])
+    """`yarn`: whether the range that is blended is widened to whole dimensions; true unless given."""
+
+    @model_validator(mode="after")
+    def _has_what_its_type_needs(self) -> RotaryScaling:
+        allowed = {"type", "factor", *_REQUIRED[self.type], *_OPTIONAL.get(self.type, ())}
+        given = {name for name, value in self if value is not None}
+        if missing := [name for name in _REQUIRED[self.type] if name not in given]:
+            raise setting_error("type", f"model.rotary_scaling.type={self.type} needs {alternatives(missing, 'and')}")
+        if extra := sorted(given - allowed):
+            raise setting_error(
+                "type", f"model.rotary_scaling.type={self.type} has no {alternatives(extra)}; leave that out"
+            )
+        return self
+
+    def scale(self, frequencies: Tensor, base: float) -> tuple[Tensor, float]:
+        """Scaled frequencies in radians per token, and the factor of cosines and sines.
+
+        Args:
+            frequencies: `(R / 2)`, in fp32, base^(-i / R) for i = 0, 2, 4, ...
+            base: of the wavelengths.
+        """
+        if self.type == "linear":
+            return frequencies / self.factor, 1.0
+        if self.type == "llama3":
+            return self._scale_long(frequencies), 1.0
+        if self.type == "yarn":
+            return self._blend(frequencies, base), self._attention_factor()
+        return frequencies, 1.0
+
+    def _scale_long(self, frequencies: Tensor) -> Tensor:
+        assert self.original_max_positions is not None
+        assert self.low_freq_factor is not None
+        assert self.high_freq_factor is not None
+        wavelengths = 2 * math.pi / frequencies
+        turns = self.original_max_positions / wavelengths
+        share = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - share) * frequencies / self.factor + share * frequencies
+
+    def _blend(self, frequencies: Tensor, base: float) -> Tensor:
+        import torch
+
+        assert self.original_max_positions is not None
+        size, length = 2 * len(frequencies), self.original_max_positions
+
+        def dimension_of(turns: float) -> float:
+            """The dimension that turns so often within the original length."""
+            return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = dimension_of(self.beta_fast or 32), dimension_of(self.beta_slow or 1)
+        if self.truncate is not False:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        if low == high:
+            high += 0.001
+        dimensions = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+        kept = 1 - ((dimensions - low) / (high - low)).clamp(0, 1)
+        return frequencies / self.factor * (1 - kept) + frequencies * kept
+
+    def _attention_factor(self) -> float:
+        def magnitude(scale: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return magnitude(self.mscale) / magnitude(self.mscale_all_dim)
+        return magnitude(1.0)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Value of `rope_scaling` in a `config.json`."""
+        return {_THEIR_NAMES.get(name, name): value for name, value in self if value is not None}
+
+
+def read_rope_parameters(stored: Mapping[str, Any], *, where: str) -> tuple[float | None, RotaryScaling | None]:
+    """Base and scaling of rotary positions in a `config.json` of transformers 4 or 5; a ConfigError if unknown."""
+    parameters = stored.get("rope_parameters") or {}
+    base = parameters.get("rope_theta", stored.get("rope_theta"))
+    scaling = {**(stored.get("rope_scaling") or parameters)}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind not in _REQUIRED:
+        known = alternatives(map(repr, ["default", *_REQUIRED]))
+        raise ConfigError(f"{where}/config.json: rope_type={kind!r}; only {known} are known")
+    if kind == "yarn" and scaling.get("factor") is None:
+        scaling["factor"] = stored["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+    values: dict[str, Any] = {}
+    for theirs, value in scaling.items():
+        name = _OUR_NAMES.get(theirs, theirs)
+        if value is not None and name not in ("type", "rope_type", "rope_theta"):
+            values[name] = float(value) if name.endswith(("factor", "scale", "dim", "fast", "slow")) else value
+    known_names = {"factor", "original_max_positions", *_REQUIRED[kind], *_OPTIONAL.get(kind, ())}
+    if unknown := sorted(values.keys() - known_names):
+        raise ConfigError(f"{where}/config.json: rope_type={kind!r} with {', '.join(unknown)}; that is not known")
+    if kind in ("linear", "dynamic"):
+        values.pop("original_max_positions", None)
+    return base, RotaryScaling(type=kind, **values)

@@ -1,0 +1,246 @@
+"""Llama and its descendants as lists of layer specs, each against that of transformers."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from pipekit.config import parse_config
+from pipekit.errors import ConfigError
+from pipekit.inference.hugging_face import from_hf, read_hf_config, to_hf
+from pipekit.layers.parameters import count_parameters
+from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import flow_of_spec
+from pipekit.models import find_families
+from pipekit.models.decoder import DecoderFamily
+from pipekit.tensor_parallel import SHARDED, SequenceFlow
+from tensor_parallel.outcomes import VOCAB, Outcome, assert_same, random_weights, run_sharded, tokens_and_labels
+
+RELEASED = {  # parameters, as the model cards or the files of the released models have them
+    "llama-7b": 6_738_415_616,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo": 12_247_782_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+}
+DECODERS = {name: family for name, family in find_families().items() if issubclass(family, DecoderFamily)}
+LLAMA_3 = {
+    "type": "llama3",
+    "factor": 4.0,
+    "original_max_positions": 6,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+YARN = {"type": "yarn", "factor": 2.0, "original_max_positions": 6}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, grouped, tied": ("llama", {"num_kv_heads": 2, "tied_embedding": True, "rotary_base": 500.0}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 1}),
+    "llama, wide heads": ("llama", {"head_size": 6, "num_kv_heads": 2}),
+    "llama, llama3": ("llama", {"rotary_scaling": LLAMA_3}),
+    "llama, linear": ("llama", {"rotary_scaling": {"type": "linear", "factor": 3.0}}),
+    "llama, dynamic": ("llama", {"rotary_scaling": {"type": "dynamic", "factor": 3.0}}),
+    "llama, yarn": ("llama", {"rotary_scaling": YARN}),
+    "llama, yarn in detail": (
+        "llama",
+        {"rotary_scaling": {**YARN, "beta_fast": 2.0, "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False}},
+    ),
+    "mistral": ("mistral", {"num_kv_heads": 2}),
+    "mistral, window": ("mistral", {"num_kv_heads": 2, "sliding_window": 3, "head_size": 4}),
+    "qwen2": ("qwen2", {"num_kv_heads": 2, "tied_embedding": True}),
+    "qwen2, window": ("qwen2", {"sliding_window": 3, "first_window_layer": 1}),
+    "qwen3": ("qwen3", {"num_kv_heads": 2, "head_size": 16, "tied_embedding": True}),
+    "qwen3, biases, window": ("qwen3", {"attention_bias": True, "sliding_window": 4, "first_window_layer": 0}),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+FP32 = 1e-5
+"""Tolerance: transformers computes norms in fp32 in a model of fp64, too."""
+
+
+def small(kind: str, **changes: Any) -> DecoderFamily:
+    """Model that four ranks can share out; they need not divide its vocabulary and its feed-forward width."""
+    family, particular = KINDS[kind]
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 26}
+    return DECODERS[family].model_validate({**sizes, "max_positions": 12, **particular, **changes})  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_presets_have_the_published_numbers_of_parameters(name: str) -> None:
+    model = parse_config({"model": {"preset": name}, "train": {"steps": 1}}).model
+    assert isinstance(model, DecoderFamily)
+    assert count_parameters(model.layer_specs()) == RELEASED[name]
+
+
+def test_every_preset_is_counted() -> None:
+    assert RELEASED.keys() == {preset for family in DECODERS.values() for preset in family.presets}
+
+
+def test_initial_weights_are_as_configured() -> None:
+    config = small("qwen3", hidden_size=192, num_layers=3, vocab_size=4000, ffn_size=800, init_std=0.05)
+    for name, tensor in SequentialModel(config.layer_specs(), seed=3).logical_tensors().items():
+        if tensor.dim() > 1:
+            expected = 0.05 / 6**0.5 if re.search("projection|contract", name) else 0.05
+            assert abs(float(tensor.detach().std()) / expected - 1) < 0.03, name
+        else:
+            assert torch.equal(tensor, torch.ones_like(tensor)), name
+
+
+# Against transformers
+
+
+@cache
+def their_model(kind: str) -> Any:
+    config = small(kind)
+    stored = transformers.AutoConfig.for_model(**config.hf_config(end_token_id=0, dtype="float32"))
+    weights = dict(to_hf(config, random_weights(config.layer_specs())))
+    theirs: Any
+    theirs, report = getattr(transformers, config.hf_class).from_pretrained(
+        None, config=stored, state_dict=weights, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return theirs
+
+
+@cache
+def their_outcome(kind: str) -> Outcome:
+    """Logits, loss and gradients of transformers, in fp64 with the weights of `random_weights`."""
+    theirs = their_model(kind)
+    tokens, labels = tokens_and_labels()
+    logits = theirs(tokens).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: tensor.grad for name, tensor in theirs.named_parameters()}
+    return Outcome(logits.detach(), loss.detach(), dict(from_hf(small(kind), gradients)))
+
+
+@kinds
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole sequence", "sequence parallel"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_together_compute_what_transformers_does(size: int, kind: str, sequence_parallel: bool) -> None:
+    specs = small(kind).layer_specs()
+    actual = run_sharded(size, specs, random_weights(specs), sequence_parallel)
+    assert_same(actual, their_outcome(kind), tolerance=FP32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
+    specs = small(kind).layer_specs()
+    actual = run_sharded(size, specs, random_weights(specs), True, defer=True)
+    assert_same(actual, their_outcome(kind), tolerance=FP32)
+
+
+@kinds
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_a_model_of_theirs_computes_the_same_here(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    config = small(kind)
+    torch.manual_seed(5)
+    stored = transformers.AutoConfig.for_model(**config.hf_config(end_token_id=0, dtype="float32"))
+    theirs = transformers.AutoModelForCausalLM.from_config(stored).to(dtype).eval()
+    weights = dict(theirs.state_dict())
+    read = read_hf_config(stored.to_dict(), where="out")
+    assert read == config
+    ours = SequentialModel(read.layer_specs(), seed=None).to(dtype)
+    ours.load_logical_tensors(dict(from_hf(read, weights)), where="out")
+    tokens, _ = tokens_and_labels()
+    with torch.no_grad():
+        expected, actual = theirs(tokens).logits, ours.eval()(tokens)
+    assert float((actual - expected).norm() / expected.norm()) <= tolerance
+    back = dict(to_hf(read, ours.logical_tensors()))
+    assert set(weights) - set(back) <= {"lm_head.weight"}
+    for name, tensor in back.items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_sequence_stays_sharded_from_the_embedding_to_the_head(family: str) -> None:
+    first, *between, last = [flow_of_spec(spec) for spec in small(family).layer_specs()]
+    assert first == SequenceFlow(returns_shard=True)
+    assert set(between) == {SHARDED}
+    assert last == SequenceFlow(takes_shard=True)
+
+
+# Their configuration
+
+
+@kinds
+def test_their_configuration_describes_the_same_model(kind: str) -> None:
+    config = small(kind, init_std=0.1, dropout=0.25)
+    stored = config.hf_config(end_token_id=3, dtype="float32")
+    assert read_hf_config(stored, where="out") == config
+    theirs = transformers.AutoConfig.for_model(**stored).to_dict()
+    assert "rope_parameters" in theirs, "transformers 5 has another place for them"
+    assert read_hf_config(theirs, where="out") == config, "what transformers saves reads the same"
+    assert (theirs["attention_dropout"], theirs["eos_token_id"]) == (0.25, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fault"),
+    [
+        ("llama", {"hidden_act": "relu"}, "hidden_act='relu'; only 'silu' or 'swish' is known"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2; only 1 is known"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "rope_type='longrope'; only 'default', 'linear', 'dynamic', 'llama3' or 'yarn' are known",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6, "x": 1}},
+            "rope_type='yarn' with x; that is not known",
+        ),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types=\['full_attention', 'sliding_attention'\]; only blocks from max_window_layers=28 .*",
+        ),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused(kind: str, change: dict[str, Any], fault: str) -> None:
+    stored = {**small(kind).hf_config(end_token_id=0, dtype="float32"), **change}
+    with pytest.raises(ConfigError, match=rf"^out/config\.json: {fault}$"):
+        read_hf_config(stored, where="out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=4; try 1, 2 or 4"),
+        (
+            {"head_size": 5},
+            "model.head_size=5 is odd, and rotary positions turn pairs of dimensions; make heads of an even size",
+        ),
+        (
+            {"rotary_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+            "model.rotary_scaling.type=llama3 needs original_max_positions and high_freq_factor",
+        ),
+        (
+            {"rotary_scaling": {"type": "linear", "factor": 8.0, "truncate": True}},
+            "model.rotary_scaling.type=linear has no truncate; leave that out",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_say_what_to_type(change: dict[str, Any], message: str) -> None:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 300}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"model": {"family": "llama", **sizes, **change}, "train": {"steps": 1}})
+    assert str(caught.value) == message
