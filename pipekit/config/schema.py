@@ -222,6 +222,12 @@ class TrainConfig(Section):
     eval_batches: PositiveInt = Field(default=8, examples=[8])
     """Global batches per evaluation."""
 
+    freeze: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = Field(
+        default=(), examples=[["embed.*", "blocks.0.*"]]
+    )
+    """Parameters that are not trained: their names in checkpoints, in which `*` stands for any text. They keep their
+    weights, and have neither gradient nor optimizer states."""
+
     check_replicas: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checks that ranks which hold the same tensor hold the same bits; null never checks."""
 

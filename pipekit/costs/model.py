@@ -14,7 +14,7 @@ from pipekit.costs.describe import describe_layers
 from pipekit.costs.example import Example
 from pipekit.costs.profiling import profile_layers
 from pipekit.errors import ConfigError
-from pipekit.layers.parameters import parameter_shapes
+from pipekit.layers.parameters import trained_and_frozen_shapes
 from pipekit.layers.specs import LayerSpec, layer_names
 from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import ModelCosts
@@ -77,13 +77,15 @@ def describe_model(
                 on_progress=on_progress,
             )
 
+    shapes_of = cache(partial(trained_and_frozen_shapes, specs))
     return PlannedModel(
         costs_of=costs_of,
-        shapes_of=cache(partial(parameter_shapes, specs)),
+        shapes_of=lambda tp: shapes_of(tp)[0],
         layer_names=layer_names(specs),
         sequence_length=config.train.sequence_length,
         precision=precision,
         optimizer_states=_optimizer_states(config),
+        frozen_shapes_of=lambda tp: shapes_of(tp)[1],
         is_timed=time_on is not None,
         tf32=config.train.tf32,
     )

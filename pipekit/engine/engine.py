@@ -79,6 +79,9 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self._reducer.finish()
         self._reduce_gradients_of_tensor_replicas()
         self._reduce_tied_gradients()
+        if self.module.idle is not None:
+            # So that the optimizer has the states of every other rank's, under their names.
+            self.view.gradient_or_zeros(self.module.idle)
         if self.on_gradients is not None:
             self.on_gradients(self.view.gradient)
         self.view.hand_over_gradients()

@@ -52,9 +52,12 @@ def load_checkpoint(
         else:
             view.load_frozen(parameter, _read(reader, name, parameter))
     view.load_masters((parameter, _read(reader, name, parameter)) for name, parameter in trainable)
+    entries = reader.manifest.tensors
     for state in states:
         for name, parameter in trainable:
-            view.load_state(parameter, state, _read(reader, name, parameter, state))
+            # What was frozen there has none, and begins with zeros.
+            if entries[name].trainable:
+                view.load_state(parameter, state, _read(reader, name, parameter, state))
     for name, buffer, _ in engine.module.named_logical_buffers():
         _copy(buffer, reader.tensor(name, is_verified=True))
 
@@ -87,10 +90,12 @@ def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
 
 def _verify_share(engine: TrainingEngine, reader: CheckpointReader, states: list[str]) -> None:
     """Check this rank's share of the checksums of its stage's tensors."""
+    entries = reader.manifest.tensors
     needed = [(name, WEIGHTS) for name, _, _ in engine.module.named_logical_buffers()]
     for name, parameter, _ in engine.module.named_logical_parameters():
-        needed += [(name, kind) for kind in (WEIGHTS, *(states if parameter.requires_grad else ()))]
-    needed.sort(key=lambda tensor: math.prod(reader.manifest.tensors[tensor[0]].shape))
+        has_states = parameter.requires_grad and entries[name].trainable
+        needed += [(name, kind) for kind in (WEIGHTS, *(states if has_states else ()))]
+    needed.sort(key=lambda tensor: math.prod(entries[tensor[0]].shape))
     mpu = engine.mpu
     place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
     for name, kind in needed[place :: mpu.layout.dp * mpu.layout.tp]:

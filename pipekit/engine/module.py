@@ -138,10 +138,11 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self._build_stages()
         if compile_layers:
             self._compile_layers()
+        self.idle: nn.Parameter | None = None
         if not any(parameter.requires_grad for parameter in self.parameters()):
             # Neither DeepSpeed nor torch's optimizers take a rank without parameters; an idle one keeps it in step.
-            self.register_parameter("idle", nn.Parameter(torch.zeros(1)))
-            self.idle.ds_pipe_replicated = True
+            self.idle = nn.Parameter(torch.zeros(1))
+            self.idle.ds_pipe_replicated = True  # type: ignore[attr-defined]
         self.to(get_accelerator().current_device_name() if device is None else device)
         self.tied_comms = self._build_tied_groups(mpu)
 
@@ -348,6 +349,11 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             return self.tied_modules[spec.key]
         module: nn.Module = self.get_submodule(str(layer_idx))
         return module
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Tied parameters that are trained on several ranks, and the process group of each."""
+        tied = super().get_tied_weights_and_groups()
+        return [(weight, group) for weight, group in tied if weight.requires_grad]
 
     def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Yield `(logical name, parameter, owned)` for each parameter of this rank.

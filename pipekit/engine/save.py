@@ -201,6 +201,8 @@ def _gather_share(
             else:
                 part = view.full_state(parameter, kind)
             tensor = join_shards(part, parameter, tensor_group)
+            if kind == WEIGHTS and tensor.is_floating_point():
+                tensor = tensor.float()  # frozen ones too, as the masters of the others are
             if mine:
                 put(name, kind, tensor, trainable=trainable)
     for name, buffer, owned in engine.module.named_logical_buffers():

@@ -11,7 +11,7 @@ from pipekit.tensor_parallel import PlannedGroup, shard_layer
 
 
 def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, Shape]]:
-    """Return the shapes of each layer's trainable parameters by logical name; layers that are tied have the same.
+    """Shapes of each layer's trainable parameters by logical name; layers that are tied have the same.
 
     Args:
         specs: the model.
@@ -25,8 +25,15 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
         >>> parameter_shapes([LayerSpec(nn.Linear, 4, 2, name="head"), LayerSpec(nn.GELU)])
         [{'head.weight': (2, 4), 'head.bias': (2,)}, {}]
     """
-    known: dict[Hashable, dict[str, Shape]] = {}
-    shapes = []
+    return trained_and_frozen_shapes(specs, tp)[0]
+
+
+def trained_and_frozen_shapes(
+    specs: Sequence[LayerSpec], tp: int = 1
+) -> tuple[list[dict[str, Shape]], list[dict[str, Shape]]]:
+    """`parameter_shapes`, and the same of the frozen parameters."""
+    known: dict[Hashable, dict[bool, dict[str, Shape]]] = {}
+    shapes: dict[bool, list[dict[str, Shape]]] = {True: [], False: []}
     for spec, name in zip(specs, layer_names(specs), strict=True):
         key = spec_key(spec)
         if key not in known:
@@ -36,10 +43,12 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
                     shard_layer(layer, PlannedGroup(rank=0, size=tp), sequence_parallel=False)
             except LayoutError as error:
                 raise LayoutError(f"layer {name!r}: {error}") from None
-            named = layer.named_parameters()
-            known[key] = {path: tuple(parameter.shape) for path, parameter in named if parameter.requires_grad}
-        shapes.append({f"{name}.{path}": shape for path, shape in known[key].items()})
-    return shapes
+            known[key] = {True: {}, False: {}}
+            for path, parameter in layer.named_parameters():
+                known[key][parameter.requires_grad][path] = tuple(parameter.shape)
+        for is_trained, layers in shapes.items():
+            layers.append({f"{name}.{path}": shape for path, shape in known[key][is_trained].items()})
+    return shapes[True], shapes[False]
 
 
 def count_layer_parameters(specs: Sequence[LayerSpec]) -> list[int]:

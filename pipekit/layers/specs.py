@@ -6,8 +6,9 @@ that owns the layer calls `build`. Listing a trillion-parameter model costs noth
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,11 +31,16 @@ class LayerSpec:
             Defaults to `layers.<index in the list>`.
         **kwargs: keyword arguments of `typename`.
 
+    Attributes:
+        frozen: parameters of the layer that are not trained, by their names in it.
+
     Example:
         >>> from torch import nn
         >>> LayerSpec(nn.Linear, 4, 2, name="head")
         LayerSpec(Linear, 4, 2, name='head')
     """
+
+    frozen: frozenset[str] = frozenset()
 
     def __init__(self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any) -> None:
         if not callable(typename):
@@ -56,6 +62,12 @@ class LayerSpec:
     def build(self) -> nn.Module:
         """Allocate the layer on the current default device."""
         return self.typename(*self.module_args, **self.module_kwargs)
+
+    def with_frozen(self, names: Iterable[str]) -> LayerSpec:
+        """Copy of the spec with parameters of the layer frozen beside those that are already."""
+        changed = copy.copy(self)
+        changed.frozen = self.frozen | frozenset(names)
+        return changed
 
     def __repr__(self) -> str:
         arguments = [self.type_name, *map(repr, self.module_args)]
@@ -135,6 +147,8 @@ def _build(spec: LayerSpec, name: str) -> nn.Module:
         raise ConfigError(
             f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
         )
+    for frozen in spec.frozen:
+        layer.get_parameter(frozen).requires_grad_(False)
     return layer
 
 
@@ -163,15 +177,15 @@ def spec_key(spec: LayerSpec) -> Hashable:
         >>> spec_key(LayerSpec(nn.Linear, 4, 2, name="a")) == spec_key(LayerSpec(nn.Linear, 4, 2, name="b"))
         True
     """
-    return _frozen(spec.typename), _frozen(spec.module_args), _frozen(spec.module_kwargs)
+    return _hashable(spec.typename), _hashable(spec.module_args), _hashable(spec.module_kwargs), spec.frozen
 
 
-def _frozen(value: object) -> Hashable:
+def _hashable(value: object) -> Hashable:
     """Hashable form of an argument, equal for equal arguments; an unhashable value equals itself alone."""
     if isinstance(value, dict):
-        return (dict, tuple((key, _frozen(item)) for key, item in value.items()))
+        return (dict, tuple((key, _hashable(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
-        return (type(value), tuple(map(_frozen, value)))
+        return (type(value), tuple(map(_hashable, value)))
     try:
         hash(value)
     except TypeError:

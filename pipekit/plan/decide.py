@@ -13,6 +13,7 @@ from pipekit.config import Config, plan_batch, resolve_layout
 from pipekit.costs.example import Example
 from pipekit.costs.model import describe_model
 from pipekit.errors import ConfigError
+from pipekit.layers.freezing import freeze
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 from pipekit.models.custom import check_specs
 from pipekit.partitioners import PartitionInputs, partition
@@ -164,13 +165,14 @@ def build_specs(config: Config, trial: TrialType, prepared: Mapping[str, Any] | 
     """The configuration with every size known, and the model; `prepared` is None where sizes are known without.
 
     Raises:
-        PipekitError: if the sizes do not fit what was prepared, or the model is no list of layer specs.
+        PipekitError: if the sizes do not fit what was prepared, the model is no list of layer specs, or `train.freeze`
+            does not fit it.
     """
     if prepared is not None:
         config = trial.resolve(config, prepared)
     specs = trial.build_layers(config)
     check_specs(specs, where=f"{getattr(trial, '__name__', 'trial')}.build_layers")
-    return config, specs
+    return config, freeze(specs, config.train.freeze)
 
 
 def check_tied_parameters(specs: Sequence[LayerSpec], names: Sequence[str]) -> None:

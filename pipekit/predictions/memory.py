@@ -7,7 +7,7 @@ is known to keep, and within a tenth where split backwards meet checkpointing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil
 
@@ -34,10 +34,12 @@ class StageContents:
         layers: costs of each of its layers for one micro-batch.
         parameters: the shapes of its trainable parameters by logical name. A tied parameter is in every stage that uses
             it, under one name.
+        frozen: the shapes of its frozen parameters.
     """
 
     layers: Sequence[LayerCosts]
     parameters: Mapping[str, Shape]
+    frozen: Mapping[str, Shape] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,19 @@ class MemoryParts(ModelStates):
 
 
 def stage_contents(
-    layers: Sequence[LayerCosts], parameters: Sequence[Mapping[str, Shape]], boundaries: Sequence[int]
+    layers: Sequence[LayerCosts],
+    parameters: Sequence[Mapping[str, Shape]],
+    boundaries: Sequence[int],
+    *,
+    frozen: Sequence[Mapping[str, Shape]] = (),
 ) -> list[StageContents]:
-    """Layers and parameters of each stage, from those of each layer of the model."""
+    """Layers, parameters and frozen parameters of each stage, from those of each layer of the model."""
+
+    def join(shapes: Sequence[Mapping[str, Shape]]) -> dict[str, Shape]:
+        return {name: shape for layer in shapes for name, shape in layer.items()}
+
     return [
-        StageContents(
-            layers[start:end], {name: shape for layer in parameters[start:end] for name, shape in layer.items()}
-        )
+        StageContents(layers[start:end], join(parameters[start:end]), join(frozen[start:end]))
         for start, end in pairwise(boundaries)
     ]
 
@@ -130,7 +138,12 @@ def peak_memory(
             activations = _peak_bytes(actions, held)
         is_last = schedule.placement[-1] == rank
         states = model_states(
-            [stage.parameters for stage in own], precision=precision, zero=zero, dp=dp, states=optimizer_states
+            [stage.parameters for stage in own],
+            precision=precision,
+            zero=zero,
+            dp=dp,
+            states=optimizer_states,
+            frozen=[stage.frozen for stage in own],
         )
         found.append(
             MemoryParts(
@@ -154,11 +167,14 @@ def memory_limit(
     optimizer_states: OptimizerStates,
     checkpointing: bool,
     limit_bytes: int,
+    frozen_parameters: Sequence[int] = (),
 ) -> MemoryLimit:
     """Upper bounds on the memory of layers and stages, which add up to one for each rank, and the limit of a rank.
 
-    Options are those of `peak_memory`; costs are for one micro-batch.
+    Options are those of `peak_memory`; costs are for one micro-batch. `frozen_parameters` are counts, one a layer.
     """
+    frozen = frozen_parameters or [0] * len(costs.layers)
+    frozen_bytes = BYTES_PER_ELEMENT[precision] / (dp if zero == 3 else 1)
     per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states)
     in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
@@ -176,7 +192,10 @@ def memory_limit(
     if costs.loss is not None:
         extras[-1] += (in_flight[-1] + 2) * costs.loss.saved_bytes
     return MemoryLimit(
-        state_bytes=[ceil(per_parameter * layer.parameters) for layer in costs.layers],
+        state_bytes=[
+            ceil(per_parameter * layer.parameters + frozen_bytes * number)
+            for layer, number in zip(costs.layers, frozen, strict=True)
+        ],
         activation_bytes=[
             layer.input_bytes if is_recomputed else layer.output_bytes + layer.saved_bytes for layer in costs.layers
         ],

@@ -56,7 +56,13 @@ class ModelStates:
 
 
 def model_states(
-    stages: Sequence[Mapping[str, Shape]], *, precision: Precision, zero: int, dp: int, states: OptimizerStates
+    stages: Sequence[Mapping[str, Shape]],
+    *,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    states: OptimizerStates,
+    frozen: Sequence[Mapping[str, Shape]] = (),
 ) -> ModelStates:
     """Exact bytes of a rank's model states.
 
@@ -66,14 +72,16 @@ def model_states(
         zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
         dp: number of replicas.
         states: tensors of the optimizer.
+        frozen: the shapes of the frozen parameters of each stage, which have no other states than their weights.
 
     Source: `runtime/zero/stage_1_and_2.py` and `runtime/bf16_optimizer.py` of DeepSpeed 0.19.8.
     """
     shapes = {name: shape for stage in stages for name, shape in stage.items()}
     groups = _group_sizes(shapes.values())
-    # An idle parameter, which a rank without others has, gets no gradient, and so no states.
-    num_shard, num_tensors = count_elements(shapes), len(shapes)
     is_flat = zero > 0 or precision != "fp32"
+    if not is_flat:
+        shapes = shapes or {"idle": (1,)}  # which a rank without other parameters has
+    num_shard, num_tensors = count_elements(shapes), len(shapes)
     if is_flat:
         multiple = _ALIGNMENT * dp
         flat = [-(-size // multiple) * multiple for size in groups]
@@ -81,6 +89,9 @@ def model_states(
     else:
         flat = list(groups)
 
+    num_frozen = count_elements(*frozen)
+    if zero == 3:
+        num_frozen = -(-num_frozen // dp)
     if zero > 1:
         gradients = _FP32_BYTES * num_shard
     else:
@@ -89,7 +100,7 @@ def model_states(
         largest = max(map(prod, shapes.values()), default=0)
         gradients = _FP32_BYTES * accumulated + BYTES_PER_ELEMENT[precision] * largest
     return ModelStates(
-        weights=BYTES_PER_ELEMENT[precision] * (num_shard if zero == 3 else sum(flat)),
+        weights=BYTES_PER_ELEMENT[precision] * ((num_shard if zero == 3 else sum(flat)) + num_frozen),
         gradients=gradients,
         optimizer_states=_FP32_BYTES * (states.per_parameter * num_shard + states.per_tensor * num_tensors),
         masters=_FP32_BYTES * num_shard if is_flat else 0,

@@ -34,7 +34,8 @@ def partition_inputs(
 
     return PartitionInputs(
         type_names,
-        lambda: model.layer_parameters,
+        # Frozen weights are computed with, too.
+        lambda: [sum(both) for both in zip(model.layer_parameters, model.frozen_parameters, strict=True)],
         count_flops=lambda: list(map(_flops, costs().layers)),
         measure_seconds=(lambda: list(map(_seconds, costs().layers))) if model.is_timed else None,
         stage_extras=extras,
@@ -47,6 +48,7 @@ def partition_inputs(
             optimizer_states=model.optimizer_states,
             checkpointing=plan.checkpointing,
             limit_bytes=limit_bytes(),
+            frozen_parameters=model.frozen_parameters,
         ),
         layer_names=model.layer_names,
         placement=schedule.placement,

@@ -26,6 +26,7 @@ class PlannedModel:
         sequence_length: tokens of a sequence.
         precision: of weights and activations.
         optimizer_states: tensors that its optimizer keeps.
+        frozen_shapes_of: like `shapes_of`, of the frozen parameters; None where there are none.
         is_timed: whether `costs_of` tells measured seconds too.
         tf32: whether matrix products of fp32 are computed in TF32, on devices that have it.
     """
@@ -36,6 +37,7 @@ class PlannedModel:
     sequence_length: int
     precision: Precision
     optimizer_states: OptimizerStates = ADAM_STATES
+    frozen_shapes_of: Callable[[int], Sequence[Mapping[str, Shape]]] | None = None
     is_timed: bool = False
     tf32: bool = False
 
@@ -53,6 +55,13 @@ class PlannedModel:
     def layer_parameters(self) -> list[int]:
         """Trainable parameters of each layer; a tied layer's wherever it occurs."""
         return [count_elements(layer) for layer in self.shapes_of(1)]
+
+    @property
+    def frozen_parameters(self) -> list[int]:
+        """Frozen parameters of each layer; a tied layer's wherever it occurs."""
+        if self.frozen_shapes_of is None:
+            return [0] * len(self.layer_names)
+        return [count_elements(layer) for layer in self.frozen_shapes_of(1)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,8 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
     costs = model.costs_of(plan.micro_batch_size)
     tp = plan.layout.tp
     cluster = Cluster(device, plan.layout)
-    stages = stage_contents(shard_layers(costs.layers, tp), model.shapes_of(tp), boundaries)
+    frozen = model.frozen_shapes_of(tp) if model.frozen_shapes_of is not None else ()
+    stages = stage_contents(shard_layers(costs.layers, tp), model.shapes_of(tp), boundaries, frozen=frozen)
     times = step_times(
         schedule,
         plan.num_micro_batches,

@@ -17,6 +17,7 @@ from pipekit.distributed.processes import join_processes, leave_processes, raise
 from pipekit.errors import ConfigError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
+from pipekit.layers.freezing import freeze
 from pipekit.layers.specs import LayerSpec
 from pipekit.plan.decide import Decision
 from pipekit.plan.device import plan_device
@@ -88,7 +89,7 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
     kind = load_trial(plan.config)
     mpu = kind.build_mpu(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
     check_mpu(mpu, layout=plan.layout, placement=plan.placement)
-    specs = kind.build_layers(plan.config) if specs is None else specs
+    specs = freeze(kind.build_layers(plan.config), plan.config.train.freeze) if specs is None else specs
     return kind(TrialContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
 
 

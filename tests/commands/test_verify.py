@@ -244,6 +244,14 @@ def test_tensor_parallel_layouts_and_every_zero_stage(workspace: Path) -> None:
     assert any("model.dropout=0.1 was taken as 0" in note for note in found["notes"])
 
 
+@pytest.mark.slow
+def test_frozen_parameters_are_verified_like_others(workspace: Path) -> None:
+    frozen = 'train.freeze=["embed.*", "blocks.0.*", "*.norm.*"]'
+    done = verify(workspace, "c.yaml", frozen, "--json", "--steps", "2", "--layouts", "pp2,pp2xtp2,dp2xzero3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {entry["verdict"] for entry in json.loads(done.stdout)["layouts"]} == {"agrees"}
+
+
 def test_what_was_recorded_can_be_kept(workspace: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     done = verify(workspace, "c.yaml", "--steps", "1", "--layouts", "pp2", "--keep", str(kept))

@@ -257,3 +257,17 @@ def test_the_cores_are_shared_out_among_the_processes_of_a_machine() -> None:
 
 def test_trained_again_the_stored_configuration_goes_on() -> None:
     assert plan("checkpoint.resume=never").config.checkpoint.resume == "auto"
+
+
+def test_frozen_parameters_are_left_out_of_the_count_and_balanced_all_the_same() -> None:
+    whole, frozen = (config_of("parallel.pp=2", *more) for more in ((), ('train.freeze=["*.mlp.*", "*.norm.*"]',)))
+    made, counted = (decide(config, build_layers(config)).plan for config in (frozen, whole))
+    assert made.boundaries == counted.boundaries
+    assert made.layer_names[3] == "blocks.0.mlp"
+    assert made.layer_parameters[3] == 0 < counted.layer_parameters[3]
+
+
+def test_a_pattern_that_freezes_nothing_is_refused() -> None:
+    config = config_of('train.freeze=["blocks.0.atention.*"]')
+    with pytest.raises(ConfigError, match=r"'blocks.0.atention.\*' matches none .* try 'blocks.0.attention.\*'"):
+        decide(config, build_layers(config))

@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from engine_jobs import GLOBAL_BATCH, VOCAB, Case, batch, build_engine, micro_batches, model_specs
 from gloo_workers import GlooWorkers
 from pipekit.errors import LayoutError
-from pipekit.layers.parameters import parameter_shapes
+from pipekit.layers.freezing import freeze
+from pipekit.layers.parameters import parameter_shapes, trained_and_frozen_shapes
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
 from pipekit.models.transformer import language_model_loss
 from pipekit.partitioners import partition_uniform
-from pipekit.predictions.elements import Precision
+from pipekit.predictions.elements import Precision, count_elements
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.predictions.memory import (
     ADAM_STATES,
@@ -386,6 +387,24 @@ def test_16_bits_hold_masters_and_gradients_in_fp32() -> None:
     assert bf16.masters == fp16.masters == 4 * 30
     # The flat buffer, and the largest gradient before it is added.
     assert bf16.gradients == fp16.gradients == 4 * 30 + 2 * 21
+
+
+@pytest.mark.parametrize(("zero", "dp"), [(0, 1), (1, 2), (3, 2)])
+def test_frozen_parameters_take_their_weights_and_nothing_else(zero: int, dp: int) -> None:
+    specs = freeze(model_specs(Case()), ["embed.*", "blocks.0.*"])
+    trained, frozen = trained_and_frozen_shapes(specs)
+    schedule = plan_1f1b(num_stages=2, num_micro_batches=8)
+    layers, boundaries = [LINEAR] * len(specs), [0, 5, len(specs)]
+
+    def states(frozen: list[dict[str, tuple[int, ...]]]) -> list[dict[str, int]]:
+        stages = stage_contents(layers, trained, boundaries, frozen=frozen)
+        held = peak_memory(stages, schedule, loss=None, precision="bf16", zero=zero, dp=dp)
+        return [{name: getattr(parts, name) for name in STANDING} for parts in held]
+
+    elements = [count_elements(*frozen[:5]), count_elements(*frozen[5:])]
+    assert elements == [count_elements(*parameter_shapes(model_specs(Case()))[:4]) - 16 * 32, 67 * 32]
+    for with_frozen, without, number in zip(states(frozen), states([]), elements, strict=True):
+        assert with_frozen == {**without, "weights": without["weights"] + 2 * number // (dp if zero == 3 else 1)}
 
 
 def test_parameters_that_two_stages_of_a_rank_share_are_there_once() -> None:
