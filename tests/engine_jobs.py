@@ -245,12 +245,10 @@ def train_job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
     return train(rank, case, **options)
 
 
-def save_engine(engine: Any, folder: Path, step: int) -> Path:
+def training_state(engine: Any, step: int) -> Any:
     from pipekit.checkpoint.manifest import TrainingState
-    from pipekit.checkpoint.retention import Retention
-    from pipekit.engine.save import save_checkpoint
 
-    state = TrainingState(
+    return TrainingState(
         step=step,
         consumed_samples=step * GLOBAL_BATCH,
         seed=1,
@@ -258,5 +256,13 @@ def save_engine(engine: Any, folder: Path, step: int) -> Path:
         optimizer={"type": "adamw", "step": engine.view.step_count(), "states": engine.view.state_names()},
         loss_scaler=engine.view.loss_scaler_state(),
     )
-    config = "model: {preset: tiny}\n"
-    return save_checkpoint(engine, folder, training=state, config_yaml=config, retention=Retention(newest=2)).wait()
+
+
+def save_engine(engine: Any, folder: Path, step: int, background: Any = None) -> Path:
+    from pipekit.checkpoint.retention import Retention
+    from pipekit.engine.save import save_checkpoint
+
+    state, config = training_state(engine, step), "model: {preset: tiny}\n"
+    rule = Retention(newest=2)
+    saved = save_checkpoint(engine, folder, training=state, config_yaml=config, retention=rule, background=background)
+    return saved.wait()

@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -308,7 +309,7 @@ class DataConfig(Section):
         return (self.source,) if isinstance(self.source, str) else self.source
 
 
-class CheckpointConfig(Section):
+class _CheckpointFields(Section):
     """Saving of checkpoints, and the one to resume from."""
 
     interval: PositiveInt | None = Field(default=None, examples=[100])
@@ -330,6 +331,32 @@ class CheckpointConfig(Section):
 
     best_is: Literal["lowest", "highest"] = "lowest"
     """The best value of `keep_best`."""
+
+    @property
+    def is_async(self) -> bool:
+        """The key `async`, which is a keyword of Python."""
+        return bool(dict(self)["async"])
+
+
+if TYPE_CHECKING:
+    CheckpointConfig = _CheckpointFields
+else:
+    CheckpointConfig = create_model(
+        "CheckpointConfig",
+        __base__=_CheckpointFields,
+        __module__=__name__,
+        __doc__=_CheckpointFields.__doc__,
+        **{
+            "async": (
+                bool,
+                Field(
+                    default=False,
+                    description="Write checkpoints while training goes on, from a copy in the host's memory, at most "
+                    "one at a time.",
+                ),
+            )
+        },
+    )
 
 
 class WandbConfig(Section):

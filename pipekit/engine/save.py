@@ -11,6 +11,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,6 +36,22 @@ from pipekit.files import replace_folder, write_atomically
 
 # Storage may be slow, and a rank that writes is not heard from by those that wait for it.
 _LONGEST_WRITE = timedelta(hours=6)
+
+
+class SnapshotMemory:
+    """Host memory for copies of tensors, page-locked under CUDA, that the next snapshot uses again: fresh pages cost
+    more than a copy."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+        """Copy of a tensor, contiguous, which the next call with this name and kind overwrites."""
+        copy = self._copies.get((name, kind))
+        if copy is None:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._copies[name, kind] = copy
+        return copy.copy_(tensor.detach())
 
 
 class PendingCheckpoint:
@@ -63,6 +80,11 @@ class PendingCheckpoint:
         """True once `wait` would return at once."""
         return self._thread is None or not self._thread.is_alive()
 
+    def settle(self, timeout_s: float) -> None:
+        """Wait until it is written or has failed, or the time is up, whatever the other ranks do."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def wait(self) -> Path:
         """Wait until the checkpoint is on the disk, and return its path. Every rank calls this at the same point.
 
@@ -86,7 +108,7 @@ def save_checkpoint(
     retention: Retention | None = None,
     name: str | None = None,
     update_latest: bool = True,
-    in_background: bool = False,
+    background: SnapshotMemory | None = None,
 ) -> PendingCheckpoint:
     """Write a checkpoint into `folder`. Every rank calls this together, once the one before has been waited for.
 
@@ -103,7 +125,8 @@ def save_checkpoint(
         retention: the checkpoints of `folder` that are kept; by default all.
         name: name of the checkpoint; made from the step unless given.
         update_latest: whether `latest` names it from now on.
-        in_background: whether to return once the copy is made, and to write it on a thread.
+        background: memory for the copy, where this is to return once it is made, and to write it on a thread; the
+            next save uses it again. By default all is written before this returns.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
@@ -125,7 +148,7 @@ def save_checkpoint(
         except OSError as failure:
             error = CheckpointError(f"{temporary}: could not be written: {failure}")
     raise_together(error, control)
-    shares, entries = _gather_share(engine, writer=rank)
+    shares, entries = _gather_share(engine, writer=rank, memory=SnapshotMemory() if background is None else background)
     layout = f"{engine.mpu.layout}, ZeRO {engine.config.get('zero_optimization', {}).get('stage', 0)}"
 
     def write() -> None:
@@ -160,11 +183,11 @@ def save_checkpoint(
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    return PendingCheckpoint(final, write, in_background=in_background)
+    return PendingCheckpoint(final, write, in_background=background is not None)
 
 
 def _gather_share(
-    engine: TrainingEngine, *, writer: int
+    engine: TrainingEngine, *, writer: int, memory: SnapshotMemory
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorEntry]]:
     """Return the tensors that this rank writes, by file, and their entries.
 
@@ -186,7 +209,7 @@ def _gather_share(
         else:
             tensor = tensor.float()
         entries[name] = replace(entries[name], files={**entries[name].files, kind: file})
-        shares.setdefault(file, {})[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shares.setdefault(file, {})[name] = memory.copy(name, kind, tensor)
 
     for name, parameter, owned in engine.module.named_logical_parameters():
         # The owner among the stage's ranks is the one with the least to write so far: the same on all of them.

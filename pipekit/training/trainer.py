@@ -23,7 +23,7 @@ from pipekit.engine.late_number import LateNumber
 from pipekit.engine.load import load_checkpoint
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.save import save_checkpoint
+from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoint
 from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError, DamagedCheckpointError, PipekitError
@@ -94,6 +94,10 @@ class Trainer:
         self.consumed_samples = 0
         self._metrics = StepMetrics(step=0)
         self._skipped_in_a_row = 0
+        self._snapshot_memory = SnapshotMemory() if self.config.checkpoint.is_async else None
+        self._checkpoint: Path | None = None
+        self._pending: PendingCheckpoint | None = None
+        self._pending_step = 0
 
     def fit(self) -> RunResult:
         """Train until `train.steps` updates are made, from the checkpoint to go on from, if there is one.
@@ -107,11 +111,17 @@ class Trainer:
             for loader in (self._train_loader, self._validation_loader):
                 if loader is not None:
                     stack.callback(loader.close)
+            stack.callback(self._settle_save)
             return self._fit()
+
+    def _settle_save(self) -> None:
+        """Let a checkpoint be written out when training fails."""
+        if self._pending is not None:
+            self._pending.settle(self.config.run.timeout_s)
 
     def _fit(self) -> RunResult:
         context, train = self.context, self.config.train
-        checkpoint = context.start
+        self._checkpoint = context.start
         if context.plan.start is not None:
             self._resume(context.plan.start)
         self._each(lambda callback: callback.on_train_start(context.plan, context.folder, self.step))
@@ -146,8 +156,9 @@ class Trainer:
             if draws:
                 self._draw_profile()
             if saves:
-                checkpoint = self._save()
-        result = RunResult(self.step, checkpoint, first_val_loss, self._metrics, time.perf_counter() - started_s)
+                self._save()
+        self._finish_save()
+        result = RunResult(self.step, self._checkpoint, first_val_loss, self._metrics, time.perf_counter() - started_s)
         self._each(lambda callback: callback.on_train_end(result))
         return result
 
@@ -302,7 +313,9 @@ class Trainer:
         self._each(lambda callback: callback.on_warning(warning))
         return self._load(earlier[0])
 
-    def _save(self) -> Any:
+    def _save(self) -> None:
+        """Save a checkpoint, or begin to where that is done in the background, at most one at a time."""
+        self._finish_save()
         name, settings = checkpoint_name(self.step), self.config.checkpoint
         self.context.mpu.activity.begin(f"checkpoint {name}", f"writing {name}")
         view = self.engine.view
@@ -317,7 +330,7 @@ class Trainer:
             metrics={key: value for key, value in self._metrics.as_record().items() if math.isfinite(value)},
         )
         tokenizer = self.trial.tokenizer_file
-        path = save_checkpoint(
+        self._pending = save_checkpoint(
             self.engine,
             self.context.folder.checkpoints,
             training=training,
@@ -325,9 +338,23 @@ class Trainer:
             extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else {},
             retention=Retention(settings.keep, settings.keep_every, settings.keep_best, settings.best_is),
             name=name,
-        ).wait()
-        self._each(lambda callback: callback.on_checkpoint(self.step, path))
-        return path
+            background=self._snapshot_memory,
+        )
+        self._pending_step = self.step
+        if self._snapshot_memory is None:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Wait until the last checkpoint is on the disk, and report it."""
+        pending, step = self._pending, self._pending_step
+        if pending is None:
+            return
+        if not pending.is_done:
+            name = pending.path.name
+            self.context.mpu.activity.begin(f"checkpoint {name}", f"waiting until {name} is written")
+        self._pending = None
+        self._checkpoint = pending.wait()
+        self._each(lambda callback: callback.on_checkpoint(step, pending.path))
 
     def _each(self, call: Callable[[Callback], None]) -> None:
         self.context.mpu.activity.begin(f"callbacks after step {self.step}", "calling callbacks")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, train_job
+from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, train_job, training_state
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, DamagedCheckpointError
 
 pytestmark = pytest.mark.distributed
 
@@ -128,6 +129,87 @@ def save_three_times(rank: int, folder: str) -> None:
         save_engine(engine, Path(folder), step + 1)
 
 
+def test_damage_is_named_on_every_rank_before_anything_is_loaded(gloo: GlooWorkers, tmp_path: Path) -> None:
+    gloo.run(2, save_three_times, str(tmp_path))
+    file = tmp_path / "step-00000003/exp_avg-0001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    messages = gloo.run(2, load_damaged, str(file.parent))
+    assert messages[0] == messages[1]
+    assert "exp_avg-0001.safetensors: damaged (exp_avg of " in messages[0]
+
+
+def load_damaged(rank: int, checkpoint: str) -> str:
+    from pipekit.engine.load import load_checkpoint
+
+    engine = build_engine(Case(pp=1, dp=2))
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    with pytest.raises(DamagedCheckpointError) as caught:
+        load_checkpoint(engine, CheckpointReader(Path(checkpoint)))
+    assert all(map(torch.equal, before, engine.module.parameters()))
+    return str(caught.value)
+
+
+def test_what_is_written_in_the_background_is_the_state_at_its_beginning(gloo: GlooWorkers, tmp_path: Path) -> None:
+    for steps in gloo.run(4, save_while_training, str(tmp_path)):
+        assert steps == 3, "training went on meanwhile"
+    one, other = (CheckpointReader(tmp_path / name) for name in ("at once", "background"))
+    assert one.manifest.training == other.manifest.training
+    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
+    for name, entry in one.manifest.tensors.items():
+        assert entry.files.keys() == other.manifest.tensors[name].files.keys()
+        for kind in entry.files:
+            assert torch.equal(one.tensor(name, kind), other.tensor(name, kind)), (name, kind)
+
+
+def save_while_training(rank: int, folder: str) -> int:
+    import pipekit.engine.save as save
+
+    case = Case(pp=2, dp=2)
+    engine = build_engine(case)
+    memory = save.SnapshotMemory()
+    state = {"training": training_state(engine, 2), "config_yaml": "model: {preset: tiny}\n", "background": memory}
+    trained, original = threading.Event(), save.write_tensors
+
+    def write_late(*args: Any) -> Any:
+        assert trained.wait(60)
+        return original(*args)
+
+    engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
+    # The memory of an earlier snapshot is used again.
+    save.save_checkpoint(engine, Path(folder), name="before", **state).wait()
+    engine.train_batch(micro_batches(1, case, engine.mpu.data_parallel_rank))
+    state["training"] = training_state(engine, 2)
+    save.save_checkpoint(engine, Path(folder), name="at once", **{**state, "background": None}).wait()
+    save.write_tensors = write_late
+    try:
+        pending = save.save_checkpoint(engine, Path(folder), name="background", **state)
+        for step in range(2, 5):
+            engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))
+        assert not pending.is_done
+        trained.set()
+        pending.wait()
+        assert pending.is_done
+    finally:
+        save.write_tensors = original
+    return int(engine.global_steps) - 2
+
+
+def test_a_write_that_fails_in_the_background_is_raised_on_every_rank_that_waits(
+    gloo: GlooWorkers, tmp_path: Path
+) -> None:
+    messages = gloo.run(2, fail_in_background, str(tmp_path))
+    assert all("no space left" in message for message in messages)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def fail_in_background(rank: int, folder: str) -> str:
+    import pipekit.engine.save as save
+
+    return fail_to_write(rank, folder, background=save.SnapshotMemory())
+
+
 def test_another_model_is_refused_on_every_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
     run(gloo, Case(pp=1, steps=5, tied=True), save=str(tmp_path))
     messages = gloo.run(2, load_as_untied, str(tmp_path / "step-00000005"))
@@ -151,7 +233,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(gloo: GlooW
     load_manifest(tmp_path / "step-00000001")
 
 
-def fail_to_write(rank: int, folder: str) -> str:
+def fail_to_write(rank: int, folder: str, background: Any = None) -> str:
     import pipekit.engine.save as save
 
     engine = build_engine(Case(pp=2))
@@ -166,7 +248,7 @@ def fail_to_write(rank: int, folder: str) -> str:
         save.write_tensors = full_disk
     try:
         with pytest.raises(CheckpointError) as caught:
-            save_engine(engine, Path(folder), 2)
+            save_engine(engine, Path(folder), 2, background)
     finally:
         save.write_tensors = original
     return str(caught.value)

@@ -140,6 +140,7 @@ class Run:
         self.engine = engine or FakeEngine()
         self.events = events or Events()
         self.saved: list[TrainingState] = []
+        self.order: list[str] = []
         train = {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2, "eval_interval": None, "eval_batches": 2}
         values = {
             "model": {"preset": "tiny", "vocab_size": 500},
@@ -158,7 +159,16 @@ class Run:
 
         def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Any:
             self.saved.append(training)
-            return SimpleNamespace(wait=lambda: folder / f"step-{training.step}")
+            path = folder / f"step-{training.step}"
+            self.order.append(f"save {training.step}")
+
+            def wait() -> Path:
+                self.order.append(f"waited for {training.step}")
+                return path
+
+            return SimpleNamespace(
+                path=path, is_done=True, wait=wait, settle=lambda timeout_s: self.order.append("settled")
+            )
 
         monkeypatch.setattr(Trainer, "_build_engine", lambda trainer: self.engine)
         monkeypatch.setattr(trainer_module, "save_checkpoint", save)
@@ -229,6 +239,25 @@ def test_checkpoints_come_at_their_interval_and_at_the_end(run: Any) -> None:
     made.trainer.fit()
     assert [(state.step, state.consumed_samples) for state in made.saved] == [(2, 8), (4, 16), (5, 20)]
     assert [state.metrics["loss"] for state in made.saved] == [8.0, 6.0, 5.0]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_save_in_the_background_is_waited_for_before_the_next_and_at_the_end(run: Any, in_background: bool) -> None:
+    made = run(train={"steps": 5}, checkpoint={"interval": 2, "async": in_background})
+    result = made.trainer.fit()
+    assert made.order == [f"{event} {step}" for step in (2, 4, 5) for event in ("save", "waited for")]
+    assert result.checkpoint.name == "step-5"
+    reported = [name for name in made.events.names if name.startswith(("checkpoint", "step"))]
+    # What is written in the background is reported when it is waited for.
+    at = reported.index("checkpoint 2")
+    assert reported[at - 1] == ("step 4" if in_background else "step 2")
+
+
+def test_a_save_in_the_background_is_written_out_where_training_fails(run: Any) -> None:
+    made = run(train={"steps": 5}, checkpoint={"interval": 2, "async": True}, events=Events(fails_at=3))
+    with pytest.raises(OSError, match="disk is full"):
+        made.trainer.fit()
+    assert made.order == ["save 2", "settled"]
 
 
 def test_replicas_are_checked_at_their_interval(run: Any) -> None:
