@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -21,6 +21,15 @@ from pipekit.settings.base import alternatives
 
 if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
+
+
+_NORMS = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"}
+_POST_NORMS = {
+    "attention.norm": "input_layernorm",
+    "attention.post_norm": "post_attention_layernorm",
+    "mlp.norm": "pre_feedforward_layernorm",
+    "mlp.post_norm": "post_feedforward_layernorm",
+}
 
 
 class DecoderFamily(TransformerFamily):
@@ -92,6 +101,35 @@ class DecoderFamily(TransformerFamily):
         """Tokens that a token attends to in a block; None is all before it."""
         return None
 
+    def rotary_of(self, block: int) -> tuple[float, RotaryScaling | None]:
+        """Base and scaling of the rotary positions of a block."""
+        return self.rotary_base, self.rotary_scaling
+
+    @property
+    def norm(self) -> Literal["rms", "offset_rms"]:
+        """Kind of every norm."""
+        return "rms"
+
+    @property
+    def activation(self) -> Literal["silu", "gelu_tanh"]:
+        """Function of the gates of an MLP."""
+        return "silu"
+
+    @property
+    def has_post_norms(self) -> bool:
+        """True if the outputs of attention and of the MLP have norms, too."""
+        return False
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of the scores of attention; None is 1 over the square root of the width of a head."""
+        return None
+
+    @property
+    def embedding_scale(self) -> float | None:
+        """Factor of the embeddings of tokens; None is 1."""
+        return None
+
     @property
     def attention_heads(self) -> AttentionHeads:
         return AttentionHeads(self.num_heads, self.num_kv_heads or self.num_heads)
@@ -108,39 +146,42 @@ class DecoderFamily(TransformerFamily):
 
         width, eps, std = self.hidden_size, self.rms_norm_eps, self.init_std
         embedding, head = transformer.embedding_and_head(
-            self.known_vocab_size, width, loss_chunk_tokens, tied=self.tied_embedding, init_std=std
+            self.known_vocab_size,
+            width,
+            loss_chunk_tokens,
+            tied=self.tied_embedding,
+            scale=self.embedding_scale,
+            init_std=std,
         )
         # Two residual additions a block: their sum keeps its size at any depth.
         residual_std = std / math.sqrt(2 * self.num_layers)
-        common = {
-            "norm": "rms", "dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std
+        common: dict[str, Any] = {
+            "norm": self.norm, "dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std,
+            **({"post_norm": True} if self.has_post_norms else {}),
         }  # fmt: skip
-        attention = {
-            "rotary": transformer.Rotary(self.known_head_size, self.rotary_base, self.rotary_scaling),
-            "bias": self.has_qkv_bias,
-            "projection_bias": self.has_projection_bias,
-            **({} if self.num_kv_heads is None else {"num_kv_heads": self.num_kv_heads}),
-            **({} if self.head_size is None else {"head_size": self.head_size}),
-            **({"qk_norm": True} if self.has_qk_norm else {}),
-        }
-        mlp = {"activation": "silu", "gated": True, "bias": self.has_mlp_bias}
         blocks = []
         for block in range(self.num_layers):
-            name, window = f"blocks.{block}", self.window_of(block)
-            limit = {} if window is None else {"window": window}
+            rotary = transformer.Rotary(self.known_head_size, *self.rotary_of(block))
+            attention = {"rotary": rotary, **self._attention_options(block), **common}
+            mlp = {"activation": self.activation, "gated": True, "bias": self.has_mlp_bias, **common}
+            name = f"blocks.{block}"
             blocks += [
-                LayerSpec(
-                    transformer.AttentionHalf,
-                    width,
-                    self.num_heads,
-                    **attention,
-                    **limit,
-                    **common,
-                    name=f"{name}.attention",
-                ),
-                LayerSpec(transformer.MLPHalf, width, self.ffn_size, **mlp, **common, name=f"{name}.mlp"),
+                LayerSpec(transformer.AttentionHalf, width, self.num_heads, **attention, name=f"{name}.attention"),
+                LayerSpec(transformer.MLPHalf, width, self.ffn_size, **mlp, name=f"{name}.mlp"),
             ]
-        return [embedding, *blocks, LayerSpec(transformer.FinalRMSNorm, width, eps=eps, name="final_norm"), head]
+        final_norm = LayerSpec(transformer.FINAL_NORMS[self.norm], width, eps=eps, name="final_norm")
+        return [embedding, *blocks, final_norm, head]
+
+    def _attention_options(self, block: int) -> dict[str, Any]:
+        options = {
+            "num_kv_heads": self.num_kv_heads,
+            "head_size": self.head_size,
+            "window": self.window_of(block),
+            "scale": self.attention_scale,
+            "qk_norm": self.has_qk_norm or None,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"bias": self.has_qkv_bias, "projection_bias": self.has_projection_bias, **given}
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
         return {
@@ -153,8 +194,9 @@ class DecoderFamily(TransformerFamily):
 
     @classmethod
     def from_hf_config(cls, stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
+        stored = cls._settings_of(stored, where=where)
         base, scaling = read_rope_parameters(stored, where=where)
-        model = super().from_hf_config(cls._settings_of(stored, where=where), where=where)
+        model = super().from_hf_config(stored, where=where)
         changes = {"rotary_scaling": scaling} | ({} if base is None else {"rotary_base": float(base)})
         return cls.model_validate({**model.given(), **changes})
 
@@ -176,7 +218,8 @@ class DecoderFamily(TransformerFamily):
         kv_rows = {keys: heads.num_kv_heads * size, values: heads.num_kv_heads * size}
         q_rows = {f"{attention}.q_proj": heads.num_heads * size}
         packed = {"qkv": q_rows | kv_rows} if self.num_kv_heads is None else {"q": q_rows, "kv": kv_rows}
-        renames = [TensorRename(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight")]
+        norms = _POST_NORMS if self.has_post_norms else _NORMS
+        renames = [TensorRename(f"{ours}.{name}.weight", f"{theirs}.{other}.weight") for name, other in norms.items()]
         for kind in ("weight", "bias") if self.has_qkv_bias else ("weight",):
             for part, rows in packed.items():
                 named = {f"{name}.{kind}": number for name, number in rows.items()}
@@ -185,7 +228,6 @@ class DecoderFamily(TransformerFamily):
             renames.append(TensorRename(f"{ours}.attention.{part}.weight", f"{attention}.{part}.weight"))
         for kind in ("weight", "bias") if self.has_projection_bias else ("weight",):
             renames.append(TensorRename(f"{ours}.attention.projection.{kind}", f"{attention}.o_proj.{kind}"))
-        renames.append(TensorRename(f"{ours}.mlp.norm.weight", f"{theirs}.post_attention_layernorm.weight"))
         for kind in ("weight", "bias") if self.has_mlp_bias else ("weight",):
             gate_and_up = {f"{mlp}.{part}_proj.{kind}": self.ffn_size for part in ("gate", "up")}
             renames.append(TensorRename(f"{ours}.mlp.gate_and_up.{kind}", rows=gate_and_up))

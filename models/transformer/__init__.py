@@ -4,15 +4,16 @@ Each layer takes one tensor and returns one. The attention half and the MLP half
 that a partition can cut a block in two.
 """
 
-from pipekit.models.transformer.block import AttentionHalf, FinalNorm, FinalRMSNorm, MLPHalf, ParallelBlock
+from pipekit.models.transformer.block import AttentionHalf, MLPHalf, ParallelBlock
 from pipekit.models.transformer.embedding import PositionEmbedding, TokenEmbedding
 from pipekit.models.transformer.head import Head, embedding_and_head, language_model_loss
+from pipekit.models.transformer.norm import FINAL_NORMS, FinalNorm
 from pipekit.models.transformer.rotary import Rotary
 
 __all__ = [
+    "FINAL_NORMS",
     "AttentionHalf",
     "FinalNorm",
-    "FinalRMSNorm",
     "Head",
     "MLPHalf",
     "ParallelBlock",

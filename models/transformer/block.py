@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipekit.errors import LayoutError
 from pipekit.models.family import AttentionHeads
+from pipekit.models.transformer.norm import NORMS, Norm
 from pipekit.models.transformer.rotary import Rotary
 from pipekit.tensor_parallel import (
     SHARDED,
@@ -43,10 +44,6 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-
-Norm = Literal["layer", "rms"]
-
-_NORMS: dict[Norm, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 _Linear = TypeVar("_Linear", bound=nn.Linear)
 
@@ -79,6 +76,8 @@ class Attention(TensorParallelModule):
         projection_bias: whether the last projection has one.
         qk_norm: whether the queries and the keys of each head have a norm of their own.
         window: tokens that a token attends to, its own included; None is all before it.
+        scale: factor of the scores; None is 1 / sqrt(E).
+        post_norm: whether the outputs have a norm, too.
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints";
     Jiang et al. 2023, "Mistral 7B".
@@ -99,6 +98,8 @@ class Attention(TensorParallelModule):
         projection_bias: bool = True,
         qk_norm: bool = False,
         window: int | None = None,
+        scale: float | None = None,
+        post_norm: bool = False,
         dropout: float,
         eps: float,
         init_std: float,
@@ -108,7 +109,7 @@ class Attention(TensorParallelModule):
         self.heads = AttentionHeads(num_heads, num_kv_heads or num_heads)
         self.head_size = head_size or hidden_size // num_heads
         width = num_heads * self.head_size
-        self.norm = _NORMS[norm](hidden_size, eps=eps)
+        self.norm = NORMS[norm](hidden_size, eps=eps)
         self.qkv: ColumnParallelLinear | None = None
         if self.heads.num_kv_heads == num_heads:
             self.qkv = _build_linear(
@@ -120,10 +121,11 @@ class Attention(TensorParallelModule):
                 KeyValueLinear, hidden_size, self.heads.num_kv_heads, self.head_size, std=init_std, bias=bias
             )
         if qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(self.head_size, eps=eps), nn.RMSNorm(self.head_size, eps=eps)
+            self.q_norm, self.k_norm = NORMS[norm](self.head_size, eps=eps), NORMS[norm](self.head_size, eps=eps)
         self.qk_norm = qk_norm
         self.projection = _build_linear(RowParallelLinear, width, hidden_size, std=residual_std, bias=projection_bias)
-        self.rotary, self.window, self.dropout = rotary, window, dropout
+        self.post_norm = NORMS[norm](hidden_size, eps=eps) if post_norm else None
+        self.rotary, self.window, self.scale, self.dropout = rotary, window, scale, dropout
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         super().shard(group, sequence_parallel=sequence_parallel)
@@ -131,8 +133,8 @@ class Attention(TensorParallelModule):
             raise LayoutError(fault.message)
         if self.qk_norm:
             # Each rank has the gradients of its own heads.
-            mark_partial_gradient(self.q_norm.weight)
-            mark_partial_gradient(self.k_norm.weight)
+            for parameter in (*self.q_norm.parameters(), *self.k_norm.parameters()):
+                mark_partial_gradient(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(self.norm(x))
@@ -145,9 +147,17 @@ class Attention(TensorParallelModule):
         # The heads are shared out, whether the sequence is or not.
         with sharded_randomness(self.group) if dropout else nullcontext():
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )  # (B, H, S, E)
         y = self.projection(rearrange(y, "b h s e -> b s (h e)"))  # (B, S, D)
+        y = y if self.post_norm is None else self.post_norm(y)
         return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
     def _window_mask(self, q: Tensor) -> Tensor | None:
@@ -188,6 +198,7 @@ class MLP(TensorParallelModule):
         gated: whether another linear layer's outputs multiply those of the function.
         norm: kind of the norm.
         bias: whether the linear layers have biases.
+        post_norm: whether the outputs have a norm, too.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
@@ -203,13 +214,14 @@ class MLP(TensorParallelModule):
         gated: bool = False,
         norm: Norm = "layer",
         bias: bool = True,
+        post_norm: bool = False,
         dropout: float,
         eps: float,
         init_std: float,
         residual_std: float,
     ) -> None:
         super().__init__()
-        self.norm = _NORMS[norm](hidden_size, eps=eps)
+        self.norm = NORMS[norm](hidden_size, eps=eps)
         self.gate_and_up: ColumnParallelLinear | None = None
         if gated:
             self.gate_and_up = _build_linear(
@@ -218,6 +230,7 @@ class MLP(TensorParallelModule):
         else:
             self.expand = _build_linear(ColumnParallelLinear, hidden_size, ffn_size, std=init_std, bias=bias)
         self.contract = _build_linear(RowParallelLinear, ffn_size, hidden_size, std=residual_std, bias=bias)
+        self.post_norm = NORMS[norm](hidden_size, eps=eps) if post_norm else None
         self.activation, self.dropout = activation, dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,6 +241,7 @@ class MLP(TensorParallelModule):
             gate, up = self.gate_and_up(x).chunk(2, -1)  # (B, S, F) each
             y = activation(gate) * up
         y = self.contract(y)  # (B, S, D)
+        y = y if self.post_norm is None else self.post_norm(y)
         return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
 
@@ -268,18 +282,3 @@ class ParallelBlock(TensorParallelModule):
         attended: Tensor = self.attention(x)
         expanded: Tensor = self.mlp(x)
         return x + attended + expanded
-
-
-class FinalNorm(nn.LayerNorm):
-    """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
-
-    sequence_flow = SHARDED
-
-
-class FinalRMSNorm(nn.RMSNorm):
-    """Root-mean-square norm of every token by itself: `(B, S, D)` to `(B, S, D)`.
-
-    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
-    """
-
-    sequence_flow = SHARDED

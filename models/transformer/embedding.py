@@ -19,19 +19,24 @@ from pipekit.tensor_parallel import (
 
 
 class TokenEmbedding(VocabularyParallelEmbedding):
-    """Looks token ids up, then drops out: `(B, S)` int64 to `(B, S, D)`.
+    """Looks token ids up, multiplies by `scale`, then drops out: `(B, S)` int64 to `(B, S, D)`.
 
     Its `weight` `(V, D)` is the head's too, where they are tied; V need be no multiple of the tensor-parallel degree.
     """
 
     sequence_flow = SequenceFlow(returns_shard=True)
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dropout: float = 0.0, init_std: float) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, scale: float | None = None, dropout: float = 0.0, init_std: float
+    ) -> None:
         super().__init__(vocab_size, hidden_size, init_std=init_std)
-        self.dropout = dropout
+        self.scale, self.dropout = scale, dropout
 
     def forward(self, token_ids: Tensor) -> Tensor:
         x = super().forward(token_ids)
+        if self.scale is not None:
+            # As a number of the type of the weights.
+            x = x * torch.tensor(self.scale, dtype=x.dtype).item()
         return sharded_dropout(x, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
 

@@ -81,12 +81,14 @@ def embedding_and_head(
     loss_chunk_tokens: LossChunk,
     *,
     tied: bool,
+    scale: float | None = None,
     dropout: float = 0.0,
     init_std: float,
 ) -> tuple[LayerSpec, LayerSpec]:
-    """Specs of a model's first layer, `embed`, with `dropout`, and of its last, which is the same again if tied."""
+    """Specs of a model's first layer, `embed`, with `scale` and `dropout`, and of its last, the same again if tied."""
     sizes = (vocab_size, hidden_size)
     options: dict[str, Any] = {"init_std": init_std, **({"dropout": dropout} if dropout else {})}
+    options |= {} if scale is None else {"scale": scale}
     if tied:
         head = TiedLayerSpec("embed", TokenEmbedding, *sizes, **options, forward_fn=TiedHead(loss_chunk_tokens))
         return TiedLayerSpec("embed", TokenEmbedding, *sizes, **options), head

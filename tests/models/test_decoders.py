@@ -41,6 +41,8 @@ RELEASED = {  # parameters, as the model cards or the files of the released mode
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
 }
 DECODERS = {name: family for name, family in find_families().items() if issubclass(family, DecoderFamily)}
 LLAMA_3 = {
@@ -69,6 +71,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_kv_heads": 2, "tied_embedding": True}),
     "qwen2, window": ("qwen2", {"sliding_window": 3, "first_window_layer": 1}),
     "qwen3": ("qwen3", {"num_kv_heads": 2, "head_size": 16, "tied_embedding": True}),
+    "gemma3": ("gemma3", {"num_kv_heads": 2, "head_size": 16, "sliding_window": 3, "global_every": 2}),
+    "gemma3, scaled, untied": (
+        "gemma3",
+        {
+            "head_size": None,
+            "sliding_window": 5,
+            "global_every": 2,
+            "query_size": 7,
+            "tied_embedding": False,
+            "rotary_scaling": {"type": "linear", "factor": 8.0},
+        },
+    ),
     "qwen3, biases, window": ("qwen3", {"attention_bias": True, "sliding_window": 4, "first_window_layer": 0}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +125,8 @@ def test_initial_weights_are_as_configured() -> None:
 def their_model(kind: str) -> Any:
     config = small(kind)
     stored = transformers.AutoConfig.for_model(**config.hf_config(end_token_id=0, dtype="float32"))
+    # A token of padding would get no gradient.
+    stored.pad_token_id = None
     weights = dict(to_hf(config, random_weights(config.layer_specs())))
     theirs: Any
     theirs, report = getattr(transformers, config.hf_class).from_pretrained(
@@ -141,7 +157,7 @@ def test_ranks_together_compute_what_transformers_does(size: int, kind: str, seq
     assert_same(actual, their_outcome(kind), tolerance=FP32)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
     specs = small(kind).layer_specs()
