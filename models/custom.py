@@ -6,14 +6,15 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipekit.errors import ConfigError
-from pipekit.models.family import ModelFamily, TransformerFamily
+from pipekit.models.family import ModelFamily, TensorRename, TransformerFamily, setting_error
 from pipekit.settings.suggest import closest
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ class CustomModelConfig(ModelFamily):
     builder: str = Field(examples=["my_package.my_model:build_layers"])
     """`package.module:function`; called as `function(config)`, it returns a list of `LayerSpec`."""
 
+    hf_names: str | None = Field(default=None, examples=["my_package.my_model:hf_names"])
+    """`package.module:function`; called as `function(config)`, it returns the name in `transformers` of every logical
+    tensor. With `hf_config`, such a model is exported to Hugging Face's format."""
+
+    hf_config: str | None = Field(default=None, examples=["my_package.my_model:hf_config"])
+    """`package.module:function`; called as `function(config)`, it returns the content of `config.json`."""
+
     args: dict[str, Any] = Field(default={}, examples=[{"width": 64}])
     """Anything that the function wants to read, as `config.model.args`."""
 
@@ -36,25 +44,14 @@ class CustomModelConfig(ModelFamily):
 
     def build_layers(self, config: Config) -> list[LayerSpec]:
         where = f"model.builder={self.builder}"
-        builder: Callable[[Config], Any] = load_object(self.builder, key="model.builder")
-        if not callable(builder):
-            raise ConfigError(f"{where}: is {_describe(builder)}, and must be a function that takes the configuration")
-        try:
-            signature = inspect.signature(builder)
-            signature.bind(config)
-        except TypeError:
-            raise ConfigError(
-                f"{where}: is called with one argument, the configuration, and takes {signature}; write "
-                f"def {self.builder.rpartition(':')[2]}(config), and read model.args as config.model.args"
-            ) from None
-        except ValueError:  # tells no signature
-            pass
-        specs = builder(config)
+        specs = call_with_config(self.builder, config, key="model.builder")
         check_specs(specs, where=f"{where}: it")
         return list(specs)
 
     def no_export_reason(self) -> str | None:
-        return f"is built by {self.builder}, which has no counterpart in transformers"
+        if self.hf_names is not None:
+            return None
+        return f"is built by {self.builder}, and its configuration names no model.hf_names and model.hf_config"
 
     @classmethod
     def unknown_key_remedy(cls, key: str) -> str | None:
@@ -66,14 +63,117 @@ class CustomModelConfig(ModelFamily):
     def _from_string(cls, values: Any) -> Any:
         return {"builder": values} if isinstance(values, str) else values
 
-    @field_validator("builder")
+    @field_validator("builder", "hf_names", "hf_config")
     @classmethod
-    def _names_a_function(cls, builder: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", builder):
+    def _names_a_function(cls, function: str | None, info: ValidationInfo) -> str | None:
+        pattern = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+        if function is not None and not re.fullmatch(pattern, function):
+            example = "build_layers" if info.field_name == "builder" else info.field_name
             raise ValueError(
-                "must name a function as package.module:function; for example builder: my_package.my_model:build_layers"
+                "must name a function as package.module:function; "
+                f"for example {info.field_name}: my_package.my_model:{example}"
             )
-        return builder
+        return function
+
+    @model_validator(mode="after")
+    def _door_is_whole(self) -> CustomModelConfig:
+        if (self.hf_names is None) != (self.hf_config is None):
+            given, missing = ("hf_names", "hf_config") if self.hf_config is None else ("hf_config", "hf_names")
+            text = f"model.{given} needs model.{missing} beside it: an export has names and a config.json; give both"
+            raise setting_error(given, text)
+        return self
+
+
+@dataclass(frozen=True)
+class CustomDoor:
+    """The door of a user's own model to `transformers`: the same as a `TransformerFamily` has for an export.
+
+    Attributes:
+        content: what the user's function returned for `config.json`.
+        names: their names by ours.
+        longest_sequence: most tokens that a sequence may have.
+    """
+
+    content: Mapping[str, Any]
+    names: Mapping[str, str | TensorRename]
+    longest_sequence: int
+
+    @property
+    def hf_class(self) -> str:
+        """Class of `transformers` that reads the model."""
+        return str(self.content["architectures"][0])
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence in tokens."""
+        return self.longest_sequence
+
+    @property
+    def known_vocab_size(self) -> int:
+        """Number of token ids that the model knows."""
+        return int(self.content["vocab_size"])
+
+    def hf_renames(self) -> list[TensorRename]:
+        """Both names of every tensor."""
+        return [
+            theirs if isinstance(theirs, TensorRename) else TensorRename(ours, theirs)
+            for ours, theirs in self.names.items()
+        ]
+
+    def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
+        """Content of `config.json`; what the user's function gives takes precedence."""
+        ends = {"bos_token_id": end_token_id, "eos_token_id": end_token_id}
+        return {**ends, "torch_dtype": dtype, **self.content}
+
+
+def open_door(config: Config) -> CustomDoor:
+    """Call the functions of a user's own model that describe it to `transformers`.
+
+    Raises:
+        ConfigError: if there are none, or what they return is no names and no `config.json`.
+    """
+    model = config.model
+    assert isinstance(model, CustomModelConfig)
+    assert model.hf_names is not None
+    assert model.hf_config is not None
+    names = call_with_config(model.hf_names, config, key="model.hf_names")
+    content = call_with_config(model.hf_config, config, key="model.hf_config")
+    if not isinstance(names, Mapping) or not all(isinstance(theirs, (str, TensorRename)) for theirs in names.values()):
+        raise ConfigError(
+            f"model.hf_names={model.hf_names}: returned {_describe(names)}, and must return a dict of the name in "
+            "transformers of each logical tensor"
+        )
+    needed = ("architectures", "model_type", "vocab_size")
+    if not isinstance(content, Mapping) or (missing := [key for key in needed if not content.get(key)]):
+        what = f"a dict without {', '.join(missing)}" if isinstance(content, Mapping) else _describe(content)
+        raise ConfigError(
+            f"model.hf_config={model.hf_config}: returned {what}, and must return the content of config.json, with "
+            'for example "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257'
+        )
+    return CustomDoor(content, names, config.train.sequence_length)
+
+
+def call_with_config(path: str, config: Config, *, key: str) -> Any:
+    """Import the function that the `key` of a configuration names, and call it with the configuration.
+
+    Raises:
+        ConfigError: if it is not there, or takes other arguments.
+    """
+    where = f"{key}={path}"
+    function: Callable[[Config], Any] = load_object(path, key=key)
+    if not callable(function):
+        raise ConfigError(f"{where}: is {_describe(function)}, and must be a function that takes the configuration")
+    try:
+        signature = inspect.signature(function)
+        signature.bind(config)
+    except TypeError:
+        raise ConfigError(
+            f"{where}: is called with one argument, the configuration, and takes {signature}; write "
+            f"def {path.rpartition(':')[2]}(config), and read model.args as config.model.args"
+        ) from None
+    except ValueError:  # tells no signature
+        pass
+    return function(config)
 
 
 def load_object(path: str, *, key: str) -> Any:

@@ -78,7 +78,7 @@ def write_manifest(
     entries = {
         name: TensorEntry(
             tuple(kinds["weights"][1].shape),
-            "float32",
+            str(kinds["weights"][1].dtype).removeprefix("torch."),
             {kind: file for kind, (file, _) in kinds.items()},
             checksums={
                 kind: xxhash.xxh3_128_hexdigest(tensor.numpy().tobytes()) for kind, (_, tensor) in kinds.items()

@@ -15,11 +15,24 @@ def command(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the exported tensors.")
     ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the code that a checkpoint names as model.builder.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Write one file of tensors under their own names, and a loader beside it.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
+    if raw:
+        from pipekit.inference.raw_export import export_raw
+
+        done = export_raw(source, out, dtype=dtype, overwrite=overwrite)
+        typer.echo(f"exported step {done.step} of {done.checkpoint} to {out}")
+        typer.echo(f"{done.num_tensors:,} tensors of {done.num_elements:,} elements, every bit read back")
+        return
     from pipekit.inference.export import export_checkpoint
 
-    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite)
+    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite, trust_code=trust_code)
     typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
     typer.echo(
         f"checked against {check.reference}: {check.num_logits:,} logits, "

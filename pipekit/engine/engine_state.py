@@ -55,8 +55,12 @@ def save_engine(
         loss_scaler=view.loss_scaler_state(),
         client_state=state,
     )
+    layers = [
+        {"name": layer_name, "type": spec.type_name}
+        for layer_name, spec in zip(engine.module.layer_names, engine.module.layer_specs, strict=True)
+    ]
     # JSON is YAML too.
-    config = json.dumps({"deepspeed": engine.config}, indent=2, default=str) + "\n"
+    config = json.dumps({"layers": layers, "deepspeed": engine.config}, indent=2, default=str) + "\n"
     saved = save_checkpoint(
         engine, folder, training=training, config_yaml=config, name=name, update_latest=update_latest
     )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import TOKENIZER_FILE, WEIGHTS, resolve_checkpoint
+from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
@@ -22,9 +22,13 @@ from pipekit.files import replace_folder, write_atomically
 from pipekit.inference.hugging_face import to_hf
 from pipekit.inference.load_model import MODEL_FILE, read_config, read_model
 from pipekit.layers.sequential import SequentialModel
+from pipekit.models.custom import CustomDoor, open_door
 from pipekit.models.family import TransformerFamily
 
 PROOF_FILE = "export_check.json"
+
+ExportedModel = TransformerFamily | CustomDoor
+"""Model of an export: its names in `transformers`, its `config.json`, and its sizes."""
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -49,7 +53,12 @@ class ExportCheck:
 
 
 def export_checkpoint(
-    source: str | Path, out: str | Path, *, dtype: ExportDtype = "float32", overwrite: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: ExportDtype = "float32",
+    overwrite: bool = False,
+    trust_code: bool = False,
 ) -> ExportCheck:
     """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
 
@@ -60,6 +69,7 @@ def export_checkpoint(
         source: a run's folder, or one of its checkpoints.
         out: the folder to write; `overwrite` replaces an earlier export in it.
         dtype: of the exported tensors.
+        trust_code: whether code that a checkpoint names, as `model.builder`, may run.
 
     Raises:
         CheckpointError: if there is no checkpoint, or its model has no Hugging Face counterpart.
@@ -71,19 +81,20 @@ def export_checkpoint(
     config = read_config(reader)
     if reason := config.model.no_export_reason():
         raise CheckpointError(
-            f"{checkpoint}: its model {reason}; read its tensors from {checkpoint}/{WEIGHTS}-*.safetensors, which hold "
-            "them under their own names"
+            f"{checkpoint}: its model {reason}; --raw writes its tensors under their own names, with a loader beside "
+            "them"
         )
-    assert isinstance(config.model, TransformerFamily)
-    model = read_model(reader, config)
+    model = read_model(reader, config, trust_code=trust_code)
+    family = config.model if isinstance(config.model, TransformerFamily) else open_door(config)
+    _check_names(family, model, checkpoint)
     final = out.resolve()
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_folder(temporary, model, config.model, reader.file(TOKENIZER_FILE), dtype)
+        _write_folder(temporary, model, family, reader.file(TOKENIZER_FILE), dtype)
         step = reader.manifest.training.step
-        check = _compare(temporary, model, config.model, checkpoint=str(checkpoint), step=step, dtype=dtype)
+        check = _compare(temporary, model, family, checkpoint=str(checkpoint), step=step, dtype=dtype)
         write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
         replace_folder(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -91,6 +102,13 @@ def export_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return check
+
+
+def _check_names(family: ExportedModel, model: SequentialModel, checkpoint: Path) -> None:
+    named, held = {rename.ours for rename in family.hf_renames()}, model.logical_tensors().keys()
+    for name in sorted(named ^ held):
+        what = "has no name in transformers" if name in held else "is no tensor of the model"
+        raise CheckpointError(f"{checkpoint}: {name} {what}; mend what model.hf_names returns")
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
@@ -106,7 +124,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def _write_folder(
-    folder: Path, model: SequentialModel, config: TransformerFamily, tokenizer_file: Path | None, dtype: ExportDtype
+    folder: Path, model: SequentialModel, config: ExportedModel, tokenizer_file: Path | None, dtype: ExportDtype
 ) -> None:
     tensors = to_hf(config, model.logical_tensors())
     exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
@@ -126,7 +144,7 @@ def _write_folder(
 
 @torch.no_grad()
 def _compare(
-    folder: Path, model: SequentialModel, config: TransformerFamily, *, checkpoint: str, step: int, dtype: ExportDtype
+    folder: Path, model: SequentialModel, config: ExportedModel, *, checkpoint: str, step: int, dtype: ExportDtype
 ) -> ExportCheck:
     """Run one random prompt through the checkpoint's model, its weights rounded to `dtype`, and through the export."""
     for tensor in model.logical_tensors().values():

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.models import find_families
+from pipekit.models.custom import CustomDoor
 from pipekit.models.family import TransformerFamily
 from pipekit.settings.base import alternatives
 
 
-def to_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def to_hf(model: TransformerFamily | CustomDoor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor under their name and in their order of elements."""
     for rename in model.hf_renames():
         tensor = tensors[rename.ours]

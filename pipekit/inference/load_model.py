@@ -42,6 +42,11 @@ def read_config(reader: CheckpointReader) -> Config:
     file = reader.file(CONFIG_FILE)
     if file is None:
         raise CheckpointError(f"{reader.path}: its manifest lists no {CONFIG_FILE}, so its model is unknown")
+    if reader.manifest.training.client_state:
+        raise CheckpointError(
+            f"{reader.path}: was written by a training loop of its own, and tells its layers and no model section; "
+            "pipekit export --raw writes its tensors, with a loader beside them"
+        )
     return load_config(file)
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine_jobs import GLOBAL_BATCH, SEQUENCE, VOCAB, micro_batches
 from engine_jobs import Case as EngineCase
 from gloo_workers import GlooWorkers, RankError
 from pipekit import PipekitError
+from pipekit.inference.export import export_checkpoint
+from pipekit.inference.raw_export import export_raw
 from pipekit.layers.specs import LayerSpec
 
 pytestmark = pytest.mark.distributed
@@ -207,6 +210,12 @@ def test_tied_layers_that_have_forward_functions_only_are_saved(gloo: GlooWorker
         assert len(names) == 5
         assert same
         assert client_state == {"note": "so far", "epoch": 3}
+    assert export_raw(tmp_path / "mine", tmp_path / "raw").num_tensors == 5
+    config = yaml.safe_load((tmp_path / "raw/config.yaml").read_text())
+    assert config["layers"][0] == {"name": "embed", "type": "Embedding"}
+    assert load_file(tmp_path / "raw/model.safetensors").keys() == set(names)
+    with pytest.raises(PipekitError, match=r"a training loop of its own, .*--raw"):
+        export_checkpoint(tmp_path / "mine", tmp_path / "out")
 
 
 def train_on_other_batches(rank: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,7 @@ def test_grouped_queries_have_no_counterpart(tmp_path: Path) -> None:
 def test_a_model_without_a_counterpart_is_refused_and_not_built(tmp_path: Path) -> None:
     config = parse_config({"model": "no_such_module:build", "train": {"steps": 1}})
     checkpoint = write_checkpoint(tmp_path / "run", config, {"a.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"no_such_module:build, which has no counterpart .*weights-\*\.safe"):
+    with pytest.raises(CheckpointError, match=r"no_such_module:build, and its configuration names no .*--raw"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -163,3 +165,74 @@ def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "run", untied, tensors)
     with pytest.raises(CheckpointError, match=r"head\.weight is missing, and the model has \(301, 32\)"):
         load_model(checkpoint)
+
+
+MY_MODEL = """
+from torch import nn
+from pipekit.models.gpt2 import GPT2Config
+
+SIZES = dict(vocab_size=301, hidden_size=32, num_layers=1, num_heads=4, ffn_size=48, max_positions=24)
+
+def build_layers(config):
+    return GPT2Config(family="gpt2", **SIZES, init_std=0.3).layer_specs()
+
+def hf_names(config):
+    return {rename.ours: rename for rename in GPT2Config(family="gpt2", **SIZES).hf_renames()}
+
+def fewer_names(config):
+    return {ours: theirs for ours, theirs in hf_names(config).items() if ours != "final_norm.bias"}
+
+def hf_config(config):
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 301, "n_embd": 32, "n_layer": 1,
+        "n_head": 4, "n_inner": 48, "n_positions": 24, "activation_function": config.model.args["activation"],
+    }
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that writes a checkpoint of a model of one's own with these settings."""
+    monkeypatch.chdir(tmp_path)
+    module = f"model_{uuid.uuid4().hex}"
+    (tmp_path / f"{module}.py").write_text(MY_MODEL)
+
+    def write(activation: str = "gelu_new", **functions: str) -> Path:
+        paths = {key: f"{module}:{function}" for key, function in functions.items()}
+        model = {"builder": f"{module}:build_layers", "args": {"activation": activation}, **paths}
+        config = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 24}})
+        return write_checkpoint(tmp_path / "run", config, random_model(num_layers=1)[1])
+
+    return write
+
+
+def test_a_model_of_ones_own_goes_home_through_its_door(own_model: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = own_model(hf_names="hf_names", hf_config="hf_config")
+    with pytest.raises(CheckpointError, match="--trust-code"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    check = export_checkpoint(checkpoint, tmp_path / "out", trust_code=True)
+    assert check.max_logit_difference <= 1e-5 < check.num_logits
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.n_embd == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "names no model.hf_names and model.hf_config; --raw writes its tensors"),
+        ({"hf_names": "fewer_names", "hf_config": "hf_config"}, "final_norm.bias has no name in transformers"),
+        ({"hf_names": "hf_config", "hf_config": "hf_config"}, "model.hf_names=.*must return a dict of the name"),
+        ({"hf_names": "hf_names", "hf_config": "hf_names"}, "a dict without architectures, model_type, vocab_size"),
+        ({"hf_names": "hf_names", "hf_config": "hf_config", "activation": "relu"}, "logits are .* was not written"),
+    ],
+)
+def test_a_door_that_does_not_fit_is_refused(
+    own_model: Callable[..., Path], tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(PipekitError, match=message):
+        export_checkpoint(own_model(**settings), tmp_path / "out", trust_code=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_door_is_refused(own_model: Callable[..., Path]) -> None:
+    with pytest.raises(PipekitError, match=r"model.hf_names needs model.hf_config beside it"):
+        own_model(hf_names="hf_names")

@@ -1,0 +1,143 @@
+"""Raw export: a checkpoint's weights in one safetensors file under logical names, with a loader that needs torch alone.
+
+It takes every checkpoint, whatever its model, and runs no code that the checkpoint names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import resolve_checkpoint
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.checkpoint.writer import write_tensors
+from pipekit.errors import PipekitError
+from pipekit.files import replace_folder, write_atomically
+
+TENSORS_FILE, LOADER_FILE = "model.safetensors", "load_tensors.py"
+
+LOADER = '''"""Loads the tensors of model.safetensors by name. Needs torch and nothing else."""
+
+import json
+from pathlib import Path
+
+import torch
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def load_tensors(path=Path(__file__).with_name("model.safetensors"), layer=""):
+    """All tensors; of a layer, such as "blocks.0", under the names for its load_state_dict."""
+    data = torch.from_file(str(path), size=Path(path).stat().st_size, dtype=torch.uint8)  # mapped, not read
+    start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
+    entries = json.loads(bytes(data[8:start].tolist()))
+    tensors = {}
+    for name, entry in entries.items():
+        if name != "__metadata__" and name.startswith(layer and layer + "."):
+            first, last = entry["data_offsets"]
+            flat = data[start + first : start + last].view(DTYPES[entry["dtype"]])
+            tensors[name.removeprefix(layer and layer + ".")] = flat.reshape(entry["shape"])
+    return tensors
+
+
+if __name__ == "__main__":
+    for name, tensor in load_tensors().items():
+        print(name, tuple(tensor.shape), tensor.dtype)
+'''
+
+
+@dataclass(frozen=True)
+class RawExport:
+    """A raw export: the checkpoint, its step, and the number of tensors and elements written."""
+
+    checkpoint: str
+    step: int
+    num_tensors: int
+    num_elements: int
+
+
+class _Converted(Mapping[str, Tensor]):
+    """Weights of a checkpoint in another number format, each read when it is asked for; integers stay as they are."""
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype) -> None:
+        self._reader, self._dtype = reader, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._reader.tensor(name)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.manifest.tensors)
+
+    def __len__(self) -> int:
+        return len(self._reader.manifest.tensors)
+
+
+def export_raw(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    overwrite: bool = False,
+) -> RawExport:
+    """Write weights under logical names, read them back, and compare every bit; a tensor at a time is in memory.
+
+    The folder holds `model.safetensors`, `load_tensors.py`, and the checkpoint's other files, such as `config.yaml` and
+    `tokenizer.json`.
+
+    Args:
+        source: a run's folder, or one of its checkpoints.
+        out: the folder to write; `overwrite` replaces an earlier raw export in it.
+        dtype: of the exported tensors, but for integers.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is damaged.
+        PipekitError: if `out` is there already, or the file does not hold what was written; nothing is left behind.
+    """
+    reader, out = CheckpointReader(resolve_checkpoint(Path(source))), Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / LOADER_FILE).is_file():
+            raise PipekitError(f"{out}: is there already and is no earlier raw export; give another folder")
+        if not overwrite:
+            raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
+    tensors = _Converted(reader, getattr(torch, dtype))
+    final = out.resolve()
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / TENSORS_FILE, tensors)
+        _compare(temporary / TENSORS_FILE, tensors)
+        write_atomically(temporary / LOADER_FILE, LOADER)
+        for name in reader.manifest.file_checksums:
+            if (file := reader.file(name)) is not None:
+                shutil.copyfile(file, temporary / name)
+        replace_folder(temporary, final)
+    except (OSError, SafetensorError) as error:
+        raise PipekitError(f"{out}: could not be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    return RawExport(str(reader.path), reader.manifest.training.step, len(tensors), elements)
+
+
+def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        if set(file.keys()) != tensors.keys():
+            raise PipekitError(f"{path}: holds other tensors than were written; the disk may be at fault")
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name)
+            if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor)):
+                raise PipekitError(f"{path}: {name} is not what was written; the disk may be at fault")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
