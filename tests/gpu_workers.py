@@ -59,6 +59,11 @@ def on_gpus(number: int, *values: Any, name: str | None = None) -> Any:
     return pytest.param(*values, marks=[pytest.mark.gpu, pytest.mark.skipif(found < number, reason=reason)], id=name)
 
 
+def on_cpu(*values: Any, name: str | None = None) -> Any:
+    """Return a test's parameters without a GPU, which only show that the test runs: its proof is elsewhere, or slow."""
+    return pytest.param(*values, marks=pytest.mark.slow, id=name)
+
+
 def own_device(device: str) -> torch.device:
     """Return the device of a rank: the GPU that it is bound to, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")

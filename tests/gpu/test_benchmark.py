@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpu_workers import on_gpus
+from gpu_workers import on_cpu, on_gpus
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("device", "options"),
     [
-        pytest.param("cpu", ["--quick", "--kernels", "--steps", "1", "--micro-batch-sizes", "1"], id="cpu"),
+        on_cpu("cpu", ["--quick", "--kernels", "--steps", "1", "--micro-batch-sizes", "1"], name="cpu"),
         on_gpus(1, "cuda", ["--kernels"], name="cuda"),
     ],
 )

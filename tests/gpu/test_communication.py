@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine_jobs import GLOBAL_BATCH, Case, assert_trained_as_one_process, show, train
-from gpu_workers import GpuWorkers, on_gpus, own_device, workers_on
+from gpu_workers import GpuWorkers, on_cpu, on_gpus, own_device, workers_on
 from pipekit.predictions.devices import gpu_reserve_bytes
 
 pytestmark = pytest.mark.distributed
@@ -51,7 +51,7 @@ def cases() -> list[Any]:
                 continue
             case = Case(pp=pp, schedule=schedule)
             found.append(on_gpus(pp, "cuda", case, name=f"cuda-{show(case)}"))
-    return [pytest.param("cpu", Case(pp=2, schedule="zb-v"), id="cpu-pp=2-schedule=zb-v"), *found]
+    return [on_cpu("cpu", Case(pp=2, schedule="zb-v"), name="cpu-pp=2-schedule=zb-v"), *found]
 
 
 @pytest.mark.parametrize("waits_everywhere", [False, True], ids=["", "waits everywhere"])
@@ -72,7 +72,8 @@ REPLICAS = [
 
 
 @pytest.mark.parametrize(
-    ("device", "case"), [on_gpus(2, "cuda", case, name=show(case)) for case in REPLICAS] + [("cpu", REPLICAS[-1])]
+    ("device", "case"),
+    [on_gpus(2, "cuda", case, name=show(case)) for case in REPLICAS] + [on_cpu("cpu", REPLICAS[-1], name="cpu")],
 )
 def test_replicas_and_shards_train_as_one_process_does(device: str, case: Case) -> None:
     results = workers_on(device).run(2, pipeline_job, device, case, False)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from engine_jobs import Case, assert_trained_as_one_process, reference, show, train
-from gpu_workers import compute_repeatably, on_gpus, own_device, workers_on
+from gpu_workers import compute_repeatably, on_cpu, on_gpus, own_device, workers_on
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}
-DEVICES = ["cpu", on_gpus(1, "cuda")]
+DEVICES = [on_cpu("cpu"), on_gpus(1, "cuda")]
 
 
 def job(rank: int, device: str, case: Case, options: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(device: str, case: Case, **options: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        ("cpu", Case(precision="bf16", steps=5)),
+        on_cpu("cpu", Case(precision="bf16", steps=5)),
         on_gpus(1, "cuda", Case(precision="bf16", steps=20, preset="gpt2", lr=2e-5)),
     ],
     ids=["cpu", "cuda"],
@@ -61,7 +61,7 @@ def test_recomputed_dropout_is_that_of_the_forward_to_the_bit(device: str) -> No
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        ("cpu", Case(zero=2)),
+        on_cpu("cpu", Case(zero=2)),
         *[
             on_gpus(1, "cuda", case)
             for case in (
