@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
 
 
-_NORMS = {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"}
-_POST_NORMS = {
-    "attention.norm": "input_layernorm",
-    "attention.post_norm": "post_attention_layernorm",
-    "mlp.norm": "pre_feedforward_layernorm",
-    "mlp.post_norm": "post_feedforward_layernorm",
+_POST_NORMS = {"attention.post_norm": "post_attention_layernorm", "mlp.post_norm": "post_feedforward_layernorm"}
+_NORMS = {
+    "before": {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"},
+    "after": _POST_NORMS,
+    "both": {"attention.norm": "input_layernorm", "mlp.norm": "pre_feedforward_layernorm", **_POST_NORMS},
 }
 
 
@@ -93,9 +92,9 @@ class DecoderFamily(TransformerFamily):
         return False
 
     @property
-    def has_qk_norm(self) -> bool:
-        """True if the queries and keys of each head have norms of their own."""
-        return False
+    def qk_norm(self) -> Literal["head", "width"] | None:
+        """Norms of queries and keys, of each head by itself or over the width of all; None where there are none."""
+        return None
 
     def window_of(self, block: int) -> int | None:
         """Tokens that a token attends to in a block; None is all before it."""
@@ -116,9 +115,24 @@ class DecoderFamily(TransformerFamily):
         return "silu"
 
     @property
-    def has_post_norms(self) -> bool:
-        """True if the outputs of attention and of the MLP have norms, too."""
+    def norm_place(self) -> Literal["before", "after", "both"]:
+        """Place of the norms of a block: before attention and MLP, after them, or both."""
+        return "before"
+
+    @property
+    def has_joint_projections(self) -> bool:
+        """True if queries, keys and values are one tensor of theirs, and gate and expansion another."""
         return False
+
+    @property
+    def rotary_size(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return self.known_head_size
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Limit that the scores of the vocabulary approach; None where there is none."""
+        return None
 
     @property
     def attention_scale(self) -> float | None:
@@ -132,7 +146,7 @@ class DecoderFamily(TransformerFamily):
 
     @property
     def attention_heads(self) -> AttentionHeads:
-        return AttentionHeads(self.num_heads, self.num_kv_heads or self.num_heads)
+        return AttentionHeads(self.num_heads, self.num_kv_heads or self.num_heads, joint=self.has_joint_projections)
 
     @property
     def known_head_size(self) -> int:
@@ -151,17 +165,18 @@ class DecoderFamily(TransformerFamily):
             loss_chunk_tokens,
             tied=self.tied_embedding,
             scale=self.embedding_scale,
+            soft_cap=self.logit_cap,
             init_std=std,
         )
         # Two residual additions a block: their sum keeps its size at any depth.
         residual_std = std / math.sqrt(2 * self.num_layers)
         common: dict[str, Any] = {
             "norm": self.norm, "dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std,
-            **({"post_norm": True} if self.has_post_norms else {}),
+            **({} if self.norm_place == "before" else {"norm_place": self.norm_place}),
         }  # fmt: skip
         blocks = []
         for block in range(self.num_layers):
-            rotary = transformer.Rotary(self.known_head_size, *self.rotary_of(block))
+            rotary = transformer.Rotary(self.rotary_size, *self.rotary_of(block))
             attention = {"rotary": rotary, **self._attention_options(block), **common}
             mlp = {"activation": self.activation, "gated": True, "bias": self.has_mlp_bias, **common}
             name = f"blocks.{block}"
@@ -178,7 +193,8 @@ class DecoderFamily(TransformerFamily):
             "head_size": self.head_size,
             "window": self.window_of(block),
             "scale": self.attention_scale,
-            "qk_norm": self.has_qk_norm or None,
+            "qk_norm": self.qk_norm,
+            "joint": self.has_joint_projections or None,
         }
         given = {name: value for name, value in options.items() if value is not None}
         return {"bias": self.has_qkv_bias, "projection_bias": self.has_projection_bias, **given}
@@ -218,13 +234,22 @@ class DecoderFamily(TransformerFamily):
         kv_rows = {keys: heads.num_kv_heads * size, values: heads.num_kv_heads * size}
         q_rows = {f"{attention}.q_proj": heads.num_heads * size}
         packed = {"qkv": q_rows | kv_rows} if self.num_kv_heads is None else {"q": q_rows, "kv": kv_rows}
-        norms = _POST_NORMS if self.has_post_norms else _NORMS
-        renames = [TensorRename(f"{ours}.{name}.weight", f"{theirs}.{other}.weight") for name, other in norms.items()]
+        names = dict(_NORMS[self.norm_place])
+        if self.has_joint_projections:
+            names |= {
+                "attention.qkv": "self_attn.qkv_proj",
+                "attention.projection": "self_attn.o_proj",
+                "mlp.gate_and_up": "mlp.gate_up_proj",
+                "mlp.contract": "mlp.down_proj",
+            }
+        renames = [TensorRename(f"{ours}.{name}.weight", f"{theirs}.{other}.weight") for name, other in names.items()]
+        if self.has_joint_projections:
+            return renames
         for kind in ("weight", "bias") if self.has_qkv_bias else ("weight",):
             for part, rows in packed.items():
                 named = {f"{name}.{kind}": number for name, number in rows.items()}
                 renames.append(TensorRename(f"{ours}.attention.{part}.{kind}", rows=named))
-        for part in ("q_norm", "k_norm") if self.has_qk_norm else ():
+        for part in ("q_norm", "k_norm") if self.qk_norm else ():
             renames.append(TensorRename(f"{ours}.attention.{part}.weight", f"{attention}.{part}.weight"))
         for kind in ("weight", "bias") if self.has_projection_bias else ("weight",):
             renames.append(TensorRename(f"{ours}.attention.projection.{kind}", f"{attention}.o_proj.{kind}"))
@@ -253,7 +278,7 @@ class DecoderFamily(TransformerFamily):
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             text = f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}"
             raise setting_error("num_kv_heads", f"{text}; try {alternatives(divisors(self.num_heads))}")
-        if self.known_head_size % 2:
+        if self.rotary_size % 2:
             text = f"model.head_size={self.known_head_size} is odd, and rotary positions turn pairs of dimensions"
             raise setting_error("head_size", f"{text}; make heads of an even size")
         return self

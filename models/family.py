@@ -26,10 +26,14 @@ LossChunk = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """Heads of queries, and of keys and values, of an attention layer: a tensor-parallel rank computes whole ones."""
+    """Heads of queries, and of keys and values, of an attention layer: a tensor-parallel rank computes whole ones.
+
+    Where all are `joint` in one projection, no two ranks can have the same head of keys and values.
+    """
 
     num_heads: int
     num_kv_heads: int
+    joint: bool = False
 
     def fault(self, tp: int) -> Fault | None:
         """Fault of a tensor-parallel degree that does not share out the heads; None where it does.
@@ -42,6 +46,8 @@ class AttentionHeads:
         if self._fit(tp):
             return None
         key, rule = "num_kv_heads", f"and model.num_kv_heads={self.num_kv_heads}: one must divide the other"
+        if self.joint:
+            rule = f"does not divide model.num_kv_heads={self.num_kv_heads}"
         if self.num_heads % tp:
             key = "num_heads"
             rule = f"does not divide model.num_heads={self.num_heads}, and a rank computes whole heads"
@@ -49,7 +55,7 @@ class AttentionHeads:
         return rule_fault(f"parallel.tp model.{key}", f"parallel.tp={tp} {rule}; {remedy}")
 
     def _fit(self, tp: int) -> bool:
-        shared = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+        shared = self.num_kv_heads % tp == 0 or (tp % self.num_kv_heads == 0 and not self.joint)
         return self.num_heads % tp == 0 and shared
 
 

@@ -5,7 +5,6 @@ Source: Gemma Team 2025, "Gemma 3 Technical Report".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +12,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipekit.errors import ConfigError
 from pipekit.models.decoder import DecoderFamily, decoder_sizes
+from pipekit.models.gemma2 import GemmaFamily
 from pipekit.models.rotary_scaling import RotaryScaling
 
 _COMMON = {"num_kv_heads": 1, "sliding_window": 512}
 
 
-class Gemma3Config(DecoderFamily):
+class Gemma3Config(GemmaFamily):
     """A Gemma 3 for text. A preset fills the sizes that are not given: those of the released models.
 
     Example:
@@ -54,9 +54,6 @@ class Gemma3Config(DecoderFamily):
     preset: Literal["gemma-3-270m", "gemma-3-1b"] | None = None
     """Named sizes; any size given beside it takes precedence."""
 
-    head_size: PositiveInt | None = Field(default=256, examples=[64])
-    """Width of a head; null is `hidden_size / num_heads`."""
-
     rotary_base: PositiveFloat = Field(default=1_000_000.0, examples=[500_000.0])
     """Base of the wavelengths of the rotary positions where blocks attend to the whole sequence."""
 
@@ -69,35 +66,9 @@ class Gemma3Config(DecoderFamily):
     global_every: PositiveInt = Field(default=6, examples=[6])
     """Every so many blocks, the last attends to the whole sequence, and the others have a window."""
 
-    query_size: PositiveInt = Field(default=256, examples=[256])
-    """Scores of attention are divided by the square root of this."""
-
-    tied_embedding: bool = True
-    """The head shares the weight of the token embedding."""
-
     @property
-    def norm(self) -> Literal["rms", "offset_rms"]:
-        return "offset_rms"
-
-    @property
-    def activation(self) -> Literal["silu", "gelu_tanh"]:
-        return "gelu_tanh"
-
-    @property
-    def has_qk_norm(self) -> bool:
-        return True
-
-    @property
-    def has_post_norms(self) -> bool:
-        return True
-
-    @property
-    def attention_scale(self) -> float | None:
-        return 1 / math.sqrt(self.query_size)
-
-    @property
-    def embedding_scale(self) -> float | None:
-        return math.sqrt(self.hidden_size)
+    def qk_norm(self) -> Literal["head", "width"] | None:
+        return "head"
 
     def _is_global(self, block: int) -> bool:
         return (block + 1) % self.global_every == 0
@@ -108,30 +79,20 @@ class Gemma3Config(DecoderFamily):
     def rotary_of(self, block: int) -> tuple[float, RotaryScaling | None]:
         return super().rotary_of(block) if self._is_global(block) else (self.local_rotary_base, None)
 
-    def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
-        kinds = [
-            "full_attention" if self._is_global(block) else "sliding_attention" for block in range(self.num_layers)
-        ]
-        return {**super().hf_config(end_token_id=end_token_id, dtype=dtype), "layer_types": kinds}
-
     @classmethod
     def _settings_of(cls, stored: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
         settings = {**super()._settings_of(stored, where=where)}
         kinds = stored.get("layer_types")
         if kinds is not None:
             every = list(kinds).index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
-            every = stored.get("sliding_window_pattern", every)
-            known = ["sliding_attention" if (block + 1) % every else "full_attention" for block in range(len(kinds))]
-            if list(kinds) != known:
-                raise ConfigError(
-                    f"{where}/config.json: layer_types={list(kinds)}; only every so many blocks the last can attend to "
-                    "the whole sequence"
-                )
-            settings["sliding_window_pattern"] = every
+            settings["sliding_window_pattern"] = stored.get("sliding_window_pattern", every)
         rope = stored.get("rope_parameters") or {}
         if "full_attention" in rope:
             settings["rope_parameters"] = rope["full_attention"]
-            settings["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta", 10_000.0)
+            local = rope.get("sliding_attention") or {}
+            if (kind := local.get("rope_type", "default")) != "default":
+                raise ConfigError(f"{where}/config.json: rope_type={kind!r} with a window; only 'default' is known")
+            settings["rope_local_base_freq"] = local.get("rope_theta", 10_000.0)
         if "rope_local_base_freq" in settings:
             settings["rope_local_base_freq"] = float(settings["rope_local_base_freq"])
         return settings

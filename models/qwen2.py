@@ -53,8 +53,8 @@ class Qwen2Config(WindowedFamily):
     """A Qwen2. A preset fills the sizes that are not given: those of the released models.
 
     Example:
-        >>> Qwen2Config(preset="qwen2.5-0.5b").attention_heads
-        AttentionHeads(num_heads=14, num_kv_heads=2)
+        >>> Qwen2Config(preset="qwen2.5-0.5b").attention_heads.num_kv_heads
+        2
     """
 
     presets: ClassVar = {

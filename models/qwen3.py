@@ -54,8 +54,8 @@ class Qwen3Config(WindowedFamily):
         return self.attention_bias
 
     @property
-    def has_qk_norm(self) -> bool:
-        return True
+    def qk_norm(self) -> Literal["head", "width"] | None:
+        return "head"
 
 
 FAMILY = Qwen3Config

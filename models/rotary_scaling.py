@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -20,8 +20,12 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "dynamic": (),
     "llama3": ("original_max_positions", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_max_positions",),
+    "longrope": ("original_max_positions", "short_factor", "long_factor"),
 }
-_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
+_OPTIONAL = {
+    "longrope": ("attention_factor",),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+}
 _THEIR_NAMES = {"type": "rope_type", "original_max_positions": "original_max_position_embeddings"}
 _OUR_NAMES = {"original_max_position_embeddings": "original_max_positions"}
 
@@ -33,9 +37,9 @@ class RotaryScaling(Section):
     Large Language Models"; Llama Team 2024, "The Llama 3 Herd of Models".
     """
 
-    type: Literal["linear", "dynamic", "llama3", "yarn"]
+    type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     """`linear` scales all of them; `dynamic` none up to `max_positions`, which no sequence here exceeds; `llama3` the
-    long ones; `yarn` blends long and short ones and scales attention, too."""
+    long ones; `yarn` blends long and short ones and scales attention, too; `longrope` has a factor for each."""
 
     factor: PositiveFloat = Field(examples=[8.0])
     """Factor of the wavelengths."""
@@ -57,7 +61,13 @@ class RotaryScaling(Section):
     """`yarn`: dimensions that turn so often, or less often, are scaled as a whole; 1 unless given."""
 
     attention_factor: PositiveFloat | None = Field(default=None, examples=[1.2])
-    """`yarn`: factor of rotated queries and of rotated keys; follows from `factor` unless given."""
+    """`yarn`, `longrope`: factor of rotated queries and of rotated keys; follows from `factor` unless given."""
+
+    short_factor: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] | None = None
+    """`longrope`: factor of each wavelength in sequences of up to `original_max_positions`."""
+
+    long_factor: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] | None = None
+    """`longrope`: factor of each wavelength in longer sequences."""
 
     mscale: PositiveFloat | None = Field(default=None, examples=[1.0])
     """`yarn`: with `mscale_all_dim`, gives `attention_factor`."""
@@ -80,12 +90,13 @@ class RotaryScaling(Section):
             )
         return self
 
-    def scale(self, frequencies: Tensor, base: float) -> tuple[Tensor, float]:
+    def scale(self, frequencies: Tensor, base: float, num_tokens: int) -> tuple[Tensor, float]:
         """Scaled frequencies in radians per token, and the factor of cosines and sines.
 
         Args:
             frequencies: `(R / 2)`, in fp32, base^(-i / R) for i = 0, 2, 4, ...
             base: of the wavelengths.
+            num_tokens: length of the sequence.
         """
         if self.type == "linear":
             return frequencies / self.factor, 1.0
@@ -93,6 +104,10 @@ class RotaryScaling(Section):
             return self._scale_long(frequencies), 1.0
         if self.type == "yarn":
             return self._blend(frequencies, base), self._attention_factor()
+        if self.type == "longrope":
+            assert self.original_max_positions is not None
+            factors = self.long_factor if num_tokens > self.original_max_positions else self.short_factor
+            return frequencies / frequencies.new_tensor(factors), self._attention_factor()
         return frequencies, 1.0
 
     def _scale_long(self, frequencies: Tensor) -> Tensor:
@@ -130,13 +145,20 @@ class RotaryScaling(Section):
 
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.type == "longrope":
+            assert self.original_max_positions is not None
+            growth = math.log(max(self.factor, 1.0)) / math.log(self.original_max_positions)
+            return math.sqrt(1 + growth)
         if self.mscale and self.mscale_all_dim:
             return magnitude(self.mscale) / magnitude(self.mscale_all_dim)
         return magnitude(1.0)
 
     def to_hf(self) -> dict[str, Any]:
         """Value of `rope_scaling` in a `config.json`."""
-        return {_THEIR_NAMES.get(name, name): value for name, value in self if value is not None}
+        given = (
+            (name, list(value) if isinstance(value, tuple) else value) for name, value in self if value is not None
+        )
+        return {_THEIR_NAMES.get(name, name): value for name, value in given}
 
 
 def read_rope_parameters(stored: Mapping[str, Any], *, where: str) -> tuple[float | None, RotaryScaling | None]:
@@ -144,19 +166,26 @@ def read_rope_parameters(stored: Mapping[str, Any], *, where: str) -> tuple[floa
     parameters = stored.get("rope_parameters") or {}
     base = parameters.get("rope_theta", stored.get("rope_theta"))
     scaling = {**(stored.get("rope_scaling") or parameters)}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind: Any = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its first name
     if kind == "default":
         return base, None
     if kind not in _REQUIRED:
         known = alternatives(map(repr, ["default", *_REQUIRED]))
         raise ConfigError(f"{where}/config.json: rope_type={kind!r}; only {known} are known")
-    if kind == "yarn" and scaling.get("factor") is None:
-        scaling["factor"] = stored["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+    if "original_max_positions" in _REQUIRED[kind]:
+        # Where Phi 3 has it, or else that of the model.
+        longest = stored["max_position_embeddings"]
+        original = stored.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+        scaling["original_max_position_embeddings"] = original or longest
+        if scaling.get("factor") is None:
+            scaling["factor"] = longest / scaling["original_max_position_embeddings"]
     values: dict[str, Any] = {}
     for theirs, value in scaling.items():
         name = _OUR_NAMES.get(theirs, theirs)
         if value is not None and name not in ("type", "rope_type", "rope_theta"):
-            values[name] = float(value) if name.endswith(("factor", "scale", "dim", "fast", "slow")) else value
+            is_number = name.endswith(("factor", "scale", "dim", "fast", "slow")) and not isinstance(value, list)
+            values[name] = float(value) if is_number else value
     known_names = {"factor", "original_max_positions", *_REQUIRED[kind], *_OPTIONAL.get(kind, ())}
     if unknown := sorted(values.keys() - known_names):
         raise ConfigError(f"{where}/config.json: rope_type={kind!r} with {', '.join(unknown)}; that is not known")

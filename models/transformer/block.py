@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipekit.errors import LayoutError
 from pipekit.models.family import AttentionHeads
-from pipekit.models.transformer.norm import NORMS, Norm
+from pipekit.models.transformer.norm import NORMS, HeadsRMSNorm, Norm
 from pipekit.models.transformer.rotary import Rotary
 from pipekit.tensor_parallel import (
     SHARDED,
@@ -31,6 +31,7 @@ from pipekit.tensor_parallel import (
     RowParallelLinear,
     TensorGroup,
     TensorParallelModule,
+    cap_softly,
     column_parallel_linears,
     mark_partial_gradient,
     sharded_dropout,
@@ -44,6 +45,9 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
+
+NormPlace = Literal["before", "after", "both"]
+"""Norm of the input of attention or MLP, of its output, or one of each."""
 
 _Linear = TypeVar("_Linear", bound=nn.Linear)
 
@@ -60,7 +64,23 @@ def _build_linear(kind: Callable[..., _Linear], *args: Any, std: float, **kwargs
     return linear
 
 
-class Attention(TensorParallelModule):
+class _NormedModule(TensorParallelModule):
+    """Base of attention and MLP: norms of their input and output, and dropout."""
+
+    sequence_flow = SHARDED
+
+    def __init__(self, hidden_size: int, *, norm: Norm, norm_place: NormPlace, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm_place == "after" else NORMS[norm](hidden_size, eps=eps)
+        self.post_norm = nn.Identity() if norm_place == "before" else NORMS[norm](hidden_size, eps=eps)
+        self.dropout = dropout
+
+    def _finish(self, y: Tensor) -> Tensor:
+        group = self.group if self.sequence_parallel else None
+        return sharded_dropout(self.post_norm(y), self.dropout, self.training, group)
+
+
+class Attention(_NormedModule):
     """`dropout(attention(norm(x)))`: causal self-attention with H heads, `(B, S, D)` to `(B, S, D)`.
 
     Where there are fewer heads of keys and values, several heads of queries share one of them.
@@ -68,22 +88,23 @@ class Attention(TensorParallelModule):
     Args:
         hidden_size: D.
         num_heads: H.
-        num_kv_heads: heads of keys and values; None is H.
+        num_kv_heads: K, heads of keys and values; None is H.
         head_size: E; None is D / H.
+        joint: whether one projection computes queries, keys and values also where K is less than H; tensor-parallel
+            ranks then divide K.
         rotary: rotation of queries and keys; None where positions are added to the tokens.
-        norm: kind of the norm.
+        norm: kind of the norms.
+        norm_place: where they are.
         bias: whether queries, keys and values have a bias.
         projection_bias: whether the last projection has one.
-        qk_norm: whether the queries and the keys of each head have a norm of their own.
+        qk_norm: norms of the queries and of the keys of each head by itself, or over the width of all heads.
         window: tokens that a token attends to, its own included; None is all before it.
-        scale: factor of the scores; None is 1 / sqrt(E).
-        post_norm: whether the outputs have a norm, too.
+        scale: factor of the scores; None is `E ** -0.5`.
+        soft_cap: limit that the scores approach before their softmax; None where there is none.
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints";
     Jiang et al. 2023, "Mistral 7B".
     """
-
-    sequence_flow = SHARDED
 
     def __init__(
         self,
@@ -92,93 +113,107 @@ class Attention(TensorParallelModule):
         *,
         num_kv_heads: int | None = None,
         head_size: int | None = None,
+        joint: bool = False,
         rotary: Rotary | None = None,
         norm: Norm = "layer",
+        norm_place: NormPlace = "before",
         bias: bool = True,
         projection_bias: bool = True,
-        qk_norm: bool = False,
+        qk_norm: Literal["head", "width"] | None = None,
         window: int | None = None,
         scale: float | None = None,
-        post_norm: bool = False,
+        soft_cap: float | None = None,
         dropout: float,
         eps: float,
         init_std: float,
         residual_std: float,
     ) -> None:
-        super().__init__()
-        self.heads = AttentionHeads(num_heads, num_kv_heads or num_heads)
+        super().__init__(hidden_size, norm=norm, norm_place=norm_place, eps=eps, dropout=dropout)
+        num_kv_heads = num_kv_heads or num_heads
+        self.heads = AttentionHeads(num_heads, num_kv_heads, joint=joint)
         self.head_size = head_size or hidden_size // num_heads
-        width = num_heads * self.head_size
-        self.norm = NORMS[norm](hidden_size, eps=eps)
+        self.widths = [num * self.head_size for num in (num_heads, num_kv_heads, num_kv_heads)]
+        build = partial(_build_linear, std=init_std, bias=bias)
         self.qkv: ColumnParallelLinear | None = None
-        if self.heads.num_kv_heads == num_heads:
-            self.qkv = _build_linear(
-                ColumnParallelLinear, hidden_size, 3 * width, std=init_std, bias=bias, blocks=(width,) * 3
-            )
+        if joint or num_kv_heads == num_heads:
+            self.qkv = build(ColumnParallelLinear, hidden_size, sum(self.widths), blocks=self.widths)
         else:
-            self.q = _build_linear(ColumnParallelLinear, hidden_size, width, std=init_std, bias=bias)
-            self.kv = _build_linear(
-                KeyValueLinear, hidden_size, self.heads.num_kv_heads, self.head_size, std=init_std, bias=bias
-            )
-        if qk_norm:
-            self.q_norm, self.k_norm = NORMS[norm](self.head_size, eps=eps), NORMS[norm](self.head_size, eps=eps)
+            self.q = build(ColumnParallelLinear, hidden_size, self.widths[0])
+            self.kv = build(KeyValueLinear, hidden_size, num_kv_heads, self.head_size)
+        if qk_norm == "head":
+            self.q_norm, self.k_norm = (NORMS[norm](self.head_size, eps=eps) for _ in range(2))
+        elif qk_norm == "width":
+            self.q_norm = HeadsRMSNorm(num_heads, self.head_size, eps=eps)
+            self.k_norm = HeadsRMSNorm(num_kv_heads, self.head_size, eps=eps)
         self.qk_norm = qk_norm
-        self.projection = _build_linear(RowParallelLinear, width, hidden_size, std=residual_std, bias=projection_bias)
-        self.post_norm = NORMS[norm](hidden_size, eps=eps) if post_norm else None
-        self.rotary, self.window, self.scale, self.dropout = rotary, window, scale, dropout
+        self.projection = _build_linear(
+            RowParallelLinear, self.widths[0], hidden_size, std=residual_std, bias=projection_bias
+        )
+        self.rotary, self.window, self.soft_cap = rotary, window, soft_cap
+        self.scale = self.head_size**-0.5 if scale is None else scale
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         super().shard(group, sequence_parallel=sequence_parallel)
         if fault := self.heads.fault(group.size):
             raise LayoutError(fault.message)
-        if self.qk_norm:
+        if self.qk_norm == "head":
             # Each rank has the gradients of its own heads.
             for parameter in (*self.q_norm.parameters(), *self.k_norm.parameters()):
                 mark_partial_gradient(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._project(self.norm(x))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary.rotate(q, k)
-        dropout = self.dropout if self.training else 0.0
-        mask = self._window_mask(q)
-        # The heads are shared out, whether the sequence is or not.
-        with sharded_randomness(self.group) if dropout else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )  # (B, H, S, E)
-        y = self.projection(rearrange(y, "b h s e -> b s (h e)"))  # (B, S, D)
-        y = y if self.post_norm is None else self.post_norm(y)
-        return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
-
-    def _window_mask(self, q: Tensor) -> Tensor | None:
-        """True where a query attends to a key, `(S, S)`; None where that is all of them up to its own."""
-        length = q.shape[2]
-        if self.window is None or length <= self.window:
-            return None
-        positions = torch.arange(length, device=q.device)
-        distance = positions.unsqueeze(1) - positions
-        return (distance >= 0) & (distance < self.window)
+        y = self._attend(*self._project(self.norm(x)))  # (B, H, S, E)
+        return self._finish(self.projection(rearrange(y, "b h s e -> b s (h e)")))  # (B, S, D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
         if self.qkv is not None:
-            qkv = self.qkv(x)  # (B, S, 3D)
-            queries, keys, values = rearrange(qkv, "b s (three h e) -> three b h s e", three=3, e=self.head_size)
-            return queries, keys, values
-        own = [(self.q.weight, self.q.bias), self.kv.own()]
-        q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
-        keys, values = rearrange(kv, "b s (two h e) -> two b h s e", two=2, e=self.head_size)
-        return rearrange(q, "b s (h e) -> b h s e", e=self.head_size), keys, values
+            num_ranks = 1 if self.group is None else self.group.size
+            q, k, v = self.qkv(x).split([width // num_ranks for width in self.widths], dim=-1)
+        else:
+            own = [(self.q.weight, self.q.bias), self.kv.own()]
+            q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
+            k, v = kv.chunk(2, dim=-1)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rearrange(each, "b s (h e) -> b h s e", e=self.head_size) for each in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if self.rotary is None else (*self.rotary.rotate(q, k), v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Weighted sums of the values, `(B, heads, S, E)`."""
+        dropout, mask = self.dropout if self.training else 0.0, self._mask(q)
+        if mask is not None:
+            # With a mask, torch's fast kernels know no grouped heads.
+            k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
+        # The heads are shared out, whether the sequence is or not.
+        with sharded_randomness(self.group) if dropout else nullcontext():
+            if self.soft_cap is None or mask is None:
+                return F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    dropout_p=dropout,
+                    is_causal=mask is None,
+                    scale=self.scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            scores = cap_softly(q @ k.transpose(2, 3) * self.scale, self.soft_cap).masked_fill(~mask, -torch.inf)
+            # In fp32 at the least, as in a fused attention.
+            weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+            return F.dropout(weights, dropout) @ v
+
+    def _mask(self, q: Tensor) -> Tensor | None:
+        """True where a query attends to a key, `(S, S)`; None where a fused attention needs none."""
+        length = q.shape[2]
+        window = length if self.window is None else self.window
+        if self.soft_cap is None and length <= window:
+            return None
+        positions = torch.arange(length, device=q.device)
+        distance = positions.unsqueeze(1) - positions
+        return (distance >= 0) & (distance < window)
 
 
 class AttentionHalf(Attention):
@@ -188,7 +223,7 @@ class AttentionHalf(Attention):
         return x + super().forward(x)
 
 
-class MLP(TensorParallelModule):
+class MLP(_NormedModule):
     """`dropout(mlp(norm(x)))`: `(B, S, D)` to `(B, S, D)` through a width of F.
 
     Args:
@@ -196,14 +231,12 @@ class MLP(TensorParallelModule):
         ffn_size: F.
         activation: function between the two linear layers.
         gated: whether another linear layer's outputs multiply those of the function.
-        norm: kind of the norm.
+        norm: kind of the norms.
+        norm_place: where they are.
         bias: whether the linear layers have biases.
-        post_norm: whether the outputs have a norm, too.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
-
-    sequence_flow = SHARDED
 
     def __init__(
         self,
@@ -213,15 +246,14 @@ class MLP(TensorParallelModule):
         activation: Activation,
         gated: bool = False,
         norm: Norm = "layer",
+        norm_place: NormPlace = "before",
         bias: bool = True,
-        post_norm: bool = False,
         dropout: float,
         eps: float,
         init_std: float,
         residual_std: float,
     ) -> None:
-        super().__init__()
-        self.norm = NORMS[norm](hidden_size, eps=eps)
+        super().__init__(hidden_size, norm=norm, norm_place=norm_place, eps=eps, dropout=dropout)
         self.gate_and_up: ColumnParallelLinear | None = None
         if gated:
             self.gate_and_up = _build_linear(
@@ -230,8 +262,7 @@ class MLP(TensorParallelModule):
         else:
             self.expand = _build_linear(ColumnParallelLinear, hidden_size, ffn_size, std=init_std, bias=bias)
         self.contract = _build_linear(RowParallelLinear, ffn_size, hidden_size, std=residual_std, bias=bias)
-        self.post_norm = NORMS[norm](hidden_size, eps=eps) if post_norm else None
-        self.activation, self.dropout = activation, dropout
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         x, activation = self.norm(x), _ACTIVATIONS[self.activation]
@@ -240,9 +271,7 @@ class MLP(TensorParallelModule):
         else:
             gate, up = self.gate_and_up(x).chunk(2, -1)  # (B, S, F) each
             y = activation(gate) * up
-        y = self.contract(y)  # (B, S, D)
-        y = y if self.post_norm is None else self.post_norm(y)
-        return sharded_dropout(y, self.dropout, self.training, self.group if self.sequence_parallel else None)
+        return self._finish(self.contract(y))  # (B, S, D)
 
 
 class MLPHalf(MLP):

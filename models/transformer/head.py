@@ -14,7 +14,14 @@ from torch import Tensor
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.models.family import LossChunk
 from pipekit.models.transformer.embedding import TokenEmbedding
-from pipekit.tensor_parallel import Logits, SequenceFlow, VocabularyParallelModule, chunk_limit_bytes, plan_chunk_tokens
+from pipekit.tensor_parallel import (
+    Logits,
+    SequenceFlow,
+    VocabularyParallelModule,
+    cap_softly,
+    chunk_limit_bytes,
+    plan_chunk_tokens,
+)
 
 
 class Head(VocabularyParallelModule):
@@ -23,13 +30,19 @@ class Head(VocabularyParallelModule):
     sequence_flow = SequenceFlow(takes_shard=True)
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, *, init_std: float, loss_chunk_tokens: LossChunk = None
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        init_std: float,
+        loss_chunk_tokens: LossChunk = None,
+        soft_cap: float | None = None,
     ) -> None:
         super().__init__(vocab_size, hidden_size, init_std=init_std)
-        self.loss_chunk_tokens = loss_chunk_tokens
+        self.loss_chunk_tokens, self.soft_cap = loss_chunk_tokens, soft_cap
 
     def forward(self, x: Tensor) -> Tensor | Logits:
-        return score_vocabulary(self, x, self.loss_chunk_tokens)
+        return score_vocabulary(self, x, self.loss_chunk_tokens, soft_cap=self.soft_cap)
 
 
 @dataclass(frozen=True)
@@ -37,14 +50,17 @@ class TiedHead:
     """Scores every token by its embedding, as `score_vocabulary` does: the `forward_fn` of a tied `TokenEmbedding`."""
 
     loss_chunk_tokens: LossChunk
+    soft_cap: float | None = None
     sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_shard=True)
 
     def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
-        return score_vocabulary(embedding, x, self.loss_chunk_tokens)
+        return score_vocabulary(embedding, x, self.loss_chunk_tokens, soft_cap=self.soft_cap)
 
 
-def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tokens: LossChunk) -> Tensor | Logits:
-    """Return the scores of every token of the vocabulary, `(B, S, V)`.
+def score_vocabulary(
+    module: VocabularyParallelModule, x: Tensor, loss_chunk_tokens: LossChunk, *, soft_cap: float | None = None
+) -> Tensor | Logits:
+    """Scores of every token of the vocabulary, `(B, S, V)`.
 
     Where tensor-parallel ranks share the vocabulary out, or the loss goes through the tokens in chunks, they are
     `Logits`, which are not computed before the loss asks.
@@ -54,6 +70,7 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
         x: `(B, S, D)`, or this rank's part of the sequence.
         loss_chunk_tokens: how many tokens the loss computes the scores of at a time: None of all, `auto` of all where
             they are few.
+        soft_cap: limit that the scores approach; None where there is none.
     """
     parts = module.group if module.sequence_parallel else None
     chunk = loss_chunk_tokens
@@ -64,7 +81,7 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
         limit_bytes = chunk_limit_bytes(module.weight.dtype)
         chunk = plan_chunk_tokens(num_tokens, -(-module.vocab_size // tp), limit_bytes=limit_bytes)
     if module.group is None and chunk is None:
-        return F.linear(x, module.weight)
+        return cap_softly(F.linear(x, module.weight), soft_cap)
     return Logits(
         x,
         module.weight,
@@ -72,6 +89,7 @@ def score_vocabulary(module: VocabularyParallelModule, x: Tensor, loss_chunk_tok
         sequence_parallel=module.sequence_parallel,
         vocab_size=module.vocab_size,
         chunk_tokens=chunk,
+        soft_cap=soft_cap,
     )
 
 
@@ -83,22 +101,33 @@ def embedding_and_head(
     tied: bool,
     scale: float | None = None,
     dropout: float = 0.0,
+    soft_cap: float | None = None,
     init_std: float,
 ) -> tuple[LayerSpec, LayerSpec]:
-    """Specs of a model's first layer, `embed`, with `scale` and `dropout`, and of its last, the same again if tied."""
+    """Specs of a model's first layer, `embed`, and of its last, which is the same again if tied.
+
+    `scale` and `dropout` are of the embedding, `soft_cap` is of the scores.
+    """
     sizes = (vocab_size, hidden_size)
     options: dict[str, Any] = {"init_std": init_std, **({"dropout": dropout} if dropout else {})}
     options |= {} if scale is None else {"scale": scale}
     if tied:
-        head = TiedLayerSpec("embed", TokenEmbedding, *sizes, **options, forward_fn=TiedHead(loss_chunk_tokens))
+        scores = TiedHead(loss_chunk_tokens, soft_cap)
+        head = TiedLayerSpec("embed", TokenEmbedding, *sizes, **options, forward_fn=scores)
         return TiedLayerSpec("embed", TokenEmbedding, *sizes, **options), head
     return LayerSpec(TokenEmbedding, *sizes, **options, name="embed"), LayerSpec(
-        Head, hidden_size, vocab_size, init_std=init_std, loss_chunk_tokens=loss_chunk_tokens, name="head"
+        Head,
+        hidden_size,
+        vocab_size,
+        init_std=init_std,
+        loss_chunk_tokens=loss_chunk_tokens,
+        **({"soft_cap": soft_cap} if soft_cap else {}),
+        name="head",
     )
 
 
 def language_model_loss(outputs: Tensor | Logits, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the next token in fp32, a scalar in nats per token.
+    """Mean cross-entropy of the next token in fp32, a scalar in nats per token.
 
     Args:
         outputs: the logits `(B, S, V)`, any floating type; or what stands for them where they are in parts or computed

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipekit.tensor_parallel import SHARDED
+from pipekit.tensor_parallel import (
+    SHARDED,
+    Shard,
+    TensorGroup,
+    TensorParallelModule,
+    copy_to_shards,
+    mark_partial_gradient,
+    shard_parameter,
+    sum_partials,
+)
 
 Norm = Literal["layer", "rms", "offset_rms"]
 """Layer norm, root-mean-square norm, or the latter with weights that are counted from 1, as Gemma's."""
@@ -29,6 +38,43 @@ class OffsetRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return (F.rms_norm(x.to(wide), self.weight.shape, eps=self.eps) * (1 + self.weight.to(wide))).to(x.dtype)
+
+
+class HeadsRMSNorm(TensorParallelModule):
+    """RMS norm of all heads of a token together, which tensor-parallel ranks share out: `(B, S, H * E)` to the same.
+
+    Where there are fewer heads than ranks, several ranks have the same head, as in `KeyValueLinear`.
+
+    Args:
+        num_heads: H; a multiple or a divisor of the tensor-parallel degree.
+        head_size: E.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, num_heads: int, head_size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads * head_size))
+        self.num_heads, self.head_size, self.eps = num_heads, head_size, eps
+
+    def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
+        super().shard(group, sequence_parallel=sequence_parallel)
+        if self.num_heads % group.size == 0:
+            shard_parameter(self, "weight", Shard(0, (len(self.weight),), group.rank, group.size))
+        else:
+            mark_partial_gradient(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group is None:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Ranks have equally many elements, and each element occurs on equally many ranks.
+        partial = wide.square().mean(-1, keepdim=True) / self.group.size
+        mean_square = copy_to_shards(sum_partials(partial, self.group), self.group)
+        weight: Tensor = self.weight
+        if len(weight) != x.shape[-1]:
+            head = self.group.rank * self.num_heads // self.group.size
+            weight = weight[head * self.head_size : (head + 1) * self.head_size]
+        return (wide * (mean_square + self.eps).rsqrt() * weight).to(x.dtype)
 
 
 class FinalNorm(nn.LayerNorm):

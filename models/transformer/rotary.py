@@ -35,7 +35,7 @@ class Rotary:
         exponents = torch.arange(0, self.size, 2, dtype=torch.float32, device=q.device) / self.size
         frequencies, factor = 1.0 / self.base**exponents, 1.0  # (R / 2)
         if self.scaling is not None:
-            frequencies, factor = self.scaling.scale(frequencies, self.base)
+            frequencies, factor = self.scaling.scale(frequencies, self.base, q.shape[2])
         positions = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)
         angles = positions.unsqueeze(1) * frequencies  # (S, R / 2)
         angles = torch.cat((angles, angles), dim=1)  # (S, R)

@@ -10,7 +10,7 @@ from pipekit.tensor_parallel.collectives import (
     split_sequence,
     sum_partials,
 )
-from pipekit.tensor_parallel.cross_entropy import vocabulary_parallel_cross_entropy
+from pipekit.tensor_parallel.cross_entropy import cap_softly, vocabulary_parallel_cross_entropy
 from pipekit.tensor_parallel.flow import SHARDED, WHOLE, SequenceFlow
 from pipekit.tensor_parallel.group import PlannedGroup, TensorGroup
 from pipekit.tensor_parallel.head_loss import chunk_limit_bytes, chunked_head_loss, plan_chunk_tokens
@@ -43,6 +43,7 @@ __all__ = [
     "TensorParallelModule",
     "VocabularyParallelEmbedding",
     "VocabularyParallelModule",
+    "cap_softly",
     "chunk_limit_bytes",
     "chunked_head_loss",
     "column_parallel_linear",

@@ -23,6 +23,18 @@ from pipekit.tensor_parallel.shards import Shard
 IGNORED_LABEL = -100
 
 
+def cap_softly(scores: Tensor, cap: float | None) -> Tensor:
+    """Scores that approach plus or minus `cap`, as its product with their hyperbolic tangent; None leaves them.
+
+    Source: Bello et al. 2016, "Neural Combinatorial Optimization with Reinforcement Learning".
+
+    Example:
+        >>> cap_softly(torch.tensor([0.0, 1000.0]), 30.0).tolist()
+        [0.0, 30.0]
+    """
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
 def vocabulary_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, group: TensorGroup | None, *, vocab_size: int, ignored_label: int = IGNORED_LABEL
 ) -> Tensor:

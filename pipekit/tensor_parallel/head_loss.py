@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
-from pipekit.tensor_parallel.cross_entropy import IGNORED_LABEL, Targets, join_sums, logits_gradient, mean_loss, sum_up
+from pipekit.tensor_parallel.cross_entropy import (
+    IGNORED_LABEL,
+    Targets,
+    cap_softly,
+    join_sums,
+    logits_gradient,
+    mean_loss,
+    sum_up,
+)
 from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensors.weight_gradients import autocasts
 
@@ -69,8 +77,9 @@ def chunked_head_loss(
     vocab_size: int,
     chunk_tokens: int,
     ignored_label: int = IGNORED_LABEL,
+    soft_cap: float | None = None,
 ) -> Tensor:
-    """Return the mean cross-entropy of `hidden @ weight.T` in fp32, a scalar in nats per token.
+    """Mean cross-entropy of `hidden @ weight.T` in fp32, a scalar in nats per token.
 
     It is the same on all tensor ranks. One collective in the forward serves all tokens; in the backward the gradient of
     `hidden` is summed behind the last chunk's term of the weight's. That of a 16-bit weight is accumulated in fp32.
@@ -84,6 +93,7 @@ def chunked_head_loss(
         weight: `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`; `(V, D)` where `group` is None.
         labels: `(B, S)` int64, the next token of each, of the whole sequence; `ignored_label` is out of the mean.
         chunk_tokens: number of tokens taken at a time; see `plan_chunk_tokens`.
+        soft_cap: limit that the logits approach; see `cap_softly`.
 
     Raises:
         DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
@@ -104,7 +114,9 @@ def chunked_head_loss(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         without_autocast = torch.autocast(hidden.device.type, enabled=False)
     with without_autocast:
-        loss: Tensor = _HeadLoss.apply(hidden, weight, targets, group, sequence_parallel, chunk_tokens)  # type: ignore[no-untyped-call]
+        loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, targets, group, sequence_parallel, chunk_tokens, soft_cap
+        )
     return loss
 
 
@@ -118,10 +130,14 @@ class _HeadLoss(torch.autograd.Function):
         group: TensorGroup | None,
         sequence_parallel: bool,
         chunk_tokens: int,
+        soft_cap: float | None,
     ) -> Tensor:
         x = _tokens(hidden, group, sequence_parallel)
         chunks = [
-            sum_up(F.linear(x[chunk], weight), targets.narrow(chunk.start, chunk.stop - chunk.start))
+            sum_up(
+                cap_softly(F.linear(x[chunk], weight), soft_cap),
+                targets.narrow(chunk.start, chunk.stop - chunk.start),
+            )
             for chunk in _chunks(len(x), chunk_tokens)
         ]
         sums, scores = (torch.cat(results) for results in zip(*chunks, strict=True))
@@ -130,7 +146,7 @@ class _HeadLoss(torch.autograd.Function):
         # Not saved for the backward, where activation checkpointing would replace it by a copy.
         ctx.weight = weight
         ctx.targets, ctx.group = targets, group
-        ctx.sequence_parallel, ctx.chunk_tokens = sequence_parallel, chunk_tokens
+        ctx.sequence_parallel, ctx.chunk_tokens, ctx.soft_cap = sequence_parallel, chunk_tokens, soft_cap
         return mean_loss(sums, scores, targets)
 
     @staticmethod
@@ -145,7 +161,10 @@ class _HeadLoss(torch.autograd.Function):
         summing: Pending | None = None
         for chunk in _chunks(len(x), ctx.chunk_tokens):
             targets = ctx.targets.narrow(chunk.start, chunk.stop - chunk.start)
-            gradient = logits_gradient(F.linear(x[chunk], weight), sums[chunk], targets, grad)
+            logits = cap_softly(F.linear(x[chunk], weight), ctx.soft_cap)
+            gradient = logits_gradient(logits, sums[chunk], targets, grad)
+            if ctx.soft_cap is not None:
+                gradient *= 1 - (logits / ctx.soft_cap) ** 2
             if partial is not None:
                 torch.mm(gradient, weight, out=partial[chunk])
                 if chunk.stop == len(x) and group is not None:
@@ -154,7 +173,7 @@ class _HeadLoss(torch.autograd.Function):
                 weight_gradient.add(gradient, x[chunk])
         hidden_gradient = partial if summing is None else summing.wait()
         hidden_gradient = None if hidden_gradient is None else hidden_gradient.view_as(hidden)
-        return hidden_gradient, None if weight_gradient is None else weight_gradient.result(), *(None,) * 4
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.result(), *(None,) * 5
 
 
 def _tokens(hidden: Tensor, group: TensorGroup | None, sequence_parallel: bool) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
-from pipekit.tensor_parallel.cross_entropy import IGNORED_LABEL, vocabulary_parallel_cross_entropy
+from pipekit.tensor_parallel.cross_entropy import IGNORED_LABEL, cap_softly, vocabulary_parallel_cross_entropy
 from pipekit.tensor_parallel.group import TensorGroup
 from pipekit.tensor_parallel.head_loss import chunked_head_loss
 from pipekit.tensor_parallel.layers import column_parallel_linear
@@ -30,6 +30,7 @@ class Logits:
         sequence_parallel: True if `hidden` is a shard of the sequence.
         vocab_size: V.
         chunk_tokens: number of tokens that the loss takes at a time, see `plan_chunk_tokens`; None for all at once.
+        soft_cap: limit that the scores approach, see `cap_softly`; None where there is none.
 
     Example:
         >>> logits = Logits(torch.ones(2, 3, 4), torch.ones(8, 4), None, vocab_size=8, chunk_tokens=4)
@@ -46,6 +47,7 @@ class Logits:
     sequence_parallel: bool = False
     vocab_size: int
     chunk_tokens: int | None = None
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         self.sequence_parallel = self.sequence_parallel and self.group is not None
@@ -75,12 +77,17 @@ class Logits:
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.chunk_tokens,
                 ignored_label=ignored_label,
+                soft_cap=self.soft_cap,
             )
         logits = column_parallel_linear(
             self.hidden, self.weight, None, self.group, sequence_parallel=self.sequence_parallel
         )
         return vocabulary_parallel_cross_entropy(
-            logits, labels, self.group, vocab_size=self.vocab_size, ignored_label=ignored_label
+            cap_softly(logits, self.soft_cap),
+            labels,
+            self.group,
+            vocab_size=self.vocab_size,
+            ignored_label=ignored_label,
         )
 
     @torch.no_grad()
@@ -90,9 +97,9 @@ class Logits:
         For evaluation: it has no gradient.
         """
         if self.group is None:
-            return F.linear(self.hidden, self.weight)
+            return cap_softly(F.linear(self.hidden, self.weight), self.soft_cap)
         hidden = self.group.all_gather(self.hidden, SEQUENCE_DIM) if self.sequence_parallel else self.hidden
-        own = F.linear(hidden, self.weight)
+        own = cap_softly(F.linear(hidden, self.weight), self.soft_cap)
         shard = Shard(own.ndim - 1, (self.vocab_size,), self.group.rank, self.group.size)
         lengths = [shard.shape_of(rank, own.shape)[-1] for rank in range(shard.size)]
         # Ranks gather tensors of one shape, and the shards of a vocabulary may differ by one.

@@ -65,6 +65,8 @@ def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorke
         Case(tp=2, pp=2, family="gpt_neox", tied=False),
         Case(tp=2, pp=2, family="llama", tied=False, num_kv_heads=2),
         Case(tp=2, pp=2, family="qwen3", num_kv_heads=2),
+        Case(tp=2, pp=2, family="gemma2", num_kv_heads=1, loss_chunk_tokens=5),
+        pytest.param(Case(tp=2, pp=2, family="olmo2", num_kv_heads=1, schedule="zb-v"), marks=pytest.mark.slow),
     ],
     ids=show,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 
 from pipekit.config import parse_config
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, LayoutError
 from pipekit.inference.hugging_face import from_hf, read_hf_config, to_hf
 from pipekit.layers.parameters import count_parameters
 from pipekit.layers.sequential import SequentialModel
@@ -41,8 +41,17 @@ RELEASED = {  # parameters, as the model cards or the files of the released mode
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
     "gemma-3-270m": 268_098_176,
     "gemma-3-1b": 999_885_952,
+    "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-2-32b": 32_234_279_936,
+    "phi-3-mini-4k": 3_821_079_552,
+    "phi-4": 14_659_507_200,
 }
 DECODERS = {name: family for name, family in find_families().items() if issubclass(family, DecoderFamily)}
 LLAMA_3 = {
@@ -52,6 +61,7 @@ LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+LONG = {"type": "longrope", "short_factor": (1.0, 1.5), "long_factor": (2.0, 3.0)}
 YARN = {"type": "yarn", "factor": 2.0, "original_max_positions": 6}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -71,6 +81,39 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_kv_heads": 2, "tied_embedding": True}),
     "qwen2, window": ("qwen2", {"sliding_window": 3, "first_window_layer": 1}),
     "qwen3": ("qwen3", {"num_kv_heads": 2, "head_size": 16, "tied_embedding": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            "num_kv_heads": 2,
+            "head_size": 12,
+            "query_size": 3,
+            "sliding_window": 3,
+            "attention_soft_cap": 2.0,
+            "final_soft_cap": 1.0,
+        },
+    ),
+    "gemma2, biases, no caps": (
+        "gemma2",
+        {
+            "head_size": None,
+            "attention_bias": True,
+            "tied_embedding": False,
+            "attention_soft_cap": None,
+            "final_soft_cap": None,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, grouped, tied, biases": ("olmo2", {"num_kv_heads": 2, "tied_embedding": True, "attention_bias": True}),
+    "phi3": ("phi3", {"sliding_window": 3}),
+    "phi3, grouped, tied, half": ("phi3", {"num_kv_heads": 2, "tied_embedding": True, "rotary_pct": 0.5}),
+    "phi3, longrope": (
+        "phi3",
+        {"rotary_pct": 0.5, "rotary_scaling": {**LONG, "factor": 2.0, "original_max_positions": 6}},
+    ),
+    "phi3, longrope, short": (
+        "phi3",
+        {"rotary_pct": 0.5, "rotary_scaling": {**LONG, "factor": 1.5, "original_max_positions": 10}},
+    ),
     "gemma3": ("gemma3", {"num_kv_heads": 2, "head_size": 16, "sliding_window": 3, "global_every": 2}),
     "gemma3, scaled, untied": (
         "gemma3",
@@ -152,12 +195,23 @@ def their_outcome(kind: str) -> Outcome:
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole sequence", "sequence parallel"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_together_compute_what_transformers_does(size: int, kind: str, sequence_parallel: bool) -> None:
-    specs = small(kind).layer_specs()
+    config = small(kind)
+    specs = config.layer_specs()
+    if config.has_joint_projections and size > config.attention_heads.num_kv_heads:
+        with pytest.raises(LayoutError, match=r"^parallel.tp=4 does not divide model.num_kv_heads=2; try .*=1 or 2$"):
+            run_sharded(size, specs, random_weights(specs), sequence_parallel)
+        return
     actual = run_sharded(size, specs, random_weights(specs), sequence_parallel)
     assert_same(actual, their_outcome(kind), tolerance=FP32)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_loss_of_capped_scores_may_go_through_the_tokens_in_chunks(size: int) -> None:
+    specs = small("gemma2").layer_specs(loss_chunk_tokens=5)
+    assert_same(run_sharded(size, specs, random_weights(specs), False), their_outcome("gemma2"), tolerance=FP32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3", "olmo2", "phi3"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
     specs = small(kind).layer_specs()
@@ -216,8 +270,8 @@ def test_their_configuration_describes_the_same_model(kind: str) -> None:
         ("llama", {"pretraining_tp": 2}, "pretraining_tp=2; only 1 is known"),
         (
             "llama",
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
-            "rope_type='longrope'; only 'default', 'linear', 'dynamic', 'llama3' or 'yarn' are known",
+            {"rope_scaling": {"type": "proportional", "factor": 2.0}},
+            "rope_type='proportional'; only 'default', 'linear', 'dynamic', 'llama3', 'yarn' or 'longrope' are known",
         ),
         (
             "llama",
@@ -228,6 +282,18 @@ def test_their_configuration_describes_the_same_model(kind: str) -> None:
             "qwen2",
             {"layer_types": ["full_attention", "sliding_attention"]},
             r"layer_types=\['full_attention', 'sliding_attention'\]; only blocks from max_window_layers=28 .*",
+        ),
+        (
+            "gemma2",
+            {"layer_types": ["full_attention"] * 2},
+            r"layer_types=.*; only \['sliding_attention', .*\] is known",
+        ),
+        ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0; only None is known"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True; only False or None .*"),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_type='linear' with a window; only 'default' is known",
         ),
     ],
 )
