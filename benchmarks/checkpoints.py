@@ -1,0 +1,254 @@
+"""Checkpoints, measured: what checksums cost, what saves add to a run at once and in the background, and kills.
+
+    python benchmarks/checkpoints.py [--parts checksums async kills] [--kills 50] [--seed 0] [--json checkpoints.json]
+
+`checksums` writes and reads 2.4 GB of tensors with and without them, the files dropped from the page cache before they
+are read. `async` trains a GPT of 200M parameters in one process, with a checkpoint every few steps that is written at
+once or in the background, against one that saves at its end alone; what the checkpoints add is compared. `kills` kills
+(SIGKILL) a small run that saves after every step at random moments, half of them with `checkpoint.async`, starts it
+again each time, and compares its losses with those of a run that nobody disturbed. Prints a table and writes JSON;
+exits with 1 where a requirement is not met. A quarter of an hour in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import pipekit.checkpoint.reader as reader_module
+import pipekit.checkpoint.writer as writer_module
+from pipekit.checkpoint.manifest import WEIGHTS, Manifest, TensorEntry, TrainingState
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.checkpoint.writer import write_tensors
+
+CHECKSUM_LIMIT, ASYNC_LIMIT = 0.10, 0.10
+NUM_TENSORS, TENSOR_ELEMENTS = 60, 10_000_000
+ROUNDS = 3
+GPT: dict[str, Any] = {
+    "model": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "max_positions": 32},
+    "train": {
+        "steps": 40,
+        "global_batch_size": 1,
+        "micro_batch_size": 1,
+        "sequence_length": 32,
+        "precision": "fp32",
+        "eval_interval": None,
+    },
+}
+INTERVAL = 10
+SMALL: dict[str, Any] = {
+    "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 32},
+    "train": {**GPT["train"], "steps": 1_000_000, "global_batch_size": 4},
+}
+SHARED: dict[str, Any] = {
+    "run": {"device": "cpu"},
+    "data": {"source": "text.txt", "vocab_size": 300, "cache_dir": "cache"},
+}
+
+
+def measure_checksums(folder: Path) -> dict[str, float]:
+    """Median seconds of a save and of a load, with checksums and without, in turns."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{index}": torch.rand(TENSOR_ELEMENTS, generator=generator) for index in range(NUM_TENSORS)}
+    target = torch.empty(TENSOR_ELEMENTS)
+    file = f"{WEIGHTS}-0000.safetensors"
+    original = writer_module.checksum
+    times: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for name, function in (("without", lambda data: ""), ("with", original)):
+            writer_module.checksum = function  # type: ignore[assignment]
+            began_s = time.perf_counter()
+            checksums = write_tensors(folder / file, tensors)
+            times.setdefault(f"save {name}", []).append(time.perf_counter() - began_s)
+        entries = {
+            name: TensorEntry(tuple(tensor.shape), "float32", {WEIGHTS: file}, checksums={WEIGHTS: checksums[name]})
+            for name, tensor in tensors.items()
+        }
+        state = TrainingState(step=1, consumed_samples=1, seed=1, lr=0.1, optimizer={})
+        manifest = Manifest(state, entries, {file: (folder / file).stat().st_size})
+        (folder / "manifest.json").write_text(manifest.to_json())
+        for name in ("without", "with"):
+            with (folder / file).open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            began_s = time.perf_counter()
+            reader = CheckpointReader(folder)
+            if name == "with":
+                for tensor in tensors:
+                    reader.verify(tensor)
+            for tensor in tensors:
+                target.copy_(reader.tensor(tensor, is_verified=True))
+            times.setdefault(f"load {name}", []).append(time.perf_counter() - began_s)
+    writer_module.checksum = original
+    assert reader_module.checksum is original
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def start(folder: Path, config: dict[str, Any], run: str, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run in a session of its own."""
+    (folder / "c.yaml").write_text(yaml.safe_dump({**SHARED, **config}))
+    command = [sys.executable, "-m", "pipekit", "train", "c.yaml", f"run.dir=runs/{run}", *overrides]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a run that must succeed, and return its output."""
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(f"a run ended with {process.returncode}:\n{output}")
+    return output
+
+
+def measure_async(folder: Path) -> dict[str, float]:
+    """Wall time of runs that save at their end alone, and also on the way, at once or in the background."""
+    finish(start(folder, GPT, "warm-up", "train.steps=1"))
+    variants = {
+        "end alone": [],
+        "at once": [f"checkpoint.interval={INTERVAL}"],
+        "in the background": [f"checkpoint.interval={INTERVAL}", "checkpoint.async=true"],
+    }
+    times = {}
+    for name, overrides in variants.items():
+        run = name.replace(" ", "-")
+        os.sync()
+        began_s = time.perf_counter()
+        finish(start(folder, GPT, run, "checkpoint.keep=1", *overrides))
+        times[name] = time.perf_counter() - began_s
+        subprocess.run(["rm", "-r", folder / "runs" / run], check=True)
+    return times
+
+
+def kill_and_resume(folder: Path, draw: random.Random, num_kills: int, run: str, *overrides: str) -> dict[str, Any]:
+    """Kill a run at random moments, start it again each time, and compare its losses with an undisturbed run's."""
+    metrics = folder / "runs" / run / "metrics.jsonl"
+    options = ["checkpoint.interval=1", "scheduler.decay_steps=1000", *overrides]
+    resumed, steps = 0, 0
+    for index in range(num_kills):
+        process = start(folder, SMALL, run, *options)
+        deadline = time.monotonic() + 120
+        while last_step(metrics) <= steps and time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise SystemExit(f"start {index + 1} of {run} failed:\n{process.communicate()[0]}")
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        wait_for_ranks(folder / "runs" / run)
+        resumed += index > 0 and "going on after step" in output
+        steps = last_step(metrics)
+    process = start(folder, SMALL, run, *options, f"train.steps={steps + 5}")
+    resumed += "going on after step" in finish(process)
+    finish(start(folder, SMALL, f"{run}-whole", "scheduler.decay_steps=1000", f"train.steps={steps + 5}"))
+    losses = [losses_of(folder / "runs" / name / "metrics.jsonl") for name in (run, f"{run}-whole")]
+    command = [sys.executable, "-m", "pipekit", "checkpoints", f"runs/{run}", "--verify"]
+    verified = subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
+    return {
+        "kills": num_kills,
+        "resumed": resumed,
+        "steps": steps + 5,
+        "same_losses": losses[0] == losses[1],
+        "verified": verified,
+    }
+
+
+def wait_for_ranks(run: Path) -> None:
+    """Wait until no rank of a killed run is left."""
+    while any(str(run.name) in line for line in rank_lines()):
+        time.sleep(0.05)
+
+
+def rank_lines() -> list[str]:
+    """Command lines of all ranks on this machine."""
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listing.splitlines() if "pipekit.launch.rank" in line]
+
+
+def last_step(metrics: Path) -> int:
+    """Last step in a file of metrics; 0 where there is none."""
+    return max(losses_of(metrics), default=0)
+
+
+def losses_of(metrics: Path) -> dict[int, float]:
+    """Losses by step; a line that is cut short does not count."""
+    losses = {}
+    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
+        if line.endswith("}"):
+            record = json.loads(line)
+            losses[record["step"]] = record["loss"]
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("checksums", "async", "kills")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure; all unless given")
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills; %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; %(default)s")
+    parser.add_argument(
+        "--json", type=Path, default=Path("checkpoints.json"), metavar="PATH", help="file to write; %(default)s"
+    )
+    arguments = parser.parse_args()
+    console = Console(highlight=False)
+    table = Table("", "measured", "limit", "met")
+    report: dict[str, Any] = {}
+    is_met = []
+
+    def require(name: str, measured: str, limit: str, met: bool) -> None:
+        table.add_row(name, measured, limit, "yes" if met else "NO")
+        is_met.append(met)
+
+    with tempfile.TemporaryDirectory(dir=arguments.json.resolve().parent) as temporary:
+        folder = Path(temporary)
+        draw = random.Random(arguments.seed)
+        words = [f"word{index}" for index in range(200)]
+        (folder / "text.txt").write_text("\n".join(" ".join(draw.choices(words, k=8)) for _ in range(3000)))
+        if "checksums" in arguments.parts:
+            times = report["checksums_s"] = measure_checksums(folder)
+            for what in ("save", "load"):
+                cost = times[f"{what} with"] / times[f"{what} without"] - 1
+                shown = f"{100 * cost:+.1f} % ({times[f'{what} without']:.2f} s without)"
+                require(f"checksums, {what}", shown, f"{100 * CHECKSUM_LIMIT:.0f} %", cost <= CHECKSUM_LIMIT)
+        if "async" in arguments.parts:
+            times = report["async_s"] = measure_async(folder)
+            at_once, background = (times[name] - times["end alone"] for name in ("at once", "in the background"))
+            shown = f"{100 * background / at_once:.1f} % ({background:.1f} s of {at_once:.1f} s)"
+            limit = f"{100 * ASYNC_LIMIT:.0f} %"
+            require("added in the background, over at once", shown, limit, background <= ASYNC_LIMIT * at_once)
+        if "kills" in arguments.parts:
+            report["kills"] = {}
+            for name, overrides in (("at-once", []), ("background", ["checkpoint.async=true"])):
+                half = (arguments.kills + (name == "at-once")) // 2
+                found = report["kills"][name] = kill_and_resume(folder, draw, half, name, *overrides)
+                met = found["resumed"] == half and found["same_losses"] and found["verified"]
+                losses = "same losses" if found["same_losses"] else "OTHER LOSSES"
+                require(f"kills, saved {name}", f"{found['resumed']} resumed, {losses}", f"{half}", met)
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(table)
+    console.print(f"{arguments.json} has the figures")
+    sys.exit(0 if all(is_met) else 1)
+
+
+if __name__ == "__main__":
+    main()
