@@ -75,7 +75,7 @@ def _compare(first: CheckpointReader, second: CheckpointReader, name: str, kind:
     return TensorDifference(name, kind, float(difference.abs().max()), relative)
 
 
-def average_checkpoints(checkpoints: Sequence[Path], folder: Path) -> Path:
+def average_checkpoints(checkpoints: Sequence[Path], folder: Path, *, kind: str = WEIGHTS) -> Path:
     """Write the mean of the weights of several checkpoints, and return its path. It has no optimizer states.
 
     Memory is bounded by 0.5 GB and the largest tensor. Buffers and frozen parameters, the state of the training and
@@ -83,7 +83,8 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path) -> Path:
 
     Args:
         checkpoints: of one model, the newest last.
-        folder: where to write it, as `average-of-<number>-<step>`.
+        folder: where to write it, as `average-of-<number>-<step>`, or `ema-of-<step>`.
+        kind: `weights`, or `ema`, which becomes the weights.
 
     Raises:
         CheckpointError: if one is damaged, they are of different models, or the disk is full; nothing is left behind.
@@ -95,23 +96,25 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path) -> Path:
             stored = reader.manifest.tensors.get(name)
             if stored is None or (stored.shape, stored.trainable) != (entry.shape, entry.trainable):
                 raise CheckpointError(f"{reader.path}: {name!r} is not as in {checkpoints[-1]}; average one model's")
-    final = folder / f"average-of-{len(readers)}-{checkpoint_name(last.training.step)}"
+    what = f"average-of-{len(readers)}" if kind == WEIGHTS else f"{kind}-of"
+    final = folder / f"{what}-{checkpoint_name(last.training.step)}"
     temporary = folder / f".{final.name}.tmp"
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            entries, file_bytes = _write_average(readers, temporary)
+            entries, file_bytes = _write_average(readers, temporary, kind)
             for name in last.file_checksums:
                 write_atomically(temporary / name, (checkpoints[-1] / name).read_bytes())
                 file_bytes[name] = last.file_bytes[name]
+            title = "average" if kind == WEIGHTS else "moving average"
             steps = [reader.manifest.training.step for reader in readers]
             manifest = Manifest(
                 training=replace(last.training, optimizer={**last.training.optimizer, "states": []}),
                 tensors=entries,
                 file_bytes=file_bytes,
-                written_by={**last.written_by, "layout": f"average of steps {', '.join(map(str, steps))}"},
+                written_by={**last.written_by, "layout": f"{title} of step {', '.join(map(str, steps))}"},
                 file_checksums=last.file_checksums,
             )
             write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
@@ -121,7 +124,9 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path) -> Path:
     return final
 
 
-def _write_average(readers: Sequence[CheckpointReader], folder: Path) -> tuple[dict[str, TensorEntry], dict[str, int]]:
+def _write_average(
+    readers: Sequence[CheckpointReader], folder: Path, kind: str
+) -> tuple[dict[str, TensorEntry], dict[str, int]]:
     entries: dict[str, TensorEntry] = {}
     file_bytes: dict[str, int] = {}
     waiting: dict[str, Tensor] = {}
@@ -136,7 +141,7 @@ def _write_average(readers: Sequence[CheckpointReader], folder: Path) -> tuple[d
         waiting.clear()
 
     for name, entry in readers[-1].manifest.tensors.items():
-        waiting[name] = _mean(readers, name) if entry.trainable else readers[-1].tensor(name)
+        waiting[name] = _mean(readers, name, kind) if entry.trainable else readers[-1].tensor(name)
         if sum(tensor.nbytes for tensor in waiting.values()) >= _FILE_BYTES:
             flush()
     if waiting:
@@ -144,8 +149,8 @@ def _write_average(readers: Sequence[CheckpointReader], folder: Path) -> tuple[d
     return entries, file_bytes
 
 
-def _mean(readers: Sequence[CheckpointReader], name: str) -> Tensor:
-    total = readers[0].tensor(name).double()
+def _mean(readers: Sequence[CheckpointReader], name: str, kind: str) -> Tensor:
+    total = readers[0].tensor(name, kind).double()
     for reader in readers[1:]:
-        total += reader.tensor(name)
-    return (total / len(readers)).to(readers[-1].tensor(name).dtype)
+        total += reader.tensor(name, kind)
+    return (total / len(readers)).to(readers[-1].tensor(name, kind).dtype)

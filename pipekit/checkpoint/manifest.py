@@ -37,6 +37,8 @@ TOKENIZER_FILE = "tokenizer.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
 WEIGHTS = "weights"
+EMA = "ema"
+"""Kind of an exponential moving average of the weights."""
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 """Name of a file of the checkpoint's own folder: no path, so that it leads nowhere else."""

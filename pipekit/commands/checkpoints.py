@@ -22,8 +22,8 @@ def command(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[average|prune] RUN",
-            help="The folder of a run, to list its checkpoints; `average` or `prune` before it does that.",
+            metavar="[average|ema|prune] RUN",
+            help="The folder of a run, to list its checkpoints; `average`, `ema` or `prune` before it does that.",
             show_default=False,
         ),
     ],
@@ -46,20 +46,23 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of prune: say what it would remove.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the checkpoints of a run, verify, compare, average or prune them."""
+    """List the checkpoints of a run, verify, compare, average or prune them, or make a model of a moving average."""
     from pipekit.checkpoint.combine import average_checkpoints, compare_checkpoints
-    from pipekit.checkpoint.manifest import list_checkpoints
+    from pipekit.checkpoint.manifest import EMA, list_checkpoints
     from pipekit.checkpoint.overview import checkpoints_folder, find_checkpoint, summarize_checkpoints
     from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint
     from pipekit.errors import CheckpointError
 
     *action, run = words
-    if action not in ([], ["average"], ["prune"]):
-        raise CheckpointError(f"{' '.join(words)}: give the folder of a run, or average or prune and the folder")
+    if action not in ([], ["average"], ["ema"], ["prune"]):
+        raise CheckpointError(f"{' '.join(words)}: give the folder of a run, or average, ema or prune and the folder")
     folder = checkpoints_folder(Path(run))
     if action == ["average"]:
         chosen = list_checkpoints(folder)[-last:]
         typer.echo(f"averaged {', '.join(path.name for path in chosen)}: {average_checkpoints(chosen, folder)}")
+    elif action == ["ema"]:
+        newest = list_checkpoints(folder)[-1]
+        typer.echo(f"moving average of {newest.name}: {average_checkpoints([newest], folder, kind=EMA)}")
     elif action == ["prune"]:
         if keep is None:
             raise CheckpointError("prune removes checkpoints; say how many of the newest to keep, such as --keep 2")

@@ -229,6 +229,13 @@ class TrainConfig(Section):
     """Parameters that are not trained: their names in checkpoints, in which `*` stands for any text. They keep their
     weights, and have neither gradient nor optimizer states."""
 
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, examples=[0.999])
+    """Decay, for each step, of an exponential moving average of the weights, which is saved with them; null keeps
+    none."""
+
+    eval_ema: bool = False
+    """Evaluate the moving average in place of the weights."""
+
     check_replicas: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checks that ranks which hold the same tensor hold the same bits; null never checks."""
 

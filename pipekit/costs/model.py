@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -92,9 +93,10 @@ def describe_model(
 
 
 def _optimizer_states(config: Config) -> OptimizerStates:
+    average = int(config.train.ema is not None)
     if config.optimizer.type == "sgd":
-        return OptimizerStates(per_parameter=int(config.optimizer.momentum > 0), per_tensor=0)
-    return ADAM_STATES
+        return OptimizerStates(per_parameter=int(config.optimizer.momentum > 0) + average, per_tensor=0)
+    return replace(ADAM_STATES, per_parameter=ADAM_STATES.per_parameter + average)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ from pipekit.tensor_parallel import shard_of
 
 
 def load_checkpoint(
-    engine: TrainingEngine, reader: CheckpointReader, *, optimizer_states: bool = True
+    engine: TrainingEngine,
+    reader: CheckpointReader,
+    *,
+    optimizer_states: bool = True,
+    without_states: Collection[str] = (),
 ) -> TrainingState:
     """Load the engine's weights, fp32 masters, optimizer states and counters, and return the state of the training.
 
@@ -28,13 +33,15 @@ def load_checkpoint(
         engine: the engine to load into.
         reader: the checkpoint.
         optimizer_states: False where the optimizer is of another kind now; its states then begin anew.
+        without_states: names of states that are left out.
 
     Raises:
         DamagedCheckpointError: on every rank, if a tensor is not as it was written; then nothing has been changed.
         CheckpointError: on every rank, if the checkpoint does not fit the model; then nothing has been changed.
     """
     training = reader.manifest.training
-    states = list(training.optimizer.get("states", [])) if optimizer_states else []
+    stored = training.optimizer.get("states", []) if optimizer_states else []
+    states = [state for state in stored if state not in without_states]
     try:
         _check_fit(engine, reader)
         _verify_share(engine, reader, states)

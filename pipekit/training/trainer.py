@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipekit.checkpoint.manifest import TOKENIZER_FILE, TrainingState, checkpoint_name, earlier_checkpoints
+import torch
+from torch import nn
+
+from pipekit.checkpoint.manifest import EMA, TOKENIZER_FILE, TrainingState, checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
 from pipekit.data.loader import BatchLoader, MapDataset
@@ -30,6 +33,7 @@ from pipekit.errors import CheckpointError, DamagedCheckpointError, PipekitError
 from pipekit.plan.plan import StartPoint
 from pipekit.plan.run_folder import check_data
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.profile import save_profile
 from pipekit.training.trial import Trial
 
@@ -221,10 +225,11 @@ class Trainer:
                 sums[name] += float(metric(outputs, labels))
 
         losses = []
-        for batch in range(train.eval_batches):
-            then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
-            batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
-            losses.append(float(self.engine.eval_batch(batches, observe=observe)))
+        with ema_weights(self.engine) if train.eval_ema else nullcontext():
+            for batch in range(train.eval_batches):
+                then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
+                batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
+                losses.append(float(self.engine.eval_batch(batches, observe=observe)))
         num_micro_batches = train.eval_batches * self.context.plan.batch.num_micro_batches
         extra = {f"val_{name}": self.context.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
         return replace(metrics, val_loss=sum(losses) / len(losses), extra=extra or None)
@@ -255,11 +260,17 @@ class Trainer:
                 offload=parallel.offload,
                 device=plan.device,
             ),
-            build_optimizer=self.trial.build_optimizer,
+            build_optimizer=self._build_optimizer,
             measure_costs=parallel.schedule == "auto",
             max_in_flight=parallel.max_in_flight,
             profile=self.config.logging.profile,
         )
+
+    def _build_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = self.trial.build_optimizer(parameters)
+        if self.config.train.ema is not None:
+            track_ema(optimizer, self.config.train.ema)
+        return optimizer
 
     def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> Prefetcher | None:
         if not self.context.mpu.should_build_data_loader:
@@ -304,7 +315,8 @@ class Trainer:
             raise_together(error)
             kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
             same_states = len(kinds) == 1 or kinds == {"adam", "adamw"}
-            return load_checkpoint(self.engine, reader, optimizer_states=same_states)
+            without = () if self.config.train.ema is not None else (EMA,)
+            return load_checkpoint(self.engine, reader, optimizer_states=same_states, without_states=without)
         except DamagedCheckpointError as damage:
             earlier = earlier_checkpoints(checkpoint) if self.config.checkpoint.resume == "auto" else []
             if not earlier:

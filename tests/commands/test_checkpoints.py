@@ -78,7 +78,7 @@ def test_an_average_is_listed_but_not_the_latest(run: Path) -> None:
     assert "averaged step-00000002, step-00000003: " in invoke("average", run, "--last", "2")
     line = invoke(run).splitlines()[1]
     assert line.startswith("average-of-2-step-00000003  3 ")
-    assert "average of steps 2, 3" in line
+    assert "average of step 2, 3" in line
 
 
 def test_prune_says_what_it_would_remove_and_removes_it(run: Path) -> None:
@@ -96,5 +96,5 @@ def test_what_is_no_run_is_refused(tmp_path: Path, run: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         invoke(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="or average or prune"):
+    with pytest.raises(CheckpointError, match="or average, ema or prune"):
         invoke("rename", run)
