@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pipekit.checkpoint.combine as combine
-from hand_made import random_model, write_checkpoint
+from hand_made import random_model, write_checkpoint, write_manifest
 from pipekit.checkpoint.combine import average_checkpoints, compare_checkpoints
 from pipekit.checkpoint.manifest import list_checkpoints
 from pipekit.checkpoint.reader import CheckpointReader
@@ -88,3 +88,21 @@ def test_tensors_of_one_alone_are_named(run: Path, tmp_path: Path) -> None:
         (difference,) = compare_checkpoints(*pair)
         assert (difference.name, difference.largest) == (name, None)
         assert difference.reason == f"is in {one.name} alone"
+
+
+def test_a_moving_average_becomes_the_weights(run: Path, tmp_path: Path) -> None:
+    config, tensors = random_model(num_layers=1)
+    checkpoint = write_checkpoint(tmp_path / "other", config, tensors)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, checkpoint / "ema-0000.safetensors")
+    held = {
+        name: {"weights": ("weights-0000.safetensors", tensor), "ema": ("ema-0000.safetensors", 2 * tensor)}
+        for name, tensor in tensors.items()
+    }
+    write_manifest(checkpoint, held, CheckpointReader(checkpoint).manifest.training)
+    path = average_checkpoints([checkpoint], run, kind="ema")
+    assert path.name == "ema-of-step-00000005"
+    found = dict(CheckpointReader(path).weights())
+    assert all(torch.equal(found[name], 2 * tensor) for name, tensor in tensors.items())
+    load_model(path)
+    with pytest.raises(CheckpointError, match="holds no ema of"):
+        average_checkpoints(list_checkpoints(run)[-1:], run, kind="ema")

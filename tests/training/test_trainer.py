@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -223,6 +224,26 @@ def test_evaluations_take_the_same_samples_every_time(run: Any) -> None:
     assert made.engine.evaluated == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
     # The means of the largest of 0 to 1, 2 to 3, 4 to 5 and 6 to 7.
     assert [metrics.extra for metrics in made.events.metrics] == [{"val_largest": 4.0}] * 3
+
+
+@pytest.mark.parametrize("eval_ema", [False, True])
+def test_the_moving_average_is_evaluated_on_request(run: Any, monkeypatch: pytest.MonkeyPatch, eval_ema: bool) -> None:
+    made = run(train={"steps": 1, "eval_interval": 1, "ema": 0.9, "eval_ema": eval_ema})
+    order = made.order
+
+    @contextlib.contextmanager
+    def ema_weights(engine: FakeEngine) -> Iterator[None]:
+        order.append(f"average after {len(engine.trained)} steps, {len(engine.evaluated)} evaluated")
+        yield
+        order.append(f"weights again, {len(engine.evaluated)} evaluated")
+
+    monkeypatch.setattr(trainer_module, "ema_weights", ema_weights)
+    made.trainer.fit()
+    expected = [
+        *("average after 0 steps, 0 evaluated", "weights again, 2 evaluated"),
+        *("average after 1 steps, 2 evaluated", "weights again, 4 evaluated"),
+    ]
+    assert order[:-2] == (expected if eval_ema else [])
 
 
 def test_an_evaluation_needs_data(run: Any) -> None:
