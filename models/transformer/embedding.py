@@ -35,8 +35,8 @@ class TokenEmbedding(VocabularyParallelEmbedding):
     def forward(self, token_ids: Tensor) -> Tensor:
         x = super().forward(token_ids)
         if self.scale is not None:
-            # As a number of the type of the weights.
-            x = x * torch.tensor(self.scale, dtype=x.dtype).item()
+            # As a number of the type of the weights, and on no device, so that none is waited for.
+            x = x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
         return sharded_dropout(x, self.dropout, self.training, self.group if self.sequence_parallel else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 import transformers
 
 from pipekit.config import parse_config
+from pipekit.costs.describe import describe_layers
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.inference.hugging_face import from_hf, read_hf_config, to_hf
-from pipekit.layers.parameters import count_parameters
+from pipekit.layers.parameters import count_parameters, parameter_shapes
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import flow_of_spec
 from pipekit.models import find_families
@@ -239,6 +241,18 @@ def test_a_model_of_theirs_computes_the_same_here(kind: str, dtype: torch.dtype,
     assert set(weights) - set(back) <= {"lm_head.weight"}
     for name, tensor in back.items():
         assert torch.equal(tensor, weights[name]), name
+
+
+@kinds
+def test_costs_are_counted_without_memory(kind: str) -> None:
+    config, num_tokens = small(kind), 12
+    specs = config.layer_specs()
+    ids = torch.empty(2, num_tokens, dtype=torch.int64, device="meta")
+    layers = describe_layers(specs, ids, dtype=torch.bfloat16).layers
+    matrices = [shape for layer in parameter_shapes(specs)[1:] for shape in layer.values() if len(shape) == 2]
+    pairs = 2 * config.num_heads * config.known_head_size * num_tokens**2 * config.num_layers
+    expected = 2 * 2 * num_tokens * sum(map(prod, matrices)) + 2 * 2 * pairs
+    assert sum(layer.forward_flops for layer in layers) == expected
 
 
 @pytest.mark.parametrize("family", DECODERS)
