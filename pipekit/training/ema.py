@@ -13,7 +13,7 @@ from pipekit.engine.training_engine import TrainingEngine
 
 
 def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """Keep an average of the weights that an optimizer updates, in fp32, from the weights after its first update on.
+    """Keep an average of the weights that an engine's optimizer updates, in fp32, from its first update on.
 
     After each update it becomes `decay * average + (1 - decay) * weights`. As a state of the optimizer it is sharded,
     offloaded, saved and loaded as the moments are.

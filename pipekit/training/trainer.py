@@ -10,9 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from pipekit.checkpoint.manifest import EMA, TOKENIZER_FILE, TrainingState, checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
@@ -90,6 +87,8 @@ class Trainer:
         reports = self.context.mpu.should_report_metrics
         self._callbacks = [*callbacks, *trial.build_callbacks()] if reports else []
         self.engine = self._build_engine()
+        if self.config.train.ema is not None:
+            track_ema(self.engine.view.torch_optimizer, self.config.train.ema)
         self._train_loader = self._build_loader(trial.build_train_dataset, shuffle=self.config.data.shuffle)
         self._validation_loader = None
         if self.config.train.eval_interval is not None:
@@ -260,17 +259,11 @@ class Trainer:
                 offload=parallel.offload,
                 device=plan.device,
             ),
-            build_optimizer=self._build_optimizer,
+            build_optimizer=self.trial.build_optimizer,
             measure_costs=parallel.schedule == "auto",
             max_in_flight=parallel.max_in_flight,
             profile=self.config.logging.profile,
         )
-
-    def _build_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = self.trial.build_optimizer(parameters)
-        if self.config.train.ema is not None:
-            track_ema(optimizer, self.config.train.ema)
-        return optimizer
 
     def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> Prefetcher | None:
         if not self.context.mpu.should_build_data_loader:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import engine_jobs
 from engine_jobs import Case, build_engine, micro_batches, show, training_state
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import TrainingState
@@ -33,18 +32,9 @@ CASES = [
 def build(case: Case) -> Any:
     from pipekit.training.ema import track_ema
 
-    original = engine_jobs.make_optimizer
-
-    def make_optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
-        optimizer = original(case, parameters)
-        track_ema(optimizer, DECAY)
-        return optimizer
-
-    engine_jobs.make_optimizer = make_optimizer
-    try:
-        return build_engine(case)
-    finally:
-        engine_jobs.make_optimizer = original
+    engine = build_engine(case)
+    track_ema(engine.view.torch_optimizer, DECAY)
+    return engine
 
 
 def masters(engine: Any) -> dict[str, Tensor]:

@@ -64,7 +64,12 @@ class FakeEngine:
     """Engine that notes what it is called with; its losses and norms are given."""
 
     def __init__(self, norms: Sequence[float] = ()) -> None:
-        self.view = SimpleNamespace(step_count=lambda: 1, state_names=list, loss_scaler_state=lambda: None)
+        self.view = SimpleNamespace(
+            step_count=lambda: 1,
+            state_names=list,
+            loss_scaler_state=lambda: None,
+            torch_optimizer=torch.optim.SGD([torch.zeros(1)]),
+        )
         self.rates: list[float] = []
         self.trained: list[list[int]] = []
         self.evaluated: list[list[int]] = []
