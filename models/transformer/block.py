@@ -183,10 +183,31 @@ class Attention(_NormedModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Weighted sums of the values, `(B, heads, S, E)`."""
-        dropout, mask = self.dropout if self.training else 0.0, self._mask(q)
-        if mask is not None:
+        length = q.shape[2]
+        window = length if self.window is None else self.window
+        size = block_size(length, window)
+        if size is None:
+            return self._weigh(q, k, v, window)
+        # Each block of tokens attends to itself and the one before: far less than all tokens to all.
+        first = self._weigh(q[:, :, :size], k[:, :, :size], v[:, :, :size], window)
+        queries = rearrange(q[:, :, size:], "b h (n s) e -> (b n) h s e", s=size)
+        keys, values = (rearrange(each, "b h (n s) e -> b n h s e", s=size) for each in (k, v))
+        keys, values = (torch.cat([each[:, :-1], each[:, 1:]], dim=3).flatten(0, 1) for each in (keys, values))
+        others = self._weigh(queries, keys, values, window)
+        return torch.cat([first, rearrange(others, "(b n) h s e -> b h (n s) e", b=len(q))], dim=2)
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Weighted sums of the values, `(B, heads, S, E)`, where the queries are of the last S tokens of the keys."""
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        is_causal = self.soft_cap is None and num_queries == num_keys <= window
+        mask = None
+        if not is_causal:
             # With a mask, torch's fast kernels know no grouped heads.
             k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
+            positions = torch.arange(num_keys, device=q.device)
+            distances = positions[num_keys - num_queries :].unsqueeze(1) - positions
+            mask = (distances >= 0) & (distances < window)  # True where a query attends to a key
+        dropout = self.dropout if self.training else 0.0
         # The heads are shared out, whether the sequence is or not.
         with sharded_randomness(self.group) if dropout else nullcontext():
             if self.soft_cap is None or mask is None:
@@ -196,7 +217,7 @@ class Attention(_NormedModule):
                     v,
                     attn_mask=mask,
                     dropout_p=dropout,
-                    is_causal=mask is None,
+                    is_causal=is_causal,
                     scale=self.scale,
                     enable_gqa=q.shape[1] != k.shape[1],
                 )
@@ -205,15 +226,20 @@ class Attention(_NormedModule):
             weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
             return F.dropout(weights, dropout) @ v
 
-    def _mask(self, q: Tensor) -> Tensor | None:
-        """True where a query attends to a key, `(S, S)`; None where a fused attention needs none."""
-        length = q.shape[2]
-        window = length if self.window is None else self.window
-        if self.soft_cap is None and length <= window:
-            return None
-        positions = torch.arange(length, device=q.device)
-        distance = positions.unsqueeze(1) - positions
-        return (distance >= 0) & (distance < window)
+
+def block_size(length: int, window: int) -> int | None:
+    """Length of the blocks that a sequence is cut into, of which each attends to itself and the one before.
+
+    None where there is no such length, and where it would save nothing.
+
+    Example:
+        >>> block_size(8192, 2047), block_size(8192, 4096), block_size(8191, 4096), block_size(4096, 4096)
+        (2048, 4096, None, None)
+    """
+    for size in range(window, length // 2 + 1):
+        if length % size == 0:
+            return size
+    return None
 
 
 class AttentionHalf(Attention):

@@ -250,8 +250,11 @@ def test_costs_are_counted_without_memory(kind: str) -> None:
     ids = torch.empty(2, num_tokens, dtype=torch.int64, device="meta")
     layers = describe_layers(specs, ids, dtype=torch.bfloat16).layers
     matrices = [shape for layer in parameter_shapes(specs)[1:] for shape in layer.values() if len(shape) == 2]
-    pairs = 2 * config.num_heads * config.known_head_size * num_tokens**2 * config.num_layers
-    expected = 2 * 2 * num_tokens * sum(map(prod, matrices)) + 2 * 2 * pairs
+    windows = [config.window_of(block) for block in range(config.num_layers)]
+    # Blocks of the first length over the window that divides 12, each with the one before.
+    pairs = {None: 144, 3: 3 * 3 + 3 * 3 * 6, 4: 4 * 4 + 2 * 4 * 8, 5: 6 * 6 + 6 * 12, 4096: 144}
+    products = 2 * 2 * 2 * config.num_heads * config.known_head_size
+    expected = 2 * 2 * num_tokens * sum(map(prod, matrices)) + products * sum(pairs[window] for window in windows)
     assert sum(layer.forward_flops for layer in layers) == expected
 
 
