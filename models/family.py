@@ -200,6 +200,12 @@ class TransformerFamily(ModelFamily):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of zeroing an activation during training."""
 
+    init_from: str | None = Field(default=None, min_length=1, examples=["downloads/gpt2"])
+    """Folder of a Hugging Face model whose weights the training begins with; `family: auto` takes its sizes, too."""
+
+    export_vocab_size: PositiveInt | None = Field(default=None, examples=[50257])
+    """Token ids that an export keeps, where `vocab_size` has been padded; null keeps all."""
+
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
         """List of layer specs of the model; a ConfigError if the vocabulary's size is not known yet."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 # The order of the help text; others follow by name.
-_FIRST = ("train", "plan", "verify", "export", "generate", "checkpoints")
+_FIRST = ("train", "plan", "verify", "import", "export", "generate", "checkpoints")
 
 
 def _add_commands() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,8 +34,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, read: Callable[[str], Tensor] | None = None
+) -> dict[str, str]:
     """Write tensors into a file that is on the disk afterwards, and return their checksums.
+
+    Where `read` is given, `tensors` tell shapes and number formats alone, such as on torch's meta device, and each is
+    read as it is written, so that one at a time is in memory.
 
     The library's own `save_file` copies all of them, and holds Python's lock while the disk is busy.
 
@@ -61,7 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            data = tensor_bytes(tensors[name])
+            data = tensor_bytes(tensors[name] if read is None else read(name))
             checksums[name] = checksum(data)
             file.write(data)
         file.flush()

@@ -25,7 +25,8 @@ def conflicting_keys(saved: Config, new: Config) -> list[str]:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    values = {f"model.{key}": value for key, value in config.model.model_dump(exclude={"preset"}).items()}
+    model = config.model.model_dump(exclude={"preset", "init_from", "export_vocab_size"})
+    values = {f"model.{key}": value for key, value in model.items()}
     values |= {f"data.{key}": value for key, value in config.data.model_dump(exclude={"cache_dir", "source"}).items()}
     values["data.source"] = config.data.sources
     values["train.sequence_length"] = config.train.sequence_length

@@ -18,6 +18,7 @@ from pipekit.config.schema import Config, WandbConfig
 from pipekit.errors import ConfigError
 from pipekit.models import family_of, find_families, preset_families
 from pipekit.models.custom import CustomModelConfig
+from pipekit.models.imported import read_hf_folder
 from pipekit.settings.base import Fault, Section, alternatives, config_error, show
 from pipekit.settings.faults import section_faults, unknown_key_fault
 from pipekit.settings.suggest import closest, suggest_key
@@ -197,6 +198,7 @@ def _apply_override(draft: _Draft, override: str) -> None:
 
 def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
     keys = section_keys()
+    _take_over_source(draft)
     sections: dict[str, Any] = {}
     for name in draft.values:
         if name not in Config.model_fields:
@@ -211,6 +213,26 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
         raise draft.error()
     # Every section and every rule has been checked, so that they are not checked again.
     return Config.model_construct(**sections)
+
+
+def _take_over_source(draft: _Draft) -> None:
+    """Take the settings of `family: auto` from the folder that `model.init_from` names, and the tokenizer from it."""
+    model, data = draft.values.get("model"), draft.values.get("data") or {}
+    if not isinstance(model, dict) or not isinstance(data, dict) or not isinstance(model.get("init_from"), str):
+        return
+    folder = Path(model["init_from"]).expanduser()
+    if model.get("family") == "auto":
+        try:
+            stored = read_hf_folder(folder).model_dump(exclude={"preset"})
+        except ConfigError as error:
+            draft.add(Fault(("model", "init_from"), f"model.init_from: {error}"))
+            stored = {}
+        given = {key: value for key, value in model.items() if key != "family"}
+        padded = type(given.get("vocab_size")) is int and given["vocab_size"] > stored.get("vocab_size", 0)
+        own = {"export_vocab_size": stored.get("vocab_size")} if padded else {}
+        draft.values["model"] = {**stored, **own, **given}
+    if data.get("tokenizer") is None and (folder / "tokenizer.json").is_file():
+        draft.values["data"] = {**data, "tokenizer": str(folder)}
 
 
 def _written_out(name: str, values: Any) -> Any:

@@ -20,7 +20,14 @@ from pipekit.errors import DataError
 END_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and the end-of-text token
 TOKENIZER_FILE = "tokenizer.json"
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+SIDE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files beside a `tokenizer.json` that say how `transformers` uses it."""
 
 # What the common families call the token that ends a document, where no tokenizer_config.json says it.
 _KNOWN_END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
@@ -134,11 +141,15 @@ def find_tokenizer_file(path: str | Path) -> Path:
 def copy_tokenizer(path: str | Path, folder: Path) -> Path:
     """Copy a `tokenizer.json`, and the settings beside it, into `folder`; return the path of the copy."""
     path = find_tokenizer_file(path)
-    for name in SIDE_FILES:
-        if (path.parent / name).is_file():
-            shutil.copyfile(path.parent / name, folder / name)
-    shutil.copyfile(path, folder / TOKENIZER_FILE)
+    for name, file in tokenizer_files(path).items():
+        shutil.copyfile(file, folder / name)
     return folder / TOKENIZER_FILE
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """A `tokenizer.json`, and the files beside it that belong to it, by name."""
+    beside = {name: path.parent / name for name in SIDE_FILES}
+    return {TOKENIZER_FILE: path, **{name: file for name, file in beside.items() if file.is_file()}}
 
 
 def write_hf_tokenizer(tokenizer_path: str | Path, folder: str | Path, max_length: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pipekit.distributed.processes import raise_together
 from pipekit.engine.tensor_group import logical_shape
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
+from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.tensor_parallel import shard_of
 
 
@@ -74,8 +76,39 @@ def load_checkpoint(
     return training
 
 
+def load_initial_weights(engine: TrainingEngine, source: HuggingFaceFolder) -> None:
+    """Set the engine's weights to those of a model of Hugging Face. Every rank calls this together.
+
+    Each rank reads the tensors of its own stage one at a time, and only its own slices of them.
+
+    Raises:
+        CheckpointError: on every rank, if the weights do not fit the model; then nothing has been changed.
+    """
+    error = None
+    try:
+        shapes = source.shapes
+        _check_shapes(engine, shapes, where=source.path)
+    except CheckpointError as failure:
+        error = failure
+    raise_together(error)
+
+    def read(name: str, parameter: nn.Parameter) -> Tensor:
+        return source.tensor(name, shard=shard_of(parameter)).to(parameter.device, torch.float32)
+
+    named = [(name, parameter) for name, parameter, _ in engine.module.named_logical_parameters()]
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            engine.view.load_frozen(parameter, read(name, parameter))
+    engine.view.load_masters((parameter, read(name, parameter)) for name, parameter in named if parameter.requires_grad)
+
+
 def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
     entries = reader.manifest.tensors
+    _check_shapes(engine, {name: entry.shape for name, entry in entries.items()}, where=reader.path)
+
+
+def _check_shapes(engine: TrainingEngine, stored: Mapping[str, tuple[int, ...]], *, where: Path) -> None:
+    """Check stored shapes of logical tensors against those of this rank; a CheckpointError if they do not fit."""
     ours: dict[str, tuple[int, ...]] = {}
     for name, parameter, _ in engine.module.named_logical_parameters():
         ours[name] = logical_shape(parameter)
@@ -83,14 +116,14 @@ def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
         ours[name] = tuple(buffer.shape)
     faults = []
     for name, shape in ours.items():
-        if name not in entries:
+        if name not in stored:
             faults.append(f"{name} is not in it")
-        elif entries[name].shape != shape:
-            faults.append(f"{name} is {entries[name].shape} in it and {shape} in the model")
+        elif stored[name] != shape:
+            faults.append(f"{name} is {stored[name]} in it and {shape} in the model")
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise CheckpointError(
-            f"{reader.path}: belongs to another model: {shown}; use the model section of its config.yaml, or start a "
+            f"{where}: belongs to another model: {shown}; use the model section of its config.yaml, or start a "
             "new run with another run.dir"
         )
 

@@ -19,8 +19,8 @@ from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import replace_folder, write_atomically
-from pipekit.inference.hugging_face import to_hf
-from pipekit.inference.load_model import MODEL_FILE, read_config, read_model
+from pipekit.inference.hugging_face import MODEL_FILE, has_vocabulary_rows, to_hf
+from pipekit.inference.load_model import read_config, read_model
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models.custom import CustomDoor, open_door
 from pipekit.models.family import TransformerFamily
@@ -111,6 +111,12 @@ def _check_names(family: ExportedModel, model: SequentialModel, checkpoint: Path
         raise CheckpointError(f"{checkpoint}: {name} {what}; mend what model.hf_names returns")
 
 
+def exported_vocab(config: ExportedModel) -> int:
+    """Token ids of an exported model: all, without those that pad the vocabulary."""
+    padded = config.export_vocab_size if isinstance(config, TransformerFamily) else None
+    return padded or config.known_vocab_size
+
+
 def _check_free(out: Path, *, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -126,7 +132,10 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 def _write_folder(
     folder: Path, model: SequentialModel, config: ExportedModel, tokenizer_file: Path | None, dtype: ExportDtype
 ) -> None:
-    tensors = to_hf(config, model.logical_tensors())
+    ours = model.logical_tensors()
+    if exported_vocab(config) != config.known_vocab_size:
+        ours |= {name: ours[name][: exported_vocab(config)] for name in ours if has_vocabulary_rows(name)}
+    tensors = to_hf(config, ours)
     exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
     save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
     end_token_id = None
@@ -138,6 +147,8 @@ def _write_folder(
         "config.json": config.hf_config(end_token_id=end_token_id, dtype=dtype),
         "generation_config.json": {**ends, "do_sample": True, "temperature": 1.0, "top_k": 50},
     }
+    if exported_vocab(config) != config.known_vocab_size:
+        contents["config.json"]["vocab_size"] = exported_vocab(config)
     for name, content in contents.items():
         write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
 
@@ -150,8 +161,8 @@ def _compare(
     for tensor in model.logical_tensors().values():
         tensor.copy_(tensor.to(getattr(torch, dtype)))
     shape = (2, min(config.max_positions, 128))
-    prompt = torch.randint(config.known_vocab_size, shape, generator=torch.Generator().manual_seed(0))  # (B, S)
-    ours: Tensor = model(prompt)  # (B, S, V)
+    prompt = torch.randint(exported_vocab(config), shape, generator=torch.Generator().manual_seed(0))  # (B, S)
+    ours: Tensor = model(prompt)[..., : exported_vocab(config)]  # (B, S, V)
     logits, reference = _transformers_logits(folder, prompt, config.hf_class)
     difference = float((ours - logits).abs().max())
     tolerance = _TOLERANCE * max(1.0, float(ours.abs().max()))

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pipekit.checkpoint.manifest import CONFIG_FILE
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config, load_config
 from pipekit.errors import CheckpointError
-from pipekit.inference.hugging_face import from_hf, read_hf_config
+from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import TransformerFamily
-
-MODEL_FILE = "model.safetensors"
-"""Weights of an exported folder."""
 
 
 def load_model(checkpoint: Path, *, trust_code: bool = False) -> tuple[SequentialModel, Config]:
@@ -75,14 +68,7 @@ def load_exported_model(folder: Path) -> tuple[SequentialModel, TransformerFamil
         CheckpointError: if a file cannot be read, or the tensors are another model's.
         ConfigError: if the model is of no family here.
     """
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("config.json holds no mapping")
-        tensors = load_file(folder / MODEL_FILE)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cut short or damaged ({error}); export it again") from None
-    family = read_hf_config(stored, where=str(folder))
-    model = SequentialModel(family.layer_specs(), seed=None)
-    model.load_logical_tensors(dict(from_hf(family, tensors)), where=str(folder))
-    return model.eval(), family
+    source = HuggingFaceFolder(folder)
+    model = SequentialModel(source.model.layer_specs(), seed=None)
+    model.load_logical_tensors({name: source.tensor(name) for name in source.shapes}, where=str(folder))
+    return model.eval(), source.model

@@ -11,9 +11,10 @@ import torch
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
 from pipekit.errors import PipekitError
-from pipekit.inference.load_model import MODEL_FILE, load_exported_model, load_model
+from pipekit.inference.load_model import load_exported_model, load_model
 from pipekit.inference.sample_tokens import sample_tokens
 from pipekit.layers.sequential import SequentialModel
+from pipekit.models.imported import HF_CONFIG_FILE
 
 
 def stream_text(
@@ -70,7 +71,7 @@ def stream_text(
 
 def _load(source: Path, *, trust_code: bool) -> tuple[SequentialModel, TextTokenizer, int]:
     """Model, tokenizer and longest sequence of an exported folder, or of a run or checkpoint."""
-    if (source / "config.json").is_file() and (source / MODEL_FILE).is_file():
+    if (source / HF_CONFIG_FILE).is_file():
         folder = source
         model, family = load_exported_model(folder)
         max_positions = family.longest_sequence

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipekit.config import Config
 from pipekit.errors import ConfigError
+from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.models.custom import load_object
+from pipekit.models.family import TransformerFamily
 from pipekit.plan.decide import Decision, decide_run
 from pipekit.plan.plan import StartPoint
 from pipekit.plan.resources import Resources
@@ -36,5 +40,16 @@ def prepare_run(
         PipekitError: if something does not fit; it says what to type instead.
     """
     trial = load_trial(config)
+    source = initial_weights(config) if start is None else None
+    if source is not None:
+        source.check()
     prepared = trial.prepare(config, on_progress)
     return decide_run(config, trial, resources, prepared=prepared, start=start, on_progress=on_progress)
+
+
+def initial_weights(config: Config) -> HuggingFaceFolder | None:
+    """The folder whose weights a new run begins with; None where they are drawn. A CheckpointError if it has none."""
+    model = config.model
+    if not isinstance(model, TransformerFamily) or model.init_from is None:
+        return None
+    return HuggingFaceFolder(Path(model.init_from).expanduser(), model)

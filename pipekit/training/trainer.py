@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipekit.checkpoint.manifest import EMA, TOKENIZER_FILE, TrainingState, checkpoint_name, earlier_checkpoints
+from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
 from pipekit.data.loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
+from pipekit.data.tokenizer import tokenizer_files
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.build import build_engine
 from pipekit.engine.late_number import LateNumber
-from pipekit.engine.load import load_checkpoint
+from pipekit.engine.load import load_checkpoint, load_initial_weights
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoint
@@ -31,6 +32,7 @@ from pipekit.plan.plan import StartPoint
 from pipekit.plan.run_folder import check_data
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.ema import ema_weights, track_ema
+from pipekit.training.prepare import initial_weights
 from pipekit.training.profile import save_profile
 from pipekit.training.trial import Trial
 
@@ -127,6 +129,9 @@ class Trainer:
         self._checkpoint = context.start
         if context.plan.start is not None:
             self._resume(context.plan.start)
+        elif source := initial_weights(self.config):
+            context.mpu.activity.begin("start", f"loading {source.path}")
+            load_initial_weights(self.engine, source)
         self._each(lambda callback: callback.on_train_start(context.plan, context.folder, self.step))
         started_s = time.perf_counter()
         first_val_loss = None
@@ -340,7 +345,7 @@ class Trainer:
             self.context.folder.checkpoints,
             training=training,
             config_yaml=self.config.to_yaml(),
-            extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else {},
+            extra_files={} if tokenizer is None else tokenizer_files(tokenizer),
             retention=Retention(settings.keep, settings.keep_every, settings.keep_best, settings.best_is),
             name=name,
             background=self._snapshot_memory,

@@ -1,0 +1,26 @@
+"""`pipekit import`: a Hugging Face model as the beginning of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipekit.commands.shared_options import Overrides
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model.", show_default=False)],
+    run: Annotated[Path | None, typer.Argument(help="Folder of the run to write.", show_default=False)] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a Hugging Face model as the first checkpoint of a run; without RUN, print its configuration."""
+    from pipekit.inference.import_model import import_config, import_model
+
+    if run is None:
+        typer.echo(import_config(source).to_yaml(), nl=False)
+        return
+    checkpoint, config = import_model(source, run, overrides or [])
+    typer.echo(f"imported {config.model.description} from {source} as {checkpoint}")
+    typer.echo(f"train it with: pipekit train {run / 'config.yaml'} data.source=YOUR_TEXT")
