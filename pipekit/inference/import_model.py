@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def import_config(source: str | Path, run: str | Path | None = None, overrides: 
     Raises:
         PipekitError: if the model cannot be imported; the message names the setting or the tensor.
     """
-    values = {"model": {"family": "auto", "init_from": str(source)}, "train": {"steps": _STEPS}}
+    values: dict[str, Any] = {"model": {"family": "auto", "init_from": str(source)}, "train": {"steps": _STEPS}}
     if run is not None:
         values["run"] = {"dir": str(run)}
     overrides = list(overrides)
@@ -79,7 +80,7 @@ def import_model(source: str | Path, run: str | Path, overrides: Iterable[str] =
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        changes = {"model.init_from": None}
+        changes: dict[str, str | None] = {"model.init_from": None}
         if (folder / TOKENIZER_FILE).is_file() and config.data.tokenizer == str(folder):
             (run / "tokenizer").mkdir(exist_ok=True)
             copy_tokenizer(folder, run / "tokenizer")
