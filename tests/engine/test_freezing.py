@@ -99,10 +99,10 @@ def compare(results: list[dict[str, Any]], case: Case, patterns: tuple[str, ...]
         (Case(pp=2, dp=2), EMBEDDING),
         (Case(pp=2, zero=0), EMBEDDING),
         (Case(pp=2, schedule="zb-v", tp=2), FIRST_HALF),
-        (Case(pp=3, schedule="zb-h1", zero=0), FIRST_HALF),
-        (Case(pp=2, schedule="interleaved-1f1b"), FIRST_HALF),
-        (Case(pp=2, dp=2, schedule="gpipe", checkpointing=True), LAST_HALF),
-        (Case(pp=3, schedule="auto", dp=1), LAST_HALF),
+        pytest.param(Case(pp=3, schedule="zb-h1", zero=0), FIRST_HALF, marks=pytest.mark.slow),
+        pytest.param(Case(pp=2, schedule="interleaved-1f1b"), FIRST_HALF, marks=pytest.mark.slow),
+        pytest.param(Case(pp=2, dp=2, schedule="gpipe", checkpointing=True), LAST_HALF, marks=pytest.mark.slow),
+        pytest.param(Case(pp=3, schedule="auto", dp=1), LAST_HALF, marks=pytest.mark.slow),
         (Case(pp=2, tp=2, precision="bf16"), BIASES),
         (Case(zero=2, dp=2), BIASES),
         (Case(zero=3, dp=2), FIRST_HALF),
@@ -130,7 +130,7 @@ def test_every_schedule_runs_stages_of_which_nothing_is_trained(
     ("writer", "reader"),
     [
         (Case(pp=2, zero=0), Case(zero=2, dp=2)),
-        (Case(pp=2, dp=2), Case(pp=3)),
+        pytest.param(Case(pp=2, dp=2), Case(pp=3), marks=pytest.mark.slow),
         (Case(zero=3, dp=2), Case(pp=2, tp=2, zero=0)),
     ],
     ids=show,
@@ -141,7 +141,9 @@ def test_a_checkpoint_goes_on_at_another_layout(gloo: GlooWorkers, tmp_path: Pat
     compare(gloo.run(reader.world_size, job, reader, FIRST_HALF, load), reader, FIRST_HALF, start=2)
 
 
-@pytest.mark.parametrize("reader", [Case(pp=2), Case(pp=2, zero=0), Case(zero=3, dp=2)], ids=show)
+@pytest.mark.parametrize(
+    "reader", [Case(pp=2), Case(pp=2, zero=0), pytest.param(Case(zero=3, dp=2), marks=pytest.mark.slow)], ids=show
+)
 def test_a_checkpoint_goes_on_with_other_frozen_parameters(gloo: GlooWorkers, tmp_path: Path, reader: Case) -> None:
     gloo.run(2, job, Case(pp=2), FIRST_HALF, {"save": str(tmp_path), "stop": 2})
     results = gloo.run(2, job, reader, LAST_HALF, {"load": str(tmp_path / "step-00000002")})
