@@ -179,6 +179,23 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: str | Path, max_lengt
         _write_json(folder / "special_tokens_map.json", {name: settings[name] for name in names if settings.get(name)})
 
 
+def special_token_ids(tokenizer_path: str | Path) -> dict[str, int]:
+    """Ids of the tokens that begin and end a document, and that pad one, by their keys in a `config.json`.
+
+    Where the tokenizer has no `tokenizer_config.json`, the token that ends a document begins it, too.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    settings = _read_side_config(find_tokenizer_file(tokenizer_path)) or {"bos_token": tokenizer.end_token}
+    found = {"eos_token_id": tokenizer.end_token_id}
+    for kind in ("bos", "pad"):
+        token = settings.get(f"{kind}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        token_id = tokenizer.backend.token_to_id(content) if isinstance(content, str) else None
+        if token_id is not None:
+            found[f"{kind}_token_id"] = token_id
+    return found
+
+
 def _wrap(backend: Tokenizer, end_token: str) -> TextTokenizer:
     end_token_id = backend.token_to_id(end_token)
     assert end_token_id is not None

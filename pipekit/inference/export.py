@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
+from pipekit.data.tokenizer import special_token_ids, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import replace_folder, write_atomically
 from pipekit.inference.hugging_face import MODEL_FILE, has_vocabulary_rows, to_hf
@@ -138,14 +138,20 @@ def _write_folder(
     tensors = to_hf(config, ours)
     exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
     save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
-    end_token_id = None
+    special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+    generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50}
     if tokenizer_file is not None:
-        end_token_id = load_tokenizer(tokenizer_file).end_token_id
+        special |= special_token_ids(tokenizer_file)
         write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
-    ends = {"bos_token_id": end_token_id, "eos_token_id": end_token_id}
+        if (kept := folder / "generation_config.json").is_file():
+            generation = json.loads(kept.read_text(encoding="utf-8"))
+    ends = generation.get("eos_token_id")
+    # A model may end its answers with other tokens, too; they stay.
+    if not (isinstance(ends, list) and special["eos_token_id"] in ends):
+        generation["eos_token_id"] = special["eos_token_id"]
     contents = {
-        "config.json": config.hf_config(end_token_id=end_token_id, dtype=dtype),
-        "generation_config.json": {**ends, "do_sample": True, "temperature": 1.0, "top_k": 50},
+        "config.json": {**config.hf_config(end_token_id=special["eos_token_id"], dtype=dtype), **special},
+        "generation_config.json": {**special, **generation},
     }
     if exported_vocab(config) != config.known_vocab_size:
         contents["config.json"]["vocab_size"] = exported_vocab(config)

@@ -158,6 +158,28 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert (checkpoint / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+def test_special_tokens_and_the_chat_template_go_home(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", vocab_size=320)
+    backend = small_tokenizer()
+    backend.add_special_tokens(["<|im_end|>", "<pad>"])
+    backend.save(str(tmp_path / "hf/tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "hf/chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
+    end, pad = (backend.token_to_id(token) for token in ("<|im_end|>", "<pad>"))
+    generation = {"eos_token_id": [end, 0], "top_k": 7}
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps(generation))
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    stored = json.loads((tmp_path / "out/config.json").read_text())
+    assert (stored["eos_token_id"], stored["bos_token_id"], stored["pad_token_id"]) == (end, None, pad)
+    kept = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (kept["eos_token_id"], kept["top_k"], kept["pad_token_id"]) == ([end, 0], 7, pad)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, pad)
+    assert "<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False)
+
+
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path: Path) -> None:
     write_hf(tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
