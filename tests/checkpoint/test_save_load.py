@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, train_job, training_state
+from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, show, train_job, training_state
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
 from pipekit.checkpoint.reader import CheckpointReader
@@ -75,6 +75,46 @@ def test_fp32_at_another_pp_is_the_same_to_1e5(gloo: GlooWorkers, tmp_path: Path
     whole = run(gloo, Case(pp=2), save=str(tmp_path))[0]
     resumed = run(gloo, Case(pp=1), load=str(tmp_path / "step-00000005"))[0]
     assert resumed["losses"] == pytest.approx(whole["losses"][5:], rel=1e-5)
+
+
+def save_again(rank: int, case: Case, checkpoint: str, folder: str) -> None:
+    from pipekit.engine.load import load_checkpoint
+
+    engine = build_engine(case)
+    load_checkpoint(engine, CheckpointReader(Path(checkpoint)))
+    save_engine(engine, Path(folder), 5)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        Case(dp=2, zero=3, steps=15),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (
+                Case(pp=1, zero=0, steps=15),
+                Case(pp=4, zero=1, steps=15),
+                Case(pp=2, tp=1, dp=2, zero=1, steps=15),
+                Case(dp=4, zero=2, steps=15),
+            )
+        ),
+    ],
+    ids=show,
+)
+def test_from_all_axes_to_any_others_losses_and_moments_are_the_same(
+    gloo: GlooWorkers, tmp_path: Path, reader: Case
+) -> None:
+    writer = Case(pp=2, tp=2, dp=2, zero=1, steps=15)
+    whole = run(gloo, writer, save=str(tmp_path))[0]
+    checkpoint = tmp_path / "step-00000005"
+    resumed = run(gloo, reader, load=str(checkpoint))[0]
+    assert resumed["losses"] == pytest.approx(whole["losses"][5:], rel=1e-5)
+    gloo.run(reader.world_size, save_again, reader, str(checkpoint), str(tmp_path / "again"))
+    one, other = CheckpointReader(checkpoint), CheckpointReader(tmp_path / "again" / checkpoint.name)
+    for name, entry in one.manifest.tensors.items():
+        for kind in entry.files:
+            assert torch.equal(one.tensor(name, kind), other.tensor(name, kind)), (name, kind)
+        assert entry.files.keys() == {"weights", "exp_avg", "exp_avg_sq"}
 
 
 def test_a_checkpoint_knows_no_layout(gloo: GlooWorkers, tmp_path: Path) -> None:
