@@ -218,7 +218,7 @@ class DecoderFamily(TransformerFamily):
 
     @classmethod
     def _settings_of(cls, stored: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
-        """What a `config.json` says, in the form in which `hf_keys` reads it."""
+        """Content of a `config.json`, in the form in which `hf_keys` reads it."""
         return {**stored, "attention_dropout": float(stored.get("attention_dropout", 0.0))}
 
     def hf_renames(self) -> list[TensorRename]:

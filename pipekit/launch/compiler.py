@@ -1,4 +1,4 @@
-"""What `train.compile` needs on this machine: a compiler, and a folder for compiled code."""
+"""Environment of `train.compile`: a compiler, and a folder for compiled code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compiler_environ(config: Config, environ: Mapping[str, str], *, device: str)
 
 
 def _missing(environ: Mapping[str, str], device: str) -> str | None:
-    """What torch would miss when it compiles.
+    """Name of what torch would miss when it compiles; None if nothing.
 
     Source: torch/_inductor/cpp_builder.py (`get_cpp_compiler`); triton/runtime/build.py.
     """
