@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pipekit.errors import PipekitError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -32,6 +36,39 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def building_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which gets its final name where the block succeeds, and is removed where it fails.
+
+    It lies beside the final one, in place of which it comes; see `replace_folder`.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path, *, marker: str, what: str, overwrite: bool) -> None:
+    """Check that a folder can be written: it is not there, empty, or to be overwritten and `what` it has a marker of.
+
+    Raises:
+        PipekitError: if it cannot.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / marker).is_file():
+        raise PipekitError(
+            f"{out}: is there already and is no earlier {what} (it has no {marker}), so it is not replaced; give "
+            "another folder"
+        )
+    if not overwrite:
+        raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

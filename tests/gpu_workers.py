@@ -48,7 +48,7 @@ class GpuWorkers(GlooWorkers):
 
 
 def workers_on(device: str) -> GlooWorkers:
-    """Return what starts ranks on a kind of device."""
+    """Starter of ranks on a kind of device."""
     return GpuWorkers() if device == "cuda" else GlooWorkers()
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from pipekit.checkpoint.manifest import (
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.writer import tensor_bytes, write_tensors
 from pipekit.errors import CheckpointError
-from pipekit.files import replace_folder, write_atomically
+from pipekit.files import building_folder, write_atomically
 
 # An average is written in files of so many bytes at most, or of one tensor.
 _FILE_BYTES = 512 * 2**20
@@ -98,12 +96,8 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path, *, kind: str 
                 raise CheckpointError(f"{reader.path}: {name!r} is not as in {checkpoints[-1]}; average one model's")
     what = f"average-of-{len(readers)}" if kind == WEIGHTS else f"{kind}-of"
     final = folder / f"{what}-{checkpoint_name(last.training.step)}"
-    temporary = folder / f".{final.name}.tmp"
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    try:
+        with building_folder(final) as temporary:
             entries, file_bytes = _write_average(readers, temporary, kind)
             for name in last.file_checksums:
                 write_atomically(temporary / name, (checkpoints[-1] / name).read_bytes())
@@ -118,9 +112,8 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path, *, kind: str 
                 file_checksums=last.file_checksums,
             )
             write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
-            replace_folder(temporary, final)
-        except OSError as error:
-            raise CheckpointError(f"{final}: could not be written: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{final}: could not be written: {error}") from None
     return final
 
 

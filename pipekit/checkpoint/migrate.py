@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from pipekit.checkpoint.manifest import (
 )
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.errors import CheckpointError
-from pipekit.files import replace_folder, write_atomically
+from pipekit.files import building_folder, write_atomically
 
 _LAYER = re.compile(r"layer_(\d+)-(.*)model_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -101,17 +100,12 @@ def migrate(source: Path, run: Path, *, renames: Mapping[str, str] | None = None
     final = run / CHECKPOINTS_FOLDER / checkpoint_name(found.training.step)
     if final.exists():
         raise CheckpointError(f"{final}: is there already; give another run folder")
-    temporary = final.with_name(f".{final.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(found, temporary, source)
-        replace_folder(temporary, final)
+        with building_folder(final) as temporary:
+            _write(found, temporary, source)
         write_atomically(final.parent / LATEST_FILE, final.name + "\n")
     except OSError as error:
         raise CheckpointError(f"{final}: could not be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     found.path = final
     return found
 

@@ -209,6 +209,7 @@ class Receiver:
     def start(self) -> None:
         """Begin a step."""
         assert not self._posted, "the step before was left in the middle"
+        assert not self._deferred, "the step before was left in the middle"
 
     def post(self, action: Action) -> None:
         """Ask for an action's result, the next one that the sender sends."""

@@ -129,9 +129,11 @@ class MicroBatchReader:
     def _tell(self, report: list[int]) -> _Report:
         """Begin to send this rank's report to all others of the pipeline."""
         told = torch.tensor(report, dtype=torch.int64)
-        tag, group = self._tag(self._mpu.pipe_rank), self._group
-        peers = [] if group is None else [index for index in range(group.size) if index != group.rank]
-        return _Report(told, [group.process_group.send([told], index, tag) for index in peers if group is not None])
+        if self._group is None:
+            return _Report(told, [])
+        tag, process_group, own = self._tag(self._mpu.pipe_rank), self._group.process_group, self._group.rank
+        peers = [index for index in range(self._group.size) if index != own]
+        return _Report(told, [process_group.send([told], index, tag) for index in peers])
 
     def _tag(self, source: int) -> int:
         # Descriptions of activations have the tag 0; each of the two ranks that report has a tag of its own.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.data.tokenizer import special_token_ids, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
-from pipekit.files import replace_folder, write_atomically
+from pipekit.files import building_folder, check_free, write_atomically
 from pipekit.inference.hugging_face import MODEL_FILE, has_vocabulary_rows, to_hf
 from pipekit.inference.load_model import read_config, read_model
 from pipekit.layers.sequential import SequentialModel
@@ -76,7 +75,7 @@ def export_checkpoint(
         PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
     """
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
-    _check_free(out, overwrite=overwrite)
+    check_free(out, marker=PROOF_FILE, what="export", overwrite=overwrite)
     reader = CheckpointReader(checkpoint)
     config = read_config(reader)
     if reason := config.model.no_export_reason():
@@ -87,20 +86,14 @@ def export_checkpoint(
     model = read_model(reader, config, trust_code=trust_code)
     family = config.model if isinstance(config.model, TransformerFamily) else open_door(config)
     _check_names(family, model, checkpoint)
-    final = out.resolve()
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_folder(temporary, model, family, reader.file(TOKENIZER_FILE), dtype)
-        step = reader.manifest.training.step
-        check = _compare(temporary, model, family, checkpoint=str(checkpoint), step=step, dtype=dtype)
-        write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
-        replace_folder(temporary, final)
+        with building_folder(out.resolve()) as temporary:
+            _write_folder(temporary, model, family, reader.file(TOKENIZER_FILE), dtype)
+            step = reader.manifest.training.step
+            check = _compare(temporary, model, family, checkpoint=str(checkpoint), step=step, dtype=dtype)
+            write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return check
 
 
@@ -115,18 +108,6 @@ def exported_vocab(config: ExportedModel) -> int:
     """Token ids of an exported model: all, without those that pad the vocabulary."""
     padded = config.export_vocab_size if isinstance(config, TransformerFamily) else None
     return padded or config.known_vocab_size
-
-
-def _check_free(out: Path, *, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / PROOF_FILE).is_file():
-        raise PipekitError(
-            f"{out}: is there already and is no earlier export (it has no {PROOF_FILE}), so it is not replaced; give "
-            "another folder"
-        )
-    if not overwrite:
-        raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
 
 
 def _write_folder(
@@ -144,7 +125,7 @@ def _write_folder(
         special |= special_token_ids(tokenizer_file)
         write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
         if (kept := folder / "generation_config.json").is_file():
-            generation = json.loads(kept.read_text(encoding="utf-8"))
+            generation = _read_generation(kept)
     ends = generation.get("eos_token_id")
     # A model may end its answers with other tokens, too; they stay.
     if not (isinstance(ends, list) and special["eos_token_id"] in ends):
@@ -157,6 +138,18 @@ def _write_folder(
         contents["config.json"]["vocab_size"] = exported_vocab(config)
     for name, content in contents.items():
         write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def _read_generation(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no mapping")
+    except ValueError as error:
+        raise PipekitError(
+            f"{file.name}, which came with the tokenizer, cannot be read: {error}; mend it beside the tokenizer"
+        ) from None
+    return settings
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from pipekit.checkpoint.writer import write_tensors
 from pipekit.config import Config, parse_config
 from pipekit.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, tokenizer_files
 from pipekit.errors import CheckpointError, ConfigError
-from pipekit.files import replace_folder, write_atomically
+from pipekit.files import building_folder, write_atomically
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.models.family import TransformerFamily
 
@@ -76,24 +76,20 @@ def import_model(source: str | Path, run: str | Path, overrides: Iterable[str] =
     model = config.model
     assert isinstance(model, TransformerFamily)
     final = run / CHECKPOINTS_FOLDER / checkpoint_name(0)
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)
         changes: dict[str, str | None] = {"model.init_from": None}
         if (folder / TOKENIZER_FILE).is_file() and config.data.tokenizer == str(folder):
             (run / "tokenizer").mkdir(exist_ok=True)
             copy_tokenizer(folder, run / "tokenizer")
             changes["data.tokenizer"] = str(run / "tokenizer")
         config = config.updated(changes)
-        _write_checkpoint(temporary, HuggingFaceFolder(folder, model), config)
-        replace_folder(temporary, final)
+        with building_folder(final) as temporary:
+            _write_checkpoint(temporary, HuggingFaceFolder(folder, model), config)
         write_atomically(final.parent / LATEST_FILE, final.name + "\n")
         write_atomically(run / CONFIG_FILE, config.to_yaml())
     except OSError as error:
         raise CheckpointError(f"{run}: could not be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final, config
 
 

@@ -6,7 +6,7 @@ It takes every checkpoint, whatever its model, and runs no code that the checkpo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from pipekit.checkpoint.manifest import resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.errors import PipekitError
-from pipekit.files import replace_folder, write_atomically
+from pipekit.files import building_folder, check_free, write_atomically
 
 TENSORS_FILE, LOADER_FILE = "model.safetensors", "load_tensors.py"
 
@@ -64,23 +64,6 @@ class RawExport:
     num_elements: int
 
 
-class _Converted(Mapping[str, Tensor]):
-    """Weights of a checkpoint in another number format, each read when it is asked for; integers stay as they are."""
-
-    def __init__(self, reader: CheckpointReader, dtype: torch.dtype) -> None:
-        self._reader, self._dtype = reader, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._reader.tensor(name)
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reader.manifest.tensors)
-
-    def __len__(self) -> int:
-        return len(self._reader.manifest.tensors)
-
-
 def export_raw(
     source: str | Path,
     out: str | Path,
@@ -103,38 +86,41 @@ def export_raw(
         PipekitError: if `out` is there already, or the file does not hold what was written; nothing is left behind.
     """
     reader, out = CheckpointReader(resolve_checkpoint(Path(source))), Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / LOADER_FILE).is_file():
-            raise PipekitError(f"{out}: is there already and is no earlier raw export; give another folder")
-        if not overwrite:
-            raise PipekitError(f"{out}: is there already; give another folder, or replace it with --overwrite")
-    tensors = _Converted(reader, getattr(torch, dtype))
-    final = out.resolve()
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    check_free(out, marker=LOADER_FILE, what="raw export", overwrite=overwrite)
+    planned = {
+        name: torch.empty(
+            entry.shape, dtype=_exported(getattr(torch, entry.dtype), getattr(torch, dtype)), device="meta"
+        )
+        for name, entry in reader.manifest.tensors.items()
+    }
+
+    def read(name: str) -> Tensor:
+        return reader.tensor(name).to(planned[name].dtype)
+
     try:
-        temporary.mkdir(parents=True)
-        write_tensors(temporary / TENSORS_FILE, tensors)
-        _compare(temporary / TENSORS_FILE, tensors)
-        write_atomically(temporary / LOADER_FILE, LOADER)
-        for name in reader.manifest.file_checksums:
-            if (file := reader.file(name)) is not None:
-                shutil.copyfile(file, temporary / name)
-        replace_folder(temporary, final)
+        with building_folder(out.resolve()) as temporary:
+            write_tensors(temporary / TENSORS_FILE, planned, read=read)
+            _compare(temporary / TENSORS_FILE, planned, read)
+            write_atomically(temporary / LOADER_FILE, LOADER)
+            for name in reader.manifest.file_checksums:
+                if (file := reader.file(name)) is not None:
+                    shutil.copyfile(file, temporary / name)
     except (OSError, SafetensorError) as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    elements = sum(tensor.numel() for tensor in tensors.values())
-    return RawExport(str(reader.path), reader.manifest.training.step, len(tensors), elements)
+    elements = sum(tensor.numel() for tensor in planned.values())
+    return RawExport(str(reader.path), reader.manifest.training.step, len(planned), elements)
 
 
-def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _exported(stored: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    return asked if stored.is_floating_point else stored
+
+
+def _compare(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
     with safe_open(path, framework="pt", device="cpu") as file:
-        if set(file.keys()) != tensors.keys():
+        if set(file.keys()) != set(names):
             raise PipekitError(f"{path}: holds other tensors than were written; the disk may be at fault")
-        for name, tensor in tensors.items():
-            found = file.get_tensor(name)
+        for name in names:
+            tensor, found = read(name), file.get_tensor(name)
             if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor)):
                 raise PipekitError(f"{path}: {name} is not what was written; the disk may be at fault")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -80,27 +80,29 @@ def plan_operations(schedule: Schedule, *, ahead: int = 0) -> tuple[tuple[Operat
 
 def _post_ahead(operations: Sequence[Operation], ahead: int) -> Iterator[Operation]:
     """The operations of a rank, with up to `ahead` receives of each peer posted at any time."""
-    posts = [operation for operation in operations if operation.kind == "post"]
-    waiting = {post.peer: [each for each in posts if each.peer == post.peer] for post in posts}
+    waiting: defaultdict[int | None, deque[Operation]] = defaultdict(deque)
+    for operation in operations:
+        if operation.kind == "post":
+            waiting[operation.peer].append(operation)
     posted: Counter[int | None] = Counter()
 
     def top_up(peer: int | None) -> Iterator[Operation]:
         while waiting[peer] and posted[peer] < ahead:
             posted[peer] += 1
-            yield waiting[peer].pop(0)
+            yield waiting[peer].popleft()
 
-    for peer in waiting:
+    for peer in list(waiting):
         yield from top_up(peer)
     for operation in operations:
+        peer = operation.peer
         if operation.kind != "post":
             yield operation
-        elif operation in waiting[operation.peer]:
-            posted[operation.peer] += 1
-            waiting[operation.peer].remove(operation)
-            yield operation
+        elif waiting[peer] and waiting[peer][0] == operation:
+            posted[peer] += 1
+            yield waiting[peer].popleft()
         if operation.kind == "receive":
-            posted[operation.peer] -= 1
-            yield from top_up(operation.peer)
+            posted[peer] -= 1
+            yield from top_up(peer)
 
 
 def most_posted(operations: Sequence[Operation]) -> int:

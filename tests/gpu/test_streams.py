@@ -23,7 +23,7 @@ from schedules.test_nccl import by_direction
 pytestmark = pytest.mark.distributed
 
 _LIMIT_S = 1.0
-"""What ends does so within milliseconds."""
+"""Limit for an end that takes milliseconds, if it comes."""
 
 
 @dataclass(frozen=True)

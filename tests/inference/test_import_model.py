@@ -16,7 +16,7 @@ from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, micro_batche
 from gloo_workers import GlooWorkers
 from hand_made import small_tokenizer
 from pipekit.config import load_config, parse_config
-from pipekit.errors import CheckpointError, ConfigError
+from pipekit.errors import CheckpointError, ConfigError, PipekitError
 from pipekit.inference.export import export_checkpoint
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.inference.import_model import import_config, import_model
@@ -178,6 +178,18 @@ def test_special_tokens_and_the_chat_template_go_home(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, pad)
     assert "<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_generation_settings_stop_the_export(tmp_path: Path, content: str) -> None:
+    write_hf(tmp_path / "hf", vocab_size=320)
+    small_tokenizer().save(str(tmp_path / "hf/tokenizer.json"))
+    (tmp_path / "hf/generation_config.json").write_text("{}")
+    checkpoint, _ = import_model(tmp_path / "hf", tmp_path / "run")
+    (checkpoint / "generation_config.json").write_text(content)
+    with pytest.raises(PipekitError, match=r"generation_config\.json"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,8 @@ def test_damage_is_named_and_nothing_is_left_behind(
 ) -> None:
     write = raw_export.write_tensors
 
-    def damaged(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        write(path, tensors)
+    def damaged(path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
+        write(path, tensors, **options)
         save_file({**load_file(path), "blocks.1.bias": torch.ones(2)}, path)
 
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What is missing for compiled layers is said before anything starts."""
+"""The environment of compiled layers: what is missing is said before anything starts."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def record_backward(
     put_off: bool = False,
     change: Callable[[Tensor, list[nn.Parameter]], None] = lambda x, weights: None,
 ) -> list[str]:
-    """Return what happens, in order, in the backward of column-parallel layers of one input."""
+    """Events, in order, of the backward of column-parallel layers of one input."""
     events: list[str] = []
     x = drawn(B, S // 2 if sequence_parallel else S, IN, seed=1).requires_grad_()
     weights = [nn.Parameter(drawn(8, IN, seed=index)) for index in range(num_layers)]
