@@ -10,6 +10,7 @@ from pipekit.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     Manifest,
+    checkpoint_name,
     find_whole,
     list_checkpoints,
     load_manifest,
@@ -52,7 +53,8 @@ class RunFolder:
 def find_start(config: Config) -> StartPoint | None:
     """The checkpoint that a run goes on from, or None where it starts anew. Reads, and writes nothing.
 
-    Where the newest is damaged, it is an earlier one, with a warning.
+    Where the newest is damaged, it is an earlier one, with a warning. From a checkpoint in which nothing has been trained,
+    such as that of an imported model, a run takes the model alone, and its data and everything else may be others.
 
     Raises:
         ConfigError: if the run folder holds a run of another model or other data, or one that `checkpoint.resume=never`
@@ -63,9 +65,11 @@ def find_start(config: Config) -> StartPoint | None:
     resume = config.checkpoint.resume
     if folder.path.exists() and not folder.path.is_dir():
         raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder, or a name that is free")
-    if folder.config.is_file():
-        _check_same_run(folder.config, config, f"run.dir={config.run.dir} holds a run of another configuration")
     existing = list_checkpoints(folder.checkpoints)
+    if folder.config.is_file():
+        what = f"run.dir={config.run.dir} holds a run of another configuration"
+        is_untrained = existing == [folder.checkpoints / checkpoint_name(0)]
+        _check_same_run(folder.config, config, what, model_alone=is_untrained)
     if resume == "never":
         if existing:
             raise ConfigError(
@@ -78,8 +82,10 @@ def find_start(config: Config) -> StartPoint | None:
         return None if found is None else StartPoint(found[0], found[1].training.step, found[2])
     checkpoint = resolve_checkpoint(Path(resume))
     manifest = load_manifest(checkpoint)
-    _check_same_run(checkpoint / CONFIG_FILE, config, f"checkpoint.resume={resume} is of another configuration")
-    return StartPoint(checkpoint, manifest.training.step)
+    step = manifest.training.step
+    what = f"checkpoint.resume={resume} is of another configuration"
+    _check_same_run(checkpoint / CONFIG_FILE, config, what, model_alone=step == 0)
+    return StartPoint(checkpoint, step)
 
 
 def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:
@@ -138,8 +144,10 @@ def trim_metrics(path: Path, last_step: int) -> None:
     write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
-def _check_same_run(saved: Path, config: Config, what: str) -> None:
+def _check_same_run(saved: Path, config: Config, what: str, *, model_alone: bool) -> None:
     keys = conflicting_keys(load_config(saved), config)
+    if model_alone:
+        keys = [key for key in keys if key.startswith("model.")]
     if keys:
         shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
         raise ConfigError(

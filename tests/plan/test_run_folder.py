@@ -66,6 +66,22 @@ def test_another_run_is_refused(tmp_path: Path, override: str) -> None:
         find_start(config_in(tmp_path, override))
 
 
+def test_what_nothing_has_been_trained_on_takes_other_data_and_keeps_its_model(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    write_config(folder, config_in(tmp_path))
+    imported = add_checkpoint(folder, 0)
+    (imported / "config.yaml").write_text(config_in(tmp_path).to_yaml())
+    others = ("data.source=my_text", "train.seed=5", "train.sequence_length=64", "parallel.pp=2", "train.steps=20")
+    assert find_start(config_in(tmp_path, *others)) == StartPoint(imported, 0)
+    branch = config_in(tmp_path / "branch", *others, f"checkpoint.resume={imported}")
+    assert find_start(branch) == StartPoint(imported, 0)
+    with pytest.raises(ConfigError, match="another configuration: model.num_layers differs"):
+        find_start(config_in(tmp_path, *others, "model.num_layers=3"))
+    add_checkpoint(folder, 2)
+    with pytest.raises(ConfigError, match="another configuration: data.source, train.sequence_length, train.seed differ"):
+        find_start(config_in(tmp_path, *others))
+
+
 def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
     elsewhere = RunFolder(tmp_path / "other")
     first = add_checkpoint(elsewhere, 1)
