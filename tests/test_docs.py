@@ -229,6 +229,8 @@ def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
     for name, section in schema["properties"].items():
         for definition in re.findall(r"#/\$defs/(\w+)", str(section)):
             keys = schema["$defs"][definition]["properties"]
+            if definition == "AutoFamily":  # has the keys of all families
+                continue
             if "family" not in keys:
                 yield name, keys
                 continue

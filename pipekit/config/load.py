@@ -198,13 +198,13 @@ def _apply_override(draft: _Draft, override: str) -> None:
 
 def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
     keys = section_keys()
-    _take_over_source(draft)
+    knows_model = _take_over_source(draft)
     sections: dict[str, Any] = {}
     for name in draft.values:
         if name not in Config.model_fields:
             draft.add(Fault((str(name),), f"{name}: unknown section; {suggest_key(str(name), (), keys)}"))
     for name in Config.model_fields:
-        section = _check_section(draft, name, keys, default_dir)
+        section = _check_section(draft, name, keys, default_dir) if name != "model" or knows_model else None
         if section is not None:
             sections[name] = section
     for fault in check_rules(sections):
@@ -215,24 +215,35 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
     return Config.model_construct(**sections)
 
 
-def _take_over_source(draft: _Draft) -> None:
-    """Take the settings of `family: auto` from the folder that `model.init_from` names, and the tokenizer from it."""
+def _take_over_source(draft: _Draft) -> bool:
+    """Take the settings of `family: auto` from the folder that `model.init_from` names, and the tokenizer from it.
+
+    Returns:
+        False, after noting why, where the folder does not tell the model, which then cannot be checked.
+    """
     model, data = draft.values.get("model"), draft.values.get("data") or {}
-    if not isinstance(model, dict) or not isinstance(data, dict) or not isinstance(model.get("init_from"), str):
-        return
-    folder = Path(model["init_from"]).expanduser()
-    if model.get("family") == "auto":
+    if not isinstance(model, dict) or not isinstance(data, dict):
+        return True
+    source, is_auto = model.get("init_from"), model.get("family") == "auto"
+    if not isinstance(source, str):
+        if is_auto:
+            message = "model.family=auto: needs the folder of a Hugging Face model, in which it is read"
+            draft.add(Fault(("model", "family"), f"{message}; for example model.init_from=downloads/gpt2"))
+        return not is_auto
+    folder = Path(source).expanduser()
+    if is_auto:
         try:
             stored = read_hf_folder(folder).model_dump(exclude={"preset"})
         except ConfigError as error:
             draft.add(Fault(("model", "init_from"), f"model.init_from: {error}"))
-            stored = {}
+            return False
         given = {key: value for key, value in model.items() if key != "family"}
         padded = type(given.get("vocab_size")) is int and given["vocab_size"] > stored.get("vocab_size", 0)
         own = {"export_vocab_size": stored.get("vocab_size")} if padded else {}
         draft.values["model"] = {**stored, **own, **given}
     if data.get("tokenizer") is None and (folder / "tokenizer.json").is_file():
         draft.values["data"] = {**data, "tokenizer": str(folder)}
+    return True
 
 
 def _written_out(name: str, values: Any) -> Any:

@@ -53,8 +53,8 @@ class RunFolder:
 def find_start(config: Config) -> StartPoint | None:
     """The checkpoint that a run goes on from, or None where it starts anew. Reads, and writes nothing.
 
-    Where the newest is damaged, it is an earlier one, with a warning. From a checkpoint in which nothing has been trained,
-    such as that of an imported model, a run takes the model alone, and its data and everything else may be others.
+    Where the newest is damaged, it is an earlier one, with a warning. From a checkpoint in which nothing has been
+    trained, such as that of an imported model, a run takes the model alone: its data and everything else may be others.
 
     Raises:
         ConfigError: if the run folder holds a run of another model or other data, or one that `checkpoint.resume=never`

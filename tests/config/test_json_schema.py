@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from pipekit.config import config_json_schema, parse_config
 from pipekit.errors import ConfigError
+from pipekit.models import find_families
 
 SCHEMA = config_json_schema()
 TYPES = {"object": dict, "array": (list, tuple), "string": str, "null": type(None), "boolean": bool}
@@ -93,6 +95,23 @@ def test_the_schema_accepts_configurations_that_load(values: dict[str, Any]):
     config = parse_config(values)
     assert accepts(SCHEMA, values)
     assert accepts(SCHEMA, yaml.safe_load(config.to_yaml()))
+
+
+def test_the_schema_accepts_a_model_that_its_folder_describes(tmp_path: Path):
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "max_positions": 128, "vocab_size": 50}
+    llama = find_families()["llama"](**sizes)
+    (tmp_path / "config.json").write_text(json.dumps(llama.hf_config(end_token_id=0, dtype="float32")))
+    auto = f"family: auto, init_from: {tmp_path}"
+    for model in (auto, f"{auto}, vocab_size: 64, dropout: 0.1, rms_norm_eps: 1.0e-6"):
+        values = yaml.safe_load(f"model: {{{model}}}\ntrain: {{steps: 3}}")
+        config = parse_config(values)
+        assert accepts(SCHEMA, values)
+        assert accepts(SCHEMA, yaml.safe_load(config.to_yaml()))
+    for wrong in ("family: auto", f"{auto}, hiden_size: 8", f"{auto}, vocab_size: 0"):
+        values = yaml.safe_load(f"model: {{{wrong}}}\ntrain: {{steps: 3}}")
+        with pytest.raises(ConfigError):
+            parse_config(values)
+        assert not accepts(SCHEMA, values)
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,22 @@ def test_a_function_may_be_given_as_text_or_as_a_mapping():
     assert text == mapping
     assert text.model.builder == "pkg.mod:build"
     assert text.model.num_layer_specs is None
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"family": "auto"},
+            "model.family=auto: needs the folder of a Hugging Face model, in which it is read; for example "
+            "model.init_from=downloads/gpt2",
+        ),
+        (
+            {"family": "auto", "init_from": "nowhere"},
+            "model.init_from: nowhere/config.json: no such file; give the folder of a Hugging Face model, .*",
+        ),
+    ],
+)
+def test_a_family_that_no_folder_tells_is_one_error(model: dict[str, str], message: str):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        parse_config({"model": model, "train": {"steps": 1}})

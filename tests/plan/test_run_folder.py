@@ -75,10 +75,10 @@ def test_what_nothing_has_been_trained_on_takes_other_data_and_keeps_its_model(t
     assert find_start(config_in(tmp_path, *others)) == StartPoint(imported, 0)
     branch = config_in(tmp_path / "branch", *others, f"checkpoint.resume={imported}")
     assert find_start(branch) == StartPoint(imported, 0)
-    with pytest.raises(ConfigError, match="another configuration: model.num_layers differs"):
+    with pytest.raises(ConfigError, match=r"another configuration: model\.num_layers differs"):
         find_start(config_in(tmp_path, *others, "model.num_layers=3"))
     add_checkpoint(folder, 2)
-    with pytest.raises(ConfigError, match="another configuration: data.source, train.sequence_length, train.seed differ"):
+    with pytest.raises(ConfigError, match=r"configuration: data\.source, train\.sequence_length, train\.seed differ"):
         find_start(config_in(tmp_path, *others))
 
 
