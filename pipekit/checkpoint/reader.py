@@ -1,10 +1,9 @@
-"""Reading a checkpoint's tensors, one at a time, straight from the mapped files."""
+"""Reading a checkpoint's tensors, one at a time, each from a mapping of its own, so that no other stays in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +26,6 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = load_manifest(path)
-        self._files: dict[str, Any] = {}
         self._verified: set[tuple[str, str]] = set()
 
     def file(self, name: str) -> Path | None:
@@ -80,12 +78,11 @@ class CheckpointReader:
         return torch.cat([whole[(slice(None),) * shard.dim + (own,)] for own in shard.slices], shard.dim)
 
     def _mapped(self, name: str, kind: str) -> Tensor:
-        """A whole tensor in the mapped file: only what is used of it is read."""
+        """A whole tensor in a mapping that lasts as long as it does: only what is used of it is read."""
         file_name = self.manifest.tensors[name].files[kind]
         try:
-            if file_name not in self._files:
-                self._files[file_name] = safe_open(self.path / file_name, framework="pt", device="cpu")
-            tensor: Tensor = self._files[file_name].get_tensor(name)
+            with safe_open(self.path / file_name, framework="pt", device="cpu") as file:
+                tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise DamagedCheckpointError(f"{self.path / file_name}: damaged ({error})") from None
         return tensor

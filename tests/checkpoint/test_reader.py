@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +79,29 @@ def test_a_file_without_the_tensor_that_the_manifest_promises_is_damaged(checkpo
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no manifest\.json, so it is not a checkpoint"):
         CheckpointReader(tmp_path)
+
+
+WALK = """
+import sys
+from pathlib import Path
+from pipekit.checkpoint.reader import CheckpointReader
+
+def resident(key):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
+
+reader = CheckpointReader(Path(sys.argv[1]))
+before = resident("VmRSS")
+for name, tensor in reader.weights():
+    tensor.sum()
+print(resident("VmHWM") - before)
+"""
+
+
+def test_a_walk_keeps_one_tensor_in_memory(tmp_path: Path) -> None:
+    tensors = {f"{index}": torch.zeros(2_000_000) for index in range(30)}
+    file = "weights-0000.safetensors"
+    save_file(tensors, tmp_path / file)
+    held = {name: {"weights": (file, tensor)} for name, tensor in tensors.items()}
+    write_manifest(tmp_path, held, TrainingState(step=1, consumed_samples=8, seed=1, lr=0.1, optimizer={}))
+    walk = subprocess.run([sys.executable, "-c", WALK, tmp_path], capture_output=True, text=True, check=True)
+    assert int(walk.stdout) < 4 * tensors["0"].nbytes, "of 30"
