@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fork_server import run_pipekit
 
@@ -315,6 +317,7 @@ def test_a_trial_of_ones_own_adds_metrics_that_are_right_under_every_layout(work
 
 
 UNIT_TRIAL = """
+from pathlib import Path
 from pipekit import LanguageModelTrial, ModelParallelUnit
 
 class ReportsLast(ModelParallelUnit):
@@ -334,6 +337,11 @@ class Wrong(LanguageModelTrial):
     @classmethod
     def build_mpu(cls, layout, *, placement, timeout_s):
         return Silent(layout, placement=placement, timeout_s=timeout_s)
+
+class WithoutEnd(LanguageModelTrial):
+    @property
+    def tokenizer_file(self):
+        return Path("without-end/tokenizer.json")
 """
 
 
@@ -354,6 +362,16 @@ def test_a_trials_unit_that_does_not_fit_is_refused_before_training(workspace: P
     assert "the ranks' model-parallel units do not fit together" in done.stderr
     assert "should_report_metrics is True on the ranks []" in done.stderr
     assert not (workspace / "runs/wrong/metrics.jsonl").exists()
+
+
+def test_a_trials_tokenizer_without_an_end_is_refused_before_training(workspace: Path) -> None:
+    (workspace / "own_unit.py").write_text(UNIT_TRIAL)
+    (workspace / "without-end").mkdir()
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(workspace / "without-end/tokenizer.json"))
+    done = pipekit(workspace, "train", "c.yaml", "run.trial=own_unit:WithoutEnd", "run.dir=runs/without-end")
+    assert done.returncode == 2
+    assert "WithoutEnd.tokenizer_file: data.tokenizer='without-end/tokenizer.json': no token that ends a" in done.stderr
+    assert not (workspace / "runs/without-end/metrics.jsonl").exists()
 
 
 FAILING_TRIAL = """

@@ -61,7 +61,8 @@ def command(
     from pipekit.config import load_config
 
     options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure)
-    report = plan_report(load_config(config, overrides or []), options)
+    loaded = load_config(config, overrides or [])
+    report = plan_report(loaded, options)
     if html is not None:
         from pipekit.commands.plan_page import render_html
 
@@ -73,9 +74,11 @@ def command(
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
         return
     from pipekit.commands.plan_tables import show_report
-    from pipekit.training.console import make_console
+    from pipekit.training.console import make_console, show_export_limit
 
-    show_report(report, make_console())
+    console = make_console()
+    show_report(report, console)
+    show_export_limit(loaded, console)
     if html is not None:
         sys.stdout.write(f"{html} has it as a page\n")
 

@@ -25,7 +25,7 @@ from pipekit.checkpoint.manifest import (
 )
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.config import Config, parse_config
-from pipekit.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, tokenizer_files
+from pipekit.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, load_tokenizer, tokenizer_files
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.files import building_folder, write_atomically
 from pipekit.inference.hugging_face import HuggingFaceFolder
@@ -35,7 +35,7 @@ _STEPS, _LONGEST_SEQUENCE = 1000, 1024
 
 
 def import_config(source: str | Path, run: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Configuration of a run that goes on from a Hugging Face model, whose files are checked. Writes nothing.
+    """Configuration of a run that goes on from a Hugging Face model. Its files are checked, and nothing is written.
 
     Args:
         source: folder of the model.
@@ -57,6 +57,8 @@ def import_config(source: str | Path, run: str | Path | None = None, overrides: 
     config = parse_config(values, overrides)
     assert isinstance(config.model, TransformerFamily)
     HuggingFaceFolder(Path(source).expanduser(), config.model).check()
+    if (path := config.data.tokenizer) is not None:
+        config.model.fit_vocabulary(load_tokenizer(path).vocab_size, tokenizer=path)
     return config
 
 

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from pipekit.config import Config
+from pipekit.models.custom import CustomModelConfig
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
@@ -98,6 +100,13 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print()
         print_table(table, console)
     console.print()
+    show_export_limit(config, console)
+
+
+def show_export_limit(config: Config, console: Console) -> None:
+    """Print why a model cannot be exported to `transformers`, where it cannot."""
+    if reason := config.model.no_export_reason():
+        console.print(f"pipekit export takes this model with --raw alone: it {reason}", markup=False)
 
 
 def facts_table(*rows: tuple[str, str], style: str = "bold cyan") -> Table:
@@ -170,6 +179,7 @@ class ConsoleProgress(Callback):
     def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
         self._folder, self._start_step = folder, start_step
         self._num_steps = plan.config.train.steps
+        self._model = plan.config.model
         self._width = len(str(self._num_steps))
         if start_step:
             self._console.print(f"going on after step {start_step}")
@@ -238,8 +248,12 @@ class ConsoleProgress(Callback):
         next_steps = Table.grid(padding=(0, 2))
         next_steps.add_column(no_wrap=True)
         next_steps.add_column(style="dim")
-        next_steps.add_row(f"  pipekit generate {run} --prompt 'def '", "sample from it")
-        next_steps.add_row(f"  pipekit export {run} {run}/export", "a Hugging Face folder, its logits checked")
+        trust = "--trust-code " if isinstance(self._model, CustomModelConfig) else ""
+        export, written = f"pipekit export {trust}", "a Hugging Face folder, its logits checked"
+        if self._model.no_export_reason():
+            export, written = "pipekit export --raw ", "its tensors, with a loader beside them"
+        next_steps.add_row(f"  pipekit generate {trust}{run} --prompt 'def '", "sample from it")
+        next_steps.add_row(f"  {export}{run} {run}/export", written)
         next_steps.add_row(
             f"  pipekit train {run}/config.yaml train.steps={2 * result.step}", "go on, under any layout"
         )

@@ -43,8 +43,20 @@ def prepare_run(
     source = initial_weights(config) if start is None else None
     if source is not None:
         source.check()
+    if issubclass(trial, LanguageModelTrial) and (source is not None or (start is not None and start.step == 0)):
+        _check_own_tokenizer(config)
     prepared = trial.prepare(config, on_progress)
     return decide_run(config, trial, resources, prepared=prepared, start=start, on_progress=on_progress)
+
+
+def _check_own_tokenizer(config: Config) -> None:
+    """Check that imported weights are not trained on tokens that mean something else."""
+    if config.data.tokenizer is None:
+        raise ConfigError(
+            "data.tokenizer is not given, and no tokenizer.json came with the imported model, whose weights know the "
+            "tokens of its own tokenizer alone; write one with transformers: AutoTokenizer.from_pretrained(MODEL)"
+            ".save_pretrained(FOLDER), and set data.tokenizer=FOLDER"
+        )
 
 
 def initial_weights(config: Config) -> HuggingFaceFolder | None:

@@ -11,10 +11,11 @@ from typing import Literal, TextIO
 import torch
 
 from pipekit.config import Config
+from pipekit.data.tokenizer import load_tokenizer
 from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, DataError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
 from pipekit.layers.freezing import freeze
@@ -118,10 +119,11 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
     if trial.context.mpu.should_report_metrics:
         console = make_console(terminal)
         try:
+            _check_tokenizer(trial)
             callbacks += [MetricsFile()]
             callbacks += [TensorBoardLogger()] if config.logging.tensorboard else []
             callbacks += [WandbLogger(config.logging.wandb)] if config.logging.wandb is not None else []
-        except ConfigError as failure:
+        except PipekitError as failure:
             error = failure
         if not is_watched:
             show_plan(plan, console)
@@ -142,3 +144,13 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
     )
     with heartbeat, fp32_products(context.device, tf32=config.train.tf32):
         return Trainer(trial, callbacks).fit()
+
+
+def _check_tokenizer(trial: Trial) -> None:
+    """Check that checkpoints will carry a tokenizer along with which they can be exported and sampled from."""
+    if trial.tokenizer_file is None:
+        return
+    try:
+        load_tokenizer(trial.tokenizer_file)
+    except DataError as error:
+        raise ConfigError(f"{type(trial).__name__}.tokenizer_file: {error}") from None

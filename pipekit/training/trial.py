@@ -125,5 +125,5 @@ class Trial:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The tokenizer's file, which checkpoints carry along; None where there is none."""
+        """The tokenizer's `tokenizer.json`, which checkpoints carry along; None where there is none."""
         return None

@@ -64,6 +64,13 @@ def test_tables_are_printed_and_a_page_written(path: Path, capsys: pytest.Captur
     assert "pp=2 x dp=1 x tp=1" in shown
     assert str(page) in shown
     assert page.read_text().casefold().startswith("<!doctype html>")
+    assert "--raw" not in shown
+
+
+def test_what_cannot_be_exported_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(path, ["model.num_kv_heads=2"], device="h100")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("pipekit export takes this model with --raw alone: it has model.num_kv_heads=2 for 4 heads")
 
 
 def test_the_device_of_the_plan_decides_the_number_format(path: Path) -> None:

@@ -16,7 +16,7 @@ from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, micro_batche
 from gloo_workers import GlooWorkers
 from hand_made import small_tokenizer
 from pipekit.config import load_config, parse_config
-from pipekit.errors import CheckpointError, ConfigError, PipekitError
+from pipekit.errors import CheckpointError, ConfigError, DataError, PipekitError
 from pipekit.inference.export import export_checkpoint
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.inference.import_model import import_config, import_model
@@ -156,6 +156,18 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert config.data.tokenizer == str(tmp_path / "run/tokenizer")
     assert load_config(tmp_path / "run/config.yaml") == config
     assert (checkpoint / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_tokenizer_that_does_not_fit_is_not_imported(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", vocab_size=280)
+    small_tokenizer().save(str(tmp_path / "hf/tokenizer.json"))
+    num_tokens = small_tokenizer().get_vocab_size()
+    with pytest.raises(ConfigError, match=rf"model\.vocab_size=280 is smaller .*; try model\.vocab_size={num_tokens} "):
+        import_model(tmp_path / "hf", tmp_path / "run")
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    with pytest.raises(DataError, match=r"no token that ends a document \(looked for <\|im_end\|>\)"):
+        import_model(tmp_path / "hf", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_special_tokens_and_the_chat_template_go_home(tmp_path: Path) -> None:

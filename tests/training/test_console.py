@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pipekit.config import parse_config
 from pipekit.plan.decide import decide_run
@@ -96,6 +98,48 @@ def test_a_plan_is_shown_with_its_stages(stream: io.StringIO) -> None:
     assert [row[:3] for row in rows] == [
         [str(stage), str(rank), f"{plan.stage_parameters[stage]:,}"] for stage, rank in enumerate((0, 1, 1, 0))
     ]
+
+
+DOOR = {"hf_names": "my_model:hf_names", "hf_config": "my_model:hf_config"}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason", "flag"),
+    [
+        ({"preset": "tiny"}, None, ""),
+        (
+            {"preset": "tiny", "num_kv_heads": 2},
+            "it has model.num_kv_heads=2 for 4 heads, and GPT2LMHeadModel knows no grouped queries",
+            "--raw ",
+        ),
+        (
+            {"builder": "examples.my_model:build_layers"},
+            "it is built by examples.my_model:build_layers, and its configuration names no model.hf_names and "
+            "model.hf_config",
+            "--raw ",
+        ),
+        ({"builder": "examples.my_model:build_layers", **DOOR}, None, "--trust-code "),
+    ],
+    ids=["built-in", "grouped GPT-2", "own model", "own model with a door"],
+)
+def test_what_cannot_be_exported_is_said_before_and_the_end_tells_what_to_type(
+    model: dict[str, Any], reason: str | None, flag: str
+) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, highlight=False)
+    plan = replace(planned(), config=parse_config({"model": model, "train": {"steps": 10}}))
+    show_plan(plan, console)
+    lines = stream.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    if reason is None:
+        assert "export" not in stream.getvalue()
+    else:
+        said = " ".join(" ".join(lines).split())
+        assert said.endswith(f"pipekit export takes this model with --raw alone: {reason}")
+    progress = ConsoleProgress(console, interval=4)
+    progress.on_train_start(plan, RunFolder("run"), 0)
+    progress.on_train_end(RunResult(10, None, None, metrics(10), 1.0))
+    assert f"pipekit export {flag}run run/export" in stream.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""What is refused while a run is prepared, before any process starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from hand_made import TEXT, random_model, small_tokenizer
+from pipekit.config import Config, parse_config
+from pipekit.errors import ConfigError, DataError
+from pipekit.inference.hugging_face import to_hf
+from pipekit.plan.plan import StartPoint
+from pipekit.plan.resources import Resources
+from pipekit.training.prepare import prepare_run
+
+
+def run_config(tmp_path: Path, *overrides: str, **model: Any) -> Config:
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    data = {"source": str(tmp_path / "text.txt"), "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0}
+    sections = {"model": model or {"preset": "tiny"}, "train": {"steps": 1, "sequence_length": 8}, "data": data}
+    return parse_config({**sections, "run": {"dir": str(tmp_path / "run")}}, overrides)
+
+
+def write_source(folder: Path) -> None:
+    """Write a small Llama in the format of transformers, without a tokenizer."""
+    config, tensors = random_model(family="llama")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.model.hf_config(end_token_id=0, dtype="float32")))  # type: ignore[attr-defined]
+    save_file(dict(to_hf(config.model, tensors)), folder / "model.safetensors")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["file", "folder", "folder that names one", "model"])
+def test_a_tokenizer_without_an_end_of_documents_is_refused(tmp_path: Path, given: str) -> None:
+    write_source(folder := tmp_path / "model")
+    backend = Tokenizer(models.WordLevel({"def": 0, "return": 1, "STOP": 2}, unk_token="def"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    if given == "folder that names one":
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    if given == "model":
+        config = run_config(tmp_path, family="auto", init_from=str(folder))
+    else:
+        config = run_config(tmp_path, f"data.tokenizer={folder / 'tokenizer.json' if given == 'file' else folder}")
+    with pytest.raises(DataError, match=r'no token that ends a document .*: \{"eos_token": "\.\.\."\}$'):
+        prepare_run(config, Resources(), start=None)
+    assert not (tmp_path / "run").exists()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "STOP"}))
+    assert prepare_run(config, Resources(), start=None).plan.config.data.tokenizer == config.data.tokenizer
+
+
+@pytest.mark.parametrize("is_imported", [False, True], ids=["init_from", "pipekit import"])
+def test_imported_weights_are_not_trained_on_the_tokens_of_a_new_tokenizer(tmp_path: Path, is_imported: bool) -> None:
+    write_source(folder := tmp_path / "model")
+    start = StartPoint(tmp_path / "run/checkpoints/step-00000000", 0) if is_imported else None
+    model = {"family": "auto", "init_from": str(folder)}
+    config = run_config(tmp_path, **model)
+    config = config.updated({"model.init_from": None}) if is_imported else config
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer is not given, .* set data\.tokenizer=FOLDER$"):
+        prepare_run(config, Resources(), start=start)
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    prepare_run(config.updated({"data.tokenizer": str(tmp_path)}), Resources(), start=start)
