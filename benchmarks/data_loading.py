@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipekit.data.loader import BatchLoader
+from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config

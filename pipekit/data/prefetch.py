@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipekit.data.loader import BatchLoader
+from pipekit.data.batch_loader import BatchLoader
 from pipekit.tensors.transfer import pack
 
 # A dataset that does not answer must not keep a run from ending.

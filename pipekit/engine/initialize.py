@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
-from pipekit.data.loader import MapDataset
+from pipekit.data.batch_loader import MapDataset
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.engine.build import build_engine
 from pipekit.engine.module import PipelineModule

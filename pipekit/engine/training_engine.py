@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
-from pipekit.data.loader import BatchLoader, MapDataset
+from pipekit.data.batch_loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipekit.config import Config
 from pipekit.costs.example import Example, language_model_example
+from pipekit.data.batch_loader import MapDataset
 from pipekit.data.dataset import TokenDataset
-from pipekit.data.loader import MapDataset
 from pipekit.data.prepare import PreparedData, prepare_data
 from pipekit.errors import ConfigError, DataError
 from pipekit.layers.specs import LayerSpec

@@ -13,7 +13,7 @@ from typing import Any
 from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
-from pipekit.data.loader import BatchLoader, MapDataset
+from pipekit.data.batch_loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.data.tokenizer import tokenizer_files

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipekit.config import Config
 from pipekit.costs.example import Example
-from pipekit.data.loader import MapDataset
+from pipekit.data.batch_loader import MapDataset
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout

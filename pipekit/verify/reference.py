@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipekit.data.loader import BatchLoader
+from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.order import SampleOrder
 from pipekit.errors import PipekitError
 from pipekit.layers.sequential import SequentialModel

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipekit.data import prefetch
-from pipekit.data.loader import BatchLoader
+from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.errors import DataError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.config import Config, parse_config
-from pipekit.data.loader import MapDataset
+from pipekit.data.batch_loader import MapDataset
 from pipekit.engine.late_number import LateNumber
 from pipekit.errors import PipekitError
 from pipekit.hangs.activity import Activity

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from pipekit.data.loader import BatchLoader
+from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.order import SampleOrder
 from pipekit.errors import ConfigError, DataError
 
