@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pipekit.config import load_config as load_config
     from pipekit.config import parse_config as parse_config
     from pipekit.costs.example import Example as Example
+    from pipekit.data.data_loader import DataLoader as DataLoader
+    from pipekit.deepspeed.overwrite import overwrite_deepspeed_config as overwrite_deepspeed_config
     from pipekit.distributed.mpu import ModelParallelUnit as ModelParallelUnit
     from pipekit.engine.engine import PipelineEngine as PipelineEngine
     from pipekit.engine.initialize import initialize as initialize
@@ -44,6 +46,8 @@ _HOMES = {
         "pipekit.commands.train": "train",
         "pipekit.config": "Config load_config parse_config",
         "pipekit.costs.example": "Example",
+        "pipekit.data.data_loader": "DataLoader",
+        "pipekit.deepspeed.overwrite": "overwrite_deepspeed_config",
         "pipekit.distributed.mpu": "ModelParallelUnit",
         "pipekit.engine.engine": "PipelineEngine",
         "pipekit.engine.initialize": "initialize",

@@ -227,6 +227,7 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
             {"deepspeed"},
         ),
         ("import pipekit.models; pipekit.models.find_families()", {"torch", "deepspeed"}),
+        ("import pipekit, pipekit.data; pipekit.overwrite_deepspeed_config", {"torch", "deepspeed"}),
     ],
 )
 def test_heavy_libraries_are_not_imported_before_they_are_needed(code: str, absent: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pipekit.deepspeed.overwrite import merge_sections
 from pipekit.predictions.elements import Precision
 
 Offload = Literal["none", "optimizer", "parameters"]
@@ -60,7 +61,7 @@ def plan_deepspeed_config(
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
-    return complete_deepspeed_config(_merge(config, extra))
+    return complete_deepspeed_config(merge_sections(config, extra))
 
 
 def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,19 +86,11 @@ def complete_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
-    completed = _merge(defaults, config)
+    completed = merge_sections(defaults, config)
     if any(completed.get(precision, {}).get("enabled") for precision in ("fp16", "bf16", "bfloat16")):
         # Gradients of many micro-batches are lost in 16 bits, accumulated or summed over replicas.
         low_precision = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-        completed = _merge(low_precision, completed)
+        completed = merge_sections(low_precision, completed)
         stage = completed["zero_optimization"].get("stage", 0)
         completed["zero_optimization"]["stage"] = max(stage, 1)
     return completed
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

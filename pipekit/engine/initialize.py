@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
 from pipekit.data.batch_loader import MapDataset
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
+from pipekit.deepspeed.overwrite import read_deepspeed_json
 from pipekit.engine.build import build_engine
 from pipekit.engine.module import PipelineModule
 from pipekit.errors import ConfigError
@@ -124,13 +124,7 @@ def _read_config(config: str | Mapping[str, Any] | None) -> dict[str, Any]:
         raise ConfigError("no configuration: give config=, a dict or the path of a JSON file")
     where = "config"
     if not isinstance(config, Mapping):
-        where = str(config)
-        try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: cannot be read as a DeepSpeed configuration: {error}") from None
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"{where}: must be a mapping, and is {type(config).__name__}")
+        where, config = str(config), read_deepspeed_json(config)
     settings = json.loads(json.dumps(config))
     faults = list(unknown_deepspeed_keys(settings))
     if faults:
