@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipekit.config import parse_config
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import find_families
+from pipekit.models.family import TransformerFamily
 from pipekit.models.transformer import language_model_loss
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
@@ -53,9 +55,13 @@ class Case:
 
 
 def model_specs(case: Case) -> list[LayerSpec]:
+    return model_of(case).layer_specs(loss_chunk_tokens=case.loss_chunk_tokens)
+
+
+def model_of(case: Case) -> TransformerFamily:
     if case.preset is not None:
-        return find_families()[case.family](preset=case.preset, vocab_size=VOCAB, dropout=case.dropout).layer_specs()
-    config = find_families()[case.family](
+        return find_families()[case.family](preset=case.preset, vocab_size=VOCAB, dropout=case.dropout)
+    return find_families()[case.family](
         vocab_size=VOCAB,
         hidden_size=32,
         num_layers=3,
@@ -66,7 +72,6 @@ def model_specs(case: Case) -> list[LayerSpec]:
         dropout=case.dropout,
         init_std=0.1,
     )
-    return config.layer_specs(loss_chunk_tokens=case.loss_chunk_tokens)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +237,8 @@ def train(
         engine.check_replicas()
         norms.append(engine.grad_norm)
         if save is not None and step + 1 == save_after:
-            save_engine(engine, Path(save), step + 1)
+            values = {"model": model_of(case), "train": {"steps": case.steps, "sequence_length": SEQUENCE}}
+            save_engine(engine, Path(save), step + 1, config_yaml=parse_config(values).to_yaml())
     evaluation = float(engine.eval_batch(micro_batches(10_000, case, engine.mpu.data_parallel_rank)))
     weights = {
         name: join_shards(engine.view.full_master(parameter), parameter, engine.module.tensor_group).to(
@@ -260,11 +266,14 @@ def training_state(engine: Any, step: int) -> Any:
     )
 
 
-def save_engine(engine: Any, folder: Path, step: int, background: Any = None) -> Path:
+def save_engine(
+    engine: Any, folder: Path, step: int, background: Any = None, config_yaml: str = "model: {preset: tiny}\n"
+) -> Path:
     from pipekit.checkpoint.retention import Retention
     from pipekit.engine.save import save_checkpoint
 
-    state, config = training_state(engine, step), "model: {preset: tiny}\n"
-    rule = Retention(newest=2)
-    saved = save_checkpoint(engine, folder, training=state, config_yaml=config, retention=rule, background=background)
+    state, rule = training_state(engine, step), Retention(newest=2)
+    saved = save_checkpoint(
+        engine, folder, training=state, config_yaml=config_yaml, retention=rule, background=background
+    )
     return saved.wait()
