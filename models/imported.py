@@ -32,7 +32,7 @@ def load_hf_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; give the folder of a Hugging Face model, which holds {HF_CONFIG_FILE} and "
-            "model.safetensors (pipekit downloads none: use huggingface-cli download NAME --local-dir FOLDER)"
+            "model.safetensors (pipekit downloads none: use hf download NAME --local-dir FOLDER)"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None

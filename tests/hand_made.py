@@ -1,7 +1,8 @@
-"""Checkpoints made by hand, without processes and without the code that writes them in training."""
+"""Models made by hand, as checkpoints and as public ones come, without processes and without a training."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,10 @@ from torch import Tensor
 from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
 from pipekit.config import Config, parse_config
 from pipekit.data.tokenizer import train_tokenizer
+from pipekit.inference.hugging_face import to_hf
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
+from pipekit.models.family import TransformerFamily
 
 TEXT = "def function(argument):\n    return argument + 1\n"
 
@@ -42,6 +45,37 @@ def random_model(**settings: Any) -> tuple[Config, dict[str, Tensor]]:
         if tensor.ndim == 1:  # norms and biases that are all ones or zeros would hide a mix-up
             tensors[name] += 0.1 * torch.randn(tensor.shape, generator=generator)
     return config, tensors
+
+
+def write_hf_folder(folder: Path, *, with_tokenizer: bool = True, **settings: Any) -> None:
+    """Write a small random Llama as the files in which public models come.
+
+    Args:
+        folder: the folder to make.
+        with_tokenizer: whether a tokenizer is among the files.
+        **settings: of its `model` section, besides the sizes of `random_model`.
+    """
+    config, tensors = random_model(**{"family": "llama", **settings})
+    assert isinstance(config.model, TransformerFamily)
+    folder.mkdir(parents=True)
+    stored = config.model.hf_config(end_token_id=0, dtype="float32")
+    (folder / "config.json").write_text(json.dumps(stored))
+    save_file(dict(to_hf(config.model, tensors)), folder / "model.safetensors", metadata={"format": "pt"})
+    if with_tokenizer:
+        small_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def examples_at_work(folder: Path) -> Path:
+    """Make a working directory in which every shipped example can be trained, and return it.
+
+    It has the examples, text of one's own, and a small random model in place of the public one that a user downloads.
+    """
+    (folder / "examples").symlink_to(Path(__file__).resolve().parents[1] / "examples")
+    write_hf_folder(folder / "downloads/SmolLM2-135M", max_positions=512, num_kv_heads=2, tied_embedding=True)
+    (folder / "my_text").mkdir()
+    for number in range(40):
+        (folder / f"my_text/{number}.txt").write_text(TEXT.replace("function", f"f_{number}") * 40)
+    return folder
 
 
 def write_checkpoint(

@@ -21,6 +21,7 @@ import yaml
 
 import pipekit
 from fork_server import run_pipekit
+from hand_made import examples_at_work
 from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.deepspeed_keys import OWNED_KEYS
@@ -95,15 +96,22 @@ def test_there_is_something_to_check() -> None:
     assert len(blocks("python")) >= 6
 
 
+@pytest.fixture(scope="module")
+def at_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's working directory."""
+    return examples_at_work(tmp_path_factory.mktemp("work"))
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_shipped_configuration_loads(path: Path) -> None:
+def test_every_shipped_configuration_loads(path: Path, at_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(at_work)
     config = load_config(path)
     assert config.run.dir == f"runs/{path.stem}"
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
 @pytest.mark.parametrize(("place", "arguments"), list(pipekit_commands()), ids=str)
-def test_every_command_parses(place: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_parses(place: str, arguments: list[str], at_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if arguments[0] in ("--help", "--version"):
         return
     command = COMMANDS[arguments[0]]
@@ -112,7 +120,7 @@ def test_every_command_parses(place: str, arguments: list[str], monkeypatch: pyt
     context = command.make_context(arguments[0], arguments[1:])
     if arguments[0] != "train":
         return
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(at_work)
     path = context.params["config"]
     if path == Path("runs/gpt_stdlib/config.yaml"):
         path = Path("examples/gpt_stdlib.yaml")

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from fork_server import run_pipekit
+from hand_made import examples_at_work
 
 pytestmark = pytest.mark.distributed
 
@@ -496,7 +497,7 @@ def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
         f"data.cache_dir={tmp_path / 'cache'}",
         "train.eval_batches=1",
     ]
-    done = pipekit(ROOT, "train", f"examples/{name}", *overrides, f"run.dir={tmp_path / 'run'}")
+    done = pipekit(examples_at_work(tmp_path), "train", f"examples/{name}", *overrides)
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps" in done.stdout
 

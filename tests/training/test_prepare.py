@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hand_made import TEXT, random_model, small_tokenizer
+from hand_made import TEXT, small_tokenizer, write_hf_folder
 from pipekit.config import Config, parse_config
 from pipekit.errors import ConfigError, DataError
-from pipekit.inference.hugging_face import to_hf
 from pipekit.plan.plan import StartPoint
 from pipekit.plan.resources import Resources
 from pipekit.training.prepare import prepare_run
@@ -26,17 +24,9 @@ def run_config(tmp_path: Path, *overrides: str, **model: Any) -> Config:
     return parse_config({**sections, "run": {"dir": str(tmp_path / "run")}}, overrides)
 
 
-def write_source(folder: Path) -> None:
-    """Write a small Llama in the format of transformers, without a tokenizer."""
-    config, tensors = random_model(family="llama")
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.model.hf_config(end_token_id=0, dtype="float32")))  # type: ignore[attr-defined]
-    save_file(dict(to_hf(config.model, tensors)), folder / "model.safetensors")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("given", ["file", "folder", "folder that names one", "model"])
 def test_a_tokenizer_without_an_end_of_documents_is_refused(tmp_path: Path, given: str) -> None:
-    write_source(folder := tmp_path / "model")
+    write_hf_folder(folder := tmp_path / "model", with_tokenizer=False)
     backend = Tokenizer(models.WordLevel({"def": 0, "return": 1, "STOP": 2}, unk_token="def"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(folder / "tokenizer.json"))
@@ -55,7 +45,7 @@ def test_a_tokenizer_without_an_end_of_documents_is_refused(tmp_path: Path, give
 
 @pytest.mark.parametrize("is_imported", [False, True], ids=["init_from", "pipekit import"])
 def test_imported_weights_are_not_trained_on_the_tokens_of_a_new_tokenizer(tmp_path: Path, is_imported: bool) -> None:
-    write_source(folder := tmp_path / "model")
+    write_hf_folder(folder := tmp_path / "model", with_tokenizer=False)
     start = StartPoint(tmp_path / "run/checkpoints/step-00000000", 0) if is_imported else None
     model = {"family": "auto", "init_from": str(folder)}
     config = run_config(tmp_path, **model)
