@@ -21,6 +21,7 @@ import yaml
 
 import pipekit
 from fork_server import run_pipekit
+from gloo_workers import GlooWorkers
 from hand_made import examples_at_work
 from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
@@ -159,6 +160,24 @@ def test_the_trial_of_the_docs_trains(tmp_path: Path) -> None:
     records = [yaml.safe_load(line) for line in (tmp_path / "runs/c/metrics.jsonl").read_text().splitlines()]
     assert records[-1]["val_loss"] < 0.2 * records[0]["val_loss"]
     assert records[-1]["val_max_error"] > 0
+
+
+def run_plain_module(rank: int, folder: str) -> None:
+    (script,) = (block for block in blocks("python") if "runs/plain" in block.text)
+    os.chdir(folder)
+    for _ in range(2):
+        exec(compile(script.text, str(script), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.distributed
+def test_the_plain_module_of_the_docs_trains_and_goes_on(gloo: GlooWorkers, tmp_path: Path) -> None:
+    from pipekit.checkpoint.reader import CheckpointReader
+
+    gloo.run(2, run_plain_module, str(tmp_path))
+    for step, epoch in ((50, 0), (100, 1)):
+        training = CheckpointReader(tmp_path / f"runs/plain/step-{step:08d}").manifest.training
+        assert training.step == step
+        assert training.client_state["client_state"] == {"epoch": epoch}
 
 
 def anchors(page: Path) -> set[str]:

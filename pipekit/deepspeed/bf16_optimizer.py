@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
+
+from torch import Tensor
 
 from pipekit.deepspeed.gradient_buffers import GradientBuffers, GradientGroup
 from pipekit.deepspeed.optimizer_view import FlatOptimizerView
@@ -16,8 +20,10 @@ class BF16OptimizerView(FlatOptimizerView):
     Of the gradients that are reduced, norm and clipping take what this replica updates; it may have no others.
     """
 
-    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
-        super().__init__(optimizer, mpu)
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
+        super().__init__(optimizer, mpu, takes_gradients)
+        if not takes_gradients:
+            return
         replace_norm(optimizer, self._gradients_for_norm)
         # On the host, where DeepSpeed looks at it; its own would have the host wait for the device three times.
         replace_global_norm(
@@ -25,6 +31,9 @@ class BF16OptimizerView(FlatOptimizerView):
         )
         # It would fill the buffers with zeros twice in a step.
         optimizer.clear_hp_grads = lambda: None
+
+    def _updated_parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(self.optimizer.bf16_groups)
 
     def _build_buffers(self) -> GradientBuffers:
         bf16 = self.optimizer

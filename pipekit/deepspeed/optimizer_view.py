@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipekit.deepspeed.gradient_buffers import GradientBuffers, flat_gradients
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.errors import CheckpointError
 from pipekit.tensors.weight_gradients import Compute, add_gradient
 
 # What fp16's dynamic loss scale consists of, in DeepSpeed.
@@ -36,21 +37,31 @@ class OptimizerView:
     Args:
         optimizer: what DeepSpeed made of the torch optimizer.
         mpu: the process groups over which norms are summed.
+        takes_gradients: whether gradients accumulate in `buffers`, where this optimizer has some.
 
     Attributes:
         buffers: where gradients accumulate; None where that is left to autograd, or to hooks of DeepSpeed's.
     """
 
-    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
         self.optimizer = optimizer
         self._mpu = mpu
-        self.buffers = self._build_buffers()
+        self._updated = {parameter for parameter in self._updated_parameters() if parameter.requires_grad}
+        self.buffers = self._build_buffers() if takes_gradients else None
         self._summed_along: Tensor | None = None
 
     def _build_buffers(self) -> GradientBuffers | None:
         if self._mpu.data.size == 1:
             return None
         return GradientBuffers([each for group in self.param_groups for each in flat_gradients(group["params"])])
+
+    def _updated_parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def updates(self, parameter: nn.Parameter) -> bool:
+        """True if the optimizer updates a parameter: it has a master and, after the first update, states."""
+        return parameter in self._updated
 
     @property
     def needs_whole_gradients(self) -> bool:
@@ -126,10 +137,24 @@ class OptimizerView:
         """Set the state of fp16's dynamic loss scale; other precisions have none, and ignore it."""
 
     def state_names(self) -> list[str]:
-        """Return the names of the per-element optimizer states, such as `exp_avg`; empty before the first step."""
-        for state in self.torch_optimizer.state.values():
-            return sorted(key for key, value in state.items() if isinstance(value, Tensor) and key != "step")
-        return []
+        """Return the names of the per-element optimizer states, such as `exp_avg`; empty before the first step.
+
+        Raises:
+            CheckpointError: if a state has another shape than its weights, or other weights have other states.
+        """
+        names = set[str]()
+        for parameter, state in self.torch_optimizer.state.items():
+            own = {key for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+            # What has never had a gradient may have fewer.
+            is_even = own <= names or own >= names
+            names |= own
+            if not is_even or any(state[name].shape != parameter.shape for name in own):
+                raise CheckpointError(
+                    f"{type(self.torch_optimizer).__name__} has the states {', '.join(sorted(names))}, and not one "
+                    "number of each for every element of the weights, as a checkpoint holds them; use an optimizer "
+                    "such as AdamW or SGD"
+                )
+        return sorted(names)
 
     def step_count(self) -> int:
         """Number of updates that the optimizer has made."""
@@ -144,8 +169,9 @@ class OptimizerView:
 
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
         """Return a whole optimizer state of a parameter. All data-parallel ranks call this together."""
-        state: Tensor = self.optimizer.state[parameter][name]
-        return state
+        state: Tensor | None = self.optimizer.state.get(parameter, {}).get(name)
+        # What has never had a gradient has none.
+        return torch.zeros_like(parameter) if state is None else state
 
     def full_frozen(self, parameter: nn.Parameter) -> Tensor:
         """Return the whole weights of a parameter without gradients. All data-parallel ranks call this together."""

@@ -21,13 +21,19 @@ from pipekit.deepspeed.zero_optimizer import ZeroOptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
 
 
-def view_optimizer(optimizer: Any, mpu: ModelParallelUnit) -> OptimizerView:
-    """Build the view that fits what DeepSpeed made of the torch optimizer."""
+def view_optimizer(optimizer: Any, mpu: ModelParallelUnit, *, takes_gradients: bool = True) -> OptimizerView:
+    """Build the view that fits what DeepSpeed made of the torch optimizer.
+
+    Args:
+        optimizer: what DeepSpeed made.
+        mpu: the process groups over which norms are summed.
+        takes_gradients: whether gradients accumulate in the view's buffers; otherwise hooks of DeepSpeed's take them.
+    """
     if isinstance(optimizer, BF16_Optimizer):
-        return BF16OptimizerView(optimizer, mpu)
+        return BF16OptimizerView(optimizer, mpu, takes_gradients)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return Zero3OptimizerView(optimizer, mpu)
+        return Zero3OptimizerView(optimizer, mpu, takes_gradients)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return ZeroOptimizerView(optimizer, mpu)
+        return ZeroOptimizerView(optimizer, mpu, takes_gradients)
     assert isinstance(optimizer, torch.optim.Optimizer), f"unexpected optimizer {type(optimizer).__name__}"
-    return OptimizerView(optimizer, mpu)
+    return OptimizerView(optimizer, mpu, takes_gradients)

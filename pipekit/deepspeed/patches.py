@@ -31,13 +31,16 @@ import deepspeed
 from pipekit.distributed.processes import bind_gpu, join_processes
 
 
-def use_joined_processes() -> None:
+def use_joined_processes(port: int | None = None) -> None:
     """Have DeepSpeed talk through the process groups of torch; it joins the processes where that has not been done.
 
     On GPUs the one of this process is made the current one, unless the script has chosen another than the first.
 
     On CPUs DeepSpeed would compile a shared-memory collective at its first use. That takes most of a minute, and a run
     that is killed meanwhile leaves it locked. It serves inference; training does not call it.
+
+    Args:
+        port: of rank 0, where the environment does not name one.
     """
     # The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.
     module: Any = import_module("deepspeed.comm.torch")
@@ -50,7 +53,7 @@ def use_joined_processes() -> None:
     if get_accelerator().device_name() == "cuda":
         _bind_gpu_and_join(get_local_rank_from_launcher())
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, **({} if port is None else {"distributed_port": port}))
 
 
 def _bind_gpu_and_join(local_rank: int) -> None:
@@ -158,6 +161,17 @@ def clean_globals() -> Iterator[None]:
         p2p._grid, checkpointing.mpu, groups.mpu = found
 
 
+@contextmanager
+def asked_mpu(mpu: Any) -> Iterator[None]:
+    """Let functions of `deepspeed.utils.groups` answer from an mpu inside, and from the one before outside."""
+    before = groups.mpu
+    groups.mpu = mpu
+    try:
+        yield
+    finally:
+        groups.mpu = before
+
+
 def drop_process_groups(engine: Any) -> None:
     """Drop what an engine that has ended keeps of process groups: a group lives as long as one refers to it."""
     optimizer, module = engine.optimizer, engine.module
@@ -172,7 +186,7 @@ def drop_process_groups(engine: Any) -> None:
         for name, value in list(vars(parameter).items()):
             if isinstance(value, ProcessGroup) or callable(value):
                 delattr(parameter, name)
-    module.tied_comms.clear()
+    getattr(module, "tied_comms", {}).clear()
 
 
 def _cache_in_coordinator() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ class Zero3OptimizerView(LossScaledView):
     The norm is one all-reduce, and counts what is marked as replicated once, as under the other optimizers.
     """
 
-    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
-        super().__init__(optimizer, mpu)
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
+        super().__init__(optimizer, mpu, takes_gradients)
         replace_norm(optimizer, self._norm_groups)
+
+    def _updated_parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(self.optimizer.fp16_groups)
 
     def _build_buffers(self) -> None:
         """Leave it to DeepSpeed's hooks, which reduce each gradient at once, and keep a piece of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,10 +30,13 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
     take each as soon as it is there.
     """
 
-    def __init__(self, optimizer: Any, mpu: ModelParallelUnit) -> None:
-        super().__init__(optimizer, mpu)
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
+        super().__init__(optimizer, mpu, takes_gradients)
         # On the host: DeepSpeed looks at it once more for each parameter group.
         replace_norm(optimizer, lambda norm_type=2: self._scaled_global_norm().cpu())
+
+    def _updated_parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(self.optimizer.bit16_groups)
 
     def _build_buffers(self) -> GradientBuffers | None:
         zero = self.optimizer

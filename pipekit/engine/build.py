@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipekit.engine.base_engine import GradientObserver
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.training_engine import GradientObserver, TrainingEngine
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.engine.zero_engine import ZeroEngine
 
 
@@ -23,7 +24,7 @@ def build_engine(
     Args:
         module: this rank's stages, and the schedule to run; ZeRO-2 and 3 run 1F1B.
         deepspeed_config: DeepSpeed's configuration.
-        on_gradients: called before every update with the gradients of the step; see `TrainingEngine.on_gradients`.
+        on_gradients: called before every update with the gradients of the step; see `BaseEngine.on_gradients`.
         **settings: the other arguments of `TrainingEngine`.
 
     Raises:

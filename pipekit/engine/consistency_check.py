@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.engine.module import PipelineModule
+from pipekit.engine.logical_model import LogicalModel
 from pipekit.errors import ReplicaError
 from pipekit.layout import Axis, Coordinate
 from pipekit.tensor_parallel import Shard, shard_of
@@ -100,16 +100,16 @@ def sum_bits(tensor: Tensor) -> Tensor:
     return sums
 
 
-def digest_tensors(module: PipelineModule) -> dict[TensorPart, TensorDigest]:
+def digest_tensors(model: LogicalModel) -> dict[TensorPart, TensorDigest]:
     """Return the digest of each parameter and persistent buffer of this rank that other ranks may hold as well.
 
     Parameters that ZeRO-3 has cut into pieces are left out: every piece is on one rank alone.
     """
     tensors: dict[TensorPart, Tensor] = {}
-    for name, parameter, _ in module.named_logical_parameters():
+    for name, parameter, _ in model.named_logical_parameters():
         if not hasattr(parameter, "ds_shape"):
             tensors[name, shard_of(parameter)] = parameter
-    for name, buffer, _ in module.named_logical_buffers():
+    for name, buffer, _ in model.named_logical_buffers():
         tensors[name, shard_of(buffer)] = buffer
     if not tensors:
         return {}
@@ -199,7 +199,7 @@ def _verb(ranks: Sequence[int], verb: str) -> str:
     return f"{verb}s" if len(ranks) == 1 else verb
 
 
-def check_consistency(module: PipelineModule, mpu: ModelParallelUnit, *, step: int) -> None:
+def check_consistency(model: LogicalModel, mpu: ModelParallelUnit, *, step: int) -> None:
     """Check that all ranks that hold the same tensor hold the same bits of it. Every rank calls this at the same place.
 
     Parameters and persistent buffers are compared among data-parallel replicas, among tensor-parallel ranks that hold a
@@ -212,7 +212,7 @@ def check_consistency(module: PipelineModule, mpu: ModelParallelUnit, *, step: i
     A CPU core takes about 1 s for 10^8 numbers.
 
     Args:
-        module: this rank's stages.
+        model: what this rank holds.
         mpu: the process groups.
         step: number of updates that have been made, for the error.
 
@@ -221,7 +221,7 @@ def check_consistency(module: PipelineModule, mpu: ModelParallelUnit, *, step: i
     """
     if mpu.layout.world_size == 1:
         return
-    mine = RankDescription(mpu.global_rank, mpu.coordinate, tuple(mpu.data.ranks), digest_tensors(module))
+    mine = RankDescription(mpu.global_rank, mpu.coordinate, tuple(mpu.data.ranks), digest_tensors(model))
     descriptions = [mine] * mpu.layout.world_size
     dist.all_gather_object(descriptions, mine)
     faults = find_differing_copies(descriptions)

@@ -148,27 +148,6 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
             dist.all_reduce(gradient, group=group)
 
     def _update(self) -> None:
-        plain = isinstance(self.optimizer, torch.optim.Optimizer)
-        if plain:
-            self._global_grad_norm = self.view.global_norm(self.module.parameters())
-            if not torch.isfinite(self._global_grad_norm):
-                self._skip_update()
-                return
         self._force_grad_boundary = True
         self._take_model_step(None)
         self._force_grad_boundary = False
-
-    def _skip_update(self) -> None:
-        self.zero_grad()
-        self._global_grad_norm = torch.tensor(float("inf"))
-        self.skipped_steps += 1
-        self.global_steps += 1
-        self.global_samples += self.train_batch_size()
-
-    def clip_fp32_gradients(self) -> None:
-        """Clip by the norm of the whole model's gradient; DeepSpeed's counts only the first stage's."""
-        assert self._global_grad_norm is not None
-        coefficient = (self.gradient_clipping() / (self._global_grad_norm + 1e-6)).clamp(max=1.0)
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, coefficient)

@@ -7,18 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from pipekit.checkpoint.manifest import MANIFEST_FILE, TrainingState, find_latest
 from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.distributed.processes import raise_together
+from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.load import load_checkpoint
 from pipekit.engine.save import save_checkpoint
-from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
 
-_USERS, _SCHEDULERS = "client_state", "lr_scheduler"
+_USERS, _SCHEDULERS, _GROUPS = "client_state", "lr_scheduler", "param_groups"
 
 
 def save_engine(
-    engine: TrainingEngine,
+    engine: BaseEngine,
     folder: Path,
     *,
     name: str | None,
@@ -35,40 +40,69 @@ def save_engine(
         update_latest: whether `latest` names it from now on.
 
     Raises:
-        CheckpointError: if something could not be written, or cannot be written as JSON.
+        CheckpointError: on every rank, if something could not be written, or cannot be written as JSON.
     """
     view, scheduler = engine.view, engine.lr_scheduler
-    state = {_USERS: dict(client_state), _SCHEDULERS: scheduler.state_dict() if scheduler is not None else None}
+    state: dict[str, Any] = {}
+    states: list[str] = []
+    error = None
     try:
-        state = json.loads(json.dumps(state))
-    except TypeError as error:
-        raise CheckpointError(
-            f"client_state cannot be written as JSON: {error}; keep numbers, texts, lists and dicts in it"
-        ) from None
-    kind = type(view.torch_optimizer).__name__.lower()
+        if name is not None and (not name or Path(name).name != name):
+            raise CheckpointError(f"tag={name!r} is no name of a folder; leave out what leads elsewhere")
+        state[_USERS] = _as_json(dict(client_state), "client_state")
+        state[_SCHEDULERS] = _as_json(scheduler.state_dict(), "lr_scheduler") if scheduler is not None else None
+        if engine.mpu.layout.pp == 1:
+            # With a pipeline, groups may be others on every stage.
+            state[_GROUPS] = [_numbers_of(group) for group in view.param_groups]
+        states = view.state_names()
+    except CheckpointError as failure:
+        error = failure
+    raise_together(error)
     training = TrainingState(
         step=engine.global_steps,
         consumed_samples=engine.global_samples,
-        seed=engine.module.seed,
+        seed=engine.logical.seed,
         lr=float(view.param_groups[0]["lr"]),
-        optimizer={"type": kind, "step": view.step_count(), "states": view.state_names()},
+        optimizer={
+            "type": type(view.torch_optimizer).__name__.lower(),
+            "step": view.step_count(),
+            "states": states,
+        },
         loss_scaler=view.loss_scaler_state(),
         client_state=state,
     )
-    layers = [
-        {"name": layer_name, "type": spec.type_name}
-        for layer_name, spec in zip(engine.module.layer_names, engine.module.layer_specs, strict=True)
-    ]
     # JSON is YAML too.
-    config = json.dumps({"layers": layers, "deepspeed": engine.config}, indent=2, default=str) + "\n"
+    config = json.dumps({**engine.logical.description(), "deepspeed": engine.config}, indent=2, default=str) + "\n"
     saved = save_checkpoint(
         engine, folder, training=training, config_yaml=config, name=name, update_latest=update_latest
     )
     return saved.wait()
 
 
+def _as_json(value: Any, what: str) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{what} cannot be written as JSON: {error}; keep numbers, texts, lists and dicts in it"
+        ) from None
+
+
+def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler may have changed in a parameter group: numbers, and pairs of them."""
+    numbers: dict[str, Any] = {}
+    for key, value in group.items():
+        if isinstance(value, Tensor) and value.ndim == 0:
+            numbers[key] = value.item()
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            numbers[key] = value
+        elif isinstance(value, tuple) and all(isinstance(each, (int, float)) for each in value):
+            numbers[key] = list(value)
+    return numbers
+
+
 def load_engine(
-    engine: TrainingEngine, folder: Path, *, name: str | None, optimizer_states: bool, scheduler_state: bool
+    engine: BaseEngine, folder: Path, *, name: str | None, optimizer_states: bool, scheduler_state: bool
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load a checkpoint into the engine, and return its path and the client's state.
 
@@ -83,13 +117,59 @@ def load_engine(
         None and None where the folder holds no checkpoint.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or belongs to another model.
+        CheckpointError: on every rank, if the checkpoint is damaged, belongs to another model, or is not there for all
+            ranks.
     """
-    path = folder / name if name is not None else find_latest(folder)
-    if path is None or not (path / MANIFEST_FILE).is_file():
+    reader = _open(folder, name)
+    if reader is None:
         return None, None
-    training = load_checkpoint(engine, CheckpointReader(path), optimizer_states=optimizer_states)
-    stored = training.client_state.get(_SCHEDULERS)
-    if scheduler_state and stored is not None and engine.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(stored)
-    return str(path), dict(training.client_state.get(_USERS, {}))
+    training = load_checkpoint(engine, reader, optimizer_states=optimizer_states)
+    state, groups = training.client_state, engine.view.param_groups
+    stored_groups = state.get(_GROUPS) or []
+    if optimizer_states and engine.mpu.layout.pp == 1 and len(stored_groups) == len(groups):
+        for group, stored in zip(groups, stored_groups, strict=True):
+            _set_numbers(group, stored)
+    scheduler = state.get(_SCHEDULERS)
+    if scheduler_state and scheduler is not None and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(_with_keys_of(engine.lr_scheduler.state_dict(), scheduler))
+    return str(reader.path), dict(state.get(_USERS, {}))
+
+
+def _open(folder: Path, name: str | None) -> CheckpointReader | None:
+    """Open the checkpoint that all ranks find."""
+    reader, error = None, None
+    try:
+        path = folder / name if name is not None else find_latest(folder)
+        if path is not None and (path / MANIFEST_FILE).is_file():
+            reader = CheckpointReader(path)
+    except CheckpointError as failure:
+        error = failure
+    raise_together(error)
+    found = None if reader is None else reader.path.name
+    everyones: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, found)
+    for rank, other in enumerate(everyones):
+        if other != everyones[0]:
+            raise CheckpointError(
+                f"{folder}: rank 0 finds {everyones[0] or 'no checkpoint'} there, and rank {rank} finds "
+                f"{other or 'none'}; give all ranks a folder that they all see"
+            )
+    return reader
+
+
+def _set_numbers(group: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    for key, value in stored.items():
+        if isinstance(group.get(key), Tensor):
+            with torch.no_grad():
+                group[key].fill_(value)
+        elif key in group:
+            group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _with_keys_of(like: Any, stored: Any) -> Any:
+    """Return what was stored as JSON, whose keys are texts, with keys that are numbers where `like` has such."""
+    if not isinstance(like, dict) or not isinstance(stored, dict):
+        return stored
+    if like and all(isinstance(key, int) for key in like):
+        return type(like)({int(key): value for key, value in stored.items()})
+    return {key: _with_keys_of(like.get(key), value) for key, value in stored.items()}

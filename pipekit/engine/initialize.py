@@ -1,4 +1,4 @@
-"""`initialize`: the counterpart of `deepspeed.initialize` for pipekit's pipeline module."""
+"""`initialize`: the counterpart of `deepspeed.initialize`, for pipeline modules and for any other."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
-from pipekit.data.batch_loader import MapDataset
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.deepspeed.overwrite import read_deepspeed_json
+from pipekit.deepspeed.patches import use_joined_processes
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.processes import raise_together
 from pipekit.engine.build import build_engine
 from pipekit.engine.module import PipelineModule
+from pipekit.engine.plain_engine import PlainEngine, check_plain_module, check_same_on_all_ranks
 from pipekit.errors import ConfigError
+from pipekit.layout import Layout
 from pipekit.schedules import Schedule
 
 
@@ -24,20 +29,20 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
     model_parameters: Iterable[Any] | None = None,
-    training_data: MapDataset | None = None,
+    training_data: Any = None,
     lr_scheduler: Any = None,
     *,
+    distributed_port: int | None = None,
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Mapping[str, Any] | None = None,
     config_params: str | Mapping[str, Any] | None = None,
     profile: bool = False,
-    **others: Any,
 ) -> tuple[Any, Any, Any, Any]:
-    """Return an engine for a `pipekit.PipelineModule`, as `deepspeed.initialize` does for DeepSpeed's.
+    """Return an engine for a `pipekit.PipelineModule`, or for any `nn.Module`, as `deepspeed.initialize` does.
 
-    Any other model is passed on to DeepSpeed.
+    All ranks call this together, with the same arguments.
 
     Args:
         args: has `deepspeed_config`, the path of a configuration, where `config` is not given.
@@ -45,65 +50,117 @@ def initialize(
         optimizer: a torch optimizer, or a function of the parameters that returns one; DeepSpeed's configuration names
             one otherwise.
         model_parameters: what to train; all parameters of the module that need a gradient, unless given.
-        training_data: a map-style dataset of pairs of inputs and labels; shuffled anew in every epoch, with an order
-            that follows from the module's seed, and a position that checkpoints hold.
-        lr_scheduler: steps after every update.
-        mpu: for other models; a pipeline module has its own.
-        dist_init_required: for other models; a pipeline module has joined the processes.
+        training_data: a dataset. For a pipeline module map-style, of pairs of inputs and labels; shuffled anew in every
+            epoch, with an order that follows from the module's seed, and a position that checkpoints hold. For a plain
+            module DeepSpeed makes the loader of it.
+        lr_scheduler: a scheduler of the given optimizer, or a function of the optimizer that returns one; it steps
+            after every update. DeepSpeed's configuration may name one otherwise.
+        distributed_port: of rank 0, where the processes have not been joined.
+        mpu: the process groups of a plain module, a `ModelParallelUnit`, which several engines may share; a pipeline
+            module has its own.
+        dist_init_required: not needed: the processes are joined where they have not been.
         collate_fn: makes a micro-batch of a list of samples.
         config: DeepSpeed's configuration, or the path of its JSON file.
         config_params: another name of `config`.
-        profile: whether to time every action; see `PipelineEngine.gather_timeline`.
-        **others: for other models.
+        profile: whether to time every action of a pipeline; see `PipelineEngine.gather_timeline`.
 
     Returns:
         The engine, its optimizer, the loader of `training_data`, and the learning-rate scheduler, each None if there is
         none.
 
     Raises:
-        ConfigError: if the configuration cannot be read, has a key that DeepSpeed does not know, or cannot run.
+        ConfigError: on every rank, if the configuration cannot be read, is given twice, has a key that DeepSpeed does
+            not know, or cannot run.
     """
-    if config is None:
-        config = config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    use_joined_processes(distributed_port)
+    parameters: list[Any] = []
+    error = None
+    try:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is {type(model).__name__}; give model=, a pipekit.PipelineModule or an nn.Module")
+        settings = _read_config(_only_config(args, config, config_params))
+        if optimizer is None and "optimizer" not in settings:
+            raise ConfigError(
+                'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
+                '"params": {"lr": 1e-4}} in the configuration'
+            )
+        if model_parameters is None:
+            model_parameters = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        parameters = list(model_parameters)
+        if isinstance(model, PipelineModule):
+            _check_zero_stage(model, settings.get("zero_optimization", {}).get("stage", 0))
+        else:
+            check_plain_module(model, settings, parameters, optimizer)
+            _check_mpu(mpu)
+    except ConfigError as failure:
+        error = failure
+    raise_together(error)
+    given = {"optimizer": optimizer, "model_parameters": parameters, "lr_scheduler": lr_scheduler}
+    engine: Any
     if not isinstance(model, PipelineModule):
-        import deepspeed
-
-        result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
-            args, model, optimizer, model_parameters, training_data, lr_scheduler,
-            mpu=mpu, dist_init_required=dist_init_required, collate_fn=collate_fn, config=config, **others,
-        )  # fmt: skip
-        return result
-    settings = _read_config(config)
-    if optimizer is None and "optimizer" not in settings:
-        raise ConfigError(
-            'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
-            '"params": {"lr": 1e-4}} in the configuration'
+        assert model is not None
+        check_same_on_all_ranks(model, settings)
+        unit = mpu if isinstance(mpu, ModelParallelUnit) else ModelParallelUnit(Layout(dp=dist.get_world_size()))
+        engine = PlainEngine(
+            model,
+            unit,
+            deepspeed_config=complete_deepspeed_config(settings),
+            training_data=training_data,
+            collate_fn=collate_fn,
+            **given,
         )
-    interval = settings.get("pipeline", {}).pop("activation_checkpoint_interval", 0)
-    model.activation_checkpointing = interval or model.activation_checkpointing
-    zero = settings.get("zero_optimization", {}).get("stage", 0)
-    if zero >= 2:
-        _check_zero_stage(model, zero)
-    if model_parameters is None:
-        model_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine = build_engine(
-        model,
-        deepspeed_config=complete_deepspeed_config(settings),
-        measure_costs=model.schedule == "auto",
-        profile=profile,
-        optimizer=optimizer,
-        model_parameters=list(model_parameters),
-        lr_scheduler=lr_scheduler,
-    )
-    # A schedule that cannot run is refused here, not in the first step.
-    _ = engine.schedule
-    if training_data is not None:
-        engine.set_training_data(training_data, collate_fn)
+    else:
+        interval = settings.get("pipeline", {}).pop("activation_checkpoint_interval", 0)
+        model.activation_checkpointing = interval or model.activation_checkpointing
+        engine = build_engine(
+            model,
+            deepspeed_config=complete_deepspeed_config(settings),
+            measure_costs=model.schedule == "auto",
+            profile=profile,
+            **given,
+        )
+        # A schedule that cannot run is refused here, not in the first step.
+        _ = engine.schedule
+        if training_data is not None:
+            engine.set_training_data(training_data, collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _only_config(
+    args: Any, config: str | Mapping[str, Any] | None, config_params: str | Mapping[str, Any] | None
+) -> str | Mapping[str, Any] | None:
+    """Return the configuration, which may be given in one of three ways."""
+    ways = {
+        "config=": config,
+        "config_params=": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
+    given = {way: value for way, value in ways.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"the configuration is given twice, by {' and '.join(given)}; leave one of them out")
+    return next(iter(given.values()), None)
+
+
+def _check_mpu(mpu: Any) -> None:
+    """Raise a ConfigError where ranks of an mpu are more than replicas of a plain module."""
+    if isinstance(mpu, ModelParallelUnit):
+        num_replicas = mpu.layout.dp
+    elif mpu is not None:
+        num_replicas = mpu.get_data_parallel_world_size()
+    else:
+        return
+    if num_replicas != dist.get_world_size():
+        raise ConfigError(
+            f"the mpu has {num_replicas} replicas on {dist.get_world_size()} ranks, and each rank holds a plain module "
+            "whole; cut the model with pipekit.PipelineModule, or use ModelParallelUnit(Layout(dp="
+            f"{dist.get_world_size()}))"
+        )
 
 
 def _check_zero_stage(model: PipelineModule, zero: int) -> None:
     """Raise a ConfigError where a module cannot run under ZeRO-2 or 3."""
+    if zero < 2:
+        return
     num_stages = model.mpu().num_stages
     if num_stages > 1:
         raise ConfigError(

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from pipekit.checkpoint.manifest import WEIGHTS, TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.distributed.processes import raise_together
+from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import logical_shape
-from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.tensor_parallel import shard_of
 
 
 def load_checkpoint(
-    engine: TrainingEngine,
+    engine: BaseEngine,
     reader: CheckpointReader,
     *,
     optimizer_states: bool = True,
@@ -55,8 +55,8 @@ def load_checkpoint(
     view = engine.view
     view.prepare_states(states, int(training.optimizer.get("step", 0)))
     trainable: list[tuple[str, nn.Parameter]] = []
-    for name, parameter, _ in engine.module.named_logical_parameters():
-        if parameter.requires_grad:
+    for name, parameter, _ in engine.logical.named_logical_parameters():
+        if view.updates(parameter):
             trainable.append((name, parameter))
         else:
             view.load_frozen(parameter, _read(reader, name, parameter))
@@ -67,7 +67,7 @@ def load_checkpoint(
             # What was frozen there has none, and begins with zeros.
             if entries[name].trainable:
                 view.load_state(parameter, state, _read(reader, name, parameter, state))
-    for name, buffer, _ in engine.module.named_logical_buffers():
+    for name, buffer, _ in engine.logical.named_logical_buffers():
         _copy(buffer, reader.tensor(name, is_verified=True))
 
     engine.global_steps = training.step
@@ -76,7 +76,7 @@ def load_checkpoint(
     return training
 
 
-def load_initial_weights(engine: TrainingEngine, source: HuggingFaceFolder) -> None:
+def load_initial_weights(engine: BaseEngine, source: HuggingFaceFolder) -> None:
     """Set the engine's weights to those of a model of Hugging Face. Every rank calls this together.
 
     Each rank reads the tensors of its own stage one at a time, and only its own slices of them.
@@ -95,24 +95,26 @@ def load_initial_weights(engine: TrainingEngine, source: HuggingFaceFolder) -> N
     def read(name: str, parameter: nn.Parameter) -> Tensor:
         return source.tensor(name, shard=shard_of(parameter)).to(parameter.device, torch.float32)
 
-    named = [(name, parameter) for name, parameter, _ in engine.module.named_logical_parameters()]
+    named = [(name, parameter) for name, parameter, _ in engine.logical.named_logical_parameters()]
     for name, parameter in named:
-        if not parameter.requires_grad:
+        if not engine.view.updates(parameter):
             engine.view.load_frozen(parameter, read(name, parameter))
-    engine.view.load_masters((parameter, read(name, parameter)) for name, parameter in named if parameter.requires_grad)
+    engine.view.load_masters(
+        (parameter, read(name, parameter)) for name, parameter in named if engine.view.updates(parameter)
+    )
 
 
-def _check_fit(engine: TrainingEngine, reader: CheckpointReader) -> None:
+def _check_fit(engine: BaseEngine, reader: CheckpointReader) -> None:
     entries = reader.manifest.tensors
     _check_shapes(engine, {name: entry.shape for name, entry in entries.items()}, where=reader.path)
 
 
-def _check_shapes(engine: TrainingEngine, stored: Mapping[str, tuple[int, ...]], *, where: Path) -> None:
+def _check_shapes(engine: BaseEngine, stored: Mapping[str, tuple[int, ...]], *, where: Path) -> None:
     """Check stored shapes of logical tensors against those of this rank; a CheckpointError if they do not fit."""
     ours: dict[str, tuple[int, ...]] = {}
-    for name, parameter, _ in engine.module.named_logical_parameters():
+    for name, parameter, _ in engine.logical.named_logical_parameters():
         ours[name] = logical_shape(parameter)
-    for name, buffer, _ in engine.module.named_logical_buffers():
+    for name, buffer, _ in engine.logical.named_logical_buffers():
         ours[name] = tuple(buffer.shape)
     faults = []
     for name, shape in ours.items():
@@ -128,12 +130,12 @@ def _check_shapes(engine: TrainingEngine, stored: Mapping[str, tuple[int, ...]],
         )
 
 
-def _verify_share(engine: TrainingEngine, reader: CheckpointReader, states: list[str]) -> None:
+def _verify_share(engine: BaseEngine, reader: CheckpointReader, states: list[str]) -> None:
     """Check this rank's share of the checksums of its stage's tensors."""
     entries = reader.manifest.tensors
-    needed = [(name, WEIGHTS) for name, _, _ in engine.module.named_logical_buffers()]
-    for name, parameter, _ in engine.module.named_logical_parameters():
-        has_states = parameter.requires_grad and entries[name].trainable
+    needed = [(name, WEIGHTS) for name, _, _ in engine.logical.named_logical_buffers()]
+    for name, parameter, _ in engine.logical.named_logical_parameters():
+        has_states = engine.view.updates(parameter) and entries[name].trainable
         needed += [(name, kind) for kind in (WEIGHTS, *(states if has_states else ()))]
     needed.sort(key=lambda tensor: math.prod(entries[tensor[0]].shape))
     mpu = engine.mpu

@@ -20,6 +20,7 @@ from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.ported_scripts import adopt_layers, build_mpu
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.mpu_check import check_mpu
+from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.tensor_group import ProcessTensorGroup
 from pipekit.errors import ConfigError
 from pipekit.layers.parameters import count_layer_parameters
@@ -366,7 +367,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
 
     def named_logical_buffers(self) -> Iterator[tuple[str, Tensor, bool]]:
         """Yield `(logical name, buffer, owned)` for each persistent buffer of this rank."""
-        yield from self._named_logical(_persistent_buffers)
+        yield from self._named_logical(persistent_buffers)
+
+    def description(self) -> dict[str, Any]:
+        """The name and the type of each layer, for the configuration in a checkpoint."""
+        names = zip(self.layer_names, self.layer_specs, strict=True)
+        return {"layers": [{"name": name, "type": spec.type_name} for name, spec in names]}
 
     def _named_logical(
         self, named: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
@@ -388,10 +394,3 @@ def _seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name not in parameters:
-            yield name, tensor

@@ -29,8 +29,8 @@ from pipekit.checkpoint.manifest import (
 from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.distributed.processes import raise_together
+from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
-from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import CheckpointError
 from pipekit.files import replace_folder, write_atomically
 
@@ -99,7 +99,7 @@ class PendingCheckpoint:
 
 
 def save_checkpoint(
-    engine: TrainingEngine,
+    engine: BaseEngine,
     folder: Path,
     *,
     training: TrainingState,
@@ -187,7 +187,7 @@ def save_checkpoint(
 
 
 def _gather_share(
-    engine: TrainingEngine, *, writer: int, memory: SnapshotMemory
+    engine: BaseEngine, *, writer: int, memory: SnapshotMemory
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorEntry]]:
     """Return the tensors that this rank writes, by file, and their entries.
 
@@ -197,7 +197,7 @@ def _gather_share(
     states = view.state_names()
     shares: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, TensorEntry] = {}
-    tensor_group = engine.module.tensor_group
+    tensor_group = engine.logical.tensor_group
     load = [0] * (mpu.layout.dp * mpu.layout.tp)
     place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
 
@@ -211,13 +211,13 @@ def _gather_share(
         entries[name] = replace(entries[name], files={**entries[name].files, kind: file})
         shares.setdefault(file, {})[name] = memory.copy(name, kind, tensor)
 
-    for name, parameter, owned in engine.module.named_logical_parameters():
+    for name, parameter, owned in engine.logical.named_logical_parameters():
         # The owner among the stage's ranks is the one with the least to write so far: the same on all of them.
         owner = load.index(min(load))
         mine = owned and owner == place
         if owned:
             load[owner] += math.prod(logical_shape(parameter))
-        trainable = parameter.requires_grad
+        trainable = view.updates(parameter)
         for kind in (WEIGHTS, *states) if trainable else (WEIGHTS,):
             if kind == WEIGHTS:
                 part = view.full_master(parameter) if trainable else view.full_frozen(parameter)
@@ -228,7 +228,7 @@ def _gather_share(
                 tensor = tensor.float()  # frozen ones too, as the masters of the others are
             if mine:
                 put(name, kind, tensor, trainable=trainable)
-    for name, buffer, owned in engine.module.named_logical_buffers():
+    for name, buffer, owned in engine.logical.named_logical_buffers():
         if owned and place == 0:
             put(name, WEIGHTS, buffer, trainable=False)
     return shares, entries

@@ -1,125 +1,68 @@
-"""Evaluation, data, losses and checkpoints of both engines, with a pipeline and without."""
+"""Evaluation, data and losses of both engines of a `PipelineModule`, with a pipeline and without."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipekit.data.batch_loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
-from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
-from pipekit.deepspeed.optimizers import view_optimizer
-from pipekit.deepspeed.patches import clean_globals, drop_process_groups, import_muon_uncompiled, use_joined_processes
+from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.channels import wait
-from pipekit.engine.consistency_check import check_consistency
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
-from pipekit.engine.late_number import LateNumber
+from pipekit.engine.logical_model import LogicalModel
 from pipekit.engine.micro_batches import BatchFunction, TrainingData, join_batches
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.schedules import Costs, Schedule, Timeline, plan_forward_only, plan_schedule
 from pipekit.tensor_parallel import whole_outputs
-from pipekit.tensors.host_memory import keep_freed_memory
 from pipekit.tensors.nested import flatten, unflatten
 
-OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-GradientOf = Callable[[nn.Parameter], Tensor | None]
-"""Returns the gradient of a parameter; None where it has none. All data-parallel ranks call it together."""
-
-GradientObserver = Callable[[GradientOf], None]
-
-
-class TrainingEngine:
-    """The part of an engine that does not depend on how gradients are reduced and weights are updated.
+class TrainingEngine(BaseEngine):
+    """The part of an engine of a `PipelineModule` that does not depend on how gradients are reduced.
 
     It stands before one of DeepSpeed's engines among the bases of a class.
 
     Args:
         module: this rank's stages, and the schedule to run.
         deepspeed_config: DeepSpeed's configuration.
-        build_optimizer: called with the trainable parameters; returns a torch optimizer. None where the configuration
-            or `deepspeed_args` name one.
         measure_costs: whether to time the actions of the first steps, and then to plan the table anew for them.
         max_in_flight: the stage activations that a rank may hold under the table that is planned anew.
         profile: whether to time every step's actions, for `gather_timeline`.
-        **deepspeed_args: further arguments of DeepSpeed's engine.
+        **settings: the other arguments of `BaseEngine`.
     """
 
     # Set by DeepSpeed's engine.
     module: PipelineModule
-    device: torch.device
-    optimizer: Any
-    lr_scheduler: Any
-    config: Any
-    global_steps: int
-    global_samples: int
     micro_batches: int
     micro_batch_size: int
     training_dataloader: Any
     data_iterator: Iterator[Any] | None
     steps_per_print: Callable[[], int | None]
-    train_batch_size: Callable[[], int]
     set_dataiterator: Callable[[Iterator[Any] | None], None]
     _config: Any
-    _global_grad_norm: Any
-
-    _is_destroyed = False
-
-    on_gradients: GradientObserver | None = None
-    """Called before every update, when the gradients are those of the step and of all replicas, with a function of a
-    parameter that returns its gradient in fp32 or the parameter's own type; of a tensor that tensor-parallel ranks
-    shard, this rank's shard. In fp16 the gradients are multiplied by `view.loss_scale`."""
 
     def __init__(
         self,
         module: PipelineModule,
         *,
         deepspeed_config: Mapping[str, Any],
-        build_optimizer: OptimizerBuilder | None = None,
         measure_costs: bool = False,
         max_in_flight: int | None = None,
         profile: bool = False,
-        **deepspeed_args: Any,
+        **settings: Any,
     ) -> None:
-        mpu = module.mpu()
-        config = dict(deepspeed_config)
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        device = next(iter(parameters), torch.empty(0)).device
-        if device.type == "cpu":
-            keep_freed_memory()
-        optimizer = build_optimizer(parameters) if build_optimizer is not None else None
-        if optimizer is not None and offloads_optimizer(config):
-            optimizer = with_cpu_adam(optimizer)
-        use_joined_processes()
-        import_muon_uncompiled()
-        with clean_globals():
-            super().__init__(  # type: ignore[call-arg]
-                # Unless told, DeepSpeed takes the local rank for the number of the GPU.
-                args=SimpleNamespace(device_rank=device.index or 0),
-                model=module,
-                mpu=module._grid,
-                config=config,
-                config_class=DeepSpeedConfig(config, module._grid),
-                **{"optimizer": optimizer, "model_parameters": parameters, **deepspeed_args},
-            )
-        self.mpu = mpu
-        mpu.register_engine()
-        self.view = view_optimizer(self.optimizer, mpu)
+        super().__init__(module, module.mpu(), deepspeed_config=deepspeed_config, **settings)
         self.executor = self._build_executor()
-        self._measure_costs = measure_costs and mpu.layout.pp > 1
+        self._measure_costs = measure_costs and self.mpu.layout.pp > 1
         self._max_in_flight = max_in_flight
         self._profile = profile
         if profile or self._measure_costs:
@@ -127,6 +70,15 @@ class TrainingEngine:
         self._diagnostics = Diagnostics(self)
         self._costs: Costs | None = None
         self._schedules: dict[tuple[str, int], Schedule] = {}
+
+    @property
+    def logical(self) -> LogicalModel:
+        return self.module
+
+    def destroy(self) -> None:
+        if not self._is_destroyed:
+            del self.executor
+            super().destroy()
 
     def _build_executor(self) -> Executor:
         raise NotImplementedError
@@ -288,21 +240,6 @@ class TrainingEngine:
             self._average_over_replicas(mean)
         return unflatten(means, structure)
 
-    @property
-    def grad_norm(self) -> float:
-        """The 2-norm of the last step's gradient, before clipping; infinite where the step was skipped."""
-        return self.late_grad_norm.read()
-
-    @property
-    def late_grad_norm(self) -> LateNumber:
-        """`grad_norm`, to be read without waiting for what is launched meanwhile."""
-        norm = self._global_grad_norm
-        return LateNumber(float("nan") if norm is None else norm)
-
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
-        self.view.set_lr(lr)
-
     def _mean_loss(self, losses: list[Tensor]) -> Tensor:
         return self._broadcast_from_last(self._mean_of_replicas(losses))
 
@@ -329,99 +266,6 @@ class TrainingEngine:
             assert work is not None
             wait(work, "what the last stage computed")
         return value
-
-    def destroy(self) -> None:
-        """Free the engine's process groups, unless another engine uses them. All ranks call this together.
-
-        The module communicates through them, and cannot be used any more.
-        """
-        if self._is_destroyed:
-            return
-        self._is_destroyed = True
-        super().destroy()  # type: ignore[misc]
-        self.mpu.release_engine()
-        drop_process_groups(self)
-        del self.executor
-        gc.collect()
-
-    def __del__(self) -> None:
-        # DeepSpeed's calls `destroy`, for which all ranks must come together.
-        if not self._is_destroyed:
-            with suppress(Exception):
-                super().destroy()  # type: ignore[misc]
-
-    def check_replicas(self) -> None:
-        """Check that all ranks that hold the same tensor hold the same bits of it. All ranks call this together.
-
-        Raises:
-            ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.
-        """
-        check_consistency(self.module, self.mpu, step=self.global_steps)
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write a checkpoint into a folder; every rank calls this together. Any layout reads it.
-
-        Args:
-            save_dir: the folder, which every rank sees.
-            tag: name of the checkpoint; made from the step unless given.
-            client_state: further values to keep: numbers, texts, lists and dicts.
-            save_latest: whether `latest` names it from now on.
-            exclude_frozen_parameters: not taken.
-        """
-        from pipekit.engine.engine_state import save_engine
-
-        if exclude_frozen_parameters:
-            raise PipekitError("save_checkpoint always writes frozen parameters; leave exclude_frozen_parameters out")
-        save_engine(self, Path(save_dir), name=tag, client_state=client_state or {}, update_latest=save_latest)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Read a checkpoint that `save_checkpoint` or a run wrote, whatever layout wrote it.
-
-        Args:
-            load_dir: the folder that it was saved into.
-            tag: name of the checkpoint; the newest unless given.
-            load_module_strict: not taken as False.
-            load_optimizer_states: whether to read the optimizer's states.
-            load_lr_scheduler_states: whether to read the learning-rate scheduler's state.
-            load_module_only: whether to read weights alone.
-            custom_load_fn: not taken.
-
-        Returns:
-            The checkpoint's path and the `client_state` it holds; None and None where the folder holds no checkpoint.
-        """
-        from pipekit.engine.engine_state import load_engine
-
-        if not load_module_strict:
-            raise PipekitError(
-                "load_checkpoint refuses a checkpoint of another model; leave load_module_strict out, and change the "
-                "module to what was saved"
-            )
-        if custom_load_fn is not None:
-            raise PipekitError("load_checkpoint takes no custom_load_fn; change the weights after loading")
-        return load_engine(
-            self,
-            Path(load_dir),
-            name=tag,
-            optimizer_states=load_optimizer_states and not load_module_only,
-            scheduler_state=load_lr_scheduler_states and not load_module_only,
-        )
 
 
 def _take_outputs(outputs: Any, labels: Any) -> Any:

@@ -29,7 +29,7 @@ from pipekit.verify.reference import build_model, layer_of_parameter, record_ref
 from pipekit.verify.replay import compare_updates
 
 if TYPE_CHECKING:
-    from pipekit.engine.training_engine import GradientOf
+    from pipekit.engine.base_engine import GradientOf
     from pipekit.training.trainer import Trainer
 
 

@@ -110,21 +110,6 @@ def test_a_deepspeed_script_trains_as_it_does_alone(gloo: GlooWorkers, options: 
         assert losses == pytest.approx(alone, rel=1e-5)
 
 
-def pass_others(rank: int) -> tuple[str, str]:
-    import deepspeed
-    import pipekit
-
-    model = nn.Linear(4, 4)
-    engine, _, _, _ = pipekit.initialize(
-        model=model, model_parameters=model.parameters(), config=config(train_batch_size=1)
-    )
-    return type(engine).__module__, str(isinstance(engine, deepspeed.DeepSpeedEngine))
-
-
-def test_other_models_are_deepspeeds(gloo: GlooWorkers) -> None:
-    assert gloo.run(1, pass_others) == [("deepspeed.runtime.engine", "True")]
-
-
 REFUSED = {
     "typo": ({"config": config(zero_optimisation={"stage": 1})}, "zero_optimisation: unknown key; did you mean"),
     "zero 2": ({"config": config(zero_optimization={"stage": 2})}, "stage=2 does not go with the 2 stages of this"),

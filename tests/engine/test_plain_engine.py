@@ -1,0 +1,537 @@
+"""Plain modules under ZeRO 0 to 3, against one process that uses nothing but torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gloo_workers import GlooWorkers
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.errors import ConfigError, PipekitError
+
+pytestmark = pytest.mark.distributed
+
+VOCAB, WIDTH, STEPS = 11, 8, 10
+# Of 12 samples, each of two replicas reads 6: in one micro-batch, or in three.
+GLOBAL_BATCH = 12
+
+
+class Tagger(nn.Module):
+    """Has a frozen parameter, a buffer, one that is not saved, and a head that shares the weights of the embedding."""
+
+    counted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.frozen.requires_grad_(False)
+        self.hidden = nn.Linear(WIDTH, 5)
+        self.back = nn.Linear(5, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("passing", torch.ones(()), persistent=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        self.counted += len(tokens)
+        x = torch.tanh(self.frozen(self.embedding(tokens)))
+        return F.cross_entropy(self.head(self.back(torch.tanh(self.hidden(x)))), labels)
+
+
+def build_tagger(seed: int = 1) -> Tagger:
+    torch.manual_seed(seed)
+    return Tagger()
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": 0.1},
+        {"params": [each for each in parameters if each.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCAB, (GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
+    return tokens, (tokens * 3 + 1) % VOCAB
+
+
+def config(zero: int = 0, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "train_batch_size": GLOBAL_BATCH,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.5,
+        "steps_per_print": None,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
+        **changes,
+    }
+
+
+def build(zero: int = 0, accumulation: int = 1, *, seed: int = 1, **given: Any) -> Any:
+    import pipekit
+
+    changes = given.pop("changes", {})
+    model = build_tagger(seed)
+    arguments = {"model": model, "model_parameters": groups_of(model), "config": config(zero, accumulation, **changes)}
+    return pipekit.initialize(**{**arguments, **given})
+
+
+def train(engine: Any, first: int = 0, stop: int = STEPS) -> list[float]:
+    """Train as a script of DeepSpeed's does, and return the mean losses over all replicas and micro-batches."""
+    losses = []
+    for step in range(first, stop):
+        tokens, labels = (part.chunk(engine.dp_world_size)[engine.mpu.data_parallel_rank] for part in batch(step))
+        total = torch.zeros(())
+        size = engine.train_micro_batch_size_per_gpu()
+        for start in range(0, len(tokens), size):
+            loss = engine(tokens[start : start + size], labels[start : start + size])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() * size / len(tokens)
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / engine.dp_world_size)
+    return losses
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    view = engine.view
+    return {
+        name: (view.full_master if view.updates(each) else view.full_frozen)(each).clone()
+        for name, each, _ in engine.logical.named_logical_parameters()
+    }
+
+
+def reference() -> tuple[list[float], dict[str, Tensor]]:
+    model = build_tagger()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        loss = model(*batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def train_all(rank: int) -> list[tuple[str, list[float], dict[str, Tensor]]]:
+    results = []
+    for zero in range(4):
+        for accumulation in (1, 3):
+            engine, optimizer, loader, scheduler = build(zero, accumulation)
+            assert optimizer is engine.optimizer
+            assert loader is scheduler is None
+            losses = train(engine)
+            assert engine.global_steps == STEPS
+            assert engine.global_samples == STEPS * GLOBAL_BATCH
+            engine.check_replicas()
+            results.append((f"ZeRO {zero}, accumulation {accumulation}", losses, weights_of(engine)))
+            engine.destroy()
+    return results
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_it_trains_as_torch_does_alone(gloo: GlooWorkers, dp: int) -> None:
+    expected, weights = reference()
+    assert expected[-1] < 0.85 * expected[0]
+    for results in gloo.run(dp, train_all):
+        assert len(results) == 8
+        for name, losses, found in results:
+            assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6), name
+            assert found.keys() == weights.keys()
+            for key, tensor in found.items():
+                torch.testing.assert_close(tensor, weights[key], rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+
+
+def scheduler(optimizer: Any) -> Any:
+    # Multiplies what the last step had, so that a run goes on as before only if that is stored, too.
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 4, 7], gamma=0.5)
+
+
+def save_half(rank: int, folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for zero, precision in ((2, None), (3, "bf16"), (1, "fp16")):
+        allow_fp16()
+        # From its default scale of 2**16, fp16 would begin with steps that overflow.
+        scale = {"initial_scale_power": 8} if precision == "fp16" else {}
+        changes = {} if precision is None else {precision: {"enabled": True, **scale}}
+        engine, *_ = build(zero, 3, changes=changes, lr_scheduler=scheduler)
+        train(engine, 0, 5)
+        engine.save_checkpoint(f"{folder}/{precision}", client_state={"epoch": 3, "rank": rank})
+        before = weights_of(engine)
+        losses = train(engine, 5)
+        after = weights_of(engine)
+        lr = engine.get_lr()
+        # Another model of the same kind goes on in the same way, bit for bit.
+        again, *_ = build(zero, 3, seed=2, changes=changes, lr_scheduler=scheduler)
+        path, client_state = again.load_checkpoint(f"{folder}/{precision}")
+        assert path == f"{folder}/{precision}/step-00000005"
+        assert client_state == {"epoch": 3, "rank": 0}
+        assert int(again.module.counted) == 5 * GLOBAL_BATCH // engine.dp_world_size
+        assert train(again, 5) == losses
+        assert again.get_lr() == lr == [1e-2 / 8] * 2
+        assert all(torch.equal(tensor, after[name]) for name, tensor in weights_of(again).items())
+        results[str(precision)] = {"losses": losses, "before": before}
+    return results
+
+
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on processors without fp16 instructions; torch computes it all the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+def go_on_alone(rank: int, folder: str) -> list[tuple[list[float], dict[str, Tensor], dict[str, Tensor]]]:
+    results = []
+    for zero in (0, 3):
+        engine, *_ = build(zero, 1, seed=3, lr_scheduler=scheduler)
+        engine.load_checkpoint(folder)
+        named = list(engine.logical.named_logical_parameters())
+        states = {
+            f"{state}.{name}": engine.view.full_state(parameter, state).clone()
+            for name, parameter, _ in named
+            for state in ("exp_avg", "exp_avg_sq")
+            if engine.view.updates(parameter)
+        }
+        assert engine.view.step_count() == engine.global_steps == 5
+        results.append((train(engine, 5), weights_of(engine), states))
+    return results
+
+
+def test_a_run_goes_on_under_another_dp_and_zero_stage(gloo: GlooWorkers, tmp_path: Path) -> None:
+    (saved, _) = gloo.run(2, save_half, str(tmp_path))
+    expected = saved["None"]["losses"]
+    reader = CheckpointReader(tmp_path / "None/step-00000005")
+    # The shared weights are there once, and what is not persistent is not.
+    names = {"embedding.weight", "head.bias", "counted"}
+    names |= {f"{layer}.{kind}" for layer in ("frozen", "hidden", "back") for kind in ("weight", "bias")}
+    assert set(reader.manifest.tensors) == names
+    assert json.loads((reader.path / "config.yaml").read_text())["module"] == "Tagger"
+    for losses, _, states in gloo.run(1, go_on_alone, str(tmp_path / "None"))[0]:
+        assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert len(states) == 12
+        for key, tensor in states.items():
+            state, _, name = key.partition(".")
+            assert torch.equal(tensor, reader.tensor(name, state)), key
+    for precision in ("bf16", "fp16"):
+        reader = CheckpointReader(tmp_path / precision / "step-00000005")
+        for name, weights in saved[precision]["before"].items():
+            assert torch.equal(reader.tensor(name), weights.float()), name
+        assert saved[precision]["losses"] == pytest.approx(expected, rel=0.02)
+    assert reader.manifest.training.loss_scaler["cur_scale"] == 2**8
+
+
+class Generator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.layers(noise)
+
+
+class Discriminator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.layers(points).squeeze(-1)
+
+
+def build_gan() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(5)
+    return Generator(), Discriminator()
+
+
+def gan_batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(GLOBAL_BATCH, 2, generator=generator) + 2.0, torch.randn(GLOBAL_BATCH, 3, generator=generator)
+
+
+def loss_of(logits: Tensor, is_real: bool) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(is_real)))
+
+
+def gan_alone() -> list[tuple[float, float]]:
+    generator, discriminator = build_gan()
+    generates = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    judges = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        real, noise = gan_batch(step)
+        fake = generator(noise)
+        judges.zero_grad()
+        judged = loss_of(discriminator(real), True) + loss_of(discriminator(fake.detach()), False)
+        judged.backward()
+        judges.step()
+        generates.zero_grad()
+        deceived = loss_of(discriminator(fake), True)
+        deceived.backward()
+        generates.step()
+        losses.append((judged.item(), deceived.item()))
+    return losses
+
+
+def gan_engines(zero: int) -> tuple[Any, Any]:
+    import pipekit
+
+    settings = config(zero, gradient_clipping=0.0)
+    settings["optimizer"] = {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True, "adam_w_mode": False}}
+    generator, discriminator = build_gan()
+    first, *_ = pipekit.initialize(model=generator, config=settings)
+    second, *_ = pipekit.initialize(model=discriminator, config=settings, mpu=first.mpu)
+    return first, second
+
+
+def train_gan(generator: Any, discriminator: Any, first: int, stop: int) -> list[tuple[float, float]]:
+    losses = []
+    for step in range(first, stop):
+        real, noise = (
+            part.chunk(generator.dp_world_size)[generator.mpu.data_parallel_rank] for part in gan_batch(step)
+        )
+        fake = generator(noise)
+        judged = loss_of(discriminator(real), True) + loss_of(discriminator(fake.detach()), False)
+        discriminator.backward(judged)
+        discriminator.step()
+        # The loss goes through the discriminator, whose weights get no gradient of it.
+        discriminator.requires_grad_(False)
+        deceived = loss_of(discriminator(fake), True)
+        generator.backward(deceived)
+        generator.step()
+        discriminator.requires_grad_(True)
+        both = torch.stack([judged.detach(), deceived.detach()])
+        torch.distributed.all_reduce(both)
+        losses.append((float(both[0]) / generator.dp_world_size, float(both[1]) / generator.dp_world_size))
+    return losses
+
+
+def train_gans(rank: int, folder: str) -> list[list[tuple[float, float]]]:
+    results = []
+    for zero in range(4):
+        generator, discriminator = gan_engines(zero)
+        losses = train_gan(generator, discriminator, 0, 6)
+        for name, engine in {"generator": generator, "discriminator": discriminator}.items():
+            engine.save_checkpoint(f"{folder}/{zero}/{name}")
+        losses += train_gan(generator, discriminator, 6, STEPS)
+        generator.destroy()
+        # Its groups are there as long as the other engine is.
+        discriminator.eval()
+        discriminator(torch.ones(1, 2))
+        discriminator.destroy()
+        generator, discriminator = gan_engines(zero)
+        for name, engine in {"generator": generator, "discriminator": discriminator}.items():
+            engine.load_checkpoint(f"{folder}/{zero}/{name}")
+        assert train_gan(generator, discriminator, 6, STEPS) == losses[6:]
+        results.append(losses)
+    return results
+
+
+def test_two_engines_of_a_gan_train_as_torch_does_alone(gloo: GlooWorkers, tmp_path: Path) -> None:
+    expected = torch.tensor(gan_alone())
+    for results in gloo.run(2, train_gans, str(tmp_path)):
+        for zero, losses in enumerate(results):
+            torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-6, atol=1e-6, msg=f"ZeRO {zero}")
+
+
+def build_in_many_ways(rank: int, folder: str) -> list[list[float]]:
+    def adam(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-2)
+
+    own = config(1)
+    del own["optimizer"]
+    path = Path(folder) / "config.json"
+    if rank == 0:
+        path.write_text(json.dumps(config(1)))
+    torch.distributed.barrier()
+    model = build_tagger()
+    optimizer = adam(groups_of(model))
+    ways: list[dict[str, Any]] = [
+        {"config": str(path)},
+        {"config": None, "config_params": config(1)},
+        {"config": None, "args": SimpleNamespace(deepspeed_config=str(path), local_rank=rank)},
+        {"config": own, "optimizer": adam},
+        {"config": own, "optimizer": optimizer, "model": model, "model_parameters": None},
+    ]
+    results = [train(build(**way)[0], 0, 2) for way in ways]
+    model = build_tagger()
+    optimizer = adam(groups_of(model))
+    schedule = scheduler(optimizer)
+    engine, ours, _, given = build(config=own, model=model, model_parameters=None, optimizer=optimizer,
+                                   lr_scheduler=schedule)  # fmt: skip
+    assert given is engine.lr_scheduler is schedule
+    results.append(train(engine, 0, 2))
+    assert engine.get_lr() == [5e-3, 5e-3]
+    assert ours is engine.optimizer
+    return results
+
+
+def test_configuration_optimizer_and_scheduler_come_in_every_way(gloo: GlooWorkers, tmp_path: Path) -> None:
+    for results in gloo.run(2, build_in_many_ways, str(tmp_path)):
+        assert len(results) == 6
+        assert results == [results[0]] * 6
+
+
+def read_loader(rank: int) -> list[list[list[int]]]:
+    import deepspeed
+
+    data = list(range(14))
+    engine, _, loader, _ = build(training_data=data)
+    _, _, reference, _ = deepspeed.initialize(model=build_tagger(), config=config(), training_data=data)
+    in_order = engine.deepspeed_io(data, 7, "eval", num_local_io_workers=0)
+    assert [part.tolist() for part in in_order] == [list(range(rank, 14, 2))]
+    for each in (loader, reference):
+        # The processes of tests may not have any of their own.
+        each.num_local_io_workers = 0
+    return [[part.tolist() for part in each] for each in (loader, reference)]
+
+
+def test_training_data_come_in_deepspeeds_order(gloo: GlooWorkers) -> None:
+    for ours, theirs in gloo.run(2, read_loader):
+        assert ours == theirs
+        assert [len(part) for part in ours] == [6, 1]
+
+
+def skip_infinite(rank: int) -> list[tuple[int, int, float, bool]]:
+    results = []
+    for zero in range(4):
+        engine, *_ = build(zero)
+        train(engine, 0, 1)
+        before = weights_of(engine)
+        tokens, labels = batch(1)
+        loss = engine(tokens[:6], labels[:6]) * (float("inf") if rank == 1 else 1.0)
+        engine.backward(loss)
+        engine.step()
+        same = all(torch.equal(tensor, before[name]) for name, tensor in weights_of(engine).items())
+        results.append((engine.skipped_steps, engine.global_steps, engine.grad_norm, same))
+        train(engine, 2, 3)
+        assert 0.0 < engine.grad_norm < 10.0
+    return results
+
+
+def test_infinite_gradients_skip_the_step_on_every_rank(gloo: GlooWorkers) -> None:
+    for results in gloo.run(2, skip_infinite):
+        assert results == [(1, 2, float("inf"), True)] * 4
+
+
+class Extra(Tagger):
+    def get_extra_state(self) -> Any:
+        return {"some": "thing"}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def narrow(model: nn.Module) -> nn.Module:
+    model.hidden = nn.Linear(WIDTH, 4)
+    return model
+
+
+# What each rank gives, and what all of them are told.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "twice": (
+        lambda rank: {"args": SimpleNamespace(deepspeed_config="ds.json")},
+        "the configuration is given twice, by config= and args.deepspeed_config; leave one of them out",
+    ),
+    "no file": (
+        lambda rank: {"config": config() if rank == 0 else "no/such.json"},
+        "no/such.json: cannot be read as a DeepSpeed configuration",
+    ),
+    "typo": (lambda rank: {"config": {**config(), "zero_optimisation": {}}}, "zero_optimisation: unknown key; did you"),
+    "batch": (
+        lambda rank: {"config": config(train_micro_batch_size_per_gpu=5)},
+        "DeepSpeed refuses the configuration: Check batch related parameters.",
+    ),
+    "another stage": (
+        lambda rank: {"config": config(rank)},
+        "configuration key zero_optimization is {'stage': 0, 'stage3_param_persistence_threshold': 0} on rank 0",
+    ),
+    "another model": (
+        lambda rank: {"model": narrow(build_tagger()) if rank else build_tagger(), "model_parameters": None},
+        "parameter hidden.weight is float32 (5, 8), trained on rank 0 and float32 (4, 8), trained on rank 1",
+    ),
+    "no model": (lambda rank: {"model": None}, "model is NoneType; give model=, a pipekit.PipelineModule or an"),
+    "no optimizer": (lambda rank: {"config": {"train_batch_size": 8}}, "no optimizer: give"),
+    "another's": (lambda rank: {"model": build_tagger()}, "the optimizer updates a tensor of shape (11, 8) that is no"),
+    "fp64": (lambda rank: {"model": build_tagger().double()}, "is float64, and checkpoints hold fp32; try model.float"),
+    "extra state": (lambda rank: {"model": Extra()}, "_extra_state is dict and no tensor, so that no checkpoint can"),
+    "hybrid": (lambda rank: {"config": config(hybrid_engine={"enabled": True})}, "hybrid_engine: has no effect on a"),
+    "parts": (
+        lambda rank: {"mpu": SimpleNamespace(get_data_parallel_world_size=lambda: 1)},
+        "the mpu has 1 replicas on 2 ranks, and each rank holds a plain module whole",
+    ),
+}  # fmt: skip
+
+
+def refuse_all(rank: int) -> dict[str, str]:
+    messages = {}
+    for name, (give, _) in REFUSED.items():
+        with pytest.raises(ConfigError) as caught:
+            build(**give(rank))
+        messages[name] = str(caught.value)
+    return messages
+
+
+def test_what_cannot_run_is_refused_on_every_rank(gloo: GlooWorkers) -> None:
+    for messages in gloo.run(2, refuse_all):
+        for name, (_, expected) in REFUSED.items():
+            assert expected in messages[name], name
+
+
+def refuse_checkpoints(rank: int, folder: str) -> list[str]:
+    engine, *_ = build(0, 3)
+    mine = Path(folder) / ("shared" if rank == 0 else "other")
+    train(engine, 0, 1)
+    engine.save_checkpoint(f"{folder}/shared", tag="whole")
+    narrower = narrow(build_tagger())
+    other, *_ = build(model=narrower, model_parameters=groups_of(narrower))
+
+    def in_between() -> None:
+        engine.backward(engine(*(part[:2] for part in batch(0))))
+        engine.step()
+        engine.save_checkpoint(folder)
+
+    uneven, *_ = build(config=config(optimizer={"type": "NAdam", "params": {"lr": 1e-2}}))
+    train(uneven, 0, 1)
+    calls = [
+        lambda: engine.save_checkpoint(folder, client_state={"bad": rank if rank == 0 else {1, 2}}),
+        lambda: engine.save_checkpoint(folder, tag="a/b"),
+        lambda: engine.load_checkpoint(mine),
+        lambda: other.load_checkpoint(f"{folder}/shared"),
+        lambda: uneven.save_checkpoint(folder),
+        in_between,
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(PipekitError) as caught:
+            call()
+        messages.append(str(caught.value))
+    assert engine.global_steps == 1
+    torch.distributed.barrier()
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["shared"]
+    return messages
+
+
+def test_a_checkpoint_that_cannot_be_is_one_error_on_every_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
+    expected = [
+        "client_state cannot be written as JSON: Object of type set is not JSON serializable",
+        "tag='a/b' is no name of a folder",
+        "rank 0 finds whole there, and rank 1 finds none; give all ranks a folder that they all see",
+        "belongs to another model: hidden.weight is (5, 8) in it and (4, 8) in the model",
+        "NAdam has the states exp_avg, exp_avg_sq, mu_product, and not one number of each for every element",
+        "save_checkpoint stands between the micro-batches of a step, after 1 of 3, and a checkpoint holds no gradients",
+    ]
+    for messages in gloo.run(2, refuse_checkpoints, str(tmp_path)):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
