@@ -1,4 +1,4 @@
-"""What every engine does: it is built on one of DeepSpeed's, tells norms, writes and reads checkpoints, and ends."""
+"""Base of all engines: construction on one of DeepSpeed's, gradient norms, skipped steps, checkpoints, and the end."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class BaseEngine:
     _is_destroyed = False
 
     _takes_gradients = True
-    """Whether gradients are accumulated and reduced here, rather than by hooks of DeepSpeed's."""
+    """False where hooks of DeepSpeed's accumulate and reduce the gradients, and not pipekit."""
 
     on_gradients: GradientObserver | None = None
     """Called before every update, when the gradients are those of the step and of all replicas, with a function of a

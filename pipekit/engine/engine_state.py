@@ -89,7 +89,7 @@ def _as_json(value: Any, what: str) -> Any:
 
 
 def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler may have changed in a parameter group: numbers, and pairs of them."""
+    """Numbers of a parameter group, and tuples of them, which a scheduler may have changed."""
     numbers: dict[str, Any] = {}
     for key, value in group.items():
         if isinstance(value, Tensor) and value.ndim == 0:

@@ -12,7 +12,7 @@ from pipekit.tensor_parallel import TensorGroup
 
 
 class LogicalModel(Protocol):
-    """What a checkpoint asks of a model; `PipelineModule` answers it for the layers of its rank."""
+    """Protocol of a model that checkpoints hold; `PipelineModule` answers it for the layers of its rank."""
 
     @property
     def tensor_group(self) -> TensorGroup | None:
@@ -29,7 +29,7 @@ class LogicalModel(Protocol):
         """Yield `(logical name, buffer, owned)` for each persistent buffer of this rank."""
 
     def description(self) -> dict[str, Any]:
-        """What the checkpoint's configuration says of the model."""
+        """Description of the model for the configuration in a checkpoint."""
 
 
 class WholeModel:
