@@ -167,7 +167,7 @@ def _set_numbers(group: dict[str, Any], stored: Mapping[str, Any]) -> None:
 
 
 def _with_keys_of(like: Any, stored: Any) -> Any:
-    """Return what was stored as JSON, whose keys are texts, with keys that are numbers where `like` has such."""
+    """Give a state that was stored as JSON, whose keys are texts, its keys that are numbers, as `like` has them."""
     if not isinstance(like, dict) or not isinstance(stored, dict):
         return stored
     if like and all(isinstance(key, int) for key in like):
