@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pipekit.training.callbacks import Callback as Callback
     from pipekit.training.callbacks import StepMetrics as StepMetrics
     from pipekit.training.language_model import LanguageModelTrial as LanguageModelTrial
+    from pipekit.training.reducers import MetricReducer as MetricReducer
+    from pipekit.training.reducers import Reducer as Reducer
     from pipekit.training.trainer import Trainer as Trainer
     from pipekit.training.trial import Trial as Trial
 
@@ -60,6 +62,7 @@ _HOMES = {
         "pipekit.tensors.weight_gradients": "defer_weight_gradient",
         "pipekit.training.callbacks": "Callback StepMetrics",
         "pipekit.training.language_model": "LanguageModelTrial",
+        "pipekit.training.reducers": "MetricReducer Reducer",
         "pipekit.training.trainer": "Trainer",
         "pipekit.training.trial": "Trial",
     }.items()
