@@ -2,7 +2,8 @@
 
 Four of them occur. In fp32 without ZeRO it is the plain torch optimizer; in bf16 with ZeRO-1 `BF16_Optimizer`; else,
 with ZeRO-1 and 2, `DeepSpeedZeroOptimizer`. Both of the latter flatten parameters and shard the fp32 masters over the
-data-parallel ranks. With ZeRO-3 it is `DeepSpeedZeroOptimizer_Stage3`, which shards the parameters too.
+data-parallel ranks. With ZeRO-3 it is `DeepSpeedZeroOptimizer_Stage3`, which shards the parameters too. An engine that
+only evaluates has none.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from pipekit.deepspeed.bf16_optimizer import BF16OptimizerView
 from pipekit.deepspeed.optimizer_view import OptimizerView
+from pipekit.deepspeed.weights_view import WeightsView
 from pipekit.deepspeed.zero3_optimizer import Zero3OptimizerView
 from pipekit.deepspeed.zero_optimizer import ZeroOptimizerView
 from pipekit.distributed.mpu import ModelParallelUnit
@@ -29,6 +32,8 @@ def view_optimizer(optimizer: Any, mpu: ModelParallelUnit, *, takes_gradients: b
         mpu: the process groups over which norms are summed.
         takes_gradients: whether gradients accumulate in the view's buffers; otherwise hooks of DeepSpeed's take them.
     """
+    if optimizer is None or isinstance(optimizer, DeepSpeedZeRoOffload):
+        return WeightsView(optimizer, mpu, takes_gradients=False)
     if isinstance(optimizer, BF16_Optimizer):
         return BF16OptimizerView(optimizer, mpu, takes_gradients)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):

@@ -7,11 +7,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
 from pipekit.deepspeed.optimizer_view import LossScaledView
 from pipekit.deepspeed.patches import replace_norm
+from pipekit.deepspeed.weights_view import WeightsView
 from pipekit.distributed.mpu import ModelParallelUnit
 
 
@@ -64,13 +64,8 @@ class Zero3OptimizerView(LossScaledView):
         state: Tensor = self.optimizer.get_full_hp_param(parameter, name)
         return state
 
-    def full_frozen(self, parameter: nn.Parameter) -> Tensor:
-        with GatheredParameters([parameter]):
-            return parameter.detach().clone()
-
-    def load_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
-        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            parameter.copy_(value)
+    full_frozen = WeightsView.full_frozen
+    load_frozen = WeightsView.load_frozen
 
     def load_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         zero = self.optimizer

@@ -62,7 +62,7 @@ def save_engine(
         step=engine.global_steps,
         consumed_samples=engine.global_samples,
         seed=engine.logical.seed,
-        lr=float(view.param_groups[0]["lr"]),
+        lr=float(view.param_groups[0]["lr"]) if view.param_groups else 0.0,
         optimizer={
             "type": type(view.torch_optimizer).__name__.lower(),
             "step": view.step_count(),

@@ -18,7 +18,7 @@ from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.build import build_engine
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.plain_engine import PlainEngine, check_plain_module, check_same_on_all_ranks
+from pipekit.engine.plain_engine import PlainEngine, check_evaluation, check_plain_module, check_same_on_all_ranks
 from pipekit.errors import ConfigError
 from pipekit.layout import Layout
 from pipekit.schedules import Schedule
@@ -48,7 +48,7 @@ def initialize(
         args: has `deepspeed_config`, the path of a configuration, where `config` is not given.
         model: the module.
         optimizer: a torch optimizer, or a function of the parameters that returns one; DeepSpeed's configuration names
-            one otherwise.
+            one otherwise. A plain module without any is evaluated alone.
         model_parameters: what to train; all parameters of the module that need a gradient, unless given.
         training_data: a dataset. For a pipeline module map-style, of pairs of inputs and labels; shuffled anew in every
             epoch, with an order that follows from the module's seed, and a position that checkpoints hold. For a plain
@@ -79,7 +79,8 @@ def initialize(
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is {type(model).__name__}; give model=, a pipekit.PipelineModule or an nn.Module")
         settings = _read_config(_only_config(args, config, config_params))
-        if optimizer is None and "optimizer" not in settings:
+        has_optimizer = optimizer is not None or "optimizer" in settings
+        if not has_optimizer and isinstance(model, PipelineModule):
             raise ConfigError(
                 'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
                 '"params": {"lr": 1e-4}} in the configuration'
@@ -90,6 +91,8 @@ def initialize(
         if isinstance(model, PipelineModule):
             _check_zero_stage(model, settings.get("zero_optimization", {}).get("stage", 0))
         else:
+            if not has_optimizer:
+                check_evaluation(settings)
             check_plain_module(model, settings, parameters, optimizer)
             _check_mpu(mpu)
     except ConfigError as failure:
@@ -104,7 +107,7 @@ def initialize(
         engine = PlainEngine(
             model,
             unit,
-            deepspeed_config=complete_deepspeed_config(settings),
+            deepspeed_config=complete_deepspeed_config(settings) if has_optimizer else settings,
             training_data=training_data,
             collate_fn=collate_fn,
             **given,

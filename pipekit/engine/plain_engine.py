@@ -82,6 +82,11 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
             return super().forward(*inputs, **options)
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> Any:
+        if not self.view.param_groups:
+            raise PipekitError(
+                "this engine has no optimizer, and evaluates alone; give initialize(optimizer=...), or an optimizer in "
+                "the configuration"
+            )
         with linear_function(self._own_linear):
             return super().backward(loss, *args, **options)
 
@@ -162,6 +167,28 @@ def check_plain_module(
                     f"the optimizer updates a tensor of shape {tuple(parameter.shape)} that is no parameter of the "
                     f"{type(module).__name__}; register it there, or give it an optimizer of its own"
                 )
+
+
+def check_evaluation(settings: Mapping[str, Any]) -> None:
+    """Raise a ConfigError where a configuration needs an optimizer, and there is none.
+
+    Example:
+        >>> check_evaluation({"zero_optimization": {"stage": 1}})
+        Traceback (most recent call last):
+        ...
+        pipekit.errors.ConfigError: zero_optimization.stage=1 shards an optimizer, and there is none; give optimizer=...
+    """
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage in (1, 2):
+        raise ConfigError(
+            f"zero_optimization.stage={stage} shards an optimizer, and there is none; give "
+            'optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", "params": {"lr": '
+            "1e-4}} in the configuration; to evaluate alone, try stage 0 or 3"
+        )
+    if not stage and settings.get("bf16", settings.get("bfloat16", {})).get("enabled"):
+        raise ConfigError(
+            "bf16 without an optimizer needs zero_optimization.stage=3; or evaluate model.bfloat16() without bf16"
+        )
 
 
 def check_same_on_all_ranks(module: nn.Module, settings: Mapping[str, Any]) -> None:

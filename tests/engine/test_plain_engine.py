@@ -383,6 +383,35 @@ def test_configuration_optimizer_and_scheduler_come_in_every_way(gloo: GlooWorke
         assert results == [results[0]] * 6
 
 
+def evaluate_alone(rank: int, folder: str) -> list[float]:
+    trained, *_ = build(2)
+    train(trained, 0, 3)
+    trained.save_checkpoint(folder)
+    trained.eval()
+    with torch.no_grad():
+        losses = [float(trained(*batch(9)))]
+    for zero in (0, 3):
+        settings = config(zero)
+        del settings["optimizer"]
+        engine, *_ = build(config=settings, seed=2)
+        assert engine.load_checkpoint(folder)[0] is not None
+        with pytest.raises(PipekitError, match="this engine has no optimizer, and evaluates alone"):
+            engine.backward(engine(*batch(9)))
+        # What it saves, it loads.
+        engine.save_checkpoint(f"{folder}/weights", tag="again")
+        engine, *_ = build(config=settings, seed=3)
+        engine.load_checkpoint(f"{folder}/weights")
+        engine.eval()
+        with torch.no_grad():
+            losses.append(float(engine(*batch(9))))
+    return losses
+
+
+def test_without_an_optimizer_an_engine_evaluates(gloo: GlooWorkers, tmp_path: Path) -> None:
+    for trained, *others in gloo.run(2, evaluate_alone, str(tmp_path)):
+        assert others == pytest.approx([trained] * 2, rel=1e-6)
+
+
 def read_loader(rank: int) -> list[list[list[int]]]:
     import deepspeed
 
@@ -462,7 +491,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "parameter hidden.weight is float32 (5, 8), trained on rank 0 and float32 (4, 8), trained on rank 1",
     ),
     "no model": (lambda rank: {"model": None}, "model is NoneType; give model=, a pipekit.PipelineModule or an"),
-    "no optimizer": (lambda rank: {"config": {"train_batch_size": 8}}, "no optimizer: give"),
+    "no optimizer": (lambda rank: {"config": {"train_batch_size": 8, "zero_optimization": {"stage": 2}}},
+                     "zero_optimization.stage=2 shards an optimizer, and there is none; give optimizer=torch"),
     "another's": (lambda rank: {"model": build_tagger()}, "the optimizer updates a tensor of shape (11, 8) that is no"),
     "fp64": (lambda rank: {"model": build_tagger().double()}, "is float64, and checkpoints hold fp32; try model.float"),
     "extra state": (lambda rank: {"model": Extra()}, "_extra_state is dict and no tensor, so that no checkpoint can"),
