@@ -26,7 +26,7 @@ from hand_made import examples_at_work
 from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.deepspeed_keys import OWNED_KEYS
-from pipekit.models import preset_families
+from pipekit.models import find_families, preset_families
 from pipekit.models.family import TransformerFamily
 from test_layering import ROOMS
 
@@ -303,6 +303,25 @@ def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
         assert (yaml.safe_load(other.strip("`")) or {}) == yaml.safe_load(yaml.safe_dump(sizes))
     refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}
     assert refused == OWNED_KEYS
+
+
+def test_the_page_of_families_has_a_row_for_each() -> None:
+    tables = page_tables("docs/models.md")
+    assert tables["Model families"].keys() - {"family"} == find_families().keys()
+    proved = tables["What is proved"]
+    families = [key for key in proved if key in find_families()]
+    assert families == [key for key in tables["Model families"] if key != "family"], "in the same order"
+    columns = [key for key in proved if key not in {*families, "family", "column"}]
+    assert columns == proved["family"][:-1]
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    named = [name for page in PAGES for name in re.findall(r"`(tests/[\w/.:]+)`", page.read_text(encoding="utf-8"))]
+    assert len(named) > 6
+    for name in named:
+        path, _, function = name.partition("::")
+        assert (ROOT / path).exists(), name
+        assert not function or f"\ndef {function}(" in (ROOT / path).read_text(encoding="utf-8"), name
 
 
 def importable_modules() -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fork_server import run_pipekit
+from pipekit.models import find_families
 
 pytestmark = pytest.mark.distributed
 
@@ -250,6 +251,14 @@ def test_frozen_parameters_are_verified_like_others(workspace: Path) -> None:
     done = verify(workspace, "c.yaml", frozen, "--json", "--steps", "2", "--layouts", "pp2,pp2xtp2,dp2xzero3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {entry["verdict"] for entry in json.loads(done.stdout)["layouts"]} == {"agrees"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", find_families())
+def test_every_family_is_the_same_under_every_axis(workspace: Path, family: str) -> None:
+    done = verify(workspace, "c.yaml", f"model.family={family}", "--json", "--steps", "2", "--layouts", "pp2xtp2,dp2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [entry["verdict"] for entry in json.loads(done.stdout)["layouts"]] == ["agrees"] * 2
 
 
 def test_what_was_recorded_can_be_kept(workspace: Path, tmp_path: Path) -> None:

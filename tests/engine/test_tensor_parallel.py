@@ -76,9 +76,9 @@ def test_tensor_parallel_ranks_train_as_one_process_does(gloo: GlooWorkers, case
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", find_families())
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_every_family_trains_in_3d_as_in_one_process(gloo: GlooWorkers, family: str, tied: bool) -> None:
-    check_against_reference(gloo, Case(tp=2, pp=2, dp=2, family=family, tied=tied, steps=20))
+@pytest.mark.parametrize(("tied", "schedule"), [(True, "1f1b"), (False, "zb-v")], ids=["tied, 1f1b", "untied, zb-v"])
+def test_every_family_trains_in_3d_as_in_one_process(gloo: GlooWorkers, family: str, tied: bool, schedule: str) -> None:
+    check_against_reference(gloo, replace(WHOLE_3D, family=family, tied=tied, schedule=schedule, steps=20))
 
 
 def test_dropout_draws_the_same_masks_under_every_layout_of_one_degree(gloo: GlooWorkers) -> None:

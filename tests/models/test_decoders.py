@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pipekit.models import find_families
 from pipekit.models.decoder import DecoderFamily
 from pipekit.tensor_parallel import SHARDED, SequenceFlow
 from tensor_parallel.outcomes import VOCAB, Outcome, assert_same, random_weights, run_sharded, tokens_and_labels
+from their_models import assert_their_model_is_ours
 
 RELEASED = {  # parameters, as the model cards or the files of the released models have them
     "llama-7b": 6_738_415_616,
@@ -213,7 +215,7 @@ def test_a_loss_of_capped_scores_may_go_through_the_tokens_in_chunks(size: int) 
     assert_same(run_sharded(size, specs, random_weights(specs), False), their_outcome("gemma2"), tolerance=FP32)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3", "olmo2", "phi3"])
+@pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
     specs = small(kind).layer_specs()
@@ -222,25 +224,9 @@ def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
-def test_a_model_of_theirs_computes_the_same_here(kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    config = small(kind)
-    torch.manual_seed(5)
-    stored = transformers.AutoConfig.for_model(**config.hf_config(end_token_id=0, dtype="float32"))
-    theirs = transformers.AutoModelForCausalLM.from_config(stored).to(dtype).eval()
-    weights = dict(theirs.state_dict())
-    read = read_hf_config(stored.to_dict(), where="out")
-    assert read == config
-    ours = SequentialModel(read.layer_specs(), seed=None).to(dtype)
-    ours.load_logical_tensors(dict(from_hf(read, weights)), where="out")
-    tokens, _ = tokens_and_labels()
-    with torch.no_grad():
-        expected, actual = theirs(tokens).logits, ours.eval()(tokens)
-    assert float((actual - expected).norm() / expected.norm()) <= tolerance
-    back = dict(to_hf(read, ours.logical_tensors()))
-    assert set(weights) - set(back) <= {"lm_head.weight"}
-    for name, tensor in back.items():
-        assert torch.equal(tensor, weights[name]), name
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_a_model_of_theirs_computes_the_same_here(tmp_path: Path, kind: str, dtype: torch.dtype, rtol: float) -> None:
+    assert_their_model_is_ours(small(kind), tmp_path, dtype=dtype, rtol=rtol)
 
 
 @kinds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from pipekit.tensor_parallel import (
 from tensor_parallel.outcomes import Outcome, assert_same, random_weights, run_sharded, tokens_and_labels
 from tensor_parallel.sharded_model import CutModel, join_gradients, join_parameters
 from tensor_parallel.threads import run_ranks
+from their_models import assert_their_model_is_ours
 
 
 def small(**changes: Any) -> GPT2Config:
@@ -249,6 +251,12 @@ def test_the_model_is_gpt2(tied: bool, num_kv_heads: int | None) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     actual = Outcome(logits.detach(), loss.detach(), join_gradients([model.parameters()]))
     assert_same(actual, plain_outcome(tied, num_kv_heads))
+
+
+@tying
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_a_model_of_theirs_computes_the_same_here(tmp_path: Path, tied: bool, dtype: torch.dtype, rtol: float) -> None:
+    assert_their_model_is_ours(for_ranks(tied_embedding=tied), tmp_path, dtype=dtype, rtol=rtol)
 
 
 @sequences

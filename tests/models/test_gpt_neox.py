@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from pipekit.models.gpt_neox import GPTNeoXConfig
 from pipekit.tensor_parallel import SHARDED, PlannedGroup, SequenceFlow
 from tensor_parallel.outcomes import VOCAB, Outcome, assert_same, random_weights, run_sharded, tokens_and_labels
 from tensor_parallel.sharded_model import CutModel, join_parameters
+from their_models import assert_their_model_is_ours
 
 RELEASED = {  # parameters in all, as the Pythia paper's table of sizes has them
     "pythia-70m": 70_426_624,
@@ -152,6 +154,12 @@ def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
     specs = config.layer_specs()
     actual = run_sharded(size, specs, random_weights(specs), True, defer=True)
     assert_same(actual, their_outcome(config), tolerance=1e-7)
+
+
+@kinds
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_a_model_of_theirs_computes_the_same_here(tmp_path: Path, kind: str, dtype: torch.dtype, rtol: float) -> None:
+    assert_their_model_is_ours(small(init_std=0.02, **KINDS[kind]), tmp_path, dtype=dtype, rtol=rtol)
 
 
 @pytest.mark.parametrize("parallel", [True, False])
