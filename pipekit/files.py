@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipekit.errors import PipekitError
 
@@ -74,13 +76,31 @@ def check_free(out: Path, *, marker: str, what: str, overwrite: bool) -> None:
 def replace_folder(temporary: Path, final: Path) -> None:
     """Give a folder that is complete its final name, in place of an earlier folder of that name.
 
-    The earlier one is removed when the new one is in its place and on the disk.
+    At every moment one of the two has that name, on file systems that can swap two names at once (not NFS). The earlier
+    one is removed when the new one is in its place and on the disk.
     """
     sync_folder(temporary)
-    earlier = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old") if final.exists() else None
-    if earlier is not None:
+    is_earlier = final.exists()
+    if not is_earlier:
+        temporary.rename(final)
+    elif not _swap(temporary, final):
+        earlier = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old")
         final.rename(earlier)
-    temporary.rename(final)
+        temporary.rename(final)
+        earlier.rename(temporary)
     sync_folder(final.parent)
-    if earlier is not None:
-        shutil.rmtree(earlier)
+    if is_earlier:
+        shutil.rmtree(temporary)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Swap two names at once; False where the C library or the file system cannot.
+
+    Source: renameat2(2) of the Linux manual.
+    """
+    rename: Any = getattr(ctypes.CDLL(None), "renameat2", None)
+    working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None:
+        return False
+    status: int = rename(working_directory, os.fsencode(one), working_directory, os.fsencode(other), exchange)
+    return status == 0

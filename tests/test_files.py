@@ -31,7 +31,12 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("swaps", [True, False], ids=["swapped", "where names cannot be swapped"])
+def test_a_folder_takes_the_place_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
+) -> None:
+    if not swaps:
+        monkeypatch.setattr("pipekit.files._swap", lambda one, other: False)
     for content in ("first", "second"):
         temporary = tmp_path / "temporary"
         temporary.mkdir()
@@ -51,3 +56,18 @@ def test_the_earlier_folder_is_there_until_the_new_one_is_in_its_place(
     monkeypatch.setattr("shutil.rmtree", lambda path: removed.append([*path.iterdir(), *final.iterdir()]))
     replace_folder(temporary, final)
     assert [[path.name for path in paths] for paths in removed] == [["final", "temporary"]]
+
+
+def test_the_final_name_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, temporary = tmp_path / "final", tmp_path / "temporary"
+    final.mkdir()
+    temporary.mkdir()
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        renamed = original(self, target)
+        assert final.is_dir(), "a run that is killed now finds no checkpoint"
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename)
+    replace_folder(temporary, final)
