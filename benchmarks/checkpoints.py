@@ -2,12 +2,13 @@
 
     python benchmarks/checkpoints.py [--parts checksums async kills] [--kills 50] [--seed 0] [--json checkpoints.json]
 
-`checksums` writes and reads 2.4 GB of tensors with and without them, in turns, the files dropped from the page cache
-before they are read. `async` trains a GPT of 200M parameters in one process, with a checkpoint every few steps that is
-written at once or in the background, against one that saves at its end alone, in turns; what the checkpoints add is
-compared. `kills` kills (SIGKILL) a small run that saves after every step at random moments, half of them with
-`checkpoint.async`, starts it again each time, and compares its losses with those of a run that nobody disturbed. Prints
-a table and writes JSON; exits with 1 where a requirement is not met. Half an hour in all.
+`checksums` lets an engine save and load a GPT of 200M parameters, 2.4 GB, with and without them, in turns, the files
+dropped from the page cache before they are read. `async` trains the same GPT in a process of its own, with a checkpoint
+every few steps that is written at once or in the background, against a run that saves at its end alone, in turns; what
+the checkpoints add is compared. `kills` kills (SIGKILL) a small run that saves after every step at random moments, half
+of them with `checkpoint.async`, starts it again each time, and compares its losses with those of a run that nobody
+disturbed; kills that left a save unfinished are counted. Prints a table and writes JSON; exits with 1 where a
+requirement is not met. Half an hour in all.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-import pipekit.checkpoint.reader as reader_module
 import pipekit.checkpoint.writer as writer_module
-from pipekit.checkpoint.manifest import WEIGHTS, Manifest, TensorEntry, TrainingState
-from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.checkpoint.writer import write_tensors
+import pipekit.engine.load as load_module
+from pipekit import PipelineEngine, PipelineModule, initialize, parse_config
+from pipekit.checkpoint.manifest import Checksum, find_latest, list_checkpoints
+from pipekit.models import build_layers
+from pipekit.models.transformer.head import language_model_loss
 
 CHECKSUM_LIMIT, ASYNC_LIMIT, LEAST_ADDED = 0.10, 0.10, 0.05
-NUM_TENSORS, TENSOR_ELEMENTS = 60, 10_000_000
-ROUNDS = 6
+ROUNDS = 10
 RUNS = 3
 GPT: dict[str, Any] = {
     "model": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "max_positions": 32},
@@ -62,46 +65,57 @@ SHARED: dict[str, Any] = {
 }
 
 
-def measure_checksums(folder: Path) -> dict[str, float]:
-    """Median seconds of a save and of a load, with checksums and without, in turns."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"{index}": torch.rand(TENSOR_ELEMENTS, generator=generator) for index in range(NUM_TENSORS)}
-    target = torch.empty(TENSOR_ELEMENTS)
-    file = f"{WEIGHTS}-0000.safetensors"
-    original = writer_module.checksum
+class NoChecksum:
+    """Stands in the place of a checksum where a save is to be without."""
+
+    def update(self, data: memoryview) -> None:
+        """Take bytes."""
+
+    def hexdigest(self) -> str:
+        """Nothing."""
+        return ""
+
+
+def build_engine() -> PipelineEngine:
+    """Engine of the GPT in this process, which has made a step."""
+    config = parse_config({**GPT, "model": {**GPT["model"], "vocab_size": SHARED["data"]["vocab_size"]}})
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    module = PipelineModule(build_layers(config), num_stages=1, loss_fn=language_model_loss, device="cpu")
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+    engine, *_ = initialize(model=module, config=settings)
+    tokens = torch.randint(SHARED["data"]["vocab_size"], (1, GPT["train"]["sequence_length"]))
+    engine.train_batch(iter([(tokens, tokens)]))
+    return engine
+
+
+def measure_checksums(folder: Path) -> dict[str, list[float]]:
+    """Seconds of the engine's saves and loads, with checksums and without, in turns."""
+    engine = build_engine()
+    variants = {"with": (Checksum, load_module._verify_share), "without": (NoChecksum, lambda *arguments: None)}
     times: dict[str, list[float]] = {}
-    checksums: dict[str, str] = {}
+
+    def measure(name: str, call: Callable[[str], object]) -> None:
+        writer_module.Checksum, load_module._verify_share = variants[name]  # type: ignore[misc, assignment]
+        began_s = time.perf_counter()
+        call(str(folder / "with" if call == engine.load_checkpoint else folder / name))
+        times.setdefault(f"{call.__name__.partition('_')[0]} {name}", []).append(time.perf_counter() - began_s)
+
     for index in range(ROUNDS):
         # In turns: whoever comes first finds other pages in memory.
-        order = [("without", lambda data: ""), ("with", original)][:: -1 if index % 2 else 1]
-        for name, function in order:
-            writer_module.checksum = function  # type: ignore[assignment]
-            began_s = time.perf_counter()
-            written = write_tensors(folder / file, tensors)
-            checksums = written if name == "with" else checksums
-            times.setdefault(f"save {name}", []).append(time.perf_counter() - began_s)
-        entries = {
-            name: TensorEntry(tuple(tensor.shape), "float32", {WEIGHTS: file}, checksums={WEIGHTS: checksums[name]})
-            for name, tensor in tensors.items()
-        }
-        state = TrainingState(step=1, consumed_samples=1, seed=1, lr=0.1, optimizer={})
-        manifest = Manifest(state, entries, {file: (folder / file).stat().st_size})
-        (folder / "manifest.json").write_text(manifest.to_json())
-        for name, _ in order:
-            with (folder / file).open("rb") as stream:
-                os.fsync(stream.fileno())
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            began_s = time.perf_counter()
-            reader = CheckpointReader(folder)
-            if name == "with":
-                for tensor in tensors:
-                    reader.verify(tensor)
-            for tensor in tensors:
-                target.copy_(reader.tensor(tensor, is_verified=True))
-            times.setdefault(f"load {name}", []).append(time.perf_counter() - began_s)
-    writer_module.checksum = original
-    assert reader_module.checksum is original
-    return {name: statistics.median(values) for name, values in times.items()}
+        order = [*variants][:: -1 if index % 2 else 1]
+        for name in order:
+            os.sync()
+            measure(name, engine.save_checkpoint)
+        for name in order:
+            for file in (folder / "with").rglob("*.safetensors"):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            measure(name, engine.load_checkpoint)
+    writer_module.Checksum, load_module._verify_share = variants["with"]  # type: ignore[misc]
+    dist.destroy_process_group()
+    return times
 
 
 def start(folder: Path, config: dict[str, Any], run: str, *overrides: str) -> subprocess.Popen[str]:
@@ -151,12 +165,13 @@ def kill_and_resume(folder: Path, draw: random.Random, num_kills: int, run: str,
     """Kill a run at random moments, start it again each time, and compare its losses with an undisturbed run's."""
     metrics = folder / "runs" / run / "metrics.jsonl"
     options = ["checkpoint.interval=1", "scheduler.decay_steps=1000", *overrides]
-    resumed, steps = 0, 0
+    checkpoints = folder / "runs" / run / "checkpoints"
+    resumed, saving, steps = 0, 0, 0
     for index in range(num_kills):
+        left = unfinished(checkpoints)
         process = start(folder, SMALL, run, *options)
         deadline = time.monotonic() + 120
-        saved = folder / "runs" / run / "checkpoints" / "latest"
-        while (last_step(metrics) <= steps or not saved.exists()) and time.monotonic() < deadline:
+        while (last_step(metrics) <= steps or not (checkpoints / "latest").exists()) and time.monotonic() < deadline:
             if process.poll() is not None:
                 raise SystemExit(f"start {index + 1} of {run} failed:\n{process.communicate()[0]}")
             time.sleep(0.01)
@@ -164,6 +179,7 @@ def kill_and_resume(folder: Path, draw: random.Random, num_kills: int, run: str,
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         wait_for_ranks(folder / "runs" / run)
+        saving += bool(unfinished(checkpoints) - left)
         resumed += index > 0 and "going on after step" in output
         steps = last_step(metrics)
     process = start(folder, SMALL, run, *options, f"train.steps={steps + 5}")
@@ -174,11 +190,22 @@ def kill_and_resume(folder: Path, draw: random.Random, num_kills: int, run: str,
     verified = subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
     return {
         "kills": num_kills,
+        "during_a_save": saving,
         "resumed": resumed,
         "steps": steps + 5,
         "same_losses": losses[0] == losses[1],
         "verified": verified,
     }
+
+
+def unfinished(checkpoints: Path) -> set[tuple[str, int]]:
+    """Names and inodes of what a save that was interrupted has left in a folder of checkpoints."""
+    if not checkpoints.is_dir():
+        return set()
+    found = [path for path in checkpoints.iterdir() if path.name.startswith(".")]
+    latest = find_latest(checkpoints)
+    found += [path for path in list_checkpoints(checkpoints) if latest is None or path.name > latest.name]
+    return {(path.name, path.stat().st_ino) for path in found}
 
 
 def wait_for_ranks(run: Path) -> None:
@@ -233,7 +260,8 @@ def main() -> None:
         words = [f"word{index}" for index in range(200)]
         (folder / "text.txt").write_text("\n".join(" ".join(draw.choices(words, k=8)) for _ in range(3000)))
         if "checksums" in arguments.parts:
-            times = report["checksums_s"] = measure_checksums(folder)
+            every = report["checksums_s"] = measure_checksums(folder)
+            times = {name: statistics.median(values) for name, values in every.items()}
             for what in ("save", "load"):
                 cost = times[f"{what} with"] / times[f"{what} without"] - 1
                 shown = f"{100 * cost:+.1f} % ({times[f'{what} without']:.2f} s without)"
@@ -253,7 +281,8 @@ def main() -> None:
                 found = report["kills"][name] = kill_and_resume(folder, draw, half, name, *overrides)
                 met = found["resumed"] == half and found["same_losses"] and found["verified"]
                 losses = "same losses" if found["same_losses"] else "OTHER LOSSES"
-                require(f"kills, saved {name}", f"{found['resumed']} resumed, {losses}", f"{half}", met)
+                shown = f"{found['resumed']} resumed, {losses}; {found['during_a_save']} kills during a save"
+                require(f"kills, saved {name}", shown, f"{half}", met)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     console.print(table)
     console.print(f"{arguments.json} has the figures")

@@ -44,6 +44,10 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 """Name of a file of the checkpoint's own folder: no path, so that it leads nowhere else."""
 
 
+Checksum = xxhash.xxh3_128
+"""Checksum of bytes that come piece by piece: `update` takes each, and `hexdigest` returns what `checksum` does."""
+
+
 def checksum(data: Any) -> str:
     """XXH3 of 128 bits, in hexadecimal, of bytes or of any buffer.
 

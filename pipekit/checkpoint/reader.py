@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import WEIGHTS, Manifest, checksum, load_manifest
-from pipekit.checkpoint.writer import tensor_bytes
+from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, load_manifest
+from pipekit.checkpoint.writer import DTYPES
 from pipekit.errors import CheckpointError, DamagedCheckpointError
 from pipekit.tensor_parallel.shards import Shard
+
+# A piece that has been read is still in the processor's cache when it is summed up.
+_PIECE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """Place of a tensor in its file, in bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 class CheckpointReader:
@@ -27,6 +43,7 @@ class CheckpointReader:
         self.path = path
         self.manifest: Manifest = load_manifest(path)
         self._verified: set[tuple[str, str]] = set()
+        self._stored_in: dict[Path, dict[str, _StoredTensor]] = {}
 
     def file(self, name: str) -> Path | None:
         """Path of a file without tensors, such as `config.yaml`, as it was written; None where there is none."""
@@ -44,11 +61,11 @@ class CheckpointReader:
         entry = self.manifest.tensors.get(name)
         if entry is None or kind not in entry.files:
             raise CheckpointError(f"{self.path}: holds no {kind} of {name!r}; it was written by another model")
-        tensor = self._mapped(name, kind)
-        dtype = entry.dtype if kind == WEIGHTS else "float32"
-        if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{dtype}":
-            fault = f"is {tensor.dtype} of shape {tuple(tensor.shape)}, and was torch.{dtype} of shape {entry.shape}"
-        elif checksum(tensor_bytes(tensor)) != entry.checksums[kind]:
+        stored = self._stored(name, kind)
+        dtype = getattr(torch, entry.dtype if kind == WEIGHTS else "float32", None)
+        if stored.shape != entry.shape or stored.dtype != dtype:
+            fault = f"is {stored.dtype} of shape {stored.shape}, and was {dtype} of shape {entry.shape}"
+        elif _stored_checksum(stored) != entry.checksums[kind]:
             fault = "has changed since it was written"
         else:
             self._verified.add((name, kind))
@@ -72,22 +89,74 @@ class CheckpointReader:
         """
         if not is_verified:
             self.verify(name, kind)
-        whole = self._mapped(name, kind)
+        whole = _map(self._stored(name, kind))
         if shard is None:
             return whole
         return torch.cat([whole[(slice(None),) * shard.dim + (own,)] for own in shard.slices], shard.dim)
 
-    def _mapped(self, name: str, kind: str) -> Tensor:
-        """A whole tensor in a mapping that lasts as long as it does: only what is used of it is read."""
-        file_name = self.manifest.tensors[name].files[kind]
-        try:
-            with safe_open(self.path / file_name, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise DamagedCheckpointError(f"{self.path / file_name}: damaged ({error})") from None
-        return tensor
+    def place(self, name: str, kind: str = WEIGHTS) -> tuple[str, int, int]:
+        """File of a tensor, its first byte there, and the one after its last; those of one file are read in this order.
+
+        Raises:
+            DamagedCheckpointError: if the file cannot be read.
+        """
+        stored = self._stored(name, kind)
+        return stored.file.name, stored.begin, stored.end
+
+    def _stored(self, name: str, kind: str) -> _StoredTensor:
+        file = self.path / self.manifest.tensors[name].files[kind]
+        if file not in self._stored_in:
+            self._stored_in[file] = _read_header(file)
+        if name not in self._stored_in[file]:
+            raise DamagedCheckpointError(f"{file}: damaged (holds no {name!r})")
+        return self._stored_in[file][name]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every logical tensor's name and weights."""
         for name in self.manifest.tensors:
             yield name, self.tensor(name)
+
+
+def _read_header(file: Path) -> dict[str, _StoredTensor]:
+    """Read the header of a safetensors file, once the library has checked it."""
+    try:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass
+        with file.open("rb") as opened:
+            data_begin = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(data_begin - 8))
+        dtypes = {text: dtype for dtype, text in DTYPES.items()}
+        header.pop("__metadata__", None)
+        stored = {
+            name: (dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]) for name, entry in header.items()
+        }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{file}: damaged ({error})") from None
+    except KeyError as error:
+        raise DamagedCheckpointError(f"{file}: damaged (no checkpoint holds numbers of format {error})") from None
+    return {
+        name: _StoredTensor(file, dtype, tuple(shape), data_begin + begin, data_begin + end)
+        for name, (dtype, shape, (begin, end)) in stored.items()
+    }
+
+
+def _map(stored: _StoredTensor) -> Tensor:
+    """A tensor in a mapping that lasts as long as it does: only what is used of it is read."""
+    try:
+        mapped = torch.UntypedStorage.from_file(str(stored.file), shared=False, nbytes=stored.end)
+    except RuntimeError as error:
+        raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
+    return torch.empty(0, dtype=stored.dtype).set_(mapped[stored.begin :]).reshape(stored.shape)
+
+
+def _stored_checksum(stored: _StoredTensor) -> str:
+    """Checksum of a tensor's bytes, read piece by piece, which is faster than through a mapping."""
+    value, piece = Checksum(), memoryview(bytearray(_PIECE_BYTES))
+    try:
+        with stored.file.open("rb", buffering=0) as opened:
+            opened.seek(stored.begin)
+            while num_bytes := opened.readinto(piece[: stored.end - opened.tell()]):
+                value.update(piece[:num_bytes])
+    except OSError as error:
+        raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
+    return value.hexdigest()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import checksum
+from pipekit.checkpoint.manifest import Checksum
 from pipekit.errors import CheckpointError
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -27,6 +28,12 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""Number formats, as safetensors writes them."""
+
+# A piece that has been summed up is still in the processor's cache when it is copied.
+_PIECE_BYTES = 2**20
+# Of so many bytes the disk begins to write while the next are summed up and copied.
+_DISK_BYTES = 32 * 2**20
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -56,19 +63,28 @@ def write_tensors(
     end = 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{name!r} is {tensor.dtype}, which a safetensors file cannot hold; cast it")
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     checksums = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        begun = 0
         for name in names:
             data = tensor_bytes(tensors[name] if read is None else read(name))
-            checksums[name] = checksum(data)
-            file.write(data)
+            value = Checksum()
+            for begin in range(0, len(data), _PIECE_BYTES):
+                piece = data[begin : begin + _PIECE_BYTES]
+                value.update(piece)
+                file.write(piece)
+                if (unbegun := file.tell() - begun) >= _DISK_BYTES and sys.platform == "linux":
+                    # Changed pages begin to be written, and this does not wait for them.
+                    os.posix_fadvise(file.fileno(), begun, unbegun, os.POSIX_FADV_DONTNEED)
+                    begun += unbegun
+            checksums[name] = value.hexdigest()
         file.flush()
         os.fsync(file.fileno())
     return checksums
