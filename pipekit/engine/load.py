@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -142,7 +141,7 @@ def _verify_share(engine: BaseEngine, reader: CheckpointReader, states: list[str
     sizes = [end - begin for _, begin, end in (reader.place(*tensor) for tensor in needed)]
     mpu = engine.mpu
     place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
-    share = max(1, math.ceil(sum(sizes) / (mpu.layout.dp * mpu.layout.tp)))
+    share = sum(sizes) // (mpu.layout.dp * mpu.layout.tp) + 1
     for (name, kind), before in zip(needed, accumulate(sizes, initial=0), strict=False):
         if before // share == place:
             reader.verify(name, kind)

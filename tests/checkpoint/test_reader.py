@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from hand_made import write_manifest
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, DamagedCheckpointError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.tensor([7.0])}
 
@@ -73,6 +73,13 @@ def test_a_file_without_the_tensor_that_the_manifest_promises_is_damaged(checkpo
     changed = replace(manifest, tensors={**manifest.tensors, "b.bias": entry})
     (checkpoint / "manifest.json").write_text(changed.to_json())
     with pytest.raises(CheckpointError, match=r"weights-0000\.safetensors: damaged .*b\.bias"):
+        CheckpointReader(checkpoint).tensor("b.bias")
+
+
+def test_numbers_that_no_checkpoint_holds_are_damage(checkpoint: Path) -> None:
+    file = checkpoint / "weights-0001.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"U32"'))
+    with pytest.raises(DamagedCheckpointError, match=r"weights-0001\.safetensors: damaged \(no .* format 'U32'\)"):
         CheckpointReader(checkpoint).tensor("b.bias")
 
 

@@ -171,24 +171,34 @@ def save_three_times(rank: int, folder: str) -> None:
 
 def test_damage_is_named_on_every_rank_before_anything_is_loaded(gloo: GlooWorkers, tmp_path: Path) -> None:
     gloo.run(2, save_three_times, str(tmp_path))
-    file = tmp_path / "step-00000003/exp_avg-0001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    messages = gloo.run(2, load_damaged, str(file.parent))
-    assert messages[0] == messages[1]
-    assert "exp_avg-0001.safetensors: damaged (exp_avg of " in messages[0]
+    whole = tmp_path / "step-00000003"
+    reader = CheckpointReader(whole)
+    tensors = [(name, kind) for name, entry in reader.manifest.tensors.items() for kind in entry.files]
+    for index, tensor in enumerate(tensors):
+        file, _, end = reader.place(*tensor)
+        shutil.copytree(whole, tmp_path / f"damaged-{index}")
+        data = bytearray((whole / file).read_bytes())
+        data[end - 1] ^= 1
+        (tmp_path / f"damaged-{index}" / file).write_bytes(data)
+    damaged = [str(tmp_path / f"damaged-{index}") for index in range(len(tensors))]
+    ranks = gloo.run(2, load_damaged, damaged)
+    assert ranks[0] == ranks[1]
+    for (name, kind), message in zip(tensors, ranks[0], strict=True):
+        assert f"{reader.place(name, kind)[0]}: damaged ({kind} of {name!r} has" in message
 
 
-def load_damaged(rank: int, checkpoint: str) -> str:
+def load_damaged(rank: int, checkpoints: list[str]) -> list[str]:
     from pipekit.engine.load import load_checkpoint
 
     engine = build_engine(Case(pp=1, dp=2))
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
-    with pytest.raises(DamagedCheckpointError) as caught:
-        load_checkpoint(engine, CheckpointReader(Path(checkpoint)))
+    messages = []
+    for checkpoint in checkpoints:
+        with pytest.raises(DamagedCheckpointError) as caught:
+            load_checkpoint(engine, CheckpointReader(Path(checkpoint)))
+        messages.append(str(caught.value))
     assert all(map(torch.equal, before, engine.module.parameters()))
-    return str(caught.value)
+    return messages
 
 
 def test_what_is_written_in_the_background_is_the_state_at_its_beginning(gloo: GlooWorkers, tmp_path: Path) -> None:
