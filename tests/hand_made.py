@@ -85,16 +85,21 @@ def write_checkpoint(
     *,
     step: int = 5,
     tokenizer: Tokenizer | Literal["small"] | None = "small",
+    script: str | None = None,
 ) -> Path:
-    """Write a checkpoint of one file into a run's folder, and return its path."""
+    """Write a checkpoint of one file into a run's folder, and return its path.
+
+    With `script` it is one that a script's own training loop would have left, with that as its `config.yaml`.
+    """
     folder = run / f"checkpoints/step-{step:08d}"
     folder.mkdir(parents=True)
     file = "weights-0000.safetensors"
     save_file(dict(tensors), folder / file)
-    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "config.yaml").write_text(script or config.to_yaml())
     if tokenizer is not None:
         (small_tokenizer() if tokenizer == "small" else tokenizer).save(str(folder / "tokenizer.json"))
-    state = TrainingState(step=step, consumed_samples=8 * step, seed=1, lr=0.1, optimizer={})
+    client_state = {"client_state": {}, "lr_scheduler": None} if script else {}
+    state = TrainingState(step=step, consumed_samples=8 * step, seed=1, lr=0.1, optimizer={}, client_state=client_state)
     write_manifest(folder, {name: {"weights": (file, tensor)} for name, tensor in tensors.items()}, state)
     return folder
 

@@ -9,6 +9,7 @@ Source: `utils/zero_to_fp32.py`, `runtime/engine.py` and `runtime/pipe/module.py
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import re
@@ -32,7 +33,9 @@ from pipekit.checkpoint.manifest import (
     checkpoint_name,
     checksum,
 )
+from pipekit.checkpoint.model_config import files_beside, read_model_config, stored_sections
 from pipekit.checkpoint.writer import write_tensors
+from pipekit.config import Config, ModelConfigSource
 from pipekit.errors import CheckpointError
 from pipekit.files import building_folder, write_atomically
 
@@ -81,7 +84,9 @@ class Migration:
     path: Path | None = None
 
 
-def migrate(source: Path, run: Path, *, renames: Mapping[str, str] | None = None) -> Migration:
+def migrate(
+    source: Path, run: Path, *, renames: Mapping[str, str] | None = None, config: ModelConfigSource | None = None
+) -> Migration:
     """Write a checkpoint of DeepSpeed's into a run's folder as pipekit's, and return what it holds.
 
     The layers of a pipeline are called `layers.<index>`, and tied ones by their key, as `pipekit.PipelineModule` names
@@ -91,18 +96,25 @@ def migrate(source: Path, run: Path, *, renames: Mapping[str, str] | None = None
         source: the folder that DeepSpeed saved into, or that of one tag.
         run: the folder of the run to write.
         renames: other names of layers or modules: `layers.0.weight` becomes `embed.weight` by `{"layers.0": "embed"}`.
+        config: configuration of the model under the new names, which the checkpoint then tells; see
+            `load_model_config`.
 
     Raises:
+        ConfigError: if `config` describes another model.
         CheckpointError: if there is no such checkpoint, it is damaged, its tensors are sharded over tensor-parallel
             ranks, or `run` has that checkpoint already; nothing is left behind.
     """
     found = _rename(read_deepspeed(_find_tag(source)), renames or {})
+    described = None
+    if config is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
+        described = read_model_config(config, shapes, of=source)
     final = run / CHECKPOINTS_FOLDER / checkpoint_name(found.training.step)
     if final.exists():
         raise CheckpointError(f"{final}: is there already; give another run folder")
     try:
         with building_folder(final) as temporary:
-            _write(found, temporary, source)
+            _write(found, described, temporary, source)
         write_atomically(final.parent / LATEST_FILE, final.name + "\n")
     except OSError as error:
         raise CheckpointError(f"{final}: could not be written: {error}") from None
@@ -346,7 +358,7 @@ def _renamed(found: Migration, names: Mapping[str, str]) -> Migration:
     return found
 
 
-def _write(found: Migration, folder: Path, source: Path) -> None:
+def _write(found: Migration, described: Config | None, folder: Path, source: Path) -> None:
     kinds = {WEIGHTS: found.tensors, **found.states}
     files = {kind: f"{kind}-0000.safetensors" for kind in kinds}
     checksums = {kind: write_tensors(folder / files[kind], tensors) for kind, tensors in kinds.items()}
@@ -360,14 +372,17 @@ def _write(found: Migration, folder: Path, source: Path) -> None:
             trainable=name in found.trainable,
             checksums={kind: checksums[kind][name] for kind in own},
         )
-    config = b'{"layers": []}\n'
-    write_atomically(folder / CONFIG_FILE, config)
+    config = json.dumps({"layers": [], **stored_sections(described)}, indent=2) + "\n"  # JSON is YAML too
+    contents = {name: file.read_bytes() for name, file in files_beside(described).items()}
+    contents[CONFIG_FILE] = config.encode()
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     manifest = Manifest(
         training=found.training,
         tensors=entries,
         file_bytes=sizes,
         written_by={"layout": f"migrated from DeepSpeed's {source.name}"},
-        file_checksums={CONFIG_FILE: checksum(config)},
+        file_checksums={name: checksum(content) for name, content in contents.items()},
     )
     write_atomically(folder / MANIFEST_FILE, manifest.to_json())

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipekit.commands.shared_options import ModelConfigFile
+
 
 def command(
     source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
@@ -21,18 +23,24 @@ def command(
     raw: Annotated[
         bool, typer.Option("--raw", help="Write one file of tensors under their own names, and a loader beside it.")
     ] = False,
+    config: ModelConfigFile = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
     if raw:
+        from pipekit.errors import ConfigError
         from pipekit.inference.raw_export import export_raw
 
+        if config is not None:
+            raise ConfigError(
+                "--raw --config: tensors under their own names need no description; leave one of them out"
+            )
         done = export_raw(source, out, dtype=dtype, overwrite=overwrite)
         typer.echo(f"exported step {done.step} of {done.checkpoint} to {out}")
         typer.echo(f"{done.num_tensors:,} tensors of {done.num_elements:,} elements, every bit read back")
         return
     from pipekit.inference.export import export_checkpoint
 
-    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite, trust_code=trust_code)
+    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite, trust_code=trust_code, config=config)
     typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
     typer.echo(
         f"checked against {check.reference}: {check.num_logits:,} logits, "

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipekit.commands.shared_options import ModelConfigFile
+
 
 def command(
     source: Annotated[
@@ -22,6 +24,7 @@ def command(
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Run the code that a checkpoint names as model.builder.")
     ] = False,
+    config: ModelConfigFile = None,
 ) -> None:
     """Sample text from a trained model."""
     from pipekit.inference.stream_text import stream_text
@@ -35,6 +38,7 @@ def command(
         seed=seed,
         device=device,
         trust_code=trust_code,
+        config=config,
     ):
         sys.stdout.write(piece)
         sys.stdout.flush()

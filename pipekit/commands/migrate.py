@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipekit.commands.shared_options import ModelConfigFile
+
 
 def command(
     source: Annotated[
@@ -17,6 +19,7 @@ def command(
         list[str] | None,
         typer.Option(metavar="OLD=NEW", help="Another name of a layer or module, such as layers.0=embed; repeatable."),
     ] = None,
+    config: ModelConfigFile = None,
 ) -> None:
     """Write a checkpoint of DeepSpeed's as one of pipekit's, without running code that it holds."""
     from pipekit.checkpoint.migrate import migrate
@@ -28,7 +31,7 @@ def command(
         if not old or not new:
             raise CheckpointError(f"--rename {text}: must be OLD=NEW, for example layers.0=embed")
         renames[old] = new
-    found = migrate(source, run, renames=renames)
+    found = migrate(source, run, renames=renames, config=config)
     elements = sum(tensor.numel() for tensor in found.tensors.values())
     typer.echo(
         f"wrote {found.path}: step {found.training.step}, {len(found.tensors):,} tensors of {elements:,} elements"

@@ -13,4 +13,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, such as train.steps=20 parallel.pp=1.", show_default=False)
 ]
 
+ModelConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file whose model section describes what a script trained."),
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

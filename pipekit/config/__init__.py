@@ -3,7 +3,7 @@
 from pipekit.config.batch import BatchPlan, plan_batch
 from pipekit.config.compare import conflicting_keys
 from pipekit.config.json_schema import config_json_schema
-from pipekit.config.load import load_config, parse_config
+from pipekit.config.load import ModelConfigSource, load_config, load_model_config, load_stored_config, parse_config
 from pipekit.config.resolve import resolve_layout
 from pipekit.config.schema import Config, DataConfig, OptimizerConfig, WandbConfig
 
@@ -11,11 +11,14 @@ __all__ = [
     "BatchPlan",
     "Config",
     "DataConfig",
+    "ModelConfigSource",
     "OptimizerConfig",
     "WandbConfig",
     "config_json_schema",
     "conflicting_keys",
     "load_config",
+    "load_model_config",
+    "load_stored_config",
     "parse_config",
     "plan_batch",
     "resolve_layout",

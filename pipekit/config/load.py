@@ -18,6 +18,7 @@ from pipekit.config.schema import Config, WandbConfig
 from pipekit.errors import ConfigError
 from pipekit.models import family_of, find_families, preset_families
 from pipekit.models.custom import CustomModelConfig
+from pipekit.models.family import ModelFamily
 from pipekit.models.imported import read_hf_folder
 from pipekit.settings.base import Fault, Section, alternatives, config_error, show
 from pipekit.settings.faults import section_faults, unknown_key_fault
@@ -25,6 +26,9 @@ from pipekit.settings.suggest import closest, suggest_key
 from pipekit.settings.yaml_source import read_yaml
 
 KeyPath = tuple[str, ...]
+
+ModelConfigSource = Config | ModelFamily | Mapping[str, Any] | str | Path
+"""Description of a model that there is already; see `load_model_config`."""
 
 _EXAMPLES = {"model": "{preset: tiny}", "train": "{steps: 300}", "deepspeed": "{wall_clock_breakdown: true}"}
 _BUILDER = "my_package.my_model:build_layers"
@@ -121,6 +125,69 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
     for override in overrides:
         _apply_override(draft, override)
     return _finish(draft, default_dir=None)
+
+
+def load_model_config(source: ModelConfigSource) -> Config:
+    """Return the configuration whose `model` section describes a model that there is already.
+
+    Beside that section nothing has to be given, but for `train.sequence_length` of a model of your own: that of a
+    family is the longest that the model takes.
+
+    Args:
+        source: the path of a YAML file, its content as a nested dict, the settings of a family such as
+            `GPT2Config(preset="gpt2")`, or a whole configuration.
+
+    Raises:
+        ConfigError: with every mistake, each where it was made.
+
+    Example:
+        >>> load_model_config({"model": {"preset": "tiny"}}).train.sequence_length
+        256
+    """
+    if isinstance(source, Config):
+        return source
+    draft = _Draft("" if isinstance(source, (ModelFamily, Mapping)) else str(source))
+    if isinstance(source, ModelFamily):
+        draft.values = {"model": source.model_dump()}
+    elif isinstance(source, Mapping):
+        draft.values = {
+            key: value.model_dump() if isinstance(value, Section) else value for key, value in source.items()
+        }
+    else:
+        _read_file(draft, Path(source))
+    train = draft.values.get("train") or {}
+    is_length_known = not isinstance(train, dict) or "sequence_length" in train
+    if isinstance(train, dict):
+        draft.values["train"] = {"steps": 1, "sequence_length": 1, **train}
+    config = _finish(draft, default_dir=None)
+    if is_length_known:
+        return config
+    if config.model.longest_sequence is None:
+        where = f"{draft.label}: " if draft.label else ""
+        raise ConfigError(
+            f"{where}train.sequence_length: missing, and {config.model.description} does not tell how long a sequence "
+            "may be; for example train: {sequence_length: 1024}"
+        )
+    return update_config(config, {"train.sequence_length": config.model.longest_sequence})
+
+
+def load_stored_config(path: Path) -> Config | None:
+    """Return the configuration that a checkpoint holds; None where none describes its model.
+
+    A training loop of the user's own leaves there its `layers` or its `module`, its settings for DeepSpeed, and the
+    sections that describe its model, if it has been given any.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    draft = _Draft(str(path))
+    _read_file(draft, path)
+    if not {"layers", "module"}.isdisjoint(draft.values):
+        if "model" not in draft.values:
+            return None
+        others = ("layers", "module", "deepspeed")
+        draft.values = {key: value for key, value in draft.values.items() if key not in others}
+    return _finish(draft, default_dir=f"runs/{path.stem}")
 
 
 def update_config(config: Config, changes: Mapping[str, Any]) -> Config:

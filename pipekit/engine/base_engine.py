@@ -15,6 +15,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
 from deepspeed import set_optimizer_flags
+from pipekit.config import Config
 from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
 from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.optimizers import view_optimizer
@@ -70,6 +71,9 @@ class BaseEngine:
 
     _takes_gradients = True
     """False where hooks of DeepSpeed's accumulate and reduce the gradients, and not pipekit."""
+
+    model_config: Config | None = None
+    """Configuration of the model, which checkpoints tell beside DeepSpeed's."""
 
     on_gradients: GradientObserver | None = None
     """Called before every update, when the gradients are those of the step and of all replicas, with a function of a

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import MANIFEST_FILE, TrainingState, find_latest
+from pipekit.checkpoint.model_config import files_beside, stored_sections
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.base_engine import BaseEngine
@@ -71,10 +72,16 @@ def save_engine(
         loss_scaler=view.loss_scaler_state(),
         client_state=state,
     )
-    # JSON is YAML too.
-    config = json.dumps({**engine.logical.description(), "deepspeed": engine.config}, indent=2, default=str) + "\n"
+    described = engine.model_config
+    config = {**engine.logical.description(), "deepspeed": engine.config, **stored_sections(described)}
     saved = save_checkpoint(
-        engine, folder, training=training, config_yaml=config, name=name, update_latest=update_latest
+        engine,
+        folder,
+        training=training,
+        config_yaml=json.dumps(config, indent=2, default=str) + "\n",  # JSON is YAML too
+        extra_files=files_beside(described),
+        name=name,
+        update_latest=update_latest,
     )
     return saved.wait()
 

@@ -10,16 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipekit.checkpoint.model_config import read_model_config, shapes_of_layers
+from pipekit.config import Config, ModelConfigSource
 from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
+from pipekit.deepspeed.optimizer_view import whole_shape
 from pipekit.deepspeed.overwrite import read_deepspeed_json
 from pipekit.deepspeed.patches import use_joined_processes
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.build import build_engine
+from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.plain_engine import PlainEngine, check_evaluation, check_plain_module, check_same_on_all_ranks
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.layout import Layout
 from pipekit.schedules import Schedule
 
@@ -38,6 +42,7 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Mapping[str, Any] | None = None,
     config_params: str | Mapping[str, Any] | None = None,
+    model_config: ModelConfigSource | None = None,
     profile: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
     """Return an engine for a `pipekit.PipelineModule`, or for any `nn.Module`, as `deepspeed.initialize` does.
@@ -62,6 +67,8 @@ def initialize(
         collate_fn: makes a micro-batch of a list of samples.
         config: DeepSpeed's configuration, or the path of its JSON file.
         config_params: another name of `config`.
+        model_config: what the model is, for checkpoints to tell: the settings of a family such as `GPT2Config(...)`, or
+            the path of a YAML file with a `model` section, and perhaps `data.tokenizer`, or its content.
         profile: whether to time every action of a pipeline; see `PipelineEngine.gather_timeline`.
 
     Returns:
@@ -70,10 +77,11 @@ def initialize(
 
     Raises:
         ConfigError: on every rank, if the configuration cannot be read, is given twice, has a key that DeepSpeed does
-            not know, or cannot run.
+            not know, or cannot run; or if `model_config` describes another model.
     """
     use_joined_processes(distributed_port)
     parameters: list[Any] = []
+    described: Config | None = None
     error = None
     try:
         if not isinstance(model, nn.Module):
@@ -95,7 +103,9 @@ def initialize(
                 check_evaluation(settings)
             check_plain_module(model, settings, parameters, optimizer)
             _check_mpu(mpu)
-    except ConfigError as failure:
+        if model_config is not None:
+            described = _describe_model(model, model_config)
+    except PipekitError as failure:
         error = failure
     raise_together(error)
     given = {"optimizer": optimizer, "model_parameters": parameters, "lr_scheduler": lr_scheduler}
@@ -126,6 +136,7 @@ def initialize(
         _ = engine.schedule
         if training_data is not None:
             engine.set_training_data(training_data, collate_fn)
+    engine.model_config = described
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
@@ -142,6 +153,15 @@ def _only_config(
     if len(given) > 1:
         raise ConfigError(f"the configuration is given twice, by {' and '.join(given)}; leave one of them out")
     return next(iter(given.values()), None)
+
+
+def _describe_model(model: nn.Module, given: ModelConfigSource) -> Config:
+    """Return the configuration of a model, after comparing it with the model's tensors."""
+    if isinstance(model, PipelineModule):
+        return read_model_config(given, shapes_of_layers(model.layer_specs), of="the PipelineModule")
+    tensors = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
+    shapes = {name: tuple(whole_shape(tensor)) for name, tensor in tensors.items()}
+    return read_model_config(given, shapes, of=f"the {type(model).__name__}")
 
 
 def _check_mpu(mpu: Any) -> None:

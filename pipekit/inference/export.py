@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
+from pipekit.checkpoint.manifest import resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.config import ModelConfigSource
 from pipekit.data.tokenizer import special_token_ids, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import building_folder, check_free, write_atomically
 from pipekit.inference.hugging_face import MODEL_FILE, has_vocabulary_rows, to_hf
-from pipekit.inference.load_model import read_config, read_model
+from pipekit.inference.load_model import find_tokenizer, read_config, read_model
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models.custom import CustomDoor, open_door
 from pipekit.models.family import TransformerFamily
@@ -58,6 +59,7 @@ def export_checkpoint(
     dtype: ExportDtype = "float32",
     overwrite: bool = False,
     trust_code: bool = False,
+    config: ModelConfigSource | None = None,
 ) -> ExportCheck:
     """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
 
@@ -69,26 +71,29 @@ def export_checkpoint(
         out: the folder to write; `overwrite` replaces an earlier export in it.
         dtype: of the exported tensors.
         trust_code: whether code that a checkpoint names, as `model.builder`, may run.
+        config: configuration of the model, where the checkpoint does not tell it; see `load_model_config`.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or its model has no Hugging Face counterpart.
+        CheckpointError: if there is no checkpoint, or its model is unknown or has no Hugging Face counterpart.
+        ConfigError: if `config` describes another model.
         PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
     """
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
     check_free(out, marker=PROOF_FILE, what="export", overwrite=overwrite)
     reader = CheckpointReader(checkpoint)
-    config = read_config(reader)
-    if reason := config.model.no_export_reason():
+    described = read_config(reader, config)
+    if reason := described.model.no_export_reason():
         raise CheckpointError(
             f"{checkpoint}: its model {reason}; --raw writes its tensors under their own names, with a loader beside "
             "them"
         )
-    model = read_model(reader, config, trust_code=trust_code)
-    family = config.model if isinstance(config.model, TransformerFamily) else open_door(config)
+    model = read_model(reader, described, trust_code=trust_code or config is not None)
+    family = described.model if isinstance(described.model, TransformerFamily) else open_door(described)
+    tokenizer_file = find_tokenizer(reader, described if config is not None else None)
     _check_names(family, model, checkpoint)
     try:
         with building_folder(out.resolve()) as temporary:
-            _write_folder(temporary, model, family, reader.file(TOKENIZER_FILE), dtype)
+            _write_folder(temporary, model, family, tokenizer_file, dtype)
             step = reader.manifest.training.step
             check = _compare(temporary, model, family, checkpoint=str(checkpoint), step=step, dtype=dtype)
             write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")

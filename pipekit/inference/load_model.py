@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipekit.checkpoint.manifest import CONFIG_FILE
+from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE
+from pipekit.checkpoint.model_config import read_model_config
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.config import Config, load_config
+from pipekit.config import Config, ModelConfigSource, load_stored_config
+from pipekit.data.tokenizer import find_tokenizer_file
 from pipekit.errors import CheckpointError
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.layers.sequential import SequentialModel
@@ -15,32 +17,53 @@ from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import TransformerFamily
 
 
-def load_model(checkpoint: Path, *, trust_code: bool = False) -> tuple[SequentialModel, Config]:
-    """Model of a checkpoint, in evaluation mode, and its configuration.
+def load_model(
+    checkpoint: Path, *, given: ModelConfigSource | None = None, trust_code: bool = False
+) -> tuple[SequentialModel, Config, Path | None]:
+    """Model of a checkpoint, in evaluation mode, its configuration, and the file of its tokenizer if there is one.
 
     Args:
         checkpoint: folder of the checkpoint.
-        trust_code: whether the function that its configuration names as `model.builder` may be imported and called.
+        given: configuration of the model, in place of the checkpoint's own; see `load_model_config`.
+        trust_code: whether the function that the checkpoint names as `model.builder` may be imported and called.
 
     Raises:
-        CheckpointError: if either cannot be read, or the model is built by code that is not trusted.
+        PipekitError: if something cannot be read or does not fit, or the model is built by code that is not trusted.
     """
     reader = CheckpointReader(checkpoint)
-    config = read_config(reader)
-    return read_model(reader, config, trust_code=trust_code), config
+    config = read_config(reader, given)
+    model = read_model(reader, config, trust_code=trust_code or given is not None)
+    return model, config, find_tokenizer(reader, config if given is not None else None)
 
 
-def read_config(reader: CheckpointReader) -> Config:
-    """Configuration of an open checkpoint; a CheckpointError if it has none. Runs no code that it names."""
+def read_config(reader: CheckpointReader, given: ModelConfigSource | None = None) -> Config:
+    """Configuration of an open checkpoint's model: the one given, or that which it holds.
+
+    Code that a checkpoint names is not run; `model.builder` of a configuration that is given is.
+
+    Raises:
+        CheckpointError: if it holds none.
+        ConfigError: if what is given describes another model.
+    """
+    if given is not None:
+        shapes = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
+        return read_model_config(given, shapes, of=reader.path)
     file = reader.file(CONFIG_FILE)
-    if file is None:
-        raise CheckpointError(f"{reader.path}: its manifest lists no {CONFIG_FILE}, so its model is unknown")
-    if reader.manifest.training.client_state:
+    config = None if file is None else load_stored_config(file)
+    if config is None:
         raise CheckpointError(
-            f"{reader.path}: was written by a training loop of its own, and tells its layers and no model section; "
-            "pipekit export --raw writes its tensors, with a loader beside them"
+            f"{reader.path}: does not tell its model, as it was written by a script without model_config= or by "
+            "pipekit migrate without --config; describe the model in a YAML file, for example with model: {preset: "
+            "gpt2}, and add --config FILE.yaml; pipekit export --raw writes the tensors alone"
         )
-    return load_config(file)
+    return config
+
+
+def find_tokenizer(reader: CheckpointReader, given: Config | None = None) -> Path | None:
+    """File of the tokenizer of an open checkpoint: that of the configuration given, or its own."""
+    if given is not None and given.data.tokenizer is not None:
+        return find_tokenizer_file(given.data.tokenizer)
+    return reader.file(TOKENIZER_FILE)
 
 
 def read_model(reader: CheckpointReader, config: Config, *, trust_code: bool = False) -> SequentialModel:

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from pipekit.checkpoint.manifest import TOKENIZER_FILE, resolve_checkpoint
+from pipekit.config import ModelConfigSource
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
-from pipekit.errors import PipekitError
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.inference.load_model import load_exported_model, load_model
 from pipekit.inference.sample_tokens import sample_tokens
 from pipekit.layers.sequential import SequentialModel
@@ -27,6 +28,7 @@ def stream_text(
     seed: int,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     trust_code: bool = False,
+    config: ModelConfigSource | None = None,
 ) -> Iterator[str]:
     """Yield the prompt, then the text that follows it piece by piece.
 
@@ -36,6 +38,7 @@ def stream_text(
         max_new_tokens, temperature, top_k, seed: see `sample_tokens`.
         device: what to compute on.
         trust_code: whether code that a checkpoint names as `model.builder` may run.
+        config: configuration of a checkpoint's model, where it does not tell that; see `load_model_config`.
 
     Raises:
         PipekitError: if there is no model, no tokenizer, or no such device.
@@ -43,7 +46,7 @@ def stream_text(
     if device == "cuda" and not torch.cuda.is_available():
         raise PipekitError("--device cuda: no GPU is present; use --device auto or cpu")
     place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, tokenizer, max_positions = _load(source, trust_code=trust_code)
+    model, tokenizer, max_positions = _load(source, config, trust_code=trust_code)
     model.to(place)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_token_id]
     yield prompt
@@ -69,16 +72,21 @@ def stream_text(
             shown = text
 
 
-def _load(source: Path, *, trust_code: bool) -> tuple[SequentialModel, TextTokenizer, int]:
+def _load(
+    source: Path, given: ModelConfigSource | None, *, trust_code: bool
+) -> tuple[SequentialModel, TextTokenizer, int]:
     """Model, tokenizer and longest sequence of an exported folder, or of a run or checkpoint."""
     if (source / HF_CONFIG_FILE).is_file():
+        if given is not None:
+            raise ConfigError(f"--config: {source} is an export, which describes its model itself; leave --config out")
         folder = source
         model, family = load_exported_model(folder)
         max_positions = family.longest_sequence
+        tokenizer_file: Path | None = folder / TOKENIZER_FILE
     else:
         folder = resolve_checkpoint(source)
-        model, config = load_model(folder, trust_code=trust_code)
+        model, config, tokenizer_file = load_model(folder, given=given, trust_code=trust_code)
         max_positions = config.model.longest_sequence or config.train.sequence_length
-    if not (folder / TOKENIZER_FILE).is_file():
+    if tokenizer_file is None or not tokenizer_file.is_file():
         raise PipekitError(f"{folder}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")
-    return model, load_tokenizer(folder / TOKENIZER_FILE), max_positions
+    return model, load_tokenizer(tokenizer_file), max_positions

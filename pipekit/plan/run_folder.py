@@ -16,7 +16,7 @@ from pipekit.checkpoint.manifest import (
     load_manifest,
     resolve_checkpoint,
 )
-from pipekit.config import Config, conflicting_keys, load_config
+from pipekit.config import Config, conflicting_keys, load_stored_config
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.files import write_atomically
 from pipekit.plan.plan import Plan, StartPoint
@@ -84,7 +84,10 @@ def find_start(config: Config) -> StartPoint | None:
     manifest = load_manifest(checkpoint)
     step = manifest.training.step
     what = f"checkpoint.resume={resume} is of another configuration"
-    _check_same_run(checkpoint / CONFIG_FILE, config, what, model_alone=step == 0)
+    # The data of a training loop of the user's own are not known.
+    _check_same_run(
+        checkpoint / CONFIG_FILE, config, what, model_alone=step == 0 or bool(manifest.training.client_state)
+    )
     return StartPoint(checkpoint, step)
 
 
@@ -145,7 +148,8 @@ def trim_metrics(path: Path, last_step: int) -> None:
 
 
 def _check_same_run(saved: Path, config: Config, what: str, *, model_alone: bool) -> None:
-    keys = conflicting_keys(load_config(saved), config)
+    stored = load_stored_config(saved)
+    keys = [] if stored is None else conflicting_keys(stored, config)
     if model_alone:
         keys = [key for key in keys if key.startswith("model.")]
     if keys:

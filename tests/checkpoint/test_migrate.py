@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import gpt2_script
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.migrate import migrate
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.cli import app
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, ConfigError
+from pipekit.inference.export import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -187,6 +191,55 @@ def test_a_ported_script_goes_on_at_another_layout_with_the_same_losses(gloo: Gl
     for world_size, pp, zero in ((2, 2, 0), (2, 1, 1)):
         for losses in gloo.run(world_size, go_on, str(tmp_path / "run/checkpoints"), pp, zero):
             assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def train_gpt2(rank: int, folder: str) -> Tensor | None:
+    """Train a GPT-2 of DeepSpeed's specs under DeepSpeed, save, and return the logits of its engine, if it has them."""
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    import deepspeed
+    from pipekit.deepspeed.patches import use_joined_processes
+
+    use_joined_processes()
+    torch.manual_seed(0)
+    module = PipelineModule(gpt2_script.layers(LayerSpec, TiedLayerSpec), num_stages=2, loss_fn=loss_fn)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=list(module.parameters()), config={**config(1, "fp32"), "train_batch_size": 2}
+    )
+    for step in range(3):
+        engine.train_batch(batches(step, 0, 1))
+    engine.save_checkpoint(folder)
+    _, logits = engine.eval_batch(batches(3, 0, 1), return_logits=True)
+    return None if logits is None else logits.detach().clone()
+
+
+def test_a_gpt2_of_a_deepspeed_script_goes_to_transformers(gloo: GlooWorkers, tmp_path: Path) -> None:
+    _, expected = gloo.run(2, train_gpt2, str(tmp_path / "theirs"))
+    file = tmp_path / "gpt2.yaml"
+    file.write_text(yaml.safe_dump({"model": gpt2_script.MODEL, "train": {"sequence_length": gpt2_script.SEQUENCE}}))
+    done = CliRunner().invoke(app, ["migrate", str(tmp_path / "theirs"), str(tmp_path / "told"), "--config", str(file)])
+    assert done.exit_code == 0, done.output
+    migrate(tmp_path / "theirs", tmp_path / "untold")
+    # What the checkpoint itself names is code of unknown origin; what stands in a file of the user's own is not.
+    with pytest.raises(CheckpointError, match="--trust-code"):
+        export_checkpoint(tmp_path / "told", tmp_path / "refused")
+    export_checkpoint(tmp_path / "told", tmp_path / "a", trust_code=True)
+    export_checkpoint(tmp_path / "untold", tmp_path / "b", config=file)
+    ((prompt, _),) = batches(3, 0, 1)
+    for out in (tmp_path / "a", tmp_path / "b"):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(out)(prompt).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_configuration_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    source = save_plain(tmp_path / "theirs")
+    model = {"vocab_size": 3, "hidden_size": 2, "num_layers": 1, "num_heads": 1, "max_positions": 8}
+    with pytest.raises(
+        ConfigError, match=r"with position\.weight \(8, 2\), and .*theirs does not hold it, but head\.weight"
+    ):
+        migrate(source, tmp_path / "run", config={"model": model})
+    assert not (tmp_path / "run").exists()
 
 
 class Harm:

@@ -70,7 +70,7 @@ def build(num_stages: int, layers: list[Any] | None = None, **options: Any) -> A
     import pipekit
 
     settings = options.pop("config", config())
-    keys = ("optimizer", "model_parameters", "training_data", "lr_scheduler", "collate_fn")
+    keys = ("optimizer", "model_parameters", "training_data", "lr_scheduler", "collate_fn", "model_config")
     given = {key: options.pop(key) for key in keys if key in options}
     module = pipekit.PipelineModule(
         layers=deepspeed_layers() if layers is None else layers, num_stages=num_stages, loss_fn=loss_fn, **options
@@ -125,6 +125,10 @@ REFUSED = {
     "layer": ({"layers": [nn.Linear]}, "layer 0 is the class Linear; a layer is a LayerSpec, a module, or a function"),
     "seeds": ({"seed_layers": False}, "PipelineModule always seeds its layers"),
     "checkpointing": ({"activation_checkpoint_func": print}, "checkpoints activations with torch.utils"),
+    "model": (
+        {"model_config": {"model": {"preset": "tiny", "vocab_size": VOCAB}}},
+        "describes a model with embed.weight (67, 128), and in the PipelineModule it is (67, 16)",
+    ),
     "micro-batches": (
         {"schedule": "interleaved-1f1b", "partition_method": "uniform", "config": config(train_batch_size=3)},
         "needs a multiple of parallel.pp=2 micro-batches, and a step has 3",
@@ -199,7 +203,7 @@ def test_tied_layers_that_have_forward_functions_only_are_saved(gloo: GlooWorker
     config = yaml.safe_load((tmp_path / "raw/config.yaml").read_text())
     assert config["layers"][0] == {"name": "embed", "type": "Embedding"}
     assert load_file(tmp_path / "raw/model.safetensors").keys() == set(names)
-    with pytest.raises(PipekitError, match=r"a training loop of its own, .*--raw"):
+    with pytest.raises(PipekitError, match=r"does not tell its model, .*--config.*--raw"):
         export_checkpoint(tmp_path / "mine", tmp_path / "out")
 
 

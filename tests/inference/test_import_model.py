@@ -64,7 +64,7 @@ def test_import_and_export_give_the_same_bytes(kind: str, shard_size: str, tmp_p
     theirs = write_hf(tmp_path / "hf", kind, max_shard_size=shard_size)
     assert (tmp_path / "hf/model.safetensors").exists() == (shard_size == "5GB")
     checkpoint, _ = import_model(tmp_path / "hf", tmp_path / "run")
-    model, _ = load_model(checkpoint)
+    model, *_ = load_model(checkpoint)
     prompt = torch.randint(VOCAB, (2, SEQUENCE))
     with torch.no_grad():
         torch.testing.assert_close(model(prompt), theirs(prompt).logits, rtol=1e-5, atol=1e-5)
