@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, load_manifest
-from pipekit.checkpoint.writer import DTYPES
+from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header
 from pipekit.errors import CheckpointError, DamagedCheckpointError
 from pipekit.tensor_parallel.shards import Shard
 
 # A piece that has been read is still in the processor's cache when it is summed up.
 _PIECE_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """Place of a tensor in its file, in bytes."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class CheckpointReader:
@@ -43,7 +29,7 @@ class CheckpointReader:
         self.path = path
         self.manifest: Manifest = load_manifest(path)
         self._verified: set[tuple[str, str]] = set()
-        self._stored_in: dict[Path, dict[str, _StoredTensor]] = {}
+        self._stored_in: dict[Path, dict[str, StoredTensor]] = {}
 
     def file(self, name: str) -> Path | None:
         """Path of a file without tensors, such as `config.yaml`, as it was written; None where there is none."""
@@ -89,7 +75,7 @@ class CheckpointReader:
         """
         if not is_verified:
             self.verify(name, kind)
-        whole = _map(self._stored(name, kind))
+        whole = map_tensor(self._stored(name, kind))
         if shard is None:
             return whole
         return torch.cat([whole[(slice(None),) * shard.dim + (own,)] for own in shard.slices], shard.dim)
@@ -103,10 +89,10 @@ class CheckpointReader:
         stored = self._stored(name, kind)
         return stored.file.name, stored.begin, stored.end
 
-    def _stored(self, name: str, kind: str) -> _StoredTensor:
+    def _stored(self, name: str, kind: str) -> StoredTensor:
         file = self.path / self.manifest.tensors[name].files[kind]
         if file not in self._stored_in:
-            self._stored_in[file] = _read_header(file)
+            self._stored_in[file] = read_header(file)
         if name not in self._stored_in[file]:
             raise DamagedCheckpointError(f"{file}: damaged (holds no {name!r})")
         return self._stored_in[file][name]
@@ -117,39 +103,7 @@ class CheckpointReader:
             yield name, self.tensor(name)
 
 
-def _read_header(file: Path) -> dict[str, _StoredTensor]:
-    """Read the header of a safetensors file, once the library has checked it."""
-    try:
-        with safe_open(file, framework="pt", device="cpu"):
-            pass
-        with file.open("rb") as opened:
-            data_begin = 8 + int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(data_begin - 8))
-        dtypes = {text: dtype for dtype, text in DTYPES.items()}
-        header.pop("__metadata__", None)
-        stored = {
-            name: (dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]) for name, entry in header.items()
-        }
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"{file}: damaged ({error})") from None
-    except KeyError as error:
-        raise DamagedCheckpointError(f"{file}: damaged (no checkpoint holds numbers of format {error})") from None
-    return {
-        name: _StoredTensor(file, dtype, tuple(shape), data_begin + begin, data_begin + end)
-        for name, (dtype, shape, (begin, end)) in stored.items()
-    }
-
-
-def _map(stored: _StoredTensor) -> Tensor:
-    """A tensor in a mapping that lasts as long as it does: only what is used of it is read."""
-    try:
-        mapped = torch.UntypedStorage.from_file(str(stored.file), shared=False, nbytes=stored.end)
-    except RuntimeError as error:
-        raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
-    return torch.empty(0, dtype=stored.dtype).set_(mapped[stored.begin :]).reshape(stored.shape)
-
-
-def _stored_checksum(stored: _StoredTensor) -> str:
+def _stored_checksum(stored: StoredTensor) -> str:
     """Checksum of a tensor's bytes, read piece by piece, which is faster than through a mapping."""
     value, piece = Checksum(), memoryview(bytearray(_PIECE_BYTES))
     try:

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -47,7 +49,7 @@ def write_tensors(
     """Write tensors into a file that is on the disk afterwards, and return their checksums.
 
     Where `read` is given, `tensors` tell shapes and number formats alone, such as on torch's meta device, and each is
-    read as it is written, so that one at a time is in memory.
+    read while the one before is written, so that two at a time are in memory.
 
     The library's own `save_file` copies all of them, and holds Python's lock while the disk is busy.
 
@@ -69,12 +71,19 @@ def write_tensors(
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+
+    def prepare(name: str) -> memoryview:
+        return tensor_bytes(tensors[name] if read is None else read(name))
+
     checksums = {}
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
         file.write(len(text).to_bytes(8, "little") + text)
         begun = 0
-        for name in names:
-            data = tensor_bytes(tensors[name] if read is None else read(name))
+        following = [thread.submit(prepare, name) for name in names[:1]]
+        for name, next_name in zip_longest(names, names[1:]):
+            data = following.pop().result()
+            if next_name is not None:
+                following.append(thread.submit(prepare, next_name))
             value = Checksum()
             for begin in range(0, len(data), _PIECE_BYTES):
                 piece = data[begin : begin + _PIECE_BYTES]

@@ -16,6 +16,7 @@ def command(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the exported tensors.")
     ] = "float32",
+    shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, such as 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Run the code that a checkpoint names as model.builder.")
@@ -40,7 +41,9 @@ def command(
         return
     from pipekit.inference.export import export_checkpoint
 
-    check = export_checkpoint(source, out, dtype=dtype, overwrite=overwrite, trust_code=trust_code, config=config)
+    check = export_checkpoint(
+        source, out, dtype=dtype, shard_size=shard_size, overwrite=overwrite, trust_code=trust_code, config=config
+    )
     typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
     typer.echo(
         f"checked against {check.reference}: {check.num_logits:,} logits, "

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.config import ModelConfigSource
-from pipekit.data.tokenizer import special_token_ids, write_hf_tokenizer
+from pipekit.config import Config, ModelConfigSource
+from pipekit.data.tokenizer import load_tokenizer, special_token_ids, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import building_folder, check_free, write_atomically
-from pipekit.inference.hugging_face import MODEL_FILE, has_vocabulary_rows, to_hf
-from pipekit.inference.load_model import find_tokenizer, read_config, read_model
+from pipekit.inference.hugging_face import has_vocabulary_rows, theirs_of
+from pipekit.inference.load_model import check_trusted, find_tokenizer, initial_seed, read_config
+from pipekit.inference.model_card import CARD_FILE, model_card
+from pipekit.inference.prove_export import ExportMismatchError, LogitsProof, prove_tokenizer, read_back
+from pipekit.inference.safetensors_folder import write_shards
 from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
+from pipekit.models import build_layers
 from pipekit.models.custom import CustomDoor, open_door
-from pipekit.models.family import TransformerFamily
+from pipekit.models.family import TensorRename, TransformerFamily
 
 PROOF_FILE = "export_check.json"
 
@@ -32,21 +37,34 @@ ExportedModel = TransformerFamily | CustomDoor
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
-# Both sides compute in fp32 with the exported weights; what differs is the order of additions.
-_TOLERANCE = 1e-5
+# A larger model, in fp32, is never whole in memory while it is compared.
+_WHOLE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class ExportCheck:
     """Comparison of an export with its checkpoint, by the largest absolute difference of a logit.
 
-    `reference` is what read the export, and `dtype` that of the exported tensors.
+    Attributes:
+        reference: what read the export.
+        layer_by_layer: whether it had the weights of one layer in memory at a time.
+        max_logit_difference: largest absolute difference.
+        tolerance: what the order of additions explains.
+        num_logits: number of logits that were compared.
+        num_text_tokens: number of tokens of real text among the prompts; the others are random.
+        num_parameters: of the exported model.
+        checkpoint: folder of the checkpoint.
+        step: of the checkpoint.
+        dtype: of the exported tensors.
     """
 
     reference: str
+    layer_by_layer: bool
     max_logit_difference: float
     tolerance: float
     num_logits: int
+    num_text_tokens: int
+    num_parameters: int
     checkpoint: str
     step: int
     dtype: ExportDtype
@@ -57,19 +75,22 @@ def export_checkpoint(
     out: str | Path,
     *,
     dtype: ExportDtype = "float32",
+    shard_size: int | str = "5GB",
     overwrite: bool = False,
     trust_code: bool = False,
     config: ModelConfigSource | None = None,
 ) -> ExportCheck:
     """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
 
-    The folder holds `model.safetensors`, `config.json`, `generation_config.json`, the tokenizer's files, and
-    `export_check.json` with the result of the comparison. It appears when all of it is written and has passed.
+    The folder holds the weights in `model.safetensors`, or in several such files with an index, `config.json`,
+    `generation_config.json`, the tokenizer's files, a model card, and `export_check.json` with the result of the
+    comparison. It appears when all of it is written and has passed. Memory is bounded by the largest tensor.
 
     Args:
         source: a run's folder, or one of its checkpoints.
         out: the folder to write; `overwrite` replaces an earlier export in it.
-        dtype: of the exported tensors.
+        dtype: of the exported tensors, but for integers.
+        shard_size: size of a file of weights at most, or of one tensor, in bytes, or for example "500MB".
         trust_code: whether code that a checkpoint names, as `model.builder`, may run.
         config: configuration of the model, where the checkpoint does not tell it; see `load_model_config`.
 
@@ -78,6 +99,7 @@ def export_checkpoint(
         ConfigError: if `config` describes another model.
         PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
     """
+    shard_bytes = _parse_size(shard_size)
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)
     check_free(out, marker=PROOF_FILE, what="export", overwrite=overwrite)
     reader = CheckpointReader(checkpoint)
@@ -87,62 +109,168 @@ def export_checkpoint(
             f"{checkpoint}: its model {reason}; --raw writes its tensors under their own names, with a loader beside "
             "them"
         )
-    model = read_model(reader, described, trust_code=trust_code or config is not None)
-    family = described.model if isinstance(described.model, TransformerFamily) else open_door(described)
-    tokenizer_file = find_tokenizer(reader, described if config is not None else None)
-    _check_names(family, model, checkpoint)
+    check_trusted(reader, described, trust_code=trust_code or config is not None)
+    export = _Export(reader, described, find_tokenizer(reader, described if config is not None else None), dtype)
     try:
         with building_folder(out.resolve()) as temporary:
-            _write_folder(temporary, model, family, tokenizer_file, dtype)
-            step = reader.manifest.training.step
-            check = _compare(temporary, model, family, checkpoint=str(checkpoint), step=step, dtype=dtype)
+            read_back(temporary, export.write_weights(temporary, shard_bytes))
+            export.write_settings(temporary)
+            check = export.prove(temporary)
+            write_atomically(temporary / CARD_FILE, export.card(out.resolve().name, check))
             write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
+    except ExportMismatchError as error:
+        raise PipekitError(f"{out}: {error}; the export was not written") from None
     except (OSError, SafetensorError) as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
     return check
 
 
-def _check_names(family: ExportedModel, model: SequentialModel, checkpoint: Path) -> None:
-    named, held = {rename.ours for rename in family.hf_renames()}, model.logical_tensors().keys()
-    for name in sorted(named ^ held):
-        what = "has no name in transformers" if name in held else "is no tensor of the model"
-        raise CheckpointError(f"{checkpoint}: {name} {what}; mend what model.hf_names returns")
+def _parse_size(size: int | str) -> int:
+    try:
+        num_bytes = int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        num_bytes = 0
+    if num_bytes < 1:
+        raise PipekitError(
+            f"shard_size={size}: not a size of a file; give a number of bytes, or for example 500MB or 5GB"
+        )
+    return num_bytes
 
 
-def exported_vocab(config: ExportedModel) -> int:
-    """Token ids of an exported model: all, without those that pad the vocabulary."""
-    padded = config.export_vocab_size if isinstance(config, TransformerFamily) else None
-    return padded or config.known_vocab_size
+class _Export:
+    """One export: an open checkpoint, its model, and the number format of the exported tensors."""
 
+    def __init__(
+        self, reader: CheckpointReader, config: Config, tokenizer_file: Path | None, dtype: ExportDtype
+    ) -> None:
+        self._reader, self._config, self._dtype = reader, config, dtype
+        self._family = config.model if isinstance(config.model, TransformerFamily) else open_door(config)
+        self._specs: Sequence[LayerSpec] = build_layers(config)
+        self._tokenizer_file = tokenizer_file
+        self._special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        if self._tokenizer_file is not None:
+            self._special |= special_token_ids(self._tokenizer_file)
+        self._check_names()
 
-def _write_folder(
-    folder: Path, model: SequentialModel, config: ExportedModel, tokenizer_file: Path | None, dtype: ExportDtype
-) -> None:
-    ours = model.logical_tensors()
-    if exported_vocab(config) != config.known_vocab_size:
-        ours |= {name: ours[name][: exported_vocab(config)] for name in ours if has_vocabulary_rows(name)}
-    tensors = to_hf(config, ours)
-    exported = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in tensors}
-    save_file(exported, folder / MODEL_FILE, metadata={"format": "pt"})
-    special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
-    generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50}
-    if tokenizer_file is not None:
-        special |= special_token_ids(tokenizer_file)
-        write_hf_tokenizer(tokenizer_file, folder, max_length=config.max_positions)
-        if (kept := folder / "generation_config.json").is_file():
-            generation = _read_generation(kept)
-    ends = generation.get("eos_token_id")
-    # A model may end its answers with other tokens, too; they stay.
-    if not (isinstance(ends, list) and special["eos_token_id"] in ends):
-        generation["eos_token_id"] = special["eos_token_id"]
-    contents = {
-        "config.json": {**config.hf_config(end_token_id=special["eos_token_id"], dtype=dtype), **special},
-        "generation_config.json": {**special, **generation},
-    }
-    if exported_vocab(config) != config.known_vocab_size:
-        contents["config.json"]["vocab_size"] = exported_vocab(config)
-    for name, content in contents.items():
-        write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+    def write_weights(self, folder: Path, shard_bytes: int) -> dict[str, str]:
+        """Write the tensors under their names in `transformers`, and return their checksums."""
+        planned: dict[str, Tensor] = {}
+        origins: dict[str, TensorRename] = {}
+        for rename in self._family.hf_renames():
+            entry = self._reader.manifest.tensors[rename.ours]
+            whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+            for name, part in theirs_of(rename, self._exported_rows(rename.ours, whole)).items():
+                planned[name], origins[name] = part.to(self._exported_dtype(part)), rename
+
+        def read(name: str) -> Tensor:
+            ours = self._exported_rows(origins[name].ours, self._reader.tensor(origins[name].ours))
+            return theirs_of(origins[name], ours)[name].to(planned[name].dtype)
+
+        return write_shards(folder, planned, read=read, shard_bytes=shard_bytes)
+
+    def write_settings(self, folder: Path) -> None:
+        """Write `config.json`, `generation_config.json` and the tokenizer's files."""
+        generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50}
+        if self._tokenizer_file is not None:
+            write_hf_tokenizer(self._tokenizer_file, folder, max_length=self._family.max_positions)
+            if (kept := folder / "generation_config.json").is_file():
+                generation = _read_generation(kept)
+        end = self._special["eos_token_id"]
+        ends = generation.get("eos_token_id")
+        # A model may end its answers with other tokens, too; they stay.
+        if not (isinstance(ends, list) and end in ends):
+            generation["eos_token_id"] = end
+        settings = {**self._family.hf_config(end_token_id=end, dtype=self._dtype), **self._special}
+        if self._vocab_size != self._family.known_vocab_size:
+            settings["vocab_size"] = self._vocab_size
+        for name, content in {
+            "config.json": settings,
+            "generation_config.json": {**self._special, **generation},
+        }.items():
+            write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+
+    def prove(self, folder: Path) -> ExportCheck:
+        """Compare the folder with the checkpoint, on real text where it has a tokenizer, and on random token ids."""
+        import transformers
+
+        length = min(self._family.max_positions, 128)
+        rows = [torch.randint(self._vocab_size, (2, length), generator=torch.Generator().manual_seed(0))]
+        if self._tokenizer_file is not None:
+            text = prove_tokenizer(folder, load_tokenizer(self._tokenizer_file), self._special)
+            rows.append(torch.tensor(text).repeat(-(-length // len(text)))[None, :length])
+        prompt = torch.cat(rows)  # (B, S)
+        proof = LogitsProof(
+            folder,
+            self._family.hf_class,
+            self._specs,
+            read=self._read_rounded,
+            seed=initial_seed(self._config),
+            vocab_size=self._vocab_size,
+        )
+        layer_by_layer = 4 * self._num_parameters > _WHOLE_BYTES
+        difference, tolerance = proof.compare(prompt, layer_by_layer=layer_by_layer)
+        return ExportCheck(
+            reference=f"transformers {transformers.__version__} {self._family.hf_class}",
+            layer_by_layer=layer_by_layer,
+            max_logit_difference=difference,
+            tolerance=tolerance,
+            num_logits=prompt.numel() * self._vocab_size,
+            num_text_tokens=length * (len(rows) - 1),
+            num_parameters=self._num_parameters,
+            checkpoint=str(self._reader.path),
+            step=self._reader.manifest.training.step,
+            dtype=self._dtype,
+        )
+
+    def card(self, folder: str, check: ExportCheck) -> str:
+        """Model card of the export."""
+        proof = (
+            f"{check.reference} computes the logits of the checkpoint: over {check.num_logits:,} of them, the largest "
+            f"difference is {check.max_logit_difference:.2g}, where rounding explains {check.tolerance:.2g}."
+        )
+        return model_card(
+            folder,
+            self._config,
+            self._reader.manifest,
+            hf_class=self._family.hf_class,
+            num_parameters=check.num_parameters,
+            has_text=self._tokenizer_file is not None,
+            proof=proof,
+        )
+
+    @property
+    def _vocab_size(self) -> int:
+        """Token ids of the exported model: all, without those that pad the vocabulary."""
+        padded = self._family.export_vocab_size if isinstance(self._family, TransformerFamily) else None
+        return padded or self._family.known_vocab_size
+
+    @property
+    def _num_parameters(self) -> int:
+        shapes = {name: torch.Size(entry.shape) for name, entry in self._reader.manifest.tensors.items()}
+        return sum(
+            self._exported_rows(name, torch.empty(shape, device="meta")).numel() for name, shape in shapes.items()
+        )
+
+    def _exported_rows(self, ours: str, tensor: Tensor) -> Tensor:
+        cut = self._vocab_size != self._family.known_vocab_size and has_vocabulary_rows(ours)
+        return tensor[: self._vocab_size] if cut else tensor
+
+    def _exported_dtype(self, tensor: Tensor) -> torch.dtype:
+        return getattr(torch, self._dtype) if tensor.is_floating_point() else tensor.dtype
+
+    def _read_rounded(self, name: str) -> Tensor:
+        tensor = self._reader.tensor(name)
+        return tensor.to(self._exported_dtype(tensor)).to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def _check_names(self) -> None:
+        """Check that the checkpoint holds the tensors of the model, and that each has a name in `transformers`."""
+        held = self._reader.manifest.tensors
+        shapes = {name: torch.empty(entry.shape, device="meta") for name, entry in held.items()}
+        SequentialModel(self._specs, seed=None).check_logical_tensors(shapes, where=str(self._reader.path))
+        named = {rename.ours for rename in self._family.hf_renames()}
+        for name in sorted(named ^ held.keys()):
+            what = "has no name in transformers" if name in held else "is no tensor of the model"
+            raise CheckpointError(f"{self._reader.path}: {name} {what}; mend what model.hf_names returns")
 
 
 def _read_generation(file: Path) -> dict[str, Any]:
@@ -155,37 +283,3 @@ def _read_generation(file: Path) -> dict[str, Any]:
             f"{file.name}, which came with the tokenizer, cannot be read: {error}; mend it beside the tokenizer"
         ) from None
     return settings
-
-
-@torch.no_grad()
-def _compare(
-    folder: Path, model: SequentialModel, config: ExportedModel, *, checkpoint: str, step: int, dtype: ExportDtype
-) -> ExportCheck:
-    """Run one random prompt through the checkpoint's model, its weights rounded to `dtype`, and through the export."""
-    for tensor in model.logical_tensors().values():
-        tensor.copy_(tensor.to(getattr(torch, dtype)))
-    shape = (2, min(config.max_positions, 128))
-    prompt = torch.randint(exported_vocab(config), shape, generator=torch.Generator().manual_seed(0))  # (B, S)
-    ours: Tensor = model(prompt)[..., : exported_vocab(config)]  # (B, S, V)
-    logits, reference = _transformers_logits(folder, prompt, config.hf_class)
-    difference = float((ours - logits).abs().max())
-    tolerance = _TOLERANCE * max(1.0, float(ours.abs().max()))
-    if not difference <= tolerance:
-        raise PipekitError(
-            f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains {tolerance:.2g} at "
-            "most; the export was not written"
-        )
-    return ExportCheck(reference, difference, tolerance, ours.numel(), checkpoint, step, dtype)
-
-
-def _transformers_logits(folder: Path, prompt: Tensor, hf_class: str) -> tuple[Tensor, str]:
-    import transformers
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        reader = getattr(transformers, hf_class)
-        theirs: Any = reader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    theirs.eval()
-    return theirs(prompt).logits.float(), f"transformers {transformers.__version__} {hf_class}"

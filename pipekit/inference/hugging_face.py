@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipekit.errors import CheckpointError
+from pipekit.inference.safetensors_folder import SafetensorsFolder
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models.custom import CustomDoor
 from pipekit.models.family import TensorRename, TransformerFamily
@@ -21,9 +19,6 @@ from pipekit.models.imported import read_hf_config, read_hf_folder
 from pipekit.tensor_parallel.shards import Shard
 
 __all__ = ["HuggingFaceFolder", "from_hf", "read_hf_config", "to_hf"]
-
-MODEL_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 # Constants that older files hold beside the weights.
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -33,7 +28,8 @@ _HEAD = "lm_head.weight"
 def to_hf(model: TransformerFamily | CustomDoor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor under their name and in their order of elements."""
     for rename in model.hf_renames():
-        yield from theirs_of(rename, tensors[rename.ours]).items()
+        for name, part in theirs_of(rename, tensors[rename.ours]).items():
+            yield name, part.contiguous()
 
 
 def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -46,11 +42,11 @@ def from_hf(model: TransformerFamily, tensors: Mapping[str, Tensor]) -> Iterator
 
 
 def theirs_of(rename: TensorRename, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors of theirs that a whole one of ours is."""
+    """The tensors of theirs that a whole one of ours is, as views where the order of elements allows it."""
     if rename.pattern is not None:
         tensor = rearrange(tensor, rename.pattern, **rename.sizes)
     parts = torch.split(tensor, list(rename.rows.values())) if rename.rows else [tensor]
-    return {name: part.contiguous() for name, part in zip(rename.names, parts, strict=True)}
+    return dict(zip(rename.names, parts, strict=True))
 
 
 def ours_of(rename: TensorRename, parts: Sequence[Tensor]) -> Tensor:
@@ -68,9 +64,7 @@ def has_vocabulary_rows(name: str) -> bool:
 
 
 class HuggingFaceFolder:
-    """A model in the format of `transformers`, in one safetensors file or several, read a tensor or a slice at a time.
-
-    A file is opened for each tensor, so that no more of it than that stays in memory.
+    """A model in the format of `transformers`, read a tensor or a slice at a time.
 
     Args:
         path: the folder.
@@ -86,7 +80,7 @@ class HuggingFaceFolder:
         self.path = path
         self.stored_model = read_hf_folder(path)
         self.model = model or self.stored_model
-        self._files = self._find_files()
+        self._stored = SafetensorsFolder(path)
         self._renames = {rename.ours: rename for rename in self.model.hf_renames()}
 
     @cached_property
@@ -97,7 +91,7 @@ class HuggingFaceFolder:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Stored number format of each logical tensor."""
-        return {name: self._read(self._theirs(name)[0], lambda part: part[:0].dtype) for name in self._renames}
+        return {name: self._stored.described(self._theirs(name)[0]).dtype for name in self._renames}
 
     def check(self) -> None:
         """Check the settings of the model against `config.json`, and names and shapes of all tensors.
@@ -114,7 +108,7 @@ class HuggingFaceFolder:
                 "model.family=auto, which reads them there"
             )
         used = {theirs for name in self._renames for theirs in self._theirs(name)}
-        unused = [name for name in self._files if name not in used and not name.endswith(_CONSTANTS)]
+        unused = [name for name in self._stored if name not in used and not name.endswith(_CONSTANTS)]
         if unused := [name for name in unused if name != _HEAD or _HEAD in used or "head.weight" in self._renames]:
             raise CheckpointError(
                 f"{self.path}: holds {unused[0]}{f' and {len(unused) - 1} more' if len(unused) > 1 else ''}, which "
@@ -135,7 +129,7 @@ class HuggingFaceFolder:
         """
         rename, length = self._renames[name], self.shapes[name][0]
         if shard is None or "(" in (rename.pattern or "") or (rename.pattern and rename.rows):
-            whole = ours_of(rename, [self._read(theirs, lambda part: part[:]) for theirs in self._theirs(name)])
+            whole = ours_of(rename, [self._stored[theirs] for theirs in self._theirs(name)])
             whole = _pad(whole, length)
             return whole if shard is None else shard.take(whole)
         dim = shard.dim
@@ -145,9 +139,7 @@ class HuggingFaceFolder:
         if rename.rows and shard.dim == 0:
             pieces = [piece for own in shard.slices for piece in self._rows(name, own)]
             return torch.cat(pieces)
-        parts = [
-            self._read(theirs, partial(_take_slices, slices=shard.slices, dim=dim)) for theirs in self._theirs(name)
-        ]
+        parts = [_take_slices(self._stored.mapped(theirs), shard.slices, dim) for theirs in self._theirs(name)]
         return _pad(
             ours_of(rename, parts), shard.shape_of(shard.rank, self.shapes[name])[0] if shard.dim == 0 else length
         )
@@ -158,15 +150,12 @@ class HuggingFaceFolder:
         for theirs, num_rows in zip(self._theirs(name), self._renames[name].rows.values(), strict=True):
             first, last = max(own.start - begin, 0), min(own.stop - begin, num_rows)
             if first < last:
-                yield self._read(theirs, partial(_take_slices, slices=[slice(first, last)], dim=0))
+                yield _take_slices(self._stored.mapped(theirs), [slice(first, last)], 0)
             begin += num_rows
 
     def _shape(self, name: str) -> tuple[int, ...]:
         rename = self._renames[name]
-        parts = [
-            self._read(theirs, lambda part: torch.empty(part.get_shape(), device="meta"))
-            for theirs in self._theirs(name)
-        ]
+        parts = [self._stored.described(theirs) for theirs in self._theirs(name)]
         expected = list(rename.rows.values())
         if rename.rows and [len(part) for part in parts] != expected:
             raise CheckpointError(f"{self.path}: {' and '.join(rename.names)} have not {expected} rows")
@@ -175,49 +164,12 @@ class HuggingFaceFolder:
         return (rows + (max(0, padding) if has_vocabulary_rows(name) else 0), *others)
 
     def _theirs(self, name: str) -> list[str]:
-        return _find(self._renames[name], self._files, self.model)
-
-    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
-        try:
-            with safe_open(self.path / self._files[name], framework="pt", device="cpu") as file:
-                return read(file.get_slice(name))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path / self._files[name]}: {name} cannot be read: {error}") from None
-
-    def _find_files(self) -> dict[str, str]:
-        """File of each tensor by its name there."""
-        try:
-            if (self.path / INDEX_FILE).is_file():
-                index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
-                files: dict[str, str] = dict(index["weight_map"])
-            elif (self.path / MODEL_FILE).is_file():
-                with safe_open(self.path / MODEL_FILE, framework="pt", device="cpu") as file:
-                    return dict.fromkeys(file.keys(), MODEL_FILE)
-            else:
-                raise CheckpointError(self._no_weights())
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: its weights cannot be read: {error}") from None
-        for file_name in sorted(set(files.values())):
-            if Path(file_name).name != file_name:
-                raise CheckpointError(f"{self.path / INDEX_FILE}: names {file_name!r}, which is outside of the folder")
-            if not (self.path / file_name).is_file():
-                raise CheckpointError(f"{self.path / file_name}: is missing, and {INDEX_FILE} names it")
-        return files
-
-    def _no_weights(self) -> str:
-        pickled = sorted(path.name for path in self.path.glob("pytorch_model*.bin"))
-        if not pickled:
-            return f"{self.path}: has no {MODEL_FILE} and no {INDEX_FILE}, so it holds no weights"
-        return (
-            f"{self.path / pickled[0]}: is a pickle, which runs code when it is read, and is not read; write the model "
-            f"again with transformers: AutoModelForCausalLM.from_pretrained({str(self.path)!r}, dtype='auto')"
-            ".save_pretrained('NEW_FOLDER')"
-        )
+        return _find(self._renames[name], self._stored, self.model)
 
 
-def _take_slices(part: Any, slices: Sequence[slice], dim: int) -> Tensor:
+def _take_slices(part: Tensor, slices: Sequence[slice], dim: int) -> Tensor:
     """Slices of a stored tensor along a dimension; those beyond its end are shorter or empty."""
-    length = part.get_shape()[dim]
+    length = part.shape[dim]
     found = [slice(min(own.start, length), min(own.stop, length)) for own in slices]
     return torch.cat([part[(slice(None),) * dim + (own,)] for own in found], dim)
 
@@ -227,7 +179,7 @@ def _pad(tensor: Tensor, num_rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros((missing, *tensor.shape[1:]))]) if missing > 0 else tensor
 
 
-def _find(rename: TensorRename, names: Mapping[str, Any], model: TransformerFamily) -> list[str]:
+def _find(rename: TensorRename, names: Mapping[str, Tensor], model: TransformerFamily) -> list[str]:
     found = []
     for name in rename.names:
         bare = name.partition(".")[2]

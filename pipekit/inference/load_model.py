@@ -32,8 +32,10 @@ def load_model(
     """
     reader = CheckpointReader(checkpoint)
     config = read_config(reader, given)
-    model = read_model(reader, config, trust_code=trust_code or given is not None)
-    return model, config, find_tokenizer(reader, config if given is not None else None)
+    check_trusted(reader, config, trust_code=trust_code or given is not None)
+    model = SequentialModel(build_layers(config), seed=initial_seed(config))
+    model.load_logical_tensors(dict(reader.weights()), where=str(reader.path))
+    return model.eval(), config, find_tokenizer(reader, config if given is not None else None)
 
 
 def read_config(reader: CheckpointReader, given: ModelConfigSource | None = None) -> Config:
@@ -66,22 +68,19 @@ def find_tokenizer(reader: CheckpointReader, given: Config | None = None) -> Pat
     return reader.file(TOKENIZER_FILE)
 
 
-def read_model(reader: CheckpointReader, config: Config, *, trust_code: bool = False) -> SequentialModel:
-    """Model of an open checkpoint, in evaluation mode.
-
-    Raises:
-        CheckpointError: if it does not fit the configuration, or is built by code that is not trusted.
-    """
+def check_trusted(reader: CheckpointReader, config: Config, *, trust_code: bool) -> None:
+    """Raise a CheckpointError if a model is built by code that a checkpoint names, and that is not trusted."""
     if isinstance(config.model, CustomModelConfig) and not trust_code:
         raise CheckpointError(
             f"{reader.path}: model.builder={config.model.builder} is code, which a checkpoint of unknown origin must "
             "not run; add --trust-code if you know where it comes from"
         )
+
+
+def initial_seed(config: Config) -> int | None:
+    """Seed with which the layers of a checkpoint are built; None where it holds all that they compute with."""
     # A layer of the user's own may compute more in its constructor than a checkpoint holds.
-    seed = None if isinstance(config.model, TransformerFamily) else config.train.seed
-    model = SequentialModel(build_layers(config), seed=seed)
-    model.load_logical_tensors(dict(reader.weights()), where=str(reader.path))
-    return model.eval()
+    return None if isinstance(config.model, TransformerFamily) else config.train.seed
 
 
 def load_exported_model(folder: Path) -> tuple[SequentialModel, TransformerFamily]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,8 +61,8 @@ class SequentialModel(nn.Module):
                     tensors[f"{layer_name}.{name}"] = tensor
         return tensors
 
-    def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        """Set every parameter and buffer; those that are not allocated take over the tensors given.
+    def check_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Check names and shapes of the tensors of a model, which may be on torch's meta device.
 
         Raises:
             CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the source.
@@ -75,6 +76,15 @@ class SequentialModel(nn.Module):
                 found = "is missing" if name not in tensors else f"is {tuple(tensors[name].shape)}"
                 rule = f"and the model has {tuple(own.shape)}; it belongs to another model"
                 raise CheckpointError(f"{where}: {name} {found}, {rule}")
+
+    def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Set every parameter and buffer; those that are not allocated take over the tensors given.
+
+        Raises:
+            CheckpointError: if they are not the model's; `where` names the source.
+        """
+        self.check_logical_tensors(tensors, where=where)
+        for name, own in self.logical_tensors().items():
             if own.is_meta:
                 given = tensors[name].detach().to(own.dtype)
                 if isinstance(own, nn.Parameter):
@@ -83,3 +93,24 @@ class SequentialModel(nn.Module):
             else:
                 with torch.no_grad():
                     own.copy_(tensors[name])
+
+
+@torch.no_grad()
+def run_layers(
+    specs: Sequence[LayerSpec], inputs: Any, *, read: Callable[[str], Tensor], seed: int | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Run a model in evaluation mode with one layer in memory at a time; yield the name and the outputs of each.
+
+    Args:
+        specs: the model.
+        inputs: of the first layer.
+        read: returns a tensor by its logical name; that of tied layers is read for each of them.
+        seed: as `SequentialModel` takes it.
+    """
+    for spec, name in zip(specs, layer_names(specs), strict=True):
+        named = copy.copy(spec)
+        named.name = name
+        layer = SequentialModel([named], seed=seed).eval()
+        layer.load_logical_tensors({own: read(own) for own in layer.logical_tensors()}, where=name)
+        inputs = layer(inputs)
+        yield name, inputs

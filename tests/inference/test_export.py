@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hand_made import TEXT, random_model, write_checkpoint
 from pipekit.config import load_config, parse_config
+from pipekit.data.tokenizer import TextTokenizer
 from pipekit.errors import CheckpointError, PipekitError
-from pipekit.inference import export
+from pipekit.inference import export, safetensors_folder
 from pipekit.inference.export import export_checkpoint
 from pipekit.inference.load_model import load_model
 from pipekit.models.family import TensorRename, TransformerFamily
@@ -44,12 +48,89 @@ def test_transformers_computes_the_same_logits(checkpoint: Path, tmp_path: Path)
     check = export_checkpoint(checkpoint, tmp_path / "out")
     assert check.max_logit_difference <= 1e-5
     assert check.step == 5
-    assert json.loads((tmp_path / "out/export_check.json").read_text())["num_logits"] == 2 * 24 * 301
+    assert json.loads((tmp_path / "out/export_check.json").read_text())["num_logits"] == 3 * 24 * 301
     ours, *_ = load_model(checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     prompt = torch.randint(301, (3, 20), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         torch.testing.assert_close(ours(prompt), theirs(prompt).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
+def test_larger_models_are_compared_layer_by_layer(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_checkpoint(checkpoint, tmp_path / "whole")
+    monkeypatch.setattr(export, "_WHOLE_BYTES", 0)
+    streamed = export_checkpoint(checkpoint, tmp_path / "streamed", shard_size="20kB")
+    assert streamed == replace(whole, layer_by_layer=True)
+
+
+def test_shards_hold_what_one_file_holds(checkpoint: Path, tmp_path: Path) -> None:
+    check = export_checkpoint(checkpoint, tmp_path / "one")
+    assert export_checkpoint(checkpoint, tmp_path / "many", shard_size="20kB") == check
+    whole = load_file(tmp_path / "one/model.safetensors")
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    files = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))
+    ]
+    found = {}
+    for file in files:
+        held = load_file(file)
+        assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 20_000
+        assert {index["weight_map"][name] for name in held} == {file.name}
+        found |= held
+    assert found.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+PEAK_ABOVE_START = """
+import re, sys
+from pathlib import Path
+import torch, transformers
+from pipekit.inference.export import export_checkpoint
+transformers.GPT2LMHeadModel
+def held_kib(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+start_kib = held_kib("VmRSS")
+export_checkpoint(*sys.argv[1:])
+print((held_kib("VmHWM") - start_kib) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    # More than a GiB, of which the largest tensor is 16 MiB.
+    sizes = {"vocab_size": 2048, "hidden_size": 1024, "num_layers": 22, "num_heads": 8, "ffn_size": 4096}
+    config, tensors = random_model(**sizes, init_std=0.02)
+    checkpoint = write_checkpoint(tmp_path / "run", config, tensors, tokenizer=None)
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 2**30
+    command = [sys.executable, "-c", PEAK_ABOVE_START, str(checkpoint), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 300 * 2**20
+    assert json.loads((tmp_path / "out/export_check.json").read_text())["layer_by_layer"]
+
+
+@pytest.mark.parametrize("size", ["no", "-1", 0, "5 parsecs"])
+def test_a_size_of_shards_that_is_none_is_refused(checkpoint: Path, tmp_path: Path, size: str | int) -> None:
+    with pytest.raises(PipekitError, match=r"shard_size=.*500MB or 5GB"):
+        export_checkpoint(checkpoint, tmp_path / "out", shard_size=size)
+
+
+def test_the_card_tells_what_trained_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    check = export_checkpoint(checkpoint, tmp_path / "mine")
+    card = (tmp_path / "mine/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    names = ("# run", check.reference.split()[-1], f"{check.num_parameters:,} parameters", "| Tokens | 960 |")
+    assert all(name in card for name in names)
+    assert str(tmp_path) not in card
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert check.num_parameters == theirs.num_parameters()
+    generate = pipeline("text-generation", model=str(tmp_path / "mine"))
+    assert generate("def", max_new_tokens=2)[0]["generated_text"].startswith("def")
 
 
 def test_the_tokenizer_and_settings_come_along(checkpoint: Path, tmp_path: Path) -> None:
@@ -77,14 +158,77 @@ def test_a_wrong_export_is_caught_and_not_left_behind(
 
     def swapped(config: Any) -> list[TensorRename]:
         renames = right(config)
-        names = {"blocks.0.attention.norm.bias": "blocks.0.mlp.norm.bias"}
+        names = {"blocks.1.attention.norm.bias": "blocks.1.mlp.norm.bias"}
         names |= {value: key for key, value in names.items()}
         return [replace(rename, ours=names.get(rename.ours, rename.ours)) for rename in renames]
 
     monkeypatch.setattr(family, "hf_renames", swapped)
-    with pytest.raises(PipekitError, match=r"from the checkpoint's.*not written"):
-        export_checkpoint(checkpoint, tmp_path / "out")
+    where = r"behind blocks\.0(\.mlp)?, in blocks\.1(\.attention)? or the rest of its block"
+    for whole_bytes in (2**30, 0):
+        monkeypatch.setattr(export, "_WHOLE_BYTES", whole_bytes)
+        with pytest.raises(
+            PipekitError, match=rf"out: the exported logits are .* from the checkpoint's.*{where}.*not wri"
+        ):
+            export_checkpoint(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_wrong_final_norm_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = export.write_shards
+
+    def damaged(folder: Path, tensors: Any, **options: Any) -> Any:
+        def negated(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = options["read"](name)
+            return -tensor if "ln_f.bias" in name or "final_layer_norm.bias" in name else tensor
+
+        return read(folder, tensors, read=negated, shard_bytes=options["shard_bytes"])
+
+    monkeypatch.setattr(export, "write_shards", damaged)
+    with pytest.raises(PipekitError, match=r"behind blocks\.1(\.mlp)?, in final_norm or the rest"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+
+
+def test_a_tensor_that_the_disk_damaged_is_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = export.write_shards
+
+    def damaged(folder: Path, tensors: Any, **options: Any) -> Any:
+        checksums = write(folder, tensors, **options)
+        stored = load_file(folder / "model.safetensors")
+        name = sorted(stored)[3]
+        stored[name].view(-1)[0] += 1e-6
+        save_file(stored, folder / "model.safetensors")
+        damaged.name = name  # type: ignore[attr-defined]
+        return checksums
+
+    monkeypatch.setattr(export, "write_shards", damaged)
+    with pytest.raises(PipekitError, match="is not what was written; the disk may be at fault") as caught:
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert damaged.name in str(caught.value)  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_stops_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "run", *random_model())
+    read = export.load_tokenizer
+
+    def lowering(path: Path) -> TextTokenizer:
+        tokenizer = read(path)
+        tokenizer.backend.normalizer = normalizers.Lowercase()
+        return tokenizer
+
+    monkeypatch.setattr(export, "load_tokenizer", lowering)
+    with pytest.raises(
+        PipekitError, match=r"of transformers .* cuts the text '.*' into other tokens .*; the export was"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    monkeypatch.setattr(export, "load_tokenizer", read)
+    monkeypatch.setattr(export, "special_token_ids", lambda path: {"eos_token_id": 7})
+    with pytest.raises(PipekitError, match=r"eos_token_id is 7, and .* has 0; see tokenizer_config\.json"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_earlier_export_is_replaced_only_on_demand(checkpoint: Path, tmp_path: Path) -> None:
@@ -127,9 +271,9 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(safetensors_folder, "write_tensors", full)
     with pytest.raises(PipekitError, match=r"out: could not be written: .*No space left"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

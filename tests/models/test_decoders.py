@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from hand_made import write_checkpoint
 from pipekit.config import parse_config
 from pipekit.costs.describe import describe_layers
 from pipekit.errors import ConfigError, LayoutError
+from pipekit.inference import export
 from pipekit.inference.hugging_face import from_hf, read_hf_config, to_hf
 from pipekit.layers.parameters import count_parameters, parameter_shapes
 from pipekit.layers.sequential import SequentialModel
@@ -227,6 +229,14 @@ def test_weight_gradients_may_be_put_off(size: int, kind: str) -> None:
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 def test_a_model_of_theirs_computes_the_same_here(tmp_path: Path, kind: str, dtype: torch.dtype, rtol: float) -> None:
     assert_their_model_is_ours(small(kind), tmp_path, dtype=dtype, rtol=rtol)
+
+
+@kinds
+def test_exports_agree_layer_by_layer(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"model": small(kind).given(), "train": {"steps": 1, "sequence_length": 12}})
+    write_checkpoint(tmp_path / "run", config, random_weights(small(kind).layer_specs()), tokenizer=None)
+    monkeypatch.setattr(export, "_WHOLE_BYTES", 0)
+    assert export.export_checkpoint(tmp_path / "run", tmp_path / "out").layer_by_layer
 
 
 @kinds

@@ -1,0 +1,61 @@
+"""Tensors in safetensors files: where they are, and mappings of one at a time, so that no other stays in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipekit.checkpoint.writer import DTYPES
+from pipekit.errors import DamagedCheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Place of a tensor in its file, in bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Header of a safetensors file, once the library has checked it: the place of each tensor by name.
+
+    Raises:
+        DamagedCheckpointError: if it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass
+        with file.open("rb") as opened:
+            data_begin = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(data_begin - 8))
+        dtypes = {text: dtype for dtype, text in DTYPES.items()}
+        header.pop("__metadata__", None)
+        stored = {
+            name: (dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]) for name, entry in header.items()
+        }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{file}: damaged ({error})") from None
+    except KeyError as error:
+        raise DamagedCheckpointError(f"{file}: damaged (no checkpoint holds numbers of format {error})") from None
+    return {
+        name: StoredTensor(file, dtype, tuple(shape), data_begin + begin, data_begin + end)
+        for name, (dtype, shape, (begin, end)) in stored.items()
+    }
+
+
+def map_tensor(stored: StoredTensor) -> Tensor:
+    """A tensor in a mapping that lasts as long as it does: only what is used of it is read."""
+    try:
+        mapped = torch.UntypedStorage.from_file(str(stored.file), shared=False, nbytes=stored.end)
+    except RuntimeError as error:
+        raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
+    return torch.empty(0, dtype=stored.dtype).set_(mapped[stored.begin :]).reshape(stored.shape)
