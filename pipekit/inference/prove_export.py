@@ -128,7 +128,7 @@ class LogitsProof:
         return difference, tolerance
 
     def _locate(self, model: nn.Module, prompt: Tensor) -> str:
-        """Say which layer is the first that differs: our outputs, in their order, against the blocks' of theirs."""
+        """First layer that differs, by our outputs, in their order, and those of their blocks."""
         theirs = _hidden_states(model, prompt)
         agreed, matched, after = "", 0, ""
         for name, ours in self._run_ours(prompt):
@@ -223,11 +223,11 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:
