@@ -158,10 +158,8 @@ class OptimizerView:
 
     def step_count(self) -> int:
         """Number of updates that the optimizer has made."""
-        for state in self.torch_optimizer.state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        # DeepSpeed's FusedAdam counts in the state of one parameter alone.
+        return max((int(state["step"]) for state in self.torch_optimizer.state.values() if "step" in state), default=0)
 
     def full_master(self, parameter: nn.Parameter) -> Tensor:
         """Return the whole fp32 weights of a parameter. All data-parallel ranks call this together."""

@@ -9,6 +9,21 @@ from torch import nn
 
 from pipekit.config import OptimizerConfig
 
+# DeepSpeed's compute the same from the same states.
+_ADAMS = {"adam", "adamw", "fusedadam", "deepspeedcpuadam"}
+
+
+def takes_states_of(kind: str, config: OptimizerConfig) -> bool:
+    """True if the configuration's optimizer goes on from the states that one of the class `kind` has left.
+
+    Example:
+        >>> takes_states_of("fusedadam", OptimizerConfig(type="adamw"))
+        True
+        >>> takes_states_of("sgd", OptimizerConfig(type="adamw"))
+        False
+    """
+    return kind == config.type or {kind, config.type} <= _ADAMS
+
 
 def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer, with weight decay on matrices and none on biases and norms."""

@@ -32,6 +32,7 @@ from pipekit.plan.plan import StartPoint
 from pipekit.plan.run_folder import check_data
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
 from pipekit.training.ema import ema_weights, track_ema
+from pipekit.training.optimizer import takes_states_of
 from pipekit.training.prepare import initial_weights
 from pipekit.training.profile import save_profile
 from pipekit.training.trial import Trial
@@ -311,8 +312,7 @@ class Trainer:
             error = failure
         try:
             raise_together(error)
-            kinds = {reader.manifest.training.optimizer["type"], self.config.optimizer.type}
-            same_states = len(kinds) == 1 or kinds == {"adam", "adamw"}
+            same_states = takes_states_of(reader.manifest.training.optimizer["type"], self.config.optimizer)
             without = () if self.config.train.ema is not None else (EMA,)
             return load_checkpoint(self.engine, reader, optimizer_states=same_states, without_states=without)
         except DamagedCheckpointError as damage:
