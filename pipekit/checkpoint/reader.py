@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, load_manifest
-from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header
+from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header, read_tensor
 from pipekit.errors import CheckpointError, DamagedCheckpointError
 from pipekit.tensor_parallel.shards import Shard
 
@@ -79,6 +79,17 @@ class CheckpointReader:
         if shard is None:
             return whole
         return torch.cat([whole[(slice(None),) * shard.dim + (own,)] for own in shard.slices], shard.dim)
+
+    def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a tensor's weights in fp32, rounded to a number format on the way; integers stay as they are.
+
+        Raises:
+            DamagedCheckpointError, CheckpointError: as `tensor` does.
+        """
+        self.verify(name)
+        stored = self._stored(name, WEIGHTS)
+        is_float = stored.dtype.is_floating_point
+        return read_tensor(stored, rounded_to=dtype, dtype=torch.float32) if is_float else read_tensor(stored)
 
     def place(self, name: str, kind: str = WEIGHTS) -> tuple[str, int, int]:
         """File of a tensor, its first byte there, and the one after its last; those of one file are read in this order.

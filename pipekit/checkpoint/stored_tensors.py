@@ -13,6 +13,8 @@ from torch import Tensor
 from pipekit.checkpoint.writer import DTYPES
 from pipekit.errors import DamagedCheckpointError
 
+_PIECE_ELEMENTS = 2**23
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -59,3 +61,22 @@ def map_tensor(stored: StoredTensor) -> Tensor:
     except RuntimeError as error:
         raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
     return torch.empty(0, dtype=stored.dtype).set_(mapped[stored.begin :]).reshape(stored.shape)
+
+
+def read_tensor(
+    stored: StoredTensor, *, rounded_to: torch.dtype | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor in memory of its own, copied piece by piece, so that nothing of its size is needed beside it.
+
+    Args:
+        stored: where it is.
+        rounded_to: number format to which its numbers are rounded on the way.
+        dtype: number format of the result; by default the stored one.
+    """
+    result = torch.empty(stored.shape, dtype=dtype or stored.dtype)
+    flat = result.view(-1)
+    for begin in range(0, flat.numel(), _PIECE_ELEMENTS):
+        # Each piece has a mapping of its own, with which its pages go.
+        piece = map_tensor(stored).view(-1)[begin : begin + _PIECE_ELEMENTS]
+        flat[begin : begin + _PIECE_ELEMENTS] = piece.to(rounded_to or stored.dtype)
+    return result

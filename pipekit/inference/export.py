@@ -194,7 +194,7 @@ class _Export:
         import transformers
 
         length = min(self._family.max_positions, 128)
-        rows = [torch.randint(self._vocab_size, (2, length), generator=torch.Generator().manual_seed(0))]
+        rows = [torch.randint(self._vocab_size, (1, length), generator=torch.Generator().manual_seed(0))]
         if self._tokenizer_file is not None:
             text = prove_tokenizer(folder, load_tokenizer(self._tokenizer_file), self._special)
             rows.append(torch.tensor(text).repeat(-(-length // len(text)))[None, :length])
@@ -203,7 +203,7 @@ class _Export:
             folder,
             self._family.hf_class,
             self._specs,
-            read=self._read_rounded,
+            read=lambda name: self._reader.rounded(name, getattr(torch, self._dtype)),
             seed=initial_seed(self._config),
             vocab_size=self._vocab_size,
         )
@@ -257,10 +257,6 @@ class _Export:
 
     def _exported_dtype(self, tensor: Tensor) -> torch.dtype:
         return getattr(torch, self._dtype) if tensor.is_floating_point() else tensor.dtype
-
-    def _read_rounded(self, name: str) -> Tensor:
-        tensor = self._reader.tensor(name)
-        return tensor.to(self._exported_dtype(tensor)).to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def _check_names(self) -> None:
         """Check that the checkpoint holds the tensors of the model, and that each has a name in `transformers`."""

@@ -206,7 +206,7 @@ def _hidden_states(model: nn.Module, prompt: Tensor) -> list[Tensor]:
 
 def _take_weights(module: nn.Module, _: Any, *, stored: SafetensorsFolder, names: Mapping[str, str]) -> None:
     for key, name in names.items():
-        module._parameters[key] = nn.Parameter(stored[name].float(), requires_grad=False)
+        module._parameters[key] = nn.Parameter(stored.read(name, torch.float32), requires_grad=False)
 
 
 def _drop_weights(module: nn.Module, *_: Any, placeholders: Mapping[str, nn.Parameter]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header
+from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header, read_tensor
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.errors import CheckpointError
 from pipekit.files import write_atomically
@@ -35,8 +35,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         self._stored = self._read_headers()
 
     def __getitem__(self, name: str) -> Tensor:
-        # Copied out of the mapped file at once: a transposition would read the disk in small pieces.
-        return self.mapped(name).clone()
+        return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -46,6 +45,10 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor in memory of its own, in another number format where one is given."""
+        return read_tensor(self._stored[name], dtype=dtype)
 
     def mapped(self, name: str) -> Tensor:
         """A tensor in the mapped file, of which only what is used is read."""
