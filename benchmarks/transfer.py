@@ -42,6 +42,8 @@ CHILD = r"""
 import json, re, sys, time
 import torch, transformers
 import pipekit.inference.{module} as module
+from pipekit.tensors.host_memory import return_freed_memory
+return_freed_memory()  # as the commands do
 def held_bytes(what):
     return 1024 * int(re.search(what + r":\s+(\d+) kB", open("/proc/self/status").read())[1])
 

@@ -27,6 +27,9 @@ def command(
     config: ModelConfigFile = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
+    from pipekit.tensors.host_memory import return_freed_memory
+
+    return_freed_memory()
     if raw:
         from pipekit.errors import ConfigError
         from pipekit.inference.raw_export import export_raw

@@ -17,10 +17,12 @@ def command(
 ) -> None:
     """Write a Hugging Face model as the first checkpoint of a run; without RUN, print its configuration."""
     from pipekit.inference.import_model import import_config, import_model
+    from pipekit.tensors.host_memory import return_freed_memory
 
     if run is None:
         typer.echo(import_config(source).to_yaml(), nl=False)
         return
+    return_freed_memory()
     checkpoint, config = import_model(source, run, overrides or [])
     typer.echo(f"imported {config.model.description} from {source} as {checkpoint}")
     typer.echo(f"train it with: pipekit train {run / 'config.yaml'} data.source=YOUR_TEXT")

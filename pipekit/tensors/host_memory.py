@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -12,6 +13,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _NEVER = -1
 _MMAP_FROM = 2**30
 _GROW_BY = 2**26
+_RETURN_FROM = 2**20
 
 
 def count_page_faults() -> int:
@@ -33,6 +35,22 @@ def keep_freed_memory() -> bool:
     Returns:
         True if it was set: under glibc on Linux only.
     """
+    return _set_allocator({_M_TRIM_THRESHOLD: _NEVER, _M_MMAP_THRESHOLD: _MMAP_FROM, _M_TOP_PAD: _GROW_BY})
+
+
+def return_freed_memory() -> bool:
+    """Return the memory of freed tensors to the system at once, for work that is done on one tensor after another.
+
+    By default the C library keeps blocks of up to 32 MiB, and tensors of many sizes leave gaps between them that add up
+    to several times what is in use. Settings in the environment win, as for `keep_freed_memory`.
+
+    Returns:
+        True if it was set: under glibc on Linux only.
+    """
+    return _set_allocator({_M_MMAP_THRESHOLD: _RETURN_FROM})
+
+
+def _set_allocator(settings: Mapping[int, int]) -> bool:
     if not sys.platform.startswith("linux") or any(
         name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name.endswith("_")) for name in os.environ
     ):
@@ -40,5 +58,4 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = {_M_TRIM_THRESHOLD: _NEVER, _M_MMAP_THRESHOLD: _MMAP_FROM, _M_TOP_PAD: _GROW_BY}
     return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())
