@@ -247,11 +247,13 @@ class Harm:
         return os.system, ("touch harmed",)
 
 
-def save_plain(folder: Path, **values: Any) -> Path:
+def save_plain(folder: Path, *, optimizer_file: Any = None, **values: Any) -> Path:
     module = {"embed.weight": torch.randn(3, 2), "head.weight": torch.randn(3, 2)}
     state = {"module": module, "global_steps": 7, "global_samples": 56, "buffer_names": [], **values}
     folder.mkdir()
     torch.save(state, folder / "mp_rank_00_model_states.pt")
+    if optimizer_file is not None:
+        torch.save(optimizer_file, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     return folder
 
 
@@ -272,6 +274,12 @@ def test_the_command_renames_and_says_what_it_wrote(tmp_path: Path) -> None:
         ({"epoch": Harm()}, {}, r"holds an object of (posix|os)\.system, whose code"),
         ({}, {"body": "x"}, r"--rename body=x: no tensor is called body or body\.\*"),
         ({}, {"embed": "head"}, r"two different tensors would be called head\.weight"),
+        ({"param_shapes": [{}], "optimizer_file": {}}, {}, "has no 'optimizer_state_dict' where DeepSpeed"),
+        (
+            {"param_shapes": [{}], "optimizer_file": []},
+            {},
+            r"optim_states\.pt: holds list, and DeepSpeed writes a dict",
+        ),
         ({"checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 2}}, {}, "tensor-parallel ranks"),
         ({"param_shapes": [{"embed.weight": torch.Size([3, 2])}]}, {}, r"holds 0 \*_optim_states\.pt"),
     ],
