@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import secrets
 import socket
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,14 @@ class RankError(AssertionError):
     """A rank failed; the message is its traceback."""
 
 
+def _free_port() -> int:
+    """A free port, none of those that the system gives to connections: none takes it before rank 0 listens there."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 class GlooWorkers:
     """Starts the ranks of one job after another."""
 
@@ -39,8 +48,7 @@ class GlooWorkers:
             args: its arguments after the rank.
             nccl: whether process groups behave as NCCL's do (`nccl_double`).
         """
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = _free_port()
         # Not multiprocessing's own pickling, which would share the memory of tensors with a process that is to end.
         task = pickle.dumps((job, args))
         team = []
