@@ -91,6 +91,8 @@ import re, sys
 from pathlib import Path
 import torch, transformers
 from pipekit.inference.export import export_checkpoint
+from pipekit.tensors.host_memory import return_freed_memory
+return_freed_memory()  # as the command does
 transformers.GPT2LMHeadModel
 def held_kib(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
