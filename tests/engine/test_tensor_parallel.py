@@ -41,6 +41,7 @@ def check_against_reference(gloo: GlooWorkers, case: Case) -> None:
 
 
 WHOLE_3D = Case(pp=2, dp=2, tp=2, zero=1)
+UNTIED_AND_GROUPED = replace(WHOLE_3D, tied=False, num_kv_heads=2, schedule="zb-v")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -76,9 +77,11 @@ def test_tensor_parallel_ranks_train_as_one_process_does(gloo: GlooWorkers, case
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", find_families())
-@pytest.mark.parametrize(("tied", "schedule"), [(True, "1f1b"), (False, "zb-v")], ids=["tied, 1f1b", "untied, zb-v"])
-def test_every_family_trains_in_3d_as_in_one_process(gloo: GlooWorkers, family: str, tied: bool, schedule: str) -> None:
-    check_against_reference(gloo, replace(WHOLE_3D, family=family, tied=tied, schedule=schedule, steps=20))
+@pytest.mark.parametrize("case", [WHOLE_3D, UNTIED_AND_GROUPED], ids=["tied, 1f1b", "untied, grouped, zb-v"])
+def test_every_family_trains_in_3d_as_in_one_process(gloo: GlooWorkers, family: str, case: Case) -> None:
+    if "num_kv_heads" not in find_families()[family].model_fields:
+        case = replace(case, num_kv_heads=None)
+    check_against_reference(gloo, replace(case, family=family, steps=20))
 
 
 def test_dropout_draws_the_same_masks_under_every_layout_of_one_degree(gloo: GlooWorkers) -> None:

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, micro_batches
+from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, make_optimizer, micro_batches
 from gloo_workers import GlooWorkers
 from hand_made import small_tokenizer
 from pipekit.config import load_config, parse_config
@@ -116,13 +116,7 @@ def initial_job(rank: int, case: Case, folder: str) -> list[float]:
 def test_ranks_begin_with_the_imported_weights(gloo: GlooWorkers, tmp_path: Path, kind: str, case: Case) -> None:
     theirs = write_hf(tmp_path, kind, dtype="float32")
     losses = gloo.run(case.world_size, initial_job, case, str(tmp_path))[0]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=case.lr,
-    )
+    optimizer = make_optimizer(case, list(theirs.parameters()))
     expected = []
     for step in range(case.steps):
         inputs, labels = batch(step)
