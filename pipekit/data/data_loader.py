@@ -307,7 +307,7 @@ class _Reader:
         self.dataset = dataset
         self._collate = collate
         self._seed = seed
-        self._randomness = OwnRandomness(seed)
+        self._randomness = OwnRandomness()
 
     def __len__(self) -> int:
         return len(self.dataset)

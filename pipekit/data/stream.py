@@ -60,7 +60,7 @@ class Stream(IterableDataset[Any]):
         index, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         # Torch takes the batches of its workers in turns.
         mine = first + index * num_replicas
-        number, randomness = -1, OwnRandomness(self._seed)
+        number, randomness = -1, OwnRandomness()
         for number, samples in enumerate(self._all_batches()):
             if number >= mine and (number - mine) % (num_replicas * num_workers) == 0:
                 with randomness.reseed(fold_seed(self._seed, "batch", number)):
