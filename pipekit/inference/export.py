@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import resolve_checkpoint
@@ -22,9 +21,9 @@ from pipekit.files import building_folder, check_free, write_atomically
 from pipekit.inference.hugging_face import has_vocabulary_rows, theirs_of
 from pipekit.inference.load_model import check_trusted, find_tokenizer, initial_seed, read_config
 from pipekit.inference.model_card import CARD_FILE, model_card
-from pipekit.inference.prove_export import ExportMismatchError, LogitsProof, prove_tokenizer, read_back
-from pipekit.inference.safetensors_folder import write_shards
-from pipekit.layers.sequential import SequentialModel
+from pipekit.inference.prove_export import ExportMismatchError, compare_logits, prove_tokenizer
+from pipekit.inference.safetensors_folder import ExportDtype, exported_dtype, find_changed, write_shards
+from pipekit.layers.sequential import SequentialModel, run_layers
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.models.custom import CustomDoor, open_door
@@ -34,8 +33,6 @@ PROOF_FILE = "export_check.json"
 
 ExportedModel = TransformerFamily | CustomDoor
 """Model of an export: its names in `transformers`, its `config.json`, and its sizes."""
-
-ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 # A larger model, in fp32, is never whole in memory while it is compared.
 _WHOLE_BYTES = 2**30
@@ -113,14 +110,15 @@ def export_checkpoint(
     export = _Export(reader, described, find_tokenizer(reader, described if config is not None else None), dtype)
     try:
         with building_folder(out.resolve()) as temporary:
-            read_back(temporary, export.write_weights(temporary, shard_bytes))
+            if (changed := find_changed(temporary, export.write_weights(temporary, shard_bytes))) is not None:
+                raise ExportMismatchError(f"{changed} is not what was written; the disk may be at fault")
             export.write_settings(temporary)
             check = export.prove(temporary)
             write_atomically(temporary / CARD_FILE, export.card(out.resolve().name, check))
             write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
     except ExportMismatchError as error:
         raise PipekitError(f"{out}: {error}; the export was not written") from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
     return check
 
@@ -160,7 +158,7 @@ class _Export:
             entry = self._reader.manifest.tensors[rename.ours]
             whole = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
             for name, part in theirs_of(rename, self._exported_rows(rename.ours, whole)).items():
-                planned[name], origins[name] = part.to(self._exported_dtype(part)), rename
+                planned[name], origins[name] = part.to(exported_dtype(part.dtype, self._dtype)), rename
 
         def read(name: str) -> Tensor:
             ours = self._exported_rows(origins[name].ours, self._reader.tensor(origins[name].ours))
@@ -199,16 +197,15 @@ class _Export:
             text = prove_tokenizer(folder, load_tokenizer(self._tokenizer_file), self._special)
             rows.append(torch.tensor(text).repeat(-(-length // len(text)))[None, :length])
         prompt = torch.cat(rows)  # (B, S)
-        proof = LogitsProof(
+        layer_by_layer = 4 * self._num_parameters > _WHOLE_BYTES
+        difference, tolerance = compare_logits(
             folder,
             self._family.hf_class,
-            self._specs,
-            read=lambda name: self._reader.rounded(name, getattr(torch, self._dtype)),
-            seed=initial_seed(self._config),
+            self._run_layers,
+            prompt,
             vocab_size=self._vocab_size,
+            layer_by_layer=layer_by_layer,
         )
-        layer_by_layer = 4 * self._num_parameters > _WHOLE_BYTES
-        difference, tolerance = proof.compare(prompt, layer_by_layer=layer_by_layer)
         return ExportCheck(
             reference=f"transformers {transformers.__version__} {self._family.hf_class}",
             layer_by_layer=layer_by_layer,
@@ -251,12 +248,14 @@ class _Export:
             self._exported_rows(name, torch.empty(shape, device="meta")).numel() for name, shape in shapes.items()
         )
 
+    def _run_layers(self, prompt: Tensor) -> Iterator[tuple[str, Any]]:
+        dtype = getattr(torch, self._dtype)
+        seed = initial_seed(self._config)
+        return run_layers(self._specs, prompt, read=lambda name: self._reader.rounded(name, dtype), seed=seed)
+
     def _exported_rows(self, ours: str, tensor: Tensor) -> Tensor:
         cut = self._vocab_size != self._family.known_vocab_size and has_vocabulary_rows(ours)
         return tensor[: self._vocab_size] if cut else tensor
-
-    def _exported_dtype(self, tensor: Tensor) -> torch.dtype:
-        return getattr(torch, self._dtype) if tensor.is_floating_point() else tensor.dtype
 
     def _check_names(self) -> None:
         """Check that the checkpoint holds the tensors of the model, and that each has a name in `transformers`."""

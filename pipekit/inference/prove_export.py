@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipekit.checkpoint.manifest import checksum
-from pipekit.checkpoint.writer import tensor_bytes
 from pipekit.data.tokenizer import TextTokenizer
 from pipekit.errors import PipekitError
 from pipekit.inference.safetensors_folder import SafetensorsFolder
-from pipekit.layers.sequential import run_layers
-from pipekit.layers.specs import LayerSpec
+
+LayerOutputs = Callable[[Tensor], Iterator[tuple[str, Any]]]
+"""Runs a model on token ids, and yields the name and the outputs of each layer."""
 
 # Both sides compute in fp32 with the exported weights; what differs is the order of additions.
 _TOLERANCE = 1e-5
@@ -40,18 +39,6 @@ class ExportMismatchError(PipekitError):
     """An export computes something else than the checkpoint."""
 
 
-def read_back(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Read every tensor of a folder once, and compare it with the checksum of what was written.
-
-    Raises:
-        ExportMismatchError: if a tensor differs, or is not there; the message names it.
-    """
-    stored = SafetensorsFolder(folder)
-    for name in sorted(checksums.keys() | stored.keys()):
-        if name not in checksums or name not in stored or checksum(tensor_bytes(stored[name])) != checksums[name]:
-            raise ExportMismatchError(f"{name} is not what was written; the disk may be at fault")
-
-
 def prove_tokenizer(folder: Path, tokenizer: TextTokenizer, special_ids: Mapping[str, int | None]) -> list[int]:
     """Compare a text's token ids, and the special tokens, with those of the tokenizer that `transformers` reads.
 
@@ -61,14 +48,16 @@ def prove_tokenizer(folder: Path, tokenizer: TextTokenizer, special_ids: Mapping
     Raises:
         ExportMismatchError: if they differ.
     """
-    transformers = _quiet_transformers()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    import transformers
+
+    with _quiet_transformers():
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = list(theirs(_SAMPLE, add_special_tokens=False)["input_ids"])
     name = f"{type(theirs).__name__} of transformers {transformers.__version__}"
     for key, token_id in special_ids.items():
-        if (found := getattr(theirs, key)) != token_id and token_id is not None:
-            raise ExportMismatchError(f"{key} is {token_id}, and {name} has {found}; see tokenizer_config.json")
+        if (read := getattr(theirs, key)) != token_id and token_id is not None:
+            raise ExportMismatchError(f"{key} is {token_id}, and {name} has {read}; see tokenizer_config.json")
     ours = tokenizer.encode(_SAMPLE)
-    found = list(theirs(_SAMPLE, add_special_tokens=False)["input_ids"])
     if ours != found:
         place = next((i for i, pair in enumerate(zip(ours, found, strict=False)) if pair[0] != pair[1]), len(found))
         seen, other = (tokenizer.decode(ids[place : place + 5], skip_special_tokens=False) for ids in (ours, found))
@@ -79,101 +68,87 @@ def prove_tokenizer(folder: Path, tokenizer: TextTokenizer, special_ids: Mapping
     return ours
 
 
-class LogitsProof:
-    """Comparison of the logits of an export with those of the model that it was made from.
+def compare_logits(
+    folder: Path, hf_class: str, run_ours: LayerOutputs, prompt: Tensor, *, vocab_size: int, layer_by_layer: bool
+) -> tuple[float, float]:
+    """Largest absolute difference between the logits of an export and of its model, and what rounding explains of it.
 
     Args:
         folder: the export.
         hf_class: class of `transformers` that reads it.
-        specs: the model, whose tensors `read` returns by logical name, rounded as they were exported.
-        seed: as `pipekit.layers.sequential.run_layers` takes it.
+        run_ours: runs the layers of the model, with the weights that were exported, on token ids.
+        prompt: token ids `(B, S)`.
         vocab_size: number of token ids that the export knows; further ones of the model are left out.
+        layer_by_layer: whether `transformers` computes with the weights of one layer in memory at a time.
+
+    Raises:
+        ExportMismatchError: if the difference is larger than that; the message names the first layer that differs.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        hf_class: str,
-        specs: Sequence[LayerSpec],
-        *,
-        read: Callable[[str], Tensor],
-        seed: int | None,
-        vocab_size: int,
-    ) -> None:
-        self._folder, self._hf_class, self._vocab_size = folder, hf_class, vocab_size
-        self._run_ours = partial(run_layers, specs, read=read, seed=seed)
-
-    def compare(self, prompt: Tensor, *, layer_by_layer: bool) -> tuple[float, float]:
-        """Largest absolute difference of a logit, and what the order of additions explains.
-
-        Args:
-            prompt: token ids `(B, S)`.
-            layer_by_layer: whether `transformers` computes with the weights of one layer in memory at a time.
-
-        Raises:
-            ExportMismatchError: if the difference is larger; the message names the first layer that differs.
-        """
-        model = self._open_streamed() if layer_by_layer else self._open_whole()
+    with _quiet_transformers():
+        model = _open_streamed(folder, hf_class) if layer_by_layer else _open_whole(folder, hf_class)
         with torch.no_grad():
             theirs = model(prompt).logits.float()  # (B, S, V)
-        ((_, outputs),) = deque(self._run_ours(prompt), maxlen=1)
-        ours = outputs[..., : self._vocab_size]
+        ((_, outputs),) = deque(run_ours(prompt), maxlen=1)
+        ours = outputs[..., :vocab_size]
         tolerance = _TOLERANCE * max(1.0, float(ours.abs().max()))
         difference = float(theirs.sub_(ours).abs_().max()) if theirs.shape == ours.shape else float("inf")
         if not difference <= tolerance:
             raise ExportMismatchError(
-                f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains "
-                f"{tolerance:.2g} at most; {self._locate(model, prompt)}"
+                f"the exported logits are {difference:.3g} from the checkpoint's, and rounding explains at most "
+                f"{tolerance:.2g}; {_first_difference(model, run_ours, prompt)}"
             )
-        return difference, tolerance
+    return difference, tolerance
 
-    def _locate(self, model: nn.Module, prompt: Tensor) -> str:
-        """First layer that differs, by our outputs, in their order, and those of their blocks."""
-        theirs = _hidden_states(model, prompt)
-        agreed, matched, after = "", 0, ""
-        for name, ours in self._run_ours(prompt):
-            after = after or name
-            if not isinstance(ours, Tensor):
-                continue
-            for index in range(matched, len(theirs)):
-                if _is_close(ours, theirs[index]):
-                    agreed, matched, after = name, index + 1, ""
-                    break
-        if matched == len(theirs):
-            return f"all blocks agree, so it is what follows {agreed}"
-        return f"the first difference is {f'behind {agreed}, ' if agreed else ''}in {after} or the rest of its block"
 
-    def _open_whole(self) -> Any:
-        transformers = _quiet_transformers()
-        model = getattr(transformers, self._hf_class).from_pretrained(
-            self._folder, dtype=torch.float32, local_files_only=True
-        )
-        return model.eval()
+def _first_difference(model: nn.Module, run_ours: LayerOutputs, prompt: Tensor) -> str:
+    """First layer that differs, by our outputs, in their order, and those of their blocks."""
+    theirs = _hidden_states(model, prompt)
+    agreed, matched, after = "", 0, ""
+    for name, ours in run_ours(prompt):
+        after = after or name
+        if not isinstance(ours, Tensor):
+            continue
+        for index in range(matched, len(theirs)):
+            if _is_close(ours, theirs[index]):
+                agreed, matched, after = name, index + 1, ""
+                break
+    if matched == len(theirs):
+        return f"all blocks agree, so it is what follows {agreed}"
+    return f"the first difference is {f'behind {agreed}, ' if agreed else ''}in {after} or the rest of its block"
 
-    def _open_streamed(self) -> Any:
-        """Build the class of `transformers` without weights; each module reads its own when it is called."""
-        transformers = _quiet_transformers()
-        config = transformers.AutoConfig.from_pretrained(self._folder, local_files_only=True)
-        with _parameters_on_meta():
-            model = getattr(transformers, self._hf_class)(config).eval()
-        stored = SafetensorsFolder(self._folder)
-        stored_names = _stored_names(model, stored)
-        tensors = model.state_dict(keep_vars=True)
-        if unknown := stored_names.keys() - tensors.keys():
-            raise ExportMismatchError(f"{self._hf_class} has no {stored_names[min(unknown)]}")
-        # Tied tensors are stored once.
-        origins = {id(tensors[name]): stored_name for name, stored_name in stored_names.items()}
-        for name, tensor in tensors.items():
-            if id(tensor) not in origins:
-                raise ExportMismatchError(f"{self._hf_class} needs {name}, which was not exported")
-            if not tensor.is_meta:
-                tensor.copy_(stored[origins[id(tensor)]])
-        for module in model.modules():
-            if own := dict(module.named_parameters(recurse=False)):
-                names = {key: origins[id(parameter)] for key, parameter in own.items()}
-                module.register_forward_pre_hook(partial(_take_weights, stored=stored, names=names))
-                module.register_forward_hook(partial(_drop_weights, placeholders=own))
-        return model
+
+def _open_whole(folder: Path, hf_class: str) -> Any:
+    import transformers
+
+    reader = getattr(transformers, hf_class)
+    return reader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def _open_streamed(folder: Path, hf_class: str) -> Any:
+    """Model of a class of `transformers` whose modules read their weights when they are called."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with _parameters_on_meta():
+        model = getattr(transformers, hf_class)(config).eval()
+    stored = SafetensorsFolder(folder)
+    stored_names = _stored_names(model, stored)
+    tensors = model.state_dict(keep_vars=True)
+    if unknown := stored_names.keys() - tensors.keys():
+        raise ExportMismatchError(f"{hf_class} has no {stored_names[min(unknown)]}")
+    # Tied tensors are stored once.
+    origins = {id(tensors[name]): stored_name for name, stored_name in stored_names.items()}
+    for name, tensor in tensors.items():
+        if id(tensor) not in origins:
+            raise ExportMismatchError(f"{hf_class} needs {name}, which was not exported")
+        if not tensor.is_meta:
+            tensor.copy_(stored[origins[id(tensor)]])
+    for module in model.modules():
+        if own := dict(module.named_parameters(recurse=False)):
+            names = {key: origins[id(parameter)] for key, parameter in own.items()}
+            module.register_forward_pre_hook(partial(_take_weights, stored=stored, names=names))
+            module.register_forward_hook(partial(_drop_weights, placeholders=own))
+    return model
 
 
 def _stored_names(model: Any, stored: SafetensorsFolder) -> dict[str, str]:
@@ -236,10 +211,19 @@ def _is_close(ours: Tensor, theirs: Tensor) -> bool:
     )
 
 
-def _quiet_transformers() -> Any:
-    import transformers
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep `transformers` from writing warnings and progress bars."""
+    from transformers.utils import logging
 
-    warnings.filterwarnings("ignore", module="transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()

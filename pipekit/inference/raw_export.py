@@ -6,13 +6,10 @@ It takes every checkpoint, whatever its model, and runs no code that the checkpo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import resolve_checkpoint
@@ -20,8 +17,9 @@ from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.errors import PipekitError
 from pipekit.files import building_folder, check_free, write_atomically
+from pipekit.inference.safetensors_folder import MODEL_FILE, ExportDtype, exported_dtype, find_changed
 
-TENSORS_FILE, LOADER_FILE = "model.safetensors", "load_tensors.py"
+LOADER_FILE = "load_tensors.py"
 
 LOADER = '''"""Loads the tensors of model.safetensors by name. Needs torch and nothing else."""
 
@@ -68,7 +66,7 @@ def export_raw(
     source: str | Path,
     out: str | Path,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: ExportDtype = "float32",
     overwrite: bool = False,
 ) -> RawExport:
     """Write weights under logical names, read them back, and compare every bit; a tensor at a time is in memory.
@@ -88,9 +86,7 @@ def export_raw(
     reader, out = CheckpointReader(resolve_checkpoint(Path(source))), Path(out)
     check_free(out, marker=LOADER_FILE, what="raw export", overwrite=overwrite)
     planned = {
-        name: torch.empty(
-            entry.shape, dtype=_exported(getattr(torch, entry.dtype), getattr(torch, dtype)), device="meta"
-        )
+        name: torch.empty(entry.shape, dtype=exported_dtype(getattr(torch, entry.dtype), dtype), device="meta")
         for name, entry in reader.manifest.tensors.items()
     }
 
@@ -99,31 +95,14 @@ def export_raw(
 
     try:
         with building_folder(out.resolve()) as temporary:
-            write_tensors(temporary / TENSORS_FILE, planned, read=read)
-            _compare(temporary / TENSORS_FILE, planned, read)
+            checksums = write_tensors(temporary / MODEL_FILE, planned, read=read)
+            if (changed := find_changed(temporary, checksums)) is not None:
+                raise PipekitError(f"{out}: {changed} is not what was written; the disk may be at fault")
             write_atomically(temporary / LOADER_FILE, LOADER)
             for name in reader.manifest.file_checksums:
                 if (file := reader.file(name)) is not None:
                     shutil.copyfile(file, temporary / name)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise PipekitError(f"{out}: could not be written: {error}") from None
     elements = sum(tensor.numel() for tensor in planned.values())
     return RawExport(str(reader.path), reader.manifest.training.step, len(planned), elements)
-
-
-def _exported(stored: torch.dtype, asked: torch.dtype) -> torch.dtype:
-    return asked if stored.is_floating_point else stored
-
-
-def _compare(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        if set(file.keys()) != set(names):
-            raise PipekitError(f"{path}: holds other tensors than were written; the disk may be at fault")
-        for name in names:
-            tensor, found = read(name), file.get_tensor(name)
-            if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor)):
-                raise PipekitError(f"{path}: {name} is not what was written; the disk may be at fault")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

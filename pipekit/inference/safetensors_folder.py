@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipekit.checkpoint.manifest import checksum
 from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header, read_tensor
-from pipekit.checkpoint.writer import write_tensors
+from pipekit.checkpoint.writer import tensor_bytes, write_tensors
 from pipekit.errors import CheckpointError
 from pipekit.files import write_atomically
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
@@ -59,29 +63,29 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return torch.empty(self._stored[name].shape, dtype=self._stored[name].dtype, device="meta")
 
     def _read_headers(self) -> dict[str, StoredTensor]:
-        files = self._find_files()
+        if not (self.path / INDEX_FILE).is_file():
+            if not (self.path / MODEL_FILE).is_file():
+                raise CheckpointError(self._no_weights())
+            return read_header(self.path / MODEL_FILE)
+        files = self._read_index()
         headers = {file_name: read_header(self.path / file_name) for file_name in sorted(set(files.values()))}
         if missing := [name for name, file_name in files.items() if name not in headers[file_name]]:
             raise CheckpointError(f"{self.path / files[missing[0]]}: holds no {missing[0]}, and {INDEX_FILE} names it")
         return {name: headers[file_name][name] for name, file_name in files.items()}
 
-    def _find_files(self) -> dict[str, str]:
-        """File of each tensor."""
+    def _read_index(self) -> dict[str, str]:
+        """File of each tensor, all of them in the folder."""
+        index = self.path / INDEX_FILE
         try:
-            if (self.path / INDEX_FILE).is_file():
-                index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
-                files: dict[str, str] = dict(index["weight_map"])
-            elif (self.path / MODEL_FILE).is_file():
-                files = dict.fromkeys(read_header(self.path / MODEL_FILE), MODEL_FILE)
-            else:
-                raise CheckpointError(self._no_weights())
+            files: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            outside = [name for name in sorted(set(files.values())) if Path(name).name != name]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: its weights cannot be read: {error}") from None
-        for file_name in sorted(set(files.values())):
-            if Path(file_name).name != file_name:
-                raise CheckpointError(f"{self.path / INDEX_FILE}: names {file_name!r}, which is outside of the folder")
-            if not (self.path / file_name).is_file():
-                raise CheckpointError(f"{self.path / file_name}: is missing, and {INDEX_FILE} names it")
+            raise CheckpointError(f"{index}: cannot be read: {error}") from None
+        if outside:
+            raise CheckpointError(f"{index}: names {outside[0]!r}, which is outside of the folder")
+        for name in sorted(set(files.values())):
+            if not (self.path / name).is_file():
+                raise CheckpointError(f"{self.path / name}: is missing, and {INDEX_FILE} names it")
         return files
 
     def _no_weights(self) -> str:
@@ -128,3 +132,17 @@ def write_shards(
     }
     write_atomically(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     return checksums
+
+
+def find_changed(folder: Path, checksums: Mapping[str, str]) -> str | None:
+    """Name of a tensor of a folder that is not what was written, by its checksum; None where all are. Reads all."""
+    stored = SafetensorsFolder(folder)
+    for name in sorted(checksums.keys() | stored.keys()):
+        if name not in checksums or name not in stored or checksum(tensor_bytes(stored[name])) != checksums[name]:
+            return name
+    return None
+
+
+def exported_dtype(stored: torch.dtype, asked: ExportDtype) -> torch.dtype:
+    """Number format of an exported tensor: the one asked for, but for integers."""
+    return getattr(torch, asked) if stored.is_floating_point else stored

@@ -94,9 +94,10 @@ def test_damage_is_named_and_nothing_is_left_behind(
 ) -> None:
     write = raw_export.write_tensors
 
-    def damaged(path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
-        write(path, tensors, **options)
+    def damaged(path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> dict[str, str]:
+        checksums = write(path, tensors, **options)
         save_file({**load_file(path), "blocks.1.bias": torch.ones(2)}, path)
+        return checksums
 
     with monkeypatch.context() as patch:
         patch.setattr(raw_export, "write_tensors", damaged)

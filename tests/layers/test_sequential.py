@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.errors import CheckpointError
-from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.sequential import SequentialModel, run_layers
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.rng import fold_seed
 
@@ -33,6 +33,24 @@ def test_the_sequential_model_runs_its_layers_in_order() -> None:
     x = x @ tensors["block.0.mix.weight"].T + tensors["block.0.mix.bias"]
     x = x / (1 + 1e-5) ** 0.5  # a batch norm that has seen nothing yet
     torch.testing.assert_close(model(tokens), x @ tensors["embed.weight"].T)
+
+
+def test_layers_run_one_at_a_time_as_the_whole_model_does() -> None:
+    model = SequentialModel(specs(), seed=4).eval()
+    tensors, read = model.logical_tensors(), []
+
+    def read_one(name: str) -> Tensor:
+        read.append(name)
+        return tensors[name]
+
+    outputs = run_layers(specs(), torch.arange(11), read=read_one)
+    name, _ = next(outputs)
+    assert (name, read) == ("embed", ["embed.weight"])
+    *_, (name, last) = outputs
+    assert name == "embed"
+    assert torch.equal(last, model(torch.arange(11)))
+    assert read == [*tensors, "embed.weight"]
+    assert not last.requires_grad
 
 
 def test_tied_layers_share_one_module_and_its_gradient_is_the_sum() -> None:
