@@ -62,8 +62,9 @@ def prove_tokenizer(folder: Path, tokenizer: TextTokenizer, special_ids: Mapping
         place = next((i for i, pair in enumerate(zip(ours, found, strict=False)) if pair[0] != pair[1]), len(found))
         seen, other = (tokenizer.decode(ids[place : place + 5], skip_special_tokens=False) for ids in (ours, found))
         raise ExportMismatchError(
-            f"{name} cuts the text {seen!r} into other tokens than the training did ({ours[place : place + 5]} there, "
-            f"{found[place : place + 5]} ({other!r}) in transformers); see the tokenizer_class in tokenizer_config.json"
+            f"{name} splits the text {seen!r} into other tokens than the training did: {ours[place : place + 5]} "
+            f"in training, {found[place : place + 5]} ({other!r}) in transformers; check tokenizer_class in "
+            "tokenizer_config.json"
         )
     return ours
 
@@ -113,8 +114,8 @@ def _first_difference(model: nn.Module, run_ours: LayerOutputs, prompt: Tensor) 
                 agreed, matched, after = name, index + 1, ""
                 break
     if matched == len(theirs):
-        return f"all blocks agree, so it is what follows {agreed}"
-    return f"the first difference is {f'behind {agreed}, ' if agreed else ''}in {after} or the rest of its block"
+        return f"all blocks agree; the difference is in what follows {agreed}"
+    return f"the first difference is {f'after {agreed}, ' if agreed else ''}in {after} or the rest of its block"
 
 
 def _open_whole(folder: Path, hf_class: str) -> Any:

@@ -165,7 +165,7 @@ def test_a_wrong_export_is_caught_and_not_left_behind(
         return [replace(rename, ours=names.get(rename.ours, rename.ours)) for rename in renames]
 
     monkeypatch.setattr(family, "hf_renames", swapped)
-    where = r"behind blocks\.0(\.mlp)?, in blocks\.1(\.attention)? or the rest of its block"
+    where = r"after blocks\.0(\.mlp)?, in blocks\.1(\.attention)? or the rest of its block"
     for whole_bytes in (2**30, 0):
         monkeypatch.setattr(export, "_WHOLE_BYTES", whole_bytes)
         with pytest.raises(
@@ -186,7 +186,7 @@ def test_a_wrong_final_norm_is_named(checkpoint: Path, tmp_path: Path, monkeypat
         return read(folder, tensors, read=negated, shard_bytes=options["shard_bytes"])
 
     monkeypatch.setattr(export, "write_shards", damaged)
-    with pytest.raises(PipekitError, match=r"behind blocks\.1(\.mlp)?, in final_norm or the rest"):
+    with pytest.raises(PipekitError, match=r"after blocks\.1(\.mlp)?, in final_norm or the rest"):
         export_checkpoint(checkpoint, tmp_path / "out")
 
 
@@ -223,7 +223,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_stops_the_export(
 
     monkeypatch.setattr(export, "load_tokenizer", lowering)
     with pytest.raises(
-        PipekitError, match=r"of transformers .* cuts the text '.*' into other tokens .*; the export was"
+        PipekitError, match=r"of transformers .* splits the text '.*' into other tokens .*; the export was"
     ):
         export_checkpoint(checkpoint, tmp_path / "out")
     monkeypatch.setattr(export, "load_tokenizer", read)
