@@ -145,14 +145,14 @@ class OptimizerView:
         names = set[str]()
         for parameter, state in self.torch_optimizer.state.items():
             own = {key for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-            # What has never had a gradient may have fewer.
+            # A parameter that has never had a gradient may have fewer.
             is_even = own <= names or own >= names
             names |= own
             if not is_even or any(state[name].shape != parameter.shape for name in own):
                 raise CheckpointError(
-                    f"{type(self.torch_optimizer).__name__} has the states {', '.join(sorted(names))}, and not one "
-                    "number of each for every element of the weights, as a checkpoint holds them; use an optimizer "
-                    "such as AdamW or SGD"
+                    f"{type(self.torch_optimizer).__name__} has the states {', '.join(sorted(names))}, and a "
+                    "checkpoint holds only states with one number for each element of the weights, the same states for "
+                    "all weights; use an optimizer such as AdamW or SGD"
                 )
         return sorted(names)
 
@@ -168,7 +168,7 @@ class OptimizerView:
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
         """Return a whole optimizer state of a parameter. All data-parallel ranks call this together."""
         state: Tensor | None = self.optimizer.state.get(parameter, {}).get(name)
-        # What has never had a gradient has none.
+        # A parameter that has never had a gradient has none.
         return torch.zeros_like(parameter) if state is None else state
 
     def full_frozen(self, parameter: nn.Parameter) -> Tensor:

@@ -40,7 +40,7 @@ def use_joined_processes(port: int | None = None) -> None:
     that is killed meanwhile leaves it locked. It serves inference; training does not call it.
 
     Args:
-        port: of rank 0, where the environment does not name one.
+        port: the port of rank 0, where the environment does not name one.
     """
     # The attribute `deepspeed.comm.torch` is torch itself, not the module of that name.
     module: Any = import_module("deepspeed.comm.torch")

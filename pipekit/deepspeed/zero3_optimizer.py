@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pipekit.deepspeed.optimizer_view import LossScaledView
 from pipekit.deepspeed.patches import replace_norm
-from pipekit.deepspeed.weights_view import WeightsView
+from pipekit.deepspeed.weights_view import PartitionedView
 from pipekit.distributed.mpu import ModelParallelUnit
 
 
-class Zero3OptimizerView(LossScaledView):
+class Zero3OptimizerView(LossScaledView, PartitionedView):
     """`DeepSpeedZeroOptimizer_Stage3`: parameters, masters and moments are cut into one piece for each replica.
 
     The norm is one all-reduce, and counts what is marked as replicated once, as under the other optimizers.
@@ -63,9 +63,6 @@ class Zero3OptimizerView(LossScaledView):
     def full_state(self, parameter: nn.Parameter, name: str) -> Tensor:
         state: Tensor = self.optimizer.get_full_hp_param(parameter, name)
         return state
-
-    full_frozen = WeightsView.full_frozen
-    load_frozen = WeightsView.load_frozen
 
     def load_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         zero = self.optimizer

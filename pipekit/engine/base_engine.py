@@ -73,7 +73,7 @@ class BaseEngine:
     """False where hooks of DeepSpeed's accumulate and reduce the gradients, and not pipekit."""
 
     model_config: Config | None = None
-    """Configuration of the model, which checkpoints tell beside DeepSpeed's."""
+    """Configuration of the model, which checkpoints hold beside DeepSpeed's."""
 
     on_gradients: GradientObserver | None = None
     """Called before every update, when the gradients are those of the step and of all replicas, with a function of a

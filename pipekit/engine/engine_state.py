@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import MANIFEST_FILE, TrainingState, find_latest
+from pipekit.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, TrainingState, find_latest
 from pipekit.checkpoint.model_config import files_beside, stored_sections
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.distributed.processes import raise_together
@@ -48,8 +48,8 @@ def save_engine(
     states: list[str] = []
     error = None
     try:
-        if name is not None and (not name or Path(name).name != name):
-            raise CheckpointError(f"tag={name!r} is no name of a folder; leave out what leads elsewhere")
+        if name is not None and (Path(name).name != name or name in ("", "..", LATEST_FILE)):
+            raise CheckpointError(f"tag={name!r} cannot be the name of a checkpoint; try a word such as 'best'")
         state[_USERS] = _as_json(dict(client_state), "client_state")
         state[_SCHEDULERS] = _as_json(scheduler.state_dict(), "lr_scheduler") if scheduler is not None else None
         if engine.mpu.layout.pp == 1:
@@ -65,7 +65,7 @@ def save_engine(
         seed=engine.logical.seed,
         lr=float(view.param_groups[0]["lr"]) if view.param_groups else 0.0,
         optimizer={
-            "type": type(view.torch_optimizer).__name__.lower(),
+            "type": type(view.torch_optimizer).__name__.lower() if view.param_groups else "none",
             "step": view.step_count(),
             "states": states,
         },
@@ -174,7 +174,7 @@ def _set_numbers(group: dict[str, Any], stored: Mapping[str, Any]) -> None:
 
 
 def _with_keys_of(like: Any, stored: Any) -> Any:
-    """Give a state that was stored as JSON, whose keys are texts, its keys that are numbers, as `like` has them."""
+    """Return a state that was stored as JSON, with numbers as keys again wherever the state `like` has numbers."""
     if not isinstance(like, dict) or not isinstance(stored, dict):
         return stored
     if like and all(isinstance(key, int) for key in like):

@@ -22,7 +22,14 @@ from pipekit.distributed.processes import raise_together
 from pipekit.engine.build import build_engine
 from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.module import PipelineModule
-from pipekit.engine.plain_engine import PlainEngine, check_evaluation, check_plain_module, check_same_on_all_ranks
+from pipekit.engine.plain_engine import PlainEngine
+from pipekit.engine.plain_module_check import (
+    GIVE_OPTIMIZER,
+    check_evaluation,
+    check_mpu_of_replicas,
+    check_plain_module,
+    check_same_on_all_ranks,
+)
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layout import Layout
 from pipekit.schedules import Schedule
@@ -53,22 +60,23 @@ def initialize(
         args: has `deepspeed_config`, the path of a configuration, where `config` is not given.
         model: the module.
         optimizer: a torch optimizer, or a function of the parameters that returns one; DeepSpeed's configuration names
-            one otherwise. A plain module without any is evaluated alone.
+            one otherwise. A plain module without one can only be evaluated.
         model_parameters: what to train; all parameters of the module that need a gradient, unless given.
-        training_data: a dataset. For a pipeline module map-style, of pairs of inputs and labels; shuffled anew in every
-            epoch, with an order that follows from the module's seed, and a position that checkpoints hold. For a plain
-            module DeepSpeed makes the loader of it.
+        training_data: a dataset. That of a pipeline module is map-style, its samples are pairs of inputs and labels,
+            and it is shuffled anew in every epoch; the order follows from the module's seed, and checkpoints hold the
+            position. That of a plain module is read by DeepSpeed's loader.
         lr_scheduler: a scheduler of the given optimizer, or a function of the optimizer that returns one; it steps
             after every update. DeepSpeed's configuration may name one otherwise.
-        distributed_port: of rank 0, where the processes have not been joined.
+        distributed_port: the port of rank 0, where the processes have not been joined.
         mpu: the process groups of a plain module, a `ModelParallelUnit`, which several engines may share; a pipeline
             module has its own.
         dist_init_required: not needed: the processes are joined where they have not been.
         collate_fn: makes a micro-batch of a list of samples.
         config: DeepSpeed's configuration, or the path of its JSON file.
         config_params: another name of `config`.
-        model_config: what the model is, for checkpoints to tell: the settings of a family such as `GPT2Config(...)`, or
-            the path of a YAML file with a `model` section, and perhaps `data.tokenizer`, or its content.
+        model_config: a description of the model, which checkpoints then hold: the settings of a family such as
+            `GPT2Config(...)`, or the path of a YAML file with a `model` section, and perhaps `data.tokenizer`, or its
+            content.
         profile: whether to time every action of a pipeline; see `PipelineEngine.gather_timeline`.
 
     Returns:
@@ -89,10 +97,7 @@ def initialize(
         settings = _read_config(_only_config(args, config, config_params))
         has_optimizer = optimizer is not None or "optimizer" in settings
         if not has_optimizer and isinstance(model, PipelineModule):
-            raise ConfigError(
-                'no optimizer: give optimizer=torch.optim.AdamW(model.parameters()), or "optimizer": {"type": "AdamW", '
-                '"params": {"lr": 1e-4}} in the configuration'
-            )
+            raise ConfigError(f"no optimizer: {GIVE_OPTIMIZER}")
         if model_parameters is None:
             model_parameters = (parameter for parameter in model.parameters() if parameter.requires_grad)
         parameters = list(model_parameters)
@@ -102,7 +107,7 @@ def initialize(
             if not has_optimizer:
                 check_evaluation(settings)
             check_plain_module(model, settings, parameters, optimizer)
-            _check_mpu(mpu)
+            check_mpu_of_replicas(mpu)
         if model_config is not None:
             described = _describe_model(model, model_config)
     except PipekitError as failure:
@@ -162,22 +167,6 @@ def _describe_model(model: nn.Module, given: ModelConfigSource) -> Config:
     tensors = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
     shapes = {name: tuple(whole_shape(tensor)) for name, tensor in tensors.items()}
     return read_model_config(given, shapes, of=f"the {type(model).__name__}")
-
-
-def _check_mpu(mpu: Any) -> None:
-    """Raise a ConfigError where ranks of an mpu are more than replicas of a plain module."""
-    if isinstance(mpu, ModelParallelUnit):
-        num_replicas = mpu.layout.dp
-    elif mpu is not None:
-        num_replicas = mpu.get_data_parallel_world_size()
-    else:
-        return
-    if num_replicas != dist.get_world_size():
-        raise ConfigError(
-            f"the mpu has {num_replicas} replicas on {dist.get_world_size()} ranks, and each rank holds a plain module "
-            "whole; cut the model with pipekit.PipelineModule, or use ModelParallelUnit(Layout(dp="
-            f"{dist.get_world_size()}))"
-        )
 
 
 def _check_zero_stage(model: PipelineModule, zero: int) -> None:

@@ -1,4 +1,4 @@
-"""A model as checkpoints know it: logical tensors under logical names, whatever rank holds which part of them."""
+"""A model as checkpoints know it: logical tensors under logical names, whichever rank holds which part of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipekit.tensor_parallel import TensorGroup
 
 
 class LogicalModel(Protocol):
-    """Protocol of a model that checkpoints hold; `PipelineModule` answers it for the layers of its rank."""
+    """Protocol of a model that checkpoints hold; `PipelineModule` implements it for the layers of its rank."""
 
     @property
     def tensor_group(self) -> TensorGroup | None:

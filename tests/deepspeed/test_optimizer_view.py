@@ -1,4 +1,4 @@
-"""What is read from an optimizer, without processes."""
+"""Counts and names of optimizer states, without processes."""
 
 from __future__ import annotations
 

@@ -395,7 +395,7 @@ def evaluate_alone(rank: int, folder: str) -> list[float]:
         del settings["optimizer"]
         engine, *_ = build(config=settings, seed=2)
         assert engine.load_checkpoint(folder)[0] is not None
-        with pytest.raises(PipekitError, match="this engine has no optimizer, and evaluates alone"):
+        with pytest.raises(PipekitError, match="this engine has no optimizer and only evaluates"):
             engine.backward(engine(*batch(9)))
         # What it saves, it loads.
         engine.save_checkpoint(f"{folder}/weights", tag="again")
@@ -495,11 +495,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
                      "zero_optimization.stage=2 shards an optimizer, and there is none; give optimizer=torch"),
     "another's": (lambda rank: {"model": build_tagger()}, "the optimizer updates a tensor of shape (11, 8) that is no"),
     "fp64": (lambda rank: {"model": build_tagger().double()}, "is float64, and checkpoints hold fp32; try model.float"),
-    "extra state": (lambda rank: {"model": Extra()}, "_extra_state is dict and no tensor, so that no checkpoint can"),
+    "extra state": (lambda rank: {"model": Extra()}, "_extra_state is dict and not a tensor, so no checkpoint can"),
     "hybrid": (lambda rank: {"config": config(hybrid_engine={"enabled": True})}, "hybrid_engine: has no effect on a"),
     "parts": (
         lambda rank: {"mpu": SimpleNamespace(get_data_parallel_world_size=lambda: 1)},
-        "the mpu has 1 replicas on 2 ranks, and each rank holds a plain module whole",
+        "the mpu has 1 replicas on 2 ranks, but each rank holds a plain module whole",
     ),
 }  # fmt: skip
 
@@ -537,6 +537,7 @@ def refuse_checkpoints(rank: int, folder: str) -> list[str]:
     calls = [
         lambda: engine.save_checkpoint(folder, client_state={"bad": rank if rank == 0 else {1, 2}}),
         lambda: engine.save_checkpoint(folder, tag="a/b"),
+        lambda: engine.save_checkpoint(folder, tag="latest"),
         lambda: engine.load_checkpoint(mine),
         lambda: other.load_checkpoint(f"{folder}/shared"),
         lambda: uneven.save_checkpoint(folder),
@@ -556,11 +557,12 @@ def refuse_checkpoints(rank: int, folder: str) -> list[str]:
 def test_a_checkpoint_that_cannot_be_is_one_error_on_every_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
     expected = [
         "client_state cannot be written as JSON: Object of type set is not JSON serializable",
-        "tag='a/b' is no name of a folder",
+        "tag='a/b' cannot be the name of a checkpoint",
+        "tag='latest' cannot be the name of a checkpoint",
         "rank 0 finds whole there, and rank 1 finds none; give all ranks a folder that they all see",
         "belongs to another model: hidden.weight is (5, 8) in it and (4, 8) in the model",
-        "NAdam has the states exp_avg, exp_avg_sq, mu_product, and not one number of each for every element",
-        "save_checkpoint stands between the micro-batches of a step, after 1 of 3, and a checkpoint holds no gradients",
+        "NAdam has the states exp_avg, exp_avg_sq, mu_product, and a checkpoint holds only states with one number",
+        "save_checkpoint was called between the micro-batches of a step, after 1 of 3, and a checkpoint holds",
     ]
     for messages in gloo.run(2, refuse_checkpoints, str(tmp_path)):
         for message, part in zip(messages, expected, strict=True):

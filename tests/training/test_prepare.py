@@ -1,4 +1,4 @@
-"""What is refused while a run is prepared, before any process starts."""
+"""Mistakes that are refused while a run is prepared, before any process starts."""
 
 from __future__ import annotations
 
