@@ -55,9 +55,9 @@ from pipekit.plan.run_folder import RunFolder
 from pipekit.predictions.devices import find_device
 from pipekit.predictions.prediction import predict
 from pipekit.tensor_parallel import chunked_head_loss
-from pipekit.training.context import TrialContext
-from pipekit.training.trainer import Trainer
-from pipekit.training.trial import Trial
+from pipekit.training.layers_trainer import LayersTrainer
+from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.run_context import RunContext
 
 LARGE: dict[str, dict[str, Any]] = {
     "model": {
@@ -133,7 +133,7 @@ class RandomTokens:
         return self._tokens[index, :-1], self._tokens[index, 1:]
 
 
-class RandomTrial(Trial):
+class RandomTrial(LayersTrial):
     """Trains the configuration's model on random tokens."""
 
     @classmethod
@@ -207,11 +207,11 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     }
 
 
-def build_trainer(decision: Decision, device: torch.device) -> Trainer:
+def build_trainer(decision: Decision, device: torch.device) -> LayersTrainer:
     """Return the trainer of a run of one process."""
     plan = decision.plan
     mpu = RandomTrial.build_mpu(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
-    return Trainer(RandomTrial(TrialContext(plan, decision.specs, mpu, device, RunFolder(plan.config.run.dir))))
+    return LayersTrainer(RandomTrial(RunContext(plan, decision.specs, mpu, device, RunFolder(plan.config.run.dir))))
 
 
 def memory_of_device() -> dict[str, int]:

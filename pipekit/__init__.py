@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from pipekit.data.data_loader import DataLoader as DataLoader
     from pipekit.deepspeed.overwrite import overwrite_deepspeed_config as overwrite_deepspeed_config
     from pipekit.distributed.mpu import ModelParallelUnit as ModelParallelUnit
+    from pipekit.distributed.rank_role import RankRole as RankRole
     from pipekit.engine.engine import PipelineEngine as PipelineEngine
     from pipekit.engine.initialize import initialize as initialize
     from pipekit.engine.module import PipelineModule as PipelineModule
     from pipekit.errors import PipekitError as PipekitError
     from pipekit.inference.export import export_checkpoint as export_checkpoint
+    from pipekit.launch.trial import init as init
     from pipekit.layers.specs import LayerSpec as LayerSpec
     from pipekit.layers.specs import TiedLayerSpec as TiedLayerSpec
     from pipekit.layout import Layout as Layout
@@ -36,11 +38,18 @@ if TYPE_CHECKING:
     from pipekit.tensors.weight_gradients import defer_weight_gradient as defer_weight_gradient
     from pipekit.training.callbacks import Callback as Callback
     from pipekit.training.callbacks import StepMetrics as StepMetrics
+    from pipekit.training.context import TrialContext as TrialContext
     from pipekit.training.language_model import LanguageModelTrial as LanguageModelTrial
+    from pipekit.training.layers_trial import LayersTrial as LayersTrial
+    from pipekit.training.periods import Batch as Batch
+    from pipekit.training.periods import Epoch as Epoch
+    from pipekit.training.periods import Samples as Samples
+    from pipekit.training.periods import Tokens as Tokens
     from pipekit.training.reducers import MetricReducer as MetricReducer
     from pipekit.training.reducers import Reducer as Reducer
     from pipekit.training.trainer import Trainer as Trainer
     from pipekit.training.trial import Trial as Trial
+    from pipekit.training.trial_callbacks import TrialCallback as TrialCallback
 
 _HOMES = {
     name: module
@@ -51,20 +60,26 @@ _HOMES = {
         "pipekit.data.data_loader": "DataLoader",
         "pipekit.deepspeed.overwrite": "overwrite_deepspeed_config",
         "pipekit.distributed.mpu": "ModelParallelUnit",
+        "pipekit.distributed.rank_role": "RankRole",
         "pipekit.engine.engine": "PipelineEngine",
         "pipekit.engine.initialize": "initialize",
         "pipekit.engine.module": "PipelineModule",
         "pipekit.errors": "PipekitError",
         "pipekit.inference.export": "export_checkpoint",
         "pipekit.layers.specs": "LayerSpec TiedLayerSpec",
+        "pipekit.launch.trial": "init",
         "pipekit.layout": "Layout",
         "pipekit.schedules": "Action Costs Schedule Timeline plan_schedule simulate",
         "pipekit.tensors.weight_gradients": "defer_weight_gradient",
         "pipekit.training.callbacks": "Callback StepMetrics",
+        "pipekit.training.context": "TrialContext",
         "pipekit.training.language_model": "LanguageModelTrial",
+        "pipekit.training.layers_trial": "LayersTrial",
+        "pipekit.training.periods": "Batch Epoch Samples Tokens",
         "pipekit.training.reducers": "MetricReducer Reducer",
         "pipekit.training.trainer": "Trainer",
         "pipekit.training.trial": "Trial",
+        "pipekit.training.trial_callbacks": "TrialCallback",
     }.items()
     for name in names.split()
 }

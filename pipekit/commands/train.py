@@ -16,6 +16,7 @@ from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import find_resources, thread_environ
+from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
@@ -30,7 +31,7 @@ def command(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Train the configuration at `path`.
+    """Train the configuration at `path`: of a language model or a list of layers, or of a trial where it names one.
 
     On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under
     torchrun, deepspeed, srun or mpirun, this process is one of the ranks.
@@ -38,6 +39,11 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.
     """
+    from pipekit.config.trial_config import load_trial_config, names_trial
+
+    if names_trial(path):
+        train_trial(load_trial_config(path, overrides))
+        return
     from pipekit.config import load_config
 
     ranks = detect_ranks(os.environ)

@@ -43,7 +43,7 @@ class _Place:
     override: str | None = None
 
 
-class _Draft:
+class Draft:
     """A configuration that has not been checked yet: plain values, and the place of each key."""
 
     def __init__(self, label: str = "") -> None:
@@ -101,10 +101,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, each where it was made.
     """
-    draft = _Draft(str(path))
-    _read_file(draft, Path(path))
+    draft = Draft(str(path))
+    read_file(draft, Path(path))
     for override in overrides:
-        _apply_override(draft, override)
+        apply_override(draft, override)
     return _finish(draft, default_dir=f"runs/{Path(path).stem}")
 
 
@@ -118,12 +118,12 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
         >>> parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}}).model.hidden_size
         128
     """
-    draft = _Draft()
+    draft = Draft()
     draft.values = {
         name: section.model_dump() if isinstance(section, Section) else section for name, section in values.items()
     }
     for override in overrides:
-        _apply_override(draft, override)
+        apply_override(draft, override)
     return _finish(draft, default_dir=None)
 
 
@@ -146,7 +146,7 @@ def load_model_config(source: ModelConfigSource) -> Config:
     """
     if isinstance(source, Config):
         return source
-    draft = _Draft("" if isinstance(source, (ModelFamily, Mapping)) else str(source))
+    draft = Draft("" if isinstance(source, (ModelFamily, Mapping)) else str(source))
     if isinstance(source, ModelFamily):
         draft.values = {"model": source.model_dump()}
     elif isinstance(source, Mapping):
@@ -154,7 +154,7 @@ def load_model_config(source: ModelConfigSource) -> Config:
             key: value.model_dump() if isinstance(value, Section) else value for key, value in source.items()
         }
     else:
-        _read_file(draft, Path(source))
+        read_file(draft, Path(source))
     train = draft.values.get("train") or {}
     is_length_known = not isinstance(train, dict) or "sequence_length" in train
     if isinstance(train, dict):
@@ -180,8 +180,8 @@ def load_stored_config(path: Path) -> Config | None:
     Raises:
         ConfigError: if it cannot be read.
     """
-    draft = _Draft(str(path))
-    _read_file(draft, path)
+    draft = Draft(str(path))
+    read_file(draft, path)
     if not {"layers", "module"}.isdisjoint(draft.values):
         if "model" not in draft.values:
             return None
@@ -192,7 +192,7 @@ def load_stored_config(path: Path) -> Config | None:
 
 def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
     """Return `config.updated(changes)`, which says more."""
-    draft = _Draft()
+    draft = Draft()
     draft.values = {**config.model_dump(), "model": config.model.given()}
     for key, value in changes.items():
         draft.set(tuple(key.split(".")), value, _Place(""))
@@ -210,7 +210,8 @@ def section_keys() -> dict[str, list[str]]:
     return keys | {"logging.wandb": list(WandbConfig.model_fields)}
 
 
-def _read_file(draft: _Draft, path: Path) -> None:
+def read_file(draft: Draft, path: Path) -> None:
+    """Put the values of a YAML file into a draft. A ConfigError where there is no mapping."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -249,7 +250,8 @@ def _nearby(path: Path) -> str:
     return f"; {folder} holds no YAML files"
 
 
-def _apply_override(draft: _Draft, override: str) -> None:
+def apply_override(draft: Draft, override: str) -> None:
+    """Change one value of a draft by a text such as "train.steps=20"."""
     place = _Place("command line", override=override)
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
@@ -263,7 +265,12 @@ def _apply_override(draft: _Draft, override: str) -> None:
     draft.set(key, source.value, place)
 
 
-def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
+def _finish(draft: Draft, *, default_dir: str | None) -> Config:
+    if "trial" in draft.values:
+        raise ConfigError(
+            f"{draft.label or 'the configuration'}: trial={show(draft.values['trial'])}: only pipekit train takes the "
+            "configuration of a Trial; of its checkpoints, pipekit export CHECKPOINT/model0 OUT --raw exports an engine"
+        )
     keys = section_keys()
     knows_model = _take_over_source(draft)
     sections: dict[str, Any] = {}
@@ -282,7 +289,7 @@ def _finish(draft: _Draft, *, default_dir: str | None) -> Config:
     return Config.model_construct(**sections)
 
 
-def _take_over_source(draft: _Draft) -> bool:
+def _take_over_source(draft: Draft) -> bool:
     """Take the settings of `family: auto` from the folder that `model.init_from` names, and the tokenizer from it.
 
     Returns:
@@ -320,7 +327,7 @@ def _written_out(name: str, values: Any) -> Any:
     return {"auto": True} if name == "parallel" and values == "auto" else values
 
 
-def _check_section(draft: _Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:
+def _check_section(draft: Draft, name: str, keys: dict[str, list[str]], default_dir: str | None) -> Any:
     """Return the checked section, or None after noting what is wrong with it."""
     values = draft.values.get(name)
     if name == "model" and (fault := _model_shape_fault(values)):
@@ -371,7 +378,7 @@ def _model_shape_fault(values: object) -> Fault | None:
     return None
 
 
-def _idle_preset(draft: _Draft, values: dict[str, Any]) -> Fault | None:
+def _idle_preset(draft: Draft, values: dict[str, Any]) -> Fault | None:
     """Return a fault where a preset from the command line changes nothing, since every size is given."""
     key = ("model", "preset")
     if draft.place_of(key).override is None:

@@ -52,7 +52,7 @@ class RunConfig(Section):
     """CPU threads of each process; `auto` divides the cores among them."""
 
     trial: str | None = Field(default=None, min_length=1, examples=["my_package.my_trial:MyTrial"])
-    """`package.module:Class` of your own `pipekit.Trial`; null trains a language model."""
+    """`package.module:Class` of your own `pipekit.LayersTrial`; null trains a language model."""
 
 
 class ParallelConfig(Section):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ import torch.distributed as dist
 import torch.distributed.nn
 
 from pipekit.errors import CommunicationError, LaunchError, PipekitError
+
+Result = TypeVar("Result")
 
 
 def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_rank: int) -> torch.device:
@@ -56,6 +59,25 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             f"the processes of the run did not find each other within {timeout_s:g} s: {first_line}; see that all of "
             "them were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
+    return place
+
+
+def join_alone(*, device: Literal["cpu", "cuda"]) -> torch.device:
+    """Be the only process of a run, without a launcher, an environment or a port, and return its device.
+
+    Processes that have been joined before are left as they are.
+
+    Raises:
+        LaunchError: if torch sees no GPU.
+    """
+    place = bind_gpu(0) if device == "cuda" else torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
     return place
 
 
@@ -109,3 +131,18 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
             raise error
         kind, message = report
         raise (kind if issubclass(kind, PipekitError) else PipekitError)(message)
+
+
+def run_together(call: Callable[..., Result], *args: Any) -> Result:
+    """Call a function on every rank, and raise its error on all of them where it fails on any.
+
+    Raises:
+        PipekitError: if it fails on another rank; a rank on which it fails raises its own error.
+    """
+    result, error = None, None
+    try:
+        result = call(*args)
+    except Exception as failure:
+        error = failure
+    raise_together(error)
+    return result  # type: ignore[return-value]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.utils import get_local_rank_from_launcher
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor, nn
 
@@ -118,6 +119,13 @@ class BaseEngine:
         self.mpu = mpu
         mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu, takes_gradients=self._takes_gradients)
+
+    def _do_args_sanity_check(self, args: Any) -> None:
+        # DeepSpeed's wants a local rank in the environment, which a process without a launcher does not have.
+        pass
+
+    def _configure_with_arguments(self, args: Any, mpu: Any) -> None:
+        self.local_rank = get_local_rank_from_launcher()
 
     @property
     def logical(self) -> LogicalModel:

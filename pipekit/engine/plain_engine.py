@@ -32,6 +32,9 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
         **settings: the other arguments of `BaseEngine`.
     """
 
+    # Set by DeepSpeed's engine.
+    micro_steps: int
+
     _takes_gradients = False
 
     def __init__(
@@ -106,8 +109,13 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
         self._check_boundary("load_checkpoint")
         return super().load_checkpoint(*args, **options)
 
+    @property
+    def boundary_is_set(self) -> bool:
+        """True where `set_gradient_accumulation_boundary`, and not their number, says which micro-batch ends a step."""
+        return self._is_gradient_accumulation_boundary is not None
+
     def _check_boundary(self, function: str) -> None:
-        is_counted = self._is_gradient_accumulation_boundary is None and self.managed_gradient_accumulation()
+        is_counted = not self.boundary_is_set and self.managed_gradient_accumulation()
         total = self.gradient_accumulation_steps()
         done = self.micro_steps % total if is_counted else 0
         error = None

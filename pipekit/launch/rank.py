@@ -1,6 +1,7 @@
 """One rank of a run on this machine: `python -m pipekit.launch.rank PLAN [TASK]`.
 
-`pipekit train` starts it with the plan of the run, `pipekit verify` with a plan and a task, which says what to record.
+`pipekit train` starts it with the plan of the run, or with the configuration of a trial of one's own; `pipekit verify`
+with a plan and a task, which says what to record.
 """
 
 from __future__ import annotations
@@ -12,19 +13,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipekit.launch.environment import detect_ranks
+from pipekit.launch.trial import TRIAL_TASK, run_trial_rank
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the rank whose number is in the environment; the task, if any, is a `pipekit.verify.run.Task` as JSON."""
+    """Run the rank whose number is in the environment.
+
+    The task, if any, is "trial", or a `pipekit.verify.run.Task` as JSON.
+    """
     tie_to_parent(os.environ)
     with report_failure(error_file_from(os.environ)):
         ranks = detect_ranks(os.environ)
         assert ranks is not None, "pipekit.launch.rank is started by pipekit train and pipekit verify"
+        file, *task = arguments
+        if task == [TRIAL_TASK]:
+            from pipekit.config.trial_config import load_trial_config
+
+            run_trial_rank(load_trial_config(file), ranks)
+            return
         from pipekit.plan.run_folder import read_plan
 
-        plan_file, *task = arguments
-        plan = read_plan(Path(plan_file))
+        plan = read_plan(Path(file))
         if task:
             from pipekit.verify.run import Task, run_task
 

@@ -31,7 +31,7 @@ from pipekit.schedules import plan_schedule, validate
 
 
 class TrialType(Protocol):
-    """The class of a trial, as far as planning needs it; see `pipekit.Trial`."""
+    """The class of a trial, as far as planning needs it; see `pipekit.LayersTrial`."""
 
     def resolve(self, config: Config, prepared: Mapping[str, Any]) -> Config: ...
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipekit.checkpoint.manifest import (
@@ -114,17 +115,29 @@ def write_plan(plan: Plan) -> RunFolder:
     """
     folder = RunFolder(plan.config.run.dir)
     text = plan.to_json()
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.config, plan.config.to_yaml())
+    write_config(folder, plan.config.to_yaml())
+    with _writing(folder):
         if plan.layout.pp > 1:
             write_csv(plan.schedule, folder.schedule)
         write_atomically(folder.plan, text)
+    return folder
+
+
+def write_config(folder: RunFolder, text: str) -> None:
+    """Make a run folder, and write its configuration. A ConfigError where it cannot be written."""
+    with _writing(folder):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.config, text)
+
+
+@contextmanager
+def _writing(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"run.dir={folder.path}: cannot be written: {error.strerror or error}; give a folder that can"
         ) from error
-    return folder
 
 
 def read_plan(path: Path) -> Plan:

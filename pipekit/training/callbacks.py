@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder, trim_metrics
@@ -88,6 +89,17 @@ class Callback:
         """Let go of files and connections; called however training ends."""
 
 
+def json_line(record: Mapping[str, Any]) -> str:
+    """Return a line of JSON, in which a number that is not finite, such as a skipped step's gradient norm, is null.
+
+    Example:
+        >>> json_line({"step": 1, "grad_norm": float("inf")})
+        '{"step": 1, "grad_norm": null}\\n'
+    """
+    known = {key: value if value == value and abs(value) != float("inf") else None for key, value in record.items()}
+    return json.dumps(known) + "\n"
+
+
 class MetricsFile(Callback):
     """Writes `metrics.jsonl`: one object a line, flushed at once."""
 
@@ -100,12 +112,7 @@ class MetricsFile(Callback):
 
     def on_step_end(self, metrics: StepMetrics) -> None:
         assert self._file is not None
-        # JSON knows no infinity; a skipped step's gradient norm is null.
-        record = {
-            key: value if value == value and abs(value) != float("inf") else None
-            for key, value in metrics.as_record().items()
-        }
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json_line(metrics.as_record()))
         self._file.flush()
 
     def close(self) -> None:

@@ -1,55 +1,386 @@
-"""The context of a trial: the run that it is part of, as one rank sees it."""
+"""The context of a trial: its settings, its engines, its ranks, and where the training stands."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipekit.config import Config
-from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.layers.specs import LayerSpec
-from pipekit.plan.plan import Plan
+from pipekit.config.trial_config import TrialConfig, parse_trial_config
+from pipekit.distributed.processes import join_alone
+from pipekit.distributed.rank_role import RankRole, role_of
+from pipekit.engine.base_engine import BaseEngine
+from pipekit.engine.training_engine import TrainingEngine
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.plan.run_folder import RunFolder
+from pipekit.settings.suggest import closest
+from pipekit.tensors.nested import map_tensors
+from pipekit.training.gather_metrics import gather_metrics
+from pipekit.training.periods import Pace
+from pipekit.training.reducers import MetricReducer, WrappedReducer, wrap_reducer
 
 
 @dataclass(frozen=True)
-class TrialContext:
-    """One rank's view of a run.
+class RankNumbers:
+    """Numbers of this process among those of the run.
 
     Attributes:
-        plan: every decision of the run.
-        specs: the whole model's layers.
-        mpu: the process groups, and this rank's place in them.
-        device: what this rank computes on.
-        folder: the run's files.
+        rank: the global rank.
+        size: the number of processes.
+        local_rank: rank among the processes of this machine.
     """
 
-    plan: Plan
-    specs: Sequence[LayerSpec]
-    mpu: ModelParallelUnit
-    device: torch.device
-    folder: RunFolder
+    rank: int
+    size: int
+    local_rank: int
 
-    @property
-    def start(self) -> Path | None:
-        """The checkpoint that the run goes on from; None where it starts anew."""
-        return None if self.plan.start is None else self.plan.start.checkpoint
 
-    @property
-    def config(self) -> Config:
-        """The resolved configuration."""
-        return self.plan.config
+class TrialContext:
+    """One rank's view of a trial: settings to read, and calls that tell the trainer about engines, ranks and metrics.
 
-    def reduce_mean(self, value: float) -> float:
-        """Return the mean over all replicas of what the last stage of each has, on every rank.
+    Generators of torch, numpy and `random` are seeded with the trial's seed, so that a model which the trial's
+    constructor builds is the same on every rank.
 
-        Every rank calls this together; what other stages pass does not count.
+    Args:
+        config: the settings.
+        device: what this rank computes on.
+        local_rank: rank among the processes of this machine.
+
+    Attributes:
+        config: the settings.
+        device: what this rank computes on.
+        folder: the run's files.
+        distributed: this process's numbers.
+        models: the engines that the trial has wrapped, in that order.
+        reducers: the reducers that the trial has wrapped.
+        profiler: torch's profiler, once `set_profiler` has made one.
+    """
+
+    def __init__(self, config: TrialConfig, device: torch.device, *, local_rank: int = 0) -> None:
+        self.config = config
+        self.device = device
+        self.folder = RunFolder(config.run.dir)
+        self.distributed = RankNumbers(dist.get_rank(), dist.get_world_size(), local_rank)
+        self.models: list[BaseEngine] = []
+        self.reducers: list[WrappedReducer] = []
+        self.profiler: Any = None
+        self.accumulates_by_hand = False
+        """True after `disable_auto_grad_accumulation`."""
+        self.checks_loaders = True
+        """False after `disable_dataset_reproducibility_checks`."""
+        self._role: RankRole | None = None
+        self._pace: Pace | None = None
+        self._batch = self._initial_batch = 0
+        self._stops = False
+        self._logs_to_tensorboard = False
+        self._writer: Any = None
+        self.seed_generators(config.seed)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TrialContext:
+        """Make a context in this process alone, without a launcher, as in a notebook or under a debugger.
+
+        Processes that have been joined before stay joined, and each makes its own.
+
+        Args:
+            config: settings as in a YAML file, such as `{"hyperparameters": {"lr": 0.1}, "run": {"device": "cpu"}}`.
+
+        Raises:
+            ConfigError: with every mistake in the settings.
         """
-        total = torch.tensor(value if self.mpu.is_last_stage else 0.0, dtype=torch.float64, device=self.device)
-        # Tensor-parallel peers hold the same value.
-        dist.all_reduce(total)
-        return float(total) / (self.mpu.layout.dp * self.mpu.layout.tp)
+        parsed = parse_trial_config(config)
+        is_cpu = parsed.run.device == "cpu" or (parsed.run.device == "auto" and not torch.cuda.is_available())
+        return cls(parsed, join_alone(device="cpu" if is_cpu else "cuda"))
+
+    def seed_generators(self, seed: int) -> None:
+        """Seed the global generators of torch, numpy and `random`."""
+        # torch.manual_seed notes the stack of its caller for GPUs yet to be used, which takes a sixth of a millisecond.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    # Engines and ranks.
+
+    def wrap_model_engine(self, engine: Any) -> Any:
+        """Tell the trainer of an engine, which checkpoints will hold, and return it.
+
+        Args:
+            engine: what `pipekit.initialize` returned first. Several must have the same micro-batch size and number of
+                micro-batches, unless the trial accumulates by hand, and either all are pipelines or none.
+
+        Raises:
+            PipekitError: if it is something else.
+        """
+        if not isinstance(engine, BaseEngine):
+            kind = f"{type(engine).__module__}.{type(engine).__name__}"
+            raise PipekitError(
+                f"wrap_model_engine: a {kind} is no engine of pipekit's; make it with pipekit.initialize(...), whose "
+                "arguments are those of deepspeed.initialize"
+            )
+        if any(engine is other for other in self.models):
+            raise PipekitError("wrap_model_engine: this engine is wrapped already; wrap each engine once")
+        for other in self.models[:1]:
+            if isinstance(engine, TrainingEngine) != isinstance(other, TrainingEngine):
+                raise PipekitError(
+                    "wrap_model_engine: one engine has a PipelineModule, which trains on batches, and another a plain "
+                    "module, which trains on micro-batches; give both the same kind of module"
+                )
+            sizes = [_micro_batches(each) for each in (other, engine)]
+            if sizes[0] != sizes[1] and not self.accumulates_by_hand:
+                shown = [f"{number} micro-batches of {size}" for size, number in sizes]
+                raise PipekitError(
+                    f"wrap_model_engine: one engine takes {shown[0]} in a batch and another {shown[1]}; configure them "
+                    "alike, or call context.disable_auto_grad_accumulation() first and step by hand"
+                )
+        self.models.append(engine)
+        return engine
+
+    def set_mpu(self, mpu: Any) -> None:
+        """Tell the trainer this rank's role: a `ModelParallelUnit`, or a `RankRole` or other object with four answers.
+
+        Without it, an engine of a `PipelineModule` answers, and with a plain module every rank is a replica.
+
+        Raises:
+            PipekitError: if it is called twice, or an answer is missing.
+        """
+        if self._role is not None:
+            raise PipekitError("set_mpu: called twice; call it once, with the unit that all engines share")
+        self._role = role_of(mpu)
+
+    @property
+    def role(self) -> RankRole:
+        """This rank's role."""
+        if self._role is not None:
+            return self._role
+        if self.use_pipeline_parallel:
+            return role_of(self.models[0].mpu)
+        return RankRole(self.distributed.rank, self.distributed.size, True, True)
+
+    @property
+    def use_pipeline_parallel(self) -> bool:
+        """True where the engines have pipeline modules, whose `train_batch` trains on a whole batch."""
+        return bool(self.models) and isinstance(self.models[0], TrainingEngine)
+
+    def disable_auto_grad_accumulation(self) -> None:
+        """Let the trial accumulate gradients by hand: `train_batch` is called once a batch, also without a pipeline."""
+        self.accumulates_by_hand = True
+
+    def disable_dataset_reproducibility_checks(self) -> None:
+        """Take loaders of any kind, such as torch's, which the trial has to shard and shuffle itself.
+
+        A resumed run reads such a loader again, from its beginning to where it goes on.
+        """
+        self.checks_loaders = False
+
+    def wrap_reducer(
+        self,
+        reducer: MetricReducer | Callable[[list[Any]], Any],
+        name: str | None = None,
+        for_training: bool = True,
+        for_validation: bool = True,
+    ) -> Any:
+        """Report the metric of a reducer, or of a function of all values of all ranks, beside those of each batch.
+
+        Args:
+            reducer: a `MetricReducer`, or a function of a flat list of all values, in rank order.
+            name: of its one metric; None where it returns a dict of metrics.
+            for_training: whether it is reported with training metrics.
+            for_validation: whether it is reported with validation metrics.
+
+        Returns:
+            The reducer, or the one that was made of the function, to whose `update(value)` the trial gives values.
+        """
+        wrapped = wrap_reducer(reducer, name, for_training, for_validation)
+        self.reducers.append(wrapped)
+        return wrapped.reducer
+
+    def reset_reducers(self) -> None:
+        """Let all wrapped reducers forget what they have seen."""
+        for wrapped in self.reducers:
+            wrapped.reducer.reset()
+
+    def reduce_metrics(self, for_training: bool) -> dict[str, float]:
+        """Return the metrics of the wrapped reducers of training, or of validation. All ranks call this together."""
+        chosen = [each for each in self.reducers if (each.for_training if for_training else each.for_validation)]
+        return gather_metrics(chosen, reports=self.role.should_report_metrics)
+
+    def to_device(self, data: Any) -> Any:
+        """Return tensors, and tuples, lists and dicts of them, on this rank's device."""
+        return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), data)
+
+    # Sizes.
+
+    @property
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of a micro-batch of the first engine."""
+        return _micro_batches(self._first_engine())[0]
+
+    def get_train_micro_batch_size_per_gpu(self) -> int:
+        """Return `train_micro_batch_size_per_gpu`."""
+        return self.train_micro_batch_size_per_gpu
+
+    @property
+    def num_micro_batches_per_slot(self) -> int:
+        """Micro-batches of each replica in a batch of the first engine."""
+        return _micro_batches(self._first_engine())[1]
+
+    def get_num_micro_batches_per_slot(self) -> int:
+        """Return `num_micro_batches_per_slot`."""
+        return self.num_micro_batches_per_slot
+
+    def get_per_slot_batch_size(self) -> int:
+        """Return the samples of each replica in a batch."""
+        return self.train_micro_batch_size_per_gpu * self.num_micro_batches_per_slot
+
+    def get_global_batch_size(self) -> int:
+        """Return the samples of a batch, those of all replicas."""
+        return self.get_per_slot_batch_size() * self.role.data_parallel_world_size
+
+    def _first_engine(self) -> BaseEngine:
+        if not self.models:
+            raise PipekitError("the sizes of batches are those of the first engine; call wrap_model_engine before")
+        return self.models[0]
+
+    # Where the training stands.
+
+    def begin_batch(self, batch: int, pace: Pace) -> None:
+        """Note that the batch with this number is the current one."""
+        self._batch, self._pace = batch, pace
+
+    def note_initial_batch(self, batch: int) -> None:
+        """Note the number of batches that earlier starts of the run have trained."""
+        self._initial_batch = self._batch = batch
+
+    def get_initial_batch(self) -> int:
+        """Return the number of batches that earlier starts of the run have trained."""
+        return self._initial_batch
+
+    def current_train_batch(self) -> int:
+        """Return the number of the current batch, counted from 0 over all epochs."""
+        return self._batch
+
+    def current_train_epoch(self) -> int:
+        """Return the epoch in which the current batch begins, counted from 0."""
+        return self._pace.epoch_of(self._batch) if self._pace else 0
+
+    def is_epoch_start(self) -> bool:
+        """True if the current batch is the first of its epoch."""
+        return self._batch == 0 or self._epoch_changes(self._batch)
+
+    def is_epoch_end(self) -> bool:
+        """True if the current batch is the last of its epoch."""
+        return self._epoch_changes(self._batch + 1)
+
+    def _epoch_changes(self, batch: int) -> bool:
+        pace = self._pace
+        return pace is not None and pace.epoch_of(batch) > pace.epoch_of(batch - 1)
+
+    def set_stop_requested(self, stop_requested: bool = True) -> None:
+        """Ask for the end of the training, on any rank; it comes with the next report, validation or checkpoint."""
+        self._stops = stop_requested
+
+    def get_stop_requested(self) -> bool:
+        """True if this rank has asked for the end of the training."""
+        return self._stops
+
+    # Settings.
+
+    def get_hparams(self) -> dict[str, Any]:
+        """Return all hyperparameters."""
+        return dict(self.config.hyperparameters)
+
+    def get_hparam(self, name: str) -> Any:
+        """Return a hyperparameter.
+
+        Raises:
+            ConfigError: if there is none of this name.
+        """
+        hparams = self.config.hyperparameters
+        if name not in hparams:
+            match = closest(name, hparams)
+            hint = f"did you mean {match!r}?" if match else f"there are {', '.join(hparams) or 'none'}"
+            raise ConfigError(f"hyperparameters.{name}: the trial asks for it, and it is not given; {hint}")
+        return hparams[name]
+
+    def get_data_config(self) -> dict[str, Any]:
+        """Return the `data` section."""
+        return dict(self.config.data)
+
+    def get_experiment_config(self) -> dict[str, Any]:
+        """Return the whole configuration."""
+        return self.config.model_dump(mode="json")
+
+    def get_trial_seed(self) -> int:
+        """Return the seed of the trial."""
+        return self.config.seed
+
+    def get_experiment_id(self) -> str:
+        """Return the name of the folder above the run's, such as `runs`."""
+        return self.folder.path.absolute().parent.name
+
+    def get_trial_id(self) -> str:
+        """Return the name of the run's folder."""
+        return self.folder.path.absolute().name
+
+    # Profiles and TensorBoard.
+
+    def set_profiler(self, *args: Any, **options: Any) -> None:
+        """Profile with `torch.profiler.profile`, which takes these arguments; traces go to the run's `profile` folder.
+
+        The trainer starts it and calls its `step` after every batch. Each trace, `rank-<rank>-<step>.json`, opens in
+        Perfetto (ui.perfetto.dev) and in chrome://tracing.
+        """
+        options.setdefault("on_trace_ready", self._save_trace)
+        self.profiler = torch.profiler.profile(*args, **options)
+
+    def _save_trace(self, profiler: Any) -> None:
+        self.folder.profile.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{self.distributed.rank}-{profiler.step_num}.json"
+        profiler.export_chrome_trace(str(self.folder.profile / name))
+
+    def set_enable_tensorboard_logging(self, enable_tensorboard_logging: bool) -> None:
+        """Switch TensorBoard on or off, where the trainer then writes all metrics; it is off unless told."""
+        self._logs_to_tensorboard = enable_tensorboard_logging
+
+    def get_enable_tensorboard_logging(self) -> bool:
+        """True if the trainer writes all metrics to TensorBoard."""
+        return self._logs_to_tensorboard
+
+    def get_tensorboard_path(self) -> Path:
+        """Return the folder of TensorBoard's event files."""
+        return self.folder.tensorboard
+
+    def get_tensorboard_writer(self) -> Any:
+        """Return a `SummaryWriter` for this rank, the same at every call.
+
+        Raises:
+            ConfigError: if tensorboard is not installed.
+        """
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError(
+                    "get_tensorboard_writer: tensorboard is not installed; run pip install 'pipekit[tensorboard]'"
+                ) from None
+            self._writer = SummaryWriter(str(self.folder.tensorboard))
+        return self._writer
+
+    def close(self) -> None:
+        """Close the TensorBoard writer, if there is one."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _micro_batches(engine: Any) -> tuple[int, int]:
+    """Samples of a micro-batch, and micro-batches of each replica in a batch."""
+    return int(engine.train_micro_batch_size_per_gpu()), int(engine.gradient_accumulation_steps())

@@ -19,10 +19,10 @@ from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.models.transformer import language_model_loss
 from pipekit.progress import ProgressCallback
-from pipekit.training.trial import Trial
+from pipekit.training.layers_trial import LayersTrial
 
 
-class LanguageModelTrial(Trial):
+class LanguageModelTrial(LayersTrial):
     """Trains the configuration's model to predict the next token of the configuration's text."""
 
     @classmethod

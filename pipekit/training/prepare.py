@@ -14,20 +14,23 @@ from pipekit.plan.plan import StartPoint
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressCallback
 from pipekit.training.language_model import LanguageModelTrial
-from pipekit.training.trial import Trial
+from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.trial import check_trial
 
 
-def load_trial(config: Config) -> type[Trial]:
+def load_trial(config: Config) -> type[LayersTrial]:
     """Import the trial that the configuration names, or the shipped one.
 
     Raises:
-        ConfigError: if it cannot be imported, or is no `Trial`.
+        ConfigError: if it cannot be imported, or is no `LayersTrial`.
+        PipekitError: if it has a method that nothing would call.
     """
     if config.run.trial is None:
         return LanguageModelTrial
     trial = load_object(config.run.trial, key="run.trial")
-    if not (isinstance(trial, type) and issubclass(trial, Trial)):
-        raise ConfigError(f"run.trial={config.run.trial}: must be a subclass of pipekit.Trial")
+    if not (isinstance(trial, type) and issubclass(trial, LayersTrial)):
+        raise ConfigError(f"run.trial={config.run.trial}: must be a subclass of pipekit.LayersTrial")
+    check_trial(trial)
     return trial
 
 

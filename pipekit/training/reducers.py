@@ -140,6 +140,11 @@ class BatchMetrics(MetricReducer):
     def reset(self) -> None:
         self._values, self._weights = {}, []
 
+    def batches(self) -> list[dict[str, float]]:
+        """Return the metrics of each batch that was added, in their order."""
+        columns = {name: [float(value) for value in values] for name, values in self._values.items()}
+        return [{name: column[batch] for name, column in columns.items()} for batch in range(len(self._weights))]
+
     def per_slot_reduce(self) -> dict[str, tuple[float, float]]:
         weights = torch.tensor(self._weights, dtype=torch.float64)
         reduced = {}

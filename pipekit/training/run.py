@@ -29,11 +29,11 @@ from pipekit.progress import ProgressCallback
 from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
-from pipekit.training.context import TrialContext
+from pipekit.training.layers_trainer import LayersTrainer
+from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.loggers import TensorBoardLogger, WandbLogger
 from pipekit.training.prepare import load_trial, prepare_run
-from pipekit.training.trainer import Trainer
-from pipekit.training.trial import Trial
+from pipekit.training.run_context import RunContext
 
 
 def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
@@ -79,7 +79,7 @@ def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_r
         return _train(start_trial(plan, device, decided[0].specs if decided else None), terminal, is_watched=False)
 
 
-def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | None = None) -> Trial:
+def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | None = None) -> LayersTrial:
     """Build this rank's trial, with the process groups of the run. Every rank calls this together.
 
     The trial builds the model unless `specs` are given.
@@ -91,7 +91,7 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
     mpu = kind.build_mpu(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
     check_mpu(mpu, layout=plan.layout, placement=plan.placement)
     specs = freeze(kind.build_layers(plan.config), plan.config.train.freeze) if specs is None else specs
-    return kind(TrialContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
+    return kind(RunContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
         yield terminal
 
 
-def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
+def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> RunResult:
     """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
@@ -143,10 +143,10 @@ def _train(trial: Trial, terminal: TextIO, *, is_watched: bool) -> RunResult:
         else HangReporter(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
     )
     with heartbeat, fp32_products(context.device, tf32=config.train.tf32):
-        return Trainer(trial, callbacks).fit()
+        return LayersTrainer(trial, callbacks).fit()
 
 
-def _check_tokenizer(trial: Trial) -> None:
+def _check_tokenizer(trial: LayersTrial) -> None:
     """Check that checkpoints will carry a tokenizer along with which they can be exported and sampled from."""
     if trial.tokenizer_file is None:
         return

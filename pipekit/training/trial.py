@@ -1,129 +1,220 @@
-"""A trial: what is trained, on what, and how. The shipped one trains a language model; subclass it or `Trial`."""
+"""A trial: a training of the user's own, of which pipekit takes care of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipekit.config import Config
-from pipekit.costs.example import Example
-from pipekit.data.batch_loader import MapDataset
-from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.layers.specs import LayerSpec
-from pipekit.layout import Layout
-from pipekit.progress import ProgressCallback
-from pipekit.training.callbacks import Callback
-from pipekit.training.context import TrialContext
-from pipekit.training.lr import learning_rate
-from pipekit.training.optimizer import build_optimizer
+from pipekit.data.data_loader import data_length
+from pipekit.errors import PipekitError
+from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.reducers import Reducer
+from pipekit.training.trial_callbacks import TrialCallback
 
-Metric = Callable[[Any, Any], Tensor]
-"""Called as `metric(outputs, labels)` on one micro-batch of an evaluation; returns a scalar."""
+if TYPE_CHECKING:
+    # Planning a run of layers looks at trials too, and needs no engine.
+    from pipekit.training.context import TrialContext
+
+# Own methods of a trial may have any name that is not as good as one of these.
+_ALIKE = 0.9
 
 
 class Trial:
-    """Trial: the model, the data, the loss and the optimizer of a run.
+    """Trial: engines, a step of training, an evaluation, and data, all of the user's own.
 
-    `prepare` and `resolve` run once for a run, where it is planned; `build_layers` there and on every rank; everything
-    else on the ranks.
+    A subclass makes its engines in `__init__` with `pipekit.initialize`, and hands each to `context.wrap_model_engine`.
+    A `Trainer` calls the other methods, on every rank alike.
 
     Args:
-        context: this rank's view of the run.
+        context: this rank's view of the trial, which a subclass keeps as `self.context`.
     """
+
+    context: TrialContext
 
     def __init__(self, context: TrialContext) -> None:
         self.context = context
 
-    @classmethod
-    def prepare(cls, config: Config, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
-        """Do what must be done once before training, such as preparing data.
+    def train_batch(self, dataloader_iter: Iterator[Any] | None, epoch_idx: int, batch_idx: int) -> Any:
+        """Train on what the iterator yields next, and return metrics.
 
-        Returns:
-            Plain data, of the kinds that JSON knows, for `resolve`, and for all ranks as `context.plan.prepared`.
-        """
-        return {}
+        With plain modules it is called for each micro-batch, takes one from the iterator, and calls the engine's
+        forward, `backward` and `step`. With a pipeline it is called for each batch and hands the iterator to the
+        engine's `train_batch`; so it is where gradients are accumulated by hand.
 
-    @classmethod
-    def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
-        """Return the configuration with the sizes that follow from what was prepared."""
-        return config
-
-    @classmethod
-    def build_layers(cls, config: Config) -> list[LayerSpec]:
-        """Return the model."""
-        raise NotImplementedError(f"{cls.__name__}.build_layers must return the model's list of LayerSpec")
-
-    @classmethod
-    def build_mpu(cls, layout: Layout, *, placement: Sequence[int], timeout_s: float) -> ModelParallelUnit:
-        """Return the process groups of the run, and this rank's place in them. Every rank calls this together.
-
-        A subclass of `ModelParallelUnit` may answer otherwise than it does. The answers of all ranks are compared
-        before anything is built, so that a mistake is one error on all of them.
+        Draws from the global generators of torch, numpy and `random` are seeded by the batch, the micro-batch and the
+        replica, so that a resumed training draws what an uninterrupted one does.
 
         Args:
-            layout: the grid of ranks.
-            placement: the pipeline rank of each stage.
-            timeout_s: no wait in one of its groups lasts longer.
+            dataloader_iter: yields the micro-batches of this rank's replica without end; None on ranks that read none.
+            epoch_idx: epoch in which the batch begins, counted from 0.
+            batch_idx: number of batches trained before, over all epochs.
+
+        Returns:
+            The loss, or a dict of metrics that are numbers or tensors of one element, the same in every batch. They are
+            looked at on ranks that report.
         """
-        return ModelParallelUnit(layout, placement=placement, timeout_s=timeout_s)
+        raise NotImplementedError
 
-    @classmethod
-    def example(cls, config: Config, micro_batch_size: int) -> Example | None:
-        """Example inputs and labels of one micro-batch, from which the costs of layers are described before a run.
+    def evaluate_batch(self, dataloader_iter: Iterator[Any] | None, batch_idx: int) -> dict[str, Any]:
+        """Return the metrics of one batch of the validation data, as `train_batch` does, without gradients.
 
-        Only `pipekit plan` and partitions by `flops`, `profile` and `memory` ask for it.
+        With plain modules it takes one micro-batch from the iterator; with a pipeline it hands the iterator to the
+        engine's `eval_batch`, which takes as many as a batch of training has. Override this or `evaluate_full_dataset`.
         """
-        return None
+        raise NotImplementedError
 
-    def loss(self, outputs: Any, labels: Any) -> Tensor:
-        """Return the scalar loss of the last layer's outputs, on the last stage."""
-        raise NotImplementedError(f"{type(self).__name__}.loss must return a scalar tensor")
+    def evaluate_full_dataset(self, data_loader: Any) -> dict[str, Any]:
+        """Return the metrics of the whole validation data, without gradients.
 
-    def build_train_dataset(self) -> MapDataset:
-        """Return the training samples: pairs of inputs and labels. Called on the first and the last stage.
-
-        Samples are read on a thread of their own, one step ahead.
+        Each rank has a loader of all of them, and computes the same; the means over ranks that report are the metrics.
         """
-        raise NotImplementedError(f"{type(self).__name__}.build_train_dataset must return a map-style dataset")
+        raise NotImplementedError
 
-    def build_validation_dataset(self) -> MapDataset | None:
-        """Return the held-out samples, or None where there are none."""
-        return None
+    def evaluation_reducer(self) -> Reducer | dict[str, Reducer]:
+        """Return the reducer of the metrics of `evaluate_batch` over batches and ranks, of all or of each by its name.
 
-    def build_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the torch optimizer of this stage's parameters."""
-        return build_optimizer(self.context.config.optimizer, parameters)
+        Means weigh a batch by its number of samples.
+        """
+        return Reducer.AVG
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update after `step` updates."""
-        config = self.context.config
-        return learning_rate(
-            step,
-            peak=config.optimizer.lr,
-            shape=config.scheduler.type,
-            warmup_steps=config.scheduler.warmup_steps,
-            decay_steps=config.decay_steps,
-            min_ratio=config.scheduler.min_lr_ratio,
-        )
+    def build_training_data_loader(self) -> Any:
+        """Return the loader of micro-batches for training: a `pipekit.data.DataLoader` of the whole dataset.
 
-    def validation_metrics(self) -> Mapping[str, Metric]:
-        """Metrics to evaluate beside the loss; each is averaged and reported as `val_<name>`."""
+        It is called on ranks that read batches. The trainer shards the loader, repeats it, and resumes it.
+        """
+        raise NotImplementedError
+
+    def build_validation_data_loader(self) -> Any:
+        """Return the loader of the validation data, of the same kind; called on ranks that read batches."""
+        raise NotImplementedError
+
+    def build_callbacks(self) -> dict[str, TrialCallback]:
+        """Return callbacks by name, the same on all ranks."""
         return {}
 
-    def build_callbacks(self) -> list[Callback]:
-        """Return callbacks beside the shipped ones."""
-        return []
+    def get_batch_length(self, batch: Any) -> int:
+        """Return the number of samples of what a loader yielded: the first dimension of its first tensor."""
+        return data_length(batch)
 
-    @property
-    def data_fingerprint(self) -> str:
-        """Hash of the training data, by which a resumed run can tell that they are the same; empty if unknown."""
-        return ""
+    def save(self, context: TrialContext, path: Path) -> None:
+        """Write all that is trained into a folder; every rank calls this. By default, every wrapped engine.
 
-    @property
-    def tokenizer_file(self) -> Path | None:
-        """The tokenizer's `tokenizer.json`, which checkpoints carry along; None where there is none."""
-        return None
+        Args:
+            context: the context of the trial.
+            path: an empty folder, which becomes the checkpoint.
+        """
+        for index, engine in enumerate(context.models):
+            engine.save_checkpoint(path, tag=f"model{index}", save_latest=False)
+
+    def load(self, context: TrialContext, path: Path) -> None:
+        """Read what `save` has written; every rank calls this."""
+        for index, engine in enumerate(context.models):
+            found, _ = engine.load_checkpoint(path, tag=f"model{index}")
+            if found is None:
+                raise PipekitError(
+                    f"{path}: holds {index} of the trial's {len(context.models)} engines; go on with the trial that "
+                    "wrote it"
+                )
+
+
+_REQUIRED = ("train_batch", "build_training_data_loader")
+_PURPOSES = {
+    "Trial": "which makes its engines and its steps of training itself",
+    "LayersTrial": "the short way for lists of layers",
+}
+
+
+def check_trial(kind: type) -> None:
+    """Check a trial's class: that it has the methods which a trainer needs, and none that nothing would call.
+
+    Raises:
+        PipekitError: if it is no trial, a method is missing, takes other arguments, or would never be called.
+
+    Example:
+        >>> class Mine(Trial):
+        ...     def train_batch(self, dataloader_iter): ...
+        >>> check_trial(Mine)
+        Traceback (most recent call last):
+        ...
+        pipekit.errors.PipekitError: Mine.train_batch takes (dataloader_iter), and is called as train_batch(\
+dataloader_iter, epoch_idx, batch_idx)
+    """
+    if not issubclass(kind, (Trial, LayersTrial)):
+        raise PipekitError(f"{kind.__name__} is no trial; make it a subclass of pipekit.Trial")
+    base, other = (Trial, LayersTrial) if issubclass(kind, Trial) else (LayersTrial, Trial)
+    name, own = kind.__name__, _own_methods(kind, base)
+    for method in (each for each in own if not each.startswith("_")):
+        if hasattr(base, method):
+            _check_arguments(kind, base, method)
+        elif hasattr(other, method) and not (base is Trial and "train_batch" in own):
+            raise PipekitError(
+                f"{name}.{method}: nothing calls it on a pipekit.{base.__name__}; write class "
+                f"{name}(pipekit.{other.__name__}), {_PURPOSES[other.__name__]}"
+            )
+        elif alike := difflib.get_close_matches(method, vars(base), n=1, cutoff=_ALIKE):
+            raise PipekitError(f"{name}.{method}: nothing calls it; did you mean {alike[0]}?")
+    if base is LayersTrial:
+        return
+    for method in _REQUIRED:
+        if method not in own:
+            raise PipekitError(f"{name} has no {method}, which is called on every rank; write one")
+    evaluations = [method for method in ("evaluate_batch", "evaluate_full_dataset") if method in own]
+    if len(evaluations) > 1:
+        raise PipekitError(f"{name} has evaluate_batch and evaluate_full_dataset; leave one of them out")
+    if evaluations and "build_validation_data_loader" not in own:
+        raise PipekitError(f"{name} has {evaluations[0]} and no build_validation_data_loader; write one")
+    if not evaluations and "build_validation_data_loader" in own:
+        raise PipekitError(f"{name} has build_validation_data_loader and no evaluate_batch; write one")
+    if "evaluation_reducer" in own and "evaluate_batch" not in own:
+        raise PipekitError(f"{name}.evaluation_reducer: nothing calls it without evaluate_batch; leave it out")
+
+
+def has_evaluation(trial: Trial) -> bool:
+    """True if a trial evaluates."""
+    return "build_validation_data_loader" in _own_methods(type(trial), Trial)
+
+
+def evaluates_whole(trial: Trial) -> bool:
+    """True if a trial evaluates the whole validation data at once."""
+    return "evaluate_full_dataset" in _own_methods(type(trial), Trial)
+
+
+def metrics_of(returned: Any) -> Any:
+    """Metrics that `train_batch` returned; a number or a tensor is the loss.
+
+    Example:
+        >>> metrics_of(0.5), metrics_of({"accuracy": 1.0})
+        ({'loss': 0.5}, {'accuracy': 1.0})
+    """
+    return {"loss": returned} if isinstance(returned, (Tensor, float, int)) else returned
+
+
+def _own_methods(kind: type, base: type) -> list[str]:
+    """Names of methods that a class and its bases below `base` define."""
+    below = kind.__mro__[: kind.__mro__.index(base)]
+    return list(dict.fromkeys(name for each in below for name, value in vars(each).items() if _is_method(value)))
+
+
+def _is_method(value: Any) -> bool:
+    return inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod))
+
+
+def _check_arguments(kind: type, base: type, method: str) -> None:
+    """Check that a method takes the arguments that the base class's takes; pass over what is no plain function."""
+    function, original = inspect.getattr_static(kind, method), inspect.getattr_static(base, method)
+    if not (inspect.isfunction(function) and inspect.isfunction(original)):
+        return
+    names = list(inspect.signature(original).parameters)[1:]
+    own = inspect.signature(function)
+    try:
+        own.bind(None, *names)
+    except TypeError:
+        taken = [str(each) for each in own.parameters.values()][1:]
+        raise PipekitError(
+            f"{kind.__name__}.{method} takes ({', '.join(taken)}), and is called as {method}({', '.join(names)})"
+        ) from None

@@ -21,18 +21,18 @@ from pipekit.layers.sequential import SequentialModel
 from pipekit.layout import Coordinate
 from pipekit.rng import fold_seed
 from pipekit.tensors.transfer import to_device
-from pipekit.training.trial import Trial
+from pipekit.training.layers_trial import LayersTrial
 from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.recording import Recorder, TensorKey
 from pipekit.verify.replay import logical_parameters, make_update
 
 
-def build_model(trial: Trial) -> SequentialModel:
+def build_model(trial: LayersTrial) -> SequentialModel:
     """Return the whole model with its initial weights, on the device of the run."""
     return SequentialModel(trial.context.specs, seed=trial.context.config.train.seed).to(trial.context.device)
 
 
-def record_reference(trial: Trial, folder: Path, *, num_steps: int) -> None:
+def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> None:
     """Train some steps in this process alone, and record what every layout is compared with.
 
     Raises:

@@ -18,9 +18,9 @@ from pipekit.plan.run_folder import RunFolder
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
 from pipekit.tensor_parallel.flow import has_sequence
 from pipekit.tensor_parallel.shards import Shard, shard_of
-from pipekit.training.context import TrialContext
+from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.prepare import load_trial
-from pipekit.training.trial import Trial
+from pipekit.training.run_context import RunContext
 from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.compare import compare_recordings
 from pipekit.verify.measurement import MEASUREMENTS_FILE, Measurement, MeasurementKind, save_measurements
@@ -30,7 +30,7 @@ from pipekit.verify.replay import compare_updates
 
 if TYPE_CHECKING:
     from pipekit.engine.base_engine import GradientOf
-    from pipekit.training.trainer import Trainer
+    from pipekit.training.layers_trainer import LayersTrainer
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,28 @@ def _run_reference(task: Task, plan: Plan) -> None:
     mpu = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
     kind = load_trial(plan.config)
     specs = freeze(kind.build_layers(plan.config), plan.config.train.freeze)
-    trial = kind(TrialContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
+    trial = kind(RunContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
     record_reference(trial, Path(task.folder) / "rank-0", num_steps=task.num_steps)
 
 
 def _run_layout(task: Task, plan: Plan, reference: Path, *, rank: int, local_rank: int) -> None:
     """Train as a run would, record what passes, and on rank 0 compare it with the reference."""
     # DeepSpeed takes seconds to load, and the reference does without it.
+    from pipekit.training.layers_trainer import LayersTrainer
     from pipekit.training.run import joined, start_trial
-    from pipekit.training.trainer import Trainer
 
     folder = Path(task.folder)
     with joined(plan.config, plan.device, local_rank=local_rank) as device:
         trial = start_trial(plan, device)
         recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
-        _record_steps(Trainer(trial), recorder, num_steps=task.num_steps)
+        _record_steps(LayersTrainer(trial), recorder, num_steps=task.num_steps)
         dist.barrier()
     if rank == 0:
         measurements = compare_run(trial, Recording(folder), Recording(reference), tolerance=task.tolerance)
         save_measurements(folder / MEASUREMENTS_FILE, measurements, boundaries=plan.boundaries)
 
 
-def compare_run(trial: Trial, found: Recording, expected: Recording, *, tolerance: float) -> list[Measurement]:
+def compare_run(trial: LayersTrial, found: Recording, expected: Recording, *, tolerance: float) -> list[Measurement]:
     """Differences of all recorded tensors from the reference."""
     measurements = list(compare_recordings(found, expected, trial.context.plan.layer_names, tolerance=tolerance))
     updates = compare_updates(
@@ -103,7 +103,7 @@ def compare_run(trial: Trial, found: Recording, expected: Recording, *, toleranc
     return [*measurements, *updates]
 
 
-def _record_steps(trainer: Trainer, recorder: Recorder, *, num_steps: int) -> None:
+def _record_steps(trainer: LayersTrainer, recorder: Recorder, *, num_steps: int) -> None:
     engine = trainer.engine
     module, plan = engine.module, trainer.context.plan
     index_of = {name: layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}

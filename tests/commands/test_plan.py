@@ -151,9 +151,9 @@ def test_mistakes_say_what_to_type(path: Path, options: PlanOptions, overrides: 
 
 TRIAL = """
 from torch import nn
-from pipekit import Example, LayerSpec, Trial
+from pipekit import Example, LayerSpec, LayersTrial
 
-class Silent(Trial):
+class Silent(LayersTrial):
     @classmethod
     def build_layers(cls, config):
         return [LayerSpec(nn.Linear, 8, 8), LayerSpec(nn.Linear, 8, 8)]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.config import Config, parse_config
@@ -26,11 +27,11 @@ from pipekit.plan.decide import decide_run
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder
-from pipekit.training import trainer as trainer_module
+from pipekit.training import layers_trainer as trainer_module
 from pipekit.training.callbacks import Callback, RunResult, StepMetrics
-from pipekit.training.context import TrialContext
-from pipekit.training.trainer import Trainer
-from pipekit.training.trial import Metric, Trial
+from pipekit.training.layers_trainer import LayersTrainer
+from pipekit.training.layers_trial import LayersTrial, Metric
+from pipekit.training.run_context import RunContext
 
 NUM_SAMPLES = 10
 
@@ -45,7 +46,7 @@ class Numbers(MapDataset):
         return torch.tensor(index), torch.tensor(index)
 
 
-class NumbersTrial(Trial):
+class NumbersTrial(LayersTrial):
     @classmethod
     def build_layers(cls, config: Config) -> list[LayerSpec]:
         return build_layers(config)
@@ -139,7 +140,7 @@ class Run:
         *,
         engine: FakeEngine | None = None,
         events: Events | None = None,
-        kind: type[Trial] = NumbersTrial,
+        kind: type[LayersTrial] = NumbersTrial,
         reports: bool = True,
         **sections: dict[str, Any],
     ) -> None:
@@ -161,7 +162,7 @@ class Run:
             data_parallel_rank=0,
             activity=Activity(),
         )
-        context = TrialContext(decision.plan, decision.specs, unit, torch.device("cpu"), RunFolder(folder))
+        context = RunContext(decision.plan, decision.specs, unit, torch.device("cpu"), RunFolder(folder))
 
         def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Any:
             self.saved.append(training)
@@ -176,10 +177,10 @@ class Run:
                 path=path, is_done=True, wait=wait, settle=lambda timeout_s: self.order.append("settled")
             )
 
-        monkeypatch.setattr(Trainer, "_build_engine", lambda trainer: self.engine)
+        monkeypatch.setattr(LayersTrainer, "_build_engine", lambda trainer: self.engine)
         monkeypatch.setattr(trainer_module, "save_checkpoint", save)
-        monkeypatch.setattr(TrialContext, "reduce_mean", lambda context, value: value)
-        self.trainer = Trainer(kind(context), [self.events])
+        monkeypatch.setattr(RunContext, "reduce_mean", lambda context, value: value)
+        self.trainer = LayersTrainer(kind(context), [self.events])
 
 
 @pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
@@ -258,6 +259,19 @@ def test_an_evaluation_needs_data(run: Any) -> None:
 
     with pytest.raises(PipekitError, match=r"eval_interval=5: WithoutValidation has no validation data; set it to"):
         run(train={"eval_interval": 5}, kind=WithoutValidation)
+
+
+def test_an_iterable_dataset_is_one_error(run: Any) -> None:
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(NUM_SAMPLES))
+
+    class Streaming(NumbersTrial):
+        def build_train_dataset(self) -> Any:
+            return Stream()
+
+    with pytest.raises(PipekitError, match=r"^Streaming.build_train_dataset returned a Stream, which lacks __len__ or"):
+        run(kind=Streaming)
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(run: Any) -> None:

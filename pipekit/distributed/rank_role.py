@@ -1,0 +1,89 @@
+"""Role of a rank in training and evaluation: its replica, whether it reads batches, and whether its metrics count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class RankRole:
+    """Four answers of a rank, which are all that training needs to know of how a model is parallelized.
+
+    Attributes:
+        data_parallel_rank: index of the replica that the rank belongs to.
+        data_parallel_world_size: number of replicas.
+        should_report_metrics: whether the metrics of its batches count; true on one rank of each replica.
+        should_build_data_loader: whether it reads batches; true on one rank of each replica at least.
+    """
+
+    data_parallel_rank: int
+    data_parallel_world_size: int
+    should_report_metrics: bool
+    should_build_data_loader: bool
+
+
+def role_of(mpu: Any) -> RankRole:
+    """Return this rank's role by a `ModelParallelUnit`, or by any object that has the four answers.
+
+    Of a unit the last stage's first tensor-parallel rank reports: its peers see the same outputs, other stages none.
+
+    Raises:
+        LayoutError: if an answer is missing, or of another type.
+    """
+    if isinstance(mpu, ModelParallelUnit):
+        reports = mpu.is_last_stage and mpu.coordinate.tensor == 0
+        return RankRole(mpu.data_parallel_rank, mpu.data_parallel_world_size, reports, mpu.should_build_data_loader)
+    answers: dict[str, Any] = {}
+    for field in fields(RankRole):
+        answer = getattr(mpu, field.name, None)
+        kind = bool if field.name.startswith("should") else int
+        if type(answer) is not kind:
+            what = f"has {field.name}={answer!r}" if hasattr(mpu, field.name) else f"has no {field.name}"
+            raise LayoutError(
+                f"set_mpu: the {type(mpu).__name__} {what}; give a pipekit.ModelParallelUnit, or "
+                f"RankRole({', '.join(f'{each.name}=...' for each in fields(RankRole))})"
+            )
+        answers[field.name] = answer
+    return RankRole(**answers)
+
+
+def check_roles(roles: Sequence[RankRole]) -> None:
+    """Check that the roles of all ranks, in their order, fit together.
+
+    Raises:
+        LayoutError: if ranks name different numbers of replicas, or a replica has no rank that reads batches, or none
+            that reports.
+
+    Example:
+        >>> check_roles([RankRole(0, 2, True, True)] * 2)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        pipekit.errors.LayoutError: replica 1 of 2: no rank has should_build_data_loader=True, so that nobody ...
+    """
+    number = roles[0].data_parallel_world_size
+    for rank, role in enumerate(roles):
+        if role.data_parallel_world_size != number:
+            raise LayoutError(
+                f"rank 0 has data_parallel_world_size={number}, and rank {rank} has {role.data_parallel_world_size}; "
+                "answer the same on all ranks in set_mpu"
+            )
+        if not 0 <= role.data_parallel_rank < number:
+            raise LayoutError(
+                f"rank {rank} has data_parallel_rank={role.data_parallel_rank}, which is not one of the "
+                f"{number} replicas; number them from 0 in set_mpu"
+            )
+    for answer, effect in (
+        ("should_build_data_loader", "nobody reads its batches"),
+        ("should_report_metrics", "its batches would be missing in the metrics"),
+    ):
+        for replica in range(number):
+            if not any(getattr(role, answer) for role in roles if role.data_parallel_rank == replica):
+                raise LayoutError(
+                    f"replica {replica} of {number}: no rank has {answer}=True, so that {effect}; answer otherwise in "
+                    "set_mpu"
+                )

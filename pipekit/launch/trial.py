@@ -1,0 +1,138 @@
+"""Processes of a trial of one's own: started on this machine, or joined where another launcher has started them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipekit.errors import ConfigError
+from pipekit.launch.environment import RankEnvironment, detect_ranks
+from pipekit.launch.extensions import extensions_dir, guard_extension_builds
+from pipekit.launch.gpu_environment import gpu_environ
+from pipekit.launch.local import run_local
+from pipekit.launch.network import gloo_environ
+from pipekit.launch.resources import num_accelerators, thread_environ
+from pipekit.launch.worker import error_file_from, report_failure
+
+if TYPE_CHECKING:
+    from pipekit.config.trial_config import TrialConfig
+    from pipekit.training.context import TrialContext
+
+TRIAL_TASK = "trial"
+
+
+@contextmanager
+def init(
+    *,
+    hparams: Mapping[str, Any] | None = None,
+    exp_conf: Mapping[str, Any] | None = None,
+    enable_tensorboard_logging: bool = False,
+) -> Iterator[TrialContext]:
+    """Join the processes of this script's launcher, and yield the context of its trial.
+
+    Under torchrun, deepspeed, srun or mpirun, this process is one of the ranks, and an error ends it at once, so that
+    the others do not wait. Without a launcher it is alone.
+
+    Args:
+        hparams: the hyperparameters, in place of those of `exp_conf`.
+        exp_conf: the configuration, with the keys of a YAML file.
+        enable_tensorboard_logging: whether the trainer writes all metrics to TensorBoard.
+
+    Raises:
+        PipekitError: if the configuration is wrong, or the processes do not find each other.
+
+    Example:
+        with pipekit.init(hparams={"lr": 0.1}) as context:
+            pipekit.Trainer(MyTrial(context), context).fit(max_length=pipekit.Epoch(3))
+    """
+    from pipekit.config.trial_config import parse_trial_config
+
+    ranks = detect_ranks(os.environ)
+    with nullcontext() if ranks is None else report_failure(error_file_from(os.environ)):
+        config = parse_trial_config({**(exp_conf or {}), **({} if hparams is None else {"hyperparameters": hparams})})
+        with joined_context(config, ranks) as context:
+            context.set_enable_tensorboard_logging(enable_tensorboard_logging)
+            yield context
+
+
+@contextmanager
+def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterator[TrialContext]:
+    """Join the ranks, or be alone where there are none, yield the trial's context, and leave them in the end."""
+    device = _device(config)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if ranks is not None:
+        os.environ.update({**ranks.as_environ(), **gloo_environ(ranks, os.environ)})
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
+    if ranks is None or ranks.local_rank == 0:
+        for note in guard_extension_builds(os.environ):
+            sys.stderr.write(f"{note}\n")
+    from pipekit.distributed.processes import join_alone, join_processes, leave_processes
+    from pipekit.training.context import TrialContext
+
+    if ranks is None:
+        yield TrialContext(config, join_alone(device=device))
+    else:
+        place = join_processes(device=device, timeout_s=config.run.timeout_s, local_rank=ranks.local_rank)
+        yield TrialContext(config, place, local_rank=ranks.local_rank)
+    leave_processes()
+
+
+def train_trial(config: TrialConfig) -> None:
+    """Train the trial that a configuration names: start its processes here, or be one of those that are started.
+
+    Raises:
+        PipekitError: if the trial breaks a rule, or a rank fails.
+    """
+    ranks = detect_ranks(os.environ)
+    if ranks is not None:
+        with report_failure(error_file_from(os.environ)):
+            run_trial_rank(config, ranks)
+        return
+    from pipekit.plan.run_folder import RunFolder, write_config
+    from pipekit.settings.yaml_source import write_yaml
+    from pipekit.training.trial_run import load_trial_class
+
+    # Whatever can be refused is refused before a process is started.
+    load_trial_class(config)
+    num_gpus = num_accelerators(os.environ) if _device(config) == "cuda" else None
+    processes = (num_gpus or 1) if config.run.processes == "auto" else config.run.processes
+    if num_gpus is not None and processes > num_gpus:
+        raise ConfigError(
+            f"run.processes={processes}: there are {num_gpus} GPUs, and each process takes one; try run.processes="
+            f"{num_gpus}, or run.device=cpu"
+        )
+    folder = RunFolder(config.run.dir)
+    write_config(folder, write_yaml(config.model_dump()))
+    environ = thread_environ(config.run.threads_per_process, processes, os.environ)
+    environ |= gpu_environ(folder.logs, os.environ) if num_gpus else {"DS_ACCELERATOR": "cpu"}
+    sys.stdout.write(f"starting {processes} {'process' if processes == 1 else 'processes'} ...\n")
+    sys.stdout.flush()
+    run_local(
+        [sys.executable, "-m", "pipekit.launch.rank", str(folder.config), TRIAL_TASK],
+        world_size=processes,
+        log_dir=folder.logs,
+        env=environ,
+        timeout_s=config.run.timeout_s,
+    )
+
+
+def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:
+    """Train as one rank."""
+    from pipekit.training.console import chatter_to
+    from pipekit.training.trial_run import fit_as_configured
+
+    log = Path(config.run.dir) / "logs" / f"rank-{ranks.rank}.log"
+    with chatter_to(log) as terminal, joined_context(config, ranks) as context:
+        fit_as_configured(context, terminal)
+
+
+def _device(config: TrialConfig) -> Literal["cpu", "cuda"]:
+    num_gpus = None if config.run.device == "cpu" else num_accelerators(os.environ)
+    if config.run.device == "cuda" and not num_gpus:
+        raise ConfigError("run.device=cuda: no GPU is present; use run.device=auto or run.device=cpu")
+    return "cuda" if num_gpus else "cpu"

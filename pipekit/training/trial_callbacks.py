@@ -1,0 +1,169 @@
+"""Callbacks of a trial: what happens beside its training at each event, and how their exceptions stop all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from pipekit.distributed.processes import raise_together
+from pipekit.errors import CheckpointError, PipekitError
+
+
+class TrialCallback:
+    """The events of a trial, on every rank. Override those that matter.
+
+    An exception in one of them ends the training on all ranks, with a message that names the callback and the event.
+    """
+
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        """The trial is set up; `first_batch_idx` batches were trained by the checkpoint of that name, if any."""
+
+    def on_trial_shutdown(self) -> None:
+        """The training has ended, or failed."""
+
+    def on_training_start(self) -> None:
+        """The first batch of this start is about to be trained."""
+
+    def on_training_epoch_start(self, epoch_idx: int) -> None:
+        """An epoch begins with the next batch; after a resume within it, too."""
+
+    def on_training_epoch_end(self, epoch_idx: int) -> None:
+        """An epoch has ended."""
+
+    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list[dict[str, float]]) -> None:
+        """Training metrics are reported.
+
+        Args:
+            avg_metrics: over the batches and ranks since the last report.
+            batch_metrics: this rank's metrics of each call of `train_batch` since then; none where it does not report.
+        """
+
+    def on_validation_start(self) -> None:
+        """The validation is about to begin."""
+
+    def on_validation_epoch_start(self) -> None:
+        """The batches of the validation are about to be evaluated."""
+
+    def on_validation_epoch_end(self, outputs: list[dict[str, float]]) -> None:
+        """All batches have been evaluated; `outputs` are this rank's metrics of each call of `evaluate_batch`."""
+
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        """The validation has ended with these metrics."""
+
+    def on_checkpoint_load_start(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is about to be loaded; `checkpoint` is what it holds beside the engines."""
+
+    def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is about to be saved; what is put into `checkpoint` is saved along, where JSON can hold it."""
+
+    def on_checkpoint_write_end(self, checkpoint_dir: str) -> None:
+        """A checkpoint has been written into a folder, which has not got its final name yet."""
+
+    def on_checkpoint_upload_end(self, uuid: str) -> None:
+        """A checkpoint is whole, under its final name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that checkpoints hold of the callback: numbers, texts, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint held of the callback."""
+
+
+class Callbacks:
+    """The callbacks of a trial by name, called together on all ranks.
+
+    Args:
+        callbacks: what the trial's `build_callbacks` returned.
+
+    Raises:
+        PipekitError: on every rank, if that is no dict of callbacks, or ranks have different ones.
+    """
+
+    def __init__(self, callbacks: Any) -> None:
+        error = None
+        if not isinstance(callbacks, Mapping) or not all(
+            isinstance(name, str) and isinstance(each, TrialCallback) for name, each in callbacks.items()
+        ):
+            error = PipekitError(
+                "build_callbacks must return a dict of TrialCallback objects by name, such as {'stopping': Stopping()}"
+            )
+        raise_together(error)
+        self._callbacks: dict[str, TrialCallback] = dict(callbacks)
+        everyones: list[list[str]] = [[]] * dist.get_world_size()
+        mine = [f"{name} ({type(callback).__qualname__})" for name, callback in self._callbacks.items()]
+        dist.all_gather_object(everyones, mine)
+        for rank, theirs in enumerate(everyones):
+            if theirs != everyones[0]:
+                raise PipekitError(
+                    f"build_callbacks returned {', '.join(everyones[0]) or 'none'} on rank 0 and "
+                    f"{', '.join(theirs) or 'none'} on rank {rank}; return the same on all ranks"
+                )
+
+    def call(self, event: str, *args: Any) -> None:
+        """Call an event of every callback that has it. All ranks call this together.
+
+        Raises:
+            PipekitError: on every rank, if one raises on any.
+        """
+        error = None
+        has_event = False
+        for name, callback in self._callbacks.items():
+            if getattr(type(callback), event) is getattr(TrialCallback, event):
+                continue
+            has_event = True
+            try:
+                getattr(callback, event)(*args)
+            except Exception as failure:
+                error = _named(name, event, failure)
+                break
+        if has_event:
+            raise_together(error)
+
+    def shut_down(self, *, has_failed: bool) -> None:
+        """Tell every callback that the training has ended; all ranks call this together unless it has failed."""
+        if not has_failed:
+            self.call("on_trial_shutdown")
+            return
+        for callback in self._callbacks.values():
+            with suppress(Exception):
+                callback.on_trial_shutdown()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all callbacks. All ranks call this together; those of rank 0 are to be stored."""
+        states: dict[str, Any] = {}
+        error: PipekitError | None = None
+        for name, callback in self._callbacks.items():
+            try:
+                states[name] = json.loads(json.dumps(callback.state_dict()))
+            except Exception as failure:
+                error = _named(name, "state_dict", failure)
+                break
+        raise_together(error)
+        return states
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Give each callback its own state. All ranks call this together."""
+        error = None
+        for name, callback in self._callbacks.items():
+            if name not in states:
+                continue
+            try:
+                callback.load_state_dict(states[name])
+            except Exception as failure:
+                error = _named(name, "load_state_dict", failure)
+                break
+        raise_together(error)
+
+
+def _named(name: str, event: str, failure: Exception) -> PipekitError:
+    text = f"callback {name!r}: {event} raised {type(failure).__name__}: {failure}"
+    if event == "state_dict":
+        return CheckpointError(f"{text}; checkpoints hold numbers, texts, lists and dicts")
+    error = PipekitError(text)
+    error.__cause__ = failure
+    return error

@@ -1,0 +1,197 @@
+"""Checkpoints of a trial: the engines that it saves, each in pipekit's format, and the state of its training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipekit.checkpoint.manifest import (
+    CONFIG_FILE,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    TrainingState,
+    checkpoint_name,
+    checksum,
+    earlier_checkpoints,
+    find_whole,
+    load_manifest,
+    resolve_checkpoint,
+)
+from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
+from pipekit.distributed.processes import run_together
+from pipekit.errors import CheckpointError, DamagedCheckpointError
+from pipekit.files import replace_folder, write_atomically
+from pipekit.settings.yaml_source import write_yaml
+from pipekit.training.context import TrialContext
+from pipekit.training.trial import Trial
+from pipekit.training.trial_callbacks import Callbacks
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """Where a training stands, beside the state of its engines.
+
+    Attributes:
+        trial: name of the trial's class.
+        batch: batches trained.
+        micro_batches: micro-batches of data that all replicas have read.
+        best: best value of the metric by which checkpoints are compared.
+        metrics: latest validation metrics.
+    """
+
+    trial: str
+    batch: int = 0
+    micro_batches: int = 0
+    best: float | None = None
+    metrics: dict[str, float] | None = None
+
+
+def save_trial(
+    trial: Trial, callbacks: Callbacks, state: TrialState, folder: Path, *, num_samples: int, retention: Retention
+) -> Path:
+    """Write a checkpoint of a trial into `folder`, and return its path. Every rank calls this together.
+
+    Args:
+        trial: what saves its engines.
+        callbacks: whose states are saved along.
+        state: where the training stands.
+        folder: folder of the checkpoints, which every rank sees.
+        num_samples: samples trained on.
+        retention: the checkpoints of `folder` that are kept.
+
+    Raises:
+        PipekitError: on every rank, if something could not be written; nothing is left behind.
+    """
+    context: TrialContext = trial.context
+    is_first = context.distributed.rank == 0
+    name = checkpoint_name(state.batch)
+    final, temporary = folder / name, folder / f".{name}.tmp"
+    record: dict[str, Any] = {}
+    callbacks.call("on_checkpoint_save_start", record)
+    content = {"trial": asdict(state), "callbacks": callbacks.state_dict(), "checkpoint": record}
+
+    def prepare() -> None:
+        remove_leftovers(folder)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        config = write_yaml(context.get_experiment_config())
+        write_atomically(temporary / CONFIG_FILE, config)
+        files = [path for path in temporary.iterdir() if path.is_file()]
+        training = TrainingState(
+            step=state.batch,
+            consumed_samples=num_samples,
+            seed=context.config.seed,
+            lr=0.0,
+            optimizer={},
+            metrics=state.metrics or {},
+            client_state=content,
+        )
+        manifest = Manifest(
+            training=training,
+            tensors={},
+            file_bytes={path.name: path.stat().st_size for path in files},
+            written_by={library: version(library) for library in ("pipekit", "torch", "deepspeed")},
+            file_checksums={path.name: checksum(path.read_bytes()) for path in files},
+        )
+        write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
+
+    def publish() -> None:
+        replace_folder(temporary, final)
+        write_atomically(folder / LATEST_FILE, name + "\n")
+        for surplus in list_surplus(folder, retention):
+            remove_checkpoint(surplus)
+
+    try:
+        run_together(lambda: json.dumps(record))
+        run_together(_writing, prepare, temporary, is_first)
+        run_together(trial.save, context, temporary)
+        run_together(_writing, finish, temporary, is_first)
+        callbacks.call("on_checkpoint_write_end", str(temporary))
+        run_together(_writing, publish, final, is_first)
+    except Exception:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    callbacks.call("on_checkpoint_upload_end", name)
+    return final
+
+
+def _writing(write: Callable[[], None], path: Path, is_first: bool) -> None:
+    if not is_first:
+        return
+    try:
+        write()
+    except OSError as failure:
+        raise CheckpointError(f"{path}: could not be written: {failure}") from failure
+
+
+def find_checkpoint(latest_checkpoint: str | Path | None, folder: Path) -> Path | None:
+    """The checkpoint that a training goes on from; None where it begins anew.
+
+    Args:
+        latest_checkpoint: the path of a checkpoint or of a run, "never" for none, or None for the newest in `folder`
+            that is whole.
+        folder: folder of the run's checkpoints.
+
+    Raises:
+        CheckpointError: if there is none at a path, or none in the folder is whole.
+    """
+    if latest_checkpoint == "never":
+        return None
+    if latest_checkpoint is None:
+        found = find_whole(folder)
+        return None if found is None else found[0]
+    return resolve_checkpoint(Path(latest_checkpoint))
+
+
+def load_trial_state(
+    trial: Trial, callbacks: Callbacks, checkpoint: Path, *, tries_earlier: bool
+) -> tuple[Path, TrialState]:
+    """Load a checkpoint into a trial's engines and callbacks, and return it and where the training stands.
+
+    Every rank calls this together.
+
+    Args:
+        trial: what loads its engines.
+        callbacks: whose states are loaded.
+        checkpoint: the checkpoint's folder.
+        tries_earlier: whether the newest before it that is whole is taken where it is damaged.
+
+    Raises:
+        CheckpointError: on every rank, if it was written by another trial, or is damaged.
+    """
+    try:
+        content = run_together(_read_state, checkpoint)
+        state = TrialState(**content["trial"])
+        name = type(trial).__qualname__
+        if state.trial != name:
+            raise CheckpointError(
+                f"{checkpoint}: is of the trial {state.trial}, and this is {name}; go on with the trial that wrote it, "
+                "or start anew with another run.dir"
+            )
+        callbacks.call("on_checkpoint_load_start", content["checkpoint"])
+        run_together(trial.load, trial.context, checkpoint)
+    except DamagedCheckpointError:
+        earlier = earlier_checkpoints(checkpoint) if tries_earlier else []
+        if not earlier:
+            raise
+        return load_trial_state(trial, callbacks, earlier[0], tries_earlier=True)
+    callbacks.load_state_dict(content["callbacks"])
+    return checkpoint, state
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    content = load_manifest(checkpoint).training.client_state
+    if not {"trial", "callbacks", "checkpoint"} <= content.keys():
+        raise CheckpointError(
+            f"{checkpoint}: is no checkpoint of a Trial; load it into an engine with engine.load_checkpoint, or give "
+            "another run.dir"
+        )
+    return dict(content)
