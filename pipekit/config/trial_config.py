@@ -26,11 +26,19 @@ class PeriodConfig(Section):
     samples: PositiveInt | None = Field(default=None, examples=[10_000])
     """Samples, those of all replicas."""
 
+    tokens: PositiveInt | None = Field(default=None, examples=[1_000_000])
+    """Tokens, those of all replicas, of samples that have `per_sample` each."""
+
+    per_sample: PositiveInt | None = Field(default=None, examples=[1024])
+    """Tokens of a sample, beside `tokens`."""
+
     @model_validator(mode="after")
     def _has_one_unit(self) -> PeriodConfig:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None and name != "per_sample"]
         if len(given) != 1:
             raise ValueError(f"needs one unit, and has {len(given)}; for example {{batches: 100}}")
+        if (self.tokens is None) != (self.per_sample is None):
+            raise ValueError("tokens and per_sample go together; for example {tokens: 1000000, per_sample: 1024}")
         return self
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pipekit.config.trial_config import PeriodConfig, TrialConfig
 from pipekit.errors import ConfigError
 from pipekit.models.custom import load_object
-from pipekit.training.periods import Batch, Epoch, Period, Samples
+from pipekit.training.periods import Batch, Epoch, Period, Samples, Tokens
 from pipekit.training.trial import Trial, check_trial
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def fit_as_configured(context: TrialContext, terminal: TextIO) -> TrialResult:
 
 
 def _period(config: PeriodConfig) -> Period:
+    if config.tokens is not None and config.per_sample is not None:
+        return Tokens(config.tokens, per_sample=config.per_sample)
     kinds: dict[str, type[Period]] = {"batches": Batch, "epochs": Epoch, "samples": Samples}
     (unit,) = (name for name in kinds if getattr(config, name) is not None)
     return kinds[unit](getattr(config, unit))

@@ -90,7 +90,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_trial_named_in_yaml_is_trained_and_goes_on(workspace: Path) -> None:
-    done = run_pipekit(["train", "line.yaml", "fit.max_length={batches: 5}"], cwd=workspace)
+    done = run_pipekit(["train", "line.yaml", "fit.max_length={tokens: 120, per_sample: 3}"], cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert "batch 3: loss " in done.stdout
     again = run_pipekit(["train", "line.yaml"], cwd=workspace)
@@ -150,14 +150,17 @@ def test_commands_that_need_a_model_say_so(workspace: Path) -> None:
 def test_mistakes_in_the_file_are_shown_where_they_are(workspace: Path) -> None:
     path = workspace / "wrong.yaml"
     path.write_text(
-        "trial: line_trial:LineTrial\nhyperparametrs: {lr: 1}\nfit: {max_length: {batches: 1, epochs: 1}}\n"
+        "trial: line_trial:LineTrial\nhyperparametrs: {lr: 1}\nfit: {max_length: {batches: 1, epochs: 1}, "
+        "reporting_period: {tokens: 9}}\n"
     )
     assert names_trial(path)
     with pytest.raises(ConfigError) as error:
         load_trial_config(path, ["run.processes=0"])
     assert [line.strip() for line in str(error.value).splitlines()] == [
-        "3 mistakes in the configuration:",
+        "4 mistakes in the configuration:",
         f"{path}:2: hyperparametrs: unknown key; did you mean 'hyperparameters'?",
         f"{path}:3: fit.max_length={{batches: 1, epochs: 1}}: needs one unit, and has 2; for example {{batches: 100}}",
+        f"{path}:3: fit.reporting_period={{tokens: 9}}: tokens and per_sample go together; for example "
+        "{tokens: 1000000, per_sample: 1024}",
         "command line: run.processes=0: must be a whole number greater than 0, or auto; for example processes: 2",
     ]

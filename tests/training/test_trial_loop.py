@@ -1,10 +1,9 @@
-"""The loop of a trial on plain modules: periods, resumption, evaluation, callbacks, and what they cost."""
+"""The loop of a trial on plain modules: periods, resumption, evaluation, callbacks."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,27 +108,6 @@ def test_periods_end_exactly_where_they_say_also_after_a_resume(gloo: GlooWorker
     assert moments(events["epochs"], "validation_start") == [5, 10, 15, 20, 25, 26]
     lines = [json.loads(line) for line in (tmp_path / "batches" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == both["workload_end"]
-
-
-def test_an_idle_train_batch_costs_little(gloo: GlooWorkers, tmp_path: Path) -> None:
-    (seconds,) = gloo.run(1, time_idle, str(tmp_path))
-    assert seconds < 0.2e-3
-
-
-def time_idle(rank: int, folder: str) -> float:
-    trial = make_trial(folder, Idle, accumulation=1)
-    arguments: dict[str, Any] = {"checkpoint_policy": "none", "latest_checkpoint": "never"}
-    trial.evaluate_batch = lambda dataloader_iter, batch_idx: {"error": 0.0}
-    fit(trial, max_length=Batch(100), **arguments)
-    times = []
-    # The shortest of three, since others use the machine too; what comes once is in both lengths.
-    for _ in range(3):
-        started = [time.perf_counter()]
-        for length in (100, 1100):
-            fit(trial, max_length=Batch(length), **arguments)
-            started.append(time.perf_counter())
-        times.append((started[2] - started[1]) - (started[1] - started[0]))
-    return min(times) / 1000
 
 
 EVENTS = """\
