@@ -142,14 +142,14 @@ class BatchMetrics(MetricReducer):
 
     def batches(self) -> list[dict[str, float]]:
         """Return the metrics of each batch that was added, in their order."""
-        columns = {name: [float(value) for value in values] for name, values in self._values.items()}
+        columns = {name: _on_host(values).tolist() for name, values in self._values.items()}
         return [{name: column[batch] for name, column in columns.items()} for batch in range(len(self._weights))]
 
     def per_slot_reduce(self) -> dict[str, tuple[float, float]]:
         weights = torch.tensor(self._weights, dtype=torch.float64)
         reduced = {}
         for name, values in self._values.items():
-            numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
+            numbers = _on_host(values)
             if self._reducer_of(name) is Reducer.AVG:
                 numbers *= weights
             reduced[name] = (float(self._reduce(name, numbers)), float(weights.sum()))
@@ -317,6 +317,13 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, np.ndarray | np.generic):
         return value.size == 1 and value.dtype.kind in "biuf"
     return isinstance(value, int | float)
+
+
+def _on_host(values: Sequence[Any]) -> Tensor:
+    """Numbers `(N,)` in 64 bits; tensors of one device are copied from it all at once."""
+    if all(isinstance(value, Tensor) for value in values) and len({value.device for value in values}) == 1:
+        return torch.stack([value.reshape(()) for value in values]).cpu().double()
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
 def _kind(value: Any) -> str:
