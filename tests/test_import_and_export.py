@@ -29,9 +29,10 @@ TRAIN = {"steps": STEPS, "global_batch_size": BATCH, "sequence_length": SEQUENCE
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": SEQUENCE}
 
 
-def pipekit(work: Path, *arguments: str) -> None:
+def pipekit(work: Path, *arguments: str) -> str:
     done = run_pipekit(arguments, cwd=work)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def metrics(run: Path, key: str) -> list[float]:
@@ -49,7 +50,8 @@ def test_an_exported_model_is_imported_and_trained_on_as_transformers_would(tmp_
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(values))
     pipekit(tmp_path, "train", "first.yaml", *plain, "optimizer.momentum=0.9")
     pipekit(tmp_path, "export", "runs/first", "exported")
-    pipekit(tmp_path, "import", "exported", "runs/second", "train.sequence_length=16")
+    told = pipekit(tmp_path, "import", "exported", "runs/second", "train.sequence_length=16")
+    assert "train it with: pipekit train runs/second/config.yaml data.source=YOUR_TEXT\n" in told
     # Nothing has been trained there: it takes other data, another length and all the rest.
     changes = [f"train.{key}={json.dumps(value)}" for key, value in train.items()]
     changes += ["data.source=text.txt", "data.cache_dir=cache", "parallel.pp=2"]

@@ -25,4 +25,6 @@ def command(
     return_freed_memory()
     checkpoint, config = import_model(source, run, overrides or [])
     typer.echo(f"imported {config.model.description} from {source} as {checkpoint}")
-    typer.echo(f"train it with: pipekit train {run / 'config.yaml'} data.source=YOUR_TEXT")
+    source_is_given = any(override.startswith("data.source=") for override in overrides or [])
+    data = "" if source_is_given else " data.source=YOUR_TEXT"
+    typer.echo(f"train it with: pipekit train {run / 'config.yaml'}{data}")
