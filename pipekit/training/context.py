@@ -355,8 +355,9 @@ class TrialContext:
         return self._logs_to_tensorboard
 
     def get_tensorboard_path(self) -> Path:
-        """Return the folder of TensorBoard's event files."""
-        return self.folder.tensorboard
+        """Return the folder of this rank's event files: the run's for rank 0, and one of its own for each other."""
+        rank = self.distributed.rank
+        return self.folder.tensorboard / f"rank-{rank}" if rank else self.folder.tensorboard
 
     def get_tensorboard_writer(self) -> Any:
         """Return a `SummaryWriter` for this rank, the same at every call.
@@ -371,7 +372,7 @@ class TrialContext:
                 raise ConfigError(
                     "get_tensorboard_writer: tensorboard is not installed; run pip install 'pipekit[tensorboard]'"
                 ) from None
-            self._writer = SummaryWriter(str(self.folder.tensorboard))
+            self._writer = SummaryWriter(str(self.get_tensorboard_path()))
         return self._writer
 
     def close(self) -> None:
