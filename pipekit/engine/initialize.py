@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineModule as DeepSpeedPipelineModule
 from torch import nn
 
 from pipekit.checkpoint.model_config import read_model_config, shapes_of_layers
@@ -94,6 +95,11 @@ def initialize(
     try:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is {type(model).__name__}; give model=, a pipekit.PipelineModule or an nn.Module")
+        if isinstance(model, DeepSpeedPipelineModule) and not isinstance(model, PipelineModule):
+            raise ConfigError(
+                f"model is {type(model).__name__}, a pipeline module of DeepSpeed's; import PipelineModule from "
+                "pipekit, which takes the same arguments"
+            )
         settings = _read_config(_only_config(args, config, config_params))
         has_optimizer = optimizer is not None or "optimizer" in settings
         if not has_optimizer and isinstance(model, PipelineModule):

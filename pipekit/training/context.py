@@ -40,6 +40,18 @@ class RankNumbers:
     size: int
     local_rank: int
 
+    def get_rank(self) -> int:
+        """Return `rank`."""
+        return self.rank
+
+    def get_size(self) -> int:
+        """Return `size`."""
+        return self.size
+
+    def get_local_rank(self) -> int:
+        """Return `local_rank`."""
+        return self.local_rank
+
 
 class TrialContext:
     """One rank's view of a trial: settings to read, and calls that tell the trainer about engines, ranks and metrics.
