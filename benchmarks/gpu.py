@@ -19,6 +19,7 @@ to an fp32 sum, copies from pinned and from pageable memory, and half a block wi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -55,7 +56,7 @@ from pipekit.plan.run_folder import RunFolder
 from pipekit.predictions.devices import find_device
 from pipekit.predictions.prediction import predict
 from pipekit.tensor_parallel import chunked_head_loss
-from pipekit.training.layers_trainer import LayersTrainer
+from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.run_context import RunContext
 
@@ -169,24 +170,29 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     if is_gpu:
         # What the layers were timed with.
         torch.cuda.empty_cache()
-    trainer = build_trainer(decision, join_processes(device=decision.plan.device, timeout_s=300.0, local_rank=0))
+    run = build_run(decision, join_processes(device=decision.plan.device, timeout_s=300.0, local_rank=0))
+    steps = itertools.count()
+
+    def train_step() -> float:
+        return run.train_batch(None, 0, next(steps)).read()["loss"]
+
     for _ in range(WARM_UP_STEPS):
-        trainer.train_step()
+        train_step()
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     times_s = []
     for _ in range(setting.steps):
         started_s = time.perf_counter()
-        trainer.train_step()
+        train_step()
         if is_gpu:
             torch.cuda.synchronize()
         times_s.append(time.perf_counter() - started_s)
     step_s = statistics.median(times_s)
     memory = memory_of_device() if is_gpu else dict.fromkeys(("allocated_bytes", "reserved_bytes", "driver_bytes"))
     with counted_syncs() as syncs:
-        loss = trainer.train_step().loss
+        loss = train_step()
     with recorded_kernels(is_gpu) as recorded:
-        trainer.train_step()
+        train_step()
     leave_processes()
     train = decision.plan.config.train
     return {
@@ -207,11 +213,11 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     }
 
 
-def build_trainer(decision: Decision, device: torch.device) -> LayersTrainer:
-    """Return the trainer of a run of one process."""
+def build_run(decision: Decision, device: torch.device) -> LayersRun:
+    """Return a run of one process."""
     plan = decision.plan
     mpu = RandomTrial.build_mpu(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
-    return LayersTrainer(RandomTrial(RunContext(plan, decision.specs, mpu, device, RunFolder(plan.config.run.dir))))
+    return LayersRun(RandomTrial(RunContext(plan, decision.specs, mpu, device, RunFolder(plan.config.run.dir))))
 
 
 def memory_of_device() -> dict[str, int]:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from pipekit.schedules import plan_schedule as plan_schedule
     from pipekit.schedules import simulate as simulate
     from pipekit.tensors.weight_gradients import defer_weight_gradient as defer_weight_gradient
-    from pipekit.training.callbacks import Callback as Callback
-    from pipekit.training.callbacks import StepMetrics as StepMetrics
     from pipekit.training.context import TrialContext as TrialContext
     from pipekit.training.language_model import LanguageModelTrial as LanguageModelTrial
     from pipekit.training.layers_trial import LayersTrial as LayersTrial
@@ -71,7 +69,6 @@ _HOMES = {
         "pipekit.layout": "Layout",
         "pipekit.schedules": "Action Costs Schedule Timeline plan_schedule simulate",
         "pipekit.tensors.weight_gradients": "defer_weight_gradient",
-        "pipekit.training.callbacks": "Callback StepMetrics",
         "pipekit.training.context": "TrialContext",
         "pipekit.training.language_model": "LanguageModelTrial",
         "pipekit.training.layers_trial": "LayersTrial",

@@ -58,7 +58,7 @@ class PendingCheckpoint:
     """A checkpoint that is written, or is being written in the background; `path` appears once it is whole."""
 
     def __init__(self, path: Path, write: Callable[[], None], *, in_background: bool) -> None:
-        self.path = path
+        self.path, self.in_background = path, in_background
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         if not in_background:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -21,7 +21,10 @@ from pipekit.config import Config
 from pipekit.models.custom import CustomModelConfig
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
-from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.training.trial_callbacks import TrialCallback
+
+if TYPE_CHECKING:
+    from pipekit.training.trial_loop import TrialResult
 
 _PLAIN_WIDTH = 120
 
@@ -166,23 +169,26 @@ class _RemainingColumn(ProgressColumn):
         return Text("ETA --:--" if task.time_remaining is None else f"ETA {_show_time(task.time_remaining)}", "cyan")
 
 
-class ConsoleProgress(Callback):
+class ConsoleProgress(TrialCallback):
     """Shows each step: a progress bar on a terminal, plain lines every `interval` steps elsewhere, and a summary."""
 
-    def __init__(self, console: Console, *, interval: int) -> None:
+    def __init__(self, console: Console, plan: Plan, *, interval: int) -> None:
         self._console = console
         self._interval = interval
+        self._folder = RunFolder(plan.config.run.dir)
+        self._num_steps = plan.config.train.steps
+        self._model = plan.config.model
+        self._width = len(str(self._num_steps))
+        self._step = self._start_step = 0
+        self._first_val_loss: float | None = None
         self._val_loss: float | None = None
         self._progress: Progress | None = None
         self._mean_step_s: float | None = None
 
-    def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
-        self._folder, self._start_step = folder, start_step
-        self._num_steps = plan.config.train.steps
-        self._model = plan.config.model
-        self._width = len(str(self._num_steps))
-        if start_step:
-            self._console.print(f"going on after step {start_step}")
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        self._step = self._start_step = first_batch_idx
+        if first_batch_idx:
+            self._console.print(f"going on after step {first_batch_idx}")
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -192,51 +198,56 @@ class ConsoleProgress(Callback):
                 TimeElapsedColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task("train", total=self._num_steps, completed=start_step, metrics="")
+            self._task = self._progress.add_task("train", total=self._num_steps, completed=first_batch_idx, metrics="")
             self._progress.start()
 
     def on_warning(self, message: str) -> None:
         self._console.print(f"warning: {message}", style="yellow", markup=False)
 
-    def on_evaluation_start(self, step: int) -> None:
+    def on_validation_start(self) -> None:
         if self._progress is not None:
             self._progress.update(self._task, metrics="evaluating")
 
-    def on_step_end(self, metrics: StepMetrics) -> None:
-        evaluated = metrics.val_loss is not None
-        self._val_loss = metrics.val_loss if evaluated else self._val_loss
-        if metrics.step_time_s is not None:
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self._step = step
+        val_loss, step_time_s = metrics.get("val_loss"), metrics.get("step_time_s")
+        if val_loss is not None:
+            self._val_loss = val_loss
+            self._first_val_loss = val_loss if self._first_val_loss is None else self._first_val_loss
+        if step_time_s is not None:
             mean = self._mean_step_s
-            self._mean_step_s = metrics.step_time_s if mean is None else 0.9 * mean + 0.1 * metrics.step_time_s
+            self._mean_step_s = step_time_s if mean is None else 0.9 * mean + 0.1 * step_time_s
         text = self._describe(metrics)
         if self._progress is not None:
-            self._progress.update(self._task, completed=metrics.step, metrics=text)
-        elif evaluated or metrics.step % self._interval == 0 or metrics.step in (1, self._num_steps):
-            line = f"step {metrics.step:>{self._width}}/{self._num_steps}  {text}"
+            self._progress.update(self._task, completed=step, metrics=text)
+        elif val_loss is not None or step % self._interval == 0 or step in (1, self._num_steps):
+            line = f"step {step:>{self._width}}/{self._num_steps}  {text}"
             if self._mean_step_s is not None:
-                line += f"  ETA {_show_time(self._mean_step_s * (self._num_steps - metrics.step))}"
+                line += f"  ETA {_show_time(self._mean_step_s * (self._num_steps - step))}"
             self._console.print(line)
 
-    def _describe(self, metrics: StepMetrics) -> str:
+    def _describe(self, metrics: dict[str, Any]) -> str:
         parts = []
-        if metrics.loss is not None:
-            parts += [f"loss {metrics.loss:.4f}", f"lr {metrics.lr:.2e}", f"{metrics.tokens_per_s:,.0f} tokens/s"]
+        if "loss" in metrics:
+            parts += [f"loss {metrics['loss']:.4f}", f"lr {metrics['lr']:.2e}"]
+            parts += [f"{metrics['tokens_per_s']:,.0f} tokens/s"]
         if self._val_loss is not None:
             parts.append(f"val loss {self._val_loss:.4f}")
         return "  ".join(parts)
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
+    def on_checkpoint_upload_end(self, uuid: str) -> None:
         if self._progress is None:
+            step, path = int(uuid.rpartition("-")[2]), self._folder.checkpoints / uuid
             self._console.print(f"step {step:>{self._width}}/{self._num_steps}  saved {path}")
 
-    def on_train_end(self, result: RunResult) -> None:
-        self.close()
+    def on_training_end(self, result: TrialResult) -> None:
+        self.on_trial_shutdown()
         run = shlex.quote(str(self._folder.path))
         self._console.print()
-        what = f"steps {self._start_step + 1} to {result.step}" if self._start_step else f"{result.step} steps"
+        what = f"steps {self._start_step + 1} to {result.batch}" if self._start_step else f"{result.batch} steps"
         ended = f"Trained {what} in {_show_time(result.time_s)}"
-        if result.first_val_loss is not None and result.last.val_loss is not None:
-            ended += f": validation loss {result.first_val_loss:.3f} → {result.last.val_loss:.3f}"
+        if self._val_loss is not None:
+            ended += f": validation loss {self._first_val_loss:.3f} → {self._val_loss:.3f}"
         self._console.print(f"[bold green]{ended}[/]")
         files = facts_table(
             ("checkpoint", str(result.checkpoint)),
@@ -255,11 +266,11 @@ class ConsoleProgress(Callback):
         next_steps.add_row(f"  pipekit generate {trust}{run} --prompt 'def '", "sample from it")
         next_steps.add_row(f"  {export}{run} {run}/export", written)
         next_steps.add_row(
-            f"  pipekit train {run}/config.yaml train.steps={2 * result.step}", "go on, under any layout"
+            f"  pipekit train {run}/config.yaml train.steps={2 * result.batch}", "go on, under any layout"
         )
         print_table(next_steps, self._console)
 
-    def close(self) -> None:
+    def on_trial_shutdown(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

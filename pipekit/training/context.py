@@ -18,6 +18,7 @@ from pipekit.distributed.rank_role import RankRole, role_of
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import ConfigError, PipekitError
+from pipekit.hangs.activity import Activity
 from pipekit.plan.run_folder import RunFolder
 from pipekit.settings.suggest import closest
 from pipekit.tensors.nested import map_tensors
@@ -175,6 +176,11 @@ class TrialContext:
         if self.use_pipeline_parallel:
             return role_of(self.models[0].mpu)
         return RankRole(self.distributed.rank, self.distributed.size, True, True)
+
+    @property
+    def activity(self) -> Activity:
+        """What this rank is doing now, which its first engine and the trainer note."""
+        return self._first_engine().mpu.activity
 
     @property
     def use_pipeline_parallel(self) -> bool:

@@ -36,6 +36,7 @@ def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batche
             engine.module.eval()
         try:
             callbacks.call("on_validation_epoch_start")
+            context.activity.begin(f"evaluation after step {callbacks.batch}", "preparing the evaluation")
             metrics, outputs = _evaluate(trial, data, most_batches)
             callbacks.call("on_validation_epoch_end", outputs)
         finally:

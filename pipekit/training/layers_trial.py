@@ -16,10 +16,10 @@ from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
 from pipekit.progress import ProgressCallback
-from pipekit.training.callbacks import Callback
 from pipekit.training.lr import learning_rate
 from pipekit.training.optimizer import build_optimizer
 from pipekit.training.run_context import RunContext
+from pipekit.training.trial_callbacks import TrialCallback
 
 Metric = Callable[[Any, Any], Tensor]
 """Called as `metric(outputs, labels)` on one micro-batch of an evaluation; returns a scalar."""
@@ -114,8 +114,8 @@ class LayersTrial:
         """Metrics to evaluate beside the loss; each is averaged and reported as `val_<name>`."""
         return {}
 
-    def build_callbacks(self) -> list[Callback]:
-        """Return callbacks beside the shipped ones."""
+    def build_callbacks(self) -> list[TrialCallback]:
+        """Return callbacks beside the shipped ones, which are called on the rank that reports, and on no other."""
         return []
 
     @property

@@ -1,30 +1,90 @@
-"""Experiment trackers: Weights & Biases, TensorBoard."""
+"""Loggers: callbacks that write metrics into `metrics.jsonl`, to Weights & Biases, TensorBoard, and the log."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pipekit.config import WandbConfig
 from pipekit.errors import ConfigError
 from pipekit.plan.plan import Plan
-from pipekit.plan.run_folder import RunFolder
-from pipekit.training.callbacks import Callback, RunResult, StepMetrics
+from pipekit.plan.run_folder import RunFolder, trim_metrics
+from pipekit.training.trial_callbacks import TrialCallback
+
+if TYPE_CHECKING:
+    from pipekit.training.context import TrialContext
+    from pipekit.training.trial_loop import TrialResult
+
+_logger = logging.getLogger(__name__)
 
 
-class WandbLogger(Callback):
+def json_line(record: Mapping[str, Any]) -> str:
+    """Return a line of JSON, in which a number that is not finite, such as a skipped step's gradient norm, is null.
+
+    Example:
+        >>> json_line({"step": 1, "grad_norm": float("inf")})
+        '{"step": 1, "grad_norm": null}\\n'
+    """
+    known = {key: value if value == value and abs(value) != float("inf") else None for key, value in record.items()}
+    return json.dumps(known) + "\n"
+
+
+class MetricsFile(TrialCallback):
+    """Writes `metrics.jsonl`: one object a line, flushed at once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._path = folder.metrics
+        self._file: TextIO | None = None
+
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        trim_metrics(self._path, first_batch_idx)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json_line({"step": step, **metrics}))
+        self._file.flush()
+
+    def on_trial_shutdown(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TrialLog(TrialCallback):
+    """Writes metrics of a trial to the log and, where its context asks for it, to TensorBoard."""
+
+    def __init__(self, context: TrialContext) -> None:
+        self._context = context
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        _logger.info("batch %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+        if self._context.get_enable_tensorboard_logging():
+            for name, value in metrics.items():
+                self._context.get_tensorboard_writer().add_scalar(name, value, step)
+
+    def on_warning(self, message: str) -> None:
+        _logger.warning(message)
+
+
+class WandbLogger(TrialCallback):
     """Logs to Weights & Biases: online where an account is logged in, otherwise into the run folder.
 
     Args:
         config: the project, and whether to go online.
+        plan: the run's plan, whose configuration is shown there.
     """
 
-    def __init__(self, config: WandbConfig) -> None:
-        self._config = config
+    def __init__(self, config: WandbConfig, plan: Plan) -> None:
+        self._config, self._plan = config, plan
         self._run: Any = None
 
-    def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
         import wandb
 
+        folder = RunFolder(self._plan.config.run.dir)
         mode: Any = self._config.mode
         if mode == "auto":
             mode = "online" if wandb.api.api_key else "offline"
@@ -34,26 +94,25 @@ class WandbLogger(Callback):
             name=self._config.name or folder.path.name,
             dir=str(folder.path),
             mode=mode,
-            config=plan.config.model_dump(mode="json"),
+            config=self._plan.config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-    def on_step_end(self, metrics: StepMetrics) -> None:
-        record = metrics.as_record()
-        self._run.log(record, step=int(record.pop("step")))
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(metrics, step=step)
 
-    def on_train_end(self, result: RunResult) -> None:
+    def on_training_end(self, result: TrialResult) -> None:
         self._run.summary["checkpoint"] = str(result.checkpoint)
 
-    def close(self) -> None:
+    def on_trial_shutdown(self) -> None:
         if self._run is not None:
             self._run.finish()
 
 
-class TensorBoardLogger(Callback):
+class TensorBoardLogger(TrialCallback):
     """Writes TensorBoard event files into the run folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -61,18 +120,16 @@ class TensorBoardLogger(Callback):
                 "logging.tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or "
                 "set it to false"
             ) from None
-        self._writer_type = SummaryWriter
+        self._writer_type, self._folder = SummaryWriter, folder
         self._writer: Any = None
 
-    def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
-        self._writer = self._writer_type(str(folder.tensorboard), purge_step=start_step + 1)
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        self._writer = self._writer_type(str(self._folder.tensorboard), purge_step=first_batch_idx + 1)
 
-    def on_step_end(self, metrics: StepMetrics) -> None:
-        record = metrics.as_record()
-        step = int(record.pop("step"))
-        for name, value in record.items():
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def on_trial_shutdown(self) -> None:
         if self._writer is not None:
             self._writer.close()

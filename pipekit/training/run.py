@@ -27,16 +27,17 @@ from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder, find_start, write_plan
 from pipekit.progress import ProgressCallback
 from pipekit.tensors.fp32_products import fp32_products
-from pipekit.training.callbacks import Callback, MetricsFile, RunResult
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
-from pipekit.training.layers_trainer import LayersTrainer
+from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial
-from pipekit.training.loggers import TensorBoardLogger, WandbLogger
+from pipekit.training.loggers import MetricsFile, TensorBoardLogger, WandbLogger
 from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.run_context import RunContext
+from pipekit.training.trial_callbacks import TrialCallback
+from pipekit.training.trial_loop import TrialResult
 
 
-def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
+def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> TrialResult:
     """Train as one rank of a run whose plan the user has seen; `local_rank` counts the processes of this machine.
 
     Raises:
@@ -48,7 +49,7 @@ def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> RunResult:
         return _train(start_trial(plan, device), terminal, is_watched=True)
 
 
-def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_rank: int) -> RunResult:
+def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_rank: int) -> TrialResult:
     """Train as one rank of a run that another launcher has started: rank 0 decides and tells the others.
 
     Raises:
@@ -110,24 +111,24 @@ def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
         yield terminal
 
 
-def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> RunResult:
+def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialResult:
     """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
     error: Exception | None = None
-    callbacks: list[Callback] = []
+    callbacks: list[TrialCallback] = []
     if trial.context.mpu.should_report_metrics:
         console = make_console(terminal)
         try:
             _check_tokenizer(trial)
-            callbacks += [MetricsFile()]
-            callbacks += [TensorBoardLogger()] if config.logging.tensorboard else []
-            callbacks += [WandbLogger(config.logging.wandb)] if config.logging.wandb is not None else []
+            callbacks += [MetricsFile(trial.context.folder)]
+            callbacks += [TensorBoardLogger(trial.context.folder)] if config.logging.tensorboard else []
+            callbacks += [WandbLogger(config.logging.wandb, plan)] if config.logging.wandb is not None else []
         except PipekitError as failure:
             error = failure
         if not is_watched:
             show_plan(plan, console)
-        callbacks.append(ConsoleProgress(console, interval=config.logging.interval))
+        callbacks.append(ConsoleProgress(console, plan, interval=config.logging.interval))
     raise_together(error)
     context = trial.context
     mpu, folder = context.mpu, context.folder
@@ -143,7 +144,7 @@ def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> RunResu
         else HangReporter(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
     )
     with heartbeat, fp32_products(context.device, tf32=config.train.tf32):
-        return LayersTrainer(trial, callbacks).fit()
+        return LayersRun(trial).fit(callbacks)
 
 
 def _check_tokenizer(trial: LayersTrial) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from pipekit.checkpoint.retention import Retention
 from pipekit.distributed.processes import run_together
@@ -14,8 +15,10 @@ from pipekit.engine.base_engine import BaseEngine
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.plan.run_folder import RunFolder
 from pipekit.training.context import TrialContext
+from pipekit.training.loggers import MetricsFile, TrialLog
 from pipekit.training.periods import Batch, Period
 from pipekit.training.trial import Trial, check_trial, has_evaluation
+from pipekit.training.trial_checkpoint import find_checkpoint
 from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
 
 # So many batches does a test go through everything.
@@ -86,24 +89,31 @@ class Trainer:
         run_together(self._check, periods, checkpoint_policy, best_is, test_mode)
         if profiling_enabled and self.context.profiler is None:
             self.context.set_profiler(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
-        folder = self.context.folder
+        is_first = self.context.distributed.rank == 0
+        folder = RunFolder(self.context.folder.path / ".test-mode") if test_mode else self.context.folder
         loop = TrialLoop(
             self.trial,
             TrialSchedule(
                 **periods,
                 checkpoint_policy=checkpoint_policy,
+                step_zero_validation=step_zero_validation,
+                evaluates=has_evaluation(self.trial),
                 best_metric=best_metric,
                 best_is=best_is,
                 retention=retention,
                 most_evaluations=_TEST_BATCHES if test_mode else None,
             ),
-            RunFolder(folder.path / ".test-mode") if test_mode else folder,
+            folder.checkpoints,
+            here=[MetricsFile(folder), TrialLog(self.context)] if is_first else [],
         )
+        found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
+        dist.broadcast_object_list(found, src=0)
+        start, warning = found[0] or (None, "")
         try:
-            return loop.fit(latest_checkpoint, step_zero_validation=step_zero_validation)
+            return loop.fit(start, tries_earlier=latest_checkpoint is None, warning=warning)
         finally:
-            if test_mode and self.context.distributed.rank == 0:
-                shutil.rmtree(folder.path / ".test-mode", ignore_errors=True)
+            if test_mode and is_first:
+                shutil.rmtree(folder.path, ignore_errors=True)
 
     def _check(self, periods: dict[str, Period | None], checkpoint_policy: str, best_is: str, test_mode: bool) -> None:
         """Check the trial and the arguments of this rank."""

@@ -1,29 +1,34 @@
-"""Callbacks of a trial: what happens beside its training at each event, and how their exceptions stop all ranks."""
+"""Callbacks: what happens beside a training at each event, and how their exceptions stop all ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from pipekit.distributed.processes import raise_together
 from pipekit.errors import CheckpointError, PipekitError
+from pipekit.hangs.activity import Activity
+
+if TYPE_CHECKING:
+    from pipekit.training.trial_loop import TrialResult
 
 
 class TrialCallback:
-    """The events of a trial, on every rank. Override those that matter.
+    """The events of a training. Override those that matter.
 
-    An exception in one of them ends the training on all ranks, with a message that names the callback and the event.
+    Those of a `Trial` are called on every rank, and an exception in one of them ends the training on all, with a
+    message that names the callback and the event. Those of a `LayersTrial` are called on the rank that reports.
     """
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
         """The trial is set up; `first_batch_idx` batches were trained by the checkpoint of that name, if any."""
 
     def on_trial_shutdown(self) -> None:
-        """The training has ended, or failed."""
+        """The training has ended, or failed: let go of files and connections."""
 
     def on_training_start(self) -> None:
         """The first batch of this start is about to be trained."""
@@ -41,6 +46,23 @@ class TrialCallback:
             avg_metrics: over the batches and ranks since the last report.
             batch_metrics: this rank's metrics of each call of `train_batch` since then; none where it does not report.
         """
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """All metrics of a batch are known: those of training where they are reported, and validated ones as `val_*`.
+
+        Where every batch of layers on a GPU is reported, the next one may have been trained by now, weights included,
+        unless a checkpoint follows.
+
+        Args:
+            step: batches trained, this one included; 0 for a validation before the first.
+            metrics: the metrics by name.
+        """
+
+    def on_warning(self, message: str) -> None:
+        """Something is not as it should be, and the training goes on; also before `on_trial_startup`."""
+
+    def on_training_end(self, result: TrialResult) -> None:
+        """The training has ended as planned."""
 
     def on_validation_start(self) -> None:
         """The validation is about to begin."""
@@ -75,16 +97,21 @@ class TrialCallback:
 
 
 class Callbacks:
-    """The callbacks of a trial by name, called together on all ranks.
+    """The callbacks of a training: those of the trial by name, called together on all ranks, and this rank's own.
 
     Args:
         callbacks: what the trial's `build_callbacks` returned.
+        here: callbacks of this rank alone, which are called first, and whose exceptions are raised here alone.
+        activity: where this rank notes that it calls them.
+
+    Attributes:
+        batch: batches trained so far.
 
     Raises:
         PipekitError: on every rank, if that is no dict of callbacks, or ranks have different ones.
     """
 
-    def __init__(self, callbacks: Any) -> None:
+    def __init__(self, callbacks: Any, here: Sequence[TrialCallback], activity: Activity) -> None:
         error = None
         if not isinstance(callbacks, Mapping) or not all(
             isinstance(name, str) and isinstance(each, TrialCallback) for name, each in callbacks.items()
@@ -93,7 +120,9 @@ class Callbacks:
                 "build_callbacks must return a dict of TrialCallback objects by name, such as {'stopping': Stopping()}"
             )
         raise_together(error)
+        self.batch = 0
         self._callbacks: dict[str, TrialCallback] = dict(callbacks)
+        self._here, self._activity = here, activity
         everyones: list[list[str]] = [[]] * dist.get_world_size()
         mine = [f"{name} ({type(callback).__qualname__})" for name, callback in self._callbacks.items()]
         dist.all_gather_object(everyones, mine)
@@ -108,30 +137,40 @@ class Callbacks:
         """Call an event of every callback that has it. All ranks call this together.
 
         Raises:
-            PipekitError: on every rank, if one raises on any.
+            PipekitError: on every rank, if one of the trial's raises on any.
         """
+        with_event = {
+            name: callback
+            for name, callback in self._callbacks.items()
+            if getattr(type(callback), event) is not getattr(TrialCallback, event)
+        }
+        if not (self._here or with_event):
+            return
+        self._activity.begin(f"callbacks after step {self.batch}", "calling callbacks")
+        for callback in self._here:
+            getattr(callback, event)(*args)
         error = None
-        has_event = False
-        for name, callback in self._callbacks.items():
-            if getattr(type(callback), event) is getattr(TrialCallback, event):
-                continue
-            has_event = True
+        for name, callback in with_event.items():
             try:
                 getattr(callback, event)(*args)
             except Exception as failure:
                 error = _named(name, event, failure)
                 break
-        if has_event:
+        if with_event:
             raise_together(error)
 
     def shut_down(self, *, has_failed: bool) -> None:
         """Tell every callback that the training has ended; all ranks call this together unless it has failed."""
-        if not has_failed:
-            self.call("on_trial_shutdown")
-            return
-        for callback in self._callbacks.values():
-            with suppress(Exception):
-                callback.on_trial_shutdown()
+        here, self._here = self._here, []
+        with ExitStack() as stack:
+            for callback in reversed(here):
+                stack.callback(callback.on_trial_shutdown)
+            if not has_failed:
+                self.call("on_trial_shutdown")
+                return
+            for callback in self._callbacks.values():
+                with suppress(Exception):
+                    callback.on_trial_shutdown()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all callbacks. All ranks call this together; those of rank 0 are to be stored."""

@@ -18,14 +18,14 @@ from pipekit.checkpoint.manifest import (
     TrainingState,
     checkpoint_name,
     checksum,
-    earlier_checkpoints,
     find_whole,
     load_manifest,
     resolve_checkpoint,
 )
 from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
 from pipekit.distributed.processes import run_together
-from pipekit.errors import CheckpointError, DamagedCheckpointError
+from pipekit.engine.save import PendingCheckpoint
+from pipekit.errors import CheckpointError
 from pipekit.files import replace_folder, write_atomically
 from pipekit.settings.yaml_source import write_yaml
 from pipekit.training.context import TrialContext
@@ -42,7 +42,7 @@ class TrialState:
         batch: batches trained.
         micro_batches: micro-batches of data that all replicas have read.
         best: best value of the metric by which checkpoints are compared.
-        metrics: latest validation metrics.
+        metrics: metrics of the last batch, those of its validation as `val_*`.
     """
 
     trial: str
@@ -54,8 +54,8 @@ class TrialState:
 
 def save_trial(
     trial: Trial, callbacks: Callbacks, state: TrialState, folder: Path, *, num_samples: int, retention: Retention
-) -> Path:
-    """Write a checkpoint of a trial into `folder`, and return its path. Every rank calls this together.
+) -> PendingCheckpoint:
+    """Write a checkpoint of a trial into `folder`, whole when this returns. Every rank calls this together.
 
     Args:
         trial: what saves its engines.
@@ -119,8 +119,7 @@ def save_trial(
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    callbacks.call("on_checkpoint_upload_end", name)
-    return final
+    return PendingCheckpoint(final, lambda: None, in_background=False)
 
 
 def _writing(write: Callable[[], None], path: Path, is_first: bool) -> None:
@@ -132,8 +131,8 @@ def _writing(write: Callable[[], None], path: Path, is_first: bool) -> None:
         raise CheckpointError(f"{path}: could not be written: {failure}") from failure
 
 
-def find_checkpoint(latest_checkpoint: str | Path | None, folder: Path) -> Path | None:
-    """The checkpoint that a training goes on from; None where it begins anew.
+def find_checkpoint(latest_checkpoint: str | Path | None, folder: Path) -> tuple[Path | None, str]:
+    """The checkpoint that a training goes on from, or None where it begins anew, and a warning if a newer is damaged.
 
     Args:
         latest_checkpoint: the path of a checkpoint or of a run, "never" for none, or None for the newest in `folder`
@@ -144,17 +143,15 @@ def find_checkpoint(latest_checkpoint: str | Path | None, folder: Path) -> Path 
         CheckpointError: if there is none at a path, or none in the folder is whole.
     """
     if latest_checkpoint == "never":
-        return None
+        return None, ""
     if latest_checkpoint is None:
         found = find_whole(folder)
-        return None if found is None else found[0]
-    return resolve_checkpoint(Path(latest_checkpoint))
+        return (None, "") if found is None else (found[0], found[2])
+    return resolve_checkpoint(Path(latest_checkpoint)), ""
 
 
-def load_trial_state(
-    trial: Trial, callbacks: Callbacks, checkpoint: Path, *, tries_earlier: bool
-) -> tuple[Path, TrialState]:
-    """Load a checkpoint into a trial's engines and callbacks, and return it and where the training stands.
+def load_trial_state(trial: Trial, callbacks: Callbacks, checkpoint: Path) -> TrialState:
+    """Load a checkpoint into a trial's engines and callbacks, and return where the training stands.
 
     Every rank calls this together.
 
@@ -162,29 +159,22 @@ def load_trial_state(
         trial: what loads its engines.
         callbacks: whose states are loaded.
         checkpoint: the checkpoint's folder.
-        tries_earlier: whether the newest before it that is whole is taken where it is damaged.
 
     Raises:
         CheckpointError: on every rank, if it was written by another trial, or is damaged.
     """
-    try:
-        content = run_together(_read_state, checkpoint)
-        state = TrialState(**content["trial"])
-        name = type(trial).__qualname__
-        if state.trial != name:
-            raise CheckpointError(
-                f"{checkpoint}: is of the trial {state.trial}, and this is {name}; go on with the trial that wrote it, "
-                "or start anew with another run.dir"
-            )
-        callbacks.call("on_checkpoint_load_start", content["checkpoint"])
-        run_together(trial.load, trial.context, checkpoint)
-    except DamagedCheckpointError:
-        earlier = earlier_checkpoints(checkpoint) if tries_earlier else []
-        if not earlier:
-            raise
-        return load_trial_state(trial, callbacks, earlier[0], tries_earlier=True)
+    content = run_together(_read_state, checkpoint)
+    state = TrialState(**content["trial"])
+    name = type(trial).__qualname__
+    if state.trial != name:
+        raise CheckpointError(
+            f"{checkpoint}: is of the trial {state.trial}, and this is {name}; go on with the trial that wrote it, "
+            "or start anew with another run.dir"
+        )
+    callbacks.call("on_checkpoint_load_start", content["checkpoint"])
+    run_together(trial.load, trial.context, checkpoint)
     callbacks.load_state_dict(content["callbacks"])
-    return checkpoint, state
+    return state
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class TrialData:
         reads = context.role.should_build_data_loader
         try:
             if reads:
-                self._training = self._build("build_training_data_loader")
+                if type(trial).build_training_data_loader is not Trial.build_training_data_loader:
+                    self._training = self._build("build_training_data_loader")
                 if has_evaluation(trial):
                     self._validation = self._build("build_validation_data_loader")
                 mine = _Lengths(self._epoch_length(), self._share_of_validation())
@@ -122,7 +123,7 @@ class TrialData:
         return loader
 
     def _epoch_length(self) -> int | None:
-        length = _length(self._training)
+        length = None if self._training is None else _length(self._training)
         if length == 0:
             raise DataError(f"{type(self._trial).__name__}.build_training_data_loader: the loader has no batch")
         is_whole = isinstance(self._training, DataLoader)
@@ -211,7 +212,7 @@ class TrialData:
                 f"rank {rank} has read {first} micro-batches and rank {other} has read {second}, so that a checkpoint "
                 "has no position in the data; let train_batch take as many on every rank"
             )
-        return next(iter(known)) * self._context.role.data_parallel_world_size
+        return next(iter(known), 0) * self._context.role.data_parallel_world_size
 
     def own_read(self, total: int) -> int:
         """Return the micro-batches that each replica has read, of those that all have.

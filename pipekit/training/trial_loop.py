@@ -1,11 +1,11 @@
-"""The training loop of a trial: batches, reports, validations and checkpoints, each exactly when it is due."""
+"""The training loop of every trial: batches, reports, validations and checkpoints, each exactly when it is due."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,25 +13,23 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from pipekit.checkpoint.manifest import checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.retention import Retention
 from pipekit.distributed.processes import raise_together, run_together
 from pipekit.distributed.rank_role import RankRole, check_roles
 from pipekit.engine.plain_engine import PlainEngine
-from pipekit.errors import ConfigError, PipekitError
-from pipekit.plan.run_folder import RunFolder, trim_metrics
+from pipekit.engine.save import PendingCheckpoint
+from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError
 from pipekit.rng import fold_seed
-from pipekit.training.callbacks import json_line
 from pipekit.training.context import TrialContext
 from pipekit.training.evaluation import evaluate
 from pipekit.training.periods import Pace, Period
 from pipekit.training.reducers import Reducer
-from pipekit.training.trial import Trial, has_evaluation, metrics_of
-from pipekit.training.trial_callbacks import Callbacks
-from pipekit.training.trial_checkpoint import TrialState, find_checkpoint, load_trial_state, save_trial
+from pipekit.training.trial import Trial, metrics_of
+from pipekit.training.trial_callbacks import Callbacks, TrialCallback
+from pipekit.training.trial_checkpoint import TrialState, load_trial_state, save_trial
 from pipekit.training.trial_data import Feed, TrialData
-from pipekit.training.trial_metrics import TrialMetrics
-
-_logger = logging.getLogger(__name__)
+from pipekit.training.trial_metrics import Metrics, TrialMetrics
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class TrialSchedule:
     """Schedule of a training: the arguments of `Trainer.fit` of these names.
 
     Attributes:
+        evaluates: whether there are validations at all.
         most_evaluations: batches of a validation at most; None evaluates all.
     """
 
@@ -47,10 +46,12 @@ class TrialSchedule:
     validation_period: Period | None
     checkpoint_period: Period | None
     checkpoint_policy: Literal["all", "best", "none"]
-    best_metric: str | None
-    best_is: Literal["lowest", "highest"]
-    retention: Retention | None
-    most_evaluations: int | None
+    step_zero_validation: bool
+    evaluates: bool
+    best_metric: str | None = None
+    best_is: Literal["lowest", "highest"] = "lowest"
+    retention: Retention | None = None
+    most_evaluations: int | None = None
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -68,9 +69,9 @@ class TrialResult:
     Attributes:
         batch: batches trained in all.
         checkpoint: the newest; None where none was written.
-        metrics: the last training metrics that were reported.
+        metrics: the last training metrics that were reported; None where none were.
         validation_metrics: the last; None where nothing was evaluated.
-        time_s: wall time of this start.
+        time_s: wall time of this start, without loading.
     """
 
     batch: int
@@ -86,30 +87,54 @@ class TrialLoop:
     Args:
         trial: what to train.
         schedule: what is done when.
-        folder: the files of the run.
+        checkpoints: folder of the checkpoints, which every rank sees.
+        here: callbacks of this rank alone, beside those of the trial.
 
     Raises:
         PipekitError: on every rank, if the roles, the callbacks or the loaders of the trial are wrong.
     """
 
-    def __init__(self, trial: Trial, schedule: TrialSchedule, folder: RunFolder) -> None:
-        self._trial, self._schedule, self._folder = trial, schedule, folder
+    def __init__(
+        self, trial: Trial, schedule: TrialSchedule, checkpoints: Path, *, here: Sequence[TrialCallback] = ()
+    ) -> None:
+        self._trial, self._schedule, self._checkpoints = trial, schedule, checkpoints
         self._context: TrialContext = trial.context
+        self._activity = self._context.activity
         self._compare_ranks()
-        self._callbacks = Callbacks(run_together(trial.build_callbacks))
+        self._callbacks = Callbacks(run_together(trial.build_callbacks), here, self._activity)
         self._data = TrialData(trial, self._context)
         self._pace = self._find_pace()
         self._last = run_together(schedule.max_length.in_batches, self._pace)
         takes_batches = self._context.use_pipeline_parallel or self._context.accumulates_by_hand
         self._calls = 1 if takes_batches else self._context.num_micro_batches_per_slot
-        self._metrics = TrialMetrics(self._context, "train_batch", Reducer.AVG, for_training=True)
+        self._metrics = self._build_metrics()
         self._feed: Feed | None = None
         self._batch = 0
-        self._reported = self._validated = self._saved = -1
+        self._has_unread = False
         self._best: float | None = None
+        self._told: dict[str, Any] = {}  # metrics of the last batch that had some to tell
         self._checkpoint: Path | None = None
+        self._pending: PendingCheckpoint | None = None
         self._training_metrics: dict[str, Any] | None = None
         self._validation_metrics: dict[str, Any] | None = None
+
+    # What a run of layers does in its own way.
+
+    def _build_metrics(self) -> Metrics:
+        return TrialMetrics(self._context, "train_batch", Reducer.AVG, for_training=True)
+
+    def _write(self, state: TrialState) -> PendingCheckpoint:
+        return save_trial(
+            self._trial,
+            self._callbacks,
+            state,
+            self._checkpoints,
+            num_samples=self._batch * self._pace.samples,
+            retention=self._retention(),
+        )
+
+    def _read(self, checkpoint: Path) -> TrialState:
+        return load_trial_state(self._trial, self._callbacks, checkpoint)
 
     def _compare_ranks(self) -> None:
         """Check that the roles of all ranks fit together, and that all have the same schedule."""
@@ -132,75 +157,98 @@ class TrialLoop:
             run_together(period.units_of, pace)
         return pace
 
-    def fit(self, latest_checkpoint: str | Path | None, *, step_zero_validation: bool) -> TrialResult:
-        """Train to the end; see `Trainer.fit`."""
-        started_s = time.perf_counter()
+    def fit(self, start: Path | None, *, tries_earlier: bool = False, warning: str = "") -> TrialResult:
+        """Train to the end.
+
+        Args:
+            start: the checkpoint to go on from, the same on all ranks; None begins anew.
+            tries_earlier: whether the newest before it that is whole is taken where it is damaged.
+            warning: of what was wrong with a newer one.
+        """
         has_failed = True
         try:
-            self._begin(latest_checkpoint)
+            if warning:
+                self._callbacks.call("on_warning", warning)
+            self._begin(start, tries_earlier)
+            started_s = time.perf_counter()
             profiler = self._context.profiler
             with contextlib.nullcontext() if profiler is None else profiler:
-                self._train(step_zero_validation)
+                self._train()
+            self._finish_save()
+            time_s = time.perf_counter() - started_s
+            result = TrialResult(
+                self._batch, self._checkpoint, self._training_metrics, self._validation_metrics, time_s
+            )
+            self._callbacks.call("on_training_end", result)
             has_failed = False
         finally:
+            if self._pending is not None:
+                self._pending.settle(self._context.config.run.timeout_s)
             # Ends the processes that read data.
             self._feed = None
             self._context.close()
             self._callbacks.shut_down(has_failed=has_failed)
-        time_s = time.perf_counter() - started_s
-        return TrialResult(self._batch, self._checkpoint, self._training_metrics, self._validation_metrics, time_s)
+        return result
 
-    def _begin(self, latest_checkpoint: str | Path | None) -> None:
+    def _begin(self, start: Path | None, tries_earlier: bool) -> None:
         """Load the checkpoint to go on from, if there is one, and begin to read data where it stands."""
-        is_first = self._context.distributed.rank == 0
-        found = [
-            run_together(lambda: find_checkpoint(latest_checkpoint, self._folder.checkpoints) if is_first else None)
-        ]
-        dist.broadcast_object_list(found, src=0)
-        state = TrialState("")
-        if found[0] is not None:
-            self._checkpoint, state = load_trial_state(
-                self._trial, self._callbacks, found[0], tries_earlier=latest_checkpoint is None
-            )
-            self._batch, self._best = state.batch, state.best
-            self._reported = self._saved = self._batch
-            self._validated = self._batch if state.metrics else -1
+        state = TrialState("") if start is None else self._load(start, tries_earlier)
+        self._batch, self._best = state.batch, state.best
         num_read = run_together(self._data.own_read, state.micro_batches)
         self._feed = run_together(self._data.training_feed, num_read)
-        run_together(lambda: trim_metrics(self._folder.metrics, self._batch) if is_first else None)
+        self._callbacks.batch = self._batch
         self._context.note_initial_batch(self._batch)
         self._callbacks.call("on_trial_startup", self._batch, self._checkpoint and self._checkpoint.name)
 
-    def _train(self, step_zero_validation: bool) -> None:
+    def _load(self, checkpoint: Path, tries_earlier: bool) -> TrialState:
+        self._activity.begin("start", f"loading {checkpoint.name}")
+        self._checkpoint = checkpoint
+        try:
+            return self._read(checkpoint)
+        except DamagedCheckpointError as damage:
+            earlier = earlier_checkpoints(checkpoint) if tries_earlier else []
+            if not earlier:
+                raise
+            warning = f"{damage}; going on from {earlier[0]} instead"
+        self._callbacks.call("on_warning", warning)
+        return self._load(earlier[0], tries_earlier)
+
+    def _train(self) -> None:
         schedule, pace, context, callbacks = self._schedule, self._pace, self._context, self._callbacks
-        evaluates = has_evaluation(self._trial)
-        if step_zero_validation and evaluates and self._batch == 0:
-            self._validate()
+        if schedule.step_zero_validation and schedule.evaluates and self._batch == 0:
+            self._tell(reports=False, validates=True)
         first = self._batch
         if first < self._last:
             callbacks.call("on_training_start")
         while self._batch < self._last:
+            self._activity.begin_step(self._batch + 1)
             context.begin_batch(self._batch, pace)
             epoch = context.current_train_epoch()
             if self._batch == first or context.is_epoch_start():
                 callbacks.call("on_training_epoch_start", epoch)
-            self._train_batch(epoch)
+            try:
+                self._train_batch(epoch)
+            finally:
+                # Of the batch before, which is reported even where this one fails.
+                if self._has_unread:
+                    self._tell(reports=True, validates=False)
             self._batch += 1
+            callbacks.batch = self._batch
             if context.profiler is not None:
                 context.profiler.step()
             if context.is_epoch_end():
                 callbacks.call("on_training_epoch_end", epoch)
             is_last = self._batch == self._last
             reports = is_last or schedule.reporting_period.is_due(self._batch, pace)
-            validates = evaluates and (is_last or self._is_due(schedule.validation_period))
+            validates = schedule.evaluates and (is_last or self._is_due(schedule.validation_period))
             saves = is_last or self._is_due(schedule.checkpoint_period)
             # After the first batch, too, so that most mistakes of a trial are told at once.
-            if not (reports or validates or saves or self._batch == first + 1):
+            meets = validates or saves or (self._metrics.gathers and (reports or self._batch == first + 1))
+            if not (meets or (reports and self._metrics.are_here)):
+                self._has_unread = reports
                 continue
-            stops = self._meet()
-            if reports or stops:
-                self._report()
-            is_best = validates and self._validate()
+            stops = meets and self._meet()
+            is_best = self._tell(reports=reports or stops, validates=validates)
             policy = schedule.checkpoint_policy
             if saves or stops or (validates and policy == "all") or (is_best and policy == "best"):
                 self._save()
@@ -245,20 +293,24 @@ class TrialLoop:
         dist.all_gather_object(everyones, self._context.get_stop_requested())
         return any(everyones)
 
-    def _report(self) -> None:
-        if self._reported == self._batch:
-            return
-        self._reported = self._batch
-        self._training_metrics, batches = self._metrics.report()
-        self._record(self._training_metrics)
-        self._callbacks.call("on_training_workload_end", self._training_metrics, batches)
+    def _tell(self, *, reports: bool, validates: bool) -> bool:
+        """Report and validate what is due, and tell callbacks; return whether the validation is the best ever."""
+        self._has_unread, self._told = False, {}
+        if reports:
+            self._training_metrics, batches = self._metrics.report()
+            self._told |= self._training_metrics
+            self._callbacks.call("on_training_workload_end", self._training_metrics, batches)
+        is_best = validates and self._validate()
+        if self._told:
+            self._callbacks.call("on_metrics", self._batch, self._told)
+        return is_best
 
     def _validate(self) -> bool:
         """Validate, and return whether the metric by which checkpoints are compared is better than ever before."""
         schedule = self._schedule
         metrics = evaluate(self._trial, self._data, self._callbacks, most_batches=schedule.most_evaluations)
-        self._validated, self._validation_metrics = self._batch, metrics
-        self._record({f"val_{name}": value for name, value in metrics.items()})
+        self._validation_metrics = metrics
+        self._told |= {f"val_{name}": value for name, value in metrics.items()}
         name = self._best_metric()
         value = math.nan if name is None else float(metrics[name])
         sign = 1 if schedule.best_is == "lowest" else -1
@@ -275,25 +327,32 @@ class TrialLoop:
         return name or next(iter(metrics), None)
 
     def _save(self) -> None:
-        if self._saved == self._batch:
+        self._finish_save()
+        name = checkpoint_name(self._batch)
+        self._activity.begin(f"checkpoint {name}", f"writing {name}")
+        self._pending = self._write(
+            TrialState(
+                type(self._trial).__qualname__,
+                self._batch,
+                self._data.total_read(self._feed),
+                self._best,
+                {name: float(value) for name, value in self._told.items() if math.isfinite(value)},
+            )
+        )
+        if not self._pending.in_background:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Wait until the last checkpoint is on the disk, and tell callbacks."""
+        pending = self._pending
+        if pending is None:
             return
-        self._saved = self._batch
-        metrics = self._validation_metrics if self._validated == self._batch else None
-        state = TrialState(
-            type(self._trial).__qualname__,
-            self._batch,
-            self._data.total_read(self._feed),
-            self._best,
-            {f"val_{name}": float(value) for name, value in (metrics or {}).items() if math.isfinite(value)},
-        )
-        self._checkpoint = save_trial(
-            self._trial,
-            self._callbacks,
-            state,
-            self._folder.checkpoints,
-            num_samples=self._batch * self._pace.samples,
-            retention=self._retention(),
-        )
+        if not pending.is_done:
+            name = pending.path.name
+            self._activity.begin(f"checkpoint {name}", f"waiting until {name} is written")
+        self._pending = None
+        self._checkpoint = pending.wait()
+        self._callbacks.call("on_checkpoint_upload_end", pending.path.name)
 
     def _retention(self) -> Retention:
         schedule = self._schedule
@@ -303,16 +362,3 @@ class TrialLoop:
         if schedule.checkpoint_policy != "best" or name is None:
             return Retention()
         return Retention(2, best=f"val_{name}", best_is=schedule.best_is)
-
-    def _record(self, metrics: dict[str, Any]) -> None:
-        """Write metrics to `metrics.jsonl`, the log and, where that is asked for, to TensorBoard, on the first rank."""
-        context = self._context
-        if context.distributed.rank != 0:
-            return
-        self._folder.path.mkdir(parents=True, exist_ok=True)
-        with self._folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json_line({"step": self._batch, **metrics}))
-        _logger.info("batch %d: %s", self._batch, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
-        if context.get_enable_tensorboard_logging():
-            for name, value in metrics.items():
-                context.get_tensorboard_writer().add_scalar(name, value, self._batch)

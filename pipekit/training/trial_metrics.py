@@ -5,12 +5,32 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from pipekit.errors import PipekitError
 from pipekit.training.context import TrialContext
 from pipekit.training.gather_metrics import gather_metrics
 from pipekit.training.reducers import BatchMetrics, Reducer, WrappedReducer, wrap_reducer
+
+
+class Metrics(Protocol):
+    """Metrics of training, as the loop reports them.
+
+    Attributes:
+        gathers: whether all ranks meet for a report.
+        are_here: whether a report need not wait for the device.
+        fault: the first mistake in what the trial has returned on this rank, which stops all ranks where they meet.
+    """
+
+    gathers: bool
+    fault: PipekitError | None
+
+    @property
+    def are_here(self) -> bool: ...
+
+    def update(self, metrics: Any, num_samples: int) -> None: ...
+
+    def report(self) -> tuple[dict[str, Any], list[dict[str, float]]]: ...
 
 
 class TrialMetrics:
@@ -25,6 +45,9 @@ class TrialMetrics:
     Attributes:
         fault: the first mistake in what the method has returned on this rank, which stops all ranks where they meet.
     """
+
+    gathers = True
+    are_here = True
 
     def __init__(
         self, context: TrialContext, source: str, reducer: Reducer | dict[str, Reducer], *, for_training: bool

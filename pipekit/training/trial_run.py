@@ -40,7 +40,7 @@ def fit_as_configured(context: TrialContext, terminal: TextIO) -> TrialResult:
 
     config = context.config
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    shown = logging.getLogger("pipekit.training.trial_loop")
+    shown = logging.getLogger("pipekit.training.loggers")
     if context.distributed.rank == 0:
         handler = logging.StreamHandler(terminal)
         handler.setFormatter(logging.Formatter("%(message)s"))

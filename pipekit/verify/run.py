@@ -30,7 +30,7 @@ from pipekit.verify.replay import compare_updates
 
 if TYPE_CHECKING:
     from pipekit.engine.base_engine import GradientOf
-    from pipekit.training.layers_trainer import LayersTrainer
+    from pipekit.training.layers_run import LayersRun
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def _run_reference(task: Task, plan: Plan) -> None:
 def _run_layout(task: Task, plan: Plan, reference: Path, *, rank: int, local_rank: int) -> None:
     """Train as a run would, record what passes, and on rank 0 compare it with the reference."""
     # DeepSpeed takes seconds to load, and the reference does without it.
-    from pipekit.training.layers_trainer import LayersTrainer
+    from pipekit.training.layers_run import LayersRun
     from pipekit.training.run import joined, start_trial
 
     folder = Path(task.folder)
     with joined(plan.config, plan.device, local_rank=local_rank) as device:
         trial = start_trial(plan, device)
         recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
-        _record_steps(LayersTrainer(trial), recorder, num_steps=task.num_steps)
+        _record_steps(LayersRun(trial), recorder, num_steps=task.num_steps)
         dist.barrier()
     if rank == 0:
         measurements = compare_run(trial, Recording(folder), Recording(reference), tolerance=task.tolerance)
@@ -103,9 +103,9 @@ def compare_run(trial: LayersTrial, found: Recording, expected: Recording, *, to
     return [*measurements, *updates]
 
 
-def _record_steps(trainer: LayersTrainer, recorder: Recorder, *, num_steps: int) -> None:
-    engine = trainer.engine
-    module, plan = engine.module, trainer.context.plan
+def _record_steps(run: LayersRun, recorder: Recorder, *, num_steps: int) -> None:
+    engine = run.engine
+    module, plan = engine.module, run.hooks.context.plan
     index_of = {name: layer_idx for layer_idx, name in reversed(list(enumerate(plan.layer_names)))}
 
     def key(kind: MeasurementKind, step: int, name: str) -> TensorKey:
@@ -131,10 +131,10 @@ def _record_steps(trainer: LayersTrainer, recorder: Recorder, *, num_steps: int)
         recorder, num_micro_batches=plan.batch.num_micro_batches, shard_of_output=_parts_of(module)
     )
     for step in range(num_steps):
-        metrics = trainer.train_step()
+        metrics = run.train_batch(None, 0, step).read()
         module.observe_layer = None
-        losses.append(float(metrics.loss or 0.0))
-        norms.append(float(metrics.grad_norm or 0.0))
+        losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
         record_weights("weights", step)
     recorder.finish(losses=losses, norms=norms)
 

@@ -17,9 +17,10 @@ from pipekit.plan.decide import decide_run
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder
-from pipekit.training.callbacks import MetricsFile, RunResult, StepMetrics
 from pipekit.training.console import ConsoleProgress, _show_layers, chatter_to, make_console, show_plan
 from pipekit.training.language_model import LanguageModelTrial
+from pipekit.training.loggers import MetricsFile
+from pipekit.training.trial_loop import TrialResult
 
 
 def planned(num_processes: int = 1, **sections: Any) -> Plan:
@@ -28,9 +29,9 @@ def planned(num_processes: int = 1, **sections: Any) -> Plan:
     return decide_run(parse_config(values), LanguageModelTrial, Resources(world_size=num_processes)).plan
 
 
-def metrics(step: int, **changes: Any) -> StepMetrics:
+def metrics(**changes: Any) -> dict[str, Any]:
     known = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 12345.6, "step_time_s": 30.0}
-    return StepMetrics(step, **{**known, **changes})
+    return {**known, **changes}
 
 
 @pytest.fixture
@@ -40,14 +41,14 @@ def stream() -> io.StringIO:
 
 @pytest.fixture
 def progress(stream: io.StringIO) -> ConsoleProgress:
-    made = ConsoleProgress(make_console(stream), interval=4)
-    made.on_train_start(planned(), RunFolder("runs/a b"), 0)
+    made = ConsoleProgress(make_console(stream), planned(), interval=4)
+    made.on_trial_startup(0, None)
     return made
 
 
 def test_the_first_the_last_and_every_interval_have_a_line(progress: ConsoleProgress, stream: io.StringIO) -> None:
     for step in range(1, 11):
-        progress.on_step_end(metrics(step))
+        progress.on_metrics(step, metrics())
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "4/10", "8/10", "10/10"]
     assert lines[0] == "step  1/10  loss 2.5000  lr 1.00e-03  12,346 tokens/s  ETA 4:30"
@@ -57,21 +58,23 @@ def test_the_first_the_last_and_every_interval_have_a_line(progress: ConsoleProg
 def test_an_evaluated_step_has_a_line_and_the_others_keep_its_loss(
     progress: ConsoleProgress, stream: io.StringIO
 ) -> None:
-    progress.on_step_end(StepMetrics(0, val_loss=6.0))
-    progress.on_step_end(metrics(3, val_loss=1.25))
-    progress.on_step_end(metrics(4))
+    progress.on_metrics(0, {"val_loss": 6.0})
+    progress.on_metrics(3, metrics(val_loss=1.25))
+    progress.on_metrics(4, metrics())
     first, evaluated, later = stream.getvalue().splitlines()
     assert first == "step  0/10  val loss 6.0000"
     assert all("val loss 1.2500" in line for line in (evaluated, later))
 
 
 def test_a_checkpoint_has_a_line(progress: ConsoleProgress, stream: io.StringIO) -> None:
-    progress.on_checkpoint(4, Path("runs/a b/checkpoints/step-4"))
-    assert stream.getvalue() == "step  4/10  saved runs/a b/checkpoints/step-4\n"
+    progress.on_checkpoint_upload_end("step-00000004")
+    assert stream.getvalue() == "step  4/10  saved runs/a b/checkpoints/step-00000004\n"
 
 
 def test_the_end_tells_what_was_reached_and_what_to_type_next(progress: ConsoleProgress, stream: io.StringIO) -> None:
-    progress.on_train_end(RunResult(10, Path("the/checkpoint"), 6.0, metrics(10, val_loss=1.5), 3700.0))
+    progress.on_metrics(0, {"val_loss": 6.0})
+    progress.on_metrics(10, metrics(val_loss=1.5))
+    progress.on_training_end(TrialResult(10, Path("the/checkpoint"), metrics(), {"loss": 1.5}, 3700.0))
     text = stream.getvalue()
     assert "Trained 10 steps in 1:01:40: validation loss 6.000 → 1.500" in text
     assert "checkpoint  the/checkpoint\n" in text
@@ -81,9 +84,9 @@ def test_the_end_tells_what_was_reached_and_what_to_type_next(progress: ConsoleP
 
 
 def test_a_run_that_goes_on_says_so(stream: io.StringIO) -> None:
-    progress = ConsoleProgress(make_console(stream), interval=4)
-    progress.on_train_start(planned(), RunFolder("run"), 6)
-    progress.on_train_end(RunResult(10, None, None, metrics(10), 1.0))
+    progress = ConsoleProgress(make_console(stream), planned(), interval=4)
+    progress.on_trial_startup(6, "step-00000006")
+    progress.on_training_end(TrialResult(10, None, metrics(), None, 1.0))
     assert stream.getvalue().startswith("going on after step 6\n")
     assert "Trained steps 7 to 10 in 0:01\n" in stream.getvalue()
 
@@ -127,7 +130,8 @@ def test_what_cannot_be_exported_is_said_before_and_the_end_tells_what_to_type(
 ) -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80, highlight=False)
-    plan = replace(planned(), config=parse_config({"model": model, "train": {"steps": 10}}))
+    config = parse_config({"model": model, "train": {"steps": 10}, "run": {"dir": "run"}})
+    plan = replace(planned(), config=config)
     show_plan(plan, console)
     lines = stream.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
@@ -136,9 +140,9 @@ def test_what_cannot_be_exported_is_said_before_and_the_end_tells_what_to_type(
     else:
         said = " ".join(" ".join(lines).split())
         assert said.endswith(f"pipekit export takes this model with --raw alone: {reason}")
-    progress = ConsoleProgress(console, interval=4)
-    progress.on_train_start(plan, RunFolder("run"), 0)
-    progress.on_train_end(RunResult(10, None, None, metrics(10), 1.0))
+    progress = ConsoleProgress(console, plan, interval=4)
+    progress.on_trial_startup(0, None)
+    progress.on_training_end(TrialResult(10, None, metrics(), None, 1.0))
     assert f"pipekit export {flag}run run/export" in stream.getvalue()
 
 
@@ -159,11 +163,11 @@ def test_whole_blocks_in_a_row_are_drawn_together(names: list[str], shown: str) 
 def test_metrics_are_lines_of_json_and_those_that_come_again_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        file = MetricsFile()
-        file.on_train_start(planned(), folder, start_step)
+        file = MetricsFile(folder)
+        file.on_trial_startup(start_step, None)
         for step in steps:
-            file.on_step_end(metrics(step, grad_norm=float("inf"), extra={"val_accuracy": start_step / 2}))
-        file.close()
+            file.on_metrics(step, metrics(grad_norm=float("inf"), val_accuracy=start_step / 2))
+        file.on_trial_shutdown()
     lines = folder.metrics.read_text().splitlines()
     assert [line[:10] for line in lines] == [f'{{"step": {step}' for step in (1, 2, 3, 4)]
     assert all('"grad_norm": null' in line for line in lines)

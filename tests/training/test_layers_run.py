@@ -1,4 +1,4 @@
-"""The training loop, with an engine that computes nothing."""
+"""A run of layers, with an engine that computes nothing."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from torch.utils.data import IterableDataset
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.config import Config, parse_config
 from pipekit.data.batch_loader import MapDataset
+from pipekit.distributed.processes import join_alone, leave_processes
 from pipekit.engine.late_number import LateNumber
+from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.hangs.activity import Activity
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.plan.decide import decide_run
-from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder
-from pipekit.training import layers_trainer as trainer_module
-from pipekit.training.callbacks import Callback, RunResult, StepMetrics
-from pipekit.training.layers_trainer import LayersTrainer
+from pipekit.training import layers_run
+from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.run_context import RunContext
+from pipekit.training.trial_callbacks import TrialCallback
+from pipekit.training.trial_loop import TrialResult
 
 NUM_SAMPLES = 10
 
@@ -61,10 +63,11 @@ class NumbersTrial(LayersTrial):
         return {"largest": lambda outputs, labels: outputs.max()}
 
 
-class FakeEngine:
+class FakeEngine(TrainingEngine):
     """Engine that notes what it is called with; its losses and norms are given."""
 
     def __init__(self, norms: Sequence[float] = ()) -> None:
+        self.mpu: Any = SimpleNamespace(activity=Activity())
         self.view = SimpleNamespace(
             step_count=lambda: 1,
             state_names=list,
@@ -76,6 +79,12 @@ class FakeEngine:
         self.evaluated: list[list[int]] = []
         self.num_checks = 0
         self._norms = norms
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return 2
+
+    def gradient_accumulation_steps(self) -> int:
+        return 2
 
     def set_lr(self, lr: float) -> None:
         self.rates.append(lr)
@@ -100,38 +109,38 @@ class FakeEngine:
         return LateNumber(self._norms[place] if place < len(self._norms) else 1.0)
 
 
-class Events(Callback):
+class Events(TrialCallback):
     """Notes the events of a run, and can fail at a step."""
 
     def __init__(self, *, fails_at: int | None = None) -> None:
         self.names: list[str] = []
-        self.metrics: list[StepMetrics] = []
+        self.metrics: list[dict[str, Any]] = []
         self._fails_at = fails_at
 
-    def on_train_start(self, plan: Plan, folder: RunFolder, start_step: int) -> None:
-        self.names.append(f"start after {start_step}")
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        self.names.append(f"start after {first_batch_idx}")
 
-    def on_evaluation_start(self, step: int) -> None:
-        self.names.append(f"evaluation {step}")
+    def on_validation_start(self) -> None:
+        self.names.append("evaluation")
 
-    def on_step_end(self, metrics: StepMetrics) -> None:
-        self.names.append(f"step {metrics.step}")
-        self.metrics.append(metrics)
-        if metrics.step == self._fails_at:
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self.names.append(f"step {step}")
+        self.metrics.append({"step": step, **metrics})
+        if step == self._fails_at:
             raise OSError("the disk is full")
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
-        self.names.append(f"checkpoint {step}")
+    def on_checkpoint_upload_end(self, uuid: str) -> None:
+        self.names.append(f"checkpoint {uuid.removeprefix('step-')}")
 
-    def on_train_end(self, result: RunResult) -> None:
-        self.names.append(f"end at {result.step}")
+    def on_training_end(self, result: TrialResult) -> None:
+        self.names.append(f"end at {result.batch}")
 
-    def close(self) -> None:
+    def on_trial_shutdown(self) -> None:
         self.names.append("close")
 
 
 class Run:
-    """One run of the loop: its trainer, engine, events and the states that it saved."""
+    """One run of the loop: its engine, events and the states that it saved."""
 
     def __init__(
         self,
@@ -174,13 +183,28 @@ class Run:
                 return path
 
             return SimpleNamespace(
-                path=path, is_done=True, wait=wait, settle=lambda timeout_s: self.order.append("settled")
+                path=path,
+                in_background=others["background"] is not None,
+                is_done=True,
+                wait=wait,
+                settle=lambda timeout_s: self.order.append("settled"),
             )
 
-        monkeypatch.setattr(LayersTrainer, "_build_engine", lambda trainer: self.engine)
-        monkeypatch.setattr(trainer_module, "save_checkpoint", save)
+        monkeypatch.setattr(LayersRun, "_build_engine", lambda run: self.engine)
+        monkeypatch.setattr(layers_run, "save_checkpoint", save)
         monkeypatch.setattr(RunContext, "reduce_mean", lambda context, value: value)
-        self.trainer = LayersTrainer(kind(context), [self.events])
+        self.run = LayersRun(kind(context))
+
+    def fit(self) -> TrialResult:
+        return self.run.fit([self.events])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """This process is all of the run."""
+    join_alone(device="cpu")
+    yield
+    leave_processes()
 
 
 @pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
@@ -192,8 +216,8 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_every_sample_comes_once_an_epoch_and_each_step_has_its_own(run: Any) -> None:
     made = run(train={"steps": 5}, data={"shuffle": True})
-    result = made.trainer.fit()
-    assert (result.step, result.last.loss, result.checkpoint.name) == (5, 5.0, "step-5")
+    result = made.fit()
+    assert (result.batch, result.metrics["loss"], result.checkpoint.name) == (5, 5.0, "step-5")
     assert [len(samples) for samples in made.engine.trained] == [4] * 5
     drawn = [sample for samples in made.engine.trained for sample in samples]
     assert sorted(drawn[:NUM_SAMPLES]) == sorted(drawn[NUM_SAMPLES:]) == list(range(NUM_SAMPLES))
@@ -201,35 +225,35 @@ def test_every_sample_comes_once_an_epoch_and_each_step_has_its_own(run: Any) ->
 
 def test_the_events_of_a_run_come_in_order(run: Any) -> None:
     made = run(train={"steps": 2, "eval_interval": 2})
-    made.trainer.fit()
+    made.fit()
     assert made.events.names == [
-        *("start after 0", "evaluation 0", "step 0", "step 1", "evaluation 2", "step 2"),
+        *("start after 0", "evaluation", "step 0", "step 1", "evaluation", "step 2"),
         *("checkpoint 2", "end at 2", "close"),
     ]
 
 
 def test_the_learning_rate_is_that_of_the_step(run: Any) -> None:
     made = run(train={"steps": 4}, optimizer={"lr": 0.4}, scheduler={"type": "constant", "warmup_steps": 4})
-    made.trainer.fit()
+    made.fit()
     assert made.engine.rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert [metrics.lr for metrics in made.events.metrics] == pytest.approx(made.engine.rates)
+    assert [metrics["lr"] for metrics in made.events.metrics] == pytest.approx(made.engine.rates)
 
 
 def test_evaluations_come_before_the_first_step_at_their_interval_and_at_the_end(run: Any) -> None:
     made = run(train={"steps": 5, "eval_interval": 2})
-    result = made.trainer.fit()
-    evaluated = {metrics.step: metrics.val_loss for metrics in made.events.metrics if metrics.val_loss is not None}
+    result = made.fit()
+    evaluated = {each["step"]: each["val_loss"] for each in made.events.metrics if "val_loss" in each}
     # The mean over two batches of a loss that grows by 2 with each.
     assert evaluated == {0: 3.0, 2: 7.0, 4: 11.0, 5: 15.0}
-    assert (result.first_val_loss, result.last.val_loss) == (3.0, 15.0)
+    assert result.validation_metrics["loss"] == 15.0
 
 
 def test_evaluations_take_the_same_samples_every_time(run: Any) -> None:
     made = run(train={"steps": 2, "eval_interval": 1})
-    made.trainer.fit()
+    made.fit()
     assert made.engine.evaluated == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
     # The means of the largest of 0 to 1, 2 to 3, 4 to 5 and 6 to 7.
-    assert [metrics.extra for metrics in made.events.metrics] == [{"val_largest": 4.0}] * 3
+    assert [metrics["val_largest"] for metrics in made.events.metrics] == [4.0] * 3
 
 
 @pytest.mark.parametrize("eval_ema", [False, True])
@@ -243,8 +267,8 @@ def test_the_moving_average_is_evaluated_on_request(run: Any, monkeypatch: pytes
         yield
         order.append(f"weights again, {len(engine.evaluated)} evaluated")
 
-    monkeypatch.setattr(trainer_module, "ema_weights", ema_weights)
-    made.trainer.fit()
+    monkeypatch.setattr(layers_run, "ema_weights", ema_weights)
+    made.fit()
     expected = [
         *("average after 0 steps, 0 evaluated", "weights again, 2 evaluated"),
         *("average after 1 steps, 2 evaluated", "weights again, 4 evaluated"),
@@ -276,7 +300,7 @@ def test_an_iterable_dataset_is_one_error(run: Any) -> None:
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(run: Any) -> None:
     made = run(train={"steps": 5}, checkpoint={"interval": 2})
-    made.trainer.fit()
+    made.fit()
     assert [(state.step, state.consumed_samples) for state in made.saved] == [(2, 8), (4, 16), (5, 20)]
     assert [state.metrics["loss"] for state in made.saved] == [8.0, 6.0, 5.0]
 
@@ -284,7 +308,7 @@ def test_checkpoints_come_at_their_interval_and_at_the_end(run: Any) -> None:
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_save_in_the_background_is_waited_for_before_the_next_and_at_the_end(run: Any, in_background: bool) -> None:
     made = run(train={"steps": 5}, checkpoint={"interval": 2, "async": in_background})
-    result = made.trainer.fit()
+    result = made.fit()
     assert made.order == [f"{event} {step}" for step in (2, 4, 5) for event in ("save", "waited for")]
     assert result.checkpoint.name == "step-5"
     reported = [name for name in made.events.names if name.startswith(("checkpoint", "step"))]
@@ -296,20 +320,20 @@ def test_a_save_in_the_background_is_waited_for_before_the_next_and_at_the_end(r
 def test_a_save_in_the_background_is_written_out_where_training_fails(run: Any) -> None:
     made = run(train={"steps": 5}, checkpoint={"interval": 2, "async": True}, events=Events(fails_at=3))
     with pytest.raises(OSError, match="disk is full"):
-        made.trainer.fit()
+        made.fit()
     assert made.order == ["save 2", "settled"]
 
 
 def test_replicas_are_checked_at_their_interval(run: Any) -> None:
     made = run(train={"steps": 5, "check_replicas": 2})
-    made.trainer.fit()
+    made.fit()
     assert made.engine.num_checks == 2
 
 
 def test_a_gradient_that_stays_infinite_ends_the_run(run: Any) -> None:
     made = run(train={"steps": 50}, engine=FakeEngine(norms=[1.0, *[math.inf] * 49]))
     with pytest.raises(PipekitError, match=r"step 21: the gradient has not been finite for 20 steps in a row"):
-        made.trainer.fit()
+        made.fit()
     assert made.saved == []
     assert made.events.names[-2:] == ["step 21", "close"]
 
@@ -336,12 +360,12 @@ def test_the_loss_of_a_step_is_read_after_the_next_one_is_launched(run: Any, mon
     monkeypatch.setattr(LateNumber, "read", note)
     norms = [0.1, 0.2, 0.3, 0.4, 0.5]
     made = run(train={"steps": 5}, checkpoint={"interval": 3}, engine=Noting(norms))
-    made.trainer.fit()
+    made.fit()
     assert order == [
         *("launch 1", "launch 2", "read 0.1", "launch 3", "read 0.2", "read 0.3"),
         *("launch 4", "launch 5", "read 0.4", "read 0.5"),
     ]
-    assert [(metrics.step, metrics.loss, metrics.grad_norm) for metrics in made.events.metrics] == [
+    assert [(metrics["step"], metrics["loss"], metrics["grad_norm"]) for metrics in made.events.metrics] == [
         (step + 1, 9.0 - step, norm) for step, norm in enumerate(norms)
     ]
 
@@ -355,7 +379,7 @@ def test_a_step_is_reported_though_the_next_one_fails(run: Any) -> None:
 
     made = run(train={"steps": 5}, engine=Failing())
     with pytest.raises(PipekitError, match="out of luck"):
-        made.trainer.fit()
+        made.fit()
     assert made.events.names == ["start after 0", "step 1", "step 2", "close"]
 
 
@@ -380,7 +404,7 @@ def test_the_next_step_is_collated_while_one_runs_and_none_after_the_last(run: A
     read: list[int] = []
     second_is_read = threading.Event()
     made = run(train={"steps": 3}, kind=NotingTrial, engine=Waiting(), data={"shuffle": True})
-    made.trainer.fit()
+    made.fit()
     assert read == [sample for samples in made.engine.trained for sample in samples]
     assert len(read) == 12
     assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
@@ -388,33 +412,33 @@ def test_the_next_step_is_collated_while_one_runs_and_none_after_the_last(run: A
 
 def test_skipped_steps_with_others_between_them_do_not(run: Any) -> None:
     norms = [math.nan if step % 20 else 1.0 for step in range(50)]
-    assert run(train={"steps": 50}, engine=FakeEngine(norms)).trainer.fit().step == 50
+    assert run(train={"steps": 50}, engine=FakeEngine(norms)).fit().batch == 50
 
 
 def test_callbacks_are_closed_when_one_fails(run: Any) -> None:
     made = run(events=Events(fails_at=2))
     with pytest.raises(OSError, match="disk is full"):
-        made.trainer.fit()
+        made.fit()
     assert made.events.names == ["start after 0", "step 1", "step 2", "close"]
 
 
 def test_callbacks_are_closed_though_one_cannot_be(run: Any) -> None:
-    class Stuck(Callback):
-        def close(self) -> None:
+    class Stuck(TrialCallback):
+        def on_trial_shutdown(self) -> None:
             raise OSError("the disk is full")
 
     class WithStuck(NumbersTrial):
-        def build_callbacks(self) -> list[Callback]:
+        def build_callbacks(self) -> list[TrialCallback]:
             return [Stuck(), later]
 
     later = Events()
     made = run(kind=WithStuck)
     with pytest.raises(OSError, match="disk is full"):
-        made.trainer.fit()
+        made.fit()
     assert made.events.names[-1] == later.names[-1] == "close"
 
 
 def test_ranks_that_do_not_report_call_nobody(run: Any) -> None:
     made = run(reports=False)
-    assert made.trainer.fit().step == 3
+    assert made.fit().batch == 3
     assert made.events.names == []

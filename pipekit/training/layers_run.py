@@ -1,0 +1,354 @@
+"""A run of layers as a trial: its engine, data and checkpoints, of a plan and the hooks of a `LayersTrial`."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name
+from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.checkpoint.retention import Retention
+from pipekit.config.trial_config import TrialConfig, TrialRunConfig
+from pipekit.data.batch_loader import BatchLoader, MapDataset
+from pipekit.data.order import SampleOrder
+from pipekit.data.prefetch import Prefetcher
+from pipekit.data.tokenizer import tokenizer_files
+from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
+from pipekit.distributed.processes import run_together
+from pipekit.distributed.rank_role import RankRole
+from pipekit.engine.build import build_engine
+from pipekit.engine.late_number import LateNumber
+from pipekit.engine.load import load_checkpoint, load_initial_weights
+from pipekit.engine.micro_batches import MicroBatch
+from pipekit.engine.module import PipelineModule
+from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoint
+from pipekit.engine.stopwatch import Moment
+from pipekit.engine.training_engine import TrainingEngine
+from pipekit.errors import PipekitError
+from pipekit.plan.run_folder import check_data
+from pipekit.training.context import TrialContext
+from pipekit.training.ema import ema_weights, track_ema
+from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.optimizer import takes_states_of
+from pipekit.training.periods import Batch
+from pipekit.training.prepare import initial_weights
+from pipekit.training.profile import save_profile
+from pipekit.training.trial import Trial
+from pipekit.training.trial_callbacks import TrialCallback
+from pipekit.training.trial_checkpoint import TrialState
+from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
+
+# A loss that stays infinite or not a number will not come back by itself.
+_MAX_SKIPPED_IN_A_ROW = 20
+# Beside the last step, one is drawn early, when everything has run a few times.
+_PROFILED_STEP = 10
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose results may still be on their way from the device."""
+
+    lr: float
+    num_tokens: int
+    loss: LateNumber
+    grad_norm: LateNumber
+    started: Moment
+    ended: Moment
+
+    @property
+    def has_ended(self) -> bool:
+        """True if `read` need not wait."""
+        return self.loss.is_here and self.grad_norm.is_here
+
+    def read(self) -> dict[str, float]:
+        """Return the step's metrics.
+
+        They are the mean loss over the global batch, before the update; the learning rate of the update; the 2-norm of
+        the whole gradient before clipping, infinite where the update was skipped; and the step's speed and wall time.
+        """
+        step_time_s = self.ended.since(self.started)
+        return {
+            "loss": self.loss.read(),
+            "lr": self.lr,
+            "grad_norm": self.grad_norm.read(),
+            "tokens_per_s": self.num_tokens / step_time_s,
+            "step_time_s": step_time_s,
+        }
+
+
+class LayersRun(Trial):
+    """The trial that `pipekit train` makes of a `LayersTrial`, as its context's plan says. Every rank builds one.
+
+    The loss and the gradient norm of a step are the same on every rank, so that no rank waits for another to report
+    them. Where the device has not finished a step, they are read while the next one runs, so that the device need not
+    wait for the host; or at once where an evaluation, a checkpoint or the end of the run follows.
+
+    Args:
+        hooks: what gives the layers' loss, data and optimizer.
+
+    Attributes:
+        engine: the engine.
+        consumed_samples: position in the training data.
+    """
+
+    def __init__(self, hooks: LayersTrial) -> None:
+        self.hooks, self.run = hooks, hooks.context
+        self.config = config = self.run.config
+        mpu = self.run.mpu
+        settings = TrialRunConfig(dir=config.run.dir, timeout_s=config.run.timeout_s)
+        super().__init__(TrialContext(TrialConfig(seed=config.train.seed, run=settings), self.run.device))
+        dp = self.run.plan.batch.dp
+        self.context.set_mpu(RankRole(mpu.data_parallel_rank, dp, True, mpu.should_build_data_loader))
+        self.engine: TrainingEngine = self.context.wrap_model_engine(self._build_engine())
+        if config.train.ema is not None:
+            track_ema(self.engine.view.torch_optimizer, config.train.ema)
+        self._train_loader = self._build_loader(hooks.build_train_dataset, shuffle=config.data.shuffle)
+        self._validation_loader = None
+        if config.train.eval_interval is not None:
+            self._validation_loader = self._build_loader(hooks.build_validation_dataset, shuffle=False)
+        self.consumed_samples = 0
+
+    def fit(self, callbacks: Sequence[TrialCallback] = ()) -> TrialResult:
+        """Train until `train.steps` updates are made, from the checkpoint to go on from, if there is one.
+
+        Args:
+            callbacks: called on the rank that reports, beside those of the hooks.
+
+        Raises:
+            PipekitError: if training cannot go on.
+        """
+        train, checkpoint, start = self.config.train, self.config.checkpoint, self.run.plan.start
+        mpu = self.run.mpu
+        here = [*callbacks, *self.hooks.build_callbacks()] if mpu.should_report_metrics else []
+        schedule = TrialSchedule(
+            max_length=Batch(train.steps),
+            reporting_period=Batch(1),
+            validation_period=None if train.eval_interval is None else Batch(train.eval_interval),
+            checkpoint_period=None if checkpoint.interval is None else Batch(checkpoint.interval),
+            checkpoint_policy="none",
+            step_zero_validation=True,
+            evaluates=train.eval_interval is not None,
+            retention=Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_is),
+        )
+        with ExitStack() as stack:
+            for loader in (self._train_loader, self._validation_loader):
+                if loader is not None:
+                    stack.callback(loader.close)
+            loop = LayersLoop(self, schedule, self.run.folder.checkpoints, here=here)
+            if start is not None:
+                return loop.fit(start.checkpoint, tries_earlier=checkpoint.resume == "auto", warning=start.warning)
+            if source := initial_weights(self.config):
+                mpu.activity.begin("start", f"loading {source.path}")
+                load_initial_weights(self.engine, source)
+            return loop.fit(None)
+
+    def train_batch(self, dataloader_iter: Any, epoch_idx: int, batch_idx: int) -> LaunchedStep:
+        """Launch one update, on the next global batch."""
+        train, device, step = self.config.train, self.run.device, batch_idx + 1
+        lr = self.hooks.learning_rate(batch_idx)
+        self.engine.set_lr(lr)
+        started = Moment.now(device)
+        following = self.consumed_samples + train.global_batch_size
+        then = following if step < train.steps else None
+        loss = self.engine.train_batch(self._batches(self._train_loader, self.consumed_samples, then))
+        launched = LaunchedStep(
+            lr=lr,
+            num_tokens=train.global_batch_size * train.sequence_length,
+            ended=Moment.now(device),
+            loss=LateNumber(loss),
+            grad_norm=self.engine.late_grad_norm,
+            started=started,
+        )
+        self.consumed_samples = following
+        if train.check_replicas is not None and step % train.check_replicas == 0:
+            self.engine.check_replicas()
+        if self.config.logging.profile and step in (_PROFILED_STEP, train.steps):
+            timeline = self.engine.gather_timeline()
+            if self.run.mpu.should_report_metrics:
+                save_profile(timeline, self.run.folder.profile / f"step-{step:08d}")
+        return launched
+
+    def evaluate_full_dataset(self, data_loader: Any) -> dict[str, float]:
+        """Return the held-out loss and the hooks' metrics, of the same batches every time, whatever the layout."""
+        train = self.config.train
+        metrics = self.hooks.validation_metrics()
+        sums = dict.fromkeys(metrics, 0.0)
+
+        def observe(outputs: Any, labels: Any) -> None:
+            for name, metric in metrics.items():
+                sums[name] += float(metric(outputs, labels))
+
+        losses = []
+        with ema_weights(self.engine) if train.eval_ema else nullcontext():
+            for batch in range(train.eval_batches):
+                then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
+                batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
+                losses.append(float(self.engine.eval_batch(batches, observe=observe)))
+        num_micro_batches = train.eval_batches * self.run.plan.batch.num_micro_batches
+        means = {name: self.run.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
+        return {"loss": sum(losses) / len(losses), **means}
+
+    def _build_engine(self) -> TrainingEngine:
+        plan, train, parallel = self.run.plan, self.config.train, self.config.parallel
+        module = PipelineModule(
+            self.run.specs,
+            mpu=self.run.mpu,
+            boundaries=plan.boundaries,
+            loss_fn=self.hooks.loss,
+            base_seed=train.seed,
+            activation_checkpoint_interval=int(train.activation_checkpointing),
+            device=self.run.device,
+            sequence_parallel=parallel.sequence_parallel,
+            schedule=plan.schedule,
+            compile_layers=train.compile,
+        )
+        return build_engine(
+            module,
+            deepspeed_config=plan_deepspeed_config(
+                micro_batch_size=plan.batch.micro_batch_size,
+                num_micro_batches=plan.batch.num_micro_batches,
+                precision=plan.precision,
+                zero=parallel.zero,
+                gradient_clipping=train.gradient_clipping,
+                extra=self.config.deepspeed,
+                offload=parallel.offload,
+                device=plan.device,
+            ),
+            build_optimizer=self.hooks.build_optimizer,
+            measure_costs=parallel.schedule == "auto",
+            max_in_flight=parallel.max_in_flight,
+            profile=self.config.logging.profile,
+        )
+
+    def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> Prefetcher | None:
+        if not self.run.mpu.should_build_data_loader:
+            return None
+        dataset = build_dataset()
+        if dataset is None:
+            raise PipekitError(
+                f"train.eval_interval={self.config.train.eval_interval}: {type(self.hooks).__name__} has no validation "
+                "data; set it to null, or return a dataset from build_validation_dataset"
+            )
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise PipekitError(
+                f"{type(self.hooks).__name__}.{build_dataset.__name__} returned a {type(dataset).__name__}, which "
+                "lacks __len__ or __getitem__; return a map-style dataset, or write a pipekit.Trial, which takes others"
+            )
+        batch = self.run.plan.batch
+        loader = BatchLoader(
+            dataset,
+            SampleOrder(len(dataset), self.config.train.seed, shuffle=shuffle),
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=batch.micro_batch_size,
+            dp_rank=self.run.mpu.data_parallel_rank,
+            dp=batch.dp,
+        )
+        return Prefetcher(loader, pin_memory=self.run.device.type == "cuda")
+
+    @staticmethod
+    def _batches(loader: Prefetcher | None, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
+        return None if loader is None else iter(loader.step_batches(consumed_samples, then=then))
+
+
+class LayersLoop(TrialLoop):
+    """The loop of a run of layers, whose metrics need no gathering, and whose checkpoints are those of its engine."""
+
+    _trial: LayersRun
+
+    def __init__(
+        self, trial: LayersRun, schedule: TrialSchedule, checkpoints: Path, *, here: Sequence[TrialCallback]
+    ) -> None:
+        self._watch = _GradientWatch(trial.config.optimizer.lr)
+        super().__init__(trial, schedule, checkpoints, here=[*here, self._watch])
+        self._snapshot_memory = SnapshotMemory() if trial.config.checkpoint.is_async else None
+
+    def _build_metrics(self) -> _LateMetrics:
+        return _LateMetrics(self._watch)
+
+    def _write(self, state: TrialState) -> PendingCheckpoint:
+        """Save the engine, or begin to where that is done in the background."""
+        trial, view, metrics = self._trial, self._trial.engine.view, state.metrics or {}
+        training = TrainingState(
+            step=state.batch,
+            consumed_samples=trial.consumed_samples,
+            seed=trial.config.train.seed,
+            lr=metrics.get("lr", 0.0),
+            optimizer={"type": trial.config.optimizer.type, "step": view.step_count(), "states": view.state_names()},
+            loss_scaler=view.loss_scaler_state(),
+            data_fingerprint=trial.hooks.data_fingerprint,
+            metrics={"step": state.batch, **metrics},
+        )
+        tokenizer = trial.hooks.tokenizer_file
+        return save_checkpoint(
+            trial.engine,
+            self._checkpoints,
+            training=training,
+            config_yaml=trial.config.to_yaml(),
+            extra_files={} if tokenizer is None else tokenizer_files(tokenizer),
+            retention=self._retention(),
+            name=checkpoint_name(state.batch),
+            background=self._snapshot_memory,
+        )
+
+    def _read(self, checkpoint: Path) -> TrialState:
+        trial, config = self._trial, self._trial.config
+
+        def find() -> CheckpointReader:
+            reader = CheckpointReader(checkpoint)
+            check_data(reader.manifest, trial.hooks.data_fingerprint, where=reader.path)
+            return reader
+
+        reader = run_together(find)
+        training = load_checkpoint(
+            trial.engine,
+            reader,
+            optimizer_states=takes_states_of(reader.manifest.training.optimizer["type"], config.optimizer),
+            without_states=() if config.train.ema is not None else (EMA,),
+        )
+        trial.consumed_samples = training.consumed_samples
+        return TrialState("", training.step)
+
+
+class _LateMetrics:
+    """Metrics of steps, the same on every rank, of which the last may still be on their way from the device."""
+
+    gathers = False
+    fault: PipekitError | None = None
+
+    def __init__(self, watch: _GradientWatch) -> None:
+        self._watch = watch
+        self._launched: deque[LaunchedStep] = deque()
+
+    @property
+    def are_here(self) -> bool:
+        # From the first skipped step on, each is read at once, so that the run ends with the step that is named.
+        return self._launched[0].has_ended or self._watch.num_skipped > 0
+
+    def update(self, metrics: Any, num_samples: int) -> None:
+        self._launched.append(metrics)
+
+    def report(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        metrics = self._launched.popleft().read()
+        return metrics, [metrics]
+
+
+class _GradientWatch(TrialCallback):
+    """Ends the run, on every rank alike, where the gradient stays infinite or not a number."""
+
+    def __init__(self, lr: float) -> None:
+        self._lr = lr
+        self.num_skipped = 0
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self.num_skipped = 0 if math.isfinite(metrics.get("grad_norm", 0.0)) else self.num_skipped + 1
+        if self.num_skipped == _MAX_SKIPPED_IN_A_ROW:
+            raise PipekitError(
+                f"step {step}: the gradient has not been finite for {self.num_skipped} steps in a row (loss "
+                f"{metrics['loss']}), and none of them changed the weights; lower optimizer.lr={self._lr:g}, lengthen "
+                "scheduler.warmup_steps, or train in bf16 or fp32"
+            )
