@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,17 @@ def run_pipekit(
     Raises:
         subprocess.TimeoutExpired: after that.
     """
-    command = ["pipekit", *arguments]
+    return _run(["pipekit", *arguments], cwd, environ, timeout_s, fork_ranks)
+
+
+def run_script(path: Path, *, cwd: Path, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in a fork, alone, as `python path` does."""
+    return _run([str(path)], cwd, None, timeout_s, fork_ranks=False)
+
+
+def _run(
+    command: Sequence[str], cwd: Path, environ: Mapping[str, str] | None, timeout_s: float, fork_ranks: bool
+) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
@@ -76,7 +87,9 @@ def run_pipekit(
     return done
 
 
-def _main(command: list[str], cwd: str, environ: dict[str, str], stdout: str, stderr: str, fork_ranks: bool) -> None:
+def _main(
+    command: Sequence[str], cwd: str, environ: dict[str, str], stdout: str, stderr: str, fork_ranks: bool
+) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environ)
@@ -85,8 +98,12 @@ def _main(command: list[str], cwd: str, environ: dict[str, str], stdout: str, st
         with open(path, "wb") as file:
             os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = list(command)
+    if command[0].endswith(".py"):
+        sys.path[0:0] = [os.path.dirname(command[0])]
+        runpy.run_path(command[0], run_name="__main__")
+        return
     sys.path[0:0] = [cwd]
-    sys.argv = command
     if fork_ranks:
         from pipekit.launch import local
 

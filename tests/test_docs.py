@@ -148,6 +148,7 @@ def test_every_yaml_block_loads(block: Block) -> None:
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_every_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     exec(compile(block.text, str(block), "exec"), {"__name__": "docs"})
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pipekit":
