@@ -8,31 +8,20 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import (
-    CONFIG_FILE,
-    LATEST_FILE,
-    MANIFEST_FILE,
-    WEIGHTS,
-    Manifest,
-    TensorEntry,
-    TrainingState,
-    checkpoint_name,
-    checksum,
-)
-from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
+from pipekit.checkpoint.manifest import CONFIG_FILE, WEIGHTS, TensorEntry, TrainingState, checkpoint_name
+from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, publish_checkpoint, write_manifest
+from pipekit.checkpoint.retention import Retention
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.errors import CheckpointError
-from pipekit.files import replace_folder, write_atomically
 
 # Storage may be slow, and a rank that writes is not heard from by those that wait for it.
 _LONGEST_WRITE = timedelta(hours=6)
@@ -132,8 +121,8 @@ def save_checkpoint(
         CheckpointError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
             happens in the background.
     """
-    name = name or checkpoint_name(training.step)
-    final, temporary = folder / name, folder / f".{name}.tmp"
+    final = folder / (name or checkpoint_name(training.step))
+    temporary = hidden_folder(final)
     rank = dist.get_rank()
     everybody = engine.mpu.build_group(
         [range(dist.get_world_size())], "gloo", purpose="checkpoints", timeout=_LONGEST_WRITE
@@ -143,8 +132,7 @@ def save_checkpoint(
     error: Exception | None = None
     if rank == 0:
         try:
-            remove_leftovers(folder)
-            temporary.mkdir(parents=True)
+            begin_checkpoint(final)
         except OSError as failure:
             error = CheckpointError(f"{temporary}: could not be written: {failure}")
     raise_together(error, control)
@@ -170,11 +158,14 @@ def save_checkpoint(
             dist.all_gather_object(written, (checked, file_bytes), group=control)
             if rank == 0:
                 try:
-                    _finish(temporary, final, written, training, config_yaml, extra_files or {}, layout)
-                    if update_latest:
-                        write_atomically(folder / LATEST_FILE, name + "\n")
-                    for surplus in list_surplus(folder, retention or Retention()):
-                        remove_checkpoint(surplus)
+                    contents = {file: source.read_bytes() for file, source in (extra_files or {}).items()}
+                    contents[CONFIG_FILE] = config_yaml.encode()
+                    all_tensors = {key: entry for some, _ in written for key, entry in some.items()}
+                    all_bytes = {file: size for _, sizes in written for file, size in sizes.items()}
+                    write_manifest(
+                        final, training, contents, tensors=all_tensors, tensor_bytes=all_bytes, layout=layout
+                    )
+                    publish_checkpoint(final, retention=retention or Retention(), update_latest=update_latest)
                 except OSError as failure:
                     error = CheckpointError(f"{final}: could not be written: {failure}")
             raise_together(error, control)
@@ -232,34 +223,3 @@ def _gather_share(
         if owned and place == 0:
             put(name, WEIGHTS, buffer, trainable=False)
     return shares, entries
-
-
-def _finish(
-    temporary: Path,
-    final: Path,
-    written: list[tuple[dict[str, TensorEntry], dict[str, int]]],
-    training: TrainingState,
-    config_yaml: str,
-    extra_files: Mapping[str, Path],
-    layout: str,
-) -> None:
-    tensors: dict[str, TensorEntry] = {}
-    file_bytes: dict[str, int] = {}
-    file_checksums: dict[str, str] = {}
-    for entries, sizes in written:
-        tensors.update(entries)
-        file_bytes.update(sizes)
-    contents = {name: source.read_bytes() for name, source in extra_files.items()}
-    for name, content in {**contents, CONFIG_FILE: config_yaml.encode()}.items():
-        write_atomically(temporary / name, content)
-        file_bytes[name], file_checksums[name] = len(content), checksum(content)
-    versions = {name: version(name) for name in ("pipekit", "torch", "deepspeed")}
-    manifest = Manifest(
-        training=training,
-        tensors=tensors,
-        file_bytes=file_bytes,
-        written_by={**versions, "layout": layout},
-        file_checksums=file_checksums,
-    )
-    write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
-    replace_folder(temporary, final)  # A run that was set back to an earlier step writes this one again.

@@ -6,27 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipekit.checkpoint.manifest import (
     CONFIG_FILE,
-    LATEST_FILE,
-    MANIFEST_FILE,
-    Manifest,
     TrainingState,
     checkpoint_name,
-    checksum,
     find_whole,
     load_manifest,
     resolve_checkpoint,
 )
-from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
+from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, publish_checkpoint, write_manifest
+from pipekit.checkpoint.retention import Retention
 from pipekit.distributed.processes import run_together
 from pipekit.engine.save import PendingCheckpoint
 from pipekit.errors import CheckpointError
-from pipekit.files import replace_folder, write_atomically
 from pipekit.settings.yaml_source import write_yaml
 from pipekit.training.context import TrialContext
 from pipekit.training.trial import Trial
@@ -70,51 +65,31 @@ def save_trial(
     """
     context: TrialContext = trial.context
     is_first = context.distributed.rank == 0
-    name = checkpoint_name(state.batch)
-    final, temporary = folder / name, folder / f".{name}.tmp"
+    final = folder / checkpoint_name(state.batch)
+    temporary = hidden_folder(final)
     record: dict[str, Any] = {}
     callbacks.call("on_checkpoint_save_start", record)
-    content = {"trial": asdict(state), "callbacks": callbacks.state_dict(), "checkpoint": record}
-
-    def prepare() -> None:
-        remove_leftovers(folder)
-        temporary.mkdir(parents=True)
+    training = TrainingState(
+        step=state.batch,
+        consumed_samples=num_samples,
+        seed=context.config.seed,
+        lr=0.0,
+        optimizer={},
+        metrics=state.metrics or {},
+        client_state={"trial": asdict(state), "callbacks": callbacks.state_dict(), "checkpoint": record},
+    )
 
     def finish() -> None:
-        config = write_yaml(context.get_experiment_config())
-        write_atomically(temporary / CONFIG_FILE, config)
-        files = [path for path in temporary.iterdir() if path.is_file()]
-        training = TrainingState(
-            step=state.batch,
-            consumed_samples=num_samples,
-            seed=context.config.seed,
-            lr=0.0,
-            optimizer={},
-            metrics=state.metrics or {},
-            client_state=content,
-        )
-        manifest = Manifest(
-            training=training,
-            tensors={},
-            file_bytes={path.name: path.stat().st_size for path in files},
-            written_by={library: version(library) for library in ("pipekit", "torch", "deepspeed")},
-            file_checksums={path.name: checksum(path.read_bytes()) for path in files},
-        )
-        write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
-
-    def publish() -> None:
-        replace_folder(temporary, final)
-        write_atomically(folder / LATEST_FILE, name + "\n")
-        for surplus in list_surplus(folder, retention):
-            remove_checkpoint(surplus)
+        config = write_yaml(context.get_experiment_config()).encode()
+        write_manifest(final, training, {CONFIG_FILE: config}, tensors={}, tensor_bytes={})
 
     try:
         run_together(lambda: json.dumps(record))
-        run_together(_writing, prepare, temporary, is_first)
+        run_together(_writing, lambda: begin_checkpoint(final), temporary, is_first)
         run_together(trial.save, context, temporary)
         run_together(_writing, finish, temporary, is_first)
         callbacks.call("on_checkpoint_write_end", str(temporary))
-        run_together(_writing, publish, final, is_first)
+        run_together(_writing, lambda: publish_checkpoint(final, retention=retention), final, is_first)
     except Exception:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
