@@ -27,10 +27,12 @@ from gloo_workers import GlooWorkers
 from hand_made import examples_at_work
 from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
+from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.deepspeed_keys import OWNED_KEYS
 from pipekit.config.trial_config import parse_trial_config
 from pipekit.models import find_families, preset_families
 from pipekit.models.family import TransformerFamily
+from pipekit.settings.faults import nested_section
 from test_layering import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -308,6 +310,15 @@ def test_every_key_is_documented_with_its_default(section: str, keys: dict[str, 
             expected = facts["default"]
             read = float(documented) if isinstance(expected, float) else yaml.safe_load(documented)
             assert read == (list(expected) if isinstance(expected, tuple) else expected), f"{section}.{key}"
+
+
+def test_the_table_of_shipped_callbacks_is_whole() -> None:
+    rows = page_tables("docs/trials.md")["Shipped callbacks"]
+    assert rows.keys() - {"key"} == CallbacksConfig.model_fields.keys()
+    for key, setting in CallbacksConfig.model_fields.items():
+        section = nested_section(setting.annotation)
+        documented = re.findall(r"`(\w+)`", f"`{rows[key][-1]}`".replace("``", "`"))
+        assert set(documented) == (set() if section is None else section.model_fields.keys())
 
 
 def test_no_key_is_documented_that_is_not_there() -> None:

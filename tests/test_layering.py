@@ -37,7 +37,10 @@ LIBRARIES: dict[int, set[str]] = {
 }
 
 # Drawing pictures is pure, and loads its library only when it draws.
-MAY_ALSO_IMPORT = {"pipekit.schedules.draw": {"matplotlib"}}
+MAY_ALSO_IMPORT = {
+    "pipekit.schedules.draw": {"matplotlib"},
+    "pipekit.training.shipped.loss_curve": {"matplotlib"},
+}
 
 # The tokenizers library is told in no other way that a later fork is safe; and the user's settings of the C library go
 # before ours.

@@ -193,6 +193,7 @@ class PipelineTrial(PointsTrial):
             loss_fn=F.mse_loss,
             mpu=unit,
             partition_method="uniform",
+            schedule=hparams.get("schedule", "1f1b"),
             device="cpu",
         )
         config = {

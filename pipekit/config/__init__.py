@@ -1,11 +1,12 @@
 """The configuration of a run: its typed sections, and how it is read from YAML."""
 
 from pipekit.config.batch import BatchPlan, plan_batch
+from pipekit.config.callbacks_config import WandbConfig
 from pipekit.config.compare import conflicting_keys
 from pipekit.config.json_schema import config_json_schema
 from pipekit.config.load import ModelConfigSource, load_config, load_model_config, load_stored_config, parse_config
 from pipekit.config.resolve import resolve_layout
-from pipekit.config.schema import Config, DataConfig, OptimizerConfig, WandbConfig
+from pipekit.config.schema import Config, DataConfig, OptimizerConfig
 
 __all__ = [
     "BatchPlan",

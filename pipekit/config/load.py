@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipekit.config.callbacks_config import WandbConfig
 from pipekit.config.rules import check_rules
-from pipekit.config.schema import Config, WandbConfig
+from pipekit.config.schema import Config
 from pipekit.errors import ConfigError
 from pipekit.models import family_of, find_families, preset_families
 from pipekit.models.custom import CustomModelConfig

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BeforeValidator,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -24,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipekit.config.callbacks_config import WandbConfig
 from pipekit.config.rules import check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -31,7 +31,7 @@ from pipekit.models import family_of, find_families
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import ModelFamily
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
-from pipekit.settings.base import Section, config_error
+from pipekit.settings.base import Section, config_error, switch
 from pipekit.settings.yaml_source import write_yaml
 
 
@@ -366,38 +366,13 @@ else:
     )
 
 
-class WandbConfig(Section):
-    """Logging to Weights & Biases."""
-
-    project: str = Field(default="pipekit", min_length=1, examples=["pipekit"])
-    """Project of the run."""
-
-    entity: str | None = Field(default=None, examples=["my-team"])
-    """Team or user; null takes the account's default."""
-
-    name: str | None = Field(default=None, examples=["my-run"])
-    """Name of the run; null takes that of the run folder."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` is online where an account is logged in, and offline otherwise."""
-
-
-def _wandb_switch(value: Any) -> Any:
-    """Turn `true` into the defaults and `false` into None."""
-    if not isinstance(value, (bool, dict, WandbConfig, type(None))):
-        raise ValueError(f"must be true, false, or a mapping of {', '.join(WandbConfig.model_fields)}")
-    return {} if value is True else None if value is False else value
-
-
 class LoggingConfig(Section):
     """Logging: the console, profiles, TensorBoard, Weights & Biases."""
 
     interval: PositiveInt = Field(default=10, examples=[10])
     """Steps between plain console lines."""
 
-    wandb: Annotated[
-        WandbConfig | None, BeforeValidator(_wandb_switch, json_schema_input_type=bool | WandbConfig | None)
-    ] = Field(default=None, examples=[True])
+    wandb: Annotated[WandbConfig | None, switch(WandbConfig)] = Field(default=None, examples=[True])
     """Log to Weights & Biases: true, false, or a mapping of settings."""
 
     profile: bool = False

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.load import Draft, apply_override, read_file
 from pipekit.settings.base import Fault, Section, show
-from pipekit.settings.faults import section_faults, unknown_key_fault
+from pipekit.settings.faults import nested_section, section_faults, unknown_key_fault
 from pipekit.settings.yaml_source import read_yaml
 
 
@@ -120,8 +121,11 @@ class TrialConfig(Section):
     fit: FitConfig = FitConfig()
     """Length of the training, and its periods."""
 
+    callbacks: CallbacksConfig = CallbacksConfig()
+    """Callbacks that ship with pipekit."""
 
-_SECTIONS: dict[str, type[Section]] = {"run": TrialRunConfig, "fit": FitConfig}
+
+_SECTIONS: dict[str, type[Section]] = {"run": TrialRunConfig, "fit": FitConfig, "callbacks": CallbacksConfig}
 
 
 def names_trial(path: str | Path) -> bool:
@@ -164,7 +168,12 @@ def parse_trial_config(values: Mapping[str, Any]) -> TrialConfig:
 
 
 def _finish(draft: Draft) -> TrialConfig:
-    keys = {"": list(TrialConfig.model_fields), **{name: list(each.model_fields) for name, each in _SECTIONS.items()}}
+    keys = {"": list(TrialConfig.model_fields)}
+    for name, section in _SECTIONS.items():
+        keys[name] = list(section.model_fields)
+        for key, field in section.model_fields.items():
+            if nested := nested_section(field.annotation):
+                keys[f"{name}.{key}"] = list(nested.model_fields)
     known: dict[str, Any] = {}
     for key, value in draft.values.items():
         if key not in TrialConfig.model_fields:

@@ -166,12 +166,24 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         results = super().__torch_dispatch__(func, types, args, kwargs)
-        packet = func.overloadpacket
-        if packet is _aten.convolution_backward:
-            self.flops += _convolution_backward(*args)
-        elif (count := flop_registry.get(_IN_PLACE.get(packet, packet))) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=results)
+        self.flops += count_flops(func, args, kwargs or {}, results)
         return results
+
+
+def count_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: Any) -> int:
+    """Return the floating-point operations of an operator of torch: 0 for those that are no product.
+
+    Args:
+        func: the operator, as a `TorchDispatchMode` is given it.
+        args: its arguments by position.
+        kwargs: its arguments by name.
+        results: what it returned.
+    """
+    packet = func.overloadpacket
+    if packet is _aten.convolution_backward:
+        return _convolution_backward(*args)
+    count = flop_registry.get(_ALIKE.get(packet, packet))
+    return 0 if count is None else int(count(*args, **kwargs, out_val=results))
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
@@ -181,7 +193,11 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -
 
 
 _aten = torch.ops.aten
-_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
+_ALIKE = {
+    _aten.addmm_: _aten.addmm,
+    _aten.baddbmm_: _aten.baddbmm,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+}
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -128,7 +128,8 @@ def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:
 
     log = Path(config.run.dir) / "logs" / f"rank-{ranks.rank}.log"
     with chatter_to(log) as terminal, joined_context(config, ranks) as context:
-        fit_as_configured(context, terminal)
+        context.terminal = terminal
+        fit_as_configured(context)
 
 
 def _device(config: TrialConfig) -> Literal["cpu", "cuda"]:

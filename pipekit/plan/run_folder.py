@@ -33,6 +33,7 @@ class RunFolder:
         plan: the plan, which the ranks read.
         checkpoints: the checkpoints, and `latest`, which names the newest.
         metrics: one JSON object a line for each step.
+        samples: one JSON object a line for each text that a model has generated while it was trained.
         logs: logs of the ranks, `rank-<rank>.log`.
         profile: pictures of what each rank of the pipeline does when.
         schedule: the pipeline's table, as a CSV file.
@@ -45,6 +46,7 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.checkpoints = self.path / CHECKPOINTS_FOLDER
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from pipekit.errors import ConfigError
 
@@ -31,6 +32,17 @@ class Section(BaseModel):
     def unknown_key_remedy(cls, key: str) -> str | None:
         """Text to type instead of a key that the section does not have; None suggests similar ones."""
         return None
+
+
+def switch(section: type[Section]) -> BeforeValidator:
+    """Validator of a key that takes the settings of a section, `true` for its defaults, or `false` for None."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, (bool, dict, section, type(None))):
+            raise ValueError(f"must be true, false, or a mapping of {', '.join(section.model_fields)}")
+        return {} if value is True else None if value is False else value
+
+    return BeforeValidator(read, json_schema_input_type=bool | section | None)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     return words.get(annotation if origin is None else origin, "a value") + limits
 
 
+def nested_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field's type is, alone or among other types; None where there is none."""
+    parts = (annotation, *get_args(annotation))
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
+
+
 def _flatten(metadata: Iterable[Any]) -> list[Any]:
     return [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
 
@@ -106,13 +112,8 @@ def _find(
             break
         path, field = (*path, part), current.model_fields.get(part)
         values = values.get(part) if isinstance(values, dict) else None
-        current = _nested_model(field.annotation) if field else None
+        current = nested_section(field.annotation) if field else None
     return path, field, values
-
-
-def _nested_model(annotation: Any) -> type[BaseModel] | None:
-    parts = (annotation, *get_args(annotation))
-    return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def _missing_faults(name: str, section: type[Section], missing: list[str]) -> list[Fault]:

@@ -25,6 +25,18 @@ def count_page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def resident_bytes() -> int:
+    """Bytes of this process that are in the host's memory; where Linux does not tell, the most that there were."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def keep_freed_memory() -> bool:
     """Keep the memory of freed tensors for the next ones, as the caching allocators of GPUs do.
 

@@ -162,11 +162,11 @@ def _plural(count: int, noun: str) -> str:
     return noun if count == 1 else noun + ending
 
 
-class _RemainingColumn(ProgressColumn):
+class RemainingColumn(ProgressColumn):
     """Time until the end at the pace of the last steps."""
 
     def render(self, task: Task) -> Text:
-        return Text("ETA --:--" if task.time_remaining is None else f"ETA {_show_time(task.time_remaining)}", "cyan")
+        return Text("ETA --:--" if task.time_remaining is None else f"ETA {show_time(task.time_remaining)}", "cyan")
 
 
 class ConsoleProgress(TrialCallback):
@@ -194,7 +194,7 @@ class ConsoleProgress(TrialCallback):
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[metrics]}"),
-                _RemainingColumn(),
+                RemainingColumn(),
                 TimeElapsedColumn(),
                 console=self._console,
             )
@@ -223,7 +223,7 @@ class ConsoleProgress(TrialCallback):
         elif val_loss is not None or step % self._interval == 0 or step in (1, self._num_steps):
             line = f"step {step:>{self._width}}/{self._num_steps}  {text}"
             if self._mean_step_s is not None:
-                line += f"  ETA {_show_time(self._mean_step_s * (self._num_steps - step))}"
+                line += f"  ETA {show_time(self._mean_step_s * (self._num_steps - step))}"
             self._console.print(line)
 
     def _describe(self, metrics: dict[str, Any]) -> str:
@@ -245,7 +245,7 @@ class ConsoleProgress(TrialCallback):
         run = shlex.quote(str(self._folder.path))
         self._console.print()
         what = f"steps {self._start_step + 1} to {result.batch}" if self._start_step else f"{result.batch} steps"
-        ended = f"Trained {what} in {_show_time(result.time_s)}"
+        ended = f"Trained {what} in {show_time(result.time_s)}"
         if self._val_loss is not None:
             ended += f": validation loss {self._first_val_loss:.3f} → {self._val_loss:.3f}"
         self._console.print(f"[bold green]{ended}[/]")
@@ -276,11 +276,11 @@ class ConsoleProgress(TrialCallback):
             self._progress = None
 
 
-def _show_time(seconds: float) -> str:
+def show_time(seconds: float) -> str:
     """Return a duration for people.
 
     Example:
-        >>> _show_time(75), _show_time(3700)
+        >>> show_time(75), show_time(3700)
         ('1:15', '1:01:40')
     """
     minutes, secs = divmod(round(seconds), 60)

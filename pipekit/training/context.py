@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ class TrialContext:
         self.config = config
         self.device = device
         self.folder = RunFolder(config.run.dir)
+        self._path = self.folder.path.absolute()
         self.distributed = RankNumbers(dist.get_rank(), dist.get_world_size(), local_rank)
         self.models: list[BaseEngine] = []
         self.reducers: list[WrappedReducer] = []
@@ -90,6 +92,12 @@ class TrialContext:
         self._role: RankRole | None = None
         self._pace: Pace | None = None
         self._batch = self._initial_batch = 0
+        self.num_trained_batches = 0
+        """Batches trained so far, those of earlier starts included."""
+        self.num_batches = 0
+        """Batches of the whole training, once a trainer knows its length."""
+        self.terminal: TextIO = sys.stdout
+        """The stream that the user sees."""
         self._stops = False
         self._logs_to_tensorboard = False
         self._writer: Any = None
@@ -273,9 +281,14 @@ class TrialContext:
         """Note that the batch with this number is the current one."""
         self._batch, self._pace = batch, pace
 
-    def note_initial_batch(self, batch: int) -> None:
-        """Note the number of batches that earlier starts of the run have trained."""
-        self._initial_batch = self._batch = batch
+    def end_batch(self) -> None:
+        """Note that the current batch has been trained."""
+        self.num_trained_batches = self._batch + 1
+
+    def note_length(self, initial_batch: int, num_batches: int) -> None:
+        """Note the number of batches that earlier starts of the run have trained, and that of the whole training."""
+        self._initial_batch = self._batch = self.num_trained_batches = initial_batch
+        self.num_batches = num_batches
 
     def get_initial_batch(self) -> int:
         """Return the number of batches that earlier starts of the run have trained."""
@@ -342,11 +355,11 @@ class TrialContext:
 
     def get_experiment_id(self) -> str:
         """Return the name of the folder above the run's, such as `runs`."""
-        return self.folder.path.absolute().parent.name
+        return self._path.parent.name
 
     def get_trial_id(self) -> str:
         """Return the name of the run's folder."""
-        return self.folder.path.absolute().name
+        return self._path.name
 
     # Profiles and TensorBoard.
 

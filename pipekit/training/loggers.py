@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pipekit.config import WandbConfig
 from pipekit.errors import ConfigError
-from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder, trim_metrics
 from pipekit.training.trial_callbacks import TrialCallback
 
@@ -74,35 +73,39 @@ class WandbLogger(TrialCallback):
 
     Args:
         config: the project, and whether to go online.
-        plan: the run's plan, whose configuration is shown there.
+        folder: the run's files.
+        settings: the configuration to show there.
     """
 
-    def __init__(self, config: WandbConfig, plan: Plan) -> None:
-        self._config, self._plan = config, plan
+    def __init__(self, config: WandbConfig, folder: RunFolder, settings: dict[str, Any]) -> None:
+        self._config, self._folder, self._settings = config, folder, settings
         self._run: Any = None
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
         import wandb
 
-        folder = RunFolder(self._plan.config.run.dir)
+        folder = self._folder
         mode: Any = self._config.mode
         if mode == "auto":
             mode = "online" if wandb.api.api_key else "offline"
+        folder.path.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
-            name=self._config.name or folder.path.name,
+            name=self._config.name or folder.path.absolute().name,
             dir=str(folder.path),
             mode=mode,
-            config=self._plan.config.model_dump(mode="json"),
+            config=self._settings,
             settings=wandb.Settings(silent=True, console="off"),
         )
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(metrics, step=step)
+        if self._run is not None:
+            self._run.log(metrics, step=step)
 
     def on_training_end(self, result: TrialResult) -> None:
-        self._run.summary["checkpoint"] = str(result.checkpoint)
+        if self._run is not None:
+            self._run.summary["checkpoint"] = str(result.checkpoint)
 
     def on_trial_shutdown(self) -> None:
         if self._run is not None:

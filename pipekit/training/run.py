@@ -115,23 +115,24 @@ def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialRe
     """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
+    context = trial.context
+    mpu, folder = context.mpu, context.folder
     error: Exception | None = None
     callbacks: list[TrialCallback] = []
-    if trial.context.mpu.should_report_metrics:
+    if mpu.should_report_metrics:
         console = make_console(terminal)
         try:
             _check_tokenizer(trial)
-            callbacks += [MetricsFile(trial.context.folder)]
-            callbacks += [TensorBoardLogger(trial.context.folder)] if config.logging.tensorboard else []
-            callbacks += [WandbLogger(config.logging.wandb, plan)] if config.logging.wandb is not None else []
+            callbacks += [MetricsFile(folder)]
+            callbacks += [TensorBoardLogger(folder)] if config.logging.tensorboard else []
+            if config.logging.wandb is not None:
+                callbacks.append(WandbLogger(config.logging.wandb, folder, config.model_dump(mode="json")))
         except PipekitError as failure:
             error = failure
         if not is_watched:
             show_plan(plan, console)
         callbacks.append(ConsoleProgress(console, plan, interval=config.logging.interval))
     raise_together(error)
-    context = trial.context
-    mpu, folder = context.mpu, context.folder
     heartbeat = HeartbeatThread(
         mpu.activity,
         folder.logs,

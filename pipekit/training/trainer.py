@@ -17,6 +17,7 @@ from pipekit.plan.run_folder import RunFolder
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import MetricsFile, TrialLog
 from pipekit.training.periods import Batch, Period
+from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.trial import Trial, check_trial, has_evaluation
 from pipekit.training.trial_checkpoint import find_checkpoint
 from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
@@ -90,7 +91,8 @@ class Trainer:
         if profiling_enabled and self.context.profiler is None:
             self.context.set_profiler(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
         is_first = self.context.distributed.rank == 0
-        folder = RunFolder(self.context.folder.path / ".test-mode") if test_mode else self.context.folder
+        own_folder = self.context.folder
+        self.context.folder = folder = RunFolder(own_folder.path / ".test-mode") if test_mode else own_folder
         loop = TrialLoop(
             self.trial,
             TrialSchedule(
@@ -104,6 +106,7 @@ class Trainer:
                 most_evaluations=_TEST_BATCHES if test_mode else None,
             ),
             folder.checkpoints,
+            shipped=run_together(build_shipped_callbacks, self.trial),
             here=[MetricsFile(folder), TrialLog(self.context)] if is_first else [],
         )
         found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
@@ -112,6 +115,7 @@ class Trainer:
         try:
             return loop.fit(start, tries_earlier=latest_checkpoint is None, warning=warning)
         finally:
+            self.context.folder = own_folder
             if test_mode and is_first:
                 shutil.rmtree(folder.path, ignore_errors=True)
 

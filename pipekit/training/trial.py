@@ -97,6 +97,13 @@ class Trial:
         """Return callbacks by name, the same on all ranks."""
         return {}
 
+    def generate_text(self, prompt: str) -> str:
+        """Return a prompt with the text that a language model continues it with, for `callbacks.text_samples`.
+
+        Every rank calls it together, in evaluation mode and without gradients.
+        """
+        raise NotImplementedError
+
     def get_batch_length(self, batch: Any) -> int:
         """Return the number of samples of what a loader yielded: the first dimension of its first tensor."""
         return data_length(batch)
@@ -182,6 +189,11 @@ def has_evaluation(trial: Trial) -> bool:
 def evaluates_whole(trial: Trial) -> bool:
     """True if a trial evaluates the whole validation data at once."""
     return "evaluate_full_dataset" in _own_methods(type(trial), Trial)
+
+
+def makes_text(trial: Trial) -> bool:
+    """True if a trial continues texts."""
+    return "generate_text" in _own_methods(type(trial), Trial)
 
 
 def metrics_of(returned: Any) -> Any:

@@ -47,6 +47,10 @@ class TrialCallback:
             batch_metrics: this rank's metrics of each call of `train_batch` since then; none where it does not report.
         """
 
+    def training_metrics(self) -> dict[str, float]:
+        """Return numbers to report with the metrics of training, the same on all ranks, which call this together."""
+        return {}
+
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """All metrics of a batch are known: those of training where they are reported, and validated ones as `val_*`.
 
@@ -101,6 +105,7 @@ class Callbacks:
 
     Args:
         callbacks: what the trial's `build_callbacks` returned.
+        shipped: those that the configuration switches on; one of the trial's with the same name takes its place.
         here: callbacks of this rank alone, which are called first, and whose exceptions are raised here alone.
         activity: where this rank notes that it calls them.
 
@@ -111,7 +116,13 @@ class Callbacks:
         PipekitError: on every rank, if that is no dict of callbacks, or ranks have different ones.
     """
 
-    def __init__(self, callbacks: Any, here: Sequence[TrialCallback], activity: Activity) -> None:
+    def __init__(
+        self,
+        callbacks: Any,
+        shipped: Mapping[str, TrialCallback],
+        here: Sequence[TrialCallback],
+        activity: Activity,
+    ) -> None:
         error = None
         if not isinstance(callbacks, Mapping) or not all(
             isinstance(name, str) and isinstance(each, TrialCallback) for name, each in callbacks.items()
@@ -121,10 +132,10 @@ class Callbacks:
             )
         raise_together(error)
         self.batch = 0
-        self._callbacks: dict[str, TrialCallback] = dict(callbacks)
+        self._callbacks: dict[str, TrialCallback] = {**shipped, **callbacks}
         self._here, self._activity = here, activity
         everyones: list[list[str]] = [[]] * dist.get_world_size()
-        mine = [f"{name} ({type(callback).__qualname__})" for name, callback in self._callbacks.items()]
+        mine = [f"{name} ({type(callback).__qualname__})" for name, callback in callbacks.items()]
         dist.all_gather_object(everyones, mine)
         for rank, theirs in enumerate(everyones):
             if theirs != everyones[0]:
@@ -158,6 +169,21 @@ class Callbacks:
                 break
         if with_event:
             raise_together(error)
+
+    def training_metrics(self) -> dict[str, float]:
+        """Return what callbacks report with the metrics of training. All ranks call this together."""
+        metrics: dict[str, float] = {}
+        for name, callback in self._callbacks.items():
+            if type(callback).training_metrics is TrialCallback.training_metrics:
+                continue
+            error = None
+            try:
+                metrics |= callback.training_metrics()
+            except Exception as failure:
+                error = _named(name, "training_metrics", failure)
+            # After each, since one may wait for the other ranks.
+            raise_together(error)
+        return metrics
 
     def shut_down(self, *, has_failed: bool) -> None:
         """Tell every callback that the training has ended; all ranks call this together unless it has failed."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -88,20 +89,27 @@ class TrialLoop:
         trial: what to train.
         schedule: what is done when.
         checkpoints: folder of the checkpoints, which every rank sees.
-        here: callbacks of this rank alone, beside those of the trial.
+        shipped: callbacks by name that the configuration switches on, beside those of the trial.
+        here: callbacks of this rank alone.
 
     Raises:
         PipekitError: on every rank, if the roles, the callbacks or the loaders of the trial are wrong.
     """
 
     def __init__(
-        self, trial: Trial, schedule: TrialSchedule, checkpoints: Path, *, here: Sequence[TrialCallback] = ()
+        self,
+        trial: Trial,
+        schedule: TrialSchedule,
+        checkpoints: Path,
+        *,
+        shipped: Mapping[str, TrialCallback] = MappingProxyType({}),
+        here: Sequence[TrialCallback] = (),
     ) -> None:
         self._trial, self._schedule, self._checkpoints = trial, schedule, checkpoints
         self._context: TrialContext = trial.context
         self._activity = self._context.activity
         self._compare_ranks()
-        self._callbacks = Callbacks(run_together(trial.build_callbacks), here, self._activity)
+        self._callbacks = Callbacks(run_together(trial.build_callbacks), shipped, here, self._activity)
         self._data = TrialData(trial, self._context)
         self._pace = self._find_pace()
         self._last = run_together(schedule.max_length.in_batches, self._pace)
@@ -197,7 +205,7 @@ class TrialLoop:
         num_read = run_together(self._data.own_read, state.micro_batches)
         self._feed = run_together(self._data.training_feed, num_read)
         self._callbacks.batch = self._batch
-        self._context.note_initial_batch(self._batch)
+        self._context.note_length(self._batch, self._last)
         self._callbacks.call("on_trial_startup", self._batch, self._checkpoint and self._checkpoint.name)
 
     def _load(self, checkpoint: Path, tries_earlier: bool) -> TrialState:
@@ -234,6 +242,7 @@ class TrialLoop:
                     self._tell(reports=True, validates=False)
             self._batch += 1
             callbacks.batch = self._batch
+            context.end_batch()
             if context.profiler is not None:
                 context.profiler.step()
             if context.is_epoch_end():
@@ -249,6 +258,13 @@ class TrialLoop:
                 continue
             stops = meets and self._meet()
             is_best = self._tell(reports=reports or stops, validates=validates)
+            if validates and not stops and self._meet():
+                # Because of what the validation has shown.
+                stops = True
+                if not reports:
+                    validated = self._told
+                    self._tell(reports=True, validates=False)
+                    self._told |= validated
             policy = schedule.checkpoint_policy
             if saves or stops or (validates and policy == "all") or (is_best and policy == "best"):
                 self._save()
@@ -297,7 +313,8 @@ class TrialLoop:
         """Report and validate what is due, and tell callbacks; return whether the validation is the best ever."""
         self._has_unread, self._told = False, {}
         if reports:
-            self._training_metrics, batches = self._metrics.report()
+            metrics, batches = self._metrics.report()
+            self._training_metrics = {**metrics, **self._callbacks.training_metrics()}
             self._told |= self._training_metrics
             self._callbacks.call("on_training_workload_end", self._training_metrics, batches)
         is_best = validates and self._validate()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from pipekit.config.trial_config import PeriodConfig, TrialConfig
 from pipekit.errors import ConfigError
@@ -34,17 +34,12 @@ def load_trial_class(config: TrialConfig) -> type[Trial]:
     return trial
 
 
-def fit_as_configured(context: TrialContext, terminal: TextIO) -> TrialResult:
-    """Build the trial of a context's configuration, and train it; the first rank shows metrics on the terminal."""
+def fit_as_configured(context: TrialContext) -> TrialResult:
+    """Build the trial of a context's configuration, and train it; the first rank shows the end on the terminal."""
     from pipekit.training.trainer import Trainer
 
     config = context.config
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    shown = logging.getLogger("pipekit.training.loggers")
-    if context.distributed.rank == 0:
-        handler = logging.StreamHandler(terminal)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        shown.addHandler(handler)
     trial = load_trial_class(config)(context)
     fit = config.fit
     arguments: dict[str, Any] = {name: getattr(fit, name) for name in type(fit).model_fields}
@@ -52,7 +47,8 @@ def fit_as_configured(context: TrialContext, terminal: TextIO) -> TrialResult:
         if isinstance(value, PeriodConfig):
             arguments[name] = _period(value)
     result = Trainer(trial, context).fit(**arguments)
-    shown.info("%d batches in %.1f s; checkpoint %s", result.batch, result.time_s, result.checkpoint)
+    if context.distributed.rank == 0:
+        context.terminal.write(f"{result.batch} batches in {result.time_s:.1f} s; checkpoint {result.checkpoint}\n")
     return result
 
 

@@ -92,9 +92,10 @@ def records(folder: Path) -> list[dict[str, float]]:
 def test_a_trial_named_in_yaml_is_trained_and_goes_on(workspace: Path) -> None:
     done = run_pipekit(["train", "line.yaml", "fit.max_length={tokens: 120, per_sample: 3}"], cwd=workspace)
     assert done.returncode == 0, done.stderr
-    assert "batch 3: loss " in done.stdout
-    again = run_pipekit(["train", "line.yaml"], cwd=workspace)
+    assert "batch 3/5  loss " in done.stdout
+    again = run_pipekit(["train", "line.yaml", "callbacks.loss_curve={file: loss.png}"], cwd=workspace)
     assert again.returncode == 0, again.stderr
+    assert (workspace / "runs/line/loss.png").is_file()
     # An epoch of 16 samples is two batches of two replicas.
     assert [record["step"] for record in records(workspace / "runs/line")] == [3, 5, 6, 8]
     whole = run_pipekit(["train", "line.yaml", "run.dir=runs/whole"], cwd=workspace)
@@ -110,6 +111,10 @@ def test_a_trial_named_in_yaml_is_trained_and_goes_on(workspace: Path) -> None:
         ("trial=line_trial:Unfinished", "Unfinished has no train_batch, which is called on every rank; write one"),
         ("trial=line_trial:Missing", "trial=line_trial:Missing"),
         ("fit.max_length=null", "fit.max_length: missing; for example fit: {max_length: {epochs: 3}}"),
+        (
+            "callbacks.early_stopping=true",
+            "callbacks.early_stopping: LineTrial has no evaluation; write",
+        ),
         ("hyperparameters={}", "hyperparameters.lr: the trial asks for it, and it is not given; there are none"),
     ],
 )

@@ -1,0 +1,34 @@
+"""Callbacks that ship with pipekit: a file for each, found by its key in the `callbacks` section.
+
+The file `early_stopping.py` holds the class `EarlyStopping` of the key `callbacks.early_stopping`, whose settings are
+described in `pipekit.config.callbacks_config`. A trial's `build_callbacks` may return one as well, such as
+`{"early_stopping": EarlyStopping(context, EarlyStoppingConfig(patience=5))}`, in place of the one of that key.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pipekit.training.shipped.shipped_callback import ShippedCallback
+
+if TYPE_CHECKING:
+    from pipekit.training.trial import Trial
+
+
+def build_shipped_callbacks(trial: Trial) -> dict[str, ShippedCallback]:
+    """Return the callbacks that the configuration of a trial switches on, by their keys.
+
+    Raises:
+        PipekitError: if the trial lacks what one of them needs.
+    """
+    built: dict[str, ShippedCallback] = {}
+    for key, setting in trial.context.config.callbacks:
+        if setting is None or setting is False:
+            continue
+        module = import_module(f"{__name__}.{key}")
+        kind = getattr(module, "".join(word.capitalize() for word in key.split("_")))
+        built[key] = kind(trial.context) if setting is True else kind(trial.context, setting)
+    for callback in built.values():
+        callback.check(trial)
+    return built

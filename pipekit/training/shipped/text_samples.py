@@ -1,0 +1,60 @@
+"""Samples of generated text: what a language model makes of prompts after each validation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipekit.config.callbacks_config import TextSamplesConfig
+from pipekit.errors import ConfigError
+from pipekit.training.shipped.shipped_callback import ShippedCallback
+from pipekit.training.trial import Trial, has_evaluation, makes_text
+
+if TYPE_CHECKING:
+    from pipekit.training.context import TrialContext
+
+_logger = logging.getLogger(__name__)
+
+
+class TextSamples(ShippedCallback):
+    """Lets the trial's `generate_text` continue prompts, and appends the texts to `samples.jsonl` in the run folder.
+
+    Every rank calls it, as an engine under ZeRO-3 or a pipeline needs; the first rank's text counts. Each line has the
+    batch, the prompt and the text.
+
+    Args:
+        context: the trial's.
+        settings: the prompts.
+    """
+
+    def __init__(self, context: TrialContext, settings: TextSamplesConfig) -> None:
+        super().__init__(context)
+        self.settings = settings
+
+    def check(self, trial: Trial) -> None:
+        if not makes_text(trial):
+            raise ConfigError(
+                f"callbacks.text_samples: {type(trial).__name__} has no generate_text(prompt), which continues a text; "
+                "write one, or leave text_samples out"
+            )
+        if not has_evaluation(trial):
+            raise ConfigError(
+                f"callbacks.text_samples: {type(trial).__name__} has no evaluation, after which text is sampled; write "
+                "evaluate_batch and build_validation_data_loader, or leave text_samples out"
+            )
+        self._trial = trial
+
+    def on_validation_epoch_end(self, outputs: list[dict[str, float]]) -> None:
+        # Here plain modules are in evaluation mode.
+        with torch.no_grad():
+            texts = [self._trial.generate_text(prompt) for prompt in self.settings.prompts]
+        if not self.is_first:
+            return
+        batch = self.context.num_trained_batches
+        with self.context.folder.samples.open("a", encoding="utf-8") as file:
+            for prompt, text in zip(self.settings.prompts, texts, strict=True):
+                file.write(json.dumps({"step": batch, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                _logger.info("batch %d: %s", batch, text)
