@@ -59,6 +59,8 @@ class DataLoader:
         seed: of the order and of all draws.
         prefetch_factor: batches that each worker reads ahead.
         persistent_workers: whether workers outlive an iterator.
+        pin_memory_device: for `pin_memory`; the present accelerator unless given.
+        in_order: not taken as False, since batches would come in another order in every run.
 
     Raises:
         DataError: if torch refuses the arguments, or the order would not be the same in every run.
@@ -88,12 +90,19 @@ class DataLoader:
         seed: int | None = None,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = generator.initial_seed() if seed is None and generator is not None else seed
         self._is_iterable = isinstance(dataset, IterableDataset)
         _check(dataset, shuffle, sampler, batch_sampler)
+        if not in_order:
+            raise DataError(
+                "DataLoader: in_order=False hands batches out as workers finish them, in another order in every run; "
+                "leave it out"
+            )
         self._workers: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": pin_memory and torch.accelerator.is_available(),
@@ -102,6 +111,7 @@ class DataLoader:
             "multiprocessing_context": multiprocessing_context,
             "prefetch_factor": prefetch_factor,
             "persistent_workers": persistent_workers,
+            "pin_memory_device": pin_memory_device,
         }
         try:
             # Torch checks the arguments.

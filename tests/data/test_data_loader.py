@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import pickle
 import random
@@ -236,6 +237,17 @@ def test_the_loader_shows_the_users_dataset_and_its_length() -> None:
     assert sent.__getitems__((3, [6]))[1:] == part.dataset.__getitems__((3, [6]))[1:]  # type: ignore[attr-defined]
 
 
+def test_arguments_are_torchs_in_its_order() -> None:
+    theirs = inspect.signature(torch.utils.data.DataLoader.__init__).parameters
+    ours = inspect.signature(DataLoader.__init__).parameters
+    assert set(theirs) <= set(ours)
+    assert set(ours) - set(theirs) == {"seed"}
+    for name, parameter in theirs.items():
+        assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
+    positional = [name for name, parameter in theirs.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert list(ours)[: len(positional)] == positional
+
+
 class OneShot(IterableDataset[int]):
     """An iterable dataset that can be read once."""
 
@@ -276,10 +288,11 @@ def test_what_cannot_be_exact_is_refused() -> None:
         (range(4), {"shuffle": True, "sampler": SequentialSampler([0])}, "mutually exclusive with shuffle"),
         (range(4), {"batch_sampler": [[0]], "drop_last": True}, "mutually exclusive"),
         (range(4), {"prefetch_factor": 2}, "prefetch_factor option could only"),
+        (range(4), {"in_order": False}, "in_order=False hands batches out as workers finish them"),
         (iter([1]), {}, "list_iterator has no __getitem__; give a map-style dataset"),
     ],
 )
-def test_arguments_that_torch_refuses_are_refused_at_once(dataset: Any, arguments: dict[str, Any], what: str) -> None:
+def test_arguments_that_would_not_work_are_refused_at_once(dataset: Any, arguments: dict[str, Any], what: str) -> None:
     with pytest.raises(DataError, match=what):
         DataLoader(dataset, **arguments)
 
