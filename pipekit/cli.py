@@ -22,13 +22,14 @@ app = typer.Typer(
 )
 
 # The order of the help text; others follow by name.
-_FIRST = ("train", "plan", "verify", "import", "export", "generate", "checkpoints")
+_FIRST = ("train", "plan", "verify", "import", "export", "generate", "checkpoints", "launch")
 
 
 def _add_commands() -> None:
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__) if "_" not in module.name)
     for name in sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
-        app.command(name)(import_module(f"{commands.__name__}.{name}").command)
+        module = import_module(f"{commands.__name__}.{name}")
+        app.command(name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(module.command)
 
 
 _add_commands()

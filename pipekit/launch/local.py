@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pipekit.errors import LaunchError
+from pipekit.errors import ConfigError, LaunchError
 from pipekit.hangs.heartbeat import heartbeat_file
 from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.compiler import compiler_environ
@@ -24,7 +24,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.ports import choose_port
-from pipekit.launch.resources import thread_environ
+from pipekit.launch.resources import count_gpus, thread_environ
 from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 
@@ -62,6 +62,48 @@ def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank
         stdout_rank=stdout_rank,
         timeout_s=plan.config.run.timeout_s,
     )
+
+
+def run_processes(
+    command: Sequence[str],
+    *,
+    processes: int | Literal["auto"],
+    device: Literal["auto", "cpu", "cuda"],
+    log_dir: Path,
+    threads: int | Literal["auto"] = "auto",
+    timeout_s: float = math.inf,
+    option: str = "run.processes=",
+) -> None:
+    """Run a command in as many processes as there are GPUs, or as are asked for; see `run_local`.
+
+    Args:
+        command: program and arguments, alike for all ranks.
+        processes: their number; "auto" is that of the GPUs, or 1 on a CPU.
+        device: what they compute on; "auto" takes the GPUs where there are any.
+        log_dir: folder of the logs.
+        threads: CPU threads of each; "auto" divides the cores among them.
+        timeout_s: the longest silence between heartbeats of a rank.
+        option: what the user types before the number of processes, for messages.
+
+    Raises:
+        ConfigError: if there are fewer GPUs than processes, or none and they are asked for.
+    """
+    num_gpus = count_gpus(device, os.environ)
+    world_size = (num_gpus or 1) if processes == "auto" else processes
+    if num_gpus is not None and world_size > num_gpus:
+        raise ConfigError(
+            f"{option}{world_size}: there are {num_gpus} GPUs, and each process takes one; try {option}{num_gpus}, or "
+            "device=cpu"
+        )
+    for note in guard_extension_builds(os.environ):
+        sys.stderr.write(f"{note}\n")
+    environ = thread_environ(threads, world_size, os.environ)
+    environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
+    # A script that asks how many GPUs there are is told what was chosen here.
+    environ |= gpu_environ(log_dir, os.environ) if num_gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    sys.stdout.write(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...\n")
+    sys.stdout.flush()
+    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, timeout_s=timeout_s)
 
 
 def run_local(

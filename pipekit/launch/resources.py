@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipekit.errors import ConfigError
 from pipekit.plan.resources import Resources, threads_per_process
 
 if TYPE_CHECKING:
@@ -104,6 +105,18 @@ def num_accelerators(
     for visible in lists:
         present = num_visible(visible, present) if visible is not None and present else present
     return present or None
+
+
+def count_gpus(device: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str]) -> int | None:
+    """Number of GPUs to compute on; None for the CPU, which `auto` takes where there are none.
+
+    Raises:
+        ConfigError: if GPUs are asked for, and there are none.
+    """
+    num_gpus = None if device == "cpu" else num_accelerators(environ)
+    if device == "cuda" and not num_gpus:
+        raise ConfigError("device=cuda: no GPU is present; use auto or cpu")
+    return num_gpus
 
 
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:

@@ -9,13 +9,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipekit.errors import ConfigError
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.gpu_environment import gpu_environ
-from pipekit.launch.local import run_local
+from pipekit.launch.local import run_processes
 from pipekit.launch.network import gloo_environ
-from pipekit.launch.resources import num_accelerators, thread_environ
+from pipekit.launch.resources import count_gpus
 from pipekit.launch.worker import error_file_from, report_failure
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ def init(
 @contextmanager
 def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterator[TrialContext]:
     """Join the ranks, or be alone where there are none, yield the trial's context, and leave them in the end."""
-    device = _device(config)
+    device: Literal["cpu", "cuda"] = "cuda" if count_gpus(config.run.device, os.environ) else "cpu"
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if ranks is not None:
@@ -99,24 +97,14 @@ def train_trial(config: TrialConfig) -> None:
 
     # Whatever can be refused is refused before a process is started.
     load_trial_class(config)
-    num_gpus = num_accelerators(os.environ) if _device(config) == "cuda" else None
-    processes = (num_gpus or 1) if config.run.processes == "auto" else config.run.processes
-    if num_gpus is not None and processes > num_gpus:
-        raise ConfigError(
-            f"run.processes={processes}: there are {num_gpus} GPUs, and each process takes one; try run.processes="
-            f"{num_gpus}, or run.device=cpu"
-        )
     folder = RunFolder(config.run.dir)
     write_config(folder, write_yaml(config.model_dump()))
-    environ = thread_environ(config.run.threads_per_process, processes, os.environ)
-    environ |= gpu_environ(folder.logs, os.environ) if num_gpus else {"DS_ACCELERATOR": "cpu"}
-    sys.stdout.write(f"starting {processes} {'process' if processes == 1 else 'processes'} ...\n")
-    sys.stdout.flush()
-    run_local(
+    run_processes(
         [sys.executable, "-m", "pipekit.launch.rank", str(folder.config), TRIAL_TASK],
-        world_size=processes,
+        processes=config.run.processes,
+        device=config.run.device,
+        threads=config.run.threads_per_process,
         log_dir=folder.logs,
-        env=environ,
         timeout_s=config.run.timeout_s,
     )
 
@@ -130,10 +118,3 @@ def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:
     with chatter_to(log) as terminal, joined_context(config, ranks) as context:
         context.terminal = terminal
         fit_as_configured(context)
-
-
-def _device(config: TrialConfig) -> Literal["cpu", "cuda"]:
-    num_gpus = None if config.run.device == "cpu" else num_accelerators(os.environ)
-    if config.run.device == "cuda" and not num_gpus:
-        raise ConfigError("run.device=cuda: no GPU is present; use run.device=auto or run.device=cpu")
-    return "cuda" if num_gpus else "cpu"
