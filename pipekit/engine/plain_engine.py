@@ -36,6 +36,8 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
     micro_steps: int
 
     _takes_gradients = False
+    _has_last_gradients = False
+    """True between the backward of a step's last micro-batch and the step."""
 
     def __init__(
         self, module: nn.Module, mpu: ModelParallelUnit, *, deepspeed_config: Mapping[str, Any], **settings: Any
@@ -87,15 +89,31 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
                 "this engine has no optimizer and only evaluates; give initialize(optimizer=...), or an optimizer in "
                 "the configuration"
             )
+        is_last = self.zero_optimization_stage() > 0 and self.is_gradient_accumulation_boundary()
+        if is_last and self._has_last_gradients and not self.inside_no_sync_ctxt:
+            raise PipekitError(
+                "backward was called twice before step, and under ZeRO the first gradients would be lost; add the "
+                "losses, and call engine.backward once"
+            )
         with linear_function(self._own_linear):
-            return super().backward(loss, *args, **options)
+            result = super().backward(loss, *args, **options)
+        self._has_last_gradients = is_last and not self.inside_no_sync_ctxt
+        return result
 
     def _backward_prologue(self) -> None:
         # The loss of another engine goes through this one, whose weights must not get gradients from it.
-        if self._running_engine_backward or any(parameter.requires_grad for parameter in self.module.parameters()):
-            super()._backward_prologue()
+        if not self._running_engine_backward:
+            if not any(parameter.requires_grad for parameter in self.module.parameters()):
+                return
+            if not self._support_torch_style_backward:
+                raise PipekitError(
+                    "a loss went back through this engine without its backward: call engine.backward(loss), or, if "
+                    "another engine did, switch its module off meanwhile: engine.module.requires_grad_(False)"
+                )
+        super()._backward_prologue()
 
     def step(self, lr_kwargs: Any = None) -> None:
+        self._has_last_gradients = False
         before = self.global_steps
         super().step(lr_kwargs)
         if self.global_steps > before:

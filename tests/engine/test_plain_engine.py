@@ -345,6 +345,33 @@ def test_two_engines_of_a_gan_train_as_torch_does_alone(gloo: GlooWorkers, tmp_p
             torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-6, atol=1e-6, msg=f"ZeRO {zero}")
 
 
+def go_back_wrongly(rank: int) -> None:
+    weights = []
+    for zero in (0, 1, 2, 3):
+        engine, *_ = build(zero, accumulation=2)
+        for micro_batch in range(4):
+            engine.backward(engine(*batch(micro_batch)))
+            # The gradients of other micro-batches than a step's last are added up.
+            if micro_batch % 2 == 0:
+                engine.backward(engine(*batch(9)))
+            elif zero > 0:
+                with pytest.raises(PipekitError, match="backward was called twice before step, and under ZeRO"):
+                    engine.backward(engine(*batch(9)))
+            engine.step()
+        weights.append(torch.cat([tensor.flatten() for tensor in weights_of(engine).values()]))
+        torch.testing.assert_close(weights[-1], weights[0])
+        engine.destroy()
+    generator, discriminator = gan_engines(0)
+    with pytest.raises(PipekitError, match=r"another engine did, switch its module off meanwhile: engine.module.req"):
+        generator.backward(loss_of(discriminator(generator(gan_batch(0)[1])), True))
+    for engine in (generator, discriminator):
+        engine.destroy()
+
+
+def test_a_backward_whose_gradients_would_be_wrong_is_refused(gloo: GlooWorkers) -> None:
+    gloo.run(1, go_back_wrongly)
+
+
 def build_in_many_ways(rank: int, folder: str) -> list[list[float]]:
     def adam(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-2)
