@@ -12,7 +12,19 @@ from typer.testing import CliRunner
 
 from pipekit import cli, commands
 
-NAMES = "train plan verify import export generate checkpoints launch migrate schedule schema".split()
+NAMES = [
+    "train",
+    "plan",
+    "verify",
+    "import",
+    "export",
+    "generate",
+    "checkpoints",
+    "launch",
+    "migrate",
+    "schedule",
+    "schema",
+]
 
 
 def test_every_file_without_an_underscore_is_a_command() -> None:

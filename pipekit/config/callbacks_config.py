@@ -81,7 +81,21 @@ class WandbConfig(Section):
     """`auto` is online where an account is logged in, and offline otherwise."""
 
 
-class CallbacksConfig(Section):
+class LayersCallbacksConfig(Section):
+    """Callbacks of a run of layers that ship with pipekit, beside those of `logging`; `key: true` switches one on."""
+
+    early_stopping: Annotated[EarlyStoppingConfig | None, switch(EarlyStoppingConfig)] = Field(
+        default=None, examples=[{"metric": "loss", "patience": 3}]
+    )
+    """End the training when a metric of the validation has stopped getting better: true, or a mapping of settings."""
+
+    loss_curve: Annotated[LossCurveConfig | None, switch(LossCurveConfig)] = Field(
+        default=None, examples=[{"file": "loss.svg"}]
+    )
+    """Draw metrics over the batches into the run folder: true, or a mapping of settings."""
+
+
+class CallbacksConfig(LayersCallbacksConfig):
     """Callbacks that ship with pipekit; `key: true` switches one on.
 
     The class of the key `early_stopping` is `EarlyStopping` in `pipekit/training/shipped/early_stopping.py`; it is made
@@ -90,11 +104,6 @@ class CallbacksConfig(Section):
 
     progress: bool = True
     """Show reports, validations and checkpoints on the terminal."""
-
-    early_stopping: Annotated[EarlyStoppingConfig | None, switch(EarlyStoppingConfig)] = Field(
-        default=None, examples=[{"metric": "loss", "patience": 3}]
-    )
-    """End the training when a metric of the validation has stopped getting better: true, or a mapping of settings."""
 
     learning_rate: bool = False
     """Report the learning rates of all engines."""
@@ -109,11 +118,6 @@ class CallbacksConfig(Section):
 
     text_samples: TextSamplesConfig | None = Field(default=None, examples=[{"prompts": ["Once upon a time"]}])
     """Let the trial's `generate_text` continue prompts after each validation."""
-
-    loss_curve: Annotated[LossCurveConfig | None, switch(LossCurveConfig)] = Field(
-        default=None, examples=[{"file": "loss.svg"}]
-    )
-    """Draw metrics over the batches into the run folder: true, or a mapping of settings."""
 
     tensorboard: bool = False
     """Write all metrics as TensorBoard's event files into the run folder."""

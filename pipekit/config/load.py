@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipekit.config.callbacks_config import WandbConfig
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config
 from pipekit.errors import ConfigError
@@ -22,7 +21,7 @@ from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import ModelFamily
 from pipekit.models.imported import read_hf_folder
 from pipekit.settings.base import Fault, Section, alternatives, config_error, show
-from pipekit.settings.faults import section_faults, unknown_key_fault
+from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.suggest import closest, suggest_key
 from pipekit.settings.yaml_source import read_yaml
 
@@ -206,9 +205,9 @@ def section_keys() -> dict[str, list[str]]:
     keys = {"": list(Config.model_fields)}
     for name, field in Config.model_fields.items():
         if name != "deepspeed":
-            classes: list[Any] = models if name == "model" else [field.annotation]
-            keys[name] = list(dict.fromkeys(key for section in classes for key in section.model_fields))
-    return keys | {"logging.wandb": list(WandbConfig.model_fields)}
+            section: Any = field.annotation
+            keys |= nested_keys(name, section) if name != "model" else {}
+    return keys | {"model": list(dict.fromkeys(key for section in models for key in section.model_fields))}
 
 
 def read_file(draft: Draft, path: Path) -> None:

@@ -15,6 +15,7 @@ from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
+    from pipekit.config.callbacks_config import LayersCallbacksConfig
     from pipekit.config.schema import DataConfig, OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
     from pipekit.models.family import ModelFamily
 
@@ -335,6 +336,16 @@ def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]
         )
 
 
+def early_stopping_has_evaluations(train: TrainConfig, callbacks: LayersCallbacksConfig) -> Iterator[Fault]:
+    """Early stopping looks at held-out metrics."""
+    if callbacks.early_stopping is not None and train.eval_interval is None:
+        yield rule_fault(
+            "callbacks.early_stopping train.eval_interval",
+            "callbacks.early_stopping needs evaluations, and train.eval_interval=null makes none; try "
+            "train.eval_interval=100",
+        )
+
+
 RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train"), sequence_fits_positions),
     (("model", "parallel", "train"), tensor_parallel_fits),
@@ -348,6 +359,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "parallel"), boundaries_cover_the_model),
     (("parallel", "train"), schedule_fits),
     (("train", "parallel"), batch_divides),
+    (("train", "callbacks"), early_stopping_has_evaluations),
     (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),
     (("train", "data"), evaluation_has_text),

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipekit.config.callbacks_config import WandbConfig
+from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
 from pipekit.config.rules import check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -421,6 +421,9 @@ class Config(Section):
 
     logging: LoggingConfig = LoggingConfig()
     """Logging: the console, profiles, TensorBoard, Weights & Biases."""
+
+    callbacks: LayersCallbacksConfig = LayersCallbacksConfig()
+    """Callbacks: early stopping, and a picture of the losses."""
 
     deepspeed: dict[str, Any] = Field(default={}, examples=[{"wall_clock_breakdown": True}])
     """Settings passed through to DeepSpeed; keys that pipekit sets itself are refused."""

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.load import Draft, apply_override, read_file
 from pipekit.settings.base import Fault, Section, show
-from pipekit.settings.faults import nested_section, section_faults, unknown_key_fault
+from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.yaml_source import read_yaml
 
 
@@ -170,10 +170,7 @@ def parse_trial_config(values: Mapping[str, Any]) -> TrialConfig:
 def _finish(draft: Draft) -> TrialConfig:
     keys = {"": list(TrialConfig.model_fields)}
     for name, section in _SECTIONS.items():
-        keys[name] = list(section.model_fields)
-        for key, field in section.model_fields.items():
-            if nested := nested_section(field.annotation):
-                keys[f"{name}.{key}"] = list(nested.model_fields)
+        keys |= nested_keys(name, section)
     known: dict[str, Any] = {}
     for key, value in draft.values.items():
         if key not in TrialConfig.model_fields:

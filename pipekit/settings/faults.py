@@ -83,6 +83,15 @@ def nested_section(annotation: Any) -> type[BaseModel] | None:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
+def nested_keys(name: str, section: type[BaseModel]) -> dict[str, list[str]]:
+    """Return the keys of a section and of those in it, by their dotted paths."""
+    keys = {name: list(section.model_fields)}
+    for key, field in section.model_fields.items():
+        if nested := nested_section(field.annotation):
+            keys[f"{name}.{key}"] = list(nested.model_fields)
+    return keys
+
+
 def _flatten(metadata: Iterable[Any]) -> list[Any]:
     return [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
+from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.trial_config import TrialConfig, TrialRunConfig
 from pipekit.data.batch_loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
@@ -38,6 +39,7 @@ from pipekit.training.optimizer import takes_states_of
 from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_weights
 from pipekit.training.profile import save_profile
+from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.trial import Trial
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_checkpoint import TrialState
@@ -100,8 +102,12 @@ class LayersRun(Trial):
         self.hooks, self.run = hooks, hooks.context
         self.config = config = self.run.config
         mpu = self.run.mpu
-        settings = TrialRunConfig(dir=config.run.dir, timeout_s=config.run.timeout_s)
-        super().__init__(TrialContext(TrialConfig(seed=config.train.seed, run=settings), self.run.device))
+        settings = TrialConfig(
+            seed=config.train.seed,
+            run=TrialRunConfig(dir=config.run.dir, timeout_s=config.run.timeout_s),
+            callbacks=CallbacksConfig(progress=False, **dict(config.callbacks)),
+        )
+        super().__init__(TrialContext(settings, self.run.device))
         dp = self.run.plan.batch.dp
         self.context.set_mpu(RankRole(mpu.data_parallel_rank, dp, True, mpu.should_build_data_loader))
         self.engine: TrainingEngine = self.context.wrap_model_engine(self._build_engine())
@@ -139,7 +145,8 @@ class LayersRun(Trial):
             for loader in (self._train_loader, self._validation_loader):
                 if loader is not None:
                     stack.callback(loader.close)
-            loop = LayersLoop(self, schedule, self.run.folder.checkpoints, here=here)
+            shipped = run_together(lambda: build_shipped_callbacks(self, evaluates=schedule.evaluates))
+            loop = LayersLoop(self, schedule, self.run.folder.checkpoints, shipped=shipped, here=here)
             if start is not None:
                 return loop.fit(start.checkpoint, tries_earlier=checkpoint.resume == "auto", warning=start.warning)
             if source := initial_weights(self.config):
@@ -261,10 +268,16 @@ class LayersLoop(TrialLoop):
     _trial: LayersRun
 
     def __init__(
-        self, trial: LayersRun, schedule: TrialSchedule, checkpoints: Path, *, here: Sequence[TrialCallback]
+        self,
+        trial: LayersRun,
+        schedule: TrialSchedule,
+        checkpoints: Path,
+        *,
+        shipped: Mapping[str, TrialCallback],
+        here: Sequence[TrialCallback],
     ) -> None:
         self._watch = _GradientWatch(trial.config.optimizer.lr)
-        super().__init__(trial, schedule, checkpoints, here=[*here, self._watch])
+        super().__init__(trial, schedule, checkpoints, shipped=shipped, here=[*here, self._watch])
         self._snapshot_memory = SnapshotMemory() if trial.config.checkpoint.is_async else None
 
     def _build_metrics(self) -> _LateMetrics:
@@ -282,6 +295,7 @@ class LayersLoop(TrialLoop):
             loss_scaler=view.loss_scaler_state(),
             data_fingerprint=trial.hooks.data_fingerprint,
             metrics={"step": state.batch, **metrics},
+            client_state={"callbacks": self._callbacks.state_dict()},
         )
         tokenizer = trial.hooks.tokenizer_file
         return save_checkpoint(
@@ -310,6 +324,7 @@ class LayersLoop(TrialLoop):
             optimizer_states=takes_states_of(reader.manifest.training.optimizer["type"], config.optimizer),
             without_states=() if config.train.ema is not None else (EMA,),
         )
+        self._callbacks.load_state_dict(training.client_state.get("callbacks", {}))
         trial.consumed_samples = training.consumed_samples
         return TrialState("", training.step)
 

@@ -145,7 +145,9 @@ def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialRe
         else HangReporter(folder.logs, plan.layout.world_size, config.run.timeout_s, terminal),
     )
     with heartbeat, fp32_products(context.device, tf32=config.train.tf32):
-        return LayersRun(trial).fit(callbacks)
+        run = LayersRun(trial)
+        run.context.terminal = terminal
+        return run.fit(callbacks)
 
 
 def _check_tokenizer(trial: LayersTrial) -> None:

@@ -93,20 +93,21 @@ class Trainer:
         is_first = self.context.distributed.rank == 0
         own_folder = self.context.folder
         self.context.folder = folder = RunFolder(own_folder.path / ".test-mode") if test_mode else own_folder
+        evaluates = has_evaluation(self.trial)
         loop = TrialLoop(
             self.trial,
             TrialSchedule(
                 **periods,
                 checkpoint_policy=checkpoint_policy,
                 step_zero_validation=step_zero_validation,
-                evaluates=has_evaluation(self.trial),
+                evaluates=evaluates,
                 best_metric=best_metric,
                 best_is=best_is,
                 retention=retention,
                 most_evaluations=_TEST_BATCHES if test_mode else None,
             ),
             folder.checkpoints,
-            shipped=run_together(build_shipped_callbacks, self.trial),
+            shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
             here=[MetricsFile(folder), TrialLog(self.context)] if is_first else [],
         )
         found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]

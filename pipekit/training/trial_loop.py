@@ -258,6 +258,11 @@ class TrialLoop:
                 continue
             stops = meets and self._meet()
             is_best = self._tell(reports=reports or stops, validates=validates)
+            if validates and not (is_last or stops) and self._meet():
+                stops, told = True, self._told
+                if not reports:
+                    self._tell(reports=True, validates=False)
+                    self._told |= told
             if validates and not stops and self._meet():
                 # Because of what the validation has shown.
                 stops = True

@@ -147,6 +147,10 @@ BROKEN = {
         "train.eval_interval=5 needs text to evaluate on, and data.validation_fraction=0 holds none out; "
         "try data.validation_fraction=0.05, or train.eval_interval=null"
     ),
+    ("train.eval_interval=null", "callbacks.early_stopping=true"): (
+        "callbacks.early_stopping needs evaluations, and train.eval_interval=null makes none; try "
+        "train.eval_interval=100"
+    ),
 }  # fmt: skip
 
 
@@ -179,6 +183,7 @@ def test_a_broken_rule_says_what_to_type(overrides: tuple[str, ...]):
         ("scheduler.warmup_steps=301",),
         ("optimizer.type=sgd", "optimizer.momentum=0.9"),
         ("data.validation_fraction=0",),
+        ("train.eval_interval=5", "callbacks.early_stopping={patience: 2}"),
     ],
     ids=" ".join,
 )

@@ -256,6 +256,14 @@ def test_evaluations_take_the_same_samples_every_time(run: Any) -> None:
     assert [metrics["val_largest"] for metrics in made.events.metrics] == [4.0] * 3
 
 
+def test_a_run_that_gets_no_better_is_stopped_and_its_checkpoint_knows_the_count(run: Any) -> None:
+    made = run(train={"steps": 9, "eval_interval": 2}, callbacks={"early_stopping": {"patience": 2}})
+    # 3.0 before the first step, then 7.0 and 11.0.
+    assert made.fit().batch == 4
+    (saved,) = made.saved
+    assert saved.client_state == {"callbacks": {"early_stopping": {"best": 3.0, "num_worse": 2}}}
+
+
 @pytest.mark.parametrize("eval_ema", [False, True])
 def test_the_moving_average_is_evaluated_on_request(run: Any, monkeypatch: pytest.MonkeyPatch, eval_ema: bool) -> None:
     made = run(train={"steps": 1, "eval_interval": 1, "ema": 0.9, "eval_ema": eval_ema})

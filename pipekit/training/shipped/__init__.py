@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from pipekit.training.trial import Trial
 
 
-def build_shipped_callbacks(trial: Trial) -> dict[str, ShippedCallback]:
+def build_shipped_callbacks(trial: Trial, *, evaluates: bool) -> dict[str, ShippedCallback]:
     """Return the callbacks that the configuration of a trial switches on, by their keys.
+
+    Args:
+        trial: the trial.
+        evaluates: whether it is validated.
 
     Raises:
         PipekitError: if the trial lacks what one of them needs.
@@ -30,5 +34,5 @@ def build_shipped_callbacks(trial: Trial) -> dict[str, ShippedCallback]:
         kind = getattr(module, "".join(word.capitalize() for word in key.split("_")))
         built[key] = kind(trial.context) if setting is True else kind(trial.context, setting)
     for callback in built.values():
-        callback.check(trial)
+        callback.check(trial, evaluates=evaluates)
     return built

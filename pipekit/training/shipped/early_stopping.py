@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from pipekit.config.callbacks_config import EarlyStoppingConfig
 from pipekit.errors import ConfigError
 from pipekit.training.shipped.shipped_callback import ShippedCallback
-from pipekit.training.trial import Trial, has_evaluation
 
 if TYPE_CHECKING:
     from pipekit.training.context import TrialContext
+    from pipekit.training.trial import Trial
 
 
 class EarlyStopping(ShippedCallback):
@@ -31,8 +31,8 @@ class EarlyStopping(ShippedCallback):
         self.best: float | None = None
         self.num_worse = 0
 
-    def check(self, trial: Trial) -> None:
-        if not has_evaluation(trial):
+    def check(self, trial: Trial, *, evaluates: bool) -> None:
+        if not evaluates:
             raise ConfigError(
                 f"callbacks.early_stopping: {type(trial).__name__} has no evaluation; write evaluate_batch and "
                 "build_validation_data_loader, or leave early_stopping out"

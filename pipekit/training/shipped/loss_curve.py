@@ -21,7 +21,7 @@ _INTERVAL_S = 30.0
 
 
 class LossCurve(ShippedCallback):
-    """Draws metrics of `metrics.jsonl` with matplotlib: now and then while the run trains, and at its end.
+    """Draws metrics of `metrics.jsonl` with matplotlib: after validations and checkpoints, and at the end of the run.
 
     Args:
         context: the trial's.
@@ -37,12 +37,18 @@ class LossCurve(ShippedCallback):
             )
         self._drawn_s = time.monotonic()
 
-    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        if time.monotonic() - self._drawn_s > _INTERVAL_S:
-            self._draw()
+    def on_validation_end(self, metrics: dict[str, Any]) -> None:
+        self._draw_now_and_then()
+
+    def on_checkpoint_upload_end(self, uuid: str) -> None:
+        self._draw_now_and_then()
 
     def on_trial_shutdown(self) -> None:
         self._draw()
+
+    def _draw_now_and_then(self) -> None:
+        if time.monotonic() - self._drawn_s > _INTERVAL_S:
+            self._draw()
 
     def _draw(self) -> None:
         folder = self.context.folder

@@ -21,8 +21,12 @@ class ShippedCallback(TrialCallback):
     def __init__(self, context: TrialContext) -> None:
         self.context = context
 
-    def check(self, trial: Trial) -> None:
+    def check(self, trial: Trial, *, evaluates: bool) -> None:
         """Check that the trial has what the callback needs; called on every rank before anything is trained.
+
+        Args:
+            trial: the trial.
+            evaluates: whether it is validated.
 
         Raises:
             PipekitError: if it has not.

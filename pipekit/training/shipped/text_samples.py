@@ -11,7 +11,7 @@ import torch
 from pipekit.config.callbacks_config import TextSamplesConfig
 from pipekit.errors import ConfigError
 from pipekit.training.shipped.shipped_callback import ShippedCallback
-from pipekit.training.trial import Trial, has_evaluation, makes_text
+from pipekit.training.trial import Trial, makes_text
 
 if TYPE_CHECKING:
     from pipekit.training.context import TrialContext
@@ -34,13 +34,13 @@ class TextSamples(ShippedCallback):
         super().__init__(context)
         self.settings = settings
 
-    def check(self, trial: Trial) -> None:
+    def check(self, trial: Trial, *, evaluates: bool) -> None:
         if not makes_text(trial):
             raise ConfigError(
                 f"callbacks.text_samples: {type(trial).__name__} has no generate_text(prompt), which continues a text; "
                 "write one, or leave text_samples out"
             )
-        if not has_evaluation(trial):
+        if not evaluates:
             raise ConfigError(
                 f"callbacks.text_samples: {type(trial).__name__} has no evaluation, after which text is sampled; write "
                 "evaluate_batch and build_validation_data_loader, or leave text_samples out"

@@ -46,7 +46,7 @@ class Throughput(ShippedCallback):
         self._began_s = self._paused_s = self._pause_began_s = 0.0
         self._batch: int | None = None
 
-    def check(self, trial: Trial) -> None:
+    def check(self, trial: Trial, *, evaluates: bool) -> None:
         self._counter = _ForwardCounter([engine.mpu.activity for engine in self.context.models])
         train_batch = trial.train_batch
 
