@@ -283,6 +283,10 @@ class LayersLoop(TrialLoop):
     def _build_metrics(self) -> _LateMetrics:
         return _LateMetrics(self._watch)
 
+    def _train_batch(self, epoch: int) -> None:
+        # Its draws are seeded by what is drawn, not by the batch.
+        self._metrics.update(self._trial.train_batch(None, epoch, self._batch), 0)
+
     def _write(self, state: TrialState) -> PendingCheckpoint:
         """Save the engine, or begin to where that is done in the background."""
         trial, view, metrics = self._trial, self._trial.engine.view, state.metrics or {}

@@ -29,7 +29,7 @@ class Pace:
             >>> [Pace(4, epochs=Fraction(2, 5)).epoch_of(batch) for batch in range(6)]
             [0, 0, 0, 1, 1, 2]
         """
-        return math.floor(batch * self.epochs) if self.epochs is not None else 0
+        return _floor(batch, self.epochs) if self.epochs is not None else 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Period:
             [2, 9]
         """
         units = self.units_of(pace)
-        before, now = math.floor((batch - 1) * units), math.floor(batch * units)
+        before, now = _floor(batch - 1, units), _floor(batch, units)
         if isinstance(self.number, int):
             return now // self.number > before // self.number
         return any(moment in self.number for moment in range(before + 1, now + 1))
@@ -136,3 +136,8 @@ class Tokens(Period):
 
     def __str__(self) -> str:
         return f"Tokens({self._shown()}, per_sample={self.per_sample})"
+
+
+def _floor(batches: int, units: Fraction) -> int:
+    """Whole units of so many batches; fractions are slow to multiply, and this is asked several times a batch."""
+    return batches * units.numerator // units.denominator

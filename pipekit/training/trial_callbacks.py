@@ -150,24 +150,22 @@ class Callbacks:
         Raises:
             PipekitError: on every rank, if one of the trial's raises on any.
         """
-        with_event = {
-            name: callback
-            for name, callback in self._callbacks.items()
-            if getattr(type(callback), event) is not getattr(TrialCallback, event)
-        }
-        if not (self._here or with_event):
+        base = getattr(TrialCallback, event)
+        here = [each for each in self._here if getattr(type(each), event) is not base]
+        together = [each for each in self._callbacks.items() if getattr(type(each[1]), event) is not base]
+        if not (here or together):
             return
         self._activity.begin(f"callbacks after step {self.batch}", "calling callbacks")
-        for callback in self._here:
+        for callback in here:
             getattr(callback, event)(*args)
         error = None
-        for name, callback in with_event.items():
+        for name, callback in together:
             try:
                 getattr(callback, event)(*args)
             except Exception as failure:
                 error = _named(name, event, failure)
                 break
-        if with_event:
+        if together:
             raise_together(error)
 
     def training_metrics(self) -> dict[str, float]:
