@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from pipekit.errors import CommunicationError
 from pipekit.hangs.activity import Activity
 from pipekit.layout import Axis, Layout
+
+# Of backends that do not tell theirs.
+_DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
 class RankGroup:
@@ -67,16 +71,18 @@ class ModelParallelUnit:
     Args:
         layout: the layout of the world; its world size is that of the default process group.
         placement: the pipeline rank of each stage; one stage a rank unless given.
-        timeout_s: no wait in one of its groups lasts longer.
+        timeout_s: no wait in one of its groups lasts longer; that of the default process group unless given.
 
     Attributes:
         activity: current phase and operation of this rank, for the report of a hang.
     """
 
-    def __init__(self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, layout: Layout, *, placement: Sequence[int] | None = None, timeout_s: float | None = None
+    ) -> None:
         self.layout = layout
         self.placement = tuple(range(layout.pp)) if placement is None else tuple(placement)
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout = _world_timeout() if timeout_s is None else timedelta(seconds=timeout_s)
         self.activity = Activity()
         self.global_rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.global_rank)
@@ -193,6 +199,16 @@ class ModelParallelUnit:
         """Return the global rank that holds `stage` in this process's pipeline."""
         pipe_rank = self.placement[stage]
         return self.layout.rank(pipe=pipe_rank, data=self.coordinate.data, tensor=self.coordinate.tensor)
+
+
+def _world_timeout() -> timedelta:
+    """Longest wait in the default process group."""
+    world = dist.group.WORLD
+    assert world is not None
+    device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+    options = getattr(world._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", _DEFAULT_TIMEOUT)
+    return timeout
 
 
 def _splits_world() -> bool:

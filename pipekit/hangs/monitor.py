@@ -123,7 +123,7 @@ class HangMonitor:
             awaited = " ".join(map(str, beat.waits_for)) or ("others" if beat.is_waiting else "-")
             if heard.is_silent(self._now_s) and beat.rank not in ended:
                 awaited = "(silent)"
-            stages = " ".join(map(str, beat.stages))
+            stages = " ".join(map(str, beat.stages)) or "-"
             rows.append(
                 (f"{beat.rank}", stages, beat.phase, beat.doing, awaited, f"{heard.doing_s(self._now_s):.0f} s")
             )

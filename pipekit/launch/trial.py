@@ -116,5 +116,5 @@ def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:
 
     log = Path(config.run.dir) / "logs" / f"rank-{ranks.rank}.log"
     with chatter_to(log) as terminal, joined_context(config, ranks) as context:
-        context.terminal = terminal
+        context.terminal, context.is_watched = terminal, error_file_from(os.environ) is not None
         fit_as_configured(context)

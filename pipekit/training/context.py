@@ -98,6 +98,8 @@ class TrialContext:
         """Batches of the whole training, once a trainer knows its length."""
         self.terminal: TextIO = sys.stdout
         """The stream that the user sees."""
+        self.is_watched = False
+        """True where a launcher of pipekit's listens to heartbeats in the run folder's logs."""
         self._stops = False
         self._logs_to_tensorboard = False
         self._writer: Any = None

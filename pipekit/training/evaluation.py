@@ -55,6 +55,7 @@ def _evaluate(trial: Trial, data: TrialData, most_batches: int | None) -> tuple[
         )
         found.reset()
         _seed(context, 0)
+        context.activity.note("calling evaluate_full_dataset")
         found.update(trial.evaluate_full_dataset(data.whole_validation()), 1)
     else:
         found = TrialMetrics(context, "evaluate_batch", run_together(trial.evaluation_reducer), for_training=False)
@@ -77,6 +78,7 @@ def _evaluate_batches(trial: Trial, data: TrialData, found: TrialMetrics, most_b
             continue
         if feed is not None:
             feed.num_samples = 0
+        context.activity.note("calling evaluate_batch")
         metrics = trial.evaluate_batch(feed, batch)
         found.update(metrics, 0 if feed is None else feed.num_samples)
 

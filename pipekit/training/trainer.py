@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from pipekit.checkpoint.retention import Retention
 from pipekit.distributed.processes import run_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.errors import ConfigError, PipekitError
+from pipekit.hangs.heartbeat import HeartbeatThread
+from pipekit.hangs.monitor import HangReporter
 from pipekit.plan.run_folder import RunFolder
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import MetricsFile, TrialLog
@@ -94,31 +97,51 @@ class Trainer:
         own_folder = self.context.folder
         self.context.folder = folder = RunFolder(own_folder.path / ".test-mode") if test_mode else own_folder
         evaluates = has_evaluation(self.trial)
-        loop = TrialLoop(
-            self.trial,
-            TrialSchedule(
-                **periods,
-                checkpoint_policy=checkpoint_policy,
-                step_zero_validation=step_zero_validation,
-                evaluates=evaluates,
-                best_metric=best_metric,
-                best_is=best_is,
-                retention=retention,
-                most_evaluations=_TEST_BATCHES if test_mode else None,
-            ),
-            folder.checkpoints,
-            shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
-            here=[MetricsFile(folder), TrialLog(self.context)] if is_first else [],
-        )
-        found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
-        dist.broadcast_object_list(found, src=0)
-        start, warning = found[0] or (None, "")
         try:
-            return loop.fit(start, tries_earlier=latest_checkpoint is None, warning=warning)
+            loop = TrialLoop(
+                self.trial,
+                TrialSchedule(
+                    **periods,
+                    checkpoint_policy=checkpoint_policy,
+                    step_zero_validation=step_zero_validation,
+                    evaluates=evaluates,
+                    best_metric=best_metric,
+                    best_is=best_is,
+                    retention=retention,
+                    most_evaluations=_TEST_BATCHES if test_mode else None,
+                ),
+                folder.checkpoints,
+                shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
+                here=[MetricsFile(folder), TrialLog(self.context)] if is_first else [],
+            )
+            found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
+            dist.broadcast_object_list(found, src=0)
+            start, warning = found[0] or (None, "")
+            with self._heartbeat((own_folder if self.context.is_watched else folder).logs):
+                return loop.fit(start, tries_earlier=latest_checkpoint is None, warning=warning)
         finally:
             self.context.folder = own_folder
             if test_mode and is_first:
                 shutil.rmtree(folder.path, ignore_errors=True)
+
+    def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:
+        """Heartbeat of this rank, into the folder of the logs, for reports of hangs; none where it is alone."""
+        context = self.context
+        mpu, size = context.models[0].mpu, context.distributed.size
+        if size == 1 and not context.is_watched:
+            return nullcontext()
+        logs.mkdir(parents=True, exist_ok=True)
+        return HeartbeatThread(
+            context.activity,
+            logs,
+            rank=context.distributed.rank,
+            world_size=size,
+            stages=mpu.stages if context.use_pipeline_parallel else (),
+            pipe_ranks=mpu.pipe.ranks,
+            on_beat=None
+            if context.is_watched
+            else HangReporter(logs, size, context.config.run.timeout_s, context.terminal),
+        )
 
     def _check(self, periods: dict[str, Period | None], checkpoint_policy: str, best_is: str, test_mode: bool) -> None:
         """Check the trial and the arguments of this rank."""

@@ -229,11 +229,11 @@ class TrialLoop:
         if first < self._last:
             callbacks.call("on_training_start")
         while self._batch < self._last:
-            self._activity.begin_step(self._batch + 1)
             context.begin_batch(self._batch, pace)
             epoch = context.current_train_epoch()
             if self._batch == first or context.is_epoch_start():
                 callbacks.call("on_training_epoch_start", epoch)
+            self._activity.begin_step(self._batch + 1)
             try:
                 self._train_batch(epoch)
             finally:
@@ -286,6 +286,7 @@ class TrialLoop:
             context.seed_generators(fold_seed(seed, "train_batch", self._batch, micro_batch, replica))
             if feed is not None:
                 feed.num_samples = 0
+            self._activity.note("calling train_batch")
             metrics = metrics_of(self._trial.train_batch(feed, epoch, self._batch))
             self._metrics.update(metrics, 0 if feed is None else feed.num_samples)
         if not (context.use_pipeline_parallel or context.accumulates_by_hand):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pipekit.errors import ConfigError
 pytestmark = pytest.mark.distributed
 
 TRIAL = """
+import time
+
 import torch
 from torch import nn
 
@@ -53,6 +56,13 @@ class Wordy(LineTrial):
     def train_batch(self, dataloader_iter, epoch_idx, batch_idx):
         super().train_batch(dataloader_iter, epoch_idx, batch_idx)
         return "fine" if self.context.distributed.rank == 1 else 0.0
+
+
+class Sleepy(LineTrial):
+    def train_batch(self, dataloader_iter, epoch_idx, batch_idx):
+        if self.context.distributed.rank == 1 and batch_idx == 2:
+            time.sleep(600)
+        return super().train_batch(dataloader_iter, epoch_idx, batch_idx)
 
 
 class Unfinished(pipekit.Trial):
@@ -123,6 +133,30 @@ def test_a_wrong_trial_ends_with_one_error_and_exit_code_2(workspace: Path, over
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_rank_that_sleeps_in_train_batch_is_named_and_ends_all_at_the_limit(workspace: Path) -> None:
+    done = run_pipekit(["train", "line.yaml", "trial=line_trial:Sleepy", "run.timeout_s=5"], cwd=workspace)
+    assert done.returncode == 1
+    error, *report = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert error.startswith("error: the run hangs: rank 1 waits for nobody, and has been calling train_batch for ")
+    table = [re.split(r"\s\s+", line) for line in report[1:4]]
+    assert table[0] == ["rank", "stage", "phase", "doing", "waits for", "for"]
+    assert table[1][:5] == ["0", "-", "step 3", "calling train_batch: in all_reduce", "others"]
+    assert table[2][:5] == ["1", "-", "step 3", "calling train_batch", "-"]
+    folder = workspace / "runs/line/logs"
+    assert report[-1] == f"saved in {folder}/hang.txt"
+    assert not list(folder.glob("*.heartbeat.json"))
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_script_tell_of_a_hang_themselves(workspace: Path) -> None:
+    script = SCRIPT.replace("LineTrial", "Sleepy").replace('"device": "cpu"', '"device": "cpu", "timeout_s": 10')
+    (workspace / "sleepy.py").write_text(script)
+    done = run_pipekit(["launch", "-n", "2", "sleepy.py", "runs/own"], cwd=workspace)
+    assert done.returncode == 2
+    assert "the run hangs: rank 1 waits for nobody, and has been calling train_batch for " in done.stdout
+    assert (workspace / "runs/own/logs/hang.txt").is_file()
 
 
 def test_a_script_is_one_rank_of_its_launch(workspace: Path) -> None:
