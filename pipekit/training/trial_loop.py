@@ -259,17 +259,11 @@ class TrialLoop:
             stops = meets and self._meet()
             is_best = self._tell(reports=reports or stops, validates=validates)
             if validates and not (is_last or stops) and self._meet():
+                # Because of what the validation has shown.
                 stops, told = True, self._told
                 if not reports:
                     self._tell(reports=True, validates=False)
                     self._told |= told
-            if validates and not stops and self._meet():
-                # Because of what the validation has shown.
-                stops = True
-                if not reports:
-                    validated = self._told
-                    self._tell(reports=True, validates=False)
-                    self._told |= validated
             policy = schedule.checkpoint_policy
             if saves or stops or (validates and policy == "all") or (is_best and policy == "best"):
                 self._save()

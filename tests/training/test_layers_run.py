@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -376,6 +377,25 @@ def test_the_loss_of_a_step_is_read_after_the_next_one_is_launched(run: Any, mon
     assert [(metrics["step"], metrics["loss"], metrics["grad_norm"]) for metrics in made.events.metrics] == [
         (step + 1, 9.0 - step, norm) for step, norm in enumerate(norms)
     ]
+
+
+def test_ranks_meet_at_evaluations_and_checkpoints_and_at_no_other_step(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run(train={"steps": 9, "eval_interval": 4}, checkpoint={"interval": 6})
+    met: set[int] = set()
+
+    def noting(collective: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            met.add(len(made.engine.trained))
+            return collective(*args, **options)
+
+        return call
+
+    for name in ("all_gather_object", "gather_object", "broadcast_object_list", "all_reduce", "barrier"):
+        monkeypatch.setattr(dist, name, noting(getattr(dist, name)))
+    made.fit()
+    assert met == {0, 4, 6, 8, 9}
 
 
 def test_a_step_is_reported_though_the_next_one_fails(run: Any) -> None:
