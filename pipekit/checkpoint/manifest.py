@@ -99,6 +99,7 @@ class TrainingState:
         data_fingerprint: identifies the tokenized data that `consumed_samples` counts.
         metrics: the latest metrics, for information.
         client_state: values that a training loop of your own saved with it.
+        callbacks: states of callbacks, by their names.
     """
 
     step: NonNegativeInt
@@ -110,6 +111,7 @@ class TrainingState:
     data_fingerprint: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     client_state: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

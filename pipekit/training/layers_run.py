@@ -299,7 +299,7 @@ class LayersLoop(TrialLoop):
             loss_scaler=view.loss_scaler_state(),
             data_fingerprint=trial.hooks.data_fingerprint,
             metrics={"step": state.batch, **metrics},
-            client_state={"callbacks": self._callbacks.state_dict()},
+            callbacks=self._callbacks.state_dict(),
         )
         tokenizer = trial.hooks.tokenizer_file
         return save_checkpoint(
@@ -328,7 +328,7 @@ class LayersLoop(TrialLoop):
             optimizer_states=takes_states_of(reader.manifest.training.optimizer["type"], config.optimizer),
             without_states=() if config.train.ema is not None else (EMA,),
         )
-        self._callbacks.load_state_dict(training.client_state.get("callbacks", {}))
+        self._callbacks.load_state_dict(training.callbacks)
         trial.consumed_samples = training.consumed_samples
         return TrialState("", training.step)
 

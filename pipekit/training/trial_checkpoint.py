@@ -76,7 +76,8 @@ def save_trial(
         lr=0.0,
         optimizer={},
         metrics=state.metrics or {},
-        client_state={"trial": asdict(state), "callbacks": callbacks.state_dict(), "checkpoint": record},
+        client_state={"trial": asdict(state), "checkpoint": record},
+        callbacks=callbacks.state_dict(),
     )
 
     def finish() -> None:
@@ -138,25 +139,25 @@ def load_trial_state(trial: Trial, callbacks: Callbacks, checkpoint: Path) -> Tr
     Raises:
         CheckpointError: on every rank, if it was written by another trial, or is damaged.
     """
-    content = run_together(_read_state, checkpoint)
-    state = TrialState(**content["trial"])
+    training = run_together(_read_training, checkpoint)
+    state = TrialState(**training.client_state["trial"])
     name = type(trial).__qualname__
     if state.trial != name:
         raise CheckpointError(
             f"{checkpoint}: is of the trial {state.trial}, and this is {name}; go on with the trial that wrote it, "
             "or start anew with another run.dir"
         )
-    callbacks.call("on_checkpoint_load_start", content["checkpoint"])
+    callbacks.call("on_checkpoint_load_start", dict(training.client_state["checkpoint"]))
     run_together(trial.load, trial.context, checkpoint)
-    callbacks.load_state_dict(content["callbacks"])
+    callbacks.load_state_dict(training.callbacks)
     return state
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    content = load_manifest(checkpoint).training.client_state
-    if not {"trial", "callbacks", "checkpoint"} <= content.keys():
+def _read_training(checkpoint: Path) -> TrainingState:
+    training = load_manifest(checkpoint).training
+    if not {"trial", "checkpoint"} <= training.client_state.keys():
         raise CheckpointError(
             f"{checkpoint}: is no checkpoint of a Trial; load it into an engine with engine.load_checkpoint, or give "
             "another run.dir"
         )
-    return dict(content)
+    return training
