@@ -1,6 +1,6 @@
 """AlexNet on generated images, cut into pipeline stages.
 
-    torchrun --nproc-per-node 2 examples/alexnet_pipeline.py
+    pipekit launch --processes 2 examples/alexnet_pipeline.py
 
 Every process holds one stage here; with more processes than stages there are replicas of the pipeline.
 
@@ -98,7 +98,7 @@ class AlexNetTrial(pipekit.Trial):
 
 
 def main() -> None:
-    settings = {"hparams": {"width": 8, "stages": 2}, "exp_conf": {"run": {"dir": "runs/alexnet"}}}
+    settings = {"hparams": {"width": 8, "stages": 2}, "exp_conf": {"run": {"dir": "runs/alexnet_pipeline"}}}
     with pipekit.init(**settings) as context:
         pipekit.Trainer(AlexNetTrial(context), context).fit(
             max_length=pipekit.Epoch(2), validation_period=pipekit.Epoch(1), reporting_period=pipekit.Batch(10)

@@ -1,7 +1,7 @@
 """A DCGAN on generated images: two engines, a generator and a discriminator, which train in turn.
 
     python examples/dcgan.py
-    torchrun --nproc-per-node 2 examples/dcgan.py
+    pipekit launch --processes 2 examples/dcgan.py
 
 Run again, it goes on from its newest checkpoint, if `max_length` has grown. Shapes: B images, N numbers of noise.
 

@@ -1,6 +1,6 @@
 """The area under the ROC curve, of all validation data of all ranks, by a reducer of one's own.
 
-    torchrun --nproc-per-node 2 examples/roc_auc.py
+    pipekit launch --processes 2 examples/roc_auc.py
 
 It is no mean over batches: it needs every score at once.
 """

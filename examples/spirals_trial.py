@@ -37,7 +37,7 @@ class SpiralsTrial(pipekit.Trial):
 
 
 def main():
-    with pipekit.init(exp_conf={"seed": 1, "run": {"dir": "runs/spirals"}}) as context:
+    with pipekit.init(exp_conf={"seed": 1, "run": {"dir": "runs/spirals_trial"}}) as context:
         trainer = pipekit.Trainer(SpiralsTrial(context), context)
         epoch = pipekit.Epoch(1)
         trainer.fit(max_length=pipekit.Epoch(10), reporting_period=epoch, validation_period=epoch, best_is="highest")

@@ -1,6 +1,6 @@
 """A transformer whose weights, gradients and optimizer states are kept in host memory and sharded over all ranks.
 
-    torchrun --nproc-per-node 2 examples/zero3_offload.py
+    pipekit launch --processes 2 examples/zero3_offload.py
 
 Under ZeRO-3 each rank keeps a part of every tensor, and fetches the rest as layers need it; with the offload, parts
 stay in the memory of the CPU. On a machine without GPUs the arithmetic is the same.

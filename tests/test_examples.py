@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 
 from examples import alexnet_pipeline, dcgan, roc_auc, zero3_offload
-from fork_server import run_script
+from fork_server import run_pipekit, run_script
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.retention import Retention
 from pipekit.training.periods import Batch
@@ -140,7 +138,7 @@ def test_a_converted_script_has_the_losses_of_the_ordinary_one(tmp_path: Path) -
             ordinary = [line.split() for line in done.stdout.splitlines() if line.startswith("epoch")]
     losses, accuracies = ([float(words[place].rstrip(",")) for words in ordinary] for place in (3, 5))
     assert len(losses) == 10
-    folder = tmp_path / "runs" / "spirals"
+    folder = tmp_path / "runs" / "spirals_trial"
     assert records(folder, "loss") == pytest.approx(losses, abs=2e-6)
     assert records(folder, "val_accuracy") == pytest.approx(accuracies, abs=1e-4)
     assert accuracies[-1] > 0.9
@@ -155,10 +153,8 @@ def test_the_page_shows_both_scripts() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_trains_as_its_first_lines_say(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "examples" / f"{name}.py")], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    done = run_pipekit(
+        ["launch", "--processes", "2", "--device", "cpu", str(ROOT / f"examples/{name}.py")], cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert list((folder / "checkpoints").glob("step-*"))
+    assert list((tmp_path / "runs" / name / "checkpoints").glob("step-*"))
