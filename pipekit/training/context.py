@@ -405,7 +405,9 @@ class TrialContext:
                 raise ConfigError(
                     "get_tensorboard_writer: tensorboard is not installed; run pip install 'pipekit[tensorboard]'"
                 ) from None
-            self._writer = SummaryWriter(str(self.get_tensorboard_path()))
+            # What was logged after the checkpoint that this start goes on from is logged again.
+            purge_step = self._initial_batch + 1 if self._initial_batch else None
+            self._writer = SummaryWriter(str(self.get_tensorboard_path()), purge_step=purge_step)
         return self._writer
 
     def close(self) -> None:

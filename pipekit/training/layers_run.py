@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +35,18 @@ from pipekit.plan.run_folder import check_data
 from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.loggers import TensorBoardLogger
 from pipekit.training.optimizer import takes_states_of
 from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_weights
 from pipekit.training.profile import save_profile
+from pipekit.training.reducers import Reducer
 from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.trial import Trial
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_checkpoint import TrialState
 from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
+from pipekit.training.trial_metrics import TrialMetrics
 
 # A loss that stays infinite or not a number will not come back by itself.
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -96,6 +99,8 @@ class LayersRun(Trial):
     Attributes:
         engine: the engine.
         consumed_samples: position in the training data.
+        watch: ends the run where gradients stay infinite.
+        snapshot_memory: of checkpoints in the background; None where they are written at once.
     """
 
     def __init__(self, hooks: LayersTrial) -> None:
@@ -105,7 +110,7 @@ class LayersRun(Trial):
         settings = TrialConfig(
             seed=config.train.seed,
             run=TrialRunConfig(dir=config.run.dir, timeout_s=config.run.timeout_s),
-            callbacks=CallbacksConfig(progress=False, **dict(config.callbacks)),
+            callbacks=CallbacksConfig(progress=False, tensorboard=config.logging.tensorboard, **dict(config.callbacks)),
         )
         super().__init__(TrialContext(settings, self.run.device))
         dp = self.run.plan.batch.dp
@@ -118,6 +123,8 @@ class LayersRun(Trial):
         if config.train.eval_interval is not None:
             self._validation_loader = self._build_loader(hooks.build_validation_dataset, shuffle=False)
         self.consumed_samples = 0
+        self.watch = GradientWatch(config.optimizer.lr)
+        self.snapshot_memory = SnapshotMemory() if config.checkpoint.is_async else None
 
     def fit(self, callbacks: Sequence[TrialCallback] = ()) -> TrialResult:
         """Train until `train.steps` updates are made, from the checkpoint to go on from, if there is one.
@@ -130,7 +137,9 @@ class LayersRun(Trial):
         """
         train, checkpoint, start = self.config.train, self.config.checkpoint, self.run.plan.start
         mpu = self.run.mpu
-        here = [*callbacks, *self.hooks.build_callbacks()] if mpu.should_report_metrics else []
+        here: list[TrialCallback] = [self.watch]
+        if mpu.should_report_metrics:
+            here = [*callbacks, TensorBoardLogger(self.context), *self.hooks.build_callbacks(), self.watch]
         schedule = TrialSchedule(
             max_length=Batch(train.steps),
             reporting_period=Batch(1),
@@ -267,21 +276,8 @@ class LayersLoop(TrialLoop):
 
     _trial: LayersRun
 
-    def __init__(
-        self,
-        trial: LayersRun,
-        schedule: TrialSchedule,
-        checkpoints: Path,
-        *,
-        shipped: Mapping[str, TrialCallback],
-        here: Sequence[TrialCallback],
-    ) -> None:
-        self._watch = _GradientWatch(trial.config.optimizer.lr)
-        super().__init__(trial, schedule, checkpoints, shipped=shipped, here=[*here, self._watch])
-        self._snapshot_memory = SnapshotMemory() if trial.config.checkpoint.is_async else None
-
     def _build_metrics(self) -> _LateMetrics:
-        return _LateMetrics(self._watch)
+        return _LateMetrics(self._context, self._trial.watch)
 
     def _train_batch(self, epoch: int) -> None:
         # Its draws are seeded by what is drawn, not by the batch.
@@ -310,7 +306,7 @@ class LayersLoop(TrialLoop):
             extra_files={} if tokenizer is None else tokenizer_files(tokenizer),
             retention=self._retention(),
             name=checkpoint_name(state.batch),
-            background=self._snapshot_memory,
+            background=trial.snapshot_memory,
         )
 
     def _read(self, checkpoint: Path) -> TrialState:
@@ -333,13 +329,13 @@ class LayersLoop(TrialLoop):
         return TrialState("", training.step)
 
 
-class _LateMetrics:
+class _LateMetrics(TrialMetrics):
     """Metrics of steps, the same on every rank, of which the last may still be on their way from the device."""
 
     gathers = False
-    fault: PipekitError | None = None
 
-    def __init__(self, watch: _GradientWatch) -> None:
+    def __init__(self, context: TrialContext, watch: GradientWatch) -> None:
+        super().__init__(context, "train_batch", Reducer.AVG, for_training=True)
         self._watch = watch
         self._launched: deque[LaunchedStep] = deque()
 
@@ -356,7 +352,7 @@ class _LateMetrics:
         return metrics, [metrics]
 
 
-class _GradientWatch(TrialCallback):
+class GradientWatch(TrialCallback):
     """Ends the run, on every rank alike, where the gradient stays infinite or not a number."""
 
     def __init__(self, lr: float) -> None:

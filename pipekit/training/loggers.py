@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipekit.config import WandbConfig
-from pipekit.errors import ConfigError
 from pipekit.plan.run_folder import RunFolder, trim_metrics
 from pipekit.training.trial_callbacks import TrialCallback
 
@@ -53,16 +52,10 @@ class MetricsFile(TrialCallback):
 
 
 class TrialLog(TrialCallback):
-    """Writes metrics of a trial to the log and, where its context asks for it, to TensorBoard."""
-
-    def __init__(self, context: TrialContext) -> None:
-        self._context = context
+    """Writes metrics of a trial to the log."""
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         _logger.info("batch %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
-        if self._context.get_enable_tensorboard_logging():
-            for name, value in metrics.items():
-                self._context.get_tensorboard_writer().add_scalar(name, value, step)
 
     def on_warning(self, message: str) -> None:
         _logger.warning(message)
@@ -113,26 +106,12 @@ class WandbLogger(TrialCallback):
 
 
 class TensorBoardLogger(TrialCallback):
-    """Writes TensorBoard event files into the run folder."""
+    """Writes metrics to TensorBoard, where the training's context asks for it."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "logging.tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or "
-                "set it to false"
-            ) from None
-        self._writer_type, self._folder = SummaryWriter, folder
-        self._writer: Any = None
-
-    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
-        self._writer = self._writer_type(str(self._folder.tensorboard), purge_step=first_batch_idx + 1)
+    def __init__(self, context: TrialContext) -> None:
+        self._context = context
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def on_trial_shutdown(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._context.get_enable_tensorboard_logging():
+            for name, value in metrics.items():
+                self._context.get_tensorboard_writer().add_scalar(name, value, step)

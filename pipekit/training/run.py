@@ -30,7 +30,7 @@ from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial
-from pipekit.training.loggers import MetricsFile, TensorBoardLogger, WandbLogger
+from pipekit.training.loggers import MetricsFile, WandbLogger
 from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.run_context import RunContext
 from pipekit.training.trial_callbacks import TrialCallback
@@ -124,7 +124,6 @@ def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialRe
         try:
             _check_tokenizer(trial)
             callbacks += [MetricsFile(folder)]
-            callbacks += [TensorBoardLogger(folder)] if config.logging.tensorboard else []
             if config.logging.wandb is not None:
                 callbacks.append(WandbLogger(config.logging.wandb, folder, config.model_dump(mode="json")))
         except PipekitError as failure:

@@ -18,7 +18,7 @@ from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
 from pipekit.plan.run_folder import RunFolder
 from pipekit.training.context import TrialContext
-from pipekit.training.loggers import MetricsFile, TrialLog
+from pipekit.training.loggers import MetricsFile, TensorBoardLogger, TrialLog
 from pipekit.training.periods import Batch, Period
 from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.trial import Trial, check_trial, has_evaluation
@@ -112,7 +112,7 @@ class Trainer:
                 ),
                 folder.checkpoints,
                 shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
-                here=[MetricsFile(folder), TrialLog(self.context)] if is_first else [],
+                here=[MetricsFile(folder), TrialLog(), TensorBoardLogger(self.context)] if is_first else [],
             )
             found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
             dist.broadcast_object_list(found, src=0)

@@ -30,7 +30,7 @@ from pipekit.training.trial import Trial, metrics_of
 from pipekit.training.trial_callbacks import Callbacks, TrialCallback
 from pipekit.training.trial_checkpoint import TrialState, load_trial_state, save_trial
 from pipekit.training.trial_data import Feed, TrialData
-from pipekit.training.trial_metrics import Metrics, TrialMetrics
+from pipekit.training.trial_metrics import TrialMetrics
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class TrialLoop:
 
     # What a run of layers does in its own way.
 
-    def _build_metrics(self) -> Metrics:
+    def _build_metrics(self) -> TrialMetrics:
         return TrialMetrics(self._context, "train_batch", Reducer.AVG, for_training=True)
 
     def _write(self, state: TrialState) -> PendingCheckpoint:

@@ -5,32 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from pipekit.errors import PipekitError
 from pipekit.training.context import TrialContext
 from pipekit.training.gather_metrics import gather_metrics
 from pipekit.training.reducers import BatchMetrics, Reducer, WrappedReducer, wrap_reducer
-
-
-class Metrics(Protocol):
-    """Metrics of training, as the loop reports them.
-
-    Attributes:
-        gathers: whether all ranks meet for a report.
-        are_here: whether a report need not wait for the device.
-        fault: the first mistake in what the trial has returned on this rank, which stops all ranks where they meet.
-    """
-
-    gathers: bool
-    fault: PipekitError | None
-
-    @property
-    def are_here(self) -> bool: ...
-
-    def update(self, metrics: Any, num_samples: int) -> None: ...
-
-    def report(self) -> tuple[dict[str, Any], list[dict[str, float]]]: ...
 
 
 class TrialMetrics:
@@ -43,11 +23,11 @@ class TrialMetrics:
         for_training: whether these are the metrics of training.
 
     Attributes:
+        gathers: whether all ranks meet for a report.
         fault: the first mistake in what the method has returned on this rank, which stops all ranks where they meet.
     """
 
     gathers = True
-    are_here = True
 
     def __init__(
         self, context: TrialContext, source: str, reducer: Reducer | dict[str, Reducer], *, for_training: bool
@@ -57,6 +37,11 @@ class TrialMetrics:
         wrapped = [each for each in context.reducers if (each.for_training if for_training else each.for_validation)]
         self._reducers: list[WrappedReducer] = [wrap_reducer(self._batches), *wrapped]
         self.fault: PipekitError | None = None
+
+    @property
+    def are_here(self) -> bool:
+        """True if a report need not wait for the device."""
+        return True
 
     def update(self, metrics: Any, num_samples: int) -> None:
         """Add what the method returned for so many samples."""

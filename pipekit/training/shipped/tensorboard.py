@@ -19,7 +19,7 @@ class Tensorboard(ShippedCallback):
         super().__init__(context)
         if find_spec("tensorboard") is None:
             raise ConfigError(
-                "callbacks.tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or "
+                "tensorboard=true: tensorboard is not installed; run pip install 'pipekit[tensorboard]', or "
                 "set it to false"
             )
         context.set_enable_tensorboard_logging(True)
