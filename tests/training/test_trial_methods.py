@@ -86,6 +86,22 @@ def test_a_whole_evaluation_sees_every_sample_on_every_rank(gloo: GlooWorkers, t
     assert {path.name.split("-")[1] for path in (tmp_path / "profile").iterdir()} == {"0", "1"}
 
 
+def log_again(rank: int, folder: str) -> None:
+    arguments: dict[str, Any] = {"max_length": Batch(3), "reporting_period": Batch(1), "checkpoint_policy": "none"}
+    for latest in ("never", f"{folder}/checkpoints/step-00000001"):
+        trial = make_trial(folder)
+        trial.context.set_enable_tensorboard_logging(True)
+        fit(trial, checkpoint_period=Batch(1), latest_checkpoint=latest, **arguments)
+        trial.engine.destroy()
+
+
+def test_what_a_resumed_training_logs_again_is_in_tensorboard_once(gloo: GlooWorkers, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    gloo.run(1, log_again, str(tmp_path))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    assert [event.step for event in events.Reload().Scalars("loss")] == [1, 2, 3]
+
+
 class OwnLoader(PointsTrial):
     """Shards and shuffles with torch's sampler, in batches whose first tensor is no sample's."""
 
