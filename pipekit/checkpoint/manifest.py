@@ -58,6 +58,15 @@ def checksum(data: Any) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def file_checksum(path: Path) -> str:
+    """Checksum of a file of any size, which is read piece by piece."""
+    value = Checksum()
+    with path.open("rb") as stream:
+        while piece := stream.read(2**20):
+            value.update(piece)
+    return value.hexdigest()
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One logical tensor.
@@ -288,7 +297,7 @@ def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
             if (found := file.stat().st_size) != num_bytes:
                 return f"{file}: has {found:,} bytes of {num_bytes:,}"
             expected = manifest.file_checksums.get(name)
-            if expected is not None and checksum(file.read_bytes()) != expected:
+            if expected is not None and file_checksum(file) != expected:
                 return f"{file}: has changed since it was written"
         except FileNotFoundError:
             return f"{file}: is missing"

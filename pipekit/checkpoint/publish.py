@@ -12,7 +12,7 @@ from pipekit.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     TrainingState,
-    checksum,
+    file_checksum,
 )
 from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
 from pipekit.files import replace_folder, write_atomically
@@ -58,7 +58,7 @@ def write_manifest(
         tensors=tensors,
         file_bytes={**tensor_bytes, **{path.name: path.stat().st_size for path in others}},
         written_by=written_by if layout is None else {**written_by, "layout": layout},
-        file_checksums={path.name: checksum(path.read_bytes()) for path in others},
+        file_checksums={path.name: file_checksum(path) for path in others},
     )
     write_atomically(hidden / MANIFEST_FILE, manifest.to_json())
 

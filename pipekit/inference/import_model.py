@@ -20,7 +20,7 @@ from pipekit.checkpoint.manifest import (
     TensorEntry,
     TrainingState,
     checkpoint_name,
-    checksum,
+    file_checksum,
     list_checkpoints,
 )
 from pipekit.checkpoint.writer import write_tensors
@@ -121,6 +121,6 @@ def _write_checkpoint(checkpoint: Path, source: HuggingFaceFolder, config: Confi
         tensors,
         {path.name: path.stat().st_size for path in files},
         {name: version(name) for name in ("pipekit", "torch")},
-        {path.name: checksum(path.read_bytes()) for path in files if path.name != file},
+        {path.name: file_checksum(path) for path in files if path.name != file},
     )
     write_atomically(checkpoint / MANIFEST_FILE, manifest.to_json())
