@@ -175,7 +175,7 @@ def test_the_trial_of_the_docs_trains(tmp_path: Path) -> None:
 def test_the_waves_of_the_docs_train_from_yaml_and_as_a_script(tmp_path: Path) -> None:
     page = "docs/trials.md"
     (trial,) = (block.text for block in blocks("python") if block.page == page and "WavesTrial" in block.text)
-    (config,) = (block.text for block in blocks("yaml") if block.page == page and "WavesTrial" in block.text)
+    config, *_ = (block.text for block in blocks("yaml") if block.page == page and "WavesTrial" in block.text)
     (tmp_path / "waves.py").write_text(trial)
     (tmp_path / "c.yaml").write_text(config)
     done = run_pipekit(["train", "c.yaml", "run.device=cpu"], cwd=tmp_path)

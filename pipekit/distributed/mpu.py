@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -206,7 +207,9 @@ def _world_timeout() -> timedelta:
     world = dist.group.WORLD
     assert world is not None
     device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
-    options = getattr(world._get_backend(device), "options", None)
+    options = None
+    with suppress(RuntimeError):  # a group that is no backend of torch's own
+        options = getattr(world._get_backend(device), "options", None)
     timeout: timedelta = getattr(options, "_timeout", _DEFAULT_TIMEOUT)
     return timeout
 

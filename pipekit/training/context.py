@@ -189,7 +189,7 @@ class TrialContext:
 
     @property
     def activity(self) -> Activity:
-        """What this rank is doing now, which its first engine and the trainer note."""
+        """Activity of this rank, which its first engine and the trainer note, for the report of a hang."""
         return self._first_engine().mpu.activity
 
     @property

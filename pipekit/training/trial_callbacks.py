@@ -169,7 +169,7 @@ class Callbacks:
             raise_together(error)
 
     def training_metrics(self) -> dict[str, float]:
-        """Return what callbacks report with the metrics of training. All ranks call this together."""
+        """Return the numbers that callbacks report with the metrics of training. All ranks call this together."""
         metrics: dict[str, float] = {}
         for name, callback in self._callbacks.items():
             if type(callback).training_metrics is TrialCallback.training_metrics:
