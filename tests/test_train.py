@@ -224,7 +224,8 @@ def test_a_damaged_weight_is_named_and_the_checkpoint_before_is_taken(workspace:
     assert losses(workspace, "runs/damaged") == losses(workspace, "runs/base")
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_under_another_launcher_it_joins(workspace: Path, base_run: str, launcher: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

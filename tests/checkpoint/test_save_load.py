@@ -53,7 +53,7 @@ def test_same_layout_goes_on_bit_for_bit(gloo: GlooWorkers, tmp_path: Path, case
     [[1], pytest.param([2, 3], marks=pytest.mark.slow)],
     ids=["the next", "all others"],
 )
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_any_layout_goes_on_from_any_other(gloo: GlooWorkers, tmp_path: Path, tied: bool, distances: list[int]) -> None:
     layouts = [
         Case(pp=1, zero=0, tied=tied),

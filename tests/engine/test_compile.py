@@ -31,6 +31,7 @@ def check(gloo: GlooWorkers, case: Case) -> None:
     assert_trained_as_one_process(gloo.run(case.world_size, compiled_job, replace(case, compile=True)), case)
 
 
+@pytest.mark.slow
 def test_compiled_layers_put_weight_gradients_off_and_train_as_uncompiled_ones(gloo: GlooWorkers) -> None:
     check(gloo, Case(schedule="zb-h1", steps=2))
 

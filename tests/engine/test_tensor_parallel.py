@@ -44,7 +44,7 @@ WHOLE_3D = Case(pp=2, dp=2, tp=2, zero=1)
 UNTIED_AND_GROUPED = replace(WHOLE_3D, tied=False, num_kv_heads=2, schedule="zb-v")
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorkers, tied: bool) -> None:
     check_against_reference(gloo, replace(WHOLE_3D, tied=tied))
 
@@ -54,17 +54,17 @@ def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorke
     [
         Case(tp=2),
         Case(tp=2, zero=0, sequence_parallel=False),
-        Case(tp=4, tied=False),
+        pytest.param(Case(tp=4, tied=False), marks=pytest.mark.slow),
         Case(tp=2, sequence_parallel=False, tied=False, loss_chunk_tokens=5),
-        Case(tp=2, loss_chunk_tokens=5),
+        pytest.param(Case(tp=2, loss_chunk_tokens=5), marks=pytest.mark.slow),
         Case(tp=2, pp=2, schedule="zb-v"),
         Case(tp=2, pp=2, schedule="zb-h1", sequence_parallel=False),
         Case(tp=2, checkpointing=True),
         Case(tp=2, num_kv_heads=2),
         Case(tp=2, num_kv_heads=1),
-        Case(tp=4, num_kv_heads=2, sequence_parallel=False),
+        pytest.param(Case(tp=4, num_kv_heads=2, sequence_parallel=False), marks=pytest.mark.slow),
         Case(tp=2, pp=2, family="gpt_neox", tied=False),
-        Case(tp=2, pp=2, family="llama", tied=False, num_kv_heads=2),
+        pytest.param(Case(tp=2, pp=2, family="llama", tied=False, num_kv_heads=2), marks=pytest.mark.slow),
         Case(tp=2, pp=2, family="qwen3", num_kv_heads=2),
         Case(tp=2, pp=2, family="gemma2", num_kv_heads=1, loss_chunk_tokens=5),
         pytest.param(Case(tp=2, pp=2, family="olmo2", num_kv_heads=1, schedule="zb-v"), marks=pytest.mark.slow),
@@ -165,7 +165,15 @@ SAVED = Case(pp=2, tp=2, steps=8)
 
 
 @pytest.mark.parametrize(
-    "case", [Case(), Case(tp=4), Case(pp=2, dp=2), Case(dp=2, tp=2, sequence_parallel=False)], ids=show
+    "case",
+    [
+        Case(),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (Case(tp=4), Case(pp=2, dp=2), Case(dp=2, tp=2, sequence_parallel=False))
+        ),
+    ],
+    ids=show,
 )
 def test_a_checkpoint_of_one_degree_goes_on_under_another(gloo: GlooWorkers, case: Case, tmp_path: Path) -> None:
     case = replace(case, steps=SAVED.steps)
@@ -179,7 +187,7 @@ def test_a_checkpoint_of_one_degree_goes_on_under_another(gloo: GlooWorkers, cas
     assert back["losses"] == pytest.approx(saved["losses"][4:], rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_16_bits_stay_near_fp32(gloo: GlooWorkers, precision: str) -> None:
     expected = reference(Case())
     case = Case(tp=2, pp=2, precision=precision)

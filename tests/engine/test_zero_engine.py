@@ -72,11 +72,11 @@ def test_fp32_trains_as_one_process_does(gloo: GlooWorkers, case: Case) -> None:
     "case",
     [
         Case(zero=1, pp=2, offload="optimizer"),
-        Case(zero=1, pp=2, dp=2, offload="optimizer"),
+        pytest.param(Case(zero=1, pp=2, dp=2, offload="optimizer"), marks=pytest.mark.slow),
         Case(zero=2, dp=2, offload="optimizer"),
         Case(zero=3, dp=2, offload="optimizer"),
         Case(zero=3, dp=2, offload="parameters", checkpointing=True),
-        Case(zero=2, dp=2, offload="optimizer", optimizer="sgd"),
+        pytest.param(Case(zero=2, dp=2, offload="optimizer", optimizer="sgd"), marks=pytest.mark.slow),
     ],
     ids=show,
 )
@@ -84,7 +84,7 @@ def test_masters_and_moments_in_host_memory_change_nothing(gloo: GlooWorkers, ca
     check_against_reference(gloo, case)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_16_bit_training_stays_near_fp32(gloo: GlooWorkers, precision: str) -> None:
     expected = reference(Case())
     runs = [
@@ -128,6 +128,7 @@ def accumulate_small_gradients(rank: int, zero: int) -> float:
     return float(engine.grad_norm)
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_masks_under_every_layout(gloo: GlooWorkers) -> None:
     cases = [
         Case(pp=2, zero=1, dropout=0.2),
@@ -291,7 +292,9 @@ LAYOUTS = [
     [[1], pytest.param([2, 3, 4], marks=pytest.mark.slow)],
     ids=["the next", "all others"],
 )
-@pytest.mark.parametrize("writer", range(len(LAYOUTS)))
+@pytest.mark.parametrize(
+    "writer", [0, 1, 2, *(pytest.param(writer, marks=pytest.mark.slow) for writer in range(3, len(LAYOUTS)))]
+)
 def test_any_layout_goes_on_from_any_other(
     gloo: GlooWorkers, tmp_path: Path, writer: int, distances: list[int]
 ) -> None:
@@ -311,7 +314,7 @@ def test_any_layout_goes_on_from_any_other(
         Case(zero=3, dp=2),
         # DeepSpeed's Adam for CPUs multiplies its betas up as it runs, and takes their power when it goes on: these
         # agree to the last bit after ten steps, and not after five.
-        Case(zero=3, dp=2, precision="bf16", offload="optimizer", steps=20),
+        pytest.param(Case(zero=3, dp=2, precision="bf16", offload="optimizer", steps=20), marks=pytest.mark.slow),
         Case(zero=2, dp=2, precision="fp16"),
         Case(zero=3, dp=2, precision="fp16"),
     ],
