@@ -86,7 +86,8 @@ class Throughput(ShippedCallback):
         if self.settings.tokens_per_sample is not None:
             metrics["tokens_per_s"] = samples_per_s * self.settings.tokens_per_sample
         peak_flops = self.settings.peak_flops or self._published_peak_flops()
-        if peak_flops is not None:
+        # Tensor-parallel ranks each count the layers that they do not share, so that there is no sum.
+        if peak_flops is not None and all(engine.mpu.layout.tp == 1 for engine in self.context.models):
             flops = _FORWARDS * sum(forward_flops for forward_flops, _ in everyones)
             metrics["mfu"] = flops * batches_per_s / (peak_flops * len(everyones))
         return metrics

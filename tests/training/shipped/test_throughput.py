@@ -58,6 +58,12 @@ def test_mfu_is_the_operations_of_the_samples_over_the_peak_of_all_devices(
     assert ["samples_per_s" in line for line in lines if '"loss"' in line] == [False, True, True]
 
 
+def test_there_is_no_mfu_under_tensor_parallelism(gloo: GlooWorkers, tmp_path: Path) -> None:
+    for metrics in gloo.run(2, measure, str(tmp_path), PipelineTrial, {"tp": 2}):
+        assert metrics["samples_per_s"] > 0
+        assert "mfu" not in metrics
+
+
 class Clock:
     now_s = 0.0
 
