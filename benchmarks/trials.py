@@ -137,7 +137,7 @@ def main() -> None:
     rounds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = {"run": {"dir": str(folder / "idle"), "device": "cpu"}}
+        config = {"run": {"dir": str(folder / "idle"), "device": "cpu"}, "callbacks": {"progress": False}}
         trial = IdleTrial(pipekit.TrialContext.from_config(config))
         measure_session(folder)  # files that are read for the first time
         for _ in range(arguments.rounds):

@@ -101,11 +101,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with every mistake, each where it was made.
     """
-    draft = Draft(str(path))
-    read_file(draft, Path(path))
-    for override in overrides:
-        apply_override(draft, override)
-    return _finish(draft, default_dir=f"runs/{Path(path).stem}")
+    return _finish(read_draft(path, overrides), default_dir=f"runs/{Path(path).stem}")
 
 
 def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -208,6 +204,15 @@ def section_keys() -> dict[str, list[str]]:
             section: Any = field.annotation
             keys |= nested_keys(name, section) if name != "model" else {}
     return keys | {"model": list(dict.fromkeys(key for section in models for key in section.model_fields))}
+
+
+def read_draft(path: str | Path, overrides: Iterable[str]) -> Draft:
+    """Return the values of a YAML file, changed by overrides, before they are checked."""
+    draft = Draft(str(path))
+    read_file(draft, Path(path))
+    for override in overrides:
+        apply_override(draft, override)
+    return draft
 
 
 def read_file(draft: Draft, path: Path) -> None:

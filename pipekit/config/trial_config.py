@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from pipekit.config.callbacks_config import CallbacksConfig
-from pipekit.config.load import Draft, apply_override, read_file
+from pipekit.config.load import Draft, read_draft
 from pipekit.settings.base import Fault, Section, show
 from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.yaml_source import read_yaml
@@ -143,10 +143,7 @@ def load_trial_config(path: str | Path, overrides: Iterable[str] = ()) -> TrialC
     Raises:
         ConfigError: with every mistake, each where it was made.
     """
-    draft = Draft(str(path))
-    read_file(draft, Path(path))
-    for override in overrides:
-        apply_override(draft, override)
+    draft = read_draft(path, overrides)
     if isinstance(draft.values.get("run", {}), dict):
         draft.values["run"] = {"dir": f"runs/{Path(path).stem}", **(draft.values.get("run") or {})}
     return _finish(draft)

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
+from pipekit.distributed.processes import gather_objects
+
 _logger = logging.getLogger(__name__)
 
 # What DeepSpeed's Adam takes for each group; of what else torch's has, it must have the defaults.
@@ -44,10 +46,7 @@ def with_cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     decouples = {torch.optim.AdamW: True, torch.optim.Adam: False}.get(type(optimizer))
     if decouples is None or any(group.get(key) for group in optimizer.param_groups for key in _UNSUPPORTED):
         return optimizer
-    reason = _reason_against_building()
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    first = next((reason for reason in reasons if reason is not None), None)
+    first = next((reason for reason in gather_objects(_reason_against_building()) if reason is not None), None)
     if first is not None:
         if dist.get_rank() == 0:
             _logger.warning(

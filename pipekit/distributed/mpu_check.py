@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.processes import gather_objects
 from pipekit.errors import LayoutError
 from pipekit.layout import Axis, Coordinate, Layout
 
@@ -159,8 +160,7 @@ def check_mpu(mpu: ModelParallelUnit, *, layout: Layout | None = None, placement
             )
     except LayoutError as error:
         mine = str(error)
-    described: list[MPUDescription | str] = [mine] * dist.get_world_size()
-    dist.all_gather_object(described, mine)
+    described = gather_objects(mine)
     faults = [report for report in described if isinstance(report, str)]
     faults = faults or find_mpu_faults([report for report in described if not isinstance(report, str)])
     if faults:

@@ -112,6 +112,13 @@ def leave_processes() -> None:
     gc.collect()
 
 
+def gather_objects(mine: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """Return the objects of all ranks of a group, by default of the world, in their order. They call this together."""
+    everyones = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group=group)
+    return everyones
+
+
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise an error on every rank if any rank has one, so that no rank goes on to wait for one that has stopped.
 
@@ -122,9 +129,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
         PipekitError: with the type and the message of the lowest rank's error; a rank that has an error raises its own.
     """
     mine = None if error is None else (type(error), f"{error}")
-    reports: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, mine, group=group)
-    for rank, report in enumerate(reports):
+    for rank, report in enumerate(gather_objects(mine, group)):
         if report is None:
             continue
         if error is not None and rank == dist.get_rank():

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.processes import gather_objects
 from pipekit.engine.logical_model import LogicalModel
 from pipekit.errors import ReplicaError
 from pipekit.layout import Axis, Coordinate
@@ -222,9 +222,7 @@ def check_consistency(model: LogicalModel, mpu: ModelParallelUnit, *, step: int)
     if mpu.layout.world_size == 1:
         return
     mine = RankDescription(mpu.global_rank, mpu.coordinate, tuple(mpu.data.ranks), digest_tensors(model))
-    descriptions = [mine] * mpu.layout.world_size
-    dist.all_gather_object(descriptions, mine)
-    faults = find_differing_copies(descriptions)
+    faults = find_differing_copies(gather_objects(mine))
     if not faults:
         return
     shown = faults[:_MOST_SHOWN]

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, TrainingState, find_latest
 from pipekit.checkpoint.model_config import files_beside, stored_sections
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.distributed.processes import raise_together
+from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.load import load_checkpoint
 from pipekit.engine.save import save_checkpoint
@@ -153,8 +152,7 @@ def _open(folder: Path, name: str | None) -> CheckpointReader | None:
         error = failure
     raise_together(error)
     found = None if reader is None else reader.path.name
-    everyones: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, found)
+    everyones = gather_objects(found)
     for rank, other in enumerate(everyones):
         if other != everyones[0]:
             raise CheckpointError(

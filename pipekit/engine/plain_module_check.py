@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipekit.deepspeed.optimizer_view import whole_shape
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.distributed.processes import gather_objects
 from pipekit.engine.logical_model import persistent_buffers
 from pipekit.errors import ConfigError
 
@@ -112,8 +113,7 @@ def check_same_on_all_ranks(module: nn.Module, settings: Mapping[str, Any]) -> N
     """
     mine = {f"parameter {name}": _describe(parameter) for name, parameter in module.named_parameters()}
     mine.update({f"configuration key {key}": str(value) for key, value in settings.items()})
-    everyones: list[dict[str, str]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    everyones = gather_objects(mine)
     first = everyones[0]
     for rank, theirs in enumerate(everyones):
         differing = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]

@@ -18,7 +18,7 @@ from pipekit.checkpoint.manifest import CONFIG_FILE, WEIGHTS, TensorEntry, Train
 from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, publish_checkpoint, write_manifest
 from pipekit.checkpoint.retention import Retention
 from pipekit.checkpoint.writer import write_tensors
-from pipekit.distributed.processes import raise_together
+from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.errors import CheckpointError
@@ -154,8 +154,7 @@ def save_checkpoint(
         checked = {key: replace(entry, checksums=checksums[key]) for key, entry in entries.items()}
         try:
             raise_together(error, control)
-            written: list[tuple[dict[str, TensorEntry], dict[str, int]]] = [({}, {})] * dist.get_world_size()
-            dist.all_gather_object(written, (checked, file_bytes), group=control)
+            written = gather_objects((checked, file_bytes), control)
             if rank == 0:
                 try:
                     contents = {file: source.read_bytes() for file, source in (extra_files or {}).items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipekit.data.batch_loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
+from pipekit.distributed.processes import gather_objects
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
@@ -173,11 +174,9 @@ class TrainingEngine(BaseEngine):
         The engine must have been built with `profile=True`.
         """
         assert self.executor.stopwatch is not None, "the engine was built without profile=True"
-        mine = tuple(self.executor.stopwatch.spans())
-        spans: list[Any] = [mine]
+        spans = [tuple(self.executor.stopwatch.spans())]
         if self.mpu.layout.pp > 1:
-            spans *= self.mpu.layout.pp
-            dist.all_gather_object(spans, mine, group=self.mpu.pipe.process_group)
+            spans = gather_objects(spans[0], self.mpu.pipe.process_group)
         return Timeline(self.schedule, tuple(spans))
 
     def eval_batch(

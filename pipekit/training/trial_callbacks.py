@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
-from pipekit.distributed.processes import raise_together
+from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.hangs.activity import Activity
 
@@ -134,9 +132,7 @@ class Callbacks:
         self.batch = 0
         self._callbacks: dict[str, TrialCallback] = {**shipped, **callbacks}
         self._here, self._activity = here, activity
-        everyones: list[list[str]] = [[]] * dist.get_world_size()
-        mine = [f"{name} ({type(callback).__qualname__})" for name, callback in callbacks.items()]
-        dist.all_gather_object(everyones, mine)
+        everyones = gather_objects([f"{name} ({type(callback).__qualname__})" for name, callback in callbacks.items()])
         for rank, theirs in enumerate(everyones):
             if theirs != everyones[0]:
                 raise PipekitError(

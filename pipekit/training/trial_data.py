@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
 
-import torch.distributed as dist
-
 from pipekit.data.data_loader import DataLoader
-from pipekit.distributed.processes import raise_together
+from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.errors import CheckpointError, DataError
 from pipekit.training.context import TrialContext
 from pipekit.training.trial import Trial, evaluates_whole, has_evaluation
@@ -102,9 +100,7 @@ class TrialData:
         except Exception as failure:
             error = failure
         raise_together(error)
-        lengths: list[_Lengths | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(lengths, mine)
-        known = [each for each in lengths if each is not None]
+        known = [each for each in gather_objects(mine) if each is not None]
         self.epoch_micro_batches = known[0].epoch
         if has_evaluation(trial) and not evaluates_whole(trial):
             self._plan_evaluation([each.validation for each in known])
@@ -200,10 +196,8 @@ class TrialData:
         Raises:
             CheckpointError: on every rank, if replicas have read different numbers, so that there is no position.
         """
-        reads: list[int | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reads, None if feed is None else feed.num_read)
         known: dict[int, int] = {}
-        for rank, read in enumerate(reads):
+        for rank, read in enumerate(gather_objects(None if feed is None else feed.num_read)):
             if read is not None:
                 known.setdefault(read, rank)
         if len(known) > 1:

@@ -12,12 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from pipekit.checkpoint.manifest import checkpoint_name, earlier_checkpoints
 from pipekit.checkpoint.retention import Retention
-from pipekit.distributed.processes import raise_together, run_together
-from pipekit.distributed.rank_role import RankRole, check_roles
+from pipekit.distributed.processes import gather_objects, raise_together, run_together
+from pipekit.distributed.rank_role import check_roles
 from pipekit.engine.plain_engine import PlainEngine
 from pipekit.engine.save import PendingCheckpoint
 from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError
@@ -146,9 +144,7 @@ class TrialLoop:
 
     def _compare_ranks(self) -> None:
         """Check that the roles of all ranks fit together, and that all have the same schedule."""
-        mine: tuple[RankRole, str] = self._context.role, str(self._schedule)
-        everyones = [mine] * self._context.distributed.size
-        dist.all_gather_object(everyones, mine)
+        everyones = gather_objects((self._context.role, str(self._schedule)))
         check_roles([role for role, _ in everyones])
         for rank, (_, theirs) in enumerate(everyones):
             if theirs != everyones[0][1]:
@@ -305,9 +301,7 @@ class TrialLoop:
     def _meet(self) -> bool:
         """Raise a fault of any rank on all of them, and return whether any asks for the end of the training."""
         raise_together(self._metrics.fault)
-        everyones = [False] * self._context.distributed.size
-        dist.all_gather_object(everyones, self._context.get_stop_requested())
-        return any(everyones)
+        return any(gather_objects(self._context.get_stop_requested()))
 
     def _tell(self, *, reports: bool, validates: bool) -> bool:
         """Report and validate what is due, and tell callbacks; return whether the validation is the best ever."""

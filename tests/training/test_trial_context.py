@@ -1,4 +1,4 @@
-"""What a trial asks of its context, and what it may do: several engines, accumulation by hand, stops, profiles."""
+"""The context of a trial: settings, sizes, several engines, accumulation by hand, stops, profiles."""
 
 from __future__ import annotations
 

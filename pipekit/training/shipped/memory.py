@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
+from pipekit.distributed.processes import gather_objects
 from pipekit.tensors.host_memory import resident_bytes
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 
@@ -21,6 +21,5 @@ class Memory(ShippedCallback):
         if device.type == "cuda":
             mine["device_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
             torch.cuda.reset_peak_memory_stats(device)
-        everyones = [mine] * self.context.distributed.size
-        dist.all_gather_object(everyones, mine)
+        everyones = gather_objects(mine)
         return {name: max(each[name] for each in everyones) for name in mine}

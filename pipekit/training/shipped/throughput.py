@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipekit.config.callbacks_config import ThroughputConfig
 from pipekit.costs.trace import count_flops
+from pipekit.distributed.processes import gather_objects
 from pipekit.errors import ConfigError
 from pipekit.hangs.activity import Activity
 from pipekit.predictions.devices import find_device
@@ -74,8 +74,7 @@ class Throughput(ShippedCallback):
 
     def training_metrics(self) -> dict[str, float]:
         mine = self._counter.flops, time.perf_counter() - self._began_s - self._paused_s
-        everyones = [mine] * self.context.distributed.size
-        dist.all_gather_object(everyones, mine)
+        everyones = gather_objects(mine)
         last, batch = self._batch, self.context.num_trained_batches
         self._restart(batch)
         if last is None or batch == last:
