@@ -14,100 +14,21 @@ from torch import Tensor, nn
 
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.errors import ConfigError, PipekitError
+from pipekit.errors import PipekitError
+from plain_modules import (
+    GLOBAL_BATCH,
+    STEPS,
+    batch,
+    build,
+    build_tagger,
+    config,
+    groups_of,
+    narrow,
+    train,
+    weights_of,
+)
 
 pytestmark = pytest.mark.distributed
-
-VOCAB, WIDTH, STEPS = 11, 8, 10
-# Of 12 samples, each of two replicas reads 6: in one micro-batch, or in three.
-GLOBAL_BATCH = 12
-
-
-class Tagger(nn.Module):
-    """Has a frozen parameter, a buffer, one that is not saved, and a head that shares the weights of the embedding."""
-
-    counted: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
-        self.frozen = nn.Linear(WIDTH, WIDTH)
-        self.frozen.requires_grad_(False)
-        self.hidden = nn.Linear(WIDTH, 5)
-        self.back = nn.Linear(5, WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB)
-        self.head.weight = self.embedding.weight
-        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("passing", torch.ones(()), persistent=False)
-
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        self.counted += len(tokens)
-        x = torch.tanh(self.frozen(self.embedding(tokens)))
-        return F.cross_entropy(self.head(self.back(torch.tanh(self.hidden(x)))), labels)
-
-
-def build_tagger(seed: int = 1) -> Tagger:
-    torch.manual_seed(seed)
-    return Tagger()
-
-
-def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": 0.1},
-        {"params": [each for each in parameters if each.ndim == 1], "weight_decay": 0.0},
-    ]
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(VOCAB, (GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
-    return tokens, (tokens * 3 + 1) % VOCAB
-
-
-def config(zero: int = 0, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
-    return {
-        "train_batch_size": GLOBAL_BATCH,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.5,
-        "steps_per_print": None,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
-        **changes,
-    }
-
-
-def build(zero: int = 0, accumulation: int = 1, *, seed: int = 1, **given: Any) -> Any:
-    import pipekit
-
-    changes = given.pop("changes", {})
-    model = build_tagger(seed)
-    arguments = {"model": model, "model_parameters": groups_of(model), "config": config(zero, accumulation, **changes)}
-    return pipekit.initialize(**{**arguments, **given})
-
-
-def train(engine: Any, first: int = 0, stop: int = STEPS) -> list[float]:
-    """Train as a script of DeepSpeed's does, and return the mean losses over all replicas and micro-batches."""
-    losses = []
-    for step in range(first, stop):
-        tokens, labels = (part.chunk(engine.dp_world_size)[engine.mpu.data_parallel_rank] for part in batch(step))
-        total = torch.zeros(())
-        size = engine.train_micro_batch_size_per_gpu()
-        for start in range(0, len(tokens), size):
-            loss = engine(tokens[start : start + size], labels[start : start + size])
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach().float() * size / len(tokens)
-        torch.distributed.all_reduce(total)
-        losses.append(float(total) / engine.dp_world_size)
-    return losses
-
-
-def weights_of(engine: Any) -> dict[str, Tensor]:
-    view = engine.view
-    return {
-        name: (view.full_master if view.updates(each) else view.full_frozen)(each).clone()
-        for name, each, _ in engine.logical.named_logical_parameters()
-    }
 
 
 def reference() -> tuple[list[float], dict[str, Tensor]]:
@@ -485,71 +406,6 @@ def skip_infinite(rank: int) -> list[tuple[int, int, float, bool]]:
 def test_infinite_gradients_skip_the_step_on_every_rank(gloo: GlooWorkers) -> None:
     for results in gloo.run(2, skip_infinite):
         assert results == [(1, 2, float("inf"), True)] * 4
-
-
-class Extra(Tagger):
-    def get_extra_state(self) -> Any:
-        return {"some": "thing"}
-
-    def set_extra_state(self, state: Any) -> None:
-        pass
-
-
-def narrow(model: nn.Module) -> nn.Module:
-    model.hidden = nn.Linear(WIDTH, 4)
-    return model
-
-
-# What each rank gives, and what all of them are told.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "twice": (
-        lambda rank: {"args": SimpleNamespace(deepspeed_config="ds.json")},
-        "the configuration is given twice, by config= and args.deepspeed_config; leave one of them out",
-    ),
-    "no file": (
-        lambda rank: {"config": config() if rank == 0 else "no/such.json"},
-        "no/such.json: cannot be read as a DeepSpeed configuration",
-    ),
-    "typo": (lambda rank: {"config": {**config(), "zero_optimisation": {}}}, "zero_optimisation: unknown key; did you"),
-    "batch": (
-        lambda rank: {"config": config(train_micro_batch_size_per_gpu=5)},
-        "DeepSpeed refuses the configuration: Check batch related parameters.",
-    ),
-    "another stage": (
-        lambda rank: {"config": config(rank)},
-        "configuration key zero_optimization is {'stage': 0, 'stage3_param_persistence_threshold': 0} on rank 0",
-    ),
-    "another model": (
-        lambda rank: {"model": narrow(build_tagger()) if rank else build_tagger(), "model_parameters": None},
-        "parameter hidden.weight is float32 (5, 8), trained on rank 0 and float32 (4, 8), trained on rank 1",
-    ),
-    "no model": (lambda rank: {"model": None}, "model is NoneType; give model=, a pipekit.PipelineModule or an"),
-    "no optimizer": (lambda rank: {"config": {"train_batch_size": 8, "zero_optimization": {"stage": 2}}},
-                     "zero_optimization.stage=2 shards an optimizer, and there is none; give optimizer=torch"),
-    "another's": (lambda rank: {"model": build_tagger()}, "the optimizer updates a tensor of shape (11, 8) that is no"),
-    "fp64": (lambda rank: {"model": build_tagger().double()}, "is float64, and checkpoints hold fp32; try model.float"),
-    "extra state": (lambda rank: {"model": Extra()}, "_extra_state is dict and not a tensor, so no checkpoint can"),
-    "hybrid": (lambda rank: {"config": config(hybrid_engine={"enabled": True})}, "hybrid_engine: has no effect on a"),
-    "parts": (
-        lambda rank: {"mpu": SimpleNamespace(get_data_parallel_world_size=lambda: 1)},
-        "the mpu has 1 replicas on 2 ranks, but each rank holds a plain module whole",
-    ),
-}  # fmt: skip
-
-
-def refuse_all(rank: int) -> dict[str, str]:
-    messages = {}
-    for name, (give, _) in REFUSED.items():
-        with pytest.raises(ConfigError) as caught:
-            build(**give(rank))
-        messages[name] = str(caught.value)
-    return messages
-
-
-def test_what_cannot_run_is_refused_on_every_rank(gloo: GlooWorkers) -> None:
-    for messages in gloo.run(2, refuse_all):
-        for name, (_, expected) in REFUSED.items():
-            assert expected in messages[name], name
 
 
 def refuse_checkpoints(rank: int, folder: str) -> list[str]:
