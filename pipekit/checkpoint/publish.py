@@ -46,7 +46,7 @@ def write_manifest(
         contents: the files by name.
         tensors: the tensors, which have been written.
         tensor_bytes: sizes of their files.
-        layout: what the ranks were; None where engines tell it in checkpoints of their own.
+        layout: what the ranks were; None where the engines' own checkpoints say it.
     """
     hidden = hidden_folder(final)
     for name, content in contents.items():

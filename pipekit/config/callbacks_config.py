@@ -23,7 +23,7 @@ class EarlyStoppingConfig(Section):
     """The training ends after so many validations in a row that were no better than the best before them."""
 
     min_delta: NonNegativeFloat = Field(default=0.0, examples=[0.001])
-    """A value counts as better if it is so by more than this."""
+    """A value counts as better only if it is better by more than this."""
 
 
 class LossCurveConfig(Section):
@@ -109,7 +109,7 @@ class CallbacksConfig(LayersCallbacksConfig):
     """Report the learning rates of all engines."""
 
     memory: bool = False
-    """Report the memory of the host, and of the device where that has its own: the most that a rank has."""
+    """Report the memory used on the host, and on devices that have their own: the maximum over ranks."""
 
     throughput: Annotated[ThroughputConfig | None, switch(ThroughputConfig)] = Field(
         default=None, examples=[{"tokens_per_sample": 128}]

@@ -73,7 +73,7 @@ class FitConfig(Section):
     """Between reports of training metrics."""
 
     validation_period: PeriodConfig | None = Field(default=None, examples=[{"epochs": 1}])
-    """Between validations; null validates at the end alone."""
+    """Between validations; null validates only at the end."""
 
     checkpoint_period: PeriodConfig | None = Field(default=None, examples=[{"batches": 250}])
     """Between checkpoints beside those of the policy; null makes none."""

@@ -56,7 +56,7 @@ class OwnRandomness:
             _set_states(self._start)
             return
         assert self._start is not None, "a block without a seed"
-        # torch.manual_seed would seed the GPUs, too.
+        # torch.manual_seed would also seed the GPUs.
         torch.default_generator.manual_seed(self._start)
         random.seed(self._start)
         _numpy_random.set_bit_generator(self._numpy_generator)

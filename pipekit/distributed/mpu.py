@@ -13,7 +13,7 @@ from pipekit.errors import CommunicationError
 from pipekit.hangs.activity import Activity
 from pipekit.layout import Axis, Layout
 
-# Of backends that do not tell theirs.
+# Limit for backends that do not expose theirs.
 _DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 

@@ -63,7 +63,7 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
 
 
 def join_alone(*, device: Literal["cpu", "cuda"]) -> torch.device:
-    """Be the only process of a run, without a launcher, an environment or a port, and return its device.
+    """Form a run of this one process, without a launcher, an environment or a port, and return its device.
 
     Processes that have been joined before are left as they are.
 

@@ -58,7 +58,7 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
 
     @contextmanager
     def _asked_by_deepspeed(self) -> Iterator[None]:
-        """Let functions of DeepSpeed's, which ask `mpu` for the replicas, find DeepSpeed's kind of mpu there inside."""
+        """Give DeepSpeed's functions, which ask `mpu` for the replicas, an mpu of DeepSpeed's kind inside the block."""
         unit = self.mpu
         self.mpu = self._deepspeed_mpu  # type: ignore[assignment]
         try:

@@ -30,7 +30,7 @@ def check_plain_module(
     Args:
         module: the model.
         settings: DeepSpeed's configuration.
-        parameters: what is to be trained, or groups of it.
+        parameters: the parameters to train, or groups of them.
         optimizer: a torch optimizer, a function that returns one, or None.
 
     Example:

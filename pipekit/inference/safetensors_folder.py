@@ -135,7 +135,7 @@ def write_shards(
 
 
 def find_changed(folder: Path, checksums: Mapping[str, str]) -> str | None:
-    """Name of a tensor of a folder that is not what was written, by its checksum; None where all are. Reads all."""
+    """Name of a tensor of a folder whose checksum is not that of what was written; None if there is none."""
     stored = SafetensorsFolder(folder)
     for name in sorted(checksums.keys() | stored.keys()):
         if name not in checksums or name not in stored or checksum(tensor_bytes(stored[name])) != checksums[name]:

@@ -78,7 +78,7 @@ def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def nested_section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field's type is, alone or among other types; None where there is none."""
+    """Return the section in a field's type, which may be a union; None if there is none."""
     parts = (annotation, *get_args(annotation))
     return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
 

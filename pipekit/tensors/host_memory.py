@@ -26,7 +26,7 @@ def count_page_faults() -> int:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in the host's memory; where Linux does not tell, the most that there were."""
+    """Resident memory of this process in bytes; outside Linux, its peak."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -107,7 +107,7 @@ class TrialContext:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialContext:
-        """Make a context in this process alone, without a launcher, as in a notebook or under a debugger.
+        """Make a context in this one process, without a launcher, as in a notebook or under a debugger.
 
         Processes that have been joined before stay joined, and each makes its own.
 
@@ -380,7 +380,7 @@ class TrialContext:
         profiler.export_chrome_trace(str(self.folder.profile / name))
 
     def set_enable_tensorboard_logging(self, enable_tensorboard_logging: bool) -> None:
-        """Switch TensorBoard on or off, where the trainer then writes all metrics; it is off unless told."""
+        """Switch TensorBoard on or off; where it is on, the trainer writes all metrics to it. It is off by default."""
         self._logs_to_tensorboard = enable_tensorboard_logging
 
     def get_enable_tensorboard_logging(self) -> bool:

@@ -21,7 +21,7 @@ def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batche
     Args:
         trial: the trial.
         data: its loaders.
-        callbacks: that hear of it.
+        callbacks: called before and after.
         most_batches: evaluations at most; None makes all.
 
     Raises:

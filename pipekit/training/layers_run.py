@@ -190,7 +190,7 @@ class LayersRun(Trial):
         return launched
 
     def evaluate_full_dataset(self, data_loader: Any) -> dict[str, float]:
-        """Return the held-out loss and the hooks' metrics, of the same batches every time, whatever the layout."""
+        """Return the held-out loss and the hooks' metrics over the same batches every time, under any layout."""
         train = self.config.train
         metrics = self.hooks.validation_metrics()
         sums = dict.fromkeys(metrics, 0.0)
@@ -284,7 +284,7 @@ class LayersLoop(TrialLoop):
         self._metrics.update(self._trial.train_batch(None, epoch, self._batch), 0)
 
     def _write(self, state: TrialState) -> PendingCheckpoint:
-        """Save the engine, or begin to where that is done in the background."""
+        """Save the engine, or start to if saves run in the background."""
         trial, view, metrics = self._trial, self._trial.engine.view, state.metrics or {}
         training = TrainingState(
             step=state.batch,
@@ -330,7 +330,7 @@ class LayersLoop(TrialLoop):
 
 
 class _LateMetrics(TrialMetrics):
-    """Metrics of steps, the same on every rank, of which the last may still be on their way from the device."""
+    """Metrics of steps, the same on every rank, the last of which may still be on their way from the device."""
 
     gathers = False
 

@@ -120,7 +120,7 @@ class LayersTrial:
 
     @property
     def data_fingerprint(self) -> str:
-        """Hash of the training data, by which a resumed run can tell that they are the same; empty if unknown."""
+        """Hash of the training data, by which a resumed run can check that they are the same; empty if unknown."""
         return ""
 
     @property

@@ -59,11 +59,11 @@ class Trainer:
     ) -> TrialResult:
         """Train until `max_length`, from the checkpoint to go on from, if there is one. All ranks call this together.
 
-        At its end the training is reported, validated and saved, where that has not just been done.
+        At the end, the training is reported, validated and saved, unless that has just been done.
 
         Args:
             checkpoint_period: between checkpoints beside those of the policy; None makes none.
-            validation_period: between validations; None validates at the end alone.
+            validation_period: between validations; None validates only at the end.
             max_length: the length of the training, those of earlier starts included.
             reporting_period: between reports of training metrics.
             checkpoint_policy: checkpoints after validations: "all", "best" for those better than all before, "none".
@@ -125,7 +125,7 @@ class Trainer:
                 shutil.rmtree(folder.path, ignore_errors=True)
 
     def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:
-        """Heartbeat of this rank, into the folder of the logs, for reports of hangs; none where it is alone."""
+        """Heartbeat of this rank, written to the log folder for hang reports; none if there is only one rank."""
         context = self.context
         mpu, size = context.models[0].mpu, context.distributed.size
         if size == 1 and not context.is_watched:

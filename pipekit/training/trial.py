@@ -1,4 +1,4 @@
-"""A trial: a training of the user's own, of which pipekit takes care of the rest."""
+"""A trial: the engines, steps and data of a training, written by the user; pipekit takes care of the rest."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Trial:
         replica, so that a resumed training draws what an uninterrupted one does.
 
         Args:
-            dataloader_iter: yields the micro-batches of this rank's replica without end; None on ranks that read none.
+            dataloader_iter: yields the micro-batches of this rank's replica endlessly; None on ranks that read none.
             epoch_idx: epoch in which the batch begins, counted from 0.
             batch_idx: number of batches trained before, over all epochs.
 

@@ -32,7 +32,7 @@ class TrialCallback:
         """The first batch of this start is about to be trained."""
 
     def on_training_epoch_start(self, epoch_idx: int) -> None:
-        """An epoch begins with the next batch; after a resume within it, too."""
+        """An epoch begins with the next batch; also called after a resume within an epoch."""
 
     def on_training_epoch_end(self, epoch_idx: int) -> None:
         """An epoch has ended."""
@@ -50,7 +50,7 @@ class TrialCallback:
         return {}
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """All metrics of a batch are known: those of training where they are reported, and validated ones as `val_*`.
+        """All metrics of a batch are known: reported ones of training, and those of validations as `val_*`.
 
         Where every batch of layers on a GPU is reported, the next one may have been trained by now, weights included,
         unless a checkpoint follows.

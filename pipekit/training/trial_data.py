@@ -50,7 +50,7 @@ class ValidationFeed(Feed):
         return self._last
 
     def again(self) -> Iterator[Any]:
-        """Yield the last micro-batch without end."""
+        """Yield the last micro-batch endlessly."""
         return repeat(self._last)
 
 

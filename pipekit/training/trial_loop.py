@@ -118,7 +118,7 @@ class TrialLoop:
         self._batch = 0
         self._has_unread = False
         self._best: float | None = None
-        self._told: dict[str, Any] = {}  # metrics of the last batch that had some to tell
+        self._told: dict[str, Any] = {}  # metrics of the last batch that had any
         self._checkpoint: Path | None = None
         self._pending: PendingCheckpoint | None = None
         self._training_metrics: dict[str, Any] | None = None
@@ -247,7 +247,7 @@ class TrialLoop:
             reports = is_last or schedule.reporting_period.is_due(self._batch, pace)
             validates = schedule.evaluates and (is_last or self._is_due(schedule.validation_period))
             saves = is_last or self._is_due(schedule.checkpoint_period)
-            # After the first batch, too, so that most mistakes of a trial are told at once.
+            # Also after the first batch, so that most mistakes of a trial show at once.
             meets = validates or saves or (self._metrics.gathers and (reports or self._batch == first + 1))
             if not (meets or (reports and self._metrics.are_here)):
                 self._has_unread = reports
@@ -354,7 +354,7 @@ class TrialLoop:
             self._finish_save()
 
     def _finish_save(self) -> None:
-        """Wait until the last checkpoint is on the disk, and tell callbacks."""
+        """Wait until the last checkpoint is on the disk, and call callbacks."""
         pending = self._pending
         if pending is None:
             return

@@ -70,7 +70,7 @@ class TrialMetrics:
 
 @contextlib.contextmanager
 def kept(reducers: list[WrappedReducer]) -> Iterator[None]:
-    """Let the reducers of a trial have after the block what they had before."""
+    """Restore the reducers of a trial after the block to what they held before it."""
     states = [copy.deepcopy(vars(wrapped.reducer)) for wrapped in reducers]
     try:
         yield

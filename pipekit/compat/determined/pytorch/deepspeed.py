@@ -56,7 +56,7 @@ class DeepSpeedTrialContext(TrialContext):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialContext:
-        """Make a context in this process alone, of an experiment's configuration; see `trial_config`."""
+        """Make a context in this one process from an experiment's configuration; see `trial_config`."""
         return super().from_config(trial_config(config))
 
 

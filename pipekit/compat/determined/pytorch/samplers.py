@@ -12,21 +12,21 @@ from pipekit.data.samplers import SkipSampler as SkipSampler
 
 
 class DistributedSampler(ours.DistributedSampler):
-    """Yields the samples of one worker, of which each replica is one; the others are not repeated to equal numbers."""
+    """Yields the samples of one worker (a replica counts as one); none is repeated to make their numbers equal."""
 
     def __init__(self, sampler: Iterable[Any], num_workers: int, rank: int) -> None:
         super().__init__(sampler, num_replicas=num_workers, rank=rank)
 
 
 class DistributedBatchSampler(ours.DistributedBatchSampler):
-    """Yields the batches of one worker, of which each replica is one."""
+    """Yields the batches of one worker; a replica counts as one."""
 
     def __init__(self, batch_sampler: Iterable[Any], num_workers: int, rank: int) -> None:
         super().__init__(batch_sampler, num_replicas=num_workers, rank=rank)
 
 
 class RepeatBatchSampler(ours.RepeatBatchSampler):
-    """Yields a batch sampler's batches epoch after epoch, without end."""
+    """Yields a batch sampler's batches epoch after epoch, endlessly."""
 
     def __init__(self, batch_sampler: Iterable[Any]) -> None:
         super().__init__(batch_sampler)
