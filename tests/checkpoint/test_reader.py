@@ -112,3 +112,12 @@ def test_a_walk_keeps_one_tensor_in_memory(tmp_path: Path) -> None:
     write_manifest(tmp_path, held, TrainingState(step=1, consumed_samples=8, seed=1, lr=0.1, optimizer={}))
     walk = subprocess.run([sys.executable, "-c", WALK, tmp_path], capture_output=True, text=True, check=True)
     assert int(walk.stdout) < 4 * tensors["0"].nbytes, "of 30"
+
+
+def test_damage_is_named_where_a_tensor_is_rounded_as_well(checkpoint: Path) -> None:
+    reader = CheckpointReader(checkpoint)
+    assert torch.equal(reader.rounded("b.bias", torch.bfloat16), WEIGHTS["b.bias"])
+    path = checkpoint / "weights-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DamagedCheckpointError, match=r"damaged \(weights of 'b\.bias' has changed"):
+        CheckpointReader(checkpoint).rounded("b.bias", torch.bfloat16)

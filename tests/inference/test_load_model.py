@@ -15,7 +15,7 @@ from pipekit.cli import app
 from pipekit.config import parse_config
 from pipekit.errors import CheckpointError, ConfigError, PipekitError
 from pipekit.inference.export import export_checkpoint
-from pipekit.inference.load_model import load_model
+from pipekit.inference.load_model import initial_seed, load_model
 from pipekit.inference.stream_text import stream_text
 from pipekit.plan.plan import StartPoint
 from pipekit.plan.run_folder import find_start
@@ -109,3 +109,10 @@ def test_where_a_description_says_nothing_it_is_refused(checkpoint: Path, tmp_pa
     export_checkpoint(checkpoint, tmp_path / "out", config=write_yaml(tmp_path))
     with pytest.raises(ConfigError, match="is an export, which describes its model itself"):
         next(stream_text(tmp_path / "out", "a", max_new_tokens=1, temperature=0.0, top_k=None, seed=0, config=MODEL))
+
+
+def test_only_layers_of_ones_own_are_built_with_the_seed_of_the_run() -> None:
+    train = {"steps": 1, "seed": 77}
+    # What their constructors draw beside the parameters is in no checkpoint.
+    assert initial_seed(parse_config({"model": "my_model:build_layers", "train": train})) == 77
+    assert initial_seed(parse_config({"model": MODEL, "train": {**train, "sequence_length": 8}})) is None
