@@ -49,7 +49,7 @@ def version(
 
 
 def main() -> None:
-    """Run the command line. An error is one message, and the exit code 2 for a mistake of the user's, 1 for a hang."""
+    """Run the command line. An error is one message, and ends with the exit code of its class."""
     from pipekit.errors import PipekitError
 
     try:

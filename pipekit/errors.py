@@ -1,10 +1,34 @@
-"""The errors that pipekit raises for its users.
+"""The errors that pipekit raises for its users, and the exit codes of its commands.
 
 Each message says where the fault is, the value, the rule that it breaks and what to type instead. The command line
-shows the message alone, without a traceback, and ends with its exit code, 2 unless said otherwise.
+shows the message alone, without a traceback, and ends with the exit code of its class.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the commands, by which a scheduler can tell what is worth trying again."""
+
+    DONE = 0
+    BUG = 1
+    """An error without a message of its own, outside the ranks of a run."""
+    MISTAKE = 2
+    """The command, the configuration, the data or the model is wrong: correct it first."""
+    RANK_LOST = 3
+    """A rank crashed, was killed, or could not be started: the same command goes on from the newest checkpoint."""
+    HANG = 4
+    """A wait reached its limit: the same command goes on from the newest checkpoint."""
+    STORAGE = 5
+    """A disk is full, read-only, or does not show what was written: make room first."""
+    NUMBERS = 6
+    """The numbers went wrong: not finite, a spike, or ranks that differ."""
+    IN_USE = 7
+    """Another process holds the run folder."""
+    STOPPED = 75
+    """Stopped on request, with a checkpoint of the last finished step: the same command goes on from there."""
 
 
 class PipekitError(Exception):
@@ -14,7 +38,7 @@ class PipekitError(Exception):
         exit_code: of the command that it ends.
     """
 
-    exit_code = 2
+    exit_code: ExitCode = ExitCode.MISTAKE
 
 
 class ConfigError(PipekitError):
@@ -44,9 +68,35 @@ class LaunchError(PipekitError):
 class CommunicationError(PipekitError):
     """A wait for another rank failed or lasted longer than the limit."""
 
+    exit_code = ExitCode.RANK_LOST
 
-class ReplicaError(PipekitError):
+
+class StorageError(PipekitError):
+    """A file could not be written or read: no room, no permission, a read-only or a late file system."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class NumbersError(PipekitError):
+    """A loss, an activation or a gradient is not finite, or jumps, or a computation is not what it was before."""
+
+    exit_code = ExitCode.NUMBERS
+
+
+class ReplicaError(NumbersError):
     """Ranks that must hold the same tensor hold different ones."""
+
+
+class InUseError(PipekitError):
+    """Another process holds the run folder."""
+
+    exit_code = ExitCode.IN_USE
+
+
+class StoppedError(PipekitError):
+    """A run has stopped because it was asked to, and has lost nothing."""
+
+    exit_code = ExitCode.STOPPED
 
 
 class ScheduleError(ConfigError):

@@ -422,7 +422,7 @@ def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, tria
     run = f"runs/{trial}"
     overrides = (f"run.trial=failing:{trial}", f"run.dir={run}", "train.eval_interval=null")
     done = pipekit(workspace, "train", "c.yaml", *overrides)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stderr.startswith(f"error: {message}")
     assert [record["step"] for record in metrics(workspace, run)] == [1, 2]
 
@@ -441,7 +441,7 @@ def test_a_rank_that_hangs_in_step_9_is_named_early_and_ends_all_at_the_limit(
     run = f"runs/{trial}"
     overrides = (f"run.trial=failing:{trial}", f"run.dir={run}", "train.eval_interval=null", "run.timeout_s=8")
     done = pipekit(workspace, "train", "c.yaml", *overrides)
-    assert done.returncode == 1
+    assert done.returncode == 4
     warning, error, *report = done.stderr.splitlines()
     assert warning.startswith("warning: step 9 has lasted 5 s (10 usual steps take ")
     assert error.startswith(f"error: the run hangs: rank 1 (stage 1) {fault} ")
@@ -484,7 +484,7 @@ def test_replicas_that_drift_apart_end_the_run_before_a_checkpoint(
     if interval == "null":
         assert done.returncode == 0, done.stderr
         return
-    assert done.returncode == 2
+    assert done.returncode == 6
     assert "after step 3, copies that must be equal on all ranks that hold them are not:" in done.stderr
     assert "  embed.weight: rank 1 differs from rank 0 (data-parallel replicas)" in done.stderr
     assert not list((workspace / run / "checkpoints").glob("step-*"))

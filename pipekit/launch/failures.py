@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipekit.errors import LaunchError
+from pipekit.errors import ExitCode, LaunchError
 from pipekit.files import write_atomically
 
 _SHOWN_LINES = 20
@@ -34,12 +34,14 @@ class FailureReport:
         message: one line, or a few.
         traceback: the whole traceback.
         time_s: when it happened, in seconds since 1970.
+        exit_code: with which the run ends.
     """
 
     kind: FailureKind
     message: str
     traceback: str
     time_s: float
+    exit_code: int
 
     def write(self, path: Path) -> None:
         """Write the report to `path`, whole or not at all."""
@@ -96,13 +98,14 @@ class RankError(LaunchError):
 
     def __init__(self, failure: RankFailure) -> None:
         self.failure = failure
+        self.exit_code = ExitCode.RANK_LOST if failure.report is None else ExitCode(failure.report.exit_code)
         super().__init__(describe_failure(failure))
 
 
 class HangError(LaunchError):
     """Ranks of a run have waited too long for another; the message is the report."""
 
-    exit_code = 1
+    exit_code = ExitCode.HANG
 
 
 def describe_failure(failure: RankFailure, *, names_rank: bool = True, names_log: bool = True) -> str:

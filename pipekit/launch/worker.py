@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from pipekit.errors import CommunicationError, PipekitError
+from pipekit.errors import CommunicationError, ExitCode, PipekitError
 from pipekit.launch.failures import FailureKind, FailureReport
 
 ERROR_FILE_VARIABLE = "PIPEKIT_ERROR_FILE"
@@ -39,8 +39,8 @@ def report_failure(error_file: Path | None) -> Iterator[None]:
     """Run the block; if it fails, write a failure report and end the process at once.
 
     The process ends without Python's clean-up, because the destructor of a process group can wait for ever for ranks
-    that are gone. The exit code is 2 after a `PipekitError` and 1 after any other exception; an interrupt by the user
-    is not reported and ends with 130. A block that succeeds is left normally.
+    that are gone. The exit code is that of a `PipekitError`, and `RANK_LOST` after any other exception; an interrupt by
+    the user is not reported and ends with 130. A block that succeeds is left normally.
 
     The report goes to `error_file`, see `error_file_from`; None leaves only the text on stderr.
     """
@@ -51,9 +51,9 @@ def report_failure(error_file: Path | None) -> Iterator[None]:
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        _fail(error, error_file, exit_code=error.code if isinstance(error.code, int) else 1)
+        _fail(error, error_file, exit_code=error.code if isinstance(error.code, int) else ExitCode.RANK_LOST)
     except BaseException as error:
-        _fail(error, error_file, exit_code=2 if isinstance(error, PipekitError) else 1)
+        _fail(error, error_file, exit_code=_exit_code(error))
 
 
 def failure_kind(error: BaseException) -> FailureKind:
@@ -100,13 +100,17 @@ def _fail(error: BaseException, error_file: Path | None, *, exit_code: int) -> N
         text = "".join(traceback.format_exception(error))
         only = traceback.format_exception_only(type(error), error)
         message = str(error) if isinstance(error, PipekitError) else "".join(only).strip()
-        report = FailureReport(kind=kind, message=message, traceback=text, time_s=time.time())
+        report = FailureReport(kind, message, text, time.time(), _exit_code(error))
         if error_file is not None:
             report.write(error_file)
         # The launcher keeps stderr in the rank's log; under another launcher it is all that the user sees.
         sys.stderr.write(f"{report.message}\n" if kind == "user" and error_file is None else text)
     finally:
         _end_process(exit_code)
+
+
+def _exit_code(error: BaseException) -> ExitCode:
+    return error.exit_code if isinstance(error, PipekitError) else ExitCode.RANK_LOST
 
 
 def _end_process(exit_code: int) -> NoReturn:

@@ -20,7 +20,7 @@ def failed(
     rank: int, time_s: float, *, kind: FailureKind | None = None, returncode: int = 1, log: str = "none"
 ) -> RankFailure:
     """A rank that failed at `time_s`, and was seen to have ended a second later."""
-    report = None if kind is None else FailureReport(kind, f"message of {rank}", "Traceback\nthe end", time_s)
+    report = None if kind is None else FailureReport(kind, f"message of {rank}", "Traceback\nthe end", time_s, 3)
     return RankFailure(rank, returncode, time_s + 1, report, Path(log))
 
 
@@ -75,7 +75,7 @@ def test_the_tail_leaves_out_what_earlier_launches_wrote(tmp_path: Path) -> None
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "rank-0.error.json"
     assert FailureReport.read(path) is None
-    report = FailureReport("crash", "ValueError: schön", "Traceback", 12.5)
+    report = FailureReport("crash", "ValueError: schön", "Traceback", 12.5, 3)
     report.write(path)
     assert FailureReport.read(path) == report
     assert list(tmp_path.iterdir()) == [path]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from pipekit.errors import LaunchError
+from pipekit.errors import ExitCode, LaunchError
 from pipekit.launch import local
 from pipekit.launch.failures import HangError
 from pipekit.launch.local import run_local
@@ -199,7 +199,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(tmp_path: Path) -> None:
     started_s = time.monotonic()
     with pytest.raises(HangError, match=r"^the run hangs: rank 1 \(stage 1\) has not been heard from for") as caught:
         run(tmp_path, body, timeout_s=4, grace_s=120)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == ExitCode.HANG
     # Nobody had to wait for the end of the grace.
     assert time.monotonic() - started_s < 120
     report = tmp_path / "logs" / "hang.txt"

@@ -53,7 +53,7 @@ def test_a_script_runs_in_several_processes_with_its_own_arguments(workspace: Pa
 
 def test_the_first_failure_ends_all_and_is_told_once(workspace: Path) -> None:
     done = run_pipekit(["launch", "-n", "2", "--log-dir", "logs", "scripts/own.py", "--fail"], cwd=workspace)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stderr.startswith("error: rank 1 failed: ZeroDivisionError: rank 1 divides by zero\n")
     assert done.stderr.count("ZeroDivisionError: rank 1") == 2  # the message, and the end of its traceback
     assert "the whole log of rank 1: " in done.stderr
@@ -62,7 +62,7 @@ def test_the_first_failure_ends_all_and_is_told_once(workspace: Path) -> None:
 
 def test_an_exit_code_of_the_script_is_a_failure(workspace: Path) -> None:
     done = run_pipekit(["launch", "-n", "2", "scripts/own.py", "--exit"], cwd=workspace)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stderr.startswith("error: rank 1 failed: SystemExit: 3\n")
 
 

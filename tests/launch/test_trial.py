@@ -137,7 +137,7 @@ def test_a_wrong_trial_ends_with_one_error_and_exit_code_2(workspace: Path, over
 
 def test_a_rank_that_sleeps_in_train_batch_is_named_and_ends_all_at_the_limit(workspace: Path) -> None:
     done = run_pipekit(["train", "line.yaml", "trial=line_trial:Sleepy", "run.timeout_s=5"], cwd=workspace)
-    assert done.returncode == 1
+    assert done.returncode == 4
     error, *report = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert error.startswith("error: the run hangs: rank 1 waits for nobody, and has been calling train_batch for ")
     table = [re.split(r"\s\s+", line) for line in report[1:4]]
@@ -154,7 +154,7 @@ def test_the_ranks_of_a_script_tell_of_a_hang_themselves(workspace: Path) -> Non
     script = SCRIPT.replace("LineTrial", "Sleepy").replace('"device": "cpu"', '"device": "cpu", "timeout_s": 10')
     (workspace / "sleepy.py").write_text(script)
     done = run_pipekit(["launch", "-n", "2", "sleepy.py", "runs/own"], cwd=workspace)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert "the run hangs: rank 1 waits for nobody, and has been calling train_batch for " in done.stdout
     assert (workspace / "runs/own/logs/hang.txt").is_file()
 

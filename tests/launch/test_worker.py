@@ -34,12 +34,12 @@ def run_block(block: str, error_file: Path | None) -> subprocess.CompletedProces
     ("block", "kind", "message", "exit_code"),
     [
         ("raise ConfigError('train.steps=0: type 1')", "user", "train.steps=0: type 1", 2),
-        ("raise CommunicationError('rank 1 is gone')", "peer", "rank 1 is gone", 2),
-        ("raise ValueError('bad')", "crash", "ValueError: bad", 1),
-        ("raise RuntimeError('[x/gloo/transport/pair.cc:5] closed')", "peer", None, 1),
-        ("raise RuntimeError('Application timeout caused pair closure')", "peer", None, 1),
+        ("raise CommunicationError('rank 1 is gone')", "peer", "rank 1 is gone", 3),
+        ("raise ValueError('bad')", "crash", "ValueError: bad", 3),
+        ("raise RuntimeError('[x/gloo/transport/pair.cc:5] closed')", "peer", None, 3),
+        ("raise RuntimeError('Application timeout caused pair closure')", "peer", None, 3),
         ("sys.exit(7)", "crash", "SystemExit: 7", 7),
-        ("sys.exit('no')", "crash", "SystemExit: no", 1),
+        ("sys.exit('no')", "crash", "SystemExit: no", 3),
     ],
 )
 def test_a_failure_is_written_down(tmp_path: Path, block: str, kind: str, message: str | None, exit_code: int) -> None:
@@ -62,7 +62,7 @@ def test_the_process_ends_although_its_cleanup_hangs(tmp_path: Path) -> None:
     hang = "threading.Thread(target=time.sleep, args=(300,)).start()\natexit.register(time.sleep, 300)\n"
     started_s = time.monotonic()
     ended = run_block(f"{hang}print('seen', end='')\nraise ValueError('bad')", tmp_path / "error.json")
-    assert (ended.returncode, ended.stdout) == (1, "seen")
+    assert (ended.returncode, ended.stdout) == (3, "seen")
     assert time.monotonic() - started_s < 30
 
 
@@ -86,7 +86,7 @@ def test_without_a_launcher_of_ours_a_users_error_is_its_message() -> None:
 
 
 def test_a_report_that_cannot_be_written_still_ends_the_process(tmp_path: Path) -> None:
-    assert run_block("raise ValueError('bad')", tmp_path / "missing" / "error.json").returncode == 1
+    assert run_block("raise ValueError('bad')", tmp_path / "missing" / "error.json").returncode == 3
 
 
 def test_failure_kind_knows_torch_by_name() -> None:
