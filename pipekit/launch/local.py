@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +23,7 @@ from pipekit.launch.environment import LOCALHOST, RankEnvironment
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
 from pipekit.launch.gpu_environment import gpu_environ
+from pipekit.launch.network import gloo_environ
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import count_gpus, thread_environ
 from pipekit.launch.watcher import Watcher
@@ -95,15 +96,23 @@ def run_processes(
             f"{option}{world_size}: there are {num_gpus} GPUs, and each process takes one; try {option}{num_gpus}, or "
             "device=cpu"
         )
-    for note in guard_extension_builds(os.environ):
-        sys.stderr.write(f"{note}\n")
-    environ = thread_environ(threads, world_size, os.environ)
-    environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
-    # A script that asks how many GPUs there are is told what was chosen here.
-    environ |= gpu_environ(log_dir, os.environ) if num_gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environ = process_environ(world_size, num_gpus, log_dir, threads=threads)
     sys.stdout.write(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...\n")
     sys.stdout.flush()
     run_local(command, world_size=world_size, log_dir=log_dir, env=environ, timeout_s=timeout_s)
+
+
+def process_environ(
+    num_processes: int, num_gpus: int | None, log_dir: Path, *, threads: int | Literal["auto"] = "auto"
+) -> dict[str, str]:
+    """Environment of the processes of a script or a trial on this machine; locks of dead builds are removed before."""
+    for note in guard_extension_builds(os.environ):
+        sys.stderr.write(f"{note}\n")
+    environ = thread_environ(threads, num_processes, os.environ)
+    environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
+    # A script that asks how many GPUs there are is told what was chosen here.
+    on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environ | (gpu_environ(log_dir, os.environ) if num_gpus else on_cpu)
 
 
 def run_local(
@@ -116,8 +125,12 @@ def run_local(
     grace_s: float = 10.0,
     port: int | None = None,
     timeout_s: float = math.inf,
+    ranks: range | None = None,
+    master_addr: str = LOCALHOST,
+    on_failing: Callable[[RankFailure], None] | None = None,
 ) -> None:
-    """Run `world_size` processes of `command` on this machine, and return when all have succeeded.
+    """Run `world_size` processes of `command` on this machine, or the `ranks` among them, and return when all have
+    succeeded.
 
     Each process leads a session of its own and finds its rank in the environment, as under torchrun. The stdout of
     `stdout_rank` goes where the launcher's goes; all else that a rank writes is appended to `log_dir/rank-<rank>.log`.
@@ -141,6 +154,9 @@ def run_local(
         grace_s: seconds between SIGTERM and SIGKILL.
         port: the port on which rank 0 listens for the others; None chooses a free one.
         timeout_s: the longest wait of a rank for another, and the longest silence between its heartbeats.
+        ranks: the ranks of this machine; all unless given. The others are started elsewhere, with the same port.
+        master_addr: address of the machine of rank 0.
+        on_failing: called with the first failure that is seen, before the other ranks are ended.
 
     Raises:
         LaunchError: if the port is taken, or a process cannot be started.
@@ -151,11 +167,13 @@ def run_local(
     log_dir.mkdir(parents=True, exist_ok=True)
     with _signals_noted() as signals:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            chosen = choose_port(port)
-            job = _Job(command, world_size, log_dir.absolute(), env, stdout_rank, chosen, timeout_s)
-            failure = _run_job(job, signals, grace_s=grace_s)
+            is_first = ranks is None or 0 in ranks
+            chosen = choose_port(port) if port is None or is_first else port
+            mine = range(world_size) if ranks is None else ranks
+            job = _Job(command, world_size, mine, log_dir.absolute(), env, stdout_rank, master_addr, chosen, timeout_s)
+            failure = _run_job(job, signals, grace_s=grace_s, on_failing=on_failing)
             if failure is None and signals:
-                sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {world_size} processes\n")
+                sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {len(mine)} processes\n")
                 raise SystemExit(128 + signals[0])
             if failure is None:
                 return
@@ -167,9 +185,11 @@ def run_local(
 class _Job:
     command: Sequence[str]
     world_size: int
+    ranks: range
     log_dir: Path
     env: Mapping[str, str]
     stdout_rank: int
+    master_addr: str
     port: int
     timeout_s: float
 
@@ -178,17 +198,18 @@ class _Job:
             launcher="pipekit",
             rank=rank,
             world_size=self.world_size,
-            local_rank=rank,
-            local_world_size=self.world_size,
-            master_addr=LOCALHOST,
+            local_rank=rank - self.ranks.start,
+            local_world_size=len(self.ranks),
+            master_addr=self.master_addr,
             master_port=self.port,
         )
+        # Where all ranks are here, gloo need not look up the machine's name, which fails on many laptops.
+        loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
         return {
             # What a killed rank has written must be in its log, and a segmentation fault must say where.
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
-            # All ranks are here: gloo need not look up the machine's name, which fails on many laptops.
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            **(loopback if len(self.ranks) == self.world_size else gloo_environ(place, os.environ)),
             **os.environ,
             **self.env,
             **place.as_environ(),
@@ -263,17 +284,22 @@ def _signals_noted() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _run_job(job: _Job, signals: Sequence[int], *, grace_s: float) -> RankFailure | None:
+def _run_job(
+    job: _Job, signals: Sequence[int], *, grace_s: float, on_failing: Callable[[RankFailure], None] | None
+) -> RankFailure | None:
     """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
     workers: list[_Worker] = []
     failures: list[RankFailure] = []
     hang: str | None = None
     with Watcher() as watcher:
         try:
-            for rank in range(job.world_size):
+            for rank in job.ranks:
                 workers.append(_start(job, rank))
                 watcher.watch(workers[-1].process.pid)
-            hang = _wait(workers, signals, HangMonitor(job.log_dir, range(job.world_size)), job.timeout_s)
+            hang = _wait(workers, signals, HangMonitor(job.log_dir, job.ranks), job.timeout_s)
+            seen = [failure for worker in workers if (failure := worker.failure()) is not None]
+            if on_failing is not None and seen and hang is None and not signals:
+                on_failing(first_failure(seen))
         finally:
             interrupted = bool(signals)
             failed = [worker.rank for worker in workers if worker.failure() is not None]
@@ -286,7 +312,7 @@ def _run_job(job: _Job, signals: Sequence[int], *, grace_s: float) -> RankFailur
                 if not interrupted and (failure := worker.failure()) is not None
                 if worker.rank in failed or (failure.report is not None and failure.report.time_s <= stopped_s)
             ]
-            for rank in range(job.world_size):
+            for rank in job.ranks:
                 job.error_file(rank).unlink(missing_ok=True)
                 heartbeat_file(job.log_dir, rank).unlink(missing_ok=True)
     if hang is not None:
