@@ -7,11 +7,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipekit.errors import PipekitError
+
+_LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -104,3 +106,20 @@ def _swap(one: Path, other: Path) -> bool:
         return False
     status: int = rename(working_directory, os.fsencode(one), working_directory, os.fsencode(other), exchange)
     return status == 0
+
+
+def file_system(folder: Path) -> str:
+    """Name of the kind of file system that a folder is on, such as `ext4` or `nfs4`; empty where it is not known."""
+    real, best, kind = folder.resolve(), -1, ""
+    with suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+            _, mount_point, fs_type, *_ = line.split()
+            mount = Path(mount_point.encode().decode("unicode_escape"))  # spaces are written as \040
+            if real.is_relative_to(mount) and len(mount.parts) >= best:
+                best, kind = len(mount.parts), fs_type
+    return kind
+
+
+def is_on_local_disk(folder: Path) -> bool:
+    """True if a folder is on a file system that no other machine writes to; False where that is not known."""
+    return file_system(folder) in _LOCAL_FILE_SYSTEMS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from fork_server import run_pipekit
+from pipekit.run_lock import hold_run
 
 CONFIG = {
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 32},
@@ -24,11 +26,11 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refuse(workspace: Path, *arguments: str, environ: dict[str, str] | None = None) -> str:
+def refuse(workspace: Path, *arguments: str, environ: dict[str, str] | None = None, exit_code: int = 2) -> str:
     """Run a command that must be refused, and return its message."""
     before = {path for path in workspace.rglob("*") if "cache" not in path.parts}
     done = run_pipekit(arguments, cwd=workspace, environ=environ)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == exit_code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error:") <= 1
     assert {path for path in workspace.rglob("*") if "cache" not in path.parts} == before
@@ -91,6 +93,20 @@ def test_degrees_that_are_not_the_world_size(workspace: Path) -> None:
     assert "does not divide 3" in done.stderr
     assert "try parallel.pp=1 or 3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_that_another_process_holds(workspace: Path) -> None:
+    (workspace / "trial.yaml").write_text("trial: mine:Mine\nfit: {max_length: {batches: 1}}\n")
+    methods = "train_batch = build_training_data_loader = lambda self, *_: None"
+    (workspace / "mine.py").write_text(f"from pipekit import Trial\n\nclass Mine(Trial):\n    {methods}\n")
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with hold_run(workspace / "runs/c"), hold_run(workspace / "runs/trial"):
+        (workspace / "runs/c/logs").mkdir()
+        (workspace / "runs/c/logs/rank-0.log").touch()  # ranks of another launcher append to it
+        starts = [("c.yaml", {}), ("c.yaml", place), ("trial.yaml", {})]
+        for config, environ in starts:
+            message = refuse(workspace, "train", config, environ=environ, exit_code=7)
+            assert f"runs/{config.removesuffix('.yaml')}: is held by process {os.getpid()} since" in message
 
 
 def test_an_occupied_port(workspace: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from pipekit.files import replace_folder, write_atomically
+from pipekit.files import file_system, is_on_local_disk, replace_folder, write_atomically
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -71,3 +72,10 @@ def test_the_final_name_is_never_missing(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "rename", rename)
     replace_folder(temporary, final)
+
+
+def test_file_system_of_a_folder() -> None:
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    assert file_system(Path("/proc/self")) == "proc"
+    assert not is_on_local_disk(Path("/proc/self"))

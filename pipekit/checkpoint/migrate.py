@@ -23,6 +23,7 @@ from pipekit.checkpoint.writer import write_tensors
 from pipekit.config import Config, ModelConfigSource
 from pipekit.errors import CheckpointError
 from pipekit.files import building_folder, write_atomically
+from pipekit.run_lock import hold_run
 
 
 def migrate(
@@ -52,14 +53,15 @@ def migrate(
         shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
         described = read_model_config(config, shapes, of=source)
     final = run / CHECKPOINTS_FOLDER / checkpoint_name(found.training.step)
-    if final.exists():
-        raise CheckpointError(f"{final}: is there already; give another run folder")
-    try:
-        with building_folder(final) as temporary:
-            _write(found, described, temporary, source)
-        write_atomically(final.parent / LATEST_FILE, final.name + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{final}: could not be written: {error}") from None
+    with hold_run(run):
+        if final.exists():
+            raise CheckpointError(f"{final}: is there already; give another run folder")
+        try:
+            with building_folder(final) as temporary:
+                _write(found, described, temporary, source)
+            write_atomically(final.parent / LATEST_FILE, final.name + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{final}: could not be written: {error}") from None
     found.path = final
     return found
 

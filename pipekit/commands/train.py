@@ -20,6 +20,7 @@ from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
+from pipekit.run_lock import hold_run
 
 if TYPE_CHECKING:
     from pipekit.config import Config
@@ -57,10 +58,15 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
 def start(config: Config) -> None:
     """Plan a run, show the plan, and run its ranks as processes on this machine."""
     # Whatever can be refused without torch is refused before it is imported.
-    from pipekit.plan.run_folder import find_start, write_plan
-
     resources = find_resources(os.environ, config)
     _check_degrees(config, resources)
+    with hold_run(config.run.dir):
+        _start(config, resources)
+
+
+def _start(config: Config, resources: Resources) -> None:
+    from pipekit.plan.run_folder import find_start, write_plan
+
     start_point = find_start(config)
     from pipekit.training.console import make_console, show_plan
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipekit.errors import LaunchError
+from pipekit.files import file_system, is_on_local_disk
 
 _POLL_S = 0.2
 _PROC = Path("/proc")
 # Linux's first process namespace (PROC_PID_INIT_INO). In any other one, some processes are out of sight.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-_LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 
 
 def extensions_dir(environ: Mapping[str, str]) -> Path:
@@ -119,24 +119,12 @@ def _sees_every_builder(lock: Path) -> bool:
     """True if /proc shows every process that could hold the lock."""
     if sys.platform != "linux" or lock.stat().st_uid != os.geteuid():
         return False
-    file_system = _file_system(lock.parent)
-    if file_system == "overlay":  # a container's own layer, which no other container has
+    if file_system(lock.parent) == "overlay":  # a container's own layer, which no other container has
         return True
     try:
-        return os.readlink("/proc/self/ns/pid") == _FIRST_PID_NAMESPACE and file_system in _LOCAL_FILE_SYSTEMS
+        return os.readlink("/proc/self/ns/pid") == _FIRST_PID_NAMESPACE and is_on_local_disk(lock.parent)
     except OSError:
         return False
-
-
-def _file_system(folder: Path) -> str:
-    real, best, kind = folder.resolve(), -1, ""
-    with contextlib.suppress(OSError):
-        for line in (_PROC / "self/mounts").read_text().splitlines():
-            _, mount_point, fs_type, *_ = line.split()
-            mount = Path(mount_point.encode().decode("unicode_escape"))  # spaces are written as \040
-            if real.is_relative_to(mount) and len(mount.parts) >= best:
-                best, kind = len(mount.parts), fs_type
-    return kind
 
 
 def _holder(lock: Path) -> int | None:

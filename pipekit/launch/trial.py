@@ -15,6 +15,7 @@ from pipekit.launch.local import run_processes
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import count_gpus
 from pipekit.launch.worker import error_file_from, report_failure
+from pipekit.run_lock import hold_run
 
 if TYPE_CHECKING:
     from pipekit.config.trial_config import TrialConfig
@@ -98,15 +99,16 @@ def train_trial(config: TrialConfig) -> None:
     # Whatever can be refused is refused before a process is started.
     load_trial_class(config)
     folder = RunFolder(config.run.dir)
-    write_config(folder, write_yaml(config.model_dump()))
-    run_processes(
-        [sys.executable, "-m", "pipekit.launch.rank", str(folder.config), TRIAL_TASK],
-        processes=config.run.processes,
-        device=config.run.device,
-        threads=config.run.threads_per_process,
-        log_dir=folder.logs,
-        timeout_s=config.run.timeout_s,
-    )
+    with hold_run(folder.path):
+        write_config(folder, write_yaml(config.model_dump()))
+        run_processes(
+            [sys.executable, "-m", "pipekit.launch.rank", str(folder.config), TRIAL_TASK],
+            processes=config.run.processes,
+            device=config.run.device,
+            threads=config.run.threads_per_process,
+            log_dir=folder.logs,
+            timeout_s=config.run.timeout_s,
+        )
 
 
 def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:

@@ -26,6 +26,7 @@ from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder, find_start, write_plan
 from pipekit.progress import ProgressCallback
+from pipekit.run_lock import hold_run
 from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.layers_run import LayersRun
@@ -58,12 +59,14 @@ def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_r
     decided: list[Decision] = []
 
     def decide(on_progress: ProgressCallback) -> str:
+        stack.enter_context(hold_run(config.run.dir))
         decided.append(prepare_run(config, resources, start=find_start(config), on_progress=on_progress))
         write_plan(decided[0].plan)
         return decided[0].plan.to_json()
 
     assert resources.world_size is not None
     with (
+        contextlib.ExitStack() as stack,
         _own_log(config, rank=rank) as terminal,
         joined(config, plan_device(config, resources.num_gpus), local_rank=local_rank) as device,
     ):

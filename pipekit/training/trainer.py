@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from pipekit.errors import ConfigError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
 from pipekit.plan.run_folder import RunFolder
+from pipekit.run_lock import hold_run
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import MetricsFile, TensorBoardLogger, TrialLog
 from pipekit.training.periods import Batch, Period
@@ -97,7 +98,10 @@ class Trainer:
         own_folder = self.context.folder
         self.context.folder = folder = RunFolder(own_folder.path / ".test-mode") if test_mode else own_folder
         evaluates = has_evaluation(self.trial)
+        held = ExitStack()
         try:
+            if not self.context.is_watched:  # or else its launcher holds the folder
+                run_together(lambda: held.enter_context(hold_run(own_folder.path)) if is_first else None)
             loop = TrialLoop(
                 self.trial,
                 TrialSchedule(
@@ -123,6 +127,7 @@ class Trainer:
             self.context.folder = own_folder
             if test_mode and is_first:
                 shutil.rmtree(folder.path, ignore_errors=True)
+            held.close()
 
     def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:
         """Heartbeat of this rank, written to the log folder for hang reports; none if there is only one rank."""

@@ -151,12 +151,6 @@ def test_a_lock_that_cannot_be_removed_is_named(lock: Path, monkeypatch: pytest.
         guard(lock)
 
 
-def test_file_system_of_a_folder() -> None:
-    if sys.platform != "linux":
-        pytest.skip("reads /proc")
-    assert extensions._file_system(Path("/proc/self")) == "proc"
-
-
 def test_the_users_own_folder_wins() -> None:
     assert extensions_dir({"TORCH_EXTENSIONS_DIR": "/scratch/ext", "HOME": "/h"}) == Path("/scratch/ext")
 
