@@ -140,7 +140,7 @@ def play(folder: Path, fault: str, layout: str, rng: random.Random) -> dict[str,
     error = next((line for line in text.splitlines() if line.startswith("error: ")), "")
     report = run / "logs" / "hang.txt"
     if fault == "kill":
-        checks = {"names": f"rank {rank} was killed by SIGKILL" in error, "exit code": launcher.returncode == 2}
+        checks = {"names": f"rank {rank} was killed by SIGKILL" in error, "exit code": launcher.returncode == 3}
     else:
         action = r"(computing|receiving|sending|ending|reading|writing|calling|preparing|beginning) \S+"
         checks = {
@@ -148,7 +148,7 @@ def play(folder: Path, fault: str, layout: str, rng: random.Random) -> dict[str,
             "warning names": re.search(rf": rank {rank} \(stage.*{action}", warning) is not None,
             "names": f"the run hangs: rank {rank} (stage" in error,
             "report": report.is_file() and len(report.read_text().splitlines()) == WORLD_SIZE + 3,
-            "exit code": launcher.returncode == 1,
+            "exit code": launcher.returncode == 4,
         }
     checks |= {"in time": ended_s < END_LIMIT_S, "nobody left": not left}
     return {
