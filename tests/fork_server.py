@@ -68,23 +68,68 @@ def run_script(path: Path, *, cwd: Path, timeout_s: float = 180.0) -> subprocess
     return _run([str(path)], cwd, None, timeout_s, fork_ranks=False)
 
 
+class StartedCommand:
+    """A `pipekit` command that runs in a fork.
+
+    Args:
+        command: program and arguments.
+        cwd: the folder to run in.
+        output: an existing folder for what it prints.
+        environ: variables to set on top of this process's own.
+        fork_ranks: as for `run_pipekit`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        output: Path,
+        environ: Mapping[str, str] | None = None,
+        fork_ranks: bool = True,
+    ) -> None:
+        self._command, self._stdout, self._stderr = command, output / "stdout", output / "stderr"
+        for file in (self._stdout, self._stderr):
+            file.touch()
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
+        files = (str(self._stdout), str(self._stderr))
+        self._process = fork(_main, command, str(cwd), variables, *files, fork_ranks)
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """Wait for the end. A TimeoutExpired after so many seconds, when the command is killed."""
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            raise subprocess.TimeoutExpired(self._command, timeout_s, self.stdout, self.stderr)
+        done = subprocess.CompletedProcess(self._command, self._process.exitcode, self.stdout, self.stderr)
+        self._process.close()
+        return done
+
+
 def _run(
     command: Sequence[str], cwd: Path, environ: Mapping[str, str] | None, timeout_s: float, fork_ranks: bool
 ) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
     with tempfile.TemporaryDirectory() as folder:
-        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        stdout.touch()
-        stderr.touch()
-        process = fork(_main, command, str(cwd), variables, str(stdout), str(stderr), fork_ranks)
-        process.join(timeout_s)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(command, timeout_s, stdout.read_text(), stderr.read_text())
-        done = subprocess.CompletedProcess(command, process.exitcode, stdout.read_text(), stderr.read_text())
-        process.close()
-    return done
+        started = StartedCommand(command, cwd=cwd, output=Path(folder), environ=environ, fork_ranks=fork_ranks)
+        return started.wait(timeout_s)
 
 
 def _main(
