@@ -40,7 +40,7 @@ class Case:
     dropout: float = 0.0
     clip: float = 0.5
     checkpointing: bool = False
-    steps: int = 10
+    steps: int = 7
     optimizer: str = "adamw"
     lr: float = 5e-3
     boundaries: tuple[int, ...] | None = None

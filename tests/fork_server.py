@@ -63,6 +63,27 @@ def run_pipekit(
     return _run(["pipekit", *arguments], cwd, environ, timeout_s, fork_ranks)
 
 
+def run_joining(
+    arguments: Sequence[str], *, cwd: Path, world_size: int, port: int, timeout_s: float = 180.0
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run the `pipekit` command in each of the processes that another launcher would start, and return their ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for rank in range(world_size):
+            output = Path(folder) / str(rank)
+            output.mkdir()
+            environ = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            started.append(StartedCommand(["pipekit", *arguments], cwd=cwd, output=output, environ=environ))
+        return [command.wait(timeout_s) for command in started]
+
+
 def run_script(path: Path, *, cwd: Path, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
     """Run a Python script in a fork, alone, as `python path` does."""
     return _run([str(path)], cwd, None, timeout_s, fork_ranks=False)

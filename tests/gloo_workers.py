@@ -28,7 +28,7 @@ class RankError(AssertionError):
     """A rank failed; the message is its traceback."""
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A free port, none of those that the system gives to connections: none takes it before rank 0 listens there."""
     while True:
         port = 20_000 + secrets.randbelow(10_000)
@@ -48,7 +48,7 @@ class GlooWorkers:
             args: its arguments after the rank.
             nccl: whether process groups behave as NCCL's do (`nccl_double`).
         """
-        port = _free_port()
+        port = free_port()
         # Not multiprocessing's own pickling, which would share the memory of tensors with a process that is to end.
         task = pickle.dumps((job, args))
         team = []

@@ -339,7 +339,7 @@ def test_a_layout_that_fails_does_not_keep_the_others_from_running(workspace: Pa
 
 
 def test_a_layout_that_hangs_is_given_up(workspace: Path) -> None:
-    arguments = ["own.yaml", "model.builder=buggy:hanging", "run.timeout_s=20", "--steps", "1", "--layouts", "pp2"]
+    arguments = ["own.yaml", "model.builder=buggy:hanging", "run.timeout_s=8", "--steps", "1", "--layouts", "pp2"]
     done = verify(workspace, *arguments)
     assert done.returncode == 1, done.stderr
     assert done.stdout.endswith("pp=2 failed\n")

@@ -84,20 +84,29 @@ def test_masters_and_moments_in_host_memory_change_nothing(gloo: GlooWorkers, ca
     check_against_reference(gloo, case)
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_16_bit_training_stays_near_fp32(gloo: GlooWorkers, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "others"),
+    [
+        ("bf16", [Case(zero=2, dp=2, offload="optimizer"), Case(zero=3, dp=2)]),
+        *(
+            pytest.param(
+                precision,
+                [
+                    Case(zero=2, dp=2),
+                    Case(zero=2, dp=2, offload="optimizer"),
+                    Case(zero=3, dp=2),
+                    Case(zero=3, dp=2, offload="parameters"),
+                    Case(pp=2, dp=2, offload="optimizer"),
+                ],
+                marks=pytest.mark.slow,
+            )
+            for precision in ("bf16", "fp16")
+        ),
+    ],
+)
+def test_16_bit_training_stays_near_fp32(gloo: GlooWorkers, precision: str, others: list[Case]) -> None:
     expected = reference(Case())
-    runs = [
-        run(gloo, case)[0]
-        for case in (
-            Case(zero=1, precision=precision),
-            Case(zero=2, dp=2, precision=precision),
-            Case(zero=3, dp=2, precision=precision),
-            Case(zero=2, dp=2, precision=precision, offload="optimizer"),
-            Case(zero=3, dp=2, precision=precision, offload="parameters"),
-            Case(zero=1, pp=2, dp=2, precision=precision, offload="optimizer"),
-        )
-    ]
+    runs = [run(gloo, replace(case, precision=precision))[0] for case in (Case(), *others)]
     for result in runs:
         assert result["losses"] == pytest.approx(expected["losses"], rel=0.02)
         assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)

@@ -18,8 +18,8 @@ def play(folder: Path, seed: int, num_faults: int, *names: str) -> None:
     assert [(outcome.kind, outcome.layout, outcome.faults) for outcome in outcomes if outcome.faults] == []
 
 
-def test_a_killed_rank_and_a_signal_lose_nothing(tmp_path: Path) -> None:
-    play(tmp_path, 3, 2, "a rank is killed in a save", "SIGTERM to the launcher")
+def test_kills_in_a_save_lose_nothing(tmp_path: Path) -> None:
+    play(tmp_path, 3, 2, "a rank is killed in a save", "the launcher is killed in a save")
 
 
 @pytest.mark.slow
