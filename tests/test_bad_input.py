@@ -125,6 +125,9 @@ def test_a_run_folder_of_another_configuration(workspace: Path) -> None:
     run.mkdir(parents=True)
     other = {**CONFIG, "model": {**CONFIG["model"], "num_layers": 3}, "run": {"dir": "runs/c"}}
     (run / "config.yaml").write_text(yaml.safe_dump(other))
+    checkpoint = run / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
     message = refuse(workspace, "train", "c.yaml")
     assert "run.dir=runs/c holds a run of another configuration: model.num_layers differs" in message
 

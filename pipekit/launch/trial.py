@@ -92,7 +92,7 @@ def train_trial(config: TrialConfig) -> None:
         with report_failure(error_file_from(os.environ)):
             run_trial_rank(config, ranks)
         return
-    from pipekit.plan.run_folder import RunFolder, write_config
+    from pipekit.plan.run_folder import RunFolder, check_run_folder, write_config
     from pipekit.settings.yaml_source import write_yaml
     from pipekit.training.trial_run import load_trial_class
 
@@ -100,6 +100,7 @@ def train_trial(config: TrialConfig) -> None:
     load_trial_class(config)
     folder = RunFolder(config.run.dir)
     with hold_run(folder.path):
+        check_run_folder(folder)
         write_config(folder, write_yaml(config.model_dump()))
         run_processes(
             [sys.executable, "-m", "pipekit.launch.rank", str(folder.config), TRIAL_TASK],

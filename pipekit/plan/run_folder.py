@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pipekit.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
@@ -17,6 +19,7 @@ from pipekit.checkpoint.manifest import (
     load_manifest,
     resolve_checkpoint,
 )
+from pipekit.checkpoint.retention import remove_leftovers
 from pipekit.config import Config, conflicting_keys, load_stored_config
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.files import write_atomically
@@ -60,16 +63,16 @@ def find_start(config: Config) -> StartPoint | None:
     trained, such as that of an imported model, a run takes the model alone: its data and everything else may be others.
 
     Raises:
-        ConfigError: if the run folder holds a run of another model or other data, or one that `checkpoint.resume=never`
-            would overwrite.
+        ConfigError: if the run folder holds checkpoints of another model or other data, or such that
+            `checkpoint.resume=never` would overwrite, or something of another kind has the name of one of its files.
         CheckpointError: if the checkpoint to go on from is missing or cut short.
     """
     folder = RunFolder(config.run.dir)
     resume = config.checkpoint.resume
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder, or a name that is free")
+    check_run_folder(folder)
     existing = list_checkpoints(folder.checkpoints)
-    if folder.config.is_file():
+    # A start that has trained nothing, or kept nothing, does not stand in the way of another.
+    if existing and folder.config.is_file():
         what = f"run.dir={config.run.dir} holds a run of another configuration"
         is_untrained = existing == [folder.checkpoints / checkpoint_name(0)]
         _check_same_run(folder.config, config, what, model_alone=is_untrained)
@@ -94,6 +97,25 @@ def find_start(config: Config) -> StartPoint | None:
     return StartPoint(checkpoint, step)
 
 
+def check_run_folder(folder: RunFolder) -> None:
+    """Check that what has the name of a run's file is a file, and what has the name of a folder is one.
+
+    Raises:
+        ConfigError: if not.
+    """
+    for path in (folder.path, folder.checkpoints, folder.logs, folder.profile, folder.tensorboard):
+        if os.path.lexists(path) and not path.is_dir():
+            what = f"run.dir={path}" if path == folder.path else f"{path}"
+            raise ConfigError(
+                f"{what} is a file, and a run needs a folder of that name; remove it, or give another run.dir"
+            )
+    for path in (folder.config, folder.plan, folder.metrics, folder.samples, folder.schedule):
+        if os.path.lexists(path) and not path.is_file():
+            raise ConfigError(
+                f"{path} is no file, and a run writes one of that name; remove it, or give another run.dir"
+            )
+
+
 def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:
     """Check that the data, of which `fingerprint` is the hash, are those that a checkpoint's position counts.
 
@@ -112,11 +134,16 @@ def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:
 def write_plan(plan: Plan) -> RunFolder:
     """Write a plan into its run folder: `plan.json`, its configuration, and the table of a pipeline.
 
+    What a start of another configuration left there, which wrote no checkpoint, is removed.
+
     Raises:
         ConfigError: if the folder cannot be written, or the trial has prepared something that JSON cannot hold.
     """
     folder = RunFolder(plan.config.run.dir)
     text = plan.to_json()
+    with _writing(folder):
+        _remove_other_start(folder, plan.config)
+        folder.schedule.unlink(missing_ok=True)
     write_config(folder, plan.config.to_yaml())
     with _writing(folder):
         if plan.layout.pp > 1:
@@ -126,10 +153,36 @@ def write_plan(plan: Plan) -> RunFolder:
 
 
 def write_config(folder: RunFolder, text: str) -> None:
-    """Make a run folder, and write its configuration. A ConfigError where it cannot be written."""
+    """Make a run folder, remove what interrupted writes have left in it, and write its configuration.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     with _writing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.checkpoints)
+        for path in folder.path.glob(".*.tmp"):
+            if path.is_file():
+                path.unlink()
         write_atomically(folder.config, text)
+
+
+def _remove_other_start(folder: RunFolder, config: Config) -> None:
+    """Remove what a start of another configuration wrote, and what would be taken for this one's.
+
+    These are files under names that a run gives them; the folder may hold others.
+    """
+    if list_checkpoints(folder.checkpoints) or not (folder.config.is_file() and folder.plan.is_file()):
+        return
+    with suppress(ConfigError):
+        stored = load_stored_config(folder.config)
+        if stored is None or not conflicting_keys(stored, config):
+            return
+    logs = [*folder.logs.glob("rank-*.log"), folder.logs / "hang.txt"]
+    others = [*folder.profile.glob("step-*.*"), *folder.tensorboard.glob("events.out.tfevents.*")]
+    for path in (folder.plan, folder.metrics, folder.samples, *logs, *others):
+        if path.is_file():
+            path.unlink()
 
 
 @contextmanager
@@ -151,15 +204,23 @@ def read_plan(path: Path) -> Plan:
     return Plan.from_json(path.read_text(encoding="utf-8"), where=str(path))
 
 
-def trim_metrics(path: Path, last_step: int) -> None:
-    """Drop the metrics of steps after `last_step`, which a run that goes on from there does again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):  # the last line of a killed run may be cut short
-            kept += [line] if json.loads(line)["step"] <= last_step else []
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines of a file of JSON lines that are records with a step, and the records; other lines are passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = None
+        with suppress(ValueError, RecursionError):  # the last line of a killed run may be cut short
+            record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append((line, record))
+    return found
+
+
+def trim_records(path: Path, last_step: int) -> None:
+    """Drop the records of steps after `last_step`, which a run that goes on from there writes again; of 0, all."""
+    if path.is_file():
+        kept = [line for line, record in read_records(path) if 0 < last_step >= record["step"]]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
 def _check_same_run(saved: Path, config: Config, what: str, *, model_alone: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipekit.config import WandbConfig
-from pipekit.plan.run_folder import RunFolder, trim_metrics
+from pipekit.plan.run_folder import RunFolder, trim_records
 from pipekit.training.trial_callbacks import TrialCallback
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class MetricsFile(TrialCallback):
         self._file: TextIO | None = None
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
-        trim_metrics(self._path, first_batch_idx)
+        trim_records(self._path, first_batch_idx)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
 

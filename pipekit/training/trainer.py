@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from pipekit.checkpoint.retention import Retention
+from pipekit.checkpoint.retention import Retention, remove_leftovers
 from pipekit.distributed.processes import run_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
-from pipekit.plan.run_folder import RunFolder
+from pipekit.plan.run_folder import RunFolder, check_run_folder
 from pipekit.run_lock import hold_run
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import MetricsFile, TensorBoardLogger, TrialLog
@@ -96,12 +96,12 @@ class Trainer:
             self.context.set_profiler(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
         is_first = self.context.distributed.rank == 0
         own_folder = self.context.folder
+        held = ExitStack()
+        if not self.context.is_watched:  # or else its launcher holds the folder
+            run_together(lambda: self._take_folder(held) if is_first else None)
         self.context.folder = folder = RunFolder(own_folder.path / ".test-mode") if test_mode else own_folder
         evaluates = has_evaluation(self.trial)
-        held = ExitStack()
         try:
-            if not self.context.is_watched:  # or else its launcher holds the folder
-                run_together(lambda: held.enter_context(hold_run(own_folder.path)) if is_first else None)
             loop = TrialLoop(
                 self.trial,
                 TrialSchedule(
@@ -128,6 +128,12 @@ class Trainer:
             if test_mode and is_first:
                 shutil.rmtree(folder.path, ignore_errors=True)
             held.close()
+
+    def _take_folder(self, held: ExitStack) -> None:
+        folder = self.context.folder
+        held.enter_context(hold_run(folder.path))
+        check_run_folder(folder)
+        remove_leftovers(folder.checkpoints)
 
     def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:
         """Heartbeat of this rank, written to the log folder for hang reports; none if there is only one rank."""

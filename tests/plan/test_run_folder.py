@@ -10,8 +10,11 @@ import pytest
 from pipekit.checkpoint.manifest import Manifest, TrainingState, load_manifest
 from pipekit.config import Config, parse_config
 from pipekit.errors import CheckpointError, ConfigError
-from pipekit.plan.plan import StartPoint
-from pipekit.plan.run_folder import RunFolder, check_data, find_start, trim_metrics
+from pipekit.plan.decide import decide_run
+from pipekit.plan.plan import Plan, StartPoint
+from pipekit.plan.resources import Resources
+from pipekit.plan.run_folder import RunFolder, check_data, find_start, read_plan, trim_records, write_plan
+from pipekit.training.language_model import LanguageModelTrial
 
 
 def config_in(tmp_path: Path, *overrides: str) -> Config:
@@ -60,7 +63,9 @@ def test_never_does_not_overwrite(tmp_path: Path) -> None:
     "override", ["model.num_layers=3", "train.seed=5", "train.sequence_length=64", "data.vocab_size=512"]
 )
 def test_another_run_is_refused(tmp_path: Path, override: str) -> None:
-    write_config(RunFolder(tmp_path / "run"), config_in(tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    write_config(folder, config_in(tmp_path))
+    add_checkpoint(folder, 1)
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"another configuration: {key} differs.*another run.dir"):
         find_start(config_in(tmp_path, override))
@@ -92,7 +97,59 @@ def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
         find_start(config_in(tmp_path, f"checkpoint.resume={tmp_path / 'none'}"))
 
 
-def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+def make_plan(config: Config) -> Plan:
+    resources = Resources(num_cpus=2, num_gpus=None)
+    return decide_run(config.updated({"model.vocab_size": 300}), LanguageModelTrial, resources).plan
+
+
+def test_a_start_without_a_checkpoint_gives_way_to_another_configuration(tmp_path: Path) -> None:
+    folder = write_plan(make_plan(config_in(tmp_path, "parallel.pp=2")))
+    interrupted = folder.checkpoints / ".step-00000003.tmp"
+    misleading = [folder.metrics, folder.samples, folder.logs / "rank-7.log", folder.logs / "hang.txt"]
+    misleading += [
+        folder.profile / "step-00000010.svg",
+        folder.tensorboard / "events.out.tfevents.1",
+        interrupted / "x",
+    ]
+    misleading.append(folder.path / ".metrics.jsonl.0123.tmp")
+    their_own = [folder.path / "notes.txt", folder.logs / "my.log", folder.profile / "mine" / "trace.json"]
+    for path in misleading + their_own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    changed = config_in(tmp_path, "model.num_layers=3")
+    assert find_start(changed) is None
+    assert all(path.exists() for path in misleading)
+    write_plan(make_plan(changed))
+    assert [path for path in [*misleading, interrupted, folder.schedule] if path.exists()] == []
+    assert all(path.exists() for path in their_own)
+    assert read_plan(folder.plan).config.model.num_layers == 3  # type: ignore[union-attr]
+
+
+def test_logs_and_metrics_of_the_same_configuration_are_kept(tmp_path: Path) -> None:
+    folder = write_plan(make_plan(config_in(tmp_path)))
+    folder.logs.mkdir()
+    for path in (folder.metrics, folder.logs / "rank-0.log"):
+        path.write_text("before")
+    write_plan(make_plan(config_in(tmp_path, "parallel.pp=2", "optimizer.lr=1e-4")))
+    assert folder.metrics.read_text() == (folder.logs / "rank-0.log").read_text() == "before"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "profile", "tensorboard"])
+def test_a_file_in_place_of_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    with pytest.raises(ConfigError, match=rf"run/{name} is a file, and a run needs a folder of that name; remove it"):
+        find_start(config_in(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "metrics.jsonl", "samples.jsonl", "schedule.csv"])
+def test_a_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"run/{name} is no file, and a run writes one of that name; remove it"):
+        find_start(config_in(tmp_path))
+
+
+def test_a_file_in_place_of_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         find_start(config_in(tmp_path))
@@ -108,10 +165,25 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "lo')
-    trim_metrics(path, 3)
+    trim_records(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
-    trim_metrics(tmp_path / "none.jsonl", 3)
+    trim_records(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_lines_that_are_no_records_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b"5", b"[]", b"null", b'{"loss": 1}', b'{"step": "x"}', b"[" * 100_000, b"\xff\xfe", b'{"step": 1}', b""]
+    path.write_bytes(b"\n".join(lines))
+    trim_records(path, 3)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_a_run_that_starts_anew_writes_all_records_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "val_loss": 3}\n{"step": 1}\n')
+    trim_records(path, 0)
+    assert path.read_text() == ""
 
 
 def test_a_named_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -132,7 +204,9 @@ def test_a_run_can_be_named_and_means_its_newest_checkpoint(tmp_path: Path) -> N
 
 
 def test_what_differs_is_listed_and_long_lists_are_cut(tmp_path: Path) -> None:
-    write_config(RunFolder(tmp_path / "run"), config_in(tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    write_config(folder, config_in(tmp_path))
+    add_checkpoint(folder, 1)
     changes = ("model.num_layers=3", "model.dropout=0.1", "model.init_std=0.1", "train.seed=5", "data.vocab_size=512")
     with pytest.raises(ConfigError, match=r"num_layers, .* and 1 more differ from .*config\.yaml; give another"):
         find_start(config_in(tmp_path, *changes))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config.callbacks_config import LossCurveConfig
 from pipekit.errors import ConfigError
+from pipekit.plan.run_folder import read_records
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 
 if TYPE_CHECKING:
@@ -68,11 +67,8 @@ def read_curves(path: Path, names: Sequence[str] | None = None) -> dict[str, tup
         names: the metrics; None takes those with "loss" in their names or, where there are none, all.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record: dict[str, Any] = {}
-        with suppress(ValueError):  # the last line of a killed run may be cut short
-            record = json.loads(line)
-        step = record.pop("step", 0)
+    for _, record in read_records(path):
+        step = record.pop("step")
         for name, value in record.items():
             if isinstance(value, (int, float)):
                 steps, values = curves.setdefault(name, ([], []))

@@ -10,6 +10,7 @@ import torch
 
 from pipekit.config.callbacks_config import TextSamplesConfig
 from pipekit.errors import ConfigError
+from pipekit.plan.run_folder import trim_records
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 from pipekit.training.trial import Trial, makes_text
 
@@ -46,6 +47,10 @@ class TextSamples(ShippedCallback):
                 "evaluate_batch and build_validation_data_loader, or leave text_samples out"
             )
         self._trial = trial
+
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        if self.is_first:
+            trim_records(self.context.folder.samples, first_batch_idx)
 
     def on_validation_epoch_end(self, outputs: list[dict[str, float]]) -> None:
         # Here plain modules are in evaluation mode.
