@@ -407,6 +407,14 @@ class Stops(Failing):
             time.sleep(1)  # a heartbeat is written meanwhile
             os.kill(os.getpid(), signal.SIGSTOP)
 
+class NotANumber(LanguageModelTrial):
+    calls = 0
+
+    def loss(self, outputs, labels):
+        NotANumber.calls += 1
+        bad = NotANumber.calls > 2 * 4 and NotANumber.calls % 4 == 2
+        return super().loss(outputs, labels) * (float("nan") if bad else 1.0)
+
 class Sleeps(Failing):
     def fail(self):
         if Failing.calls > 8 * 4:
@@ -429,6 +437,23 @@ def test_a_rank_that_fails_in_step_3_ends_all_and_is_named(workspace: Path, tria
     assert done.returncode == 3
     assert done.stderr.startswith(f"error: {message}")
     assert [record["step"] for record in metrics(workspace, run)] == [1, 2]
+
+
+def test_a_run_that_ends_in_losses_that_are_not_finite_has_failed_and_says_where_it_began(workspace: Path) -> None:
+    (workspace / "failing.py").write_text(FAILING_TRIAL)
+    run, where = (
+        "runs/nan",
+        "the loss is nan; the first number that is not finite is in the loss, on rank 1 (stage 1), ",
+    )
+    overrides = ("run.trial=failing:NotANumber", f"run.dir={run}", "train.eval_interval=null", "train.steps=5")
+    done = pipekit(workspace, "train", "c.yaml", *overrides, "checkpoint.interval=2")
+    assert done.returncode == 6
+    assert f"warning: step 3: {where}in micro-batch 1. The step has changed nothing" in done.stdout
+    assert "step 5: the loss or the gradient was not finite in the last 3 steps" in done.stderr
+    assert f"It began in step 3: {where}in micro-batch 1. What helps: lower optimizer.lr=0.003" in done.stderr
+    assert [record["loss"] is None for record in metrics(workspace, run)] == [False, False, True, True, True]
+    assert "Trained" not in done.stdout
+    assert not (workspace / run / "checkpoints/step-00000005").exists()
 
 
 @pytest.mark.parametrize(

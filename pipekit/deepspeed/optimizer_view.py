@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class OptimizerView:
 
     Attributes:
         buffers: where gradients accumulate; None where that is left to autograd, or to hooks of DeepSpeed's.
+        accepts: called with the step's loss before every update, on all ranks with the same one; where it returns
+            False, the update is left out, as where the gradient is not finite. The host waits for the loss. None
+            accepts every loss that is finite.
+        norm: the norm of the last gradient, also where its update was left out; None before the first.
     """
 
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
@@ -49,6 +54,13 @@ class OptimizerView:
         self._updated = {parameter for parameter in self._updated_parameters() if parameter.requires_grad}
         self.buffers = self._build_buffers() if takes_gradients else None
         self._summed_along: Tensor | None = None
+        self.accepts: Callable[[float], bool] | None = None
+        self.norm: Tensor | None = None
+
+    @property
+    def can_leave_out(self) -> bool:
+        """True if an update is left out where `accepts` says so, whatever the gradient."""
+        return True
 
     def _build_buffers(self) -> GradientBuffers | None:
         if self._mpu.data.size == 1:
@@ -72,6 +84,11 @@ class OptimizerView:
     def loss_scale(self) -> float:
         """Factor of the loss before its backward (fp16 only; otherwise 1)."""
         return 1.0
+
+    @property
+    def may_overflow(self) -> bool:
+        """True while a gradient that is not finite is nothing special: fp16's loss scale can still be lowered."""
+        return False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -242,9 +259,14 @@ class OptimizerView:
         along, self._summed_along = self._summed_along, None
         sums = squares[None] if along is None else torch.stack([squares, along])
         dist.all_reduce(sums, group=self._mpu.model.process_group)
-        if along is not None:
-            along.copy_(sums[1])
-        return sums[0].sqrt()
+        self.norm = norm = sums[0].sqrt()
+        if along is None:
+            return norm
+        along.copy_(sums[1])
+        if self.accepts is not None and not self.accepts(float(along)):
+            return torch.full_like(norm, math.inf)
+        # A loss that is not finite has no update, even where its gradient is.
+        return torch.where(sums[1].isfinite(), norm, math.inf)
 
 
 class FlatOptimizerView(OptimizerView):
@@ -293,6 +315,17 @@ class FlatOptimizerView(OptimizerView):
 
 class LossScaledView(OptimizerView):
     """Common base of the ZeRO optimizers: a torch optimizer inside, and fp16's dynamic loss scale."""
+
+    def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
+        super().__init__(optimizer, mpu, takes_gradients)
+        if takes_gradients and optimizer.loss_scaler.dynamic:
+            # DeepSpeed would raise an exception in the middle of a step; a run ends with an error that says where.
+            optimizer.loss_scaler.raise_error_at_min_scale = False
+
+    @property
+    def may_overflow(self) -> bool:
+        scaler = self.optimizer.loss_scaler
+        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:

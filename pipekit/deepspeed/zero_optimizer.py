@@ -54,6 +54,11 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
         return bool(self.optimizer.cpu_offload)
 
     @property
+    def can_leave_out(self) -> bool:
+        zero = self.optimizer
+        return bool(zero.compute_grad_norm and (zero.dtype != torch.bfloat16 or zero.check_grad_overflow))
+
+    @property
     def needs_whole_gradients(self) -> bool:
         # Muon makes an update of a whole matrix at once.
         return "muon" in type(self.torch_optimizer).__name__.lower()

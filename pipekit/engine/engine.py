@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor, nn
@@ -73,9 +72,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         finally:
             self._running_engine_backward = False
         own_loss = self._mean_of_replicas(losses)
-        # The first tensor-parallel rank speaks for the others of its stage.
-        loss = own_loss if self.mpu.tensor.rank == 0 else torch.zeros_like(own_loss)
-        self.view.sum_along(loss)
+        loss = self._sum_loss_along(own_loss)
         self._reducer.finish()
         self._reduce_gradients_of_tensor_replicas()
         self._reduce_tied_gradients()

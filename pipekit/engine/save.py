@@ -21,7 +21,7 @@ from pipekit.checkpoint.writer import write_tensors
 from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, NumbersError, PipekitError
 
 # Storage may be slow, and a rank that writes is not heard from by those that wait for it.
 _LONGEST_WRITE = timedelta(hours=6)
@@ -120,6 +120,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
             happens in the background.
+        NumbersError: on every rank, if a trained tensor is not finite; nothing is left behind.
     """
     final = folder / (name or checkpoint_name(training.step))
     temporary = hidden_folder(final)
@@ -144,11 +145,14 @@ def save_checkpoint(
         file_bytes: dict[str, int] = {}
         checksums: dict[str, dict[str, str]] = {tensor_name: {} for tensor_name in entries}
         try:
+            _check_finite(shares, entries)
             for file, tensors in shares.items():
                 for tensor_name, value in write_tensors(temporary / file, tensors).items():
                     checksums[tensor_name][file.rpartition("-")[0]] = value
                 file_bytes[file] = (temporary / file).stat().st_size
                 tensors.clear()
+        except NumbersError as failure:
+            error = failure
         except (OSError, CheckpointError) as failure:
             error = CheckpointError(f"{temporary}: could not be written: {failure}")
         checked = {key: replace(entry, checksums=checksums[key]) for key, entry in entries.items()}
@@ -168,7 +172,7 @@ def save_checkpoint(
                 except OSError as failure:
                     error = CheckpointError(f"{final}: could not be written: {failure}")
             raise_together(error, control)
-        except CheckpointError:
+        except PipekitError:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -222,3 +226,20 @@ def _gather_share(
         if owned and place == 0:
             put(name, WEIGHTS, buffer, trainable=False)
     return shares, entries
+
+
+def _check_finite(shares: Mapping[str, Mapping[str, Tensor]], entries: Mapping[str, TensorEntry]) -> None:
+    """Check that what is trained, and the states of its optimizer, are finite.
+
+    Raises:
+        NumbersError: if not, with the first tensor that is not.
+    """
+    for file, tensors in shares.items():
+        for name, tensor in tensors.items():
+            # The sum of finite numbers may be too large; only then each is looked at.
+            if entries[name].trainable and not tensor.sum().isfinite() and not tensor.isfinite().all():
+                what = "the weights" if file.startswith(WEIGHTS) else f"the optimizer's {file.rpartition('-')[0]}"
+                raise NumbersError(
+                    f"{what} of {name} are not finite, and no checkpoint is made of them: the one before stays the "
+                    "newest; go on from it, with another optimizer.lr or other data"
+                )

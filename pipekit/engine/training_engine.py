@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,9 @@ from pipekit.errors import ConfigError, PipekitError
 from pipekit.schedules import Costs, Schedule, Timeline, plan_forward_only, plan_schedule
 from pipekit.tensor_parallel import whole_outputs
 from pipekit.tensors.nested import flatten, unflatten
+
+# What `train_batch` changes in an engine beside weights, gradients and optimizer.
+_STEP_STATE = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_step_applied", "_global_grad_norm")
 
 
 class TrainingEngine(BaseEngine):
@@ -95,6 +99,40 @@ class TrainingEngine(BaseEngine):
             The mean loss over the global batch before the update, in fp32, on every rank.
         """
         raise NotImplementedError
+
+    @property
+    def can_compute_again(self) -> bool:
+        """True if `computing_again` works under this optimizer and configuration."""
+        return self.view.can_leave_out and self.torch_autocast_z0_gradscaler is None
+
+    @contextmanager
+    def computing_again(self, step: int) -> Iterator[None]:
+        """Let `train_batch` inside compute a step without its update, and leave everything as it was.
+
+        Weights, optimizer, loss scale and counters stay, and `on_gradients` is not called. Random numbers are those of
+        the step. All ranks do this together.
+
+        Args:
+            step: number of the step, from 0.
+        """
+        kept = {name: getattr(self, name) for name in _STEP_STATE if hasattr(self, name)}
+        view, scaler = self.view, self.view.loss_scaler_state()
+        accepts, observer, measures = view.accepts, self.on_gradients, self._measure_costs
+        view.accepts, self.on_gradients, self._measure_costs = (lambda loss: False), None, False
+        self.global_steps = step
+        try:
+            yield
+        finally:
+            view.accepts, self.on_gradients, self._measure_costs = accepts, observer, measures
+            vars(self).update(kept)
+            view.load_loss_scaler_state(scaler)
+
+    def _sum_loss_along(self, own_loss: Tensor) -> Tensor:
+        """Let the loss of the last stage reach all ranks with the norm, in the tensor that is returned."""
+        # The first tensor-parallel rank speaks for the others of its stage.
+        loss = own_loss.clone() if self.mpu.tensor.rank == 0 else torch.zeros_like(own_loss)
+        self.view.sum_along(loss)
+        return loss
 
     def _begin_training(self, data_iter: Iterator[Any] | None) -> None:
         if not torch.is_grad_enabled():

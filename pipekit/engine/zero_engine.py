@@ -96,9 +96,11 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self.set_gradient_accumulation_boundary(True)
         if self.on_gradients is not None:
             self.on_gradients(safe_get_full_grad)
+        own_loss = self._mean_of_replicas(losses)
+        loss = self._sum_loss_along(own_loss)
         self.step()
         self.view.clear_gradients()
-        return self._mean_of_replicas(losses)
+        return own_loss if self.view.sums_along else loss
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         with linear_function(self._own_linear):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -36,6 +35,7 @@ from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.loggers import TensorBoardLogger
+from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import takes_states_of
 from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_weights
@@ -48,8 +48,6 @@ from pipekit.training.trial_checkpoint import TrialState
 from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
 from pipekit.training.trial_metrics import TrialMetrics
 
-# A loss that stays infinite or not a number will not come back by itself.
-_MAX_SKIPPED_IN_A_ROW = 20
 # Beside the last step, one is drawn early, when everything has run a few times.
 _PROFILED_STEP = 10
 
@@ -99,7 +97,7 @@ class LayersRun(Trial):
     Attributes:
         engine: the engine.
         consumed_samples: position in the training data.
-        watch: ends the run where gradients stay infinite.
+        watch: trains each step, and watches its numbers.
         snapshot_memory: of checkpoints in the background; None where they are written at once.
     """
 
@@ -123,7 +121,7 @@ class LayersRun(Trial):
         if config.train.eval_interval is not None:
             self._validation_loader = self._build_loader(hooks.build_validation_dataset, shuffle=False)
         self.consumed_samples = 0
-        self.watch = GradientWatch(config.optimizer.lr)
+        self.watch = NumbersWatch(self.engine, config, precision=self.run.plan.precision)
         self.snapshot_memory = SnapshotMemory() if config.checkpoint.is_async else None
 
     def fit(self, callbacks: Sequence[TrialCallback] = ()) -> TrialResult:
@@ -171,7 +169,7 @@ class LayersRun(Trial):
         started = Moment.now(device)
         following = self.consumed_samples + train.global_batch_size
         then = following if step < train.steps else None
-        loss = self.engine.train_batch(self._batches(self._train_loader, self.consumed_samples, then))
+        loss = self.watch.train_batch(step, lambda: self._batches(self._train_loader, self.consumed_samples, then))
         launched = LaunchedStep(
             lr=lr,
             num_tokens=train.global_batch_size * train.sequence_length,
@@ -282,6 +280,8 @@ class LayersLoop(TrialLoop):
     def _train_batch(self, epoch: int) -> None:
         # Its draws are seeded by what is drawn, not by the batch.
         self._metrics.update(self._trial.train_batch(None, epoch, self._batch), 0)
+        for warning in self._trial.watch.take_warnings():
+            self._callbacks.call("on_warning", warning)
 
     def _write(self, state: TrialState) -> PendingCheckpoint:
         """Save the engine, or start to if saves run in the background."""
@@ -334,7 +334,7 @@ class _LateMetrics(TrialMetrics):
 
     gathers = False
 
-    def __init__(self, context: TrialContext, watch: GradientWatch) -> None:
+    def __init__(self, context: TrialContext, watch: NumbersWatch) -> None:
         super().__init__(context, "train_batch", Reducer.AVG, for_training=True)
         self._watch = watch
         self._launched: deque[LaunchedStep] = deque()
@@ -350,20 +350,3 @@ class _LateMetrics(TrialMetrics):
     def report(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
         metrics = self._launched.popleft().read()
         return metrics, [metrics]
-
-
-class GradientWatch(TrialCallback):
-    """Ends the run, on every rank alike, where the gradient stays infinite or not a number."""
-
-    def __init__(self, lr: float) -> None:
-        self._lr = lr
-        self.num_skipped = 0
-
-    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        self.num_skipped = 0 if math.isfinite(metrics.get("grad_norm", 0.0)) else self.num_skipped + 1
-        if self.num_skipped == _MAX_SKIPPED_IN_A_ROW:
-            raise PipekitError(
-                f"step {step}: the gradient has not been finite for {self.num_skipped} steps in a row (loss "
-                f"{metrics['loss']}), and none of them changed the weights; lower optimizer.lr={self._lr:g}, lengthen "
-                "scheduler.warmup_steps, or train in bf16 or fp32"
-            )

@@ -17,7 +17,7 @@ from engine_jobs import Case, build_engine, micro_batches, reference_run, save_e
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.errors import CheckpointError, DamagedCheckpointError
+from pipekit.errors import CheckpointError, DamagedCheckpointError, NumbersError
 
 pytestmark = pytest.mark.distributed
 
@@ -314,3 +314,22 @@ def test_a_cut_file_is_named(gloo: GlooWorkers, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "step-00000002")
     with pytest.raises(CheckpointError, match=r"is damaged$"):
         CheckpointReader(tmp_path / "step-00000003")
+
+
+def save_what_is_not_finite(rank: int, folder: str) -> str:
+    engine = build_engine(Case(pp=2))
+    engine.train_batch(micro_batches(0, Case(pp=2), 0))
+    save_engine(engine, Path(folder), 1)
+    if rank == 1:
+        next(engine.module.parameters()).data.view(-1)[3] = float("inf")
+    with pytest.raises(NumbersError) as caught:
+        save_engine(engine, Path(folder), 2)
+    return str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_never_published(gloo: GlooWorkers, tmp_path: Path) -> None:
+    for message in gloo.run(2, save_what_is_not_finite, str(tmp_path)):
+        assert message.startswith("the weights of blocks.1.mlp.")
+        assert "the one before stays the newest" in message
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000001"]
+    assert find_latest(tmp_path) == tmp_path / "step-00000001"

@@ -21,15 +21,16 @@ from pipekit.config import Config, parse_config
 from pipekit.data.batch_loader import MapDataset
 from pipekit.distributed.processes import join_alone, leave_processes
 from pipekit.engine.late_number import LateNumber
+from pipekit.engine.step_trace import Diagnosis, Fault, Place
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import PipekitError
+from pipekit.errors import NumbersError, PipekitError
 from pipekit.hangs.activity import Activity
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.plan.decide import decide_run
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder
-from pipekit.training import layers_run
+from pipekit.training import layers_run, numbers_watch
 from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.run_context import RunContext
@@ -75,6 +76,8 @@ class FakeEngine(TrainingEngine):
             loss_scaler_state=lambda: None,
             torch_optimizer=torch.optim.SGD([torch.zeros(1)]),
         )
+        self.view.may_overflow = False
+        self.skipped_steps = self.global_steps = 0
         self.rates: list[float] = []
         self.trained: list[list[int]] = []
         self.evaluated: list[list[int]] = []
@@ -92,6 +95,7 @@ class FakeEngine(TrainingEngine):
 
     def train_batch(self, batches: Iterator[Any]) -> Tensor:
         self.trained.append([int(sample) for inputs, _ in batches for sample in inputs])
+        self.skipped_steps += not math.isfinite(self._norm)
         return torch.tensor(10.0 - len(self.trained))
 
     def eval_batch(self, batches: Iterator[Any], *, observe: Any) -> Tensor:
@@ -106,8 +110,12 @@ class FakeEngine(TrainingEngine):
 
     @property
     def late_grad_norm(self) -> LateNumber:
+        return LateNumber(self._norm)
+
+    @property
+    def _norm(self) -> float:
         place = len(self.trained) - 1
-        return LateNumber(self._norms[place] if place < len(self._norms) else 1.0)
+        return self._norms[place] if place < len(self._norms) else 1.0
 
 
 class Events(TrialCallback):
@@ -116,6 +124,7 @@ class Events(TrialCallback):
     def __init__(self, *, fails_at: int | None = None) -> None:
         self.names: list[str] = []
         self.metrics: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
         self._fails_at = fails_at
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
@@ -123,6 +132,9 @@ class Events(TrialCallback):
 
     def on_validation_start(self) -> None:
         self.names.append("evaluation")
+
+    def on_warning(self, message: str) -> None:
+        self.warnings.append(message)
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         self.names.append(f"step {step}")
@@ -152,6 +164,7 @@ class Run:
         events: Events | None = None,
         kind: type[LayersTrial] = NumbersTrial,
         reports: bool = True,
+        diagnosis: Diagnosis = Diagnosis(None),  # noqa: B008
         **sections: dict[str, Any],
     ) -> None:
         self.engine = engine or FakeEngine()
@@ -193,6 +206,7 @@ class Run:
 
         monkeypatch.setattr(LayersRun, "_build_engine", lambda run: self.engine)
         monkeypatch.setattr(layers_run, "save_checkpoint", save)
+        monkeypatch.setattr(numbers_watch, "diagnose_step", lambda engine, batches, *, step: diagnosis)
         monkeypatch.setattr(RunContext, "reduce_mean", lambda context, value: value)
         self.run = LayersRun(kind(context))
 
@@ -341,12 +355,68 @@ def test_replicas_are_checked_at_their_interval(run: Any) -> None:
     assert made.engine.num_checks == 2
 
 
-def test_a_gradient_that_stays_infinite_ends_the_run(run: Any) -> None:
-    made = run(train={"steps": 50}, engine=FakeEngine(norms=[1.0, *[math.inf] * 49]))
-    with pytest.raises(PipekitError, match=r"step 21: the gradient has not been finite for 20 steps in a row"):
+OUTPUT = Place("activation", 3, 2, "blocks.0.mlp", "the output of blocks.0.mlp", 4)
+WEIGHT = Place("weight", None, 2, "blocks.0.mlp", "the weight blocks.0.mlp.up.weight", 0)
+
+
+def fault(place: Place) -> Diagnosis:
+    return Diagnosis(Fault(place, rank=2, stage=1, replica=0))
+
+
+def test_a_gradient_that_stays_infinite_ends_the_run_with_the_place_where_it_began(run: Any) -> None:
+    made = run(train={"steps": 50}, engine=FakeEngine(norms=[1.0, *[math.inf] * 49]), diagnosis=fault(OUTPUT))
+    place = "the output of blocks.0.mlp, on rank 2 (stage 1), in micro-batch 3"
+    with pytest.raises(
+        NumbersError, match=r"^step 21: the loss or the gradient was not finite in 20 steps in a row"
+    ) as caught:
         made.fit()
+    began = f"step 2: the gradient is not finite (loss 8); the first number that is not finite is in {place}. "
+    assert began in str(caught.value)
+    assert str(caught.value).endswith(
+        "What helps: lower optimizer.lr=0.0003 or lengthen scheduler.warmup_steps=0; where that changes nothing, look "
+        "at the layer that is named"
+    )
+    assert made.events.warnings == [began + "The step has changed nothing"]
     assert made.saved == []
     assert made.events.names[-2:] == ["step 21", "close"]
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_at_once(run: Any) -> None:
+    made = run(train={"steps": 50}, engine=FakeEngine(norms=[1.0, math.nan]), diagnosis=fault(WEIGHT))
+    expected = (
+        r"^step 2: .* is in the weight blocks.0.mlp.up.weight, on rank 2 \(stage 1\); no later step can be finite"
+    )
+    with pytest.raises(NumbersError, match=expected):
+        made.fit()
+    assert made.events.names[-2:] == ["step 2", "close"]
+
+
+@pytest.mark.parametrize(("steps", "num_bad", "fails"), [(5, 1, False), (5, 2, True), (1, 1, True)])
+def test_a_run_whose_last_steps_are_not_finite_has_not_trained(run: Any, steps: int, num_bad: int, fails: bool) -> None:
+    made = run(train={"steps": steps}, engine=FakeEngine([*[1.0] * (steps - num_bad), *[math.nan] * num_bad]))
+    if not fails:
+        assert made.fit().batch == steps
+        return
+    with pytest.raises(NumbersError, match=r"in the last (2 steps|step), and nothing was learned.* of the moment"):
+        made.fit()
+    assert made.saved == []
+
+
+def test_an_overflow_under_a_loss_scale_that_can_be_lowered_is_not_traced(run: Any) -> None:
+    engine = FakeEngine([1.0, math.inf, 1.0])
+    engine.view.may_overflow = True
+    made = run(engine=engine)
+    made.fit()
+    assert made.events.warnings == []
+
+
+def test_each_row_of_bad_steps_is_told_once_and_not_for_ever(run: Any) -> None:
+    norms = [math.nan if step % 3 else 1.0 for step in range(61)]
+    made = run(train={"steps": 61}, engine=FakeEngine(norms), diagnosis=fault(OUTPUT))
+    made.fit()
+    assert len(made.events.warnings) == 20
+    traced = [warning for warning in made.events.warnings if "the first number that is not finite" in warning]
+    assert traced == made.events.warnings[:10]
 
 
 @pytest.mark.parametrize("run", [False], indirect=True)
@@ -441,7 +511,7 @@ def test_the_next_step_is_collated_while_one_runs_and_none_after_the_last(run: A
 
 
 def test_skipped_steps_with_others_between_them_do_not(run: Any) -> None:
-    norms = [math.nan if step % 20 else 1.0 for step in range(50)]
+    norms = [1.0 if step in (*range(0, 50, 20), 49) else math.nan for step in range(50)]
     assert run(train={"steps": 50}, engine=FakeEngine(norms)).fit().batch == 50
 
 

@@ -1,0 +1,144 @@
+"""Watch over the numbers of a run: steps that are not finite are left out, traced to where they begin, and limited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from pipekit.config import Config
+from pipekit.distributed.processes import gather_objects
+from pipekit.engine.micro_batches import MicroBatch
+from pipekit.engine.step_trace import Diagnosis, diagnose_step
+from pipekit.engine.training_engine import TrainingEngine
+from pipekit.errors import NumbersError
+from pipekit.training.trial_callbacks import TrialCallback
+
+# A loss that stays infinite or not a number will not come back by itself.
+_MAX_SKIPPED_IN_A_ROW = 20
+# A run that ends with so many has gone wrong; after fewer, the weights are those of the step before.
+_MAX_SKIPPED_AT_THE_END = 2
+# Each takes as long as a step. Later ones are told without a place.
+_MAX_TRACES = 10
+
+Batches = Callable[[], Iterator[MicroBatch] | None]
+"""Returns this rank's micro-batches of a step, anew at every call."""
+
+
+class NumbersWatch(TrialCallback):
+    """Trains each step, and ends the run, on every rank alike, where its numbers go wrong.
+
+    A step whose loss or gradient is not finite has no update. The first of several in a row is computed again with
+    hooks, to find the layer, the rank and the micro-batch in which it begins; an ordinary overflow under fp16's loss
+    scale is not.
+
+    Args:
+        engine: what to train.
+        config: the run's.
+        precision: number format of the computation.
+
+    Attributes:
+        num_skipped: steps in a row up to now whose updates were left out.
+    """
+
+    def __init__(self, engine: TrainingEngine, config: Config, *, precision: str) -> None:
+        self._engine, self._config, self._precision = engine, config, precision
+        self.num_skipped = 0
+        self._step = 0
+        self._num_trained = 0
+        self._num_unusual = 0
+        self._num_traces = 0
+        self._first: tuple[int, str, Diagnosis | None] | None = None
+        self._warnings: list[str] = []
+
+    def train_batch(self, step: int, batches: Batches) -> Tensor:
+        """Launch a step, counted from 1, and look at what came of it; return its loss."""
+        engine, self._step = self._engine, step
+        self._num_trained += 1
+        may_overflow, skipped = engine.view.may_overflow, engine.skipped_steps
+        loss = engine.train_batch(batches())
+        if engine.skipped_steps == skipped:
+            self.num_skipped = self._num_unusual = 0
+            self._first = None
+            return loss
+        self.num_skipped += 1
+        # Under fp16 tensor-parallel ranks could see losses that differ.
+        if not may_overflow or any(gather_objects(not math.isfinite(float(loss)))):
+            self._num_unusual += 1
+            found_nothing = self._first is None or self._first[2] == Diagnosis(None)
+            if self._first is None or (found_nothing and self._num_traces < _MAX_TRACES):
+                self._trace(float(loss), batches)
+        return loss
+
+    def _trace(self, loss: float, batches: Batches) -> None:
+        diagnosis = None
+        if self._num_traces < _MAX_TRACES:
+            self._num_traces += 1
+            self._engine.mpu.activity.note("computing the step again, to find what is not finite")
+            diagnosis = diagnose_step(self._engine, batches, step=self._step - 1)
+        what = f"the gradient is not finite (loss {loss:.4g})" if math.isfinite(loss) else f"the loss is {loss}"
+        told = what if diagnosis is None else f"{what}; {_describe(diagnosis)}"
+        self._first = self._step, told, diagnosis
+        self._warnings.append(f"step {self._step}: {told}. The step has changed nothing")
+
+    def take_warnings(self) -> list[str]:
+        """Return what is to be told, the same on every rank, and forget it."""
+        warnings, self._warnings = self._warnings, []
+        return warnings
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """End the run where a step, which has been reported, was the last of too many.
+
+        Raises:
+            NumbersError: on every rank.
+        """
+        if step != self._step or not self.num_skipped:
+            return
+        first = self._first
+        at_the_end = min(_MAX_SKIPPED_AT_THE_END, self._num_trained)
+        if first is not None and first[2] is not None and _is_in_weights(first[2]):
+            raise NumbersError(f"step {step}: {first[1]}; {self._advice()}")
+        if self.num_skipped >= _MAX_SKIPPED_IN_A_ROW:
+            since = f"{self.num_skipped} steps in a row"
+        elif step == self._config.train.steps and self._num_unusual >= at_the_end:
+            since = "the last step" if self.num_skipped == 1 else f"the last {self.num_skipped} steps"
+        else:
+            return
+        began = "" if first is None else f"It began in step {first[0]}: {first[1]}. "
+        raise NumbersError(
+            f"step {step}: the loss or the gradient was not finite in {since}, and nothing was learned. {began}"
+            f"What helps: {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        train, lr = self._config.train, self._config.optimizer.lr
+        diagnosis = None if self._first is None else self._first[2]
+        if diagnosis is not None and _is_in_weights(diagnosis):
+            return (
+                "no later step can be finite: go on from a checkpoint from before, with checkpoint.resume=<its folder>"
+            )
+        fault = None if diagnosis is None else diagnosis.fault
+        if fault is not None and fault.place.layer_idx == 0 and fault.place.what.startswith("the input"):
+            return "correct the data, which hold it"
+        if diagnosis is not None and fault is None and diagnosis.norm_is_finite:
+            return "look for errors of memory and devices in the logs of the machines, and start the same command again"
+        ways = [f"lower optimizer.lr={lr:g}", f"lengthen scheduler.warmup_steps={self._config.scheduler.warmup_steps}"]
+        if not train.gradient_clipping:
+            ways.append("set train.gradient_clipping=1.0")
+        if self._precision == "fp16":
+            ways.append("train in bf16 or fp32")
+        return f"{', '.join(ways[:-1])} or {ways[-1]}; where that changes nothing, look at the layer that is named"
+
+
+def _is_in_weights(diagnosis: Diagnosis) -> bool:
+    return diagnosis.fault is not None and diagnosis.fault.place.kind == "weight"
+
+
+def _describe(diagnosis: Diagnosis) -> str:
+    if diagnosis.fault is not None:
+        return f"the first number that is not finite is in {diagnosis.fault}"
+    if not diagnosis.norm_is_finite:
+        return "every number of the gradient is finite, and its norm is too large for fp32"
+    return "computed again, all is finite: a fault of the moment, and on which rank cannot be known"
