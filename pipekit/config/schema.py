@@ -236,6 +236,17 @@ class TrainConfig(Section):
     eval_ema: bool = False
     """Evaluate the moving average in place of the weights."""
 
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"
+    """What follows a loss that stands far above the last ones: `warn` only tells of it, `skip` leaves its update out,
+    `rollback` goes back to the last checkpoint and passes the data up to it by."""
+
+    spike_threshold: Annotated[float, Field(gt=0)] | None = Field(default=12.0, examples=[12.0])
+    """Distance from the median of the last losses, in units of their spread, above which a loss is a spike; null looks
+    for none."""
+
+    spike_window: Annotated[int, Field(ge=5)] = Field(default=100, examples=[100])
+    """Number of the last losses that a loss is compared with."""
+
     check_replicas: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checks that ranks which hold the same tensor hold the same bits; null never checks."""
 

@@ -36,6 +36,7 @@ class RunFolder:
         plan: the plan, which the ranks read.
         checkpoints: the checkpoints, and `latest`, which names the newest.
         metrics: one JSON object a line for each step.
+        spikes: one JSON object a line for each spike of the loss.
         samples: one JSON object a line for each text that a model has generated while it was trained.
         logs: logs of the ranks, `rank-<rank>.log`.
         profile: pictures of what each rank of the pipeline does when.
@@ -49,6 +50,7 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.checkpoints = self.path / CHECKPOINTS_FOLDER
         self.metrics = self.path / "metrics.jsonl"
+        self.spikes = self.path / "spikes.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"

@@ -204,6 +204,10 @@ class ConsoleProgress(TrialCallback):
     def on_warning(self, message: str) -> None:
         self._console.print(f"warning: {message}", style="yellow", markup=False)
 
+    def on_rollback(self, batch: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=batch)
+
     def on_validation_start(self) -> None:
         if self._progress is not None:
             self._progress.update(self._task, metrics="evaluating")

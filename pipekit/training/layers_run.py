@@ -34,7 +34,7 @@ from pipekit.plan.run_folder import check_data
 from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.layers_trial import LayersTrial
-from pipekit.training.loggers import TensorBoardLogger
+from pipekit.training.loggers import TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import takes_states_of
 from pipekit.training.periods import Batch
@@ -48,6 +48,8 @@ from pipekit.training.trial_checkpoint import TrialState
 from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
 from pipekit.training.trial_metrics import TrialMetrics
 
+# Under this name its state is beside those of callbacks.
+_WATCH = "numbers_watch"
 # Beside the last step, one is drawn early, when everything has run a few times.
 _PROFILED_STEP = 10
 
@@ -169,7 +171,9 @@ class LayersRun(Trial):
         started = Moment.now(device)
         following = self.consumed_samples + train.global_batch_size
         then = following if step < train.steps else None
-        loss = self.watch.train_batch(step, lambda: self._batches(self._train_loader, self.consumed_samples, then))
+        loss = self.watch.train_batch(
+            step, lambda: self._batches(self._train_loader, self.consumed_samples, then), end=following
+        )
         launched = LaunchedStep(
             lr=lr,
             num_tokens=train.global_batch_size * train.sequence_length,
@@ -280,8 +284,43 @@ class LayersLoop(TrialLoop):
     def _train_batch(self, epoch: int) -> None:
         # Its draws are seeded by what is drawn, not by the batch.
         self._metrics.update(self._trial.train_batch(None, epoch, self._batch), 0)
-        for warning in self._trial.watch.take_warnings():
+        self._tell_of_numbers()
+
+    def _tell(self, *, reports: bool, validates: bool) -> bool:
+        is_best = super()._tell(reports=reports, validates=validates)
+        self._tell_of_numbers()
+        return is_best
+
+    def _tell_of_numbers(self) -> None:
+        """Tell of what the watch has found, and write its spikes down."""
+        watch, folder = self._trial.watch, self._trial.run.folder
+        spikes = watch.take_spikes()
+        if spikes and self._trial.run.mpu.should_report_metrics:
+            with folder.spikes.open("a", encoding="utf-8") as file:
+                file.writelines(json_line(vars(spike)) for spike in spikes)
+        for warning in watch.take_warnings():
             self._callbacks.call("on_warning", warning)
+
+    def _goes_back(self) -> bool:
+        """Go back to the last checkpoint because of a spike, and past its data; return whether there was one."""
+        trial, spike = self._trial, self._trial.watch.spike
+        if spike is None:
+            return False
+        self._finish_save()
+        if self._checkpoint is None:
+            trial.watch.spike = None
+            self._callbacks.call("on_warning", f"step {spike.step}: there is no checkpoint to go back to; going on")
+            return False
+        # The next step may have been launched by now.
+        self._has_unread, self._metrics = False, self._build_metrics()
+        trial.watch.count_rollback(int(self._checkpoint.name.rpartition("-")[2]))
+        self._batch = self._callbacks.batch = self._load(self._checkpoint, tries_earlier=True).batch
+        first, trial.consumed_samples = trial.consumed_samples, spike.end
+        self._callbacks.call("on_rollback", self._batch)
+        self._callbacks.call(
+            "on_warning", f"going on from {self._checkpoint}, past the samples {first} to {spike.end - 1}"
+        )
+        return True
 
     def _write(self, state: TrialState) -> PendingCheckpoint:
         """Save the engine, or start to if saves run in the background."""
@@ -295,7 +334,7 @@ class LayersLoop(TrialLoop):
             loss_scaler=view.loss_scaler_state(),
             data_fingerprint=trial.hooks.data_fingerprint,
             metrics={"step": state.batch, **metrics},
-            callbacks=self._callbacks.state_dict(),
+            callbacks=self._callbacks.state_dict() | {_WATCH: trial.watch.state_dict()},
         )
         tokenizer = trial.hooks.tokenizer_file
         return save_checkpoint(
@@ -326,6 +365,7 @@ class LayersLoop(TrialLoop):
         )
         self._callbacks.load_state_dict(training.callbacks)
         trial.consumed_samples = training.consumed_samples
+        trial.watch.load_state_dict(training.callbacks.get(_WATCH, {}), training.step)
         return TrialState("", training.step)
 
 

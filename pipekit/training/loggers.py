@@ -41,6 +41,10 @@ class MetricsFile(TrialCallback):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
 
+    def on_rollback(self, batch: int) -> None:
+        self.on_trial_shutdown()
+        self.on_trial_startup(batch, None)
+
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json_line({"step": step, **metrics}))

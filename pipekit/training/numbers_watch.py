@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.step_trace import Diagnosis, diagnose_step
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import NumbersError
+from pipekit.training.spikes import SpikeDetector
 from pipekit.training.trial_callbacks import TrialCallback
 
 # A loss that stays infinite or not a number will not come back by itself.
@@ -22,9 +24,36 @@ _MAX_SKIPPED_IN_A_ROW = 20
 _MAX_SKIPPED_AT_THE_END = 2
 # Each takes as long as a step. Later ones are told without a place.
 _MAX_TRACES = 10
+# To one and the same checkpoint. Other data have not helped then.
+_MAX_ROLLBACKS = 3
 
 Batches = Callable[[], Iterator[MicroBatch] | None]
 """Returns this rank's micro-batches of a step, anew at every call."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss that stands far above the last ones.
+
+    Attributes:
+        step: the step, counted from 1.
+        loss: its loss.
+        score: its robust z-score.
+        first_sample: position in the training data of the first sample of its batch.
+        end: position after its last.
+    """
+
+    step: int
+    loss: float
+    score: float
+    first_sample: int
+    end: int
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: the loss of {self.loss:.4g} is a spike, {self.score:.1f} spreads above the median of "
+            f"the last ones (samples {self.first_sample} to {self.end - 1})"
+        )
 
 
 class NumbersWatch(TrialCallback):
@@ -32,7 +61,7 @@ class NumbersWatch(TrialCallback):
 
     A step whose loss or gradient is not finite has no update. The first of several in a row is computed again with
     hooks, to find the layer, the rank and the micro-batch in which it begins; an ordinary overflow under fp16's loss
-    scale is not.
+    scale is not. Losses that are finite are watched for spikes.
 
     Args:
         engine: what to train.
@@ -40,7 +69,8 @@ class NumbersWatch(TrialCallback):
         precision: number format of the computation.
 
     Attributes:
-        num_skipped: steps in a row up to now whose updates were left out.
+        num_skipped: steps in a row up to now whose updates were left out, other than those of spikes.
+        spike: the spike because of which the run is to go back to the last checkpoint.
     """
 
     def __init__(self, engine: TrainingEngine, config: Config, *, precision: str) -> None:
@@ -52,13 +82,39 @@ class NumbersWatch(TrialCallback):
         self._num_traces = 0
         self._first: tuple[int, str, Diagnosis | None] | None = None
         self._warnings: list[str] = []
+        self._spikes: list[Spike] = []
+        self.spike: Spike | None = None
+        self._rollbacks: dict[int, int] = {}
+        train = config.train
+        self._detector: SpikeDetector | None = None
+        self._num_seen = 0
+        self._ends: dict[int, int] = {}
+        if train.spike_threshold is not None:
+            self._detector = SpikeDetector(window=train.spike_window, threshold=train.spike_threshold)
+            if train.on_spike == "skip":
+                engine.view.accepts = lambda loss: not self._see(self._step, loss)
 
-    def train_batch(self, step: int, batches: Batches) -> Tensor:
-        """Launch a step, counted from 1, and look at what came of it; return its loss."""
+    def train_batch(self, step: int, batches: Batches, *, end: int) -> Tensor:
+        """Launch a step, and look at what came of it.
+
+        Args:
+            step: its number, counted from 1.
+            batches: its data.
+            end: position in the training data after its batch.
+
+        Returns:
+            Its loss.
+        """
         engine, self._step = self._engine, step
+        # The loss of the step before may not have been read yet.
+        self._ends = {each: position for each, position in self._ends.items() if each == step - 1} | {step: end}
         self._num_trained += 1
-        may_overflow, skipped = engine.view.may_overflow, engine.skipped_steps
+        may_overflow, skipped, scaler = engine.view.may_overflow, engine.skipped_steps, engine.view.loss_scaler_state()
         loss = engine.train_batch(batches())
+        if self._spikes and self._spikes[-1].step == step and self._config.train.on_spike == "skip":
+            # It says nothing about the scale.
+            engine.view.load_loss_scaler_state(scaler)
+            return loss
         if engine.skipped_steps == skipped:
             self.num_skipped = self._num_unusual = 0
             self._first = None
@@ -88,12 +144,59 @@ class NumbersWatch(TrialCallback):
         warnings, self._warnings = self._warnings, []
         return warnings
 
+    def take_spikes(self) -> list[Spike]:
+        """Return the spikes that are to be written down, the same on every rank, and forget them."""
+        spikes, self._spikes = self._spikes, []
+        return spikes
+
+    def _see(self, step: int, loss: float) -> bool:
+        """Compare the loss of a step with the last ones, once; return whether it is a spike."""
+        if self._detector is None or step <= self._num_seen:
+            return False
+        self._num_seen = step
+        score = self._detector.add(loss)
+        if score is None or score <= self._detector.threshold:
+            return False
+        end = self._ends[step]
+        spike = Spike(step, loss, score, end - self._config.train.global_batch_size, end)
+        self._spikes.append(spike)
+        self._warnings.append(f"{spike}{'; its update is left out' if self._config.train.on_spike == 'skip' else ''}")
+        if self._config.train.on_spike == "rollback" and self.spike is None:
+            self.spike = spike
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, so that a run that goes on finds the same spikes."""
+        return {} if self._detector is None else {"losses": list(self._detector.losses)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], step: int = 0) -> None:
+        """Go on after a step with what a checkpoint has kept."""
+        self._num_seen, self.num_skipped, self._num_unusual, self._first, self.spike = step, 0, 0, None, None
+        if self._detector is not None:
+            self._detector.restore(map(float, state_dict.get("losses", ())))
+
+    def count_rollback(self, step: int) -> None:
+        """Note that the run goes back to the checkpoint of a step.
+
+        Raises:
+            NumbersError: on every rank, if it has gone back there too often.
+        """
+        count = self._rollbacks[step] = self._rollbacks.get(step, 0) + 1
+        if count > _MAX_ROLLBACKS:
+            raise NumbersError(
+                f"{self.spike}: the run has gone back to the checkpoint of step {step} {_MAX_ROLLBACKS} times, to "
+                f"other data each time; lower optimizer.lr={self._config.optimizer.lr:g}, go on from an earlier one "
+                "with checkpoint.resume=<its folder>, or set a higher train.spike_threshold"
+            )
+
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """End the run where a step, which has been reported, was the last of too many.
 
         Raises:
             NumbersError: on every rank.
         """
+        if "loss" in metrics:
+            self._see(step, metrics["loss"])
         if step != self._step or not self.num_skipped:
             return
         first = self._first

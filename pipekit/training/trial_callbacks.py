@@ -63,6 +63,9 @@ class TrialCallback:
     def on_warning(self, message: str) -> None:
         """Something is not as it should be, and the training goes on; also before `on_trial_startup`."""
 
+    def on_rollback(self, batch: int) -> None:
+        """The training goes back to an earlier checkpoint, after `batch` batches; those since will be trained again."""
+
     def on_training_end(self, result: TrialResult) -> None:
         """The training has ended as planned."""
 

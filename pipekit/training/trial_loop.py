@@ -142,6 +142,10 @@ class TrialLoop:
     def _read(self, checkpoint: Path) -> TrialState:
         return load_trial_state(self._trial, self._callbacks, checkpoint)
 
+    def _goes_back(self) -> bool:
+        """Go back to an earlier checkpoint where that is called for; return whether it was."""
+        return False
+
     def _compare_ranks(self) -> None:
         """Check that the roles of all ranks fit together, and that all have the same schedule."""
         everyones = gather_objects((self._context.role, str(self._schedule)))
@@ -225,6 +229,7 @@ class TrialLoop:
         if first < self._last:
             callbacks.call("on_training_start")
         while self._batch < self._last:
+            self._goes_back()
             context.begin_batch(self._batch, pace)
             epoch = context.current_train_epoch()
             if self._batch == first or context.is_epoch_start():
@@ -260,6 +265,8 @@ class TrialLoop:
                 if not reports:
                     self._tell(reports=True, validates=False)
                     self._told |= told
+            if self._goes_back():
+                continue
             policy = schedule.checkpoint_policy
             if saves or stops or (validates and policy == "all") or (is_best and policy == "best"):
                 self._save()

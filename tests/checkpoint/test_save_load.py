@@ -317,11 +317,12 @@ def test_a_cut_file_is_named(gloo: GlooWorkers, tmp_path: Path) -> None:
 
 
 def save_what_is_not_finite(rank: int, folder: str) -> str:
-    engine = build_engine(Case(pp=2))
-    engine.train_batch(micro_batches(0, Case(pp=2), 0))
+    engine = build_engine(Case(pp=2, zero=0))
+    engine.train_batch(micro_batches(0, Case(pp=2, zero=0), 0))
     save_engine(engine, Path(folder), 1)
     if rank == 1:
-        next(engine.module.parameters()).data.view(-1)[3] = float("inf")
+        _, parameter, _ = next(each for each in engine.module.named_logical_parameters() if each[2])
+        parameter.data.view(-1)[3] = float("inf")
     with pytest.raises(NumbersError) as caught:
         save_engine(engine, Path(folder), 2)
     return str(caught.value)

@@ -276,6 +276,7 @@ def test_a_run_that_gets_no_better_is_stopped_and_its_checkpoint_knows_the_count
     # 3.0 before the first step, then 7.0 and 11.0.
     assert made.fit().batch == 4
     (saved,) = made.saved
+    assert saved.callbacks.pop("numbers_watch") == {"losses": [9.0, 8.0, 7.0, 6.0]}
     assert saved.callbacks == {"early_stopping": {"best": 3.0, "num_worse": 2}}
     # By which a run from this checkpoint would take it for one of a loop of the user's own.
     assert saved.client_state == {}
