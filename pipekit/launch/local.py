@@ -127,7 +127,7 @@ def run_local(
     timeout_s: float = math.inf,
     ranks: range | None = None,
     master_addr: str = LOCALHOST,
-    on_failing: Callable[[RankFailure], None] | None = None,
+    on_failing: Callable[[RankFailure], object] | None = None,
 ) -> None:
     """Run `world_size` processes of `command` on this machine, or the `ranks` among them, and return when all have
     succeeded.
@@ -165,7 +165,7 @@ def run_local(
         SystemExit: after a signal.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    with _signals_noted() as signals:
+    with signals_noted() as signals:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             is_first = ranks is None or 0 in ranks
             chosen = choose_port(port) if port is None or is_first else port
@@ -269,7 +269,7 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _signals_noted() -> Iterator[list[int]]:
+def signals_noted() -> Iterator[list[int]]:
     """Note the signals that ask for the end, and do not act on them; those that nohup ignores stay ignored."""
     signals: list[int] = []
     previous = {}
@@ -285,7 +285,7 @@ def _signals_noted() -> Iterator[list[int]]:
 
 
 def _run_job(
-    job: _Job, signals: Sequence[int], *, grace_s: float, on_failing: Callable[[RankFailure], None] | None
+    job: _Job, signals: Sequence[int], *, grace_s: float, on_failing: Callable[[RankFailure], object] | None
 ) -> RankFailure | None:
     """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
     workers: list[_Worker] = []

@@ -27,14 +27,14 @@ def gloo_environ(ranks: RankEnvironment, environ: Mapping[str, str]) -> dict[str
         return {}
     # The machine of rank 0 may know its own name as that of the loopback.
     for host in (ranks.master_addr, _ANYWHERE):
-        address = _own_address(host)
+        address = own_address(host)
         name = _interface_of(address) if address is not None else None
         if name is not None:
             return {"GLOO_SOCKET_IFNAME": name}
     return {}
 
 
-def _own_address(host: str) -> str | None:
+def own_address(host: str) -> str | None:
     """Address from which this machine reaches a host; None over the loopback, or where there is no route."""
     # Connecting a datagram socket sends nothing; it looks the route up.
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -22,7 +22,7 @@ INTERFACES = {"10.1.0.7": "ib0", "10.2.0.7": "eth0"}
 
 @pytest.fixture
 def two_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_own_address", ADDRESSES.get)
+    monkeypatch.setattr(network, "own_address", ADDRESSES.get)
     monkeypatch.setattr(network, "_interface_of", INTERFACES.get)
 
 
@@ -45,12 +45,12 @@ def test_gloo_uses_the_interface_that_reaches_rank_0(
 
 
 def test_nothing_is_set_where_no_interface_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_own_address", lambda host: None)
+    monkeypatch.setattr(network, "own_address", lambda host: None)
     assert gloo_environ(ranks("node01"), {}) == {}
 
 
 @pytest.mark.skipif(not hasattr(socket, "if_nameindex"), reason="needs interfaces by name")
 def test_the_loopback_is_no_way_to_another_machine_and_has_a_name() -> None:
-    assert network._own_address("127.0.0.1") is None
+    assert network.own_address("127.0.0.1") is None
     assert network._interface_of("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
-    assert network._own_address("no such host") is None
+    assert network.own_address("no such host") is None

@@ -1,0 +1,66 @@
+"""Command lines of ssh."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipekit.launch.hosts import Host
+
+# So often does ssh ask whether the other end is there, within the longest silence, and gives up after three.
+_ASKS = 6
+_CONNECT_S = 20
+
+
+@dataclass(frozen=True)
+class SshSettings:
+    """How hosts are reached, and what runs there.
+
+    Attributes:
+        folder: the working directory, the same on all hosts.
+        python: the Python that runs there.
+        port: port of sshd; None leaves it to ssh's configuration.
+        arguments: more arguments of ssh, which come first and so win over ours.
+        python_path: `PYTHONPATH`, with which `python` finds pipekit; None where it needs none.
+    """
+
+    folder: Path
+    python: str
+    port: int | None = None
+    arguments: Sequence[str] = ()
+    python_path: str | None = None
+
+
+def ssh_command(host: Host, settings: SshSettings, *, silence_s: float) -> list[str]:
+    """The command that runs a host's agent over ssh.
+
+    ssh never asks for a password, and ends when the host has not answered for `silence_s`.
+
+    Example:
+        >>> command = ssh_command(Host("worker-1", (0,)), SshSettings(Path("/data/my run"), "python3"), silence_s=30)
+        >>> command[-3:]
+        ['--', 'worker-1', "cd '/data/my run' && exec python3 -m pipekit.launch.node"]
+    """
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": f"{_CONNECT_S}",
+        "ServerAliveInterval": f"{max(1, int(silence_s / _ASKS))}",
+        "ServerAliveCountMax": "3",
+        "LogLevel": "ERROR",
+    }
+    python = [settings.python, "-m", "pipekit.launch.node"]
+    if settings.python_path is not None:
+        python = ["env", f"PYTHONPATH={settings.python_path}", *python]
+    return [
+        "ssh",
+        *settings.arguments,
+        *(argument for name, value in options.items() for argument in ("-o", f"{name}={value}")),
+        *([] if settings.port is None else ["-p", str(settings.port)]),
+        "-T",
+        "--",
+        host.name,
+        # The login shell of the host reads this.
+        f"cd {shlex.quote(str(settings.folder))} && exec {shlex.join(python)}",
+    ]
