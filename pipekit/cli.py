@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 # The order of the help text; others follow by name.
-_FIRST = ("train", "plan", "verify", "import", "export", "generate", "checkpoints", "launch")
+_FIRST = ("train", "plan", "verify", "import", "export", "generate", "checkpoints", "launch", "slurm")
 
 
 def _add_commands() -> None:

@@ -21,6 +21,7 @@ NAMES = [
     "generate",
     "checkpoints",
     "launch",
+    "slurm",
     "migrate",
     "schedule",
     "schema",

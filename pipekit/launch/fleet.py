@@ -97,7 +97,6 @@ def run_fleet(run: FleetRun, *, patience_s: float = 0.0) -> None:
         HostError: if a host cannot be reached, is silent for too long, or a rank on it fails.
         SystemExit: after a signal.
     """
-    run.log_dir.mkdir(parents=True, exist_ok=True)
     with signals_noted() as signals:
         fleet = _Fleet(run, signals)
         try:
@@ -125,6 +124,21 @@ class _Failure:
     time_s: float
 
 
+class _HostLog:
+    """The log of a host on this machine. There is none, nor a folder, before the host has said something."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+
+    def write(self, text: str) -> None:
+        # A full disk here must not end the run there.
+        with self._lock, contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+
+
 class _Node:
     """The launcher's side of one host: its ssh process, and what has been heard."""
 
@@ -137,7 +151,7 @@ class _Node:
         self.heard_s = time.monotonic()
         self.is_gone = False
         self.said: deque[str] = deque(maxlen=_SHOWN_LINES)
-        self.log = (run.log_dir / f"{host.name}.log").open("a", encoding="utf-8", errors="replace", buffering=1)
+        self.log = _HostLog(run.log_dir / f"{host.name}.log")
         command = ssh_command(host, run.ssh, silence_s=run.silence_s)
         try:
             # In a session of its own, so that Ctrl-C reaches the ranks through the launcher alone.
@@ -149,7 +163,6 @@ class _Node:
                 start_new_session=True,
             )
         except OSError as error:
-            self.log.close()
             raise LaunchError(
                 f"{command[0]} cannot be started: {error.strerror}; install OpenSSH's client, or try --launcher"
             ) from None
@@ -177,7 +190,8 @@ class _Node:
             for line in stream:
                 text = line.decode(errors="replace").rstrip()
                 self.said.append(text)
-                self.log.write(f"{text}\n")
+                if self.facts is not None:
+                    self.log.write(f"{text}\n")
 
     def close(self) -> None:
         """End the connection; the agent then ends its ranks, if it has any."""
@@ -194,7 +208,6 @@ class _Node:
         for stream in streams:
             with contextlib.suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
-        self.log.close()
 
 
 class _Fleet:
@@ -204,6 +217,7 @@ class _Fleet:
         self._signals = signals
         self._num_passed_on = 0
         self._failures: list[_Failure] = []
+        self._has_started = False
         self._ending_s: float | None = None
         self._beat_s = 0.0
         self._events: queue.Queue[tuple[_Node, Message | None]] = queue.Queue()
@@ -261,6 +275,7 @@ class _Fleet:
 
     def start(self, master: tuple[str, int]) -> None:
         """Let all hosts start their ranks."""
+        self._has_started = True
         world_size = sum(len(host.slots) for host in self.run.hosts)
         job, first_rank = self.run.job, 0
         for node in self.nodes:
@@ -281,7 +296,8 @@ class _Fleet:
         """End what still runs, and all connections."""
         self._end_all()
         assert self._ending_s is not None
-        deadline_s = self._ending_s + _END_S
+        # Agents without ranks leave as soon as their link is closed.
+        deadline_s = self._ending_s + (_END_S if self._has_started else 0.0)
         while time.monotonic() < deadline_s and any(self._is_there(node) for node in self.nodes):
             self._listen()
         self._close_all()
@@ -393,7 +409,8 @@ class _Fleet:
     def _lose(self, node: _Node, message: str) -> None:
         node.is_gone = True
         if self._ending_s is None:
-            node.log.write(f"{message}\n")
+            if node.facts is not None:
+                node.log.write(f"{message}\n")
             self._failures.append(_Failure(node.host.name, "lost", message, ExitCode.RANK_LOST, time.monotonic()))
 
     def _raise_unreachable(self) -> None:

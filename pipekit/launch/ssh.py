@@ -48,7 +48,6 @@ def ssh_command(host: Host, settings: SshSettings, *, silence_s: float) -> list[
         "ConnectTimeout": f"{_CONNECT_S}",
         "ServerAliveInterval": f"{max(1, int(silence_s / _ASKS))}",
         "ServerAliveCountMax": "3",
-        "LogLevel": "ERROR",
     }
     python = [settings.python, "-m", "pipekit.launch.node"]
     if settings.python_path is not None:
