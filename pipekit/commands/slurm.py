@@ -102,5 +102,5 @@ def command(
 
 
 def _with_values(asked: list[str]) -> list[str]:
-    """What is asked for, with the values of here: the job starts in an environment of its own."""
+    """Variables that are asked for, with the values of here: the job starts in an environment of its own."""
     return [text if "=" in text or text not in os.environ else f"{text}={os.environ[text]}" for text in asked]

@@ -123,7 +123,7 @@ def _check_start(command: str, options: MachineOptions) -> None:
 def _plan_job(
     command: str, arguments: Sequence[str], num_processes: int, options: MachineOptions
 ) -> tuple[NodeJob, dict[str, str]]:
-    """What each host does, without its slots; and the facts of this machine that must be those of the hosts."""
+    """Job of every host, without its slots; and the facts of this machine that must be those of the hosts."""
     environ = exported_environ(os.environ, options.exports, home=Path.home(), folder=Path.cwd())
     if command != "train":
         log_dir = options.log_dir or Path("runs", Path(command).stem, "logs")

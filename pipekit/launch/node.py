@@ -44,7 +44,7 @@ _LEAVE_S = 15.0
 
 @dataclass(frozen=True)
 class NodeJob:
-    """What one host of a run does.
+    """Job of one host of a run.
 
     Attributes:
         command: "train", or the path of a script.

@@ -23,7 +23,7 @@ _FAN_OUT = 1024
 
 @dataclass(frozen=True)
 class RunnerJob:
-    """What a launcher of several machines is to start.
+    """Job for a launcher of several machines.
 
     Attributes:
         hosts: the hosts, in the order of their ranks.

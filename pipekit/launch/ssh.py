@@ -16,7 +16,7 @@ _CONNECT_S = 20
 
 @dataclass(frozen=True)
 class SshSettings:
-    """How hosts are reached, and what runs there.
+    """Settings of ssh: how hosts are reached, and what runs there.
 
     Attributes:
         folder: the working directory, the same on all hosts.
