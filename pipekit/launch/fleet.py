@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipekit.errors import ExitCode, LaunchError
+from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.facts import CLOCK_LIMIT_S, check_same
+from pipekit.launch.failures import HangError
 from pipekit.launch.hosts import Host
 from pipekit.launch.link import BEAT_S, Link, Message
 from pipekit.launch.local import signals_noted
@@ -94,6 +96,7 @@ def run_fleet(run: FleetRun, *, patience_s: float = 0.0) -> None:
 
     Raises:
         LaunchError: if hosts differ.
+        HangError: if ranks have waited too long for one another, and the heartbeats of all are seen here.
         HostError: if a host cannot be reached, is silent for too long, or a rank on it fails.
         SystemExit: after a signal.
     """
@@ -220,6 +223,10 @@ class _Fleet:
         self._has_started = False
         self._ending_s: float | None = None
         self._beat_s = 0.0
+        # Where the run folder is shared, the heartbeats of all ranks are seen here.
+        num_ranks = sum(len(host.slots) for host in run.hosts)
+        self._monitor = HangMonitor(run.log_dir, range(num_ranks))
+        self._hang_report: str | None = None
         self._events: queue.Queue[tuple[_Node, Message | None]] = queue.Queue()
 
     def connect(self, patience_s: float) -> None:
@@ -306,6 +313,8 @@ class _Fleet:
         """Raise the failure that caused the others, if there is one."""
         if self._failures:
             first = min(self._failures, key=lambda failure: (failure.kind in ("peer", "stopped"), failure.time_s))
+            if first.kind == "hang" and self._hang_report is not None:
+                raise HangError(save_report(self._hang_report, self.run.log_dir))
             raise HostError(first.host, first.message, first.exit_code)
 
     def _is_there(self, node: _Node) -> bool:
@@ -356,6 +365,8 @@ class _Fleet:
             self._take(node, message)
             while True:
                 self._take(*self._events.get_nowait())
+        if self._has_started and not self._failures and all(node.failing is None for node in self.nodes):
+            self._listen_to_ranks()
         now_s = time.monotonic()
         while self._num_passed_on < len(self._signals):
             for node in self.nodes:
@@ -371,6 +382,17 @@ class _Fleet:
             limit_s = self.run.silence_s if node.facts is not None else max(2 * LONGEST_SILENCE_S, self.run.silence_s)
             if self._is_there(node) and now_s - node.heard_s > limit_s:
                 self._lose(node, f"has not been heard from for {limit_s:.0f} s; is it up, and its network?")
+
+    def _listen_to_ranks(self) -> None:
+        """Keep the report of a hang, for which the heartbeats are gone once ranks are ended."""
+        self._monitor.listen()
+        longest_s = max(self._monitor.longest_wait_s(), self._monitor.longest_silence_s())
+        if longest_s > self.run.job.timeout_s / 2:
+            first_rank, lines = 0, []
+            for host in self.run.hosts:
+                ranks = range(first_rank, first_rank := first_rank + len(host.slots))
+                lines.append(f"{host.name}  {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
+            self._hang_report = "\n".join([self._monitor.report(), "", "host  ranks", *lines])
 
     def _take(self, node: _Node, message: Message | None) -> None:
         node.heard_s = time.monotonic()

@@ -43,7 +43,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         LaunchError: if it cannot be read, or a line is wrong; the message names the line.
     """
     if not path.is_file():
-        raise LaunchError(f"--hostfile {path}: is not a file")
+        why = "is not a file" if path.exists() else "no such file"
+        raise LaunchError(f"--hostfile {path}: {why}; give a file with lines such as {_EXAMPLE}")
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)

@@ -164,7 +164,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def describe(failure: RankFailure) -> dict[str, Any]:
     """Rank and kind of a failure."""
-    return {"rank": failure.rank, "kind": "killed" if failure.report is None else failure.report.kind}
+    report = failure.report
+    is_stop = report is not None and report.exit_code == ExitCode.STOPPED
+    return {"rank": failure.rank, "kind": "killed" if report is None else "stopped" if is_stop else report.kind}
 
 
 def _obey(link: Link, orders: _Orders) -> dict[str, Any]:

@@ -5,17 +5,21 @@ Most hosts here are a few lines of shell that speak as an agent does; some are a
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from pipekit.errors import ExitCode, LaunchError
+from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
+from pipekit.launch.failures import HangError
 from pipekit.launch.fleet import FleetRun, HostError, run_fleet
 from pipekit.launch.hosts import Host
 from pipekit.launch.node import NodeJob
@@ -169,6 +173,31 @@ def test_ranks_that_were_ended_by_another_on_their_host_are_a_failure(fleet: Fle
     beta = f'{READY_SECOND}; say \'{{"ended": {{"exit_code": 143, "kind": "signal"}}}}\''
     with pytest.raises(HostError, match=r"^beta: its ranks were ended by a signal on that host$"):
         fleet.run(f"{READY}; hear end; {ended('signal', '', 143)}", beta)
+
+
+def test_a_hang_is_told_by_the_heartbeats_of_all_hosts_where_the_folder_is_shared(fleet: Fleet) -> None:
+    beat = Heartbeat(rank=0, phase="step 3", doing="receiving the output of 0F1", doing_s=9.0, is_waiting=True)
+    (fleet.folder / "logs").mkdir()
+    for number, heard in enumerate([replace(beat, waits_for=(1,)), replace(beat, rank=1, doing="computing 1F1")]):
+        still = replace(heard, is_waiting=number == 0)
+        heartbeat_file(fleet.folder / "logs", number).write_text(json.dumps(asdict(still)))
+    # alpha's launcher knows its own rank alone.
+    alpha = f"{READY}; sleep 1; {ended('hang', 'the run hangs: every rank waits for another', 4)}"
+    with pytest.raises(HangError) as caught:
+        fleet.run(alpha, f"{READY_SECOND}; hear end; {ended('signal', '', 143)}", timeout_s=10.0)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("the run hangs: rank 1 waits for nobody, and has been computing 1F1 for ")
+    assert lines[-5:-2] == ["host  ranks", "alpha  0", "beta  1"]
+    assert caught.value.exit_code == ExitCode.HANG
+
+
+def test_a_run_that_stops_by_itself_is_waited_for_on_all_hosts(fleet: Fleet) -> None:
+    alpha = f"{READY}; {failing('stopped')}; {ended('user', 'stopped after step 3', 75)}"
+    beta = f"{READY_SECOND}; sleep 0.5; touch {fleet.folder}/whole; {ended('user', 'stopped after step 3', 75)}"
+    with pytest.raises(HostError, match="stopped after step 3") as caught:
+        fleet.run(alpha, beta)
+    assert caught.value.exit_code == ExitCode.STOPPED
+    assert (fleet.folder / "whole").exists()
 
 
 AGENT = 'exec env -u SSH_CONNECTION sh -c "$command"'
