@@ -250,6 +250,10 @@ class TrainConfig(Section):
     check_replicas: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checks that ranks which hold the same tensor hold the same bits; null never checks."""
 
+    check_computation: PositiveInt | None = Field(default=None, examples=[1000])
+    """Steps between those that are computed twice and compared bit for bit, to find a rank that computes wrongly; null
+    never does."""
+
 
 class OptimizerConfig(Section):
     """Optimizer: the algorithm that turns gradients into updates, and its settings."""

@@ -79,6 +79,8 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         if self.module.idle is not None:
             # So that the optimizer has the states of every other rank's, under their names.
             self.view.gradient_or_zeros(self.module.idle)
+        if self.before_update is not None:
+            self.before_update()
         if self.on_gradients is not None:
             self.on_gradients(self.view.gradient)
         self.view.hand_over_gradients()

@@ -55,6 +55,9 @@ class TrainingEngine(BaseEngine):
     set_dataiterator: Callable[[Iterator[Any] | None], None]
     _config: Any
 
+    before_update: Callable[[], None] | None = None
+    """Called in every training step when all gradients are there, and nothing has been updated."""
+
     def __init__(
         self,
         module: PipelineModule,

@@ -94,6 +94,8 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         if self.view.is_offloaded:
             self.optimizer.finalize_gradient_accumulation_boundary()
         self.set_gradient_accumulation_boundary(True)
+        if self.before_update is not None:
+            self.before_update()
         if self.on_gradients is not None:
             self.on_gradients(safe_get_full_grad)
         own_loss = self._mean_of_replicas(losses)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pipekit.config import Config
 from pipekit.distributed.processes import gather_objects
+from pipekit.engine.computation_check import train_batch_checked
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.step_trace import Diagnosis, diagnose_step
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import NumbersError
+from pipekit.errors import ConfigError, NumbersError
 from pipekit.training.spikes import SpikeDetector
 from pipekit.training.trial_callbacks import TrialCallback
 
@@ -74,6 +75,11 @@ class NumbersWatch(TrialCallback):
     """
 
     def __init__(self, engine: TrainingEngine, config: Config, *, precision: str) -> None:
+        if config.train.check_computation is not None and not engine.can_compute_again:
+            raise ConfigError(
+                f"train.check_computation={config.train.check_computation} needs an optimizer that can leave an update "
+                "out; leave torch_autocast, check_grad_overflow and compute_grad_norm out of the deepspeed section"
+            )
         self._engine, self._config, self._precision = engine, config, precision
         self.num_skipped = 0
         self._step = 0
@@ -110,7 +116,11 @@ class NumbersWatch(TrialCallback):
         self._ends = {each: position for each, position in self._ends.items() if each == step - 1} | {step: end}
         self._num_trained += 1
         may_overflow, skipped, scaler = engine.view.may_overflow, engine.skipped_steps, engine.view.loss_scaler_state()
-        loss = engine.train_batch(batches())
+        every = self._config.train.check_computation
+        if every is None or step % every:
+            loss = engine.train_batch(batches())
+        else:
+            loss = train_batch_checked(engine, batches())
         if self._spikes and self._spikes[-1].step == step and self._config.train.on_spike == "skip":
             # It says nothing about the scale.
             engine.view.load_loss_scaler_state(scaler)
@@ -138,6 +148,10 @@ class NumbersWatch(TrialCallback):
         told = what if diagnosis is None else f"{what}; {_describe(diagnosis)}"
         self._first = self._step, told, diagnosis
         self._warnings.append(f"step {self._step}: {told}. The step has changed nothing")
+
+    def warn(self, message: str) -> None:
+        """Let something be told that every rank has found."""
+        self._warnings.append(message)
 
     def take_warnings(self) -> list[str]:
         """Return what is to be told, the same on every rank, and forget it."""

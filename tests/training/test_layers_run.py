@@ -76,7 +76,8 @@ class FakeEngine(TrainingEngine):
             loss_scaler_state=lambda: None,
             torch_optimizer=torch.optim.SGD([torch.zeros(1)]),
         )
-        self.view.may_overflow = False
+        self.view.may_overflow, self.view.can_leave_out = False, True
+        self.torch_autocast_z0_gradscaler = None
         self.skipped_steps = self.global_steps = 0
         self.rates: list[float] = []
         self.trained: list[list[int]] = []
@@ -362,6 +363,27 @@ WEIGHT = Place("weight", None, 2, "blocks.0.mlp", "the weight blocks.0.mlp.up.we
 
 def fault(place: Place) -> Diagnosis:
     return Diagnosis(Fault(place, rank=2, stage=1, replica=0))
+
+
+def test_steps_are_computed_twice_at_their_interval(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    twice: list[int] = []
+
+    def checked(engine: FakeEngine, batches: Iterator[Any]) -> Tensor:
+        twice.append(len(engine.trained) + 1)
+        return engine.train_batch(batches)
+
+    monkeypatch.setattr(numbers_watch, "train_batch_checked", checked)
+    assert run(train={"steps": 7, "check_computation": 3}).fit().batch == 7
+    assert twice == [3, 6]
+
+
+def test_a_step_that_cannot_be_computed_twice_is_refused(run: Any) -> None:
+    engine = FakeEngine()
+    engine.view.can_leave_out = False
+    with pytest.raises(
+        PipekitError, match=r"^train.check_computation=3 needs an optimizer that can leave an update out"
+    ):
+        run(train={"check_computation": 3}, engine=engine)
 
 
 def test_a_gradient_that_stays_infinite_ends_the_run_with_the_place_where_it_began(run: Any) -> None:
