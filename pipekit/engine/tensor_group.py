@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -18,14 +19,19 @@ from pipekit.tensor_parallel.shards import shard_of
 class _Waiting:
     """A collective under way, and what makes its result of the buffers that it fills."""
 
-    def __init__(self, work: dist.Work | None, what: str, finish: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, group: ProcessTensorGroup, work: dist.Work | None, what: str, finish: Callable[[], Tensor]
+    ) -> None:
         assert work is not None
+        self._group = group
         self._work = work
         self._what = what
         self._finish = finish
 
     def wait(self) -> Tensor:
+        started_s = time.perf_counter()
         wait(self._work, f"its tensor-parallel peers, with {self._what}")
+        self._group.waited_s += time.perf_counter() - started_s
         return self._finish()
 
 
@@ -34,15 +40,19 @@ class ProcessTensorGroup(TensorGroup):
 
     Args:
         group: the ranks.
+
+    Attributes:
+        waited_s: seconds that this process has waited for the others.
     """
 
     def __init__(self, group: RankGroup) -> None:
         self.rank, self.size = group.rank, group.size
+        self.waited_s = 0.0
         self._ranks = group
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         work = dist.all_reduce(tensor, group=self._ranks.process_group, async_op=True)
-        return _Waiting(work, f"the sum of {_shape(tensor)}", lambda: tensor)
+        return _Waiting(self, work, f"the sum of {_shape(tensor)}", lambda: tensor)
 
     def start_all_gather(self, tensor: Tensor, dim: int) -> Pending:
         own = tensor.contiguous()
@@ -53,7 +63,7 @@ class ProcessTensorGroup(TensorGroup):
         def finish() -> Tensor:
             return joined if _lies_in_parts(own, dim) else torch.cat([part.view_as(own) for part in parts], dim)
 
-        return _Waiting(work, f"a gathering of {_shape(tensor)}", finish)
+        return _Waiting(self, work, f"a gathering of {_shape(tensor)}", finish)
 
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
         parts = tensor.contiguous() if _lies_in_parts(tensor, dim) else torch.stack(tensor.chunk(self.size, dim))
@@ -61,7 +71,7 @@ class ProcessTensorGroup(TensorGroup):
         work = dist.reduce_scatter_tensor(
             own.view(1, -1), parts.view(self.size, -1), group=self._ranks.process_group, async_op=True
         )
-        return _Waiting(work, f"the scattered sum of {_shape(tensor)}", lambda: own)
+        return _Waiting(self, work, f"the scattered sum of {_shape(tensor)}", lambda: own)
 
 
 def _lies_in_parts(tensor: Tensor, dim: int) -> bool:

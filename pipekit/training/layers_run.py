@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from pipekit.training.prepare import initial_weights
 from pipekit.training.profile import save_profile
 from pipekit.training.reducers import Reducer
 from pipekit.training.shipped import build_shipped_callbacks
+from pipekit.training.slow_ranks import StepTimes
 from pipekit.training.trial import Trial
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_checkpoint import TrialState
@@ -64,6 +65,7 @@ class LaunchedStep:
     grad_norm: LateNumber
     started: Moment
     ended: Moment
+    slow_rank: Mapping[str, float]
 
     @property
     def has_ended(self) -> bool:
@@ -74,7 +76,8 @@ class LaunchedStep:
         """Return the step's metrics.
 
         They are the mean loss over the global batch, before the update; the learning rate of the update; the 2-norm of
-        the whole gradient before clipping, infinite where the update was skipped; and the step's speed and wall time.
+        the whole gradient before clipping, infinite where the update was skipped; the step's speed and wall time; and
+        a rank that is slow, where one has just been found.
         """
         step_time_s = self.ended.since(self.started)
         return {
@@ -83,6 +86,7 @@ class LaunchedStep:
             "grad_norm": self.grad_norm.read(),
             "tokens_per_s": self.num_tokens / step_time_s,
             "step_time_s": step_time_s,
+            **self.slow_rank,
         }
 
 
@@ -100,6 +104,7 @@ class LayersRun(Trial):
         engine: the engine.
         consumed_samples: position in the training data.
         watch: trains each step, and watches its numbers.
+        step_times: finds slow ranks; None where there is one.
         snapshot_memory: of checkpoints in the background; None where they are written at once.
     """
 
@@ -124,6 +129,9 @@ class LayersRun(Trial):
             self._validation_loader = self._build_loader(hooks.build_validation_dataset, shuffle=False)
         self.consumed_samples = 0
         self.watch = NumbersWatch(self.engine, config, precision=self.run.plan.precision)
+        self.step_times: StepTimes | None = None
+        if self.run.plan.layout.world_size > 1:
+            self.step_times = StepTimes(self.engine, interval=config.logging.interval, warn=self.watch.warn)
         self.snapshot_memory = SnapshotMemory() if config.checkpoint.is_async else None
 
     def fit(self, callbacks: Sequence[TrialCallback] = ()) -> TrialResult:
@@ -171,9 +179,8 @@ class LayersRun(Trial):
         started = Moment.now(device)
         following = self.consumed_samples + train.global_batch_size
         then = following if step < train.steps else None
-        loss = self.watch.train_batch(
-            step, lambda: self._batches(self._train_loader, self.consumed_samples, then), end=following
-        )
+        with self.step_times.timing(step) if self.step_times is not None else nullcontext():
+            loss = self.watch.train_batch(step, lambda: self._read(self.consumed_samples, then), end=following)
         launched = LaunchedStep(
             lr=lr,
             num_tokens=train.global_batch_size * train.sequence_length,
@@ -181,6 +188,7 @@ class LayersRun(Trial):
             loss=LateNumber(loss),
             grad_norm=self.engine.late_grad_norm,
             started=started,
+            slow_rank={} if self.step_times is None else self.step_times.metrics,
         )
         self.consumed_samples = following
         if train.check_replicas is not None and step % train.check_replicas == 0:
@@ -267,6 +275,11 @@ class LayersRun(Trial):
             dp=batch.dp,
         )
         return Prefetcher(loader, pin_memory=self.run.device.type == "cuda")
+
+    def _read(self, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
+        if self.step_times is None:
+            return self._batches(self._train_loader, consumed_samples, then)
+        return self.step_times.read(lambda: self._batches(self._train_loader, consumed_samples, then))
 
     @staticmethod
     def _batches(loader: Prefetcher | None, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
