@@ -75,11 +75,14 @@ class NumbersWatch(TrialCallback):
     """
 
     def __init__(self, engine: TrainingEngine, config: Config, *, precision: str) -> None:
-        if config.train.check_computation is not None and not engine.can_compute_again:
-            raise ConfigError(
-                f"train.check_computation={config.train.check_computation} needs an optimizer that can leave an update "
-                "out; leave torch_autocast, check_grad_overflow and compute_grad_norm out of the deepspeed section"
-            )
+        train = config.train
+        wishes = {"check_computation": train.check_computation, "on_spike": train.on_spike == "skip" and "skip"}
+        for key, value in wishes.items():
+            if value and not engine.can_compute_again:
+                raise ConfigError(
+                    f"train.{key}={value} needs an optimizer that can leave an update out; leave torch_autocast, "
+                    "check_grad_overflow and compute_grad_norm out of the deepspeed section"
+                )
         self._engine, self._config, self._precision = engine, config, precision
         self.num_skipped = 0
         self._step = 0
@@ -91,7 +94,6 @@ class NumbersWatch(TrialCallback):
         self._spikes: list[Spike] = []
         self.spike: Spike | None = None
         self._rollbacks: dict[int, int] = {}
-        train = config.train
         self._detector: SpikeDetector | None = None
         self._num_seen = 0
         self._ends: dict[int, int] = {}

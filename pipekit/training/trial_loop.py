@@ -22,6 +22,7 @@ from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError
 from pipekit.rng import fold_seed
 from pipekit.training.context import TrialContext
 from pipekit.training.evaluation import evaluate
+from pipekit.training.nonfinite_losses import describe_nonfinite
 from pipekit.training.periods import Pace, Period
 from pipekit.training.reducers import Reducer
 from pipekit.training.trial import Trial, metrics_of
@@ -117,6 +118,7 @@ class TrialLoop:
         self._feed: Feed | None = None
         self._batch = 0
         self._has_unread = False
+        self._has_warned = False
         self._best: float | None = None
         self._told: dict[str, Any] = {}  # metrics of the last batch that had any
         self._checkpoint: Path | None = None
@@ -315,6 +317,7 @@ class TrialLoop:
         self._has_unread, self._told = False, {}
         if reports:
             metrics, batches = self._metrics.report()
+            self._warn_of_losses(metrics, batches)
             self._training_metrics = {**metrics, **self._callbacks.training_metrics()}
             self._told |= self._training_metrics
             self._callbacks.call("on_training_workload_end", self._training_metrics, batches)
@@ -322,6 +325,15 @@ class TrialLoop:
         if self._told:
             self._callbacks.call("on_metrics", self._batch, self._told)
         return is_best
+
+    def _warn_of_losses(self, metrics: dict[str, Any], batches: list[dict[str, float]]) -> None:
+        """Tell of a loss that is not finite, once until it is finite again."""
+        if not self._metrics.gathers:
+            return
+        warning = describe_nonfinite(metrics, batches, batch=self._batch, calls=self._calls)
+        if warning is not None and not self._has_warned:
+            self._callbacks.call("on_warning", warning)
+        self._has_warned = warning is not None
 
     def _validate(self) -> bool:
         """Validate, and return whether the metric by which checkpoints are compared is better than ever before."""

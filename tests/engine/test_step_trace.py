@@ -201,6 +201,18 @@ def test_the_first_number_that_is_not_finite_is_named(gloo: GlooWorkers, case: C
     check(gloo, case, injuries)
 
 
+MORE += [
+    (
+        Case(pp=2, precision="fp16", micro_batch_size=2),
+        [Injury("activation", 1, math.nan, 2, 3, 1), Injury("weight", 0, math.inf, 3, 0, 2)],
+    ),
+    (
+        Case(pp=2, compile=True, micro_batch_size=2),
+        [Injury("gradient", 1, math.nan, 1, 1, 1, what="weight"), Injury("weight", 0, math.inf, 2, 0, 2)],
+    ),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("case", "injuries"), MORE, ids=[show(case) for case, _ in MORE])

@@ -377,13 +377,12 @@ def test_steps_are_computed_twice_at_their_interval(run: Any, monkeypatch: pytes
     assert twice == [3, 6]
 
 
-def test_a_step_that_cannot_be_computed_twice_is_refused(run: Any) -> None:
+@pytest.mark.parametrize(("key", "value"), [("check_computation", 3), ("on_spike", "skip")])
+def test_what_needs_an_update_left_out_is_refused_where_none_can_be(run: Any, key: str, value: Any) -> None:
     engine = FakeEngine()
     engine.view.can_leave_out = False
-    with pytest.raises(
-        PipekitError, match=r"^train.check_computation=3 needs an optimizer that can leave an update out"
-    ):
-        run(train={"check_computation": 3}, engine=engine)
+    with pytest.raises(PipekitError, match=rf"^train.{key}={value} needs an optimizer that can leave an update out"):
+        run(train={key: value}, engine=engine)
 
 
 def test_a_gradient_that_stays_infinite_ends_the_run_with_the_place_where_it_began(run: Any) -> None:

@@ -16,6 +16,7 @@ from pipekit.checkpoint.retention import Retention
 from pipekit.data import DataLoader
 from pipekit.training.periods import Batch, Epoch, Samples
 from pipekit.training.reducers import Reducer
+from pipekit.training.trial_callbacks import TrialCallback
 from trial_jobs import ACCUMULATION, MICRO_BATCH, NUM_SAMPLES, Points, PointsTrial, fit, make_trial
 
 pytestmark = pytest.mark.distributed
@@ -211,3 +212,29 @@ def test_every_validation_sample_counts_once_under_any_number_of_replicas(
             reports = [json.loads(line) for line in lines.splitlines()]
             # The validation between does not disturb what training reports.
             assert [each["largest"] for each in reports if "loss" in each] == [101]
+
+
+class Losing(PointsTrial):
+    """Its loss is not a number in the sixth batch, on rank 1 alone."""
+
+    def train_batch(self, dataloader_iter: Iterator[Any] | None, epoch_idx: int, batch_idx: int) -> Any:
+        is_bad = batch_idx == 5 and self.context.role.data_parallel_rank == 1
+        return {"loss": float("nan") if is_bad else 0.5, "accuracy": float("inf")}
+
+
+def warn_of_a_loss(rank: int, folder: str) -> list[str]:
+    class Notes(TrialCallback):
+        def on_warning(self, message: str) -> None:
+            warnings.append(message)
+
+    class Told(Losing):
+        def build_callbacks(self) -> dict[str, TrialCallback]:
+            return {"notes": Notes()}
+
+    warnings: list[str] = []
+    fit(make_trial(folder, Told), max_length=Batch(12), reporting_period=Batch(4), checkpoint_policy="none")
+    return warnings
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_batch_and_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
+    assert gloo.run(2, warn_of_a_loss, str(tmp_path)) == [["batch 6: loss is not finite on rank 1"]] * 2
