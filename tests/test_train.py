@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,63 @@ def test_killed_and_started_again_it_gives_the_same_losses(workspace: Path, base
     assert losses(workspace, "runs/killed-pp1") == pytest.approx(reference, rel=1e-5)
 
 
+DYING_TRIAL = """
+import os, signal
+from pathlib import Path
+from pipekit import LanguageModelTrial
+
+def listening():
+    '''Addresses on which this process listens, in hexadecimal, as Linux tells them.'''
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    lines = [line for name in ("tcp", "tcp6") for line in Path("/proc/self/net", name).read_text().splitlines()[1:]]
+    rows = [line.split() for line in lines]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
+
+class Dying(LanguageModelTrial):
+    always = False
+
+    def learning_rate(self, step):
+        run, rank = self.context.folder.path, self.context.mpu.global_rank
+        if step == 1:
+            (run / f"listening-{rank}").write_text(" ".join(listening()))
+        if step == 6 and rank == 1 and (self.always or not (run / "died").exists()):
+            (run / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().learning_rate(step)
+
+class Doomed(Dying):
+    always = True
+"""
+
+
+def test_a_rank_that_dies_once_leaves_no_trace_in_the_losses(workspace: Path, base_run: str) -> None:
+    (workspace / "dying.py").write_text(DYING_TRIAL)
+    done = pipekit(workspace, "train", "c.yaml", "run.dir=runs/dying", "run.trial=dying:Dying", "run.restarts=2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rank 1 was killed by SIGKILL.*; restart 1 of 2, from step-00000004 \(see ", done.stderr)
+    assert "going on after step 4" in done.stdout
+    assert losses(workspace, "runs/dying") == losses(workspace, "runs/base")
+    (record,) = [json.loads(line) for line in (workspace / "runs/dying/failures.jsonl").read_text().splitlines()]
+    assert (record["rank"], record["checkpoint"]) == (1, "step-00000004")
+    # Nobody on another machine reaches the ranks of a run on one.
+    for rank in range(2):
+        addresses = (workspace / f"runs/dying/listening-{rank}").read_text().split()
+        assert len(addresses) >= 1
+        assert {address.partition(":")[0] for address in addresses} == {"0100007F"}
+
+
+def test_a_rank_that_dies_at_the_same_step_again_is_not_started_for_ever(workspace: Path, base_run: str) -> None:
+    (workspace / "dying.py").write_text(DYING_TRIAL)
+    run = ("run.dir=runs/doomed", "run.trial=dying:Doomed", "run.restarts=9")
+    done = pipekit(workspace, "train", "c.yaml", *run)
+    assert done.returncode == 3
+    assert done.stderr.endswith(
+        "failed twice after step-00000004 without a newer checkpoint, and is not started again\n"
+    )
+    assert len((workspace / "runs/doomed/failures.jsonl").read_text().splitlines()) == 2
+    assert ranks_of("runs/doomed") == []
+
+
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port={port}", "-m"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators=2", "--master_port={port}", "--module"],
@@ -250,13 +307,25 @@ def test_under_another_launcher_it_joins(workspace: Path, base_run: str, launche
     assert "embed, position, blocks.0" in done.stdout
 
 
-def torchrun(workspace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.slow
+def test_torchrun_starts_ranks_again_itself(workspace: Path, base_run: str) -> None:
+    (workspace / "dying.py").write_text(DYING_TRIAL)
+    run = ("run.dir=runs/agents", "run.trial=dying:Dying", "run.restarts=2")
+    done = torchrun(workspace, "train", "c.yaml", *run, options=("--max-restarts=1",))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("run.restarts=2 is ignored: starting ranks again is left to torchrun") == 2
+    assert "going on after step 4" in done.stdout
+    assert losses(workspace, "runs/agents") == losses(workspace, "runs/base")
+    assert not (workspace / "runs/agents/.lock").exists()
+
+
+def torchrun(workspace: Path, *arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Run `pipekit` with these arguments on two ranks of torchrun."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     launcher = [argument.format(port=port) for argument in LAUNCHERS["torchrun"]]
     return subprocess.run(
-        [sys.executable, *launcher, "pipekit", *arguments],
+        [sys.executable, *launcher[:2], *options, *launcher[2:], "pipekit", *arguments],
         cwd=workspace,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(workspace)},
         capture_output=True,

@@ -31,6 +31,10 @@ def command(
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder of the logs; by default runs/<name of the script>/logs.")
     ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="The most times that all are started again after one was lost; run.restarts, too."),
+    ] = 0,
     hostfile: Annotated[
         Path | None,
         typer.Option("--hostfile", "-H", help="Machines to run on, a line each, such as: worker-1 slots=4"),
@@ -88,7 +92,12 @@ def command(
         from pipekit.launch.script import launch_script
 
         launch_script(
-            Path(script), arguments or [], processes=processes or num_gpus or "auto", device=device, log_dir=log_dir
+            Path(script),
+            arguments or [],
+            processes=processes or num_gpus or "auto",
+            device=device,
+            log_dir=log_dir,
+            restarts=restarts,
         )
         return
     if hostfile is not None and nnodes is not None:
@@ -112,6 +121,7 @@ def command(
         exports=export or [],
         device=device,
         log_dir=log_dir,
+        restarts=restarts,
     )
     if hostfile is not None:
         hosts = select_hosts(

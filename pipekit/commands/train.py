@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import find_resources, thread_environ
+from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
@@ -60,13 +62,23 @@ def start(config: Config) -> None:
     # Whatever can be refused without torch is refused before it is imported.
     resources = find_resources(os.environ, config)
     _check_degrees(config, resources)
-    with hold_run(config.run.dir):
-        _start(config, resources)
+    from pipekit.plan.run_folder import RunFolder
+
+    folder = RunFolder(config.run.dir)
+    with hold_run(folder.path):
+        start_until_done(
+            partial(_start, config, resources),
+            restarts=config.run.restarts,
+            failures=folder.failures,
+            checkpoints=folder.checkpoints,
+        )
 
 
-def _start(config: Config, resources: Resources) -> None:
+def _start(config: Config, resources: Resources, goes_on: bool) -> None:
     from pipekit.plan.run_folder import find_start, write_plan
 
+    if goes_on:
+        config = config.updated({"checkpoint.resume": "auto"})
     start_point = find_start(config)
     from pipekit.training.console import make_console, show_plan
 
@@ -89,6 +101,7 @@ def _start(config: Config, resources: Resources) -> None:
 
 def join(config: Config, ranks: RankEnvironment) -> None:
     """Be one rank of a run that another launcher has started."""
+    warn_of_restarts(config.run.restarts, ranks)
     local_world_size = ranks.local_world_size or ranks.world_size
     os.environ.update({**ranks.as_environ(), **gloo_environ(ranks, os.environ)})
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
@@ -105,7 +118,14 @@ def join(config: Config, ranks: RankEnvironment) -> None:
         os.environ.update(gpu_environ(Path(config.run.dir) / "logs", os.environ))
     from pipekit.training.run import run_joining_rank
 
-    run_joining_rank(config, resources, rank=ranks.rank, local_rank=ranks.local_rank)
+    run_joining_rank(
+        config,
+        resources,
+        rank=ranks.rank,
+        local_rank=ranks.local_rank,
+        loopback_port=ranks.loopback_port,
+        restarts=ranks.restarts,
+    )
 
 
 def _check_degrees(config: Config, resources: Resources) -> None:

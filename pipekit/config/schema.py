@@ -45,6 +45,10 @@ class RunConfig(Section):
     timeout_s: PositiveFloat = Field(default=600.0, examples=[600])
     """No wait for another rank lasts longer than this many seconds."""
 
+    restarts: NonNegativeInt = Field(default=0, examples=[3])
+    """The most times that `pipekit train` starts the ranks again after one was lost or hung, from the newest
+    checkpoint; twice without a newer one is the end."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; `auto` takes the GPUs where there are any."""
 

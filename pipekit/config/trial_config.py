@@ -62,6 +62,10 @@ class TrialRunConfig(Section):
     timeout_s: PositiveFloat = Field(default=600.0, examples=[600])
     """No wait for another rank lasts longer than this many seconds."""
 
+    restarts: NonNegativeInt = Field(default=0, examples=[3])
+    """The most times that `pipekit train` starts the ranks again after one was lost or hung, from the newest
+    checkpoint; twice without a newer one is the end."""
+
 
 class FitConfig(Section):
     """Length and periods of a training: the arguments of `Trainer.fit` of these names."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +22,14 @@ from pipekit.errors import CommunicationError, LaunchError, PipekitError
 Result = TypeVar("Result")
 
 
-def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_rank: int) -> torch.device:
+def join_processes(
+    *,
+    device: Literal["cpu", "cuda"],
+    timeout_s: float,
+    local_rank: int,
+    loopback_port: int | None = None,
+    restarts: int = 0,
+) -> torch.device:
     """Join the run that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...), and return this rank's
     device.
 
@@ -28,6 +37,9 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
         device: `cuda` talks over NCCL, `cpu` over gloo.
         timeout_s: no wait for another rank lasts longer.
         local_rank: index of this process on its machine, which picks its GPU.
+        loopback_port: of rank 0 of a run on one machine, the port of the environment, on which it then listens on the
+            loopback alone; torch would listen on all interfaces.
+        restarts: how often the ranks have been started again, with a store that may outlive them.
 
     Raises:
         CommunicationError: if the others do not come within `timeout_s`.
@@ -38,16 +50,19 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # In one process, stores on one port share its server.
+            server = None if loopback_port is None else _serve_on_loopback(loopback_port)
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("default_pg", store),  # type: ignore[attr-defined]
+                store=dist.PrefixStore(f"default_pg/{restarts}", store),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,
                 # Makes the groups of a bound device by splitting the first; one rank has nothing to split.
                 device_id=place if device == "cuda" and world_size > 1 else None,
             )
+            del server
     except (RuntimeError, dist.DistStoreError) as error:
         first_line = str(error).strip().splitlines()[0]
         if "EADDRINUSE" in first_line:
@@ -60,6 +75,23 @@ def join_processes(*, device: Literal["cpu", "cuda"], timeout_s: float, local_ra
             "them were started, with the same MASTER_ADDR and MASTER_PORT"
         ) from error
     return place
+
+
+def _serve_on_loopback(port: int) -> object:
+    """The store of rank 0, which nobody on another machine reaches."""
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        reason = "EADDRINUSE" if error.errno == errno.EADDRINUSE else error.strerror
+        raise RuntimeError(f"failed to listen on 127.0.0.1, port: {port}: {reason}") from error
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def join_alone(*, device: Literal["cpu", "cuda"]) -> torch.device:

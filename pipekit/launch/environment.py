@@ -32,6 +32,8 @@ class RankEnvironment:
         local_world_size: number of processes of this machine; None where the launcher does not tell.
         master_addr: host name or address of rank 0.
         master_port: port on which rank 0 listens.
+        restarts: how often the launcher has started the ranks again; its store may still hold what those before wrote.
+        has_store: whether the launcher itself listens on that port for the ranks.
     """
 
     launcher: str
@@ -41,6 +43,8 @@ class RankEnvironment:
     local_world_size: int | None
     master_addr: str
     master_port: int
+    restarts: int = 0
+    has_store: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -53,6 +57,12 @@ class RankEnvironment:
                 f"{self.launcher} gave local rank {self.local_rank} of {self.local_world_size} on this machine: it "
                 "must be at least 0 and below that; unset the variables left over from an earlier launch"
             )
+
+    @property
+    def loopback_port(self) -> int | None:
+        """The port on which this rank is to listen on the loopback alone, since all ranks are on its machine."""
+        is_local = self.local_world_size == self.world_size and self.master_addr in (LOCALHOST, "localhost")
+        return self.master_port if is_local and self.rank == 0 and not self.has_store else None
 
     def as_environ(self) -> dict[str, str]:
         """Return the variables that `torch.distributed` reads under `init_method="env://"`.
@@ -145,6 +155,8 @@ def _from_torchrun(environ: Environ) -> RankEnvironment:
         local_world_size=_first_integer(environ, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
         master_addr=environ["MASTER_ADDR"],
         master_port=_integer(environ, "MASTER_PORT"),
+        restarts=_first_integer(environ, ("TORCHELASTIC_RESTART_COUNT",)) or 0,
+        has_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 

@@ -66,6 +66,7 @@ class RankFailure:
         report: what it wrote about itself; None where it had no chance to.
         log: the rank's log file.
         log_start: size of the log in bytes before this launch.
+        phase: what its last heartbeat was in, such as "step 12"; empty if there was none.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class RankFailure:
     report: FailureReport | None
     log: Path
     log_start: int = 0
+    phase: str = ""
 
 
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:

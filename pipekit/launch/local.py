@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipekit.errors import ConfigError, LaunchError
-from pipekit.hangs.heartbeat import heartbeat_file
+from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
 from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
@@ -203,13 +203,11 @@ class _Job:
             master_addr=self.master_addr,
             master_port=self.port,
         )
-        # Where all ranks are here, gloo need not look up the machine's name, which fails on many laptops.
-        loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
         return {
             # What a killed rank has written must be in its log, and a segmentation fault must say where.
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
-            **(loopback if len(self.ranks) == self.world_size else gloo_environ(place, os.environ)),
+            **gloo_environ(place, os.environ),
             **os.environ,
             **self.env,
             **place.as_environ(),
@@ -249,6 +247,7 @@ class _Worker:
         """Failure of the rank; None while it runs, and if it has succeeded."""
         if self.ended_s is None or self.process.returncode == 0:
             return None
+        beat = Heartbeat.read(heartbeat_file(self.log.parent, self.rank))
         return RankFailure(
             rank=self.rank,
             returncode=self.process.returncode,
@@ -256,6 +255,7 @@ class _Worker:
             report=FailureReport.read(self.error_file),
             log=self.log,
             log_start=self.log_start,
+            phase="" if beat is None else beat.phase,
         )
 
     def signal_group(self, signum: int) -> bool:

@@ -18,6 +18,7 @@ from pipekit.launch.facts import configuration_facts, load_any_config
 from pipekit.launch.fleet import FleetRun, run_fleet
 from pipekit.launch.hosts import Host, check_address
 from pipekit.launch.node import NodeJob, NodePlace, run_node
+from pipekit.launch.restarts import start_until_done
 from pipekit.launch.runners import RunnerJob, runner_command
 from pipekit.launch.ssh import SshSettings
 
@@ -38,6 +39,7 @@ class MachineOptions:
     exports: Sequence[str] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_dir: Path | None = None
+    restarts: int = 0
 
 
 def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host], options: MachineOptions) -> None:
@@ -61,7 +63,7 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
     names = ", ".join(host.name for host in hosts)
     sys.stdout.write(f"starting {num_processes} {'process' if num_processes == 1 else 'processes'} on {names} ...\n")
     sys.stdout.flush()
-    run = FleetRun(
+    first = FleetRun(
         hosts=hosts,
         job=job,
         ssh=ssh,
@@ -70,7 +72,31 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
         master_port=options.master_port,
         own_facts=own_facts,
     )
-    run_fleet(run)
+    if command != "train":
+        failures = first.log_dir / "failures.jsonl"
+        start_until_done(
+            lambda goes_on: run_fleet(first), restarts=options.restarts, failures=failures, checkpoints=None
+        )
+        return
+    from pipekit.plan.run_folder import RunFolder
+
+    config = load_any_config(arguments)
+    folder = RunFolder(config.run.dir)
+    newest = "fit.latest_checkpoint=null" if hasattr(config, "trial") else "checkpoint.resume=auto"
+
+    def start(goes_on: bool) -> None:
+        if not goes_on:
+            run_fleet(first)
+            return
+        job, own_facts = _plan_job(command, [*arguments, newest], num_processes, options)
+        run_fleet(replace(first, job=job, own_facts=own_facts))
+
+    start_until_done(
+        start,
+        restarts=options.restarts or config.run.restarts,
+        failures=folder.failures,
+        checkpoints=folder.checkpoints,
+    )
 
 
 def launch_as_node(

@@ -18,13 +18,16 @@ _ANYWHERE = "192.0.2.1"
 
 
 def gloo_environ(ranks: RankEnvironment, environ: Mapping[str, str]) -> dict[str, str]:
-    """`GLOO_SOCKET_IFNAME` of a rank on one of several machines: the interface that reaches the machine of rank 0.
+    """`GLOO_SOCKET_IFNAME` of a rank: the interface that reaches the machine of rank 0, or the loopback on one machine.
 
-    Gloo would take the address of the machine's own name, which on many is 127.0.1.1. NCCL chooses well by itself.
-    Empty on one machine, where the user has set the variable, and where no such interface is found.
+    Gloo would take the address of the machine's own name, which on many is 127.0.1.1, and on many laptops cannot be
+    found; and on one machine nobody else need reach it. NCCL chooses well by itself. Empty where the user has set the
+    variable, and where no such interface is found.
     """
-    if "GLOO_SOCKET_IFNAME" in environ or ranks.local_world_size == ranks.world_size:
+    if "GLOO_SOCKET_IFNAME" in environ:
         return {}
+    if ranks.local_world_size == ranks.world_size:
+        return {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     # The machine of rank 0 may know its own name as that of the loopback.
     for host in (ranks.master_addr, _ANYWHERE):
         address = own_address(host)

@@ -38,11 +38,17 @@ def main(arguments: Sequence[str]) -> None:
         if task:
             from pipekit.verify.run import Task, run_task
 
-            run_task(Task(**json.loads(task[0])), plan, rank=ranks.rank, local_rank=ranks.local_rank)
+            run_task(
+                Task(**json.loads(task[0])),
+                plan,
+                rank=ranks.rank,
+                local_rank=ranks.local_rank,
+                loopback_port=ranks.loopback_port,
+            )
         else:
             from pipekit.training.run import run_planned_rank
 
-            run_planned_rank(plan, rank=ranks.rank, local_rank=ranks.local_rank)
+            run_planned_rank(plan, rank=ranks.rank, local_rank=ranks.local_rank, loopback_port=ranks.loopback_port)
 
 
 if __name__ == "__main__":

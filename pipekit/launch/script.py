@@ -16,6 +16,7 @@ from typing import Literal
 from pipekit.errors import LaunchError
 from pipekit.launch.environment import detect_ranks
 from pipekit.launch.local import run_processes
+from pipekit.launch.restarts import start_until_done
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
 
@@ -26,6 +27,7 @@ def launch_script(
     processes: int | Literal["auto"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     log_dir: Path | None = None,
+    restarts: int = 0,
 ) -> None:
     """Run a script in several processes on this machine, and return when all have succeeded.
 
@@ -37,6 +39,8 @@ def launch_script(
         processes: their number; "auto" is the number of GPUs, or 1 on a CPU.
         device: what the processes compute on; "auto" takes the GPUs where there are any.
         log_dir: folder of the ranks' logs; `runs/<name of the script>/logs` unless given.
+        restarts: the most times that the processes are started again after one was lost; the script goes on from its
+            own checkpoints.
 
     Raises:
         LaunchError: if there is no such script, or the processes cannot be started.
@@ -50,13 +54,18 @@ def launch_script(
             f"pipekit launch starts the processes itself, and is already one that {ranks.launcher} has started; leave "
             f"it out, as in {ranks.launcher} {script}, or start pipekit launch alone"
         )
-    run_processes(
-        [sys.executable, "-m", __name__, str(script), *arguments],
-        processes=processes,
-        device=device,
-        log_dir=log_dir or Path("runs", script.stem, "logs"),
-        option="--processes ",
-    )
+    logs = log_dir or Path("runs", script.stem, "logs")
+
+    def start(goes_on: bool) -> None:
+        run_processes(
+            [sys.executable, "-m", __name__, str(script), *arguments],
+            processes=processes,
+            device=device,
+            log_dir=logs,
+            option="--processes ",
+        )
+
+    start_until_done(start, restarts=restarts, failures=logs / "failures.jsonl", checkpoints=None)
 
 
 def main(arguments: Sequence[str]) -> None:

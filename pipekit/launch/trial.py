@@ -14,6 +14,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_processes
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import count_gpus
+from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.run_lock import hold_run
 
@@ -76,7 +77,13 @@ def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterat
     if ranks is None:
         yield TrialContext(config, join_alone(device=device))
     else:
-        place = join_processes(device=device, timeout_s=config.run.timeout_s, local_rank=ranks.local_rank)
+        place = join_processes(
+            device=device,
+            timeout_s=config.run.timeout_s,
+            local_rank=ranks.local_rank,
+            loopback_port=ranks.loopback_port,
+            restarts=ranks.restarts,
+        )
         yield TrialContext(config, place, local_rank=ranks.local_rank)
     leave_processes()
 
@@ -90,6 +97,7 @@ def train_trial(config: TrialConfig) -> None:
     ranks = detect_ranks(os.environ)
     if ranks is not None:
         with report_failure(error_file_from(os.environ)):
+            warn_of_restarts(config.run.restarts, ranks)
             run_trial_rank(config, ranks)
         return
     from pipekit.plan.run_folder import RunFolder, check_run_folder, write_config
@@ -99,9 +107,10 @@ def train_trial(config: TrialConfig) -> None:
     # Whatever can be refused is refused before a process is started.
     load_trial_class(config)
     folder = RunFolder(config.run.dir)
-    with hold_run(folder.path):
-        check_run_folder(folder)
-        write_config(folder, write_yaml(config.model_dump()))
+
+    def start(goes_on: bool) -> None:
+        newest = {"fit": config.fit.model_copy(update={"latest_checkpoint": None})} if goes_on else {}
+        write_config(folder, write_yaml(config.model_copy(update=newest).model_dump()))
         run_processes(
             [sys.executable, "-m", "pipekit.launch.rank", str(folder.config), TRIAL_TASK],
             processes=config.run.processes,
@@ -110,6 +119,10 @@ def train_trial(config: TrialConfig) -> None:
             log_dir=folder.logs,
             timeout_s=config.run.timeout_s,
         )
+
+    with hold_run(folder.path):
+        check_run_folder(folder)
+        start_until_done(start, restarts=config.run.restarts, failures=folder.failures, checkpoints=folder.checkpoints)
 
 
 def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:

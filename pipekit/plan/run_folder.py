@@ -38,6 +38,7 @@ class RunFolder:
         metrics: one JSON object a line for each step.
         spikes: one JSON object a line for each spike of the loss.
         samples: one JSON object a line for each text that a model has generated while it was trained.
+        failures: one JSON object a line for each rank that was lost or hung.
         logs: logs of the ranks, `rank-<rank>.log`.
         profile: pictures of what each rank of the pipeline does when.
         schedule: the pipeline's table, as a CSV file.
@@ -52,6 +53,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.spikes = self.path / "spikes.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.failures = self.path / "failures.jsonl"
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"
@@ -111,7 +113,7 @@ def check_run_folder(folder: RunFolder) -> None:
             raise ConfigError(
                 f"{what} is a file, and a run needs a folder of that name; remove it, or give another run.dir"
             )
-    for path in (folder.config, folder.plan, folder.metrics, folder.samples, folder.schedule):
+    for path in (folder.config, folder.plan, folder.metrics, folder.samples, folder.schedule, folder.failures):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(
                 f"{path} is no file, and a run writes one of that name; remove it, or give another run.dir"
@@ -182,7 +184,7 @@ def _remove_other_start(folder: RunFolder, config: Config) -> None:
             return
     logs = [*folder.logs.glob("rank-*.log"), folder.logs / "hang.txt"]
     others = [*folder.profile.glob("step-*.*"), *folder.tensorboard.glob("events.out.tfevents.*")]
-    for path in (folder.plan, folder.metrics, folder.samples, *logs, *others):
+    for path in (folder.plan, folder.metrics, folder.samples, folder.failures, *logs, *others):
         if path.is_file():
             path.unlink()
 

@@ -38,20 +38,45 @@ from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_loop import TrialResult
 
 
-def run_planned_rank(plan: Plan, *, rank: int, local_rank: int) -> TrialResult:
+def run_planned_rank(plan: Plan, *, rank: int, local_rank: int, loopback_port: int | None = None) -> TrialResult:
     """Train as one rank of a run whose plan the user has seen; `local_rank` counts the processes of this machine.
+
+    Args:
+        plan: the plan.
+        rank: the rank.
+        local_rank: its number on this machine.
+        loopback_port: see `join_processes`.
 
     Raises:
         PipekitError: if the run cannot be started, or cannot go on.
     """
     torch.set_num_threads(plan.num_threads)
     config = plan.config
-    with _own_log(config, rank=rank) as terminal, joined(config, plan.device, local_rank=local_rank) as device:
+    with (
+        _own_log(config, rank=rank) as terminal,
+        joined(config, plan.device, local_rank=local_rank, loopback_port=loopback_port) as device,
+    ):
         return _train(start_trial(plan, device), terminal, is_watched=True)
 
 
-def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_rank: int) -> TrialResult:
+def run_joining_rank(
+    config: Config,
+    resources: Resources,
+    *,
+    rank: int,
+    local_rank: int,
+    loopback_port: int | None = None,
+    restarts: int = 0,
+) -> TrialResult:
     """Train as one rank of a run that another launcher has started: rank 0 decides and tells the others.
+
+    Args:
+        config: the configuration.
+        resources: what the ranks run on.
+        rank: the rank.
+        local_rank: its number on this machine.
+        loopback_port: see `join_processes`.
+        restarts: how often the launcher has started the ranks again.
 
     Raises:
         PipekitError: if the run cannot be started, or cannot go on; where rank 0 cannot decide, all ranks say why.
@@ -68,7 +93,13 @@ def run_joining_rank(config: Config, resources: Resources, *, rank: int, local_r
     with (
         contextlib.ExitStack() as stack,
         _own_log(config, rank=rank) as terminal,
-        joined(config, plan_device(config, resources.num_gpus), local_rank=local_rank) as device,
+        joined(
+            config,
+            plan_device(config, resources.num_gpus),
+            local_rank=local_rank,
+            loopback_port=loopback_port,
+            restarts=restarts,
+        ) as device,
     ):
         text = tell_from_first_rank(
             decide,
@@ -99,9 +130,22 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
 
 
 @contextlib.contextmanager
-def joined(config: Config, device: Literal["cpu", "cuda"], *, local_rank: int) -> Iterator[torch.device]:
+def joined(
+    config: Config,
+    device: Literal["cpu", "cuda"],
+    *,
+    local_rank: int,
+    loopback_port: int | None = None,
+    restarts: int = 0,
+) -> Iterator[torch.device]:
     """Join the other processes, yield this rank's device, and leave them where the block succeeds."""
-    yield join_processes(device=device, timeout_s=config.run.timeout_s, local_rank=local_rank)
+    yield join_processes(
+        device=device,
+        timeout_s=config.run.timeout_s,
+        local_rank=local_rank,
+        loopback_port=loopback_port,
+        restarts=restarts,
+    )
     with contextlib.suppress(RuntimeError):
         leave_processes()
 

@@ -50,15 +50,23 @@ class Task:
     reference: str | None = None
 
 
-def run_task(task: Task, plan: Plan, *, rank: int, local_rank: int) -> None:
-    """Record the reference, or train as one rank of a layout and compare it with the reference."""
+def run_task(task: Task, plan: Plan, *, rank: int, local_rank: int, loopback_port: int | None = None) -> None:
+    """Record the reference, or train as one rank of a layout and compare it with the reference.
+
+    Args:
+        task: what to record.
+        plan: the plan.
+        rank: the rank.
+        local_rank: its number on this machine.
+        loopback_port: see `join_processes`.
+    """
     torch.set_num_threads(plan.num_threads)
     # fp32 means fp32, also on GPUs that would round to fewer bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if task.reference is None:
         _run_reference(task, plan)
     else:
-        _run_layout(task, plan, Path(task.reference), rank=rank, local_rank=local_rank)
+        _run_layout(task, plan, Path(task.reference), rank=rank, local_rank=local_rank, loopback_port=loopback_port)
 
 
 def _run_reference(task: Task, plan: Plan) -> None:
@@ -72,14 +80,16 @@ def _run_reference(task: Task, plan: Plan) -> None:
     record_reference(trial, Path(task.folder) / "rank-0", num_steps=task.num_steps)
 
 
-def _run_layout(task: Task, plan: Plan, reference: Path, *, rank: int, local_rank: int) -> None:
+def _run_layout(
+    task: Task, plan: Plan, reference: Path, *, rank: int, local_rank: int, loopback_port: int | None
+) -> None:
     """Train as a run would, record what passes, and on rank 0 compare it with the reference."""
     # DeepSpeed takes seconds to load, and the reference does without it.
     from pipekit.training.layers_run import LayersRun
     from pipekit.training.run import joined, start_trial
 
     folder = Path(task.folder)
-    with joined(plan.config, plan.device, local_rank=local_rank) as device:
+    with joined(plan.config, plan.device, local_rank=local_rank, loopback_port=loopback_port) as device:
         trial = start_trial(plan, device)
         recorder = Recorder(folder / f"rank-{rank}", rank=rank, coordinate=plan.layout.coordinate(rank))
         _record_steps(LayersRun(trial), recorder, num_steps=task.num_steps)

@@ -13,7 +13,11 @@ import pytest
 import yaml
 
 from pipekit.commands.launch import command
-from pipekit.errors import PipekitError
+from pipekit.errors import ExitCode, PipekitError
+from pipekit.launch import machines, restarts
+from pipekit.launch.fleet import FleetRun, HostError
+from pipekit.launch.hosts import Host
+from pipekit.launch.machines import MachineOptions, launch_on_hosts
 from pipekit.launch.ports import choose_port
 
 SCRIPT = """
@@ -97,3 +101,50 @@ def test_each_of_several_machines_starts_its_own_ranks_without_ssh(workspace: Pa
     logs = workspace / "runs/own/logs"
     found = [(logs / f"rank-{rank}.log").read_text() for rank in range(1, 4)]
     assert found == ["1 4 1 127.0.0.1 7\n", "2 4 0 127.0.0.1 7\n", "3 4 1 127.0.0.1 7\n"]
+
+
+HOSTS = [Host("node01", (0,)), Host("node02", (0,))]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[FleetRun]:
+    """The runs on the hosts, the first of which writes a checkpoint and loses a host."""
+    started: list[FleetRun] = []
+
+    def run_fleet(run: FleetRun) -> None:
+        started.append(run)
+        if len(started) == 1:
+            checkpoint = tmp_path / "run/checkpoints/step-00000002"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "manifest.json").touch()
+            raise HostError("node02", "has not been heard of for 30 s", ExitCode.RANK_LOST)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machines, "run_fleet", run_fleet)
+    monkeypatch.setattr(restarts.time, "sleep", lambda seconds: None)
+    return started
+
+
+def test_a_run_goes_on_from_what_was_written_since(tmp_path: Path, runs: list[FleetRun]) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: {preset: tiny}\nrun: {dir: run, restarts: 1}\nparallel: {pp: 2}\ncheckpoint: {resume: elsewhere}\n"
+    )
+    launch_on_hosts("train", ["c.yaml", "train.steps=20"], HOSTS, MachineOptions())
+    assert [run.job.arguments for run in runs] == [
+        ("c.yaml", "train.steps=20"),
+        ("c.yaml", "train.steps=20", "checkpoint.resume=auto"),
+    ]
+    assert runs[0].own_facts != runs[1].own_facts
+    (record,) = map(json.loads, (tmp_path / "run/failures.jsonl").read_text().splitlines())
+    assert (record["host"], record["checkpoint"]) == ("node02", "step-00000002")
+
+
+def test_a_script_is_started_again_as_it_was(tmp_path: Path, runs: list[FleetRun]) -> None:
+    (tmp_path / "train.py").touch()
+    with pytest.raises(HostError, match="node02: has not been heard of"):
+        launch_on_hosts("train.py", ["--lr", "1"], HOSTS, MachineOptions())
+    del runs[0]
+    (tmp_path / "run/checkpoints/step-00000002/manifest.json").unlink()
+    (tmp_path / "run/checkpoints/step-00000002").rmdir()
+    launch_on_hosts("train.py", ["--lr", "1"], HOSTS, MachineOptions(restarts=1))
+    assert [run.job.arguments for run in runs] == [("--lr", "1")] * 2

@@ -32,7 +32,7 @@ def two_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (ranks("node01"), {}, "ib0"),
         (ranks("node01", local_world_size=None), {}, "ib0"),
-        (ranks("node01", local_world_size=4), {}, None),  # all on one machine
+        (ranks("node01", local_world_size=4), {}, "lo0" if sys.platform == "darwin" else "lo"),  # all on one machine
         (ranks("node01"), {"GLOO_SOCKET_IFNAME": "eth7"}, None),  # the user's own
         (ranks("localhost"), {}, "eth0"),  # a machine that knows itself as the loopback
         (ranks("nowhere"), {}, "eth0"),
