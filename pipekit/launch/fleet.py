@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from pipekit.errors import ExitCode, LaunchError
+from pipekit.errors import ExitCode, LaunchError, StoppedError
 from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.facts import CLOCK_LIMIT_S, check_same
 from pipekit.launch.failures import HangError
@@ -98,7 +98,8 @@ def run_fleet(run: FleetRun, *, patience_s: float = 0.0) -> None:
         LaunchError: if hosts differ.
         HangError: if ranks have waited too long for one another, and the heartbeats of all are seen here.
         HostError: if a host cannot be reached, is silent for too long, or a rank on it fails.
-        SystemExit: after a signal.
+        StoppedError: if the ranks have stopped on request, with a checkpoint.
+        SystemExit: if a signal has ended them otherwise.
     """
     with signals_noted() as signals:
         fleet = _Fleet(run, signals)
@@ -111,10 +112,12 @@ def run_fleet(run: FleetRun, *, patience_s: float = 0.0) -> None:
         finally:
             fleet.end()
         if signals:
-            codes = {node.ended["exit_code"] for node in fleet.nodes if node.ended is not None}
-            stopped = codes == {ExitCode.STOPPED} or codes == {ExitCode.STOPPED, ExitCode.DONE}
+            ended = [node.ended for node in fleet.nodes if node.ended is not None]
+            stops = [each["message"] for each in ended if each["exit_code"] == ExitCode.STOPPED]
+            if stops and all(each["exit_code"] in (ExitCode.STOPPED, ExitCode.DONE) for each in ended):
+                raise StoppedError(stops[0])
             sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {len(fleet.nodes)} hosts\n")
-            raise SystemExit(ExitCode.STOPPED if stopped else 128 + signals[0])
+            raise SystemExit(128 + signals[0])
         fleet.raise_first_failure()
 
 
@@ -173,19 +176,18 @@ class _Node:
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self.link = Link(self.process.stdout, self.process.stdin)
-        self._threads = [
-            threading.Thread(target=self._read, args=(events,), daemon=True),
-            threading.Thread(target=self._read_errors, args=(self.process.stderr,), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._errors_thread = threading.Thread(target=self._read_errors, args=(self.process.stderr,), daemon=True)
+        self._errors_thread.start()
+        # It waits for the other in the end, and so starts after it.
+        self._thread = threading.Thread(target=self._read, args=(events,), daemon=True)
+        self._thread.start()
 
     def _read(self, events: queue.Queue[tuple[_Node, Message | None]]) -> None:
         for message in self.link.messages():
             events.put((self, message))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_TOGETHER_S)
-        self._threads[1].join(_TOGETHER_S)  # what ssh says is read before its end is told
+        self._errors_thread.join(_TOGETHER_S)  # what ssh says is read before its end is told
         events.put((self, None))
 
     def _read_errors(self, stream: IO[bytes]) -> None:
@@ -206,7 +208,7 @@ class _Node:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for thread in self._threads:
+        for thread in (self._thread, self._errors_thread):
             thread.join(2.0)
         for stream in streams:
             with contextlib.suppress(OSError):

@@ -149,8 +149,8 @@ def main(arguments: Sequence[str]) -> None:
     orders = _Orders(link)
     try:
         ended = _obey(link, orders)
-    except SystemExit as stop:
-        ended = {"exit_code": stop.code if isinstance(stop.code, int) else 1, "kind": "signal"}
+    except (SystemExit, KeyboardInterrupt):
+        ended = {"exit_code": ExitCode.RANK_LOST, "kind": "signal"}
     except RankError as error:
         ended = describe(error.failure) | {"exit_code": error.exit_code, "message": str(error)}
     except PipekitError as error:

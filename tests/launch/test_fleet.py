@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipekit.errors import ExitCode, LaunchError
+from pipekit.errors import ExitCode, LaunchError, StoppedError
 from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
 from pipekit.launch.failures import HangError
 from pipekit.launch.fleet import FleetRun, HostError, run_fleet
@@ -163,10 +163,9 @@ def test_a_signal_is_passed_on_and_ranks_that_have_saved_say_so_by_the_exit_code
 
     sender = threading.Thread(target=send)
     sender.start()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(StoppedError, match=r"^stopped after step 3$"):
         fleet.run(f"{READY}; {ready}", f"{READY_SECOND}; hear signal; {ended('user', 'stopped after step 3', 75)}")
     sender.join()
-    assert caught.value.code == ExitCode.STOPPED
 
 
 def test_ranks_that_were_ended_by_another_on_their_host_are_a_failure(fleet: Fleet) -> None:
