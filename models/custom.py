@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.models.family import ModelFamily, TensorRename, TransformerFamily, setting_error
 from pipekit.settings.suggest import closest
 
 if TYPE_CHECKING:
     from pipekit.config import Config
     from pipekit.layers.specs import LayerSpec
+
+
+_MAX_TEXT = 500
 
 
 class CustomModelConfig(ModelFamily):
@@ -163,6 +170,7 @@ def call_with_config(path: str, config: Config, *, key: str) -> Any:
     function: Callable[[Config], Any] = load_object(path, key=key)
     if not callable(function):
         raise ConfigError(f"{where}: is {_describe(function)}, and must be a function that takes the configuration")
+    signature: object = None
     try:
         signature = inspect.signature(function)
         signature.bind(config)
@@ -173,7 +181,30 @@ def call_with_config(path: str, config: Config, *, key: str) -> Any:
         ) from None
     except ValueError:  # tells no signature
         pass
-    return function(config)
+    with _users_code(f"{where}: it"):
+        return function(config)
+
+
+@contextmanager
+def _users_code(what: str) -> Iterator[None]:
+    """Turn what the user's own code raises into a ConfigError; `what` is the subject of the sentence."""
+    try:
+        yield
+    except PipekitError:
+        raise
+    except SystemExit:
+        raise ConfigError(f"{what} ended the program, as by sys.exit; raise an error that says why") from None
+    except Exception as error:
+        files = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+        place = f" in {files[-1].filename}:{files[-1].lineno}" if files else ""
+        if isinstance(error, SyntaxError) and error.filename is not None:
+            place = f" in {error.filename}:{error.lineno}"
+        text = "".join(traceback.format_exception_only(type(error), error)).strip().splitlines()[-1]
+        raise ConfigError(f"{what} failed{place}: {text[:_MAX_TEXT]}") from error
+
+
+def _is_ours(file: str) -> bool:
+    return file == __file__ or "importlib" in Path(file).parts or file.startswith("<frozen")
 
 
 def load_object(path: str, *, key: str) -> Any:
@@ -188,9 +219,18 @@ def load_object(path: str, *, key: str) -> Any:
     # It stays there: what is imported later, inside the user's functions, is found too.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
+    if _is_of_standard_library(module_name):
+        raise ConfigError(
+            f"{key}={path}: {module_name} is a module of Python's standard library, in which there is nothing of the "
+            "kind; name a module of your own"
+        )
     try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+        with _users_code(f"{key}={path}: importing {module_name}"):
+            found: Any = importlib.import_module(module_name)
+    except ConfigError as failure:
+        error = failure.__cause__
+        if not isinstance(error, ModuleNotFoundError):
+            raise
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(f"{key}={path}: importing {module_name} failed: {error}") from error
         raise ConfigError(
@@ -205,6 +245,16 @@ def load_object(path: str, *, key: str) -> Any:
             raise ConfigError(f"{key}={path}: {where} has no {part!r}{hint}")
         found = getattr(found, part)
     return found
+
+
+def _is_of_standard_library(module_name: str) -> bool:
+    """True if a name is a module of Python's own, and no file of the user's in the working directory hides it."""
+    top = module_name.partition(".")[0]
+    if top not in sys.stdlib_module_names:
+        return False
+    loaded = getattr(sys.modules.get(top), "__spec__", None) or importlib.util.find_spec(top)
+    origin = loaded.origin if loaded is not None else None
+    return origin in (None, "built-in", "frozen") or str(origin).startswith(sysconfig.get_path("stdlib"))
 
 
 def check_specs(specs: Sequence[LayerSpec], *, where: str) -> None:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipekit.models.family import (
     AttentionHeads,
+    Epsilon,
+    InitStd,
     LossChunk,
     TensorRename,
     TransformerFamily,
+    Width,
     divisors,
     setting_error,
 )
@@ -58,7 +61,7 @@ class DecoderFamily(TransformerFamily):
     """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head
     its own."""
 
-    head_size: PositiveInt | None = Field(default=None, examples=[64])
+    head_size: Width | None = Field(default=None, examples=[64])
     """Width of a head; null is `hidden_size / num_heads`."""
 
     rotary_base: PositiveFloat = Field(default=10_000.0, examples=[500_000.0])
@@ -70,10 +73,10 @@ class DecoderFamily(TransformerFamily):
     tied_embedding: bool = False
     """The head shares the weight of the token embedding."""
 
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: Epsilon = 1e-6
     """Added to the mean square in every norm."""
 
-    init_std: NonNegativeFloat = 0.02
+    init_std: InitStd = 0.02
     """Standard deviation of the initial weights."""
 
     @property

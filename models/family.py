@@ -10,15 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipekit.errors import ConfigError
-from pipekit.settings.base import Fault, Section, alternatives, rule_fault
+from pipekit.settings.base import Fault, PathText, Section, alternatives, at_least, at_most, rule_fault
 
 if TYPE_CHECKING:
     from pipekit.config import Config
     from pipekit.layers.specs import LayerSpec
+
+LONGEST_SEQUENCE = "the longest sequences in use have a tenth of that"
+
+Width = Annotated[PositiveInt, at_most(2**24, "the widest layers in use have a hundredth of that")]
+
+Epsilon = Annotated[PositiveFloat, at_most(1, "it is to be small beside a variance")]
+
+InitStd = Annotated[
+    NonNegativeFloat,
+    at_least(1e-12, "weights that are all alike stay alike, and learn nothing"),
+    at_most(100, "the first loss would not be finite"),
+]
 
 LossChunk = int | Literal["auto"] | None
 """Tokens that a loss computes the scores of at a time; see `pipekit.models.transformer.head.score_vocabulary`."""
@@ -179,28 +191,30 @@ class TransformerFamily(ModelFamily):
     preset: str | None = None
     """Named sizes; any size given beside it takes precedence."""
 
-    vocab_size: PositiveInt | Literal["auto"] = Field(default="auto", examples=[50257])
+    vocab_size: Width | Literal["auto"] = Field(default="auto", examples=[50257])
     """Number of token ids that the model knows; `auto` takes that of the tokenizer."""
 
-    hidden_size: PositiveInt = Field(default=..., examples=[128])
+    hidden_size: Width = Field(default=..., examples=[128])
     """Width of the residual stream; a multiple of `num_heads`."""
 
-    num_layers: PositiveInt = Field(default=..., examples=[4])
+    num_layers: Annotated[PositiveInt, at_most(10_000, "the deepest models trained have a tenth of that")] = Field(
+        default=..., examples=[4]
+    )
     """Number of transformer blocks."""
 
     num_heads: PositiveInt = Field(default=..., examples=[4])
     """Attention heads per block; divides `hidden_size`."""
 
-    ffn_size: PositiveInt = Field(default=..., examples=[512], json_schema_extra={"type": ["integer", "null"]})
+    ffn_size: Width = Field(default=..., examples=[512], json_schema_extra={"type": ["integer", "null"]})
     """Width inside the feed-forward half of a block; 4 x `hidden_size` where it is not given."""
 
-    max_positions: PositiveInt = Field(default=..., examples=[256])
+    max_positions: Annotated[PositiveInt, at_most(10**8, LONGEST_SEQUENCE)] = Field(default=..., examples=[256])
     """Longest sequence in tokens; `train.sequence_length` may not exceed it."""
 
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1), at_most(0.95, "too little is left to learn from")] = 0.0
     """Probability of zeroing an activation during training."""
 
-    init_from: str | None = Field(default=None, min_length=1, examples=["downloads/gpt2"])
+    init_from: PathText | None = Field(default=None, min_length=1, examples=["downloads/gpt2"])
     """Folder of a Hugging Face model whose weights the training begins with; `family: auto` takes its sizes, too."""
 
     export_vocab_size: PositiveInt | None = Field(default=None, examples=[50257])

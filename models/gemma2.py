@@ -13,16 +13,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipekit.errors import ConfigError
 from pipekit.models.decoder import DecoderFamily, decoder_sizes
-from pipekit.models.family import TransformerFamily
+from pipekit.models.family import TransformerFamily, Width
 
 
 class GemmaFamily(DecoderFamily):
     """A decoder with a scaled embedding, weights of norms that are added to 1, and blocks of two kinds."""
 
-    head_size: PositiveInt | None = Field(default=256, examples=[64])
+    head_size: Width | None = Field(default=256, examples=[64])
     """Width of a head; null is `hidden_size / num_heads`."""
 
-    query_size: PositiveInt = Field(default=256, examples=[256])
+    query_size: Width = Field(default=256, examples=[256])
     """Scores of attention are divided by the square root of this."""
 
     tied_embedding: bool = True

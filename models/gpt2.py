@@ -9,10 +9,12 @@ import math
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from pipekit.models.family import (
     AttentionHeads,
+    Epsilon,
+    InitStd,
     LossChunk,
     TensorRename,
     TransformerFamily,
@@ -77,10 +79,10 @@ class GPT2Config(TransformerFamily):
     tied_embedding: bool = True
     """The head shares the weight of the token embedding."""
 
-    layer_norm_eps: PositiveFloat = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
     """Added to the variance in every layer norm."""
 
-    init_std: NonNegativeFloat = 0.02
+    init_std: InitStd = 0.02
     """Standard deviation of the initial weights."""
 
     @property

@@ -11,10 +11,18 @@ from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from pipekit.errors import ConfigError
-from pipekit.models.family import LossChunk, TensorRename, TransformerFamily, preset_sizes, setting_error
+from pipekit.models.family import (
+    Epsilon,
+    InitStd,
+    LossChunk,
+    TensorRename,
+    TransformerFamily,
+    preset_sizes,
+    setting_error,
+)
 from pipekit.settings.base import alternatives
 
 if TYPE_CHECKING:
@@ -96,10 +104,10 @@ class GPTNeoXConfig(TransformerFamily):
     tied_embedding: bool = False
     """The head shares the weight of the token embedding."""
 
-    layer_norm_eps: PositiveFloat = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
     """Added to the variance in every layer norm."""
 
-    init_std: NonNegativeFloat | None = Field(default=None, examples=[0.02])
+    init_std: InitStd | None = Field(default=None, examples=[0.02])
     """Standard deviation of the initial weights; null takes those of the paper, which follow from the width and, for
     the last projection of attention and MLP, the number of blocks."""
 

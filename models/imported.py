@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipekit.errors import ConfigError
+from pipekit.files import parse_json, read_regular
 from pipekit.models import find_families
 from pipekit.models.family import TransformerFamily
 from pipekit.settings.base import alternatives
 
 HF_CONFIG_FILE = "config.json"
+_MAX_BYTES = 10_000_000
 
 
 def read_hf_folder(folder: Path) -> TransformerFamily:
@@ -28,7 +29,7 @@ def load_hf_config(folder: Path) -> dict[str, Any]:
     """Content of the `config.json` of a folder; a ConfigError if there is none."""
     path = folder / HF_CONFIG_FILE
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(read_regular(path, max_bytes=_MAX_BYTES))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; give the folder of a Hugging Face model, which holds {HF_CONFIG_FILE} and "

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import PositiveFloat
-
 from pipekit.models.decoder import DecoderFamily, decoder_sizes
+from pipekit.models.family import Epsilon
 
 _COMMON: dict[str, Any] = {"rotary_base": 500_000.0, "rms_norm_eps": 1e-6}
 
@@ -38,7 +37,7 @@ class OLMo2Config(DecoderFamily):
     preset: Literal["olmo-2-1b", "olmo-2-7b", "olmo-2-13b", "olmo-2-32b"] | None = None
     """Named sizes; any size given beside it takes precedence."""
 
-    rms_norm_eps: PositiveFloat = 1e-5
+    rms_norm_eps: Epsilon = 1e-5
     """Added to the mean square in every norm."""
 
     attention_bias: bool = False

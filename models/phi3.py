@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from pipekit.models.decoder import DecoderFamily, decoder_sizes
+from pipekit.models.family import Epsilon
 
 
 class Phi3Config(DecoderFamily):
@@ -39,7 +40,7 @@ class Phi3Config(DecoderFamily):
     preset: Literal["phi-3-mini-4k", "phi-4"] | None = None
     """Named sizes; any size given beside it takes precedence."""
 
-    rms_norm_eps: PositiveFloat = 1e-5
+    rms_norm_eps: Epsilon = 1e-5
     """Added to the mean square in every norm."""
 
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -50,13 +50,13 @@ def version(
 
 def main() -> None:
     """Run the command line. An error is one message, and ends with the exit code of its class."""
-    from pipekit.errors import PipekitError
+    from pipekit.errors import PipekitError, printable
 
     try:
         app()
     except PipekitError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -6,7 +6,24 @@ shows the message alone, without a traceback, and ends with the exit code of its
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
+
+# C0 and C1 except tabs and line ends, halves of surrogate pairs, and what turns the direction of the text around it.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal shows as it is: control characters are written as escapes.
+
+    Messages quote file names, keys and texts that come from anywhere; none of them may move the cursor, change the
+    window's title or hide what stands beside them.
+
+    Example:
+        >>> printable("runs/a\\x1b[31m")
+        'runs/a\\\\x1b[31m'
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class ExitCode(IntEnum):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +17,31 @@ from typing import Any
 from pipekit.errors import PipekitError
 
 _LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
+
+
+def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
+    """Return the content of a regular file, of at most `max_bytes`. Pipes and devices, which may not end, are refused.
+
+    Raises:
+        OSError: if it cannot be read, is no regular file, or is longer; `strerror` says which.
+    """
+    # A pipe that nobody writes to would hold up an ordinary open.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is a pipe or a device, and only files are read", str(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"is longer than {max_bytes:,} bytes", str(path))
+    return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. A ValueError if it is none, or nested deeper than anybody writes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -39,7 +39,7 @@ def command(
     overrides: Overrides = None,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help="Compare every layout over so many devices.", show_default=False),
+        typer.Option(min=1, max=100_000, help="Compare every layout over so many devices.", show_default=False),
     ] = None,
     device: Annotated[
         str | None,

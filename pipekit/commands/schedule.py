@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,12 @@ def command(
     name: Annotated[
         str, typer.Argument(help="gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-v, auto, or a CSV file.", show_default=False)
     ],
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline ranks.")] = 4,
-    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 8,
+    pp: Annotated[int, typer.Option(min=1, max=1024, help="Pipeline ranks.")] = 4,
+    micro_batches: Annotated[int, typer.Option(min=1, max=65536, help="Micro-batches of a step.")] = 8,
     stages_per_rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Stages on each rank; what the schedule is made for unless given.", show_default=False
+            min=1, max=1000, help="Stages on each rank; what the schedule is made for unless given.", show_default=False
         ),
     ] = None,
     costs: Annotated[
@@ -48,6 +49,8 @@ def command(
     per_rank = stages_per_rank or default_stages_per_rank(name)
     try:
         forward_s, inputs_s, weights_s = (float(cost) / 1000 / per_rank for cost in costs.split(","))
+        if not all(0 <= cost < math.inf for cost in (forward_s, inputs_s, weights_s)):
+            raise ValueError
     except ValueError:
         raise ConfigError(
             f"--costs {costs} must be three numbers, the milliseconds of a forward, an input gradient and a weight "

@@ -16,7 +16,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import run_plan
 from pipekit.launch.network import gloo_environ
-from pipekit.launch.resources import find_resources, thread_environ
+from pipekit.launch.resources import check_process_count, find_resources, thread_environ
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import error_file_from, report_failure
@@ -61,7 +61,7 @@ def start(config: Config) -> None:
     """Plan a run, show the plan, and run its ranks as processes on this machine."""
     # Whatever can be refused without torch is refused before it is imported.
     resources = find_resources(os.environ, config)
-    _check_degrees(config, resources)
+    check_process_count(_check_degrees(config, resources), "parallel")
     from pipekit.plan.run_folder import RunFolder
 
     folder = RunFolder(config.run.dir)
@@ -128,9 +128,12 @@ def join(config: Config, ranks: RankEnvironment) -> None:
     )
 
 
-def _check_degrees(config: Config, resources: Resources) -> None:
+def _check_degrees(config: Config, resources: Resources) -> int:
+    """Check that the degrees fit the processes or the devices, and return the number of ranks, or 1 if it is chosen."""
     from pipekit.config import plan_batch, resolve_layout
 
     if not config.parallel.auto:
         layout = resolve_layout(config, world_size=resources.world_size, num_devices=resources.num_gpus)
         plan_batch(config, layout.dp)
+        return layout.world_size
+    return 1

@@ -1,6 +1,7 @@
 """The configuration keys of DeepSpeed 0.19, so that a misspelt one is refused: DeepSpeed itself ignores it.
 
-The table holds names alone; DeepSpeed checks the values. A test compares it with the installed DeepSpeed.
+The table holds names alone; `pipekit.config.deepspeed_values` has the values. A test compares it with the installed
+DeepSpeed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ of the command line, that it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from pydantic import ValidationError
 
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, printable
+from pipekit.files import read_regular
 from pipekit.models import family_of, find_families, preset_families
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import ModelFamily
 from pipekit.models.imported import read_hf_folder
-from pipekit.settings.base import Fault, Section, alternatives, config_error, show
+from pipekit.settings.base import Fault, Section, alternatives, check_path, config_error, show
 from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.suggest import closest, suggest_key
 from pipekit.settings.yaml_source import read_yaml
@@ -31,6 +32,7 @@ ModelConfigSource = Config | ModelFamily | Mapping[str, Any] | str | Path
 """Description of a model that there is already; see `load_model_config`."""
 
 _EXAMPLES = {"model": "{preset: tiny}", "train": "{steps: 300}", "deepspeed": "{wall_clock_breakdown: true}"}
+_MAX_BYTES = 2_000_000  # every key written out takes some thousands
 _BUILDER = "my_package.my_model:build_layers"
 
 
@@ -51,6 +53,12 @@ class Draft:
         self.values: dict[str, Any] = {}
         self.places: dict[KeyPath, _Place] = {}
         self.faults: list[tuple[_Place, str]] = []
+        self.unread_lines: set[int] = set()
+
+    @property
+    def is_full(self) -> bool:
+        """True if there are more faults than anybody reads, so that no more remedies are looked for."""
+        return len(self.faults) > 100
 
     def place_of(self, key: KeyPath) -> _Place:
         """Return the place of a key, or else of the nearest key above it."""
@@ -61,6 +69,8 @@ class Draft:
         """Note a fault at the place of its key."""
         given = [key for key in (fault.key, *fault.partners) if key in self.places]
         place = self.place_of(given[0] if given else fault.key)
+        if place.override is None and place.line in self.unread_lines:
+            return  # The value there is none, and that has been said.
         message = fault.message
         dotted = ".".join(fault.key)
         if place.override and place.override.startswith(f"{dotted}=") and message.startswith(f"{dotted}: "):
@@ -217,17 +227,7 @@ def read_draft(path: str | Path, overrides: Iterable[str]) -> Draft:
 
 def read_file(draft: Draft, path: Path) -> None:
     """Put the values of a YAML file into a draft. A ConfigError where there is no mapping."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{_nearby(path)}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, not a YAML file{_nearby(path / 'config.yaml')}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    source = read_yaml(text)
+    source = read_yaml(read_config_text(path))
     for line, message in source.faults:
         label = f"{path}:{line}" if line else str(path)
         draft.faults.append((_Place(label, line or 0), message))
@@ -236,8 +236,41 @@ def read_file(draft: Draft, path: Path) -> None:
     if not isinstance(source.value, dict):
         fault = "is empty" if source.value is None else f"must be a mapping of sections, not {show(source.value)}"
         raise ConfigError(f"{path}: {fault}; it needs at least\n  model: {{preset: tiny}}\n  train: {{steps: 300}}")
+    draft.unread_lines = {line for line, _ in source.faults if line}
     draft.values = source.value
     draft.places = {key: _Place(f"{path}:{line}", line) for key, line in source.lines.items()}
+    if controls := list(_find_controls(source.value)):
+        for control in controls:
+            draft.add(control)
+        raise draft.error()
+
+
+def _find_controls(value: Any, key: KeyPath = ()) -> Iterator[Fault]:
+    """Faults of texts that would not show on a terminal as they are."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _find_controls(name, (*key, name))
+            yield from _find_controls(item, (*key, name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _find_controls(item, key)
+    elif isinstance(value, str) and printable(value) != value:
+        dotted = ".".join(key)
+        yield Fault(key, f"{dotted}: holds a control character, in {show(value)}; retype it")
+
+
+def read_config_text(path: Path) -> str:
+    """Return the text of a YAML file. A ConfigError where there is none, or more than a configuration can be."""
+    try:
+        return read_regular(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{_nearby(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a YAML file{_nearby(path / 'config.yaml')}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; a configuration is a YAML file") from None
 
 
 def _nearby(path: Path) -> str:
@@ -265,7 +298,13 @@ def apply_override(draft: Draft, override: str) -> None:
         return
     source = read_yaml(text)
     if source.faults:
-        draft.faults.append((place, f"{override}: the value is not valid YAML; try {dotted}='\"...\"', with quotes"))
+        (_, why), *_ = source.faults
+        if why.startswith("not valid YAML"):
+            why = f"the value is not valid YAML; try {dotted}='\"...\"', with quotes"
+        draft.faults.append((place, f"{override}: {why}"))
+        return
+    if controls := list(_find_controls(source.value, key)):
+        draft.faults += [(place, fault.message) for fault in controls]
         return
     draft.set(key, source.value, place)
 
@@ -281,7 +320,8 @@ def _finish(draft: Draft, *, default_dir: str | None) -> Config:
     sections: dict[str, Any] = {}
     for name in draft.values:
         if name not in Config.model_fields:
-            draft.add(Fault((str(name),), f"{name}: unknown section; {suggest_key(str(name), (), keys)}"))
+            remedy = "" if draft.is_full else f"; {suggest_key(str(name), (), keys)}"
+            draft.add(Fault((str(name),), f"{name}: unknown section{remedy}"))
     for name in Config.model_fields:
         section = _check_section(draft, name, keys, default_dir) if name != "model" or knows_model else None
         if section is not None:
@@ -309,7 +349,11 @@ def _take_over_source(draft: Draft) -> bool:
             message = "model.family=auto: needs the folder of a Hugging Face model, in which it is read"
             draft.add(Fault(("model", "family"), f"{message}; for example model.init_from=downloads/gpt2"))
         return not is_auto
-    folder = Path(source).expanduser()
+    try:
+        folder = Path(check_path(source)).expanduser()
+    except ValueError as error:
+        draft.add(Fault(("model", "init_from"), f"model.init_from={show(source)}: {error}"))
+        return False
     if is_auto:
         try:
             stored = read_hf_folder(folder).model_dump(exclude={"preset"})
@@ -356,7 +400,8 @@ def _check_section(draft: Draft, name: str, keys: dict[str, list[str]], default_
     # Unknown keys are set aside, so that what is left can still be checked for everything else.
     for key in values:
         if key not in section.model_fields:
-            draft.add(unknown_key_fault(section, (name, str(key)), keys))
+            place = (name, str(key))
+            draft.add(Fault(place, f"{name}.{key}") if draft.is_full else unknown_key_fault(section, place, keys))
     values = {key: value for key, value in values.items() if key in section.model_fields}
     try:
         return section.model_validate(values)

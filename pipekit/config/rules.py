@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config.deepspeed_keys import check_deepspeed_keys
+from pipekit.config.deepspeed_values import check_deepspeed_values
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from pipekit.config.callbacks_config import LayersCallbacksConfig
     from pipekit.config.schema import DataConfig, OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
     from pipekit.models.family import ModelFamily
+
+
+MOST_PROCESSES = 100_000
+_MOST_ACTIONS = 1_000_000
 
 
 def check_rules(sections: Mapping[str, Any]) -> list[Fault]:
@@ -180,6 +185,32 @@ def stages_have_layers(model: ModelFamily, parallel: ParallelConfig) -> Iterator
             "parallel.pp model.num_layers",
             f"parallel.pp={parallel.pp}{product} stages are more than the model's {num_layers} layers "
             f"({model.layer_count}); try parallel.pp={num_layers // per_rank} or less",
+        )
+
+
+def processes_are_possible(parallel: ParallelConfig) -> Iterator[Fault]:
+    """No run has had more processes."""
+    number = parallel.pp * parallel.tp * (1 if parallel.dp == "auto" else parallel.dp)
+    if number > MOST_PROCESSES:
+        yield rule_fault(
+            "parallel.dp parallel.pp parallel.tp",
+            f"parallel.pp={parallel.pp} x parallel.tp={parallel.tp} x parallel.dp={parallel.dp} are {number:,} "
+            f"processes, and no run has had more than {MOST_PROCESSES:,}; lower one of them",
+        )
+
+
+def table_can_be_planned(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """The table of a schedule has an action for each stage and micro-batch."""
+    dp = 1 if parallel.dp == "auto" else parallel.dp
+    stages = _num_stages(parallel) or parallel.pp
+    num_micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
+    if stages * num_micro_batches > _MOST_ACTIONS:
+        yield rule_fault(
+            "train.global_batch_size train.micro_batch_size parallel.dp",
+            f"train.global_batch_size={train.global_batch_size} with train.micro_batch_size={train.micro_batch_size} "
+            f"makes {num_micro_batches:,} micro-batches of a step, each of which passes {stages} stages, and more than "
+            f"{_MOST_ACTIONS:,} such actions are not planned; raise train.micro_batch_size, or lower "
+            "train.global_batch_size",
         )
 
 
@@ -364,5 +395,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("optimizer",), momentum_is_for_sgd),
     (("train", "data"), evaluation_has_text),
     (("deepspeed",), check_deepspeed_keys),
+    (("deepspeed",), check_deepspeed_values),
+    (("parallel",), processes_are_possible),
+    (("train", "parallel"), table_can_be_planned),
 )
 """Every rule, with the sections that it reads."""

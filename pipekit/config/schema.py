@@ -29,20 +29,30 @@ from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
 from pipekit.models import family_of, find_families
 from pipekit.models.custom import CustomModelConfig
-from pipekit.models.family import ModelFamily
+from pipekit.models.family import LONGEST_SEQUENCE, ModelFamily
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
-from pipekit.settings.base import Section, config_error, switch
+from pipekit.settings.base import FolderText, PathText, Section, at_least, at_most, check_path, config_error, switch
 from pipekit.settings.yaml_source import write_yaml
+
+Degree = Annotated[PositiveInt, at_most(100_000, "no machine has had more processes in one run")]
+
+TimeLimit = Annotated[
+    PositiveFloat,
+    at_least(0.1, "no process answers sooner"),
+    at_most(2_592_000, "that is 30 days, and no wait for a process is worth more"),
+]
+
+Threads = Annotated[PositiveInt, at_most(1024, "no machine has more cores for one process")]
 
 
 class RunConfig(Section):
     """Folder, device and threads of a run."""
 
-    dir: str = Field(default="runs/run", min_length=1, examples=["runs/my-run"])
+    dir: FolderText = Field(default="runs/run", min_length=1, examples=["runs/my-run"])
     """Folder of the run: checkpoints, logs and the resolved configuration. Relative to the working directory.
     `load_config` names it after the YAML file where it is not given: `runs/<name of the file>`."""
 
-    timeout_s: PositiveFloat = Field(default=600.0, examples=[600])
+    timeout_s: TimeLimit = Field(default=600.0, examples=[600])
     """No wait for another rank lasts longer than this many seconds."""
 
     restarts: NonNegativeInt = Field(default=0, examples=[3])
@@ -52,7 +62,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; `auto` takes the GPUs where there are any."""
 
-    threads_per_process: PositiveInt | Literal["auto"] = Field(default="auto", examples=[4])
+    threads_per_process: Threads | Literal["auto"] = Field(default="auto", examples=[4])
     """CPU threads of each process; `auto` divides the cores among them."""
 
     trial: str | None = Field(default=None, min_length=1, examples=["my_package.my_trial:MyTrial"])
@@ -66,17 +76,17 @@ class ParallelConfig(Section):
     """Take the best plan for the devices present: `parallel: auto` for short. It chooses `pp`, `dp`, `zero`,
     `schedule`, `stages_per_rank` and `partition`, `train.micro_batch_size` and `train.activation_checkpointing`."""
 
-    pp: PositiveInt = Field(default=1, examples=[2])
+    pp: Degree = Field(default=1, examples=[2])
     """Pipeline-parallel degree: the number of ranks that a model is spread over."""
 
-    tp: PositiveInt = Field(default=1, examples=[2])
+    tp: Degree = Field(default=1, examples=[2])
     """Tensor-parallel degree: the number of ranks that each layer is sharded over."""
 
     sequence_parallel: bool = True
     """For `tp` > 1: each tensor-parallel rank keeps only its shard of the sequence of activations between layers that
     can work on shards. It takes less memory, and computes the same."""
 
-    dp: PositiveInt | Literal["auto"] = Field(default="auto", examples=[2])
+    dp: Degree | Literal["auto"] = Field(default="auto", examples=[2])
     """Data-parallel degree; `auto` fills the processes, or the GPUs, that there are, and is 1 on a CPU."""
 
     order: Annotated[Order, Field(strict=False)] = Field(default=DEFAULT_ORDER, examples=[["pipe", "data", "tensor"]])
@@ -116,7 +126,9 @@ class ParallelConfig(Section):
     """Pipeline schedule: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
     steps and plans the best for them, or a CSV file with a table of your own."""
 
-    stages_per_rank: PositiveInt | None = Field(default=None, examples=[2])
+    stages_per_rank: Annotated[PositiveInt, at_most(1000, "more stages only add messages")] | None = Field(
+        default=None, examples=[2]
+    )
     """Stages on each pipeline rank; null is the number that the schedule is made for: 2 under `interleaved-1f1b` and
     `zb-v`, and 1 under the others."""
 
@@ -134,7 +146,9 @@ class ParallelConfig(Section):
     @field_validator("schedule")
     @classmethod
     def _known_schedule(cls, schedule: str) -> str:
-        if schedule not in SCHEDULE_NAMES and not is_file(schedule):
+        if is_file(schedule):
+            return check_path(schedule)
+        if schedule not in SCHEDULE_NAMES:
             close = difflib.get_close_matches(schedule, SCHEDULE_NAMES, n=1) or ["1f1b"]
             rule = f"must be {', '.join(SCHEDULE_NAMES)}, or the path of a .csv file with a table"
             raise ValueError(f"{rule}; for example {close[0]}")
@@ -184,25 +198,35 @@ class ParallelConfig(Section):
 class TrainConfig(Section):
     """Length of the training, batch sizes and precision."""
 
-    steps: PositiveInt = Field(default=..., examples=[300])
+    steps: Annotated[PositiveInt, at_most(10**12, "at a step a millisecond they take 30 years")] = Field(
+        default=..., examples=[300]
+    )
     """Optimizer steps of the whole run."""
 
-    global_batch_size: PositiveInt = Field(default=8, examples=[8])
+    global_batch_size: Annotated[
+        PositiveInt, at_most(10**8, "batches of some millions of sequences are the largest in use")
+    ] = Field(default=8, examples=[8])
     """Sequences per optimizer step, over all ranks: `micro_batch_size` x number of micro-batches x `dp`."""
 
-    micro_batch_size: PositiveInt = Field(default=1, examples=[1])
+    micro_batch_size: Annotated[PositiveInt, at_most(10**6, "no device holds so many sequences")] = Field(
+        default=1, examples=[1]
+    )
     """Sequences that one rank computes at a time."""
 
-    sequence_length: PositiveInt = Field(default=128, examples=[128])
+    sequence_length: Annotated[PositiveInt, at_most(10**8, LONGEST_SEQUENCE)] = Field(default=128, examples=[128])
     """Tokens per sequence."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the computation; `auto` is bf16 on GPUs, and fp32 on CPUs."""
 
-    seed: NonNegativeInt = Field(default=1234, examples=[1234])
+    seed: Annotated[NonNegativeInt, at_most(2**63 - 1, "random generators take 63 bits")] = Field(
+        default=1234, examples=[1234]
+    )
     """Seeds the initial weights, dropout and the order of the data."""
 
-    gradient_clipping: NonNegativeFloat = Field(default=1.0, examples=[1.0])
+    gradient_clipping: Annotated[NonNegativeFloat, at_least(1e-12, "no weight would change", allows_zero=True)] = Field(
+        default=1.0, examples=[1.0]
+    )
     """Largest norm of the whole gradient; 0 switches clipping off."""
 
     activation_checkpointing: bool = False
@@ -224,7 +248,7 @@ class TrainConfig(Section):
     eval_interval: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between evaluations; null never evaluates."""
 
-    eval_batches: PositiveInt = Field(default=8, examples=[8])
+    eval_batches: Annotated[PositiveInt, at_most(10**9, "an evaluation would not end")] = Field(default=8, examples=[8])
     """Global batches per evaluation."""
 
     freeze: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = Field(
@@ -265,7 +289,11 @@ class OptimizerConfig(Section):
     type: Literal["adamw", "adam", "sgd"] = "adamw"
     """The algorithm."""
 
-    lr: PositiveFloat = Field(default=3e-4, examples=[3e-4])
+    lr: Annotated[
+        PositiveFloat,
+        at_least(1e-15, "no weight in 32 bits would change"),
+        at_most(1000, "no training survives its first step"),
+    ] = Field(default=3e-4, examples=[3e-4])
     """Peak learning rate."""
 
     betas: Annotated[
@@ -273,10 +301,16 @@ class OptimizerConfig(Section):
     ] = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
     """Decay of Adam's averages of the gradient and of its square."""
 
-    eps: PositiveFloat = Field(default=1e-8, examples=[1e-8])
+    eps: Annotated[
+        PositiveFloat,
+        at_least(1e-30, "it would be 0 in 32 bits"),
+        at_most(1000, "the updates would vanish"),
+    ] = Field(default=1e-8, examples=[1e-8])
     """Added to the denominator of Adam."""
 
-    weight_decay: NonNegativeFloat = Field(default=0.1, examples=[0.1])
+    weight_decay: Annotated[NonNegativeFloat, at_most(1000, "the weights would vanish")] = Field(
+        default=0.1, examples=[0.1]
+    )
     """Strength of the decay towards zero of weight matrices."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, examples=[0.9])
@@ -302,16 +336,18 @@ class SchedulerConfig(Section):
 class DataConfig(Section):
     """The text to train on, and how it becomes tokens."""
 
-    source: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+    source: PathText | Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)] = Field(
         default="python-stdlib", examples=["data/my-text.txt"]
     )
     """A text file, a .jsonl file, a folder of them, or a list of these, relative to the working directory;
     `python-stdlib` is the source code of Python's standard library, which every machine has."""
 
-    tokenizer: str | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
+    tokenizer: PathText | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
     """Path of a `tokenizer.json`; null trains a byte-pair tokenizer on the source."""
 
-    vocab_size: PositiveInt = Field(default=4096, examples=[4096])
+    vocab_size: Annotated[PositiveInt, at_most(10**6, "the largest in use have a quarter of that")] = Field(
+        default=4096, examples=[4096]
+    )
     """Size of the tokenizer that is trained where `tokenizer` is null."""
 
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, examples=[0.05])
@@ -323,7 +359,7 @@ class DataConfig(Section):
     shuffle: bool = True
     """Draw a new order of the sequences in every epoch."""
 
-    cache_dir: str | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
+    cache_dir: PathText | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
     """Folder of the prepared tokens; null means `~/.cache/pipekit`."""
 
     max_bytes: PositiveInt | None = Field(default=None, examples=[10_000_000])
@@ -341,7 +377,9 @@ class _CheckpointFields(Section):
     interval: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between checkpoints; null saves only at the end."""
 
-    resume: str = Field(default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"])
+    resume: FolderText = Field(
+        default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"]
+    )
     """`auto` goes on from the newest checkpoint of the run folder, `never` starts anew, and anything else is
     the path of a checkpoint folder."""
 

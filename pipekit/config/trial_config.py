@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipekit.config.callbacks_config import CallbacksConfig
-from pipekit.config.load import Draft, read_draft
-from pipekit.settings.base import Fault, Section, show
+from pipekit.config.load import Draft, read_config_text, read_draft
+from pipekit.config.schema import Degree, Threads, TimeLimit
+from pipekit.errors import ConfigError
+from pipekit.settings.base import Fault, FolderText, PathText, Section, at_most, show
 from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.yaml_source import read_yaml
 
@@ -46,20 +48,20 @@ class PeriodConfig(Section):
 class TrialRunConfig(Section):
     """Folder, device and processes of a trial."""
 
-    dir: str = Field(default="runs/trial", min_length=1, examples=["runs/my-trial"])
+    dir: FolderText = Field(default="runs/trial", min_length=1, examples=["runs/my-trial"])
     """Folder of the run: checkpoints, logs and metrics. Relative to the working directory; `pipekit train` names it
     after the YAML file where it is not given."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; `auto` takes the GPUs where there are any."""
 
-    processes: PositiveInt | Literal["auto"] = Field(default="auto", examples=[2])
+    processes: Degree | Literal["auto"] = Field(default="auto", examples=[2])
     """Number of processes that `pipekit train` starts; `auto` is the number of GPUs, or 1 on a CPU."""
 
-    threads_per_process: PositiveInt | Literal["auto"] = Field(default="auto", examples=[4])
+    threads_per_process: Threads | Literal["auto"] = Field(default="auto", examples=[4])
     """CPU threads of each process; `auto` divides the cores among them."""
 
-    timeout_s: PositiveFloat = Field(default=600.0, examples=[600])
+    timeout_s: TimeLimit = Field(default=600.0, examples=[600])
     """No wait for another rank lasts longer than this many seconds."""
 
     restarts: NonNegativeInt = Field(default=0, examples=[3])
@@ -85,7 +87,7 @@ class FitConfig(Section):
     checkpoint_policy: Literal["all", "best", "none"] = "best"
     """Checkpoints after validations: all, those better than all before, or none."""
 
-    latest_checkpoint: str | None = Field(default=None, min_length=1, examples=["runs/my-trial", "never"])
+    latest_checkpoint: PathText | None = Field(default=None, min_length=1, examples=["runs/my-trial", "never"])
     """The checkpoint to go on from: a path, or `never`; null takes the newest of the run folder."""
 
     best_metric: str | None = Field(default=None, min_length=1, examples=["loss"])
@@ -116,7 +118,9 @@ class TrialConfig(Section):
     data: dict[str, Any] = Field(default={}, examples=[{"path": "data/images"}])
     """Anything that the trial wants to know of its data, as `context.get_data_config()`."""
 
-    seed: NonNegativeInt = Field(default=1, examples=[1])
+    seed: Annotated[NonNegativeInt, at_most(2**63 - 1, "random generators take 63 bits")] = Field(
+        default=1, examples=[1]
+    )
     """Seed of everything random: of the trial's constructor, of loaders that have none, and of each batch."""
 
     run: TrialRunConfig = TrialRunConfig()
@@ -135,9 +139,10 @@ _SECTIONS: dict[str, type[Section]] = {"run": TrialRunConfig, "fit": FitConfig, 
 def names_trial(path: str | Path) -> bool:
     """True if a YAML file is the configuration of a trial: it has the key `trial`."""
     try:
-        value = read_yaml(Path(path).read_text(encoding="utf-8-sig")).value
-    except (OSError, UnicodeDecodeError):
-        return False
+        text = read_config_text(Path(path))
+    except ConfigError:
+        return False  # whoever reads it as one of layers says why
+    value = read_yaml(text).value if "trial" in text else None
     return isinstance(value, dict) and "trial" in value
 
 

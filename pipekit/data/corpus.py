@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 import logging
 import math
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TextIO
 
 from pipekit.errors import DataError
+from pipekit.files import parse_json
+from pipekit.settings.base import show
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +145,23 @@ def _find_files(source: str) -> list[CorpusFile]:
                 raise DataError(f"data.source={source!r}: {rule}; give {_WHAT_TO_GIVE}")
             return files
         if path.is_file():
-            return [_describe_file(path, is_named=True)]
+            file = _describe_file(path, is_named=True)
+            if not file.num_bytes and _has_content(path):
+                raise DataError(
+                    f"data.source={source!r}: the file holds more than the 0 bytes that its size says, as those of "
+                    "/proc do; give a copy of it"
+                )
+            return [file]
     except OSError as error:
-        raise DataError(f"data.source={source!r}: {error.strerror or error}") from error
+        raise DataError(f"data.source={show(source)}: {error.strerror or error}") from error
     guess = difflib.get_close_matches(source.lower(), [STDLIB_SOURCE], cutoff=0.6)
     hint = f"did you mean '{guess[0]}'?" if guess else f"give {_WHAT_TO_GIVE}"
     raise DataError(f"data.source={source!r}: no such file or folder (looked at {path.absolute()}); {hint}")
+
+
+def _has_content(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return bool(stream.read(1))
 
 
 def _find_stdlib_files() -> list[CorpusFile]:
@@ -197,11 +209,33 @@ def _read_file(file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tupl
             yield from _split_passages(stream, max_chars)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file.path}: not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, as with "
+            f"{file.path}: not UTF-8 text ({_find_wrong_byte(file.path)}); convert it, as with "
             f"'iconv -f latin1 -t utf-8', or take it out of data.source"
         ) from error
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+
+
+def _find_wrong_byte(path: Path) -> str:
+    """Value and place of the first byte of a file that is not UTF-8."""
+    line, column, offset, rest = 1, 1, 0, b""
+    with path.open("rb") as stream:
+        while True:
+            chunk = stream.read(1 << 20)
+            data = rest + chunk
+            try:
+                text, rest, is_wrong = data.decode(), b"", False
+            except UnicodeDecodeError as error:
+                text, rest = data[: error.start].decode(), data[error.start :]
+                # A character may be cut by the end of the chunk.
+                is_wrong = len(rest) > 3 or not chunk
+            offset += len(data) - len(rest)
+            line += text.count("\n")
+            column = len(text) - text.rfind("\n") if "\n" in text else column + len(text)
+            if is_wrong:
+                return f"byte {rest[0]:#04x} in line {line}, column {column}, at offset {offset:,}"
+            if not chunk:
+                return "it has changed while it was read"
 
 
 def _split_passages(stream: TextIO, max_chars: int) -> Iterator[tuple[str, bool]]:
@@ -225,7 +259,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
                 continue
             place = f"{path}:{line_number}"
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = parse_json(line.decode("utf-8-sig"))
             except ValueError as error:  # both of undecodable bytes and of malformed JSON
                 rule = f"not a JSON object on one line ({error}); correct or delete the line"
                 raise DataError(f"{place}: {rule}") from error
@@ -233,7 +267,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
                 rule = f'each must be an object such as {{"{text_key}": "..."}}'
                 raise DataError(f"{place}: the line is {_json_type(row)}, and {rule}")
             if text_key not in row:
-                keys = ", ".join(repr(key) for key in list(row)[:8]) or "no key"
+                keys = ", ".join(repr(show(key)) for key in list(row)[:8]) or "no key"
                 raise DataError(
                     f"{place}: no key {text_key!r} (the line has {keys}); set data.text_key to the one with the text"
                 )

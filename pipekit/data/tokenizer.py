@@ -16,9 +16,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipekit.errors import DataError
+from pipekit.files import parse_json, read_regular
 
 END_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and the end-of-text token
+MAX_VOCAB_SIZE = 1 << 24
 TOKENIZER_FILE = "tokenizer.json"
 SIDE_FILES = (
     "tokenizer_config.json",
@@ -31,6 +33,7 @@ SIDE_FILES = (
 
 # What the common families call the token that ends a document, where no tokenizer_config.json says it.
 _KNOWN_END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+_MAX_SIDE_BYTES = 100_000_000
 _PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
 
 
@@ -52,12 +55,24 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without any special token."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        with self._encoding():
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Return the token ids `(N,)` of each text, without any special token."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        with self._encoding():
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    @contextlib.contextmanager
+    def _encoding(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                f"data.tokenizer: cannot encode the text: {error}; give a tokenizer that knows every text, such as one "
+                "of bytes, or leave data.tokenizer out to train one"
+            ) from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`."""
@@ -113,6 +128,12 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     if isinstance(named, dict):  # the long form of a token: {"content": "</s>", "lstrip": false, ...}
         named = named.get("content")
     candidates = [named] if isinstance(named, str) else list(_KNOWN_END_TOKENS)
+    last, largest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
+    if largest >= MAX_VOCAB_SIZE:
+        raise DataError(
+            f"data.tokenizer={str(path)!r}: the token {last!r} has the id {largest}, and an embedding needs a row for "
+            f"each id up to the largest; ids are below {MAX_VOCAB_SIZE:,}, counted from 0"
+        )
     for token in candidates:
         if backend.token_to_id(token) is not None:
             return _wrap(backend, token)
@@ -210,9 +231,11 @@ def _read_side_config(tokenizer_path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(read_regular(path, max_bytes=_MAX_SIDE_BYTES))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); correct it, or delete it") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; correct it, or delete it") from error
     return settings if isinstance(settings, dict) else {}
 
 

@@ -119,6 +119,20 @@ def count_gpus(device: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str
     return num_gpus
 
 
+def check_process_count(number: int, key: str) -> None:
+    """Check that this machine can start so many processes; `key` is what asks for them.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    most = max(64, 16 * num_usable_cpus())
+    if number > most:
+        raise ConfigError(
+            f"{key}: {number:,} processes are more than this machine of {num_usable_cpus()} cores runs, which starts "
+            f"{most} at most; ask for fewer, or start them on several machines"
+        )
+
+
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:
     """Number of devices that `CUDA_VISIBLE_DEVICES`, or ROCm's variable in its place, leaves visible.
 

@@ -16,6 +16,7 @@ from typing import Literal
 from pipekit.errors import LaunchError
 from pipekit.launch.environment import detect_ranks
 from pipekit.launch.local import run_processes
+from pipekit.launch.resources import check_process_count
 from pipekit.launch.restarts import start_until_done
 from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
 
@@ -54,6 +55,7 @@ def launch_script(
             f"pipekit launch starts the processes itself, and is already one that {ranks.launcher} has started; leave "
             f"it out, as in {ranks.launcher} {script}, or start pipekit launch alone"
         )
+    check_process_count(1 if processes == "auto" else processes, "--processes")
     logs = log_dir or Path("runs", script.stem, "logs")
 
     def start(goes_on: bool) -> None:

@@ -13,7 +13,7 @@ from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.local import run_processes
 from pipekit.launch.network import gloo_environ
-from pipekit.launch.resources import count_gpus
+from pipekit.launch.resources import check_process_count, count_gpus
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.run_lock import hold_run
@@ -106,6 +106,7 @@ def train_trial(config: TrialConfig) -> None:
 
     # Whatever can be refused is refused before a process is started.
     load_trial_class(config)
+    check_process_count(1 if config.run.processes == "auto" else config.run.processes, "run.processes")
     folder = RunFolder(config.run.dir)
 
     def start(goes_on: bool) -> None:

@@ -6,9 +6,12 @@ import csv
 from pathlib import Path
 
 from pipekit.errors import ConfigError, ScheduleError
+from pipekit.files import read_regular
 from pipekit.schedules.action import Action
 from pipekit.schedules.schedule import Schedule
 from pipekit.schedules.validate import validate
+
+_MAX_BYTES = 16_000_000  # of a million actions
 
 
 def write_csv(schedule: Schedule, path: str | Path) -> None:
@@ -29,11 +32,11 @@ def read_csv(path: str | Path) -> Schedule:
     rows: list[tuple[Action, ...]] = []
     try:
         # Spreadsheets begin a file with a byte order mark, and end it with lines of commas.
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                cells = next(csv.reader([line]), [])
-                if any(cell.strip() for cell in cells) and not line.lstrip().startswith("#"):
-                    rows.append(_read_row(cells, f"{path}:{number}"))
+        text = read_regular(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
+        for number, line in enumerate(text.splitlines(), start=1):
+            cells = next(csv.reader([line]), [])
+            if any(cell.strip() for cell in cells) and not line.lstrip().startswith("#"):
+                rows.append(_read_row(cells, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ScheduleError(f"{path}: cannot be read as a schedule: {reason}") from None

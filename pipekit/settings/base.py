@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, printable
 
 _MAX_SHOWN = 80
+_MAX_LINES = 10
+_MAX_LINE = 400
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 3500  # NAME_MAX and PATH_MAX of Linux, with room for files below a folder
 
 
 class Section(BaseModel):
@@ -45,6 +50,51 @@ def switch(section: type[Section]) -> BeforeValidator:
     return BeforeValidator(read, json_schema_input_type=bool | section | None)
 
 
+def at_most(limit: float, why: str) -> AfterValidator:
+    """Validator of a number that nobody means above `limit`; `why` ends the message."""
+
+    def check(value: Any) -> Any:
+        if value > limit:
+            raise ValueError(f"must be at most {limit:,}: {why}")
+        return value
+
+    return AfterValidator(check)
+
+
+def at_least(limit: float, why: str, *, allows_zero: bool = False) -> AfterValidator:
+    """Validator of a number that nobody means below `limit`; 0 may stand for something of its own."""
+
+    def check(value: Any) -> Any:
+        if value < limit and not (allows_zero and value == 0):
+            raise ValueError(f"must be at least {limit:,}: {why}")
+        return value
+
+    return AfterValidator(check)
+
+
+def check_path(text: str) -> str:
+    """Return a path as it is. A ValueError if no file can have it, or it begins with an unknown user's `~`."""
+    if printable(text) != text or "\t" in text or "\n" in text:
+        raise ValueError("holds a control character, which no path should; retype it")
+    data = text.encode()
+    if len(data) > _MAX_PATH_BYTES or any(len(name) > _MAX_NAME_BYTES for name in data.split(b"/")):
+        raise ValueError(f"is too long: a path has at most {_MAX_PATH_BYTES:,} bytes, and each name in it 255")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no user {text.partition('/')[0]}, whose home folder it names") from None
+    return text
+
+
+PathText = Annotated[str, AfterValidator(check_path)]
+"""Path of a file or folder, in which `~` is a home folder; it need not exist."""
+
+FolderText = Annotated[
+    PathText, AfterValidator(lambda text: str(Path(text).expanduser()) if text[0:1] == "~" else text)
+]
+"""A path that is kept with its `~` written out."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One mistake in a configuration.
@@ -67,10 +117,18 @@ def rule_fault(keys: str, message: str) -> Fault:
 
 
 def config_error(lines: Iterable[str]) -> ConfigError:
-    """Return one error that shows every line; a single line stands alone."""
+    """Return one error that shows the lines, the first ten of many; a single line stands alone."""
     lines = list(lines)
-    heading = [] if len(lines) == 1 else [f"{len(lines)} mistakes in the configuration:"]
-    return ConfigError("\n  ".join([*heading, *lines]))
+    heading = [] if len(lines) == 1 else [f"{len(lines):,} mistakes in the configuration:"]
+    more = [f"and {len(lines) - _MAX_LINES:,} more"] if len(lines) > _MAX_LINES else []
+    return ConfigError("\n  ".join([*heading, *map(_shorten, lines[:_MAX_LINES]), *more]))
+
+
+def _shorten(line: str) -> str:
+    line = printable(line)
+    if len(line) <= _MAX_LINE:
+        return line
+    return f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
 
 
 def alternatives(words: Iterable[object], last: str = "or") -> str:
@@ -99,9 +157,11 @@ def _typed(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return value if value and not any(character.isspace() for character in value) else repr(value)
+        value = value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN]
+        return value if value and value.isprintable() and " " not in value else repr(value)
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_typed(item)}' for key, item in value.items())}}}"
+        shown = (f"{key}: {_typed(item)}" for key, item in islice(value.items(), _MAX_SHOWN))
+        return f"{{{', '.join(shown)}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_typed, value))}]"
+        return f"[{', '.join(map(_typed, value[:_MAX_SHOWN]))}]"
     return str(value)

@@ -30,6 +30,8 @@ _FOREIGN_NAMES = {
     "logging.interval": "log_interval",
 }
 
+_MAX_WORD = 100  # what is longer is no misspelt word, and would take long to compare
+
 SYNONYMS = {name: key for key, names in _FOREIGN_NAMES.items() for name in names.split()}
 """Names of settings in other training programs, and the key of each here."""
 
@@ -41,6 +43,8 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
         >>> closest("setps", ["seed", "steps"])
         'steps'
     """
+    if len(word) > _MAX_WORD:
+        return None
     import difflib  # only needed once something is wrong
 
     matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)

@@ -11,6 +11,12 @@ from typing import Any
 
 import yaml
 
+from pipekit.errors import printable
+
+_MAX_DEPTH = 100
+_MAX_NODES = 100_000
+_MAX_DIGITS = 100
+
 Path = tuple[str, ...]
 
 _FLOAT = re.compile(
@@ -24,13 +30,36 @@ _RESOLVERS: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("merge", re.compile(r"<<"), "<"),
 )
 
-_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_COLLECTION_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
+_SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "null", "int", "float", "merge")}
 
 
 class YamlLoader(yaml.SafeLoader):
-    """A safe loader that reads plain words as YAML 1.2 does."""
+    """A safe loader that reads plain words as YAML 1.2 does, and nothing that is nested or long beyond all meaning."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.num_nodes = 0
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose one node, and count it."""
+        mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        self.count_node(mark, "holds")
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"values nested more than {_MAX_DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def count_node(self, mark: yaml.Mark, how: str) -> None:
+        """Count a value. A MarkedYAMLError if the text `how` more of them than anybody writes."""
+        self.num_nodes += 1
+        if self.num_nodes > _MAX_NODES:
+            raise yaml.MarkedYAMLError(None, None, f"the text {how} more than {_MAX_NODES:,} values", mark)
 
 
 class YamlDumper(yaml.SafeDumper):
@@ -50,12 +79,26 @@ for _tag, _pattern, _first in _RESOLVERS:
 
 def _construct_int(loader: YamlLoader, node: yaml.ScalarNode) -> int:
     text = node.value.replace("_", "").lower()
-    return int(text, 0) if "x" in text or "o" in text else int(text)
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} characters, and none here has more than {_MAX_DIGITS}")
+    try:
+        return int(text, 0) if "x" in text or "o" in text else int(text)
+    except ValueError:
+        raise ValueError("is no whole number") from None
 
 
 def _construct_float(loader: YamlLoader, node: yaml.ScalarNode) -> float:
     text = node.value.replace("_", "").lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    try:
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        raise ValueError("is no number") from None
+
+
+def _construct_bool(loader: YamlLoader, node: yaml.ScalarNode) -> bool:
+    if node.value.lower() not in ("true", "false"):
+        raise ValueError("is neither true nor false")
+    return bool(node.value.lower() == "true")
 
 
 def _represent_sequence(dumper: YamlDumper, value: list[Any] | tuple[Any, ...]) -> yaml.Node:
@@ -63,6 +106,7 @@ def _represent_sequence(dumper: YamlDumper, value: list[Any] | tuple[Any, ...]) 
     return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flow)
 
 
+YamlLoader.add_constructor("tag:yaml.org,2002:bool", _construct_bool)
 YamlLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 YamlLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 YamlDumper.add_representer(list, _represent_sequence)
@@ -96,6 +140,8 @@ def read_yaml(text: str) -> YamlSource:
         loader = YamlLoader(text)
         node = loader.get_single_node()
         if node is not None:
+            # Aliases stand for values that are counted wherever they are written out.
+            loader.num_nodes = 0
             source.value = _construct(loader, node, (), source, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -120,11 +166,12 @@ def write_yaml(value: Any) -> str:
 def _construct(
     loader: YamlLoader, node: yaml.Node, path: Path, source: YamlSource, above: tuple[yaml.Node, ...]
 ) -> Any:
+    loader.count_node(node.start_mark, "stands, with its aliases written out, for")
     if node in above:
         source.faults.append((node.start_mark.line + 1, "an alias that contains itself; write the value out"))
         return None
     above = (*above, node)
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTION_TAGS:
+    if node.tag not in (_SCALAR_TAGS if isinstance(node, yaml.ScalarNode) else _COLLECTION_TAGS):
         source.faults.append((node.start_mark.line + 1, f"the tag {node.tag} is not read here; remove it"))
         return None
     if isinstance(node, yaml.MappingNode):
@@ -134,7 +181,8 @@ def _construct(
     try:
         return loader.construct_object(node)
     except ValueError as error:
-        source.faults.append((node.start_mark.line + 1, f"{node.value}: {error}"))
+        shown = node.value if len(node.value) <= _MAX_DIGITS else f"{node.value[:20]}..."
+        source.faults.append((node.start_mark.line + 1, f"{printable(shown)!r}: {error}"))
         return None
 
 
@@ -167,6 +215,8 @@ def _construct_mapping(
 
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or error.context or "cannot be read"
+    if "nested more than" in problem or ("more than" in problem and "values" in problem):
+        return f"{problem}; no configuration is"
     if "'\\t'" in problem:
         return "not valid YAML: a tab; indent with spaces"
     if "mapping values are not allowed" in problem:

@@ -19,7 +19,9 @@ from pipekit.errors import ConfigError
 from pipekit.models.gpt2 import GPT2Config
 from pipekit.settings.base import Section
 
-words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12)
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="~"), min_size=1, max_size=12
+)
 fractions = st.floats(0, 1, exclude_max=True)
 positive = st.floats(min_value=1e-30, max_value=1e30)
 
@@ -41,7 +43,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "run": {
             "dir": draw(words),
-            "timeout_s": draw(positive),
+            "timeout_s": draw(st.floats(0.1, 2e6)),
             "threads_per_process": draw(st.sampled_from(["auto", 3])),
         },
         "model": draw(gpt | own | st.just("my.module:build")),
@@ -55,7 +57,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             "micro_batch_size": micro,
             "global_batch_size": micro * micros,
         },
-        "optimizer": {"lr": draw(positive), "betas": [draw(fractions), draw(fractions)]},
+        "optimizer": {"lr": draw(st.floats(1e-15, 1000)), "betas": [draw(fractions), draw(fractions)]},
         "scheduler": {
             "warmup_steps": draw(st.integers(0, 10)),
             "decay_steps": draw(st.sampled_from([None, 50])),

@@ -138,7 +138,9 @@ def test_undecodable_file_is_left_out_of_a_folder_and_refused_by_name(
     (tmp_path / "good.txt").write_text("good")
     assert read_texts(str(tmp_path)) == ["good"]
     assert str(bad) in caplog.text
-    with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 text \(byte 0xe9\); convert it"):
+    with pytest.raises(
+        DataError, match=r"bad\.txt: not UTF-8 text \(byte 0xe9 in line 1, column 4, at offset 3\); convert it"
+    ):
         read_texts(str(bad))
 
 

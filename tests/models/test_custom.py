@@ -88,9 +88,15 @@ def test_a_module_that_imports_a_missing_one_is_told_apart(write: Write) -> None
         build(f"{module}:layers")
 
 
-def test_a_fault_in_the_users_module_is_not_hidden(write: Write) -> None:
+def test_a_fault_in_the_users_module_has_its_place(write: Write) -> None:
     module = write("1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ConfigError, match=rf"importing {module} failed in .*{module}\.py:1: ZeroDivisionError"):
+        build(f"{module}:layers")
+
+
+def test_a_fault_in_the_users_function_has_its_place(write: Write) -> None:
+    module = write("def layers(config):\n    raise KeyError('mine')\n")
+    with pytest.raises(ConfigError, match=rf"layers: it failed in .*{module}\.py:2: KeyError: 'mine'"):
         build(f"{module}:layers")
 
 
