@@ -73,14 +73,8 @@ def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a mapping"
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "a mapping",
-        list: "a list",
-    }
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words |= {dict: "a mapping", list: "a list"}
     return words.get(annotation if origin is None else origin, "a value") + limits
 
 

@@ -19,9 +19,8 @@ from pipekit.errors import ConfigError
 from pipekit.models.gpt2 import GPT2Config
 from pipekit.settings.base import Section
 
-words = st.text(
-    st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="~"), min_size=1, max_size=12
-)
+letters = st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="~")
+words = st.text(letters, min_size=1, max_size=12)
 fractions = st.floats(0, 1, exclude_max=True)
 positive = st.floats(min_value=1e-30, max_value=1e30)
 
@@ -34,7 +33,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         {"preset": st.sampled_from(["tiny", "gpt2", None]), "max_positions": st.just(512)},
         optional={
             "vocab_size": st.sampled_from(["auto", 77]),
-            "dropout": fractions,
+            "dropout": st.floats(0, 0.95),
             "tied_embedding": st.booleans(),
         },
     ).map(lambda model: {**model, "hidden_size": 8 * heads, "num_layers": 3, "num_heads": heads})
