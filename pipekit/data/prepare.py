@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -35,7 +36,7 @@ from pipekit.data.tokenizer import (
 )
 from pipekit.data.tokens import TokenFileWriter, load_tokens
 from pipekit.errors import DataError
-from pipekit.files import replace_folder
+from pipekit.files import is_on_local_disk, replace_folder
 from pipekit.progress import ProgressCallback
 from pipekit.rng import fold_seed
 
@@ -45,6 +46,8 @@ DEFAULT_CACHE_DIR = "~/.cache/pipekit"
 TOKENIZER_SAMPLE_BYTES = 8_000_000
 _FORMAT_VERSION = 1  # raise it when the same settings would give other tokens
 _BATCH_BYTES = 1 << 20
+# A builder writes more often.
+_ABANDONED_S = 6 * 3600.0
 _META_FILE = "meta.json"
 _TRAIN_FILE = "train.bin"
 _VALIDATION_FILE = "validation.bin"
@@ -102,8 +105,7 @@ def prepare_data(
             with _build_lock(folder, timeout_s=timeout_s, report=report):
                 prepared = _load_prepared(folder)  # another process may have built it while this one waited
                 if prepared is None:
-                    for leftover in folder.parent.glob(f"{folder.name}.building-*"):
-                        shutil.rmtree(leftover, ignore_errors=True)
+                    _remove_leftovers(folder)
                     _build(folder, config, corpus, report)
                     prepared = _load_prepared(folder)
         except OSError as error:
@@ -156,6 +158,19 @@ def is_held_out(index: int, fraction: float) -> bool:
     )
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what builders that were killed have left; who holds the lock is the only builder of this machine.
+
+    On a shared file system that does not honour the lock, another machine may be building.
+    """
+    is_local, now_s = is_on_local_disk(folder.parent), time.time()
+    for leftover in folder.parent.glob(f"{folder.name}.building-*"):
+        with suppress(OSError):
+            changed_s = max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+            if is_local or now_s - changed_s > _ABANDONED_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _build(folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCallback) -> None:
     temporary = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
@@ -164,7 +179,9 @@ def _build(folder: Path, config: DataConfig, corpus: Corpus, report: ProgressCal
             tokenizer = _build_tokenizer(temporary, config, corpus, report)
             meta = _write_splits(temporary, config, corpus, tokenizer, report)
         (temporary / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        replace_folder(temporary, folder)  # An earlier one is broken, or it would have been used.
+        # Another machine's, which it may read already, stays; any other is broken, or it would have been used.
+        if _load_prepared(folder) is None:
+            replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from pipekit.config import DataConfig
+from pipekit.data import prepare
 from pipekit.data.prepare import PreparedData, is_held_out, prepare_data
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.data.tokens import load_tokens
@@ -265,6 +266,33 @@ def test_a_builder_that_was_killed_leaves_nothing_behind(tmp_path: Path, documen
     prepared = prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)
     key = prepared.train_path.parent.name
     assert list_cache(tmp_path) == [key, f"{key}.lock"]
+
+
+def test_a_builder_on_another_machine_that_knows_no_lock_is_left_alone(
+    tmp_path: Path, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both build, as on a shared file system that does not honour locks; the first to end is the one that is used."""
+    monkeypatch.setattr(prepare, "is_on_local_disk", lambda folder: False)
+    lock = find_lock(tmp_path)
+    others, abandoned = (lock.with_name(f"{lock.stem}.building-{name}") for name in ("other", "abandoned"))
+    for folder in (others, abandoned):
+        folder.mkdir()
+        (folder / "train.bin").touch()
+    for path in (abandoned / "train.bin", abandoned):
+        os.utime(path, (0, 0))
+    identity: list[int] = []
+
+    def other_ends_first(message: str, fraction: float | None) -> None:
+        if message == "encoding the text" and not identity:
+            identity.append(0)
+            lock.rename(lock.with_name("held by one machine alone"))
+            first = prepare_data(make_config(tmp_path), sequence_length=16)
+            identity[0] = first.train_path.stat().st_ino
+
+    found = prepare_data(make_config(tmp_path), sequence_length=16, on_progress=other_ends_first)
+    assert found.train_path.stat().st_ino == identity[0]
+    assert others.is_dir()
+    assert not abandoned.exists()
 
 
 def test_a_wait_that_lasts_too_long_ends_in_one_error(tmp_path: Path, documents: list[str]) -> None:
