@@ -101,7 +101,8 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
 
 def join(config: Config, ranks: RankEnvironment) -> None:
     """Be one rank of a run that another launcher has started."""
-    warn_of_restarts(config.run.restarts, ranks)
+    if error_file_from(os.environ) is None:
+        warn_of_restarts(config.run.restarts, ranks)
     local_world_size = ranks.local_world_size or ranks.world_size
     os.environ.update({**ranks.as_environ(), **gloo_environ(ranks, os.environ)})
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))

@@ -53,6 +53,7 @@ class FleetRun:
         master_addr: address of the first host; None lets it find out.
         master_port: port on which rank 0 listens; None lets the first host choose.
         own_facts: facts about this machine that the hosts must share.
+        patience_s: so long are hosts tried again that cannot be reached, such as one that has been lost before.
     """
 
     hosts: Sequence[Host]
@@ -62,6 +63,7 @@ class FleetRun:
     master_addr: str | None = None
     master_port: int | None = None
     own_facts: dict[str, str] = field(default_factory=dict)
+    patience_s: float = 0.0
 
     @property
     def silence_s(self) -> float:
@@ -83,16 +85,12 @@ class HostError(LaunchError):
         super().__init__(f"{host}: {message}")
 
 
-def run_fleet(run: FleetRun, *, patience_s: float = 0.0) -> None:
+def run_fleet(run: FleetRun) -> None:
     """Run a command's ranks on several hosts, and return when all have succeeded.
 
     The output of every host is appended to `log_dir/<host>.log`; what rank 0 writes to stdout goes to this process's.
     Before anything starts, versions, code and configuration are compared. When one host fails, all are ended. The first
     signal is passed on to all ranks, and a second ends them at once.
-
-    Args:
-        run: the hosts, and what they do.
-        patience_s: so long are hosts tried again that cannot be reached, such as one that has been lost before.
 
     Raises:
         LaunchError: if hosts differ.
@@ -104,7 +102,7 @@ def run_fleet(run: FleetRun, *, patience_s: float = 0.0) -> None:
     with signals_noted() as signals:
         fleet = _Fleet(run, signals)
         try:
-            fleet.connect(patience_s)
+            fleet.connect(run.patience_s)
             if not signals:
                 fleet.compare()
                 fleet.start(fleet.choose_master())

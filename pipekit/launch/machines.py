@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -72,11 +73,15 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
         master_port=options.master_port,
         own_facts=own_facts,
     )
+    starts = count()
+
+    def run(fleet: FleetRun) -> None:
+        # A host that was lost may need its time to come back.
+        run_fleet(replace(fleet, patience_s=fleet.job.timeout_s) if next(starts) else fleet)
+
     if command != "train":
         failures = first.log_dir / "failures.jsonl"
-        start_until_done(
-            lambda goes_on: run_fleet(first), restarts=options.restarts, failures=failures, checkpoints=None
-        )
+        start_until_done(lambda goes_on: run(first), restarts=options.restarts, failures=failures, checkpoints=None)
         return
     from pipekit.plan.run_folder import RunFolder
 
@@ -86,10 +91,10 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
 
     def start(goes_on: bool) -> None:
         if not goes_on:
-            run_fleet(first)
+            run(first)
             return
         job, own_facts = _plan_job(command, [*arguments, newest], num_processes, options)
-        run_fleet(replace(first, job=job, own_facts=own_facts))
+        run(replace(first, job=job, own_facts=own_facts))
 
     start_until_done(
         start,

@@ -126,6 +126,29 @@ def test_a_host_that_is_cut_off_is_named_within_the_limit_and_the_run_goes_on_wh
     assert num_processes(hosts) == 0
 
 
+def test_a_host_that_is_cut_off_and_comes_back_is_started_again_by_the_launcher(hosts: Hosts, tmp_path: Path) -> None:
+    process = launch(hosts, "train.steps=150", "train.eval_interval=null", "run.restarts=1")
+    wait_for_checkpoint(process, tmp_path / "runs/three")
+    hosts.cut("worker-3")
+    failures = tmp_path / "runs/three/failures.jsonl"
+    deadline_s = time.monotonic() + 40
+    while not failures.exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    time.sleep(5.0)
+    hosts.restore("worker-3")
+    out, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    (record,) = map(json.loads, failures.read_text().splitlines())
+    assert record["host"] == "worker-3"
+    assert "Trained" in out
+    assert "is ignored" not in errors + out
+    alone = ("train.steps=150", "train.eval_interval=null", "run.dir=runs/one", "data.cache_dir=cache-of-one")
+    command = [sys.executable, "-m", "pipekit", "train", "c.yaml", *alone]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=200)
+    assert losses(tmp_path / "runs/three") == losses(tmp_path / "runs/one")
+
+
 def test_when_the_launcher_is_killed_all_hosts_end(hosts: Hosts, tmp_path: Path) -> None:
     process = launch(hosts, "train.steps=1000000")
     wait_for_checkpoint(process, tmp_path / "runs/three")

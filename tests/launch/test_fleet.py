@@ -68,7 +68,7 @@ class Fleet:
         job = NodeJob("own.py", (), (), "cpu", log_dir="logs", timeout_s=timeout_s)
         settings = SshSettings(self.folder, sys.executable, python_path=os.environ.get("PYTHONPATH"))
         hosts = (Host("alpha", (0,)), Host("beta", (0,)))
-        run_fleet(FleetRun(hosts, job, settings, self.folder / "logs"), patience_s=patience_s)
+        run_fleet(FleetRun(hosts, job, settings, self.folder / "logs", patience_s=patience_s))
 
     def log(self, host: str) -> str:
         return (self.folder / "logs" / f"{host}.log").read_text()

@@ -135,6 +135,8 @@ def test_a_run_goes_on_from_what_was_written_since(tmp_path: Path, runs: list[Fl
         ("c.yaml", "train.steps=20", "checkpoint.resume=auto"),
     ]
     assert runs[0].own_facts != runs[1].own_facts
+    # The host that was lost may need its time to come back.
+    assert [run.patience_s for run in runs] == [0.0, 600.0]
     (record,) = map(json.loads, (tmp_path / "run/failures.jsonl").read_text().splitlines())
     assert (record["host"], record["checkpoint"]) == ("node02", "step-00000002")
 
