@@ -17,6 +17,7 @@ from engine_jobs import Case, build_engine, micro_batches, reference_run, save_e
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
 from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.engine.load import load_checkpoint
 from pipekit.errors import CheckpointError, DamagedCheckpointError, NumbersError
 
 pytestmark = pytest.mark.distributed
@@ -334,3 +335,47 @@ def test_weights_that_are_not_finite_are_never_published(gloo: GlooWorkers, tmp_
         assert "the one before stays the newest" in message
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000001"]
     assert find_latest(tmp_path) == tmp_path / "step-00000001"
+
+
+def go_back(rank: int, case: Case, folder: str) -> tuple[list[float], list[float]]:
+    """Losses and norms after a checkpoint, and once more after the running engine has gone back to it."""
+    engine = build_engine(case)
+
+    def train(steps: range) -> list[float]:
+        results = []
+        for step in steps:
+            results.append(float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))))
+            results.append(engine.grad_norm)
+        return results
+
+    train(range(2))
+    saved = save_engine(engine, Path(folder), 2)
+    first = train(range(2, 5))
+    load_checkpoint(engine, CheckpointReader(saved))
+    assert engine.global_steps == 2
+    return first, train(range(2, 5))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(pp=2, dropout=0.1, micro_batch_size=2),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in [
+                Case(pp=2, zero=0),
+                Case(pp=2, precision="bf16"),
+                Case(precision="fp16"),
+                Case(dp=2, zero=2, precision="bf16"),
+                Case(dp=2, zero=3),
+                Case(dp=2, zero=2, offload="optimizer"),
+                Case(tp=2),
+            ]
+        ),
+    ],
+    ids=show,
+)
+def test_a_running_engine_goes_back_to_its_checkpoint(gloo: GlooWorkers, tmp_path: Path, case: Case) -> None:
+    for first, again in gloo.run(case.world_size, go_back, case, str(tmp_path)):
+        # DeepSpeed's Adam for CPUs multiplies powers of its betas up from step to step, and computes them after a load.
+        assert again == pytest.approx(first, rel=0.0 if case.offload == "none" else 1e-5, abs=0.0)

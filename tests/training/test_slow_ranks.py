@@ -58,7 +58,7 @@ def test_without_peers_a_rank_is_compared_with_itself_and_the_others() -> None:
 def test_equal_ranks_under_jitter_raise_no_false_alarm(peers: list[tuple[int, ...]]) -> None:
     draw = random.Random(5)
     finder = SlowRankFinder(peers)
-    for _ in range(4000):
+    for _ in range(1500):
         # Each varies by a fifth, and now and then one is held up for as long as a step.
         jittered = [0.3 * draw.lognormvariate(0.0, 0.2) + 0.3 * (draw.random() < 0.03) for _ in range(4)]
         assert finder.add(times(*jittered)) == []

@@ -70,7 +70,7 @@ def test_losses_that_are_not_finite_do_not_count_and_equal_ones_have_a_spread() 
 
 # Whole runs, of a regression some samples of which have targets that are far off.
 
-BATCH, SAMPLES, STEPS = 4, 400, 60
+BATCH, SAMPLES, STEPS = 4, 400, 44
 BAD = (25, 33)
 """Steps of an undisturbed run whose batches are bad."""
 
@@ -195,7 +195,7 @@ AFTER_ROLLBACKS = [*range(1, 21), *range(34, 34 + STEPS - 20)]
 def test_a_rollback_goes_on_from_the_last_checkpoint_with_later_data(tmp_path: Path) -> None:
     notes = train(tmp_path, on_spike="rollback")
     expected = plain_losses(AFTER_ROLLBACKS)
-    assert notes.losses[-40:] == pytest.approx(expected[20:], rel=1e-4)
+    assert notes.losses[20 - STEPS :] == pytest.approx(expected[20:], rel=1e-4)
     recorded = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in recorded] == list(range(1, STEPS + 1))
     assert [record["loss"] for record in recorded] == pytest.approx(expected, rel=1e-4)
@@ -212,7 +212,7 @@ def test_a_run_that_is_killed_decides_as_the_undisturbed_one(tmp_path: Path, on_
     train(tmp_path / "killed", on_spike=on_spike, dies_after=dies_after)
     train(tmp_path / "killed", on_spike=on_spike)
     read = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
-    assert [record["loss"] for record in read][-30:] == whole.losses[-30:]
+    assert [record["loss"] for record in read][-14:] == whole.losses[-14:]
     assert len(read) == STEPS
 
 
