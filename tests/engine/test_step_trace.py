@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from engine_jobs import Case, build_engine, micro_batches, show
 from gloo_workers import GlooWorkers
-from pipekit.engine.step_trace import Fault, Place, diagnose_step, find_first
+from pipekit.engine.step_trace import Diagnosis, Fault, Place, diagnose_step, find_first
+from pipekit.models.transformer import language_model_loss
 
 SEED = 20261126
 
@@ -263,3 +264,28 @@ def test_forwards_come_before_backwards_and_micro_batches_in_their_order() -> No
     for index, expected in enumerate(ordered):
         assert find_first(ordered[index:][::-1]) == expected
     assert find_first([]) is None
+
+
+def overflow_and_recover(rank: int) -> list[Diagnosis | None]:
+    """Diagnoses of a norm that is too large, of a fault that does not come again, and where nothing can be repeated."""
+    case, factors = Case(micro_batch_size=8), [1.0]
+
+    def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
+        return language_model_loss(outputs, labels) * factors.pop(0)
+
+    engine, found = build_engine(case, loss_fn=loss_fn), []
+    for step, factors[:] in enumerate([[1e30, 1e30], [math.nan, 1.0], [math.nan]]):
+        engine.train_batch(micro_batches(step, case, 0))
+        assert engine.skipped_steps == step + 1
+        if step == 2:
+            engine.torch_autocast_z0_gradscaler = "a scaler of autocast's"
+        found.append(diagnose_step(engine, lambda: micro_batches(step, case, 0), step=step))  # noqa: B023
+    return found
+
+
+@pytest.mark.distributed
+def test_a_norm_that_is_too_large_and_a_fault_that_has_gone_are_told_apart(gloo: GlooWorkers) -> None:
+    too_large, gone, unknown = gloo.run(1, overflow_and_recover)[0]
+    assert too_large == Diagnosis(None, norm_is_finite=False)
+    assert gone == Diagnosis(None)
+    assert unknown is None
