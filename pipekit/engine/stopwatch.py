@@ -66,6 +66,11 @@ class Stopwatch:
         assert self._marks[-1][0] == action
         self._marks.append((action, Moment.now(self._device)))
 
+    @property
+    def is_empty(self) -> bool:
+        """True if no action of the step has been timed."""
+        return not self._marks
+
     def spans(self) -> list[Span]:
         """Start and end of the last step's actions, in seconds since it began, in order."""
         starts, stops = self._marks[::2], self._marks[1::2]

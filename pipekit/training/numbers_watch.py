@@ -236,7 +236,8 @@ class NumbersWatch(TrialCallback):
         diagnosis = None if self._first is None else self._first[2]
         if diagnosis is not None and _is_in_weights(diagnosis):
             return (
-                "no later step can be finite: go on from a checkpoint from before, with checkpoint.resume=<its folder>"
+                "no later step can be finite. The newest checkpoint is from before, and the same command goes on from "
+                f"it: lower optimizer.lr={lr:g} first"
             )
         fault = None if diagnosis is None else diagnosis.fault
         if fault is not None and fault.place.layer_idx == 0 and fault.place.what.startswith("the input"):

@@ -201,7 +201,8 @@ class StepTimes:
         if self._ended_s is not None:
             # The least: what evaluations and checkpoints take is not the rank's own.
             self._between_s = min(self._between_s, started_s - self._ended_s)
-        if step % self._interval or self._ended_s is None:
+        # Not those at multiples, which `train.check_computation` may have computed twice.
+        if (step - 1) % self._interval or self._ended_s is None:
             yield
             self._ended_s = time.perf_counter()
             return
@@ -216,7 +217,7 @@ class StepTimes:
             # A profile goes on with its own.
             used, executor.stopwatch = executor.stopwatch, None if stopwatch is not None else executor.stopwatch
         self._ended_s = time.perf_counter()
-        if used is not None:
+        if used is not None and not used.is_empty:
             between_s = 0.0 if self._is_on_gpu else self._between_s
             took_s = self._ended_s - started_s
             own = OwnTime(waited_s - self._waited_s(), self._reading_s, between_s, took_s)
