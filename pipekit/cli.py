@@ -51,6 +51,7 @@ def version(
 def main() -> None:
     """Run the command line. An error is one message, and ends with the exit code of its class."""
     from pipekit.errors import PipekitError, printable
+    from pipekit.storage import find_storage_error
 
     try:
         app()
@@ -65,6 +66,12 @@ def main() -> None:
         # Whoever read the output has gone.
         sys.stderr.close()
         sys.exit(141)
+    except OSError as failure:
+        of_disk = find_storage_error(failure, failure.filename)
+        if of_disk is None:
+            raise
+        sys.stderr.write(f"error: {printable(str(of_disk))}\n")
+        sys.exit(of_disk.exit_code)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipekit.errors import PipekitError
+from pipekit.storage import storing
 
 _LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 
@@ -75,13 +76,17 @@ def building_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, which gets its final name where the block succeeds, and is removed where it fails.
 
     It lies beside the final one, in place of which it comes; see `replace_folder`.
+
+    Raises:
+        StorageError: in place of an `OSError`, also of the block's.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        replace_folder(temporary, final)
+        with storing(final):
+            temporary.mkdir(parents=True)
+            yield temporary
+            replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

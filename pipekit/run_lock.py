@@ -25,8 +25,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipekit.errors import ConfigError, InUseError, StorageError
+from pipekit.errors import ConfigError, InUseError
 from pipekit.files import is_on_local_disk
+from pipekit.storage import storage_error
 
 LOCK_FILE = ".lock"
 
@@ -116,9 +117,7 @@ def hold_run(folder: str | Path, *, stale_s: float = _STALE_S) -> Iterator[None]
         ) from None
     except OSError as error:
         _remove_empty(made)
-        raise StorageError(
-            f"run.dir={folder}: cannot be written: {error.strerror or error}; give a folder that can"
-        ) from None
+        raise storage_error(error, f"run.dir={folder}") from None
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(descriptor, ended), name="lock of the run", daemon=True)
     thread.start()
@@ -173,7 +172,11 @@ def _acquire(folder: Path, stale_s: float) -> int:
             if owner is not None and not (is_honoured and _has_died(owner, is_local=is_local)):
                 _watch(path, owner, folder, stale_s)
             mine = Owner.of_this_process()
-            mine.write(descriptor)
+            try:
+                mine.write(descriptor)
+            except OSError:  # the disk is full
+                path.unlink()
+                raise
             if not (is_honoured and is_local):
                 time.sleep(_SETTLE_S)
                 with path.open("rb") as file:

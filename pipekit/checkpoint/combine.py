@@ -85,7 +85,8 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path, *, kind: str 
         kind: `weights`, or `ema`, which becomes the weights.
 
     Raises:
-        CheckpointError: if one is damaged, they are of different models, or the disk is full; nothing is left behind.
+        CheckpointError: if one is damaged, or they are of different models.
+        StorageError: if it cannot be written; nothing is left behind.
     """
     readers = [CheckpointReader(path) for path in checkpoints]
     last = readers[-1].manifest
@@ -96,24 +97,21 @@ def average_checkpoints(checkpoints: Sequence[Path], folder: Path, *, kind: str 
                 raise CheckpointError(f"{reader.path}: {name!r} is not as in {checkpoints[-1]}; average one model's")
     what = f"average-of-{len(readers)}" if kind == WEIGHTS else f"{kind}-of"
     final = folder / f"{what}-{checkpoint_name(last.training.step)}"
-    try:
-        with building_folder(final) as temporary:
-            entries, file_bytes = _write_average(readers, temporary, kind)
-            for name in last.file_checksums:
-                write_atomically(temporary / name, (checkpoints[-1] / name).read_bytes())
-                file_bytes[name] = last.file_bytes[name]
-            title = "average" if kind == WEIGHTS else "moving average"
-            steps = [reader.manifest.training.step for reader in readers]
-            manifest = Manifest(
-                training=replace(last.training, optimizer={**last.training.optimizer, "states": []}),
-                tensors=entries,
-                file_bytes=file_bytes,
-                written_by={**last.written_by, "layout": f"{title} of step {', '.join(map(str, steps))}"},
-                file_checksums=last.file_checksums,
-            )
-            write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
-    except OSError as error:
-        raise CheckpointError(f"{final}: could not be written: {error}") from None
+    with building_folder(final) as temporary:
+        entries, file_bytes = _write_average(readers, temporary, kind)
+        for name in last.file_checksums:
+            write_atomically(temporary / name, (checkpoints[-1] / name).read_bytes())
+            file_bytes[name] = last.file_bytes[name]
+        title = "average" if kind == WEIGHTS else "moving average"
+        steps = [reader.manifest.training.step for reader in readers]
+        manifest = Manifest(
+            training=replace(last.training, optimizer={**last.training.optimizer, "states": []}),
+            tensors=entries,
+            file_bytes=file_bytes,
+            written_by={**last.written_by, "layout": f"{title} of step {', '.join(map(str, steps))}"},
+            file_checksums=last.file_checksums,
+        )
+        write_atomically(temporary / MANIFEST_FILE, manifest.to_json())
     return final
 
 

@@ -27,7 +27,8 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, Field, NonNegativeInt, TypeAdapter, ValidationError
 
-from pipekit.errors import CheckpointError, DamagedCheckpointError
+from pipekit.errors import CheckpointError, DamagedCheckpointError, StorageError
+from pipekit.storage import storing
 
 FORMAT = "pipekit-checkpoint"
 VERSION = 2
@@ -291,16 +292,17 @@ def load_manifest(checkpoint: Path) -> Manifest:
 def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
     for name, num_bytes in manifest.file_bytes.items():
         file = checkpoint / name
-        try:
-            if not _is_plain_file(file):
-                return f"{file}: is no plain file"
-            if (found := file.stat().st_size) != num_bytes:
-                return f"{file}: has {found:,} bytes of {num_bytes:,}"
-            expected = manifest.file_checksums.get(name)
-            if expected is not None and file_checksum(file) != expected:
-                return f"{file}: has changed since it was written"
-        except FileNotFoundError:
-            return f"{file}: is missing"
+        with storing(file, doing="read"):
+            try:
+                if not _is_plain_file(file):
+                    return f"{file}: is no plain file"
+                if (found := file.stat().st_size) != num_bytes:
+                    return f"{file}: has {found:,} bytes of {num_bytes:,}"
+                expected = manifest.file_checksums.get(name)
+                if expected is not None and file_checksum(file) != expected:
+                    return f"{file}: has changed since it was written"
+            except FileNotFoundError:
+                return f"{file}: is missing"
     for name, entry in manifest.tensors.items():
         for kind, file_name in entry.files.items():
             if file_name not in manifest.file_bytes or kind not in entry.checksums:
@@ -319,15 +321,16 @@ def _is_checkpoint(path: Path) -> bool:
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read a checkpoint's manifest, and check it but none of the other files; `load_manifest` does."""
     path = checkpoint / MANIFEST_FILE
-    if not _is_plain_file(path):
-        raise DamagedCheckpointError(f"{path}: is no plain file")
-    # Bytes that are no text make no JSON either.
-    return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
+    with storing(path, doing="read"):
+        if not _is_plain_file(path):
+            raise DamagedCheckpointError(f"{path}: is no plain file")
+        # Bytes that are no text make no JSON either.
+        return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), where=str(path))
 
 
 def _instead(folder: Path, bad_name: str) -> str:
     for other in reversed(list_checkpoints(folder)):
-        with suppress(CheckpointError, OSError):
+        with suppress(CheckpointError, StorageError):
             if other.name != bad_name and not _find_fault(other, read_manifest(other)):
                 return f"go on from one that is whole with checkpoint.resume={other}"
     return ""

@@ -24,6 +24,7 @@ from pipekit.config import Config, ModelConfigSource
 from pipekit.errors import CheckpointError
 from pipekit.files import building_folder, write_atomically
 from pipekit.run_lock import hold_run
+from pipekit.storage import storing
 
 
 def migrate(
@@ -56,12 +57,10 @@ def migrate(
     with hold_run(run):
         if final.exists():
             raise CheckpointError(f"{final}: is there already; give another run folder")
-        try:
-            with building_folder(final) as temporary:
-                _write(found, described, temporary, source)
+        with building_folder(final) as temporary:
+            _write(found, described, temporary, source)
+        with storing(final):
             write_atomically(final.parent / LATEST_FILE, final.name + "\n")
-        except OSError as error:
-            raise CheckpointError(f"{final}: could not be written: {error}") from None
     found.path = final
     return found
 

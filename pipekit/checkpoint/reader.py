@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, load_manifest
-from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header, read_tensor
+from pipekit.checkpoint.stored_tensors import (
+    StoredTensor,
+    map_tensor,
+    read_header,
+    read_tensor,
+    reading_error,
+)
 from pipekit.errors import CheckpointError, DamagedCheckpointError
 from pipekit.tensor_parallel.shards import Shard
 
@@ -123,5 +129,5 @@ def _stored_checksum(stored: StoredTensor) -> str:
             while num_bytes := opened.readinto(piece[: stored.end - opened.tell()]):
                 value.update(piece[:num_bytes])
     except OSError as error:
-        raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
+        raise reading_error(error, stored.file) from None
     return value.hexdigest()

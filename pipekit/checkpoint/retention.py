@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipekit.checkpoint.manifest import Manifest, find_latest, list_checkpoints, read_manifest
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, StorageError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def list_surplus(folder: Path, rule: Retention) -> list[Path]:
         return []
     manifests: dict[Path, Manifest] = {}
     for path in list_checkpoints(folder):
-        with suppress(CheckpointError, OSError):
+        with suppress(CheckpointError, StorageError):
             manifests[path] = read_manifest(path)
     if latest not in manifests:
         return []

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipekit.checkpoint.writer import DTYPES
-from pipekit.errors import DamagedCheckpointError
+from pipekit.errors import DamagedCheckpointError, PipekitError
+from pipekit.storage import find_storage_error
 
 _PIECE_ELEMENTS = 2**23
 
@@ -27,11 +28,18 @@ class StoredTensor:
     end: int
 
 
+def reading_error(error: Exception, file: Path) -> PipekitError:
+    """The error for the user of a file that cannot be read: the disk's, or that the file is damaged."""
+    found = find_storage_error(error, file, doing="read")
+    return found or DamagedCheckpointError(f"{file}: damaged ({error})")
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Header of a safetensors file, once the library has checked it: the place of each tensor by name.
 
     Raises:
-        DamagedCheckpointError: if it cannot be read.
+        DamagedCheckpointError: if it is damaged.
+        StorageError: if the disk fails.
     """
     try:
         with safe_open(file, framework="pt", device="cpu"):
@@ -45,7 +53,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             name: (dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]) for name, entry in header.items()
         }
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"{file}: damaged ({error})") from None
+        raise reading_error(error, file) from None
     except KeyError as error:
         raise DamagedCheckpointError(f"{file}: damaged (no checkpoint holds numbers of format {error})") from None
     return {
@@ -59,7 +67,7 @@ def map_tensor(stored: StoredTensor) -> Tensor:
     try:
         mapped = torch.UntypedStorage.from_file(str(stored.file), shared=False, nbytes=stored.end)
     except RuntimeError as error:
-        raise DamagedCheckpointError(f"{stored.file}: damaged ({error})") from None
+        raise reading_error(error, stored.file) from None
     return torch.empty(0, dtype=stored.dtype).set_(mapped[stored.begin :]).reshape(stored.shape)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import Checksum
 from pipekit.errors import CheckpointError
+from pipekit.storage import storing
 
 DTYPES = {
     torch.float64: "F64",
@@ -55,7 +56,7 @@ def write_tensors(
 
     Raises:
         CheckpointError: if safetensors knows no such number format.
-        OSError: if the file cannot be written.
+        StorageError: if the file cannot be written.
 
     Source: the safetensors format (https://github.com/huggingface/safetensors#format).
     """
@@ -76,7 +77,7 @@ def write_tensors(
         return tensor_bytes(tensors[name] if read is None else read(name))
 
     checksums = {}
-    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
+    with storing(path, needed_bytes=end), path.open("wb") as file, ThreadPoolExecutor(1) as thread:
         file.write(len(text).to_bytes(8, "little") + text)
         begun = 0
         following = [thread.submit(prepare, name) for name in names[:1]]

@@ -17,6 +17,7 @@ from pipekit.errors import ConfigError
 from pipekit.launch.resources import find_resources
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
+from pipekit.storage import storing
 
 if TYPE_CHECKING:
     from pipekit.config import Config
@@ -66,10 +67,8 @@ def command(
     if html is not None:
         from pipekit.commands.plan_page import render_html
 
-        try:
+        with storing(f"--html {html}"):
             html.write_text(render_html(report), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--html {html}: cannot be written: {error.strerror}; name another file") from None
     if as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
         return

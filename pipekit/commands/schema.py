@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pipekit.storage import storing
+
 
 def command(
     out: Annotated[Path | None, typer.Argument(help="File to write; stdout if left out.", show_default=False)] = None,
@@ -20,4 +22,5 @@ def command(
     if out is None:
         sys.stdout.write(text)
     else:
-        out.write_text(text, encoding="utf-8")
+        with storing(out):
+            out.write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
 from pipekit.run_lock import hold_run
+from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
     from pipekit.config import Config
@@ -80,6 +81,7 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
     if goes_on:
         config = config.updated({"checkpoint.resume": "auto"})
     start_point = find_start(config)
+    check_writable(Path(config.run.dir), name="run.dir=")
     from pipekit.training.console import make_console, show_plan
 
     console = make_console()
@@ -92,7 +94,12 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
     from pipekit.training.prepare import prepare_run
 
     plan = prepare_run(config, resources, start=start_point, on_progress=ProgressLines(console.print)).plan
+    from pipekit.plan.room import check_room
+
+    warning = check_room(plan)
     show_plan(plan, console)
+    if warning is not None:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     folder = write_plan(plan)
     world_size = plan.layout.world_size
     console.print(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...")

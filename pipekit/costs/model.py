@@ -85,14 +85,15 @@ def describe_model(
         layer_names=layer_names(specs),
         sequence_length=config.train.sequence_length,
         precision=precision,
-        optimizer_states=_optimizer_states(config),
+        optimizer_states=find_optimizer_states(config),
         frozen_shapes_of=lambda tp: shapes_of(tp)[1],
         is_timed=time_on is not None,
         tf32=config.train.tf32,
     )
 
 
-def _optimizer_states(config: Config) -> OptimizerStates:
+def find_optimizer_states(config: Config) -> OptimizerStates:
+    """Optimizer states of a run, with the moving average of the weights where it keeps one."""
     average = int(config.train.ema is not None)
     if config.optimizer.type == "sgd":
         return OptimizerStates(per_parameter=int(config.optimizer.momentum > 0) + average, per_tensor=0)

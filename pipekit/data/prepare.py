@@ -39,6 +39,7 @@ from pipekit.errors import DataError
 from pipekit.files import is_on_local_disk, replace_folder
 from pipekit.progress import ProgressCallback
 from pipekit.rng import fold_seed
+from pipekit.storage import storing
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +93,16 @@ def prepare_data(
         on_progress: called with what is being done, and the fraction done in `[0, 1]` or None where that is not known.
 
     Raises:
-        DataError: if the text or the tokenizer cannot be read, the cache cannot be written, another process
-            builds for longer than `timeout_s`, or a split is shorter than one sample.
+        DataError: if the text or the tokenizer cannot be read, another process builds for longer than `timeout_s`, or
+            a split is shorter than one sample.
+        StorageError: if the cache cannot be written.
     """
     report = on_progress or (lambda message, fraction: None)
     corpus = find_corpus(config.source)
     folder = Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser() / "data" / plan_cache_key(config, corpus)
     prepared = _load_prepared(folder)
     if prepared is None:
-        try:
+        with storing(f"data.cache_dir: {folder.parent}"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _build_lock(folder, timeout_s=timeout_s, report=report):
                 prepared = _load_prepared(folder)  # another process may have built it while this one waited
@@ -108,11 +110,6 @@ def prepare_data(
                     _remove_leftovers(folder)
                     _build(folder, config, corpus, report)
                     prepared = _load_prepared(folder)
-        except OSError as error:
-            raise DataError(
-                f"data.cache_dir: cannot write under {folder.parent}: {error.strerror or error}; "
-                "set data.cache_dir to a folder that can be written and has room"
-            ) from error
         assert prepared is not None, f"{folder} was just built"
     _check_long_enough(prepared, config, sequence_length)
     return prepared

@@ -21,7 +21,8 @@ from pipekit.checkpoint.writer import write_tensors
 from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
-from pipekit.errors import CheckpointError, NumbersError, PipekitError
+from pipekit.errors import NumbersError, PipekitError
+from pipekit.storage import storing
 
 # Storage may be slow, and a rank that writes is not heard from by those that wait for it.
 _LONGEST_WRITE = timedelta(hours=6)
@@ -78,7 +79,7 @@ class PendingCheckpoint:
         """Wait until the checkpoint is on the disk, and return its path. Every rank calls this at the same point.
 
         Raises:
-            CheckpointError: on every rank, if any rank could not write.
+            StorageError: on every rank, if any rank could not write.
         """
         if self._thread is not None:
             self._thread.join()
@@ -118,7 +119,7 @@ def save_checkpoint(
             next save uses it again. By default all is written before this returns.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
+        StorageError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
             happens in the background.
         NumbersError: on every rank, if a trained tensor is not finite; nothing is left behind.
     """
@@ -133,9 +134,10 @@ def save_checkpoint(
     error: Exception | None = None
     if rank == 0:
         try:
-            begin_checkpoint(final)
-        except OSError as failure:
-            error = CheckpointError(f"{temporary}: could not be written: {failure}")
+            with storing(final):
+                begin_checkpoint(final)
+        except PipekitError as failure:
+            error = failure
     raise_together(error, control)
     shares, entries = _gather_share(engine, writer=rank, memory=SnapshotMemory() if background is None else background)
     layout = f"{engine.mpu.layout}, ZeRO {engine.config.get('zero_optimization', {}).get('stage', 0)}"
@@ -146,31 +148,31 @@ def save_checkpoint(
         checksums: dict[str, dict[str, str]] = {tensor_name: {} for tensor_name in entries}
         try:
             _check_finite(shares, entries)
-            for file, tensors in shares.items():
-                for tensor_name, value in write_tensors(temporary / file, tensors).items():
-                    checksums[tensor_name][file.rpartition("-")[0]] = value
-                file_bytes[file] = (temporary / file).stat().st_size
-                tensors.clear()
-        except NumbersError as failure:
+            with storing(final):
+                for file, tensors in shares.items():
+                    for tensor_name, value in write_tensors(temporary / file, tensors).items():
+                        checksums[tensor_name][file.rpartition("-")[0]] = value
+                    file_bytes[file] = (temporary / file).stat().st_size
+                    tensors.clear()
+        except PipekitError as failure:
             error = failure
-        except (OSError, CheckpointError) as failure:
-            error = CheckpointError(f"{temporary}: could not be written: {failure}")
         checked = {key: replace(entry, checksums=checksums[key]) for key, entry in entries.items()}
         try:
             raise_together(error, control)
             written = gather_objects((checked, file_bytes), control)
             if rank == 0:
                 try:
-                    contents = {file: source.read_bytes() for file, source in (extra_files or {}).items()}
-                    contents[CONFIG_FILE] = config_yaml.encode()
-                    all_tensors = {key: entry for some, _ in written for key, entry in some.items()}
-                    all_bytes = {file: size for _, sizes in written for file, size in sizes.items()}
-                    write_manifest(
-                        final, training, contents, tensors=all_tensors, tensor_bytes=all_bytes, layout=layout
-                    )
-                    publish_checkpoint(final, retention=retention or Retention(), update_latest=update_latest)
-                except OSError as failure:
-                    error = CheckpointError(f"{final}: could not be written: {failure}")
+                    with storing(final):
+                        contents = {file: source.read_bytes() for file, source in (extra_files or {}).items()}
+                        contents[CONFIG_FILE] = config_yaml.encode()
+                        all_tensors = {key: entry for some, _ in written for key, entry in some.items()}
+                        all_bytes = {file: size for _, sizes in written for file, size in sizes.items()}
+                        write_manifest(
+                            final, training, contents, tensors=all_tensors, tensor_bytes=all_bytes, layout=layout
+                        )
+                        publish_checkpoint(final, retention=retention or Retention(), update_latest=update_latest)
+                except PipekitError as failure:
+                    error = failure
             raise_together(error, control)
         except PipekitError:
             if rank == 0:

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from pipekit.files import write_atomically
 from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
+from pipekit.storage import storage_error
 
 STALL_STEPS = 10
 """A step that lasts longer than this many usual ones is a stall."""
@@ -201,5 +202,8 @@ class HangReporter:
 def save_report(report: str, folder: Path) -> str:
     """Write a report of a hang into the folder of the logs, and return it with the path of its file."""
     path = folder / REPORT_FILE
-    write_atomically(path, f"{report}\n")
+    try:
+        write_atomically(path, f"{report}\n")
+    except OSError as error:
+        return f"{report}\n\n{storage_error(error, path)}"
     return f"{report}\n\nsaved in {path}"

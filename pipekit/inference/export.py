@@ -118,8 +118,6 @@ def export_checkpoint(
             write_atomically(temporary / PROOF_FILE, json.dumps(asdict(check), indent=1) + "\n")
     except ExportMismatchError as error:
         raise PipekitError(f"{out}: {error}; the export was not written") from None
-    except OSError as error:
-        raise PipekitError(f"{out}: could not be written: {error}") from None
     return check
 
 

@@ -26,11 +26,12 @@ from pipekit.checkpoint.manifest import (
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.config import Config, parse_config
 from pipekit.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, load_tokenizer, tokenizer_files
-from pipekit.errors import CheckpointError, ConfigError
+from pipekit.errors import ConfigError
 from pipekit.files import building_folder, write_atomically
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.models.family import TransformerFamily
 from pipekit.run_lock import hold_run
+from pipekit.storage import storing
 
 _STEPS, _LONGEST_SEQUENCE = 1000, 1024
 
@@ -74,25 +75,22 @@ def import_model(source: str | Path, run: str | Path, overrides: Iterable[str] =
     """
     config = import_config(source, run, overrides)
     folder, run = Path(source).expanduser(), Path(run)
-    with hold_run(run):
+    with hold_run(run), storing(run):
         if (run / CONFIG_FILE).exists() or list_checkpoints(run / CHECKPOINTS_FOLDER):
             raise ConfigError(f"{run}: holds a run already; give another folder")
         model = config.model
         assert isinstance(model, TransformerFamily)
         final = run / CHECKPOINTS_FOLDER / checkpoint_name(0)
-        try:
-            changes: dict[str, str | None] = {"model.init_from": None}
-            if (folder / TOKENIZER_FILE).is_file() and config.data.tokenizer == str(folder):
-                (run / "tokenizer").mkdir(exist_ok=True)
-                copy_tokenizer(folder, run / "tokenizer")
-                changes["data.tokenizer"] = str(run / "tokenizer")
-            config = config.updated(changes)
-            with building_folder(final) as temporary:
-                _write_checkpoint(temporary, HuggingFaceFolder(folder, model), config)
-            write_atomically(final.parent / LATEST_FILE, final.name + "\n")
-            write_atomically(run / CONFIG_FILE, config.to_yaml())
-        except OSError as error:
-            raise CheckpointError(f"{run}: could not be written: {error}") from None
+        changes: dict[str, str | None] = {"model.init_from": None}
+        if (folder / TOKENIZER_FILE).is_file() and config.data.tokenizer == str(folder):
+            (run / "tokenizer").mkdir(exist_ok=True)
+            copy_tokenizer(folder, run / "tokenizer")
+            changes["data.tokenizer"] = str(run / "tokenizer")
+        config = config.updated(changes)
+        with building_folder(final) as temporary:
+            _write_checkpoint(temporary, HuggingFaceFolder(folder, model), config)
+        write_atomically(final.parent / LATEST_FILE, final.name + "\n")
+        write_atomically(run / CONFIG_FILE, config.to_yaml())
     return final, config
 
 

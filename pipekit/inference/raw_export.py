@@ -93,16 +93,13 @@ def export_raw(
     def read(name: str) -> Tensor:
         return reader.tensor(name).to(planned[name].dtype)
 
-    try:
-        with building_folder(out.resolve()) as temporary:
-            checksums = write_tensors(temporary / MODEL_FILE, planned, read=read)
-            if (changed := find_changed(temporary, checksums)) is not None:
-                raise PipekitError(f"{out}: {changed} is not what was written; the disk may be at fault")
-            write_atomically(temporary / LOADER_FILE, LOADER)
-            for name in reader.manifest.file_checksums:
-                if (file := reader.file(name)) is not None:
-                    shutil.copyfile(file, temporary / name)
-    except OSError as error:
-        raise PipekitError(f"{out}: could not be written: {error}") from None
+    with building_folder(out.resolve()) as temporary:
+        checksums = write_tensors(temporary / MODEL_FILE, planned, read=read)
+        if (changed := find_changed(temporary, checksums)) is not None:
+            raise PipekitError(f"{out}: {changed} is not what was written; the disk may be at fault")
+        write_atomically(temporary / LOADER_FILE, LOADER)
+        for name in reader.manifest.file_checksums:
+            if (file := reader.file(name)) is not None:
+                shutil.copyfile(file, temporary / name)
     elements = sum(tensor.numel() for tensor in planned.values())
     return RawExport(str(reader.path), reader.manifest.training.step, len(planned), elements)

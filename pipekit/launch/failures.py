@@ -11,7 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,8 @@ from pipekit.files import write_atomically
 
 _SHOWN_LINES = 20
 _TAIL_BYTES = 64 * 1024
+# A character takes 6 bytes at most in JSON.
+_ROOM_BYTES = 32 * 1024
 
 FailureKind = Literal["user", "crash", "peer"]
 
@@ -44,8 +46,20 @@ class FailureReport:
     exit_code: int
 
     def write(self, path: Path) -> None:
-        """Write the report to `path`, whole or not at all."""
-        write_atomically(path, json.dumps(asdict(self)))
+        """Write the report to `path`, whole or not at all; where the disk is full, into the room that is kept there."""
+        try:
+            write_atomically(path, json.dumps(asdict(self)))
+        except OSError:
+            shortened = replace(
+                self, message=self.message[: _ROOM_BYTES // 16], traceback=self.traceback[-_ROOM_BYTES // 16 :]
+            )
+            with path.open("rb+") as file:
+                file.write(json.dumps(asdict(shortened)).ljust(_ROOM_BYTES).encode())
+
+    @staticmethod
+    def keep_room(path: Path) -> None:
+        """Make a file that is no report, and has room for one when the disk is full."""
+        path.write_bytes(b" " * _ROOM_BYTES)
 
     @classmethod
     def read(cls, path: Path) -> FailureReport | None:

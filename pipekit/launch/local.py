@@ -28,6 +28,7 @@ from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import count_gpus, thread_environ
 from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+from pipekit.storage import storing
 
 if TYPE_CHECKING:
     from pipekit.plan.plan import Plan
@@ -164,7 +165,8 @@ def run_local(
         HangError: if ranks have waited too long for one another.
         SystemExit: after a signal.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
+    with storing(log_dir):
+        log_dir.mkdir(parents=True, exist_ok=True)
     with signals_noted() as signals:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             is_first = ranks is None or 0 in ranks
@@ -321,9 +323,11 @@ def _run_job(
 
 
 def _start(job: _Job, rank: int) -> _Worker:
-    job.error_file(rank).unlink(missing_ok=True)
     heartbeat_file(job.log_dir, rank).unlink(missing_ok=True)
-    with job.log(rank).open("ab") as log:
+    with storing(job.log_dir):
+        FailureReport.keep_room(job.error_file(rank))
+        log_file = job.log(rank).open("ab")
+    with log_file as log:
         log_start = log.tell()
         try:
             process = subprocess.Popen(

@@ -17,6 +17,7 @@ from pipekit.launch.resources import check_process_count, count_gpus
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.worker import error_file_from, report_failure
 from pipekit.run_lock import hold_run
+from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
     from pipekit.config.trial_config import TrialConfig
@@ -124,6 +125,7 @@ def train_trial(config: TrialConfig) -> None:
 
     with hold_run(folder.path):
         check_run_folder(folder)
+        check_writable(folder.path, name="run.dir=")
         start_until_done(start, restarts=config.run.restarts, failures=folder.failures, checkpoints=folder.checkpoints)
 
 

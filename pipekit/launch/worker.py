@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from pipekit.errors import CommunicationError, ExitCode, PipekitError
 from pipekit.launch.failures import FailureKind, FailureReport
+from pipekit.storage import find_storage_error
 
 ERROR_FILE_VARIABLE = "PIPEKIT_ERROR_FILE"
 LAUNCHER_PID_VARIABLE = "PIPEKIT_LAUNCHER_PID"
@@ -96,8 +97,10 @@ def tie_to_parent(environ: Mapping[str, str]) -> None:
 
 def _fail(error: BaseException, error_file: Path | None, *, exit_code: int) -> NoReturn:
     try:
-        kind = failure_kind(error)
         text = "".join(traceback.format_exception(error))
+        if isinstance(error, OSError) and (of_disk := find_storage_error(error, error.filename)) is not None:
+            error, exit_code = of_disk, of_disk.exit_code
+        kind = failure_kind(error)
         only = traceback.format_exception_only(type(error), error)
         message = str(error) if isinstance(error, PipekitError) else "".join(only).strip()
         report = FailureReport(kind, message, text, time.time(), _exit_code(error))

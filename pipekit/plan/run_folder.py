@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipekit.errors import CheckpointError, ConfigError
 from pipekit.files import write_atomically
 from pipekit.plan.plan import Plan, StartPoint
 from pipekit.schedules import write_csv
+from pipekit.storage import storing
 
 
 class RunFolder:
@@ -141,15 +141,16 @@ def write_plan(plan: Plan) -> RunFolder:
     What a start of another configuration left there, which wrote no checkpoint, is removed.
 
     Raises:
-        ConfigError: if the folder cannot be written, or the trial has prepared something that JSON cannot hold.
+        StorageError: if the folder cannot be written.
+        ConfigError: if the trial has prepared something that JSON cannot hold.
     """
     folder = RunFolder(plan.config.run.dir)
     text = plan.to_json()
-    with _writing(folder):
+    with storing(f"run.dir={folder.path}"):
         _remove_other_start(folder, plan.config)
         folder.schedule.unlink(missing_ok=True)
     write_config(folder, plan.config.to_yaml())
-    with _writing(folder):
+    with storing(f"run.dir={folder.path}"):
         if plan.layout.pp > 1:
             write_csv(plan.schedule, folder.schedule)
         write_atomically(folder.plan, text)
@@ -160,9 +161,9 @@ def write_config(folder: RunFolder, text: str) -> None:
     """Make a run folder, remove what interrupted writes have left in it, and write its configuration.
 
     Raises:
-        ConfigError: if it cannot be written.
+        StorageError: if it cannot be written.
     """
-    with _writing(folder):
+    with storing(f"run.dir={folder.path}"):
         folder.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder.checkpoints)
         for path in folder.path.glob(".*.tmp"):
@@ -189,23 +190,15 @@ def _remove_other_start(folder: RunFolder, config: Config) -> None:
             path.unlink()
 
 
-@contextmanager
-def _writing(folder: RunFolder) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={folder.path}: cannot be written: {error.strerror or error}; give a folder that can"
-        ) from error
-
-
 def read_plan(path: Path) -> Plan:
     """Read a plan that `write_plan` has written.
 
     Raises:
         ConfigError: if it is no plan of this version of pipekit.
+        StorageError: if it cannot be read.
     """
-    return Plan.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    with storing(path, doing="read"):
+        return Plan.from_json(path.read_text(encoding="utf-8"), where=str(path))
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -223,8 +216,9 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def trim_records(path: Path, last_step: int) -> None:
     """Drop the records of steps after `last_step`, which a run that goes on from there writes again; of 0, all."""
     if path.is_file():
-        kept = [line for line, record in read_records(path) if 0 < last_step >= record["step"]]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        with storing(path):
+            kept = [line for line, record in read_records(path) if 0 < last_step >= record["step"]]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
 def _check_same_run(saved: Path, config: Config, what: str, *, model_alone: bool) -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipekit.config import Config
+from pipekit.line_files import LossyOutput
 from pipekit.models.custom import CustomModelConfig
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
@@ -54,11 +55,17 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
     ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        own = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (
+            TextIOWrapper(LossyOutput(descriptor), encoding="utf-8", errors="replace", write_through=True)  # type: ignore[type-var]
+            for descriptor in (1, 2)
+        )
         try:
             yield terminal
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            sys.stdout, sys.stderr = own
             terminal.flush()
             for descriptor, original in zip((1, 2), saved, strict=True):
                 os.dup2(original, descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -410,11 +411,17 @@ class TrialContext:
             self._writer = SummaryWriter(str(self.get_tensorboard_path()), purge_step=purge_step)
         return self._writer
 
+    def warn(self, message: str) -> None:
+        """Show a warning on the terminal."""
+        self.terminal.write(f"warning: {message}\n")
+        self.terminal.flush()
+
     def close(self) -> None:
         """Close the TensorBoard writer, if there is one."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):  # the disk is full, as has been told
+                writer.close()
 
 
 def _micro_batches(engine: Any) -> tuple[int, int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pipekit.config import WandbConfig
+from pipekit.errors import StorageError
+from pipekit.line_files import LineFile
 from pipekit.plan.run_folder import RunFolder, trim_records
+from pipekit.storage import storing
 from pipekit.training.trial_callbacks import TrialCallback
 
 if TYPE_CHECKING:
@@ -30,16 +33,20 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 class MetricsFile(TrialCallback):
-    """Writes `metrics.jsonl`: one object a line, flushed at once."""
+    """Writes `metrics.jsonl`: one object a line, at once, or once there is room.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._path = folder.metrics
-        self._file: TextIO | None = None
+    Args:
+        folder: the run's files.
+        warn: called with a message where lines cannot be written.
+    """
+
+    def __init__(self, folder: RunFolder, warn: Callable[[str], None]) -> None:
+        self._path, self._warn = folder.metrics, warn
+        self._file: LineFile | None = None
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
         trim_records(self._path, first_batch_idx)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = LineFile(self._path, self._warn)
 
     def on_rollback(self, batch: int) -> None:
         self.on_trial_shutdown()
@@ -48,7 +55,6 @@ class MetricsFile(TrialCallback):
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json_line({"step": step, **metrics}))
-        self._file.flush()
 
     def on_trial_shutdown(self) -> None:
         if self._file is not None:
@@ -110,12 +116,27 @@ class WandbLogger(TrialCallback):
 
 
 class TensorBoardLogger(TrialCallback):
-    """Writes metrics to TensorBoard, where the training's context asks for it."""
+    """Writes metrics to TensorBoard, where the training's context asks for it; those without room are lost.
+
+    Args:
+        context: the training's.
+    """
 
     def __init__(self, context: TrialContext) -> None:
         self._context = context
+        self._has_warned = False
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        if self._context.get_enable_tensorboard_logging():
-            for name, value in metrics.items():
-                self._context.get_tensorboard_writer().add_scalar(name, value, step)
+        if not self._context.get_enable_tensorboard_logging():
+            return
+        path = self._context.get_tensorboard_path()
+        try:
+            with storing(path):
+                for name, value in metrics.items():
+                    self._context.get_tensorboard_writer().add_scalar(name, value, step)
+        except StorageError as error:
+            # A writer that has failed once writes nothing more, and the next one begins another file.
+            self._context.close()
+            if not self._has_warned:
+                self._context.warn(f"{error}; training goes on, and TensorBoard lacks metrics from step {step} on")
+            self._has_warned = True

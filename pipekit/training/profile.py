@@ -9,6 +9,7 @@ from pathlib import Path
 from pipekit.errors import PipekitError
 from pipekit.schedules import Timeline, median_costs, simulate
 from pipekit.schedules.draw import draw_picture, draw_text
+from pipekit.storage import storing
 
 _logger = logging.getLogger(__name__)
 
@@ -17,8 +18,16 @@ def save_profile(measured: Timeline, path: Path) -> None:
     """Write `path` with the endings `.txt`, `.svg` and `.json`: a measured step under the simulated one.
 
     The simulation takes the median of what each kind of action took on each stage. Without matplotlib there is no
-    picture.
+    picture; where the disk is full, there is a warning in the log.
     """
+    try:
+        with storing(path):
+            _write_profile(measured, path)
+    except PipekitError as error:
+        _logger.warning("%s", error)
+
+
+def _write_profile(measured: Timeline, path: Path) -> None:
     simulated = simulate(measured.schedule, median_costs([measured]))
     both = {"simulated": simulated, "measured": measured}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +42,4 @@ def save_profile(measured: Timeline, path: Path) -> None:
         for name, timeline in both.items()
     }
     path.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    try:
-        draw_picture(path.with_suffix(".svg"), both)
-    except PipekitError as error:
-        _logger.warning("%s", error)
+    draw_picture(path.with_suffix(".svg"), both)

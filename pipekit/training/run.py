@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
@@ -24,9 +25,11 @@ from pipekit.plan.decide import Decision
 from pipekit.plan.device import plan_device
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
+from pipekit.plan.room import check_room
 from pipekit.plan.run_folder import RunFolder, find_start, write_plan
 from pipekit.progress import ProgressCallback
 from pipekit.run_lock import hold_run
+from pipekit.storage import check_writable
 from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.layers_run import LayersRun
@@ -85,7 +88,11 @@ def run_joining_rank(
 
     def decide(on_progress: ProgressCallback) -> str:
         stack.enter_context(hold_run(config.run.dir))
-        decided.append(prepare_run(config, resources, start=find_start(config), on_progress=on_progress))
+        start = find_start(config)
+        check_writable(Path(config.run.dir), name="run.dir=")
+        decided.append(prepare_run(config, resources, start=start, on_progress=on_progress))
+        if (warning := check_room(decided[0].plan)) is not None:
+            on_progress(f"warning: {warning}", None)
         write_plan(decided[0].plan)
         return decided[0].plan.to_json()
 
@@ -168,16 +175,17 @@ def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialRe
     callbacks: list[TrialCallback] = []
     if mpu.should_report_metrics:
         console = make_console(terminal)
+        progress = ConsoleProgress(console, plan, interval=config.logging.interval)
         try:
             _check_tokenizer(trial)
-            callbacks += [MetricsFile(folder)]
+            callbacks += [MetricsFile(folder, progress.on_warning)]
             if config.logging.wandb is not None:
                 callbacks.append(WandbLogger(config.logging.wandb, folder, config.model_dump(mode="json")))
         except PipekitError as failure:
             error = failure
         if not is_watched:
             show_plan(plan, console)
-        callbacks.append(ConsoleProgress(console, plan, interval=config.logging.interval))
+        callbacks.append(progress)
     raise_together(error)
     heartbeat = HeartbeatThread(
         mpu.activity,

@@ -116,7 +116,9 @@ class Trainer:
                 ),
                 folder.checkpoints,
                 shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
-                here=[MetricsFile(folder), TrialLog(), TensorBoardLogger(self.context)] if is_first else [],
+                here=[MetricsFile(folder, self.context.warn), TrialLog(), TensorBoardLogger(self.context)]
+                if is_first
+                else [],
             )
             found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
             dist.broadcast_object_list(found, src=0)

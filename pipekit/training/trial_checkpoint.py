@@ -23,6 +23,7 @@ from pipekit.distributed.processes import run_together
 from pipekit.engine.save import PendingCheckpoint
 from pipekit.errors import CheckpointError
 from pipekit.settings.yaml_source import write_yaml
+from pipekit.storage import storing
 from pipekit.training.context import TrialContext
 from pipekit.training.trial import Trial
 from pipekit.training.trial_callbacks import Callbacks
@@ -87,7 +88,7 @@ def save_trial(
     try:
         run_together(lambda: json.dumps(record))
         run_together(_writing, lambda: begin_checkpoint(final), temporary, is_first)
-        run_together(trial.save, context, temporary)
+        run_together(_saving, trial, temporary)
         run_together(_writing, finish, temporary, is_first)
         callbacks.call("on_checkpoint_write_end", str(temporary))
         run_together(_writing, lambda: publish_checkpoint(final, retention=retention), final, is_first)
@@ -98,13 +99,15 @@ def save_trial(
     return PendingCheckpoint(final, lambda: None, in_background=False)
 
 
+def _saving(trial: Trial, path: Path) -> None:
+    with storing(path):
+        trial.save(trial.context, path)
+
+
 def _writing(write: Callable[[], None], path: Path, is_first: bool) -> None:
-    if not is_first:
-        return
-    try:
-        write()
-    except OSError as failure:
-        raise CheckpointError(f"{path}: could not be written: {failure}") from failure
+    if is_first:
+        with storing(path):
+            write()
 
 
 def find_checkpoint(latest_checkpoint: str | Path | None, folder: Path) -> tuple[Path | None, str]:

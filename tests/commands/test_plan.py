@@ -254,5 +254,5 @@ def test_a_trillion_parameters_are_planned_without_allocating_them(path: Path) -
 def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {preset: gpt2}\ntrain: {steps: 1}\n")
-    with pytest.raises(ConfigError, match=r"--html .*page.html: cannot be written: No such file"):
+    with pytest.raises(PipekitError, match=r"--html .*page.html: cannot be written: no such folder"):
         command(path, device="h100", html=tmp_path / "no" / "page.html")

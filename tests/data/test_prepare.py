@@ -17,7 +17,7 @@ from pipekit.data import prepare
 from pipekit.data.prepare import PreparedData, is_held_out, prepare_data
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.data.tokens import load_tokens
-from pipekit.errors import DataError
+from pipekit.errors import DataError, PipekitError
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_empty_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, documents: list[str]) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(DataError, match=r"data\.cache_dir: cannot write under .*; set data\.cache_dir"):
+    with pytest.raises(PipekitError, match=r"data\.cache_dir: .*: cannot be written: a part of this path is a file"):
         prepare_data(make_config(tmp_path), sequence_length=16)
 
 

@@ -39,6 +39,24 @@ def test_first_failure(failures: list[RankFailure], blamed: int) -> None:
     assert first_failure(failures[::-1]).rank == blamed
 
 
+def test_a_report_fits_into_the_room_that_is_kept_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipekit.launch.failures.write_atomically", full)
+    path = tmp_path / "rank-0.error.json"
+    FailureReport.keep_room(path)
+    assert FailureReport.read(path) is None
+    size = path.stat().st_size
+    FailureReport("user", "the disk is full 😀", "\U0001f600" * 100_000, 1.0, 5).write(path)
+    report = FailureReport.read(path)
+    assert report is not None
+    assert (report.message, report.exit_code) == ("the disk is full 😀", 5)
+    assert path.stat().st_size == size
+
+
 def test_a_users_error_is_shown_as_its_message_alone() -> None:
     assert describe_failure(failed(3, 0, kind="user")) == "rank 3: message of 3"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipekit.config import load_config, parse_config
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.layout import Layout
 from pipekit.plan.decide import decide_run
 from pipekit.plan.plan import Plan, StartPoint
@@ -61,7 +61,7 @@ def test_the_file_is_plain_json_that_one_can_read(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir=.*file/run: cannot be written"):
+    with pytest.raises(PipekitError, match=r"run\.dir=.*file/run: cannot be written: a part of this path is a file"):
         write_plan(made(run={"dir": str(tmp_path / "file" / "run")}))
 
 

@@ -163,7 +163,7 @@ def test_whole_blocks_in_a_row_are_drawn_together(names: list[str], shown: str) 
 def test_metrics_are_lines_of_json_and_those_that_come_again_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        file = MetricsFile(folder)
+        file = MetricsFile(folder, print)
         file.on_trial_startup(start_step, None)
         for step in steps:
             file.on_metrics(step, metrics(grad_norm=float("inf"), val_accuracy=start_step / 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pipekit.config.callbacks_config import LossCurveConfig
 from pipekit.errors import ConfigError
 from pipekit.plan.run_folder import read_records
+from pipekit.storage import storage_error
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 
 if TYPE_CHECKING:
     from pipekit.training.context import TrialContext
 
 _INTERVAL_S = 30.0
+_logger = logging.getLogger(__name__)
 
 
 class LossCurve(ShippedCallback):
@@ -54,8 +57,12 @@ class LossCurve(ShippedCallback):
         if not self.is_first or not folder.metrics.is_file():
             return
         curves = read_curves(folder.metrics, self.settings.metrics)
-        if curves:
-            draw_curves(folder.path / self.settings.file, curves)
+        try:
+            if curves:
+                draw_curves(folder.path / self.settings.file, curves)
+        except OSError as error:
+            # It is drawn again later.
+            _logger.warning("%s", storage_error(error, folder.path / self.settings.file))
         self._drawn_s = time.monotonic()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pipekit.config.callbacks_config import TextSamplesConfig
 from pipekit.errors import ConfigError
+from pipekit.line_files import LineFile
 from pipekit.plan.run_folder import trim_records
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 from pipekit.training.trial import Trial, makes_text
@@ -34,6 +35,7 @@ class TextSamples(ShippedCallback):
     def __init__(self, context: TrialContext, settings: TextSamplesConfig) -> None:
         super().__init__(context)
         self.settings = settings
+        self._file: LineFile | None = None
 
     def check(self, trial: Trial, *, evaluates: bool) -> None:
         if not makes_text(trial):
@@ -59,7 +61,13 @@ class TextSamples(ShippedCallback):
         if not self.is_first:
             return
         batch = self.context.num_trained_batches
-        with self.context.folder.samples.open("a", encoding="utf-8") as file:
-            for prompt, text in zip(self.settings.prompts, texts, strict=True):
-                file.write(json.dumps({"step": batch, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-                _logger.info("batch %d: %s", batch, text)
+        if self._file is None:
+            self._file = LineFile(self.context.folder.samples, self.context.warn)
+        for prompt, text in zip(self.settings.prompts, texts, strict=True):
+            self._file.write(json.dumps({"step": batch, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+            _logger.info("batch %d: %s", batch, text)
+
+    def on_trial_shutdown(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
