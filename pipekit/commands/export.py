@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipekit.commands.shared_options import ModelConfigFile
+from pipekit.commands.shared_options import ModelConfigFile, TrustCode
 
 
 def command(
@@ -18,9 +18,7 @@ def command(
     ] = "float32",
     shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, such as 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the code that a checkpoint names as model.builder.")
-    ] = False,
+    trust_code: TrustCode = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Write one file of tensors under their own names, and a loader beside it.")
     ] = False,
@@ -42,7 +40,11 @@ def command(
         typer.echo(f"exported step {done.step} of {done.checkpoint} to {out}")
         typer.echo(f"{done.num_tensors:,} tensors of {done.num_elements:,} elements, every bit read back")
         return
+    from pipekit.config.stored_code import check_stored_code
     from pipekit.inference.export import export_checkpoint
+
+    if config is not None:
+        check_stored_code(config, trust_code=trust_code)
 
     check = export_checkpoint(
         source, out, dtype=dtype, shard_size=shard_size, overwrite=overwrite, trust_code=trust_code, config=config

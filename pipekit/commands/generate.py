@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipekit.commands.shared_options import ModelConfigFile
+from pipekit.commands.shared_options import ModelConfigFile, TrustCode
 
 
 def command(
@@ -21,14 +21,16 @@ def command(
     top_k: Annotated[int, typer.Option(min=0, help="Draw among so many of the likeliest; 0 among all.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the code that a checkpoint names as model.builder.")
-    ] = False,
+    trust_code: TrustCode = False,
     config: ModelConfigFile = None,
 ) -> None:
     """Sample text from a trained model."""
+    from pipekit.config.stored_code import check_stored_code
+    from pipekit.errors import printable
     from pipekit.inference.stream_text import stream_text
 
+    if config is not None:
+        check_stored_code(config, trust_code=trust_code)
     for piece in stream_text(
         source,
         prompt,
@@ -40,6 +42,6 @@ def command(
         trust_code=trust_code,
         config=config,
     ):
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides
+from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides, TrustCode
 from pipekit.errors import ConfigError
 from pipekit.launch.resources import find_resources
 from pipekit.plan.resources import Resources
@@ -53,6 +53,7 @@ def command(
     max_tp: Annotated[int, typer.Option(min=1, help="Largest tensor-parallel degree to compare.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine.")] = False,
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
     html: Annotated[
         Path | None,
         typer.Option(help="Write a page that opens offline.", show_default=False),
@@ -60,8 +61,10 @@ def command(
 ) -> None:
     """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
     from pipekit.config import load_config
+    from pipekit.config.stored_code import check_stored_code
 
     options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure)
+    check_stored_code(config, overrides or [], trust_code=trust_code)
     loaded = load_config(config, overrides or [])
     report = plan_report(loaded, options)
     if html is not None:

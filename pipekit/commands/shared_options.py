@@ -18,4 +18,8 @@ ModelConfigFile = Annotated[
     typer.Option("--config", metavar="FILE", help="YAML file whose model section describes what a script trained."),
 ]
 
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the code that a stored configuration names, such as model.builder.")
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

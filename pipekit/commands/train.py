@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipekit.commands.shared_options import ConfigFile, Overrides
+from pipekit.commands.shared_options import ConfigFile, Overrides, TrustCode
 from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
@@ -29,22 +29,29 @@ if TYPE_CHECKING:
     from pipekit.config import Config
 
 
-def command(config: ConfigFile, overrides: Overrides = None) -> None:
+def command(config: ConfigFile, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
-    train(config, overrides or [])
+    train(config, overrides or [], trust_code=trust_code)
 
 
-def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
+def train(path: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = False) -> None:
     """Train the configuration at `path`: of a language model or a list of layers, or of a trial where it names one.
 
     On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under
     torchrun, deepspeed, srun or mpirun, this process is one of the ranks.
 
+    Args:
+        path: the YAML file.
+        overrides: changes such as "train.steps=20".
+        trust_code: whether code may run that a `config.yaml` in the folder of a run or a checkpoint names.
+
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.
     """
+    from pipekit.config.stored_code import check_stored_code
     from pipekit.config.trial_config import load_trial_config, names_trial
 
+    check_stored_code(path, overrides, trust_code=trust_code)
     if names_trial(path):
         train_trial(load_trial_config(path, overrides))
         return

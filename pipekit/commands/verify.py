@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides
+from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides, TrustCode
 
 
 def command(
@@ -31,6 +31,7 @@ def command(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative difference.")] = 1e-4,
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
     keep: Annotated[
         Path | None,
         typer.Option(help="Keep what was recorded, and the logs, in this folder.", show_default=False),
@@ -40,7 +41,9 @@ def command(
     differs."""
     from pipekit.commands.verify_session import verify_config
     from pipekit.config import load_config
+    from pipekit.config.stored_code import check_stored_code
 
+    check_stored_code(config, overrides or [], trust_code=trust_code)
     found = verify_config(
         load_config(config, overrides or []),
         num_steps=steps,

@@ -34,7 +34,7 @@ from pipekit.data.tokenizer import (
     tokenizer_threads,
     train_tokenizer,
 )
-from pipekit.data.tokens import TokenFileWriter, load_tokens
+from pipekit.data.tokens import TokenFileWriter, is_as_written, load_tokens
 from pipekit.errors import DataError
 from pipekit.files import is_on_local_disk, replace_folder
 from pipekit.progress import ProgressCallback
@@ -262,12 +262,13 @@ def _load_prepared(folder: Path) -> PreparedData | None:
             len(load_tokens(prepared.train_path)) == prepared.num_train_tokens
             and num_validation_tokens == prepared.num_validation_tokens
             and load_tokenizer(prepared.tokenizer_path).vocab_size == prepared.vocab_size
+            and all(is_as_written(path) for path in (prepared.train_path, validation_path) if path is not None)
         )
     except (OSError, ValueError, TypeError, KeyError, DataError) as error:
         logger.warning("cached data in %s is broken and is made again: %s", folder, error)
         return None
     if not is_whole:
-        logger.warning("cached data in %s is broken and is made again: its files do not fit together", folder)
+        logger.warning("cached data in %s is broken and is made again: its files are not as they were written", folder)
     return prepared if is_whole else None
 
 

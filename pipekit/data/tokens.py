@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from pipekit.errors import DataError
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _FORMAT = "pipekit-tokens"
 _VERSION = 1
+_BLOCK_BYTES, _NUM_BLOCKS = 1 << 20, 256
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -71,8 +73,32 @@ class TokenFileWriter:
                 os.fsync(self._stream.fileno())
         if kind is None:
             sizes = {"dtype": self._dtype, "num_tokens": self.num_tokens}
-            header = {"format": _FORMAT, "version": _VERSION, **sizes}
+            header = {"format": _FORMAT, "version": _VERSION, **sizes, "checksum": _sample_checksum(self.path)}
             self.path.with_suffix(".json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+
+def is_as_written(path: Path) -> bool:
+    """True if a token file holds what was written into it, as far as its checksum tells.
+
+    That of a file of up to 256 MiB is of all its bytes, and that of a longer one of 256 blocks of 1 MiB, evenly spread,
+    so that it takes a fraction of a second: a file that another has come in place of is noticed, whatever its size.
+    """
+    try:
+        header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return bool(header["checksum"] == _sample_checksum(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sample_checksum(path: Path) -> str:
+    num_bytes = path.stat().st_size
+    stride = max(_BLOCK_BYTES, num_bytes // _NUM_BLOCKS)
+    checksum = xxhash.xxh3_128(str(num_bytes).encode())
+    with path.open("rb") as stream:
+        for begin in range(0, num_bytes, stride):
+            stream.seek(begin)
+            checksum.update(stream.read(_BLOCK_BYTES))
+    return checksum.hexdigest()
 
 
 def load_tokens(path: str | Path) -> TokenArray:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from pipekit.errors import CommunicationError, ExitCode, PipekitError
+from pipekit.errors import CommunicationError, ExitCode, PipekitError, printable
 from pipekit.launch.failures import FailureKind, FailureReport
 from pipekit.storage import find_storage_error
 
@@ -107,7 +107,7 @@ def _fail(error: BaseException, error_file: Path | None, *, exit_code: int) -> N
         if error_file is not None:
             report.write(error_file)
         # The launcher keeps stderr in the rank's log; under another launcher it is all that the user sees.
-        sys.stderr.write(f"{report.message}\n" if kind == "user" and error_file is None else text)
+        sys.stderr.write(f"{printable(report.message)}\n" if kind == "user" and error_file is None else text)
     finally:
         _end_process(exit_code)
 

@@ -47,7 +47,7 @@ class YamlLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose one node, and count it."""
         mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-        self.count_node(mark, "holds")
+        self.count_node(mark, "the text has")
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise yaml.MarkedYAMLError(None, None, f"values nested more than {_MAX_DEPTH} deep", mark)
@@ -55,11 +55,11 @@ class YamlLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def count_node(self, mark: yaml.Mark, how: str) -> None:
-        """Count a value. A MarkedYAMLError if the text `how` more of them than anybody writes."""
+    def count_node(self, mark: yaml.Mark, what: str) -> None:
+        """Count a value. A MarkedYAMLError if there are more than anybody writes; `what` begins its message."""
         self.num_nodes += 1
         if self.num_nodes > _MAX_NODES:
-            raise yaml.MarkedYAMLError(None, None, f"the text {how} more than {_MAX_NODES:,} values", mark)
+            raise yaml.MarkedYAMLError(None, None, f"{what} more than {_MAX_NODES:,} values", mark)
 
 
 class YamlDumper(yaml.SafeDumper):
@@ -166,7 +166,7 @@ def write_yaml(value: Any) -> str:
 def _construct(
     loader: YamlLoader, node: yaml.Node, path: Path, source: YamlSource, above: tuple[yaml.Node, ...]
 ) -> Any:
-    loader.count_node(node.start_mark, "stands, with its aliases written out, for")
+    loader.count_node(node.start_mark, "with its aliases written out, the text has")
     if node in above:
         source.faults.append((node.start_mark.line + 1, "an alias that contains itself; write the value out"))
         return None
@@ -216,7 +216,7 @@ def _construct_mapping(
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or error.context or "cannot be read"
     if "nested more than" in problem or ("more than" in problem and "values" in problem):
-        return f"{problem}; no configuration is"
+        return f"{problem}, which no configuration needs"
     if "'\\t'" in problem:
         return "not valid YAML: a tab; indent with spaces"
     if "mapping values are not allowed" in problem:

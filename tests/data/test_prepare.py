@@ -173,6 +173,19 @@ def test_a_broken_cache_is_made_again(
     assert "is broken and is made again" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
+def test_a_cache_that_was_written_over_is_made_again(
+    tmp_path: Path, documents: list[str], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = prepare_data(make_config(tmp_path), sequence_length=16)
+    path = first.train_path.with_name(name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]))
+    assert prepare_data(make_config(tmp_path), sequence_length=16) == first
+    assert path.read_bytes() == whole
+    assert "is broken and is made again" in caplog.text
+
+
 def test_progress_goes_up_to_one(tmp_path: Path) -> None:
     reports: list[tuple[str, float | None]] = []
     prepare_data(

@@ -486,6 +486,23 @@ TABLES: dict[str, tuple[str, str]] = {
     "a long cell": ("x" * 200_000 + "\n", "t.csv"),
 }
 
+HOSTFILES: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "names no host"),
+    "comments alone": ("# worker-1 slots=4\n", "names no host"),
+    "a name alone": ("worker-1\n", "line 1"),
+    "slots in words": ("worker-1 slots=four\n", "line 1"),
+    "no slots": ("worker-1 slots=0\n", "slots=0"),
+    "many slots": ("worker-1 slots=99999\n", "slots=99999"),
+    "a host twice": ("worker-1 slots=1\nworker-1 slots=2\n", "line 2"),
+    "an option of ssh": ("-oProxyCommand=id slots=1\n", "line 1"),
+    "a command": ("$(id) slots=1\n", "line 1"),
+    "a user": ("root@worker-1 slots=1\n", "line 1"),
+    "control characters": ("a\x1b[31m slots=1\n", "line 1"),
+    "latin-1": (b"caf\xe9 slots=1\n", "not UTF-8"),
+    "too large": ("# x\n" * 400_000, "bytes"),
+    "a long line": ("x" * 200_000 + "\n", "line 1"),
+}
+
 COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     "no such command": (("trian", "c.yaml"), "trian"),
     "no configuration": (("train",), "config"),
@@ -637,8 +654,18 @@ def _cases() -> Iterator[Case]:
         )
     for name, make in {"a pipe": fifo("t.csv"), "a device": link("t.csv", "/dev/zero")}.items():
         yield Case(f"schedule: {name}", ("train", "c.yaml", "parallel.schedule=t.csv"), "t.csv", change=make)
+    for name, (content, says) in HOSTFILES.items():
+        command = ("launch", "--hostfile", "hosts", "train", "c.yaml")
+        yield Case(f"hostfile: {name}", command, says, {"hosts": content})
     for name, (command, says) in COMMANDS.items():
         yield Case(f"command: {name}", command, says)
+    for command in ("train", "plan", "verify"):
+        for text in ("model: own:exits", "model: {builder: own:exits}", "model: {preset: tiny}\nrun: {trial: own:T}"):
+            stored = {"runs/done/config.yaml": f"{text}\ntrain: {{steps: 3}}\n"}
+            name = f"trust: {command} of {text[:30]!r}"
+            yield Case(name, (command, "runs/done/config.yaml"), "add --trust-code", stored)
+    stored = {"runs/done/config.yaml": "trial: own:T\n"}
+    yield Case("trust: train of a trial", ("train", "runs/done/config.yaml"), "add --trust-code", stored)
     yield Case("command: a pipe as a configuration", ("train", "a.yaml"), "a.yaml", change=fifo("a.yaml"))
     yield from _checkpoints()
     yield from _models()
