@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import sys
 from importlib import import_module
@@ -50,15 +51,23 @@ def version(
 
 def main() -> None:
     """Run the command line. An error is one message, and ends with the exit code of its class."""
-    from pipekit.errors import PipekitError, printable
+    from pipekit.errors import PipekitError, StoppedError, printable
+    from pipekit.launch.worker import note_start
+    from pipekit.signals import Interrupted
     from pipekit.storage import find_storage_error
 
+    note_start(os.environ)
     try:
         app()
     except PipekitError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"error: {printable(str(error))}\n")
+        text = printable(str(error))
+        sys.stderr.write(f"{text}\n" if isinstance(error, StoppedError) else f"error: {text}\n")
         sys.exit(error.exit_code)
+    except Interrupted as interrupt:
+        sys.stdout.flush()
+        sys.stderr.write(f"{interrupt}\n")
+        sys.exit(interrupt.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

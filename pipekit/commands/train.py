@@ -19,14 +19,16 @@ from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import check_process_count, find_resources, thread_environ
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.trial import train_trial
-from pipekit.launch.worker import error_file_from, report_failure
+from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressLines
 from pipekit.run_lock import hold_run
+from pipekit.signals import ending_at_once, noting
 from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
     from pipekit.config import Config
+    from pipekit.plan.plan import Plan
 
 
 def command(config: ConfigFile, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
@@ -61,7 +63,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), *, trust_code: bool =
     if ranks is not None:
         with report_failure(error_file_from(os.environ)):
             join(load_config(path, overrides), ranks)
-        return
+        end_finished()
     start(load_config(path, overrides))
 
 
@@ -83,6 +85,21 @@ def start(config: Config) -> None:
 
 
 def _start(config: Config, resources: Resources, goes_on: bool) -> None:
+    from pipekit.plan.run_folder import RunFolder, describe_progress
+
+    def describe() -> str:
+        return describe_progress(config.run.dir)
+
+    with ending_at_once(describe):
+        plan = _prepare(config, resources, goes_on)
+    if plan is not None:
+        folder = RunFolder(plan.config.run.dir)
+        with noting(describe):
+            run_plan(plan, folder.plan, log_dir=folder.logs)
+
+
+def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None:
+    """Plan a run, show and write the plan; None if the run has been trained already."""
     from pipekit.plan.run_folder import find_start, write_plan
 
     if goes_on:
@@ -97,7 +114,7 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
             f"{config.run.dir} has trained {start_point.step} of {config.train.steps} steps already; set train.steps "
             f"higher to go on, or run.dir to start another run"
         )
-        return
+        return None
     from pipekit.training.prepare import prepare_run
 
     plan = prepare_run(config, resources, start=start_point, on_progress=ProgressLines(console.print)).plan
@@ -107,10 +124,10 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
     show_plan(plan, console)
     if warning is not None:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    folder = write_plan(plan)
+    write_plan(plan)
     world_size = plan.layout.world_size
     console.print(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...")
-    run_plan(plan, folder.plan, log_dir=folder.logs)
+    return plan
 
 
 def join(config: Config, ranks: RankEnvironment) -> None:
@@ -131,16 +148,19 @@ def join(config: Config, ranks: RankEnvironment) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         os.environ.update(gpu_environ(Path(config.run.dir) / "logs", os.environ))
+    from pipekit.plan.run_folder import describe_progress
     from pipekit.training.run import run_joining_rank
 
-    run_joining_rank(
-        config,
-        resources,
-        rank=ranks.rank,
-        local_rank=ranks.local_rank,
-        loopback_port=ranks.loopback_port,
-        restarts=ranks.restarts,
-    )
+    with ending_at_once(lambda: describe_progress(config.run.dir)):
+        run_joining_rank(
+            config,
+            resources,
+            rank=ranks.rank,
+            local_rank=ranks.local_rank,
+            loopback_port=ranks.loopback_port,
+            restarts=ranks.restarts,
+            started_s=started_s(os.environ),
+        )
 
 
 def _check_degrees(config: Config, resources: Resources) -> int:

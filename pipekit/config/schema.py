@@ -32,6 +32,7 @@ from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import LONGEST_SEQUENCE, ModelFamily
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
 from pipekit.settings.base import FolderText, PathText, Section, at_least, at_most, check_path, config_error, switch
+from pipekit.settings.duration import Duration
 from pipekit.settings.yaml_source import write_yaml
 
 Degree = Annotated[PositiveInt, at_most(100_000, "no machine has had more processes in one run")]
@@ -64,6 +65,10 @@ class RunConfig(Section):
 
     threads_per_process: Threads | Literal["auto"] = Field(default="auto", examples=[4])
     """CPU threads of each process; `auto` divides the cores among them."""
+
+    max_time: Duration | None = Field(default=None, examples=["11h30m"])
+    """Time such as `11h30m`, counted from the start of the command, before the end of which the run saves and stops,
+    with exit code 75; null sets no limit."""
 
     trial: str | None = Field(default=None, min_length=1, examples=["my_package.my_trial:MyTrial"])
     """`package.module:Class` of your own `pipekit.LayersTrial`; null trains a language model."""
@@ -374,8 +379,8 @@ class DataConfig(Section):
 class _CheckpointFields(Section):
     """Saving of checkpoints, and the one to resume from."""
 
-    interval: PositiveInt | None = Field(default=None, examples=[100])
-    """Steps between checkpoints; null saves only at the end."""
+    interval: PositiveInt | Duration | None = Field(default="15m", examples=[100])
+    """Between checkpoints: steps, such as 100, or time, such as `15m`; null saves only at the end."""
 
     resume: FolderText = Field(
         default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"]

@@ -13,6 +13,7 @@ from pipekit.config.load import Draft, read_config_text, read_draft
 from pipekit.config.schema import Degree, Threads, TimeLimit
 from pipekit.errors import ConfigError
 from pipekit.settings.base import Fault, FolderText, PathText, Section, at_most, show
+from pipekit.settings.duration import Duration
 from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.yaml_source import read_yaml
 
@@ -68,6 +69,10 @@ class TrialRunConfig(Section):
     """The most times that `pipekit train` starts the ranks again after one was lost or hung, from the newest
     checkpoint; twice without a newer one is the end."""
 
+    max_time: Duration | None = Field(default=None, examples=["11h30m"])
+    """Time such as `11h30m`, counted from the start of the command, before the end of which the run saves and stops,
+    with exit code 75; null sets no limit."""
+
 
 class FitConfig(Section):
     """Length and periods of a training: the arguments of `Trainer.fit` of these names."""
@@ -83,6 +88,9 @@ class FitConfig(Section):
 
     checkpoint_period: PeriodConfig | None = Field(default=None, examples=[{"batches": 250}])
     """Between checkpoints beside those of the policy; null makes none."""
+
+    checkpoint_interval: Duration | None = Field(default="15m", examples=["1h"])
+    """Longest time without a checkpoint; null makes none by time."""
 
     checkpoint_policy: Literal["all", "best", "none"] = "best"
     """Checkpoints after validations: all, those better than all before, or none."""

@@ -144,6 +144,19 @@ def leave_processes() -> None:
     gc.collect()
 
 
+def wait(work: dist.Work, what: str) -> None:
+    """Wait for a message or a collective that is under way.
+
+    Raises:
+        CommunicationError: if it fails or lasts longer than the group's time limit; it names `what`.
+    """
+    try:
+        work.wait()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
+
+
 def gather_objects(mine: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
     """Return the objects of all ranks of a group, by default of the world, in their order. They call this together."""
     everyones = [mine] * dist.get_world_size(group)

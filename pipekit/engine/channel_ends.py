@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from pipekit.distributed.mpu import ModelParallelUnit, RankGroup
-from pipekit.engine.channels import End, wait
+from pipekit.distributed.processes import wait
+from pipekit.engine.channels import End
 
 Pair = tuple[int, int]
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.errors import CommunicationError, PipekitError
+from pipekit.distributed.processes import wait
+from pipekit.errors import PipekitError
 from pipekit.schedules import Action
 from pipekit.schedules.acknowledgements import Acknowledgements
 from pipekit.schedules.messages import name_result
@@ -58,19 +59,6 @@ def decode_meta(header: Tensor) -> NestedMeta:
     tensors, structure = json.loads(header.numpy().tobytes())
     metas = tuple(TensorMeta(tuple(shape), _DTYPES[dtype], grad) for dtype, grad, *shape in tensors)
     return NestedMeta(metas, structure)
-
-
-def wait(work: dist.Work, what: str) -> None:
-    """Wait for a message.
-
-    Raises:
-        CommunicationError: if it fails or lasts longer than the group's time limit; it names `what`.
-    """
-    try:
-        work.wait()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipekit.data.prefetch import Prefetcher
 from pipekit.distributed.mpu import ModelParallelUnit, RankGroup
-from pipekit.engine.channels import wait
+from pipekit.distributed.processes import wait
 from pipekit.errors import DataError
 from pipekit.tensors.nested import flatten, map_tensors, unflatten
 

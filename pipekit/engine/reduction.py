@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipekit.deepspeed.gradient_buffers import GradientGroup
 from pipekit.deepspeed.optimizer_view import OptimizerView
 from pipekit.distributed.mpu import RankGroup
-from pipekit.engine.channels import wait
+from pipekit.distributed.processes import wait
 from pipekit.errors import PipekitError
 from pipekit.predictions.timing import BUCKET_ELEMENTS, SHARE_ELEMENTS_PER_REPLICA
 

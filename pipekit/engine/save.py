@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -51,13 +52,18 @@ class PendingCheckpoint:
         self.path, self.in_background = path, in_background
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        began_s = time.monotonic()
+        self.seconds = 0.0
+        """Seconds that it took to write, once it is written."""
         if not in_background:
             write()
+            self.seconds = time.monotonic() - began_s
             return
 
         def run() -> None:
             try:
                 write()
+                self.seconds = time.monotonic() - began_s
             except BaseException as error:  # raised again where it is waited for
                 self._error = error
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipekit.deepspeed.optimizer_view import whole_shape
 from pipekit.distributed.mpu import RankGroup
-from pipekit.engine.channels import wait
+from pipekit.distributed.processes import wait
 from pipekit.tensor_parallel.group import Pending, TensorGroup
 from pipekit.tensor_parallel.shards import shard_of
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from pipekit.data.batch_loader import BatchLoader, MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
-from pipekit.distributed.processes import gather_objects
+from pipekit.distributed.processes import gather_objects, wait
 from pipekit.engine.base_engine import BaseEngine
-from pipekit.engine.channels import wait
 from pipekit.engine.diagnostics import Diagnostics
 from pipekit.engine.executor import Executor, Observer
 from pipekit.engine.logical_model import LogicalModel

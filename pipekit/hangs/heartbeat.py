@@ -178,7 +178,7 @@ def _find_wait(frame: FrameType | None) -> str | None:
     found = None
     while frame is not None:
         module, function = frame.f_globals.get("__name__"), frame.f_code.co_name
-        if module == "pipekit.engine.channels" and function == "wait":
+        if module == "pipekit.distributed.processes" and function == "wait":
             return f"a wait for {frame.f_locals.get('what')}"
         if module == "torch.distributed.distributed_c10d" and not function.startswith("_"):
             found = function  # the outermost is the one that was called

@@ -91,6 +91,11 @@ class RankFailure:
     log_start: int = 0
     phase: str = ""
 
+    @property
+    def has_stopped(self) -> bool:
+        """True if the rank has not failed, but stopped on request, with a checkpoint."""
+        return self.returncode == ExitCode.STOPPED
+
 
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
     """Return the failure that caused the others.

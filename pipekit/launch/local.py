@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipekit.errors import ConfigError, LaunchError
+from pipekit.errors import ConfigError, ExitCode, LaunchError, StoppedError
 from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
 from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.compiler import compiler_environ
@@ -28,6 +28,7 @@ from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import count_gpus, thread_environ
 from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
+from pipekit.signals import STOP_SIGNALS, Interrupted, name_signal
 from pipekit.storage import storing
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _SETTLE_S = 2.0
 # After SIGKILL a process is gone at once, unless it is stuck in a driver.
 _KILLED_S = 5.0
 _PORT_ATTEMPTS = 3
+# Ranks of pipekit's own note SIGTERM as a request to stop, and have nothing to do once another has failed.
+RANK_GRACE_S = 1.0
 # Ranks that lose each other after a wait of this share of the limit have hung; sooner, a connection was lost.
 _SHARE_OF_LIMIT = 0.8
 
@@ -62,6 +65,7 @@ def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank
         log_dir=log_dir,
         env=environ,
         stdout_rank=stdout_rank,
+        grace_s=RANK_GRACE_S,
         timeout_s=plan.config.run.timeout_s,
     )
 
@@ -73,6 +77,7 @@ def run_processes(
     device: Literal["auto", "cpu", "cuda"],
     log_dir: Path,
     threads: int | Literal["auto"] = "auto",
+    grace_s: float = 10.0,
     timeout_s: float = math.inf,
     option: str = "run.processes=",
 ) -> None:
@@ -84,6 +89,7 @@ def run_processes(
         device: what they compute on; "auto" takes the GPUs where there are any.
         log_dir: folder of the logs.
         threads: CPU threads of each; "auto" divides the cores among them.
+        grace_s: seconds between SIGTERM and SIGKILL.
         timeout_s: the longest silence between heartbeats of a rank.
         option: what the user types before the number of processes, for messages.
 
@@ -100,7 +106,7 @@ def run_processes(
     environ = process_environ(world_size, num_gpus, log_dir, threads=threads)
     sys.stdout.write(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...\n")
     sys.stdout.flush()
-    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, timeout_s=timeout_s)
+    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, grace_s=grace_s, timeout_s=timeout_s)
 
 
 def process_environ(
@@ -137,8 +143,10 @@ def run_local(
     `stdout_rank` goes where the launcher's goes; all else that a rank writes is appended to `log_dir/rank-<rank>.log`.
 
     When one rank fails, the others are ended: SIGTERM first, SIGKILL for those that are there after `grace_s`, each
-    with the processes that it started. SIGINT, SIGTERM and SIGHUP end all ranks the same way, a second one without
-    grace; the launcher then exits with 128 plus the signal's number. If the launcher is killed, so are the ranks.
+    with the processes that it started. If the launcher is killed, so are the ranks.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the ranks, which end as they like: those that train stop after
+    the step, with a checkpoint. A second signal ends all at once.
 
     A rank whose heartbeat stops causes a warning, and after `timeout_s` the end of the run. If ranks have waited too
     long for one another, the report of the hang stays in `log_dir/hang.txt`.
@@ -163,7 +171,8 @@ def run_local(
         LaunchError: if the port is taken, or a process cannot be started.
         RankError: if a rank fails; the message begins with the one that failed first.
         HangError: if ranks have waited too long for one another.
-        SystemExit: after a signal.
+        StoppedError: if the ranks have stopped on request, with a checkpoint.
+        Interrupted: if a signal has ended them otherwise.
     """
     with storing(log_dir):
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -174,11 +183,10 @@ def run_local(
             mine = range(world_size) if ranks is None else ranks
             job = _Job(command, world_size, mine, log_dir.absolute(), env, stdout_rank, master_addr, chosen, timeout_s)
             failure = _run_job(job, signals, grace_s=grace_s, on_failing=on_failing)
-            if failure is None and signals:
-                sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {len(mine)} processes\n")
-                raise SystemExit(128 + signals[0])
             if failure is None:
                 return
+            if failure.has_stopped:
+                raise StoppedError(failure.report.message if failure.report is not None else "stopped on request")
             if port is not None or attempt == _PORT_ATTEMPTS or not _port_was_taken(failure, chosen):
                 raise RankError(failure)
 
@@ -245,6 +253,11 @@ class _Worker:
             self.signal_group(0)
         return False
 
+    @property
+    def has_ended(self) -> bool:
+        """True if the process has ended as planned, or stopped on request."""
+        return self.ended_s is not None and self.process.returncode in (0, ExitCode.STOPPED)
+
     def failure(self) -> RankFailure | None:
         """Failure of the rank; None while it runs, and if it has succeeded."""
         if self.ended_s is None or self.process.returncode == 0:
@@ -259,6 +272,12 @@ class _Worker:
             log_start=self.log_start,
             phase="" if beat is None else beat.phase,
         )
+
+    def pass_on(self, signum: int) -> None:
+        """Send a signal to the process alone: what it has started may be needed until it stops."""
+        if self.poll():
+            with contextlib.suppress(OSError):
+                os.kill(self.process.pid, signum)
 
     def signal_group(self, signum: int) -> bool:
         """Send a signal to the process and all that it started; return True if any of them still runs."""
@@ -277,7 +296,7 @@ def signals_noted() -> Iterator[list[int]]:
     previous = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for signum in STOP_SIGNALS:
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
                     previous[signum] = signal.signal(signum, lambda number, frame: signals.append(number))
         yield signals
@@ -289,7 +308,11 @@ def signals_noted() -> Iterator[list[int]]:
 def _run_job(
     job: _Job, signals: Sequence[int], *, grace_s: float, on_failing: Callable[[RankFailure], object] | None
 ) -> RankFailure | None:
-    """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal."""
+    """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal, or a stop.
+
+    Raises:
+        Interrupted: if a signal has ended them.
+    """
     workers: list[_Worker] = []
     failures: list[RankFailure] = []
     hang: str | None = None
@@ -299,19 +322,19 @@ def _run_job(
                 workers.append(_start(job, rank))
                 watcher.watch(workers[-1].process.pid)
             hang = _wait(workers, signals, HangMonitor(job.log_dir, job.ranks), job.timeout_s)
-            seen = [failure for worker in workers if (failure := worker.failure()) is not None]
+            seen = [each for worker in workers if (each := worker.failure()) is not None and not each.has_stopped]
             if on_failing is not None and seen and hang is None and not signals:
                 on_failing(first_failure(seen))
         finally:
-            interrupted = bool(signals)
             failed = [worker.rank for worker in workers if worker.failure() is not None]
             stopped_s = time.time()
+            have_ended = all(worker.has_ended for worker in workers)
             _end(workers, signals, grace_s=grace_s)
             # Those that had failed by then, or had written their report and were on their way out.
             failures = [
                 failure
                 for worker in workers
-                if not interrupted and (failure := worker.failure()) is not None
+                if (failure := worker.failure()) is not None
                 if worker.rank in failed or (failure.report is not None and failure.report.time_s <= stopped_s)
             ]
             for rank in job.ranks:
@@ -319,7 +342,14 @@ def _run_job(
                 heartbeat_file(job.log_dir, rank).unlink(missing_ok=True)
     if hang is not None:
         raise HangError(save_report(hang, job.log_dir))
-    return first_failure(failures) if failures else None
+    stops = [failure for failure in failures if failure.has_stopped]
+    failures = [failure for failure in failures if not failure.has_stopped]
+    if signals:
+        # Whoever a signal ends has no report of its own; and those that lost it have failed because of it.
+        failures = [each for each in failures if each.report is not None and each.report.kind != "peer"]
+        if not have_ended and (len(signals) > 1 or not failures):
+            raise Interrupted(signals[0], f"stopped by {name_signal(signals[0])}: ended {len(workers)} processes")
+    return first_failure(failures or stops) if failures or stops else None
 
 
 def _start(job: _Job, rank: int) -> _Worker:
@@ -344,13 +374,19 @@ def _start(job: _Job, rank: int) -> _Worker:
 
 
 def _wait(workers: Sequence[_Worker], signals: Sequence[int], monitor: HangMonitor, timeout_s: float) -> str | None:
-    """Wait until all have succeeded, one has failed, or a signal has come; return the report of a hang."""
+    """Wait until all have ended, one has failed, or a second signal has come; return the report of a hang."""
     peer_lost_s: float | None = None
+    is_passed_on = False
     while True:
         num_running = sum([worker.poll() for worker in workers])
-        failures = [failure for worker in workers if (failure := worker.failure()) is not None]
-        if signals or (num_running == 0 and not failures):
+        ended = [failure for worker in workers if (failure := worker.failure()) is not None]
+        failures = [failure for failure in ended if not failure.has_stopped]
+        if len(signals) > 1 or (num_running == 0 and not failures):
             return None
+        if signals and not is_passed_on:
+            is_passed_on = True
+            for worker in workers:
+                worker.pass_on(signals[0])
         if not failures:
             monitor.listen()
             if warning := monitor.warning():
@@ -374,7 +410,7 @@ def _end(workers: Sequence[_Worker], signals: Sequence[int], *, grace_s: float) 
     remaining = [worker for worker in workers if worker.signal_group(signal.SIGTERM)]
     for worker in remaining:
         worker.signal_group(signal.SIGCONT)  # one that was stopped hears the other signal now
-    deadline_s = time.monotonic() + grace_s
+    deadline_s = time.monotonic() + (grace_s if num_signals < 2 else 0.0)
     while remaining and time.monotonic() < deadline_s and len(signals) == num_signals:
         time.sleep(_POLL_S)
         remaining = [worker for worker in remaining if worker.poll() or worker.signal_group(0)]

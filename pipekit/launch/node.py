@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from pipekit.errors import ExitCode, LaunchError, PipekitError
+from pipekit.errors import ExitCode, LaunchError, PipekitError, StoppedError
 from pipekit.launch.environment import LOCALHOST
 from pipekit.launch.facts import host_facts
 from pipekit.launch.failures import HangError, RankError, RankFailure
@@ -151,6 +151,8 @@ def main(arguments: Sequence[str]) -> None:
         ended = _obey(link, orders)
     except (SystemExit, KeyboardInterrupt):
         ended = {"exit_code": ExitCode.RANK_LOST, "kind": "signal"}
+    except StoppedError as stop:
+        ended = {"exit_code": stop.exit_code, "kind": "stopped", "message": str(stop)}
     except RankError as error:
         ended = describe(error.failure) | {"exit_code": error.exit_code, "message": str(error)}
     except PipekitError as error:

@@ -6,15 +6,17 @@ with a plan and a task, which says what to record.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipekit.launch.environment import detect_ranks
 from pipekit.launch.trial import TRIAL_TASK, run_trial_rank
-from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
+from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s, tie_to_parent
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     The task, if any, is "trial", or a `pipekit.verify.run.Task` as JSON.
     """
     tie_to_parent(os.environ)
+    # Until there is something to save, a signal that the launcher passes on ends this process at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with report_failure(error_file_from(os.environ)):
         ranks = detect_ranks(os.environ)
         assert ranks is not None, "pipekit.launch.rank is started by pipekit train and pipekit verify"
@@ -48,8 +52,16 @@ def main(arguments: Sequence[str]) -> None:
         else:
             from pipekit.training.run import run_planned_rank
 
-            run_planned_rank(plan, rank=ranks.rank, local_rank=ranks.local_rank, loopback_port=ranks.loopback_port)
+            run_planned_rank(
+                plan,
+                rank=ranks.rank,
+                local_rank=ranks.local_rank,
+                loopback_port=ranks.loopback_port,
+                started_s=started_s(os.environ),
+            )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with contextlib.suppress(SystemExit):  # of a success: a failure has ended the process
+        main(sys.argv[1:])
+    end_finished()

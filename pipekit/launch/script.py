@@ -6,6 +6,7 @@ tells the launcher how it failed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import sys
@@ -18,7 +19,7 @@ from pipekit.launch.environment import detect_ranks
 from pipekit.launch.local import run_processes
 from pipekit.launch.resources import check_process_count
 from pipekit.launch.restarts import start_until_done
-from pipekit.launch.worker import error_file_from, report_failure, tie_to_parent
+from pipekit.launch.worker import end_finished, error_file_from, report_failure, tie_to_parent
 
 
 def launch_script(
@@ -82,4 +83,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with contextlib.suppress(SystemExit):  # of a success: a failure has ended the process
+        main(sys.argv[1:])
+    end_finished()

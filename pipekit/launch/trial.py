@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.local import run_processes
+from pipekit.launch.local import RANK_GRACE_S, run_processes
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import check_process_count, count_gpus
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
-from pipekit.launch.worker import error_file_from, report_failure
+from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s
 from pipekit.run_lock import hold_run
+from pipekit.signals import ending_at_once, noting
 from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterat
     from pipekit.training.context import TrialContext
 
     if ranks is None:
-        yield TrialContext(config, join_alone(device=device))
+        place, local_rank = join_alone(device=device), 0
     else:
         place = join_processes(
             device=device,
@@ -85,7 +86,11 @@ def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterat
             loopback_port=ranks.loopback_port,
             restarts=ranks.restarts,
         )
-        yield TrialContext(config, place, local_rank=ranks.local_rank)
+        local_rank = ranks.local_rank
+    context = TrialContext(config, place, local_rank=local_rank)
+    context.started_s = started_s(os.environ)
+    yield context
+    del context
     leave_processes()
 
 
@@ -95,19 +100,25 @@ def train_trial(config: TrialConfig) -> None:
     Raises:
         PipekitError: if the trial breaks a rule, or a rank fails.
     """
+    from pipekit.plan.run_folder import describe_progress
+
+    def describe() -> str:
+        return describe_progress(config.run.dir)
+
     ranks = detect_ranks(os.environ)
     if ranks is not None:
-        with report_failure(error_file_from(os.environ)):
+        with report_failure(error_file_from(os.environ)), ending_at_once(describe):
             if error_file_from(os.environ) is None:
                 warn_of_restarts(config.run.restarts, ranks)
             run_trial_rank(config, ranks)
-        return
+        end_finished()
     from pipekit.plan.run_folder import RunFolder, check_run_folder, write_config
     from pipekit.settings.yaml_source import write_yaml
     from pipekit.training.trial_run import load_trial_class
 
-    # Whatever can be refused is refused before a process is started.
-    load_trial_class(config)
+    with ending_at_once(describe):
+        # Whatever can be refused is refused before a process is started.
+        load_trial_class(config)
     check_process_count(1 if config.run.processes == "auto" else config.run.processes, "run.processes")
     folder = RunFolder(config.run.dir)
 
@@ -120,10 +131,11 @@ def train_trial(config: TrialConfig) -> None:
             device=config.run.device,
             threads=config.run.threads_per_process,
             log_dir=folder.logs,
+            grace_s=RANK_GRACE_S,
             timeout_s=config.run.timeout_s,
         )
 
-    with hold_run(folder.path):
+    with hold_run(folder.path), noting(describe):
         check_run_folder(folder)
         check_writable(folder.path, name="run.dir=")
         start_until_done(start, restarts=config.run.restarts, failures=folder.failures, checkpoints=folder.checkpoints)

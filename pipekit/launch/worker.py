@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from pipekit.errors import CommunicationError, ExitCode, PipekitError, printable
+from pipekit.errors import CommunicationError, ExitCode, PipekitError, StoppedError, printable
 from pipekit.launch.failures import FailureKind, FailureReport
+from pipekit.signals import Interrupted
 from pipekit.storage import find_storage_error
 
 ERROR_FILE_VARIABLE = "PIPEKIT_ERROR_FILE"
 LAUNCHER_PID_VARIABLE = "PIPEKIT_LAUNCHER_PID"
+STARTED_VARIABLE = "PIPEKIT_STARTED_AT"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -35,20 +39,32 @@ def error_file_from(environ: Mapping[str, str]) -> Path | None:
     return Path(path) if path else None
 
 
+def note_start(environ: MutableMapping[str, str]) -> None:
+    """Note the time at which the command was started, unless that is one of the processes that it starts."""
+    environ.setdefault(STARTED_VARIABLE, repr(time.time()))
+
+
+def started_s(environ: Mapping[str, str]) -> float:
+    """Return when the command was started, by `time.monotonic`; now where that is not known."""
+    return time.monotonic() - max(0.0, time.time() - float(environ.get(STARTED_VARIABLE, "inf")))
+
+
 @contextlib.contextmanager
 def report_failure(error_file: Path | None) -> Iterator[None]:
     """Run the block; if it fails, write a failure report and end the process at once.
 
     The process ends without Python's clean-up, because the destructor of a process group can wait for ever for ranks
-    that are gone. The exit code is that of a `PipekitError`, and `RANK_LOST` after any other exception; an interrupt by
-    the user is not reported and ends with 130. A block that succeeds is left normally.
+    that are gone. The exit code is that of a `PipekitError`, and `RANK_LOST` after any other exception; an interrupt is
+    not reported and ends with 128 and the number of its signal. A block that succeeds is left normally.
 
     The report goes to `error_file`, see `error_file_from`; None leaves only the text on stderr.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        _end_process(128 + signal.SIGINT)
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Interrupted) and error_file is None and _speaks():
+            sys.stderr.write(f"{interrupt}\n")
+        end_process(interrupt.exit_code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT)
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -107,16 +123,33 @@ def _fail(error: BaseException, error_file: Path | None, *, exit_code: int) -> N
         if error_file is not None:
             report.write(error_file)
         # The launcher keeps stderr in the rank's log; under another launcher it is all that the user sees.
-        sys.stderr.write(f"{printable(report.message)}\n" if kind == "user" and error_file is None else text)
+        if not (isinstance(error, StoppedError) and error_file is None) or _speaks():
+            sys.stderr.write(f"{printable(report.message)}\n" if kind == "user" and error_file is None else text)
     finally:
-        _end_process(exit_code)
+        end_process(exit_code)
+
+
+def _speaks() -> bool:
+    """True on the rank that says what all ranks know."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _exit_code(error: BaseException) -> ExitCode:
     return error.exit_code if isinstance(error, PipekitError) else ExitCode.RANK_LOST
 
 
-def _end_process(exit_code: int) -> NoReturn:
+def end_finished() -> NoReturn:
+    """End this process, which has done its work, as Python does: threads, exit functions, streams.
+
+    Objects are not destroyed, since a thread of a process group may be about to use one of them, and would crash.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    end_process(0)
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this process at once, without Python's clean-up, in which threads of process groups may crash."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

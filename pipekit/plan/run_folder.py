@@ -13,6 +13,7 @@ from pipekit.checkpoint.manifest import (
     CONFIG_FILE,
     Manifest,
     checkpoint_name,
+    find_latest,
     find_whole,
     list_checkpoints,
     load_manifest,
@@ -118,6 +119,14 @@ def check_run_folder(folder: RunFolder) -> None:
             raise ConfigError(
                 f"{path} is no file, and a run writes one of that name; remove it, or give another run.dir"
             )
+
+
+def describe_progress(run_dir: str | Path) -> str:
+    """What a run has that is stopped before its ranks could save, such as "the newest checkpoint is ...": one line."""
+    newest = None
+    with suppress(CheckpointError, OSError):
+        newest = find_latest(RunFolder(run_dir).checkpoints)
+    return "nothing was saved yet" if newest is None else f"the newest checkpoint is {newest}"
 
 
 def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:

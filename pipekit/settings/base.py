@@ -39,6 +39,13 @@ class Section(BaseModel):
         return None
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What the type that it annotates accepts, in words for messages."""
+
+    words: str
+
+
 def switch(section: type[Section]) -> BeforeValidator:
     """Validator of a key that takes the settings of a section, `true` for its defaults, or `false` for None."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipekit.settings.base import Fault, Section, alternatives, show
+from pipekit.settings.base import Fault, Rule, Section, alternatives, show
 from pipekit.settings.suggest import closest, suggest_key
 
 _SWITCH_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
@@ -58,6 +58,8 @@ def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         base, *more = get_args(annotation)
+        if rules := [each.words for each in more if isinstance(each, Rule)]:
+            return rules[0]
         return rule_of(base, [*constraints, *_flatten(more)])
     limits = _limits(constraints)
     if origin in (Union, types.UnionType):

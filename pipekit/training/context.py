@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.hangs.activity import Activity
 from pipekit.plan.run_folder import RunFolder
+from pipekit.settings.duration import parse_duration
 from pipekit.settings.suggest import closest
 from pipekit.tensors.nested import map_tensors
 from pipekit.training.gather_metrics import gather_metrics
@@ -101,10 +103,21 @@ class TrialContext:
         """The stream that the user sees."""
         self.is_watched = False
         """True where a launcher of pipekit's listens to heartbeats in the run folder's logs."""
+        self.should_stop: Callable[[], bool] = lambda: False
+        """True, on all ranks at the same call, once a signal or the clock of any rank asks for a stop; all call this
+        together, between batches."""
+        self.started_s = time.monotonic()
+        """When the run was started, by `time.monotonic`, which `run.max_time` counts from."""
         self._stops = False
         self._logs_to_tensorboard = False
         self._writer: Any = None
         self.seed_generators(config.seed)
+
+    @property
+    def max_time_s(self) -> float | None:
+        """Seconds after `started_s` by which the run has saved and stopped; None sets no limit."""
+        max_time = self.config.run.max_time
+        return None if max_time is None else parse_duration(max_time)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialContext:

@@ -15,6 +15,10 @@ from pipekit.training.trial_data import TrialData
 from pipekit.training.trial_metrics import TrialMetrics, kept
 
 
+class EvaluationStopped(Exception):
+    """Raised between two batches of a validation, on all ranks, where the training is to stop."""
+
+
 def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batches: int | None) -> dict[str, Any]:
     """Return the validation metrics of a trial, the same on every rank. All ranks call this together.
 
@@ -26,6 +30,7 @@ def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batche
 
     Raises:
         PipekitError: on every rank, if the trial returns something that is no metric.
+        EvaluationStopped: on every rank, after a request to stop.
     """
     context: TrialContext = trial.context
     callbacks.call("on_validation_start")
@@ -70,6 +75,8 @@ def _evaluate_batches(trial: Trial, data: TrialData, found: TrialMetrics, most_b
     number = data.num_evaluations if most_batches is None else min(most_batches, data.num_evaluations)
     feed = data.validation_feed()
     for batch in range(number):
+        if batch and context.should_stop():
+            raise EvaluationStopped
         _seed(context, batch)
         if feed is not None and batch >= data.own_evaluations:
             # Other replicas have one more batch, and all must call alike; what comes of this one does not count.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -31,8 +32,10 @@ from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
 from pipekit.plan.run_folder import check_data
+from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
+from pipekit.training.evaluation import EvaluationStopped
 from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.loggers import TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
@@ -114,7 +117,7 @@ class LayersRun(Trial):
         mpu = self.run.mpu
         settings = TrialConfig(
             seed=config.train.seed,
-            run=TrialRunConfig(dir=config.run.dir, timeout_s=config.run.timeout_s),
+            run=TrialRunConfig(dir=config.run.dir, timeout_s=config.run.timeout_s, max_time=config.run.max_time),
             callbacks=CallbacksConfig(progress=False, tensorboard=config.logging.tensorboard, **dict(config.callbacks)),
         )
         super().__init__(TrialContext(settings, self.run.device))
@@ -152,7 +155,8 @@ class LayersRun(Trial):
             max_length=Batch(train.steps),
             reporting_period=Batch(1),
             validation_period=None if train.eval_interval is None else Batch(train.eval_interval),
-            checkpoint_period=None if checkpoint.interval is None else Batch(checkpoint.interval),
+            checkpoint_period=Batch(checkpoint.interval) if isinstance(checkpoint.interval, int) else None,
+            save_every_s=parse_duration(checkpoint.interval) if isinstance(checkpoint.interval, str) else None,
             checkpoint_policy="none",
             step_zero_validation=True,
             evaluates=train.eval_interval is not None,
@@ -212,6 +216,8 @@ class LayersRun(Trial):
         losses = []
         with ema_weights(self.engine) if train.eval_ema else nullcontext():
             for batch in range(train.eval_batches):
+                if batch and self.context.should_stop():
+                    raise EvaluationStopped
                 then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
                 batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
                 losses.append(float(self.engine.eval_batch(batches, observe=observe)))
@@ -290,6 +296,10 @@ class LayersLoop(TrialLoop):
     """The loop of a run of layers, whose metrics need no gathering, and whose checkpoints are those of its engine."""
 
     _trial: LayersRun
+    _unit = "step"
+
+    def _how_to_go_on(self) -> str:
+        return f"to go on: pipekit train {shlex.quote(str(self._trial.run.folder.config))}"
 
     def _build_metrics(self) -> _LateMetrics:
         return _LateMetrics(self._context, self._trial.watch)
@@ -379,7 +389,7 @@ class LayersLoop(TrialLoop):
         self._callbacks.load_state_dict(training.callbacks)
         trial.consumed_samples = training.consumed_samples
         trial.watch.load_state_dict(training.callbacks.get(_WATCH, {}), training.step)
-        return TrialState("", training.step)
+        return TrialState("", training.step, metrics=dict(training.metrics))
 
 
 class _LateMetrics(TrialMetrics):

@@ -41,13 +41,16 @@ from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_loop import TrialResult
 
 
-def run_planned_rank(plan: Plan, *, rank: int, local_rank: int, loopback_port: int | None = None) -> TrialResult:
-    """Train as one rank of a run whose plan the user has seen; `local_rank` counts the processes of this machine.
+def run_planned_rank(
+    plan: Plan, *, rank: int, local_rank: int, started_s: float, loopback_port: int | None = None
+) -> TrialResult:
+    """Train as one rank of a run whose plan the user has seen.
 
     Args:
         plan: the plan.
         rank: the rank.
         local_rank: its number on this machine.
+        started_s: when the run was started, by `time.monotonic`.
         loopback_port: see `join_processes`.
 
     Raises:
@@ -59,7 +62,7 @@ def run_planned_rank(plan: Plan, *, rank: int, local_rank: int, loopback_port: i
         _own_log(config, rank=rank) as terminal,
         joined(config, plan.device, local_rank=local_rank, loopback_port=loopback_port) as device,
     ):
-        return _train(start_trial(plan, device), terminal, is_watched=True)
+        return _train(start_trial(plan, device), terminal, started_s, is_watched=True)
 
 
 def run_joining_rank(
@@ -68,6 +71,7 @@ def run_joining_rank(
     *,
     rank: int,
     local_rank: int,
+    started_s: float,
     loopback_port: int | None = None,
     restarts: int = 0,
 ) -> TrialResult:
@@ -78,6 +82,7 @@ def run_joining_rank(
         resources: what the ranks run on.
         rank: the rank.
         local_rank: its number on this machine.
+        started_s: when the run was started, by `time.monotonic`.
         loopback_port: see `join_processes`.
         restarts: how often the launcher has started the ranks again.
 
@@ -118,7 +123,8 @@ def run_joining_rank(
         )
         plan = decided[0].plan if decided else Plan.from_json(text)
         torch.set_num_threads(plan.num_threads)
-        return _train(start_trial(plan, device, decided[0].specs if decided else None), terminal, is_watched=False)
+        trial = start_trial(plan, device, decided[0].specs if decided else None)
+        return _train(trial, terminal, started_s, is_watched=False)
 
 
 def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | None = None) -> LayersTrial:
@@ -165,7 +171,7 @@ def _own_log(config: Config, *, rank: int) -> Iterator[TextIO]:
         yield terminal
 
 
-def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialResult:
+def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched: bool) -> TrialResult:
     """Train; `is_watched` by a launcher of ours, which has shown the plan and listens to heartbeats."""
     plan = trial.context.plan
     config = plan.config
@@ -200,7 +206,7 @@ def _train(trial: LayersTrial, terminal: TextIO, *, is_watched: bool) -> TrialRe
     )
     with heartbeat, fp32_products(context.device, tf32=config.train.tf32):
         run = LayersRun(trial)
-        run.context.terminal = terminal
+        run.context.terminal, run.context.started_s = terminal, started_s
         return run.fit(callbacks)
 
 

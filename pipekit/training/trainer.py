@@ -18,6 +18,7 @@ from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
 from pipekit.plan.run_folder import RunFolder, check_run_folder
 from pipekit.run_lock import hold_run
+from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
 from pipekit.training.loggers import MetricsFile, TensorBoardLogger, TrialLog
 from pipekit.training.periods import Batch, Period
@@ -57,6 +58,7 @@ class Trainer:
         best_metric: str | None = None,
         best_is: Literal["lowest", "highest"] = "lowest",
         retention: Retention | None = None,
+        checkpoint_interval: str | None = "15m",
     ) -> TrialResult:
         """Train until `max_length`, from the checkpoint to go on from, if there is one. All ranks call this together.
 
@@ -77,6 +79,8 @@ class Trainer:
             best_metric: metric of the validation by which checkpoints are compared; the first one unless given.
             best_is: whether its lowest or its highest value is the best.
             retention: the checkpoints that are kept; by default two, and the best, under "best", and otherwise all.
+            checkpoint_interval: longest time without a checkpoint, such as "1h"; None makes none by time. Where all are
+                kept, one that came by time is removed once there is a newer one.
 
         Raises:
             PipekitError: on every rank, if the trial breaks a rule, or cannot go on.
@@ -92,6 +96,7 @@ class Trainer:
             periods = dict.fromkeys(periods, two) | {"reporting_period": Batch(1)}
             latest_checkpoint, step_zero_validation = "never", True
         run_together(self._check, periods, checkpoint_policy, best_is, test_mode)
+        save_every_s = run_together(_seconds_of, checkpoint_interval)
         if profiling_enabled and self.context.profiler is None:
             self.context.set_profiler(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
         is_first = self.context.distributed.rank == 0
@@ -113,6 +118,7 @@ class Trainer:
                     best_is=best_is,
                     retention=retention,
                     most_evaluations=_TEST_BATCHES if test_mode else None,
+                    save_every_s=None if test_mode else save_every_s,
                 ),
                 folder.checkpoints,
                 shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
@@ -189,3 +195,12 @@ class Trainer:
             raise ConfigError(f"checkpoint_policy={checkpoint_policy!r}: must be all, best or none")
         if best_is not in ("lowest", "highest"):
             raise ConfigError(f"best_is={best_is!r}: must be lowest or highest")
+
+
+def _seconds_of(checkpoint_interval: str | None) -> float | None:
+    if checkpoint_interval is None:
+        return None
+    try:
+        return parse_duration(checkpoint_interval)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"checkpoint_interval={checkpoint_interval!r}: {error}") from None

@@ -13,18 +13,21 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pipekit.checkpoint.manifest import checkpoint_name, earlier_checkpoints
-from pipekit.checkpoint.retention import Retention
+from pipekit.checkpoint.retention import Retention, remove_checkpoint
+from pipekit.distributed.agreement import Agreement
 from pipekit.distributed.processes import gather_objects, raise_together, run_together
 from pipekit.distributed.rank_role import check_roles
 from pipekit.engine.plain_engine import PlainEngine
 from pipekit.engine.save import PendingCheckpoint
-from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError
+from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError, StoppedError
 from pipekit.rng import fold_seed
+from pipekit.signals import StopSignals
 from pipekit.training.context import TrialContext
-from pipekit.training.evaluation import evaluate
+from pipekit.training.evaluation import EvaluationStopped, evaluate
 from pipekit.training.nonfinite_losses import describe_nonfinite
 from pipekit.training.periods import Pace, Period
 from pipekit.training.reducers import Reducer
+from pipekit.training.requests import Requests
 from pipekit.training.trial import Trial, metrics_of
 from pipekit.training.trial_callbacks import Callbacks, TrialCallback
 from pipekit.training.trial_checkpoint import TrialState, load_trial_state, save_trial
@@ -39,6 +42,7 @@ class TrialSchedule:
     Attributes:
         evaluates: whether there are validations at all.
         most_evaluations: batches of a validation at most; None evaluates all.
+        save_every_s: longest time without a checkpoint; None makes none by time.
     """
 
     max_length: Period
@@ -52,6 +56,7 @@ class TrialSchedule:
     best_is: Literal["lowest", "highest"] = "lowest"
     retention: Retention | None = None
     most_evaluations: int | None = None
+    save_every_s: float | None = None
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -115,18 +120,37 @@ class TrialLoop:
         takes_batches = self._context.use_pipeline_parallel or self._context.accumulates_by_hand
         self._calls = 1 if takes_batches else self._context.num_micro_batches_per_slot
         self._metrics = self._build_metrics()
+        self._signals = StopSignals()
+        self._requests = Requests(
+            Agreement(self._context.models[0].mpu),
+            self._signals,
+            has_clock=self._context.distributed.rank == 0,
+            save_every_s=schedule.save_every_s,
+            max_time_s=self._context.max_time_s,
+            started_s=self._context.started_s,
+        )
+        self._context.should_stop = lambda: bool(self._requests.exchange())
         self._feed: Feed | None = None
         self._batch = 0
         self._has_unread = False
         self._has_warned = False
+        self._owes_validation = False  # that of the checkpoint's batch, which a stop has cut short
+        self._is_cut_short = False
         self._best: float | None = None
         self._told: dict[str, Any] = {}  # metrics of the last batch that had any
         self._checkpoint: Path | None = None
         self._pending: PendingCheckpoint | None = None
+        self._by_time: Path | None = None
+        self._superseded: Path | None = None
         self._training_metrics: dict[str, Any] | None = None
         self._validation_metrics: dict[str, Any] | None = None
 
     # What a run of layers does in its own way.
+
+    _unit = "batch"
+
+    def _how_to_go_on(self) -> str:
+        return "to go on, start it again in the same way"
 
     def _build_metrics(self) -> TrialMetrics:
         return TrialMetrics(self._context, "train_batch", Reducer.AVG, for_training=True)
@@ -174,6 +198,9 @@ class TrialLoop:
             start: the checkpoint to go on from, the same on all ranks; None begins anew.
             tries_earlier: whether the newest before it that is whole is taken where it is damaged.
             warning: of what was wrong with a newer one.
+
+        Raises:
+            StoppedError: on every rank, after a request to stop; a checkpoint of the last batch is written.
         """
         has_failed = True
         try:
@@ -182,14 +209,16 @@ class TrialLoop:
             self._begin(start, tries_earlier)
             started_s = time.perf_counter()
             profiler = self._context.profiler
-            with contextlib.nullcontext() if profiler is None else profiler:
-                self._train()
-            self._finish_save()
+            with contextlib.nullcontext() if profiler is None else profiler, contextlib.ExitStack() as signals:
+                self._train(signals)
+                self._finish_save()
+                self._requests.finish()
             time_s = time.perf_counter() - started_s
             result = TrialResult(
                 self._batch, self._checkpoint, self._training_metrics, self._validation_metrics, time_s
             )
-            self._callbacks.call("on_training_end", result)
+            if not self._is_cut_short:
+                self._callbacks.call("on_training_end", result)
             has_failed = False
         finally:
             if self._pending is not None:
@@ -198,12 +227,20 @@ class TrialLoop:
             self._feed = None
             self._context.close()
             self._callbacks.shut_down(has_failed=has_failed)
+        if self._is_cut_short:
+            raise StoppedError(
+                f"stopped by {self._requests.describe()} after {self._unit} {self._batch} of {self._last}, saved in "
+                f"{self._checkpoint}\n{self._how_to_go_on()}"
+            )
         return result
 
     def _begin(self, start: Path | None, tries_earlier: bool) -> None:
         """Load the checkpoint to go on from, if there is one, and begin to read data where it stands."""
         state = TrialState("") if start is None else self._load(start, tries_earlier)
         self._batch, self._best = state.batch, state.best
+        self._owes_validation = (
+            self._batch > 0 and not _has_validation(state.metrics) and self._is_due(self._schedule.validation_period)
+        )
         num_read = run_together(self._data.own_read, state.micro_batches)
         self._feed = run_together(self._data.training_feed, num_read)
         self._callbacks.batch = self._batch
@@ -223,11 +260,13 @@ class TrialLoop:
         self._callbacks.call("on_warning", warning)
         return self._load(earlier[0], tries_earlier)
 
-    def _train(self) -> None:
+    def _train(self, signals: contextlib.ExitStack) -> None:
         schedule, pace, context, callbacks = self._schedule, self._pace, self._context, self._callbacks
-        if schedule.step_zero_validation and schedule.evaluates and self._batch == 0:
-            self._tell(reports=False, validates=True)
         first = self._batch
+        if schedule.evaluates and (self._owes_validation or (schedule.step_zero_validation and first == 0)):
+            self._tell(reports=False, validates=True)
+        # Before, there is nothing to save.
+        signals.enter_context(self._signals.listening())
         if first < self._last:
             callbacks.call("on_training_start")
         while self._batch < self._last:
@@ -251,11 +290,13 @@ class TrialLoop:
             if context.is_epoch_end():
                 callbacks.call("on_training_epoch_end", epoch)
             is_last = self._batch == self._last
-            reports = is_last or schedule.reporting_period.is_due(self._batch, pace)
-            validates = schedule.evaluates and (is_last or self._is_due(schedule.validation_period))
-            saves = is_last or self._is_due(schedule.checkpoint_period)
+            is_asked = bool(self._requests.exchange())
+            reports = is_last or is_asked or schedule.reporting_period.is_due(self._batch, pace)
+            validates = schedule.evaluates and (is_last or self._is_due(schedule.validation_period)) and not is_asked
+            saves = is_last or is_asked or self._is_due(schedule.checkpoint_period)
             # Also after the first batch, so that most mistakes of a trial show at once.
-            meets = validates or saves or (self._metrics.gathers and (reports or self._batch == first + 1))
+            meets = validates or saves or self._requests.asks_save
+            meets = meets or (self._metrics.gathers and (reports or self._batch == first + 1))
             if not (meets or (reports and self._metrics.are_here)):
                 self._has_unread = reports
                 continue
@@ -267,12 +308,16 @@ class TrialLoop:
                 if not reports:
                     self._tell(reports=True, validates=False)
                     self._told |= told
-            if self._goes_back():
+            if self._goes_back() or not meets:
                 continue
-            policy = schedule.checkpoint_policy
-            if saves or stops or (validates and policy == "all") or (is_best and policy == "best"):
-                self._save()
-            if stops:
+            policy, is_asked = schedule.checkpoint_policy, bool(self._requests.exchange(at_once=True))
+            saves = saves or is_asked or stops or (validates and policy == "all") or (is_best and policy == "best")
+            if saves or self._requests.asks_save:
+                self._save(by_time=not saves)
+                is_asked = bool(self._requests.exchange(at_once=True))
+            is_whole = stops or (is_last and (not schedule.evaluates or _has_validation(self._told)))
+            self._is_cut_short = is_asked and not is_whole
+            if stops or is_asked:
                 break
 
     def _is_due(self, period: Period | None) -> bool:
@@ -338,7 +383,10 @@ class TrialLoop:
     def _validate(self) -> bool:
         """Validate, and return whether the metric by which checkpoints are compared is better than ever before."""
         schedule = self._schedule
-        metrics = evaluate(self._trial, self._data, self._callbacks, most_batches=schedule.most_evaluations)
+        try:
+            metrics = evaluate(self._trial, self._data, self._callbacks, most_batches=schedule.most_evaluations)
+        except EvaluationStopped:
+            return False
         self._validation_metrics = metrics
         self._told |= {f"val_{name}": value for name, value in metrics.items()}
         name = self._best_metric()
@@ -356,7 +404,8 @@ class TrialLoop:
             raise ConfigError(f"best_metric={name!r}: the validation returns {', '.join(metrics)}; give one of them")
         return name or next(iter(metrics), None)
 
-    def _save(self) -> None:
+    def _save(self, *, by_time: bool) -> None:
+        """Save, or start to; what came `by_time` alone is removed after the next save, where all others are kept."""
         self._finish_save()
         name = checkpoint_name(self._batch)
         self._activity.begin(f"checkpoint {name}", f"writing {name}")
@@ -369,8 +418,11 @@ class TrialLoop:
                 {name: float(value) for name, value in self._told.items() if math.isfinite(value)},
             )
         )
+        goes = by_time and self._schedule.retention is None and self._retention().newest is None
+        self._superseded, self._by_time = self._by_time, self._pending.path if goes else None
         if not self._pending.in_background:
             self._finish_save()
+        self._requests.note_save()
 
     def _finish_save(self) -> None:
         """Wait until the last checkpoint is on the disk, and call callbacks."""
@@ -382,6 +434,11 @@ class TrialLoop:
             self._activity.begin(f"checkpoint {name}", f"waiting until {name} is written")
         self._pending = None
         self._checkpoint = pending.wait()
+        self._requests.note_written(pending.seconds)
+        if self._superseded is not None and self._context.distributed.rank == 0:
+            with contextlib.suppress(OSError):
+                remove_checkpoint(self._superseded)
+        self._superseded = None
         self._callbacks.call("on_checkpoint_upload_end", pending.path.name)
 
     def _retention(self) -> Retention:
@@ -392,3 +449,7 @@ class TrialLoop:
         if schedule.checkpoint_policy != "best" or name is None:
             return Retention()
         return Retention(2, best=f"val_{name}", best_is=schedule.best_is)
+
+
+def _has_validation(metrics: Mapping[str, float] | None) -> bool:
+    return any(name.startswith("val_") for name in metrics or ())

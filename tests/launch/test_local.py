@@ -50,13 +50,19 @@ with report_failure(error_file_from(os.environ)):
 
 LAUNCHER = """
 import pathlib, signal, sys
+from pipekit.errors import StoppedError
 from pipekit.launch.local import run_local
+from pipekit.signals import Interrupted
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for signum in (signal.SIGTERM, signal.SIGHUP):  # a shell may have them ignored
     signal.signal(signum, signal.SIG_DFL)
 folder = pathlib.Path(sys.argv[1])
 command = [sys.executable, str(folder / "rank.py"), str(folder)]
-run_local(command, world_size=2, log_dir=folder / "logs", env={}, grace_s=float(sys.argv[2]))
+try:
+    run_local(command, world_size=2, log_dir=folder / "logs", env={}, grace_s=float(sys.argv[2]))
+except (Interrupted, StoppedError) as end:
+    print(end, file=sys.stderr)
+    sys.exit(end.exit_code)
 """
 
 
@@ -334,7 +340,8 @@ def test_a_signal_to_the_launcher_ends_all_ranks(
 
 def test_a_second_signal_does_not_wait(tmp_path: Path, start_launcher: StartLauncher) -> None:
     body = """
-    signal.signal(signal.SIGTERM, lambda *_: say(f"asked-{rank}"))
+    signal.signal(signal.SIGINT, lambda *_: say(f"asked-{rank}"))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(f"ready-{rank}")
     while True:
         time.sleep(1)
@@ -345,6 +352,39 @@ def test_a_second_signal_does_not_wait(tmp_path: Path, start_launcher: StartLaun
     launcher.send_signal(signal.SIGINT)
     launcher.communicate(timeout=30)
     assert launcher.returncode == 130
+    assert_nothing_left(tmp_path, num_pids=2)
+
+
+def test_ranks_stop_on_the_signal_that_is_passed_on(tmp_path: Path, start_launcher: StartLauncher) -> None:
+    body = """
+    child = subprocess.Popen(["sleep", "300"])
+    signal.signal(signal.SIGUSR1, lambda *_: say(f"asked-{rank}"))
+    say(f"ready-{rank}")
+    wait_for(f"asked-{rank}")
+    assert child.poll() is None
+    time.sleep(rank)
+    raise StoppedError("stopped by SIGUSR1 after step 3")
+    """
+    launcher = start_launcher(body)
+    launcher.send_signal(signal.SIGUSR1)
+    _, errors = launcher.communicate(timeout=30)
+    assert (launcher.returncode, errors) == (ExitCode.STOPPED, "stopped by SIGUSR1 after step 3\n")
+    assert_nothing_left(tmp_path, num_pids=2)
+
+
+def test_a_failure_after_a_signal_is_told(tmp_path: Path, start_launcher: StartLauncher) -> None:
+    body = """
+    signal.signal(signal.SIGTERM, lambda *_: say(f"asked-{rank}"))
+    say(f"ready-{rank}")
+    wait_for(f"asked-{rank}")
+    if rank == 1:
+        raise StorageError("the disk is full")
+    time.sleep(300)
+    """
+    launcher = start_launcher(body, grace_s=0.1)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=30)
+    assert errors.rstrip().endswith("RankError: rank 1: the disk is full")
     assert_nothing_left(tmp_path, num_pids=2)
 
 

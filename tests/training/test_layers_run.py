@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +26,20 @@ from pipekit.distributed.processes import join_alone, leave_processes
 from pipekit.engine.late_number import LateNumber
 from pipekit.engine.step_trace import Diagnosis, Fault, Place
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import NumbersError, PipekitError
+from pipekit.errors import ExitCode, NumbersError, PipekitError, StoppedError
 from pipekit.hangs.activity import Activity
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.plan.decide import decide_run
+from pipekit.plan.plan import StartPoint
 from pipekit.plan.resources import Resources
 from pipekit.plan.run_folder import RunFolder
 from pipekit.training import layers_run, numbers_watch
-from pipekit.training.layers_run import LayersRun
+from pipekit.training.layers_run import LayersLoop, LayersRun
 from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.run_context import RunContext
 from pipekit.training.trial_callbacks import TrialCallback
+from pipekit.training.trial_checkpoint import TrialState
 from pipekit.training.trial_loop import TrialResult
 
 NUM_SAMPLES = 10
@@ -201,6 +206,7 @@ class Run:
                 path=path,
                 in_background=others["background"] is not None,
                 is_done=True,
+                seconds=0.1,
                 wait=wait,
                 settle=lambda timeout_s: self.order.append("settled"),
             )
@@ -564,3 +570,76 @@ def test_ranks_that_do_not_report_call_nobody(run: Any) -> None:
     made = run(reports=False)
     assert made.fit().batch == 3
     assert made.events.names == []
+
+
+class Signalled(FakeEngine):
+    """Engine in whose train_batch, eval_batch or save of a number a signal comes."""
+
+    def __init__(self, *, step: int = 0, evaluation: int = 0) -> None:
+        super().__init__()
+        self._step, self._evaluation = step, evaluation
+
+    def train_batch(self, batches: Iterator[Any]) -> Tensor:
+        if len(self.trained) + 1 == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().train_batch(batches)
+
+    def eval_batch(self, batches: Iterator[Any], *, observe: Any) -> Tensor:
+        if len(self.evaluated) + 1 == self._evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().eval_batch(batches, observe=observe)
+
+
+def test_after_a_signal_the_step_is_finished_and_saved(run: Any) -> None:
+    made = run(train={"steps": 9}, engine=Signalled(step=4))
+    with pytest.raises(StoppedError) as caught:
+        made.fit()
+    folder = made.run.run.folder.path
+    assert str(caught.value) == (
+        f"stopped by SIGTERM after step 4 of 9, saved in {folder}/checkpoints/step-4\n"
+        f"to go on: pipekit train {folder}/config.yaml"
+    )
+    assert caught.value.exit_code == ExitCode.STOPPED
+    assert [state.step for state in made.saved] == [4]
+    assert made.saved[0].metrics["loss"] == 6.0
+    # The run has not ended as planned.
+    assert made.events.names[-2:] == ["checkpoint 4", "close"]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_signal_during_a_save_lets_it_finish_and_nothing_is_saved_twice(run: Any, in_background: bool) -> None:
+    made = run(train={"steps": 9}, checkpoint={"interval": 2, "async": in_background}, engine=Signalled(step=4))
+    with pytest.raises(StoppedError, match="after step 4 of 9"):
+        made.fit()
+    assert made.order == ["save 2", "waited for 2", "save 4", "waited for 4"]
+
+
+def test_a_signal_stops_an_evaluation_within_a_batch(run: Any) -> None:
+    # The first evaluation, of two batches, comes before any step.
+    made = run(train={"steps": 9, "eval_interval": 3}, engine=Signalled(evaluation=3))
+    with pytest.raises(StoppedError, match="after step 3 of 9"):
+        made.fit()
+    assert [len(made.engine.evaluated), len(made.engine.trained)] == [3, 3]
+    assert [state.step for state in made.saved] == [3]
+    assert "val_loss" not in made.saved[0].metrics
+
+
+@pytest.mark.parametrize(("metrics", "evaluates_first"), [({"val_loss": 1.0}, False), ({"loss": 1.0}, True)])
+def test_an_evaluation_that_was_cut_short_is_made_by_the_next_start(
+    run: Any, monkeypatch: pytest.MonkeyPatch, metrics: dict[str, float], evaluates_first: bool
+) -> None:
+    made = run(train={"steps": 4, "eval_interval": 3})
+    state = TrialState("", batch=3, metrics=metrics)
+    monkeypatch.setattr(LayersLoop, "_read", lambda loop, checkpoint: state)
+    plan = replace(made.run.run.plan, start=StartPoint(Path("step-00000003"), 3))
+    made.run.run = replace(made.run.run, plan=plan)
+    made.fit()
+    # The other one is that of the last step.
+    assert made.events.names.count("evaluation") == 1 + evaluates_first
+    assert ("step 3" in made.events.names) == evaluates_first
+
+
+def test_a_signal_in_the_last_step_of_a_run_without_evaluations_changes_nothing(run: Any) -> None:
+    made = run(train={"steps": 3}, engine=Signalled(step=3))
+    assert made.fit().batch == 3
+    assert made.events.names[-2:] == ["end at 3", "close"]
