@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import sys
 from importlib import import_module
@@ -56,7 +55,7 @@ def main() -> None:
     from pipekit.signals import Interrupted
     from pipekit.storage import find_storage_error
 
-    note_start(os.environ)
+    note_start()
     try:
         app()
     except PipekitError as error:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,9 +39,9 @@ def error_file_from(environ: Mapping[str, str]) -> Path | None:
     return Path(path) if path else None
 
 
-def note_start(environ: MutableMapping[str, str]) -> None:
-    """Note the time at which the command was started, unless that is one of the processes that it starts."""
-    environ.setdefault(STARTED_VARIABLE, repr(time.time()))
+def note_start() -> None:
+    """Note for all processes that this one starts when the command was started, unless it is one of them itself."""
+    os.environ.setdefault(STARTED_VARIABLE, repr(time.time()))
 
 
 def started_s(environ: Mapping[str, str]) -> float:
