@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.distributed.processes import gather_objects
-from pipekit.engine.channels import wait
+from pipekit.distributed.processes import gather_objects, wait
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.engine.training_engine import TrainingEngine
 
