@@ -134,7 +134,7 @@ def play(folder: Path, moment: str, whole: list[list[Any]], validations: int, rn
         "step": (marks / "step").exists,
         "evaluation": (marks / "evaluation").exists,
         "save": lambda: any(checkpoints.glob(".step-*.tmp")),
-        "preparation": lambda: "token" in (folder / "console.txt").read_text(),
+        "preparation": lambda: "tokenizer ..." in (folder / "console.txt").read_text(),
     }
     has_come = wait_for(process, moments[moment], START_LIMIT_S)
     time.sleep(rng.uniform(0, 0.1 if moment != "save" else 0.01))
@@ -169,9 +169,10 @@ def play(folder: Path, moment: str, whole: list[list[Any]], validations: int, rn
         "moment": moment,
         "signal": signum.name,
         "step": trained[-1] if trained else 0,
+        "exit_code": process.returncode,
         "ended_s": ended_s,
         "checks": checks,
-        "console": (folder / "console.txt").read_text().splitlines()[-30:] if not all(checks.values()) else [],
+        "console": (folder / "console.txt").read_text().splitlines() if not all(checks.values()) else [],
     }
 
 

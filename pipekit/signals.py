@@ -25,8 +25,10 @@ _handled: dict[int, Any] = {}
 """Handlers that a block of this module has replaced, for a child that is forked meanwhile."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(BaseException):
     """A signal has ended the process before there was anything to save.
+
+    It is no KeyboardInterrupt, which libraries of command lines end in their own way.
 
     Args:
         signum: the signal.

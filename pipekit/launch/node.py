@@ -36,6 +36,7 @@ from pipekit.launch.local import process_environ, run_local
 from pipekit.launch.network import own_address
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import num_accelerators
+from pipekit.signals import Interrupted
 
 _POLL_S = 0.25
 # After a second signal, everything is gone in less.
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str]) -> None:
     orders = _Orders(link)
     try:
         ended = _obey(link, orders)
-    except (SystemExit, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt, Interrupted):
         ended = {"exit_code": ExitCode.RANK_LOST, "kind": "signal"}
     except StoppedError as stop:
         ended = {"exit_code": stop.exit_code, "kind": "stopped", "message": str(stop)}

@@ -61,7 +61,7 @@ def report_failure(error_file: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, Interrupted) as interrupt:
         if isinstance(interrupt, Interrupted) and error_file is None and _speaks():
             sys.stderr.write(f"{interrupt}\n")
         end_process(interrupt.exit_code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT)
