@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS: dict[int, str] = {
     # 0: pure.
-    0: "errors storage line_files files run_lock progress rng signals layout settings schedules hangs partitioners predictions",
+    0: "errors storage line_files files run_lock progress rng signals layout settings schedules hangs partitioners "
+    "predictions",
     # 1: torch, no processes.
     1: "tensors tensor_parallel layers models config data costs checkpoint plan inference",
     # 2: processes.
