@@ -8,14 +8,20 @@ import json
 import os
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipekit.errors import PipekitError
-from pipekit.storage import storing
+from pipekit.errors import PipekitError, StorageError
+from pipekit.storage import existing_folder, storing
+
+LATE_S = 90.0
+"""Seconds after which each machine sees in a shared folder what another has written: NFS shows for up to 60 s what it
+knew before, unless mounted otherwise."""
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 _LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 
@@ -156,3 +162,67 @@ def file_system(folder: Path) -> str:
 def is_on_local_disk(folder: Path) -> bool:
     """True if a folder is on a file system that no other machine writes to; False where that is not known."""
     return file_system(folder) in _LOCAL_FILE_SYSTEMS
+
+
+def look_anew(path: Path) -> int | None:
+    """Size of a file or folder in bytes, as its file system shows it once it is asked; None where it is not there.
+
+    A client of NFS answers from memory, also that something is missing, until a folder or file is opened.
+    """
+    for each in (path.parent, path):
+        try:
+            descriptor = os.open(each, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return None
+            raise
+        try:
+            num_bytes = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+    return num_bytes
+
+
+def wait_until_seen(
+    sizes: Mapping[Path, int | None],
+    *,
+    find_fault: Callable[[], str | None] = lambda: None,
+    limit_s: float = LATE_S,
+) -> None:
+    """Wait until this machine sees in a shared folder what another has just written there.
+
+    On a disk that no other machine writes to, there is nothing to wait for.
+
+    Args:
+        sizes: bytes of the files; None for a folder, or for a file of any size.
+        find_fault: called once all are there; what is wrong with them, or None where they are as they were written.
+        limit_s: the longest wait, in seconds.
+
+    Raises:
+        StorageError: if something is missing or another until then, with its name.
+    """
+    began_s, pause_s = time.monotonic(), _SHORTEST_PAUSE_S
+    while (fault := _find_late(sizes) or find_fault()) is not None:
+        waited_s = time.monotonic() - began_s
+        is_local = is_on_local_disk(existing_folder(next(iter(sizes)).parent))
+        if is_local or waited_s >= limit_s:
+            remedy = "give a folder that all machines of the run share"
+            if is_local:
+                raise StorageError(f"{fault} on this machine, which shares this disk with no other; {remedy}")
+            raise StorageError(
+                f"{fault} on this machine, {waited_s:.0f} s after another has written it; {remedy}, or have them see "
+                "each other's files sooner (NFS: mount with lookupcache=none)"
+            )
+        time.sleep(min(pause_s, limit_s - waited_s))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _find_late(sizes: Mapping[Path, int | None]) -> str | None:
+    for path, num_bytes in sizes.items():
+        with storing(path, doing="read"):
+            found = look_anew(path)
+        if found is None:
+            return f"{path}: is not there"
+        if num_bytes is not None and found != num_bytes:
+            return f"{path}: has {found:,} bytes of {num_bytes:,}"
+    return None

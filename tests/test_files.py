@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from pipekit.files import file_system, is_on_local_disk, replace_folder, write_atomically
+from late_disk import LateDisk
+from pipekit import files
+from pipekit.errors import StorageError
+from pipekit.files import (
+    LATE_S,
+    file_system,
+    is_on_local_disk,
+    look_anew,
+    replace_folder,
+    wait_until_seen,
+    write_atomically,
+)
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -79,3 +90,41 @@ def test_file_system_of_a_folder() -> None:
         pytest.skip("reads /proc")
     assert file_system(Path("/proc/self")) == "proc"
     assert not is_on_local_disk(Path("/proc/self"))
+
+
+def test_what_another_machine_has_written_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "file"
+    file.write_bytes(bytes(10))
+    with LateDisk({"folder": 20.0, "file": 45.0}) as disk:
+        wait_until_seen({tmp_path / "folder": None, file: 10})
+        assert 45 <= disk.now_s < 47
+        wait_until_seen({file: 10}, find_fault=lambda: "is another" if disk.now_s < 60 else None)
+        assert 60 <= disk.now_s < 62
+
+
+def test_a_wait_for_another_machine_has_a_limit_and_names_what_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "weights-0001.safetensors"
+    file.write_bytes(bytes(10))
+    with LateDisk({"never": 1000.0}) as disk:
+        with pytest.raises(StorageError, match=rf"{file}: has 10 bytes of 2,000 on this machine, 90 s after another"):
+            wait_until_seen({file: 2000})
+        assert disk.now_s == LATE_S
+        with pytest.raises(StorageError, match=r"never: is not there on this machine, 5 s .*lookupcache=none"):
+            wait_until_seen({tmp_path / "never": None}, limit_s=5)
+        with pytest.raises(StorageError, match=r"yaml: is another on this machine, 5 s"):
+            wait_until_seen({file: 10}, find_fault=lambda: "config.yaml: is another", limit_s=5)
+
+
+def test_a_disk_of_this_machine_alone_is_not_waited_for(tmp_path: Path) -> None:
+    with LateDisk({}) as disk:
+        files.is_on_local_disk = lambda folder: True
+        with pytest.raises(StorageError, match=r"step: is not there on this machine, which shares this disk with no"):
+            wait_until_seen({tmp_path / "no" / "step": None})
+    assert disk.now_s == 0
+
+
+def test_sizes_of_files_and_folders_that_are_looked_at_anew(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3))
+    assert [look_anew(tmp_path / name) for name in ("file", "missing", "no/folder")] == [3, None, None]
+    assert look_anew(tmp_path) is not None

@@ -34,9 +34,9 @@ from pipekit.data.tokenizer import (
     tokenizer_threads,
     train_tokenizer,
 )
-from pipekit.data.tokens import TokenFileWriter, is_as_written, load_tokens
-from pipekit.errors import DataError
-from pipekit.files import is_on_local_disk, replace_folder
+from pipekit.data.tokens import TokenFileWriter, is_as_written, load_tokens, token_dtype
+from pipekit.errors import DataError, StorageError
+from pipekit.files import LATE_S, is_on_local_disk, replace_folder, wait_until_seen
 from pipekit.progress import ProgressCallback
 from pipekit.rng import fold_seed
 from pipekit.storage import storing
@@ -69,10 +69,21 @@ class PreparedData(BaseModel, frozen=True):
     num_validation_tokens: int
     fingerprint: str
 
-    def is_here(self) -> bool:
-        """True if this machine sees the files."""
-        paths = (self.tokenizer_path, self.train_path, self.validation_path)
-        return all(path.is_file() for path in paths if path is not None)
+    def is_here(self, *, limit_s: float = LATE_S) -> bool:
+        """True if this machine sees the files; those of another in a shared folder are waited for, for `limit_s`."""
+        itemsize = np.dtype(token_dtype(self.vocab_size)).itemsize
+        sizes: dict[Path, int | None] = {self.tokenizer_path: None}
+        for path, num_tokens in (
+            (self.train_path, self.num_train_tokens),
+            (self.validation_path, self.num_validation_tokens),
+        ):
+            if path is not None:
+                sizes |= {path: num_tokens * itemsize, path.with_suffix(".json"): None}
+        try:
+            wait_until_seen(sizes, limit_s=limit_s)
+        except StorageError:
+            return False
+        return True
 
 
 def prepare_data(

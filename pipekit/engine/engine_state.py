@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, TrainingState, find_latest
 from pipekit.checkpoint.model_config import files_beside, stored_sections
-from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.distributed.processes import gather_objects, raise_together
+from pipekit.distributed.processes import raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.load import load_checkpoint
+from pipekit.engine.open_checkpoint import open_checkpoint
 from pipekit.engine.save import save_checkpoint
 from pipekit.errors import CheckpointError
 
@@ -123,10 +123,10 @@ def load_engine(
         None and None where the folder holds no checkpoint.
 
     Raises:
-        CheckpointError: on every rank, if the checkpoint is damaged, belongs to another model, or is not there for all
-            ranks.
+        CheckpointError: on every rank, if the checkpoint is damaged, or belongs to another model.
+        StorageError: on every rank, if one does not see it.
     """
-    reader = _open(folder, name)
+    reader = open_checkpoint(folder, lambda: _find(folder, name))
     if reader is None:
         return None, None
     training = load_checkpoint(engine, reader, optimizer_states=optimizer_states)
@@ -141,25 +141,9 @@ def load_engine(
     return str(reader.path), dict(state.get(_USERS, {}))
 
 
-def _open(folder: Path, name: str | None) -> CheckpointReader | None:
-    """Open the checkpoint that all ranks find."""
-    reader, error = None, None
-    try:
-        path = folder / name if name is not None else find_latest(folder)
-        if path is not None and (path / MANIFEST_FILE).is_file():
-            reader = CheckpointReader(path)
-    except CheckpointError as failure:
-        error = failure
-    raise_together(error)
-    found = None if reader is None else reader.path.name
-    everyones = gather_objects(found)
-    for rank, other in enumerate(everyones):
-        if other != everyones[0]:
-            raise CheckpointError(
-                f"{folder}: rank 0 finds {everyones[0] or 'no checkpoint'} there, and rank {rank} finds "
-                f"{other or 'none'}; give all ranks a folder that they all see"
-            )
-    return reader
+def _find(folder: Path, name: str | None) -> Path | None:
+    path = folder / name if name is not None else find_latest(folder)
+    return path if path is not None and (path / MANIFEST_FILE).is_file() else None
 
 
 def _set_numbers(group: dict[str, Any], stored: Mapping[str, Any]) -> None:

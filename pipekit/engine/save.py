@@ -23,6 +23,7 @@ from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.errors import NumbersError, PipekitError
+from pipekit.files import wait_until_seen
 from pipekit.storage import storing
 
 # Storage may be slow, and a rank that writes is not heard from by those that wait for it.
@@ -155,6 +156,7 @@ def save_checkpoint(
         try:
             _check_finite(shares, entries)
             with storing(final):
+                wait_until_seen({temporary: None})  # which rank 0 has made
                 for file, tensors in shares.items():
                     for tensor_name, value in write_tensors(temporary / file, tensors).items():
                         checksums[tensor_name][file.rpartition("-")[0]] = value
@@ -173,6 +175,7 @@ def save_checkpoint(
                         contents[CONFIG_FILE] = config_yaml.encode()
                         all_tensors = {key: entry for some, _ in written for key, entry in some.items()}
                         all_bytes = {file: size for _, sizes in written for file, size in sizes.items()}
+                        wait_until_seen({temporary / file: size for file, size in all_bytes.items()})
                         write_manifest(
                             final, training, contents, tensors=all_tensors, tensor_bytes=all_bytes, layout=layout
                         )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name
-from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
 from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.trial_config import TrialConfig, TrialRunConfig
@@ -27,10 +26,12 @@ from pipekit.engine.late_number import LateNumber
 from pipekit.engine.load import load_checkpoint, load_initial_weights
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
+from pipekit.engine.open_checkpoint import open_checkpoint
 from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoint
 from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
+from pipekit.files import LATE_S
 from pipekit.plan.run_folder import check_data
 from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
@@ -374,12 +375,9 @@ class LayersLoop(TrialLoop):
     def _read(self, checkpoint: Path) -> TrialState:
         trial, config = self._trial, self._trial.config
 
-        def find() -> CheckpointReader:
-            reader = CheckpointReader(checkpoint)
-            check_data(reader.manifest, trial.hooks.data_fingerprint, where=reader.path)
-            return reader
-
-        reader = run_together(find)
+        reader = open_checkpoint(checkpoint.parent, lambda: checkpoint, limit_s=min(LATE_S, config.run.timeout_s / 2))
+        assert reader is not None
+        run_together(lambda: check_data(reader.manifest, trial.hooks.data_fingerprint, where=reader.path))
         training = load_checkpoint(
             trial.engine,
             reader,

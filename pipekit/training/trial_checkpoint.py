@@ -14,14 +14,16 @@ from pipekit.checkpoint.manifest import (
     TrainingState,
     checkpoint_name,
     find_whole,
-    load_manifest,
     resolve_checkpoint,
 )
 from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, publish_checkpoint, write_manifest
+from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.checkpoint.retention import Retention
 from pipekit.distributed.processes import run_together
+from pipekit.engine.open_checkpoint import open_checkpoint
 from pipekit.engine.save import PendingCheckpoint
 from pipekit.errors import CheckpointError
+from pipekit.files import LATE_S, wait_until_seen
 from pipekit.settings.yaml_source import write_yaml
 from pipekit.storage import storing
 from pipekit.training.context import TrialContext
@@ -101,6 +103,7 @@ def save_trial(
 
 def _saving(trial: Trial, path: Path) -> None:
     with storing(path):
+        wait_until_seen({path: None})  # which rank 0 has made
         trial.save(trial.context, path)
 
 
@@ -142,7 +145,10 @@ def load_trial_state(trial: Trial, callbacks: Callbacks, checkpoint: Path) -> Tr
     Raises:
         CheckpointError: on every rank, if it was written by another trial, or is damaged.
     """
-    training = run_together(_read_training, checkpoint)
+    limit_s = min(LATE_S, trial.context.config.run.timeout_s / 2)
+    reader = open_checkpoint(checkpoint.parent, lambda: checkpoint, limit_s=limit_s)
+    assert reader is not None
+    training = _training_of(reader)
     state = TrialState(**training.client_state["trial"])
     name = type(trial).__qualname__
     if state.trial != name:
@@ -156,11 +162,11 @@ def load_trial_state(trial: Trial, callbacks: Callbacks, checkpoint: Path) -> Tr
     return state
 
 
-def _read_training(checkpoint: Path) -> TrainingState:
-    training = load_manifest(checkpoint).training
+def _training_of(reader: CheckpointReader) -> TrainingState:
+    training = reader.manifest.training
     if not {"trial", "checkpoint"} <= training.client_state.keys():
         raise CheckpointError(
-            f"{checkpoint}: is no checkpoint of a Trial; load it into an engine with engine.load_checkpoint, or give "
+            f"{reader.path}: is no checkpoint of a Trial; load it into an engine with engine.load_checkpoint, or give "
             "another run.dir"
         )
     return training

@@ -15,9 +15,11 @@ from safetensors import safe_open
 
 from engine_jobs import Case, build_engine, micro_batches, reference_run, save_engine, show, train_job, training_state
 from gloo_workers import GlooWorkers
+from late_disk import LateDisk
 from pipekit.checkpoint.manifest import find_latest, list_checkpoints, load_manifest
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.engine.load import load_checkpoint
+from pipekit.engine.open_checkpoint import open_checkpoint
 from pipekit.errors import CheckpointError, DamagedCheckpointError, NumbersError, StorageError
 
 pytestmark = pytest.mark.distributed
@@ -302,6 +304,32 @@ def fail_to_write(rank: int, folder: str, background: Any = None) -> str:
     finally:
         save.write_tensors = original
     return str(caught.value)
+
+
+def save_where_files_are_seen_late(rank: int, folder: str) -> tuple[list[float], str]:
+    """Seconds that each rank waits for the other's files in a save and a load, and the error where it is in vain."""
+    engine = build_engine(Case(pp=2))
+    engine.train_batch(micro_batches(0, Case(pp=2), 0))
+    mine = [".step-00000001.tmp", "config.yaml"] if rank == 1 else ["weights-0001.safetensors"]
+    disk = LateDisk(dict.fromkeys(mine, 30.0))
+    saved = save_engine(engine, Path(folder), 1)
+    waited_s = [disk.now_s]
+    disk.now_s = 0.0
+    reader = open_checkpoint(Path(folder), lambda: saved)
+    assert reader is not None
+    load_checkpoint(engine, reader)
+    waited_s.append(disk.now_s)
+    LateDisk({".step-00000002.tmp": 1000.0} if rank == 1 else {})
+    with pytest.raises(StorageError) as caught:
+        save_engine(engine, Path(folder), 2)
+    return waited_s, str(caught.value)
+
+
+def test_ranks_of_other_machines_wait_until_they_see_each_others_files(gloo: GlooWorkers, tmp_path: Path) -> None:
+    for rank, (waited_s, message) in enumerate(gloo.run(2, save_where_files_are_seen_late, str(tmp_path))):
+        assert all(30 <= each < 32 for each in (waited_s if rank == 1 else waited_s[:1])), waited_s
+        assert ".step-00000002.tmp: is not there on this machine, 90 s after another has written it" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
 
 def test_a_cut_file_is_named(gloo: GlooWorkers, tmp_path: Path) -> None:

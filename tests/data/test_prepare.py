@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from late_disk import LateDisk
 from pipekit.config import DataConfig
 from pipekit.data import prepare
 from pipekit.data.prepare import PreparedData, is_held_out, prepare_data
@@ -184,6 +185,16 @@ def test_a_cache_that_was_written_over_is_made_again(
     assert prepare_data(make_config(tmp_path), sequence_length=16) == first
     assert path.read_bytes() == whole
     assert "is broken and is made again" in caplog.text
+
+
+def test_data_that_another_machine_has_prepared_are_waited_for(tmp_path: Path, documents: list[str]) -> None:
+    prepared = prepare_data(make_config(tmp_path), sequence_length=16)
+    with LateDisk({"validation.bin": 40.0}) as disk:
+        assert prepared.is_here()
+        assert 40 <= disk.now_s < 42
+    with LateDisk({"train.json": 40.0}) as disk:
+        assert not prepared.is_here(limit_s=20)
+    assert not prepared.model_copy(update={"num_train_tokens": 1}).is_here(), "another file of that name is seen"
 
 
 def test_progress_goes_up_to_one(tmp_path: Path) -> None:
