@@ -53,9 +53,11 @@ class PipekitError(Exception):
 
     Attributes:
         exit_code: of the command that it ends.
+        is_everyones: True where all ranks raise it at the same point, so that all may do something about it.
     """
 
     exit_code: ExitCode = ExitCode.MISTAKE
+    is_everyones = False
 
 
 class ConfigError(PipekitError):

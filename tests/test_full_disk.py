@@ -96,6 +96,20 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(disk: Path, in_backgr
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_that_goes_on_while_the_disk_is_full(disk: Path, in_background: bool) -> None:
+    (disk.parent / "filling.py").write_text(TRIAL)
+    settings = ["checkpoint.interval=2", "checkpoint.on_error=warn", f"checkpoint.async={str(in_background).lower()}"]
+    settings.append("run.trial=filling:FillingTrial")
+    done = run_pipekit(["train", "c.yaml", *settings], cwd=disk.parent, environ={"PYTHONPATH": str(disk.parent)})
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written: the disk is full" in done.stdout
+    assert "the newest checkpoint is disk/run/checkpoints/step-00000002" in " ".join(done.stdout.split())
+    folder = disk / "run/checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == ["latest", "step-00000038", "step-00000040"]
+    assert find_faults(find_latest(folder) or Path()) == []
+
+
 def test_a_disk_that_is_full_while_metrics_are_written(disk: Path) -> None:
     (disk.parent / "filling.py").write_text(TRIAL)
     settings = ["run.trial=filling:FillingTrial", "checkpoint.interval=null"]

@@ -401,6 +401,10 @@ class _CheckpointFields(Section):
     best_is: Literal["lowest", "highest"] = "lowest"
     """The best value of `keep_best`."""
 
+    on_error: Literal["stop", "warn"] = "stop"
+    """What follows where the disk does not take a checkpoint: `stop` ends the run, `warn` tells of it and tries again
+    when the next is due. The last one is needed in any case."""
+
     @property
     def is_async(self) -> bool:
         """The key `async`, which is a keyword of Python."""

@@ -92,6 +92,10 @@ class FitConfig(Section):
     checkpoint_interval: Duration | None = Field(default="15m", examples=["1h"])
     """Longest time without a checkpoint; null makes none by time."""
 
+    checkpoint_on_error: Literal["stop", "warn"] = "stop"
+    """What follows where the disk does not take a checkpoint: `stop` ends the training, `warn` tells of it and tries
+    again when the next is due. The last one is needed in any case."""
+
     checkpoint_policy: Literal["all", "best", "none"] = "best"
     """Checkpoints after validations: all, those better than all before, or none."""
 

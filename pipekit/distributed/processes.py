@@ -171,16 +171,18 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     that of the world.
 
     Raises:
-        PipekitError: with the type and the message of the lowest rank's error; a rank that has an error raises its own.
+        PipekitError: with the type and the message of the lowest rank's error, which itself raises its own.
     """
     mine = None if error is None else (type(error), f"{error}")
     for rank, report in enumerate(gather_objects(mine, group)):
         if report is None:
             continue
-        if error is not None and rank == dist.get_rank():
-            raise error
         kind, message = report
-        raise (kind if issubclass(kind, PipekitError) else PipekitError)(message)
+        if error is None or rank != dist.get_rank():
+            error = (kind if issubclass(kind, PipekitError) else PipekitError)(message)
+        if isinstance(error, PipekitError):
+            error.is_everyones = True
+        raise error
 
 
 def run_together(call: Callable[..., Result], *args: Any) -> Result:

@@ -161,6 +161,7 @@ class LayersRun(Trial):
             checkpoint_policy="none",
             step_zero_validation=True,
             evaluates=train.eval_interval is not None,
+            on_save_error=checkpoint.on_error,
             retention=Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_is),
         )
         with ExitStack() as stack:

@@ -59,6 +59,7 @@ class Trainer:
         best_is: Literal["lowest", "highest"] = "lowest",
         retention: Retention | None = None,
         checkpoint_interval: str | None = "15m",
+        checkpoint_on_error: Literal["stop", "warn"] = "stop",
     ) -> TrialResult:
         """Train until `max_length`, from the checkpoint to go on from, if there is one. All ranks call this together.
 
@@ -81,6 +82,8 @@ class Trainer:
             retention: the checkpoints that are kept; by default two, and the best, under "best", and otherwise all.
             checkpoint_interval: longest time without a checkpoint, such as "1h"; None makes none by time. Where all are
                 kept, one that came by time is removed once there is a newer one.
+            checkpoint_on_error: what follows where the disk does not take a checkpoint: "stop" ends the training,
+                "warn" tells of it and tries again when the next is due. The last one is needed in any case.
 
         Raises:
             PipekitError: on every rank, if the trial breaks a rule, or cannot go on.
@@ -95,7 +98,7 @@ class Trainer:
             two = Batch(_TEST_BATCHES)
             periods = dict.fromkeys(periods, two) | {"reporting_period": Batch(1)}
             latest_checkpoint, step_zero_validation = "never", True
-        run_together(self._check, periods, checkpoint_policy, best_is, test_mode)
+        run_together(self._check, periods, checkpoint_policy, best_is, checkpoint_on_error, test_mode)
         save_every_s = run_together(_seconds_of, checkpoint_interval)
         if profiling_enabled and self.context.profiler is None:
             self.context.set_profiler(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
@@ -119,6 +122,7 @@ class Trainer:
                     retention=retention,
                     most_evaluations=_TEST_BATCHES if test_mode else None,
                     save_every_s=None if test_mode else save_every_s,
+                    on_save_error=checkpoint_on_error,
                 ),
                 folder.checkpoints,
                 shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
@@ -162,7 +166,14 @@ class Trainer:
             else HangReporter(logs, size, context.config.run.timeout_s, context.terminal),
         )
 
-    def _check(self, periods: dict[str, Period | None], checkpoint_policy: str, best_is: str, test_mode: bool) -> None:
+    def _check(
+        self,
+        periods: dict[str, Period | None],
+        checkpoint_policy: str,
+        best_is: str,
+        checkpoint_on_error: str,
+        test_mode: bool,
+    ) -> None:
         """Check the trial and the arguments of this rank."""
         trial, context = self.trial, self.context
         check_trial(type(trial))
@@ -195,6 +206,8 @@ class Trainer:
             raise ConfigError(f"checkpoint_policy={checkpoint_policy!r}: must be all, best or none")
         if best_is not in ("lowest", "highest"):
             raise ConfigError(f"best_is={best_is!r}: must be lowest or highest")
+        if checkpoint_on_error not in ("stop", "warn"):
+            raise ConfigError(f"checkpoint_on_error={checkpoint_on_error!r}: must be stop or warn")
 
 
 def _seconds_of(checkpoint_interval: str | None) -> float | None:

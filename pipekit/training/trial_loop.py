@@ -19,7 +19,7 @@ from pipekit.distributed.processes import gather_objects, raise_together, run_to
 from pipekit.distributed.rank_role import check_roles
 from pipekit.engine.plain_engine import PlainEngine
 from pipekit.engine.save import PendingCheckpoint
-from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError, StoppedError
+from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError, StoppedError, StorageError
 from pipekit.rng import fold_seed
 from pipekit.signals import StopSignals
 from pipekit.training.context import TrialContext
@@ -43,6 +43,7 @@ class TrialSchedule:
         evaluates: whether there are validations at all.
         most_evaluations: batches of a validation at most; None evaluates all.
         save_every_s: longest time without a checkpoint; None makes none by time.
+        on_save_error: whether the training stops where a checkpoint cannot be written, or tells of it and goes on.
     """
 
     max_length: Period
@@ -57,6 +58,7 @@ class TrialSchedule:
     retention: Retention | None = None
     most_evaluations: int | None = None
     save_every_s: float | None = None
+    on_save_error: Literal["stop", "warn"] = "stop"
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -211,7 +213,7 @@ class TrialLoop:
             profiler = self._context.profiler
             with contextlib.nullcontext() if profiler is None else profiler, contextlib.ExitStack() as signals:
                 self._train(signals)
-                self._finish_save()
+                self._finish_save(is_final=True)
                 self._requests.finish()
             time_s = time.perf_counter() - started_s
             result = TrialResult(
@@ -313,8 +315,11 @@ class TrialLoop:
             policy, is_asked = schedule.checkpoint_policy, bool(self._requests.exchange(at_once=True))
             saves = saves or is_asked or stops or (validates and policy == "all") or (is_best and policy == "best")
             if saves or self._requests.asks_save:
-                self._save(by_time=not saves)
+                is_final = is_last or is_asked or stops
+                has_failed = not self._save(by_time=not saves, is_final=is_final)
                 is_asked = bool(self._requests.exchange(at_once=True))
+                if is_asked and has_failed:
+                    self._save(by_time=False, is_final=True)
             is_whole = stops or (is_last and (not schedule.evaluates or _has_validation(self._told)))
             self._is_cut_short = is_asked and not is_whole
             if stops or is_asked:
@@ -404,27 +409,50 @@ class TrialLoop:
             raise ConfigError(f"best_metric={name!r}: the validation returns {', '.join(metrics)}; give one of them")
         return name or next(iter(metrics), None)
 
-    def _save(self, *, by_time: bool) -> None:
-        """Save, or start to; what came `by_time` alone is removed after the next save, where all others are kept."""
+    def _save(self, *, by_time: bool, is_final: bool) -> bool:
+        """Save, or start to; return False where that has failed and the training goes on.
+
+        Args:
+            by_time: whether it came by time alone; it is removed after the next save, where all others are kept.
+            is_final: whether the training is about to end, and cannot go on without it.
+        """
         self._finish_save()
         name = checkpoint_name(self._batch)
         self._activity.begin(f"checkpoint {name}", f"writing {name}")
-        self._pending = self._write(
-            TrialState(
-                type(self._trial).__qualname__,
-                self._batch,
-                self._data.total_read(self._feed),
-                self._best,
-                {name: float(value) for name, value in self._told.items() if math.isfinite(value)},
-            )
+        state = TrialState(
+            type(self._trial).__qualname__,
+            self._batch,
+            self._data.total_read(self._feed),
+            self._best,
+            {name: float(value) for name, value in self._told.items() if math.isfinite(value)},
         )
-        goes = by_time and self._schedule.retention is None and self._retention().newest is None
-        self._superseded, self._by_time = self._by_time, self._pending.path if goes else None
-        if not self._pending.in_background:
-            self._finish_save()
+        has_failed = False
+        try:
+            self._pending = self._write(state)
+        except StorageError as error:
+            has_failed = not is_final and self._goes_on_without(error)
+            if not has_failed:
+                raise
+        else:
+            goes = by_time and self._schedule.retention is None and self._retention().newest is None
+            self._superseded, self._by_time = self._by_time, self._pending.path if goes else None
+            if not self._pending.in_background:
+                self._finish_save()
         self._requests.note_save()
+        return not has_failed
 
-    def _finish_save(self) -> None:
+    def _goes_on_without(self, error: StorageError) -> bool:
+        """True if the training goes on without a checkpoint that could not be written, which is told then."""
+        if self._schedule.on_save_error == "stop" or not error.is_everyones:
+            return False
+        self._callbacks.call(
+            "on_warning",
+            f"{error}; training goes on, and saves again when that is due; the newest checkpoint is "
+            f"{self._checkpoint or 'none yet'}",
+        )
+        return True
+
+    def _finish_save(self, *, is_final: bool = False) -> None:
         """Wait until the last checkpoint is on the disk, and call callbacks."""
         pending = self._pending
         if pending is None:
@@ -433,7 +461,13 @@ class TrialLoop:
             name = pending.path.name
             self._activity.begin(f"checkpoint {name}", f"waiting until {name} is written")
         self._pending = None
-        self._checkpoint = pending.wait()
+        try:
+            self._checkpoint = pending.wait()
+        except StorageError as error:
+            if is_final or not self._goes_on_without(error):
+                raise
+            self._by_time, self._superseded = self._superseded, None
+            return
         self._requests.note_written(pending.seconds)
         if self._superseded is not None and self._context.distributed.rank == 0:
             with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from pipekit.distributed.processes import join_alone, leave_processes
 from pipekit.engine.late_number import LateNumber
 from pipekit.engine.step_trace import Diagnosis, Fault, Place
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import ExitCode, NumbersError, PipekitError, StoppedError
+from pipekit.errors import ExitCode, NumbersError, PipekitError, StoppedError, StorageError
 from pipekit.hangs.activity import Activity
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
@@ -171,6 +171,7 @@ class Run:
         kind: type[LayersTrial] = NumbersTrial,
         reports: bool = True,
         diagnosis: Diagnosis = Diagnosis(None),  # noqa: B008
+        full_at: Collection[int] = (),
         **sections: dict[str, Any],
     ) -> None:
         self.engine = engine or FakeEngine()
@@ -194,12 +195,19 @@ class Run:
         context = RunContext(decision.plan, decision.specs, unit, torch.device("cpu"), RunFolder(folder))
 
         def save(engine: FakeEngine, folder: Path, *, training: TrainingState, **others: Any) -> Any:
-            self.saved.append(training)
             path = folder / f"step-{training.step}"
             self.order.append(f"save {training.step}")
+            error = StorageError(f"{path.name}: cannot be written: the disk is full")
+            error.is_everyones = True
+            is_full = training.step in full_at
+            if is_full and others["background"] is None:
+                raise error
+            self.saved.append(training)
 
             def wait() -> Path:
                 self.order.append(f"waited for {training.step}")
+                if is_full:
+                    raise error
                 return path
 
             return SimpleNamespace(
@@ -643,3 +651,47 @@ def test_a_signal_in_the_last_step_of_a_run_without_evaluations_changes_nothing(
     made = run(train={"steps": 3}, engine=Signalled(step=3))
     assert made.fit().batch == 3
     assert made.events.names[-2:] == ["end at 3", "close"]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_is_told_and_the_run_goes_on_if_told_so(run: Any, in_background: bool) -> None:
+    settings = {"interval": 2, "async": in_background, "on_error": "warn"}
+    made = run(train={"steps": 8}, checkpoint=settings, full_at=(4,))
+    assert made.fit().checkpoint.name == "step-8"
+    assert made.events.warnings == [
+        "step-4: cannot be written: the disk is full; training goes on, and saves again when that is due; the newest "
+        f"checkpoint is {made.run.run.folder.checkpoints}/step-2"
+    ]
+    assert [name for name in made.events.names if "checkpoint" in name] == [f"checkpoint {step}" for step in (2, 6, 8)]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize(("on_error", "full_at"), [("stop", 4), ("warn", 8)])
+def test_a_full_disk_ends_the_run_where_not_told_so_and_after_the_last_step(
+    run: Any, in_background: bool, on_error: str, full_at: int
+) -> None:
+    settings = {"interval": 4, "async": in_background, "on_error": on_error}
+    made = run(train={"steps": 8}, checkpoint=settings, full_at=(full_at,))
+    with pytest.raises(StorageError, match=f"^step-{full_at}: cannot be written: the disk is full$"):
+        made.fit()
+    assert made.events.warnings == []
+    assert [name for name in made.events.names if "checkpoint" in name] == (["checkpoint 4"] if full_at == 8 else [])
+
+
+@pytest.mark.parametrize("is_full_for_ever", [False, True])
+def test_a_stop_after_a_save_that_has_failed_saves_again(run: Any, is_full_for_ever: bool) -> None:
+    full_at = {2}
+
+    class Stopping(Events):
+        def on_warning(self, message: str) -> None:
+            super().on_warning(message)
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not is_full_for_ever:
+                full_at.clear()
+
+    settings = {"interval": 2, "on_error": "warn"}
+    made = run(train={"steps": 8}, checkpoint=settings, full_at=full_at, events=Stopping())
+    with pytest.raises(StorageError if is_full_for_ever else StoppedError, match="step-2"):
+        made.fit()
+    assert made.order[:2] == ["save 2", "save 2"]
+    assert [state.step for state in made.saved] == ([] if is_full_for_ever else [2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.retention import Retention
 from pipekit.data import DataLoader
+from pipekit.errors import StorageError
 from pipekit.training.periods import Batch, Epoch, Samples
 from pipekit.training.reducers import Reducer
 from pipekit.training.trial_callbacks import TrialCallback
@@ -129,6 +131,46 @@ write_end ['config.yaml', 'manifest.json', 'model0'] at 2
 upload_end step-00000002 at 2
 trial_shutdown at 2
 """
+
+
+class OnFullDisk(PointsTrial):
+    """The second rank finds the disk full after batches 2 and 3."""
+
+    def save(self, context: Any, path: Path) -> None:
+        super().save(context, path)
+        if context.distributed.rank == 1 and self.num_batches in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def train_on_full_disk(rank: int, folder: str, on_error: str) -> tuple[str | None, list[str]]:
+    trial = make_trial(folder, OnFullDisk)
+    settings = {"checkpoint_period": Batch(1), "retention": Retention(1), "checkpoint_on_error": on_error}
+    warnings: list[str] = []
+    type(trial.seen).on_warning = lambda seen, message: warnings.append(message)  # type: ignore[method-assign]
+    try:
+        fit(trial, max_length=Batch(4), **settings)
+        error = None
+    except StorageError as failure:
+        error = str(failure)
+    torch.distributed.barrier()
+    trial.engine.destroy()
+    return error, [*warnings, *sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+def test_all_ranks_go_on_or_stop_together_where_the_disk_of_one_is_full(
+    gloo: GlooWorkers, tmp_path: Path, on_error: str
+) -> None:
+    for error, (*warnings, newest, latest) in gloo.run(2, train_on_full_disk, str(tmp_path), on_error):
+        if on_error == "stop":
+            assert error is not None
+            assert "step-00000002.tmp: cannot be written: the disk is full" in error
+            assert (warnings, newest, latest) == ([], "latest", "step-00000001")
+        else:
+            assert (error, newest, latest) == (None, "latest", "step-00000004")
+            for batch, text in zip((2, 3), warnings, strict=True):
+                assert f"step-0000000{batch}.tmp: cannot be written: the disk is full" in text
+                assert text.endswith(f"the newest checkpoint is {tmp_path}/checkpoints/step-00000001")
 
 
 def note_events(rank: int, folder: str) -> dict[str, Any]:
