@@ -265,13 +265,24 @@ def training_state(engine: Any, step: int) -> Any:
 
 
 def save_engine(
-    engine: Any, folder: Path, step: int, background: Any = None, config_yaml: str = "model: {preset: tiny}\n"
+    engine: Any,
+    folder: Path,
+    step: int,
+    background: Any = None,
+    config_yaml: str = "model: {preset: tiny}\n",
+    hosts: Any = None,
 ) -> Path:
     from pipekit.checkpoint.retention import Retention
     from pipekit.engine.save import save_checkpoint
 
     state, rule = training_state(engine, step), Retention(newest=2)
     saved = save_checkpoint(
-        engine, folder, training=state, config_yaml=config_yaml, retention=rule, background=background
+        engine,
+        folder,
+        training=state,
+        config_yaml=config_yaml,
+        retention=rule,
+        background=background,
+        hosts=hosts,
     )
     return saved.wait()

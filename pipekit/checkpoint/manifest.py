@@ -290,23 +290,35 @@ def load_manifest(checkpoint: Path) -> Manifest:
 
 
 def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
-    for name, num_bytes in manifest.file_bytes.items():
-        file = checkpoint / name
-        with storing(file, doing="read"):
-            try:
-                if not _is_plain_file(file):
-                    return f"{file}: is no plain file"
-                if (found := file.stat().st_size) != num_bytes:
-                    return f"{file}: has {found:,} bytes of {num_bytes:,}"
-                expected = manifest.file_checksums.get(name)
-                if expected is not None and file_checksum(file) != expected:
-                    return f"{file}: has changed since it was written"
-            except FileNotFoundError:
-                return f"{file}: is missing"
+    for name in manifest.file_bytes:
+        if fault := find_file_fault(checkpoint, manifest, name):
+            return fault
     for name, entry in manifest.tensors.items():
         for kind, file_name in entry.files.items():
             if file_name not in manifest.file_bytes or kind not in entry.checksums:
                 return f"{checkpoint / MANIFEST_FILE}: has no size or no checksum for {kind} of {name!r}"
+    return None
+
+
+def find_file_fault(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
+    """What is wrong with one file of a checkpoint, by its size, and, without tensors, its checksum; None if nothing."""
+    file = checkpoint / name
+    with storing(file, doing="read"):
+        try:
+            if not _is_plain_file(file):
+                return f"{file}: is no plain file"
+            if (found := file.stat().st_size) != (num_bytes := manifest.file_bytes[name]):
+                return f"{file}: has {found:,} bytes of {num_bytes:,}"
+            expected = manifest.file_checksums.get(name)
+            if expected is not None and file_checksum(file) != expected:
+                return f"{file}: has changed since it was written"
+        except FileNotFoundError:
+            if hosts := manifest.written_by.get("hosts"):
+                return (
+                    f"{file}: is not on this host (parts of this checkpoint are on {hosts}); start the run on those "
+                    f"hosts, or copy it with pipekit checkpoints gather {checkpoint.parent.parent} --hostfile HOSTFILE"
+                )
+            return f"{file}: is missing"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,6 +37,7 @@ def write_manifest(
     tensors: Mapping[str, TensorEntry],
     tensor_bytes: Mapping[str, int],
     layout: str | None = None,
+    hosts: Sequence[str] = (),
 ) -> None:
     """Write files into the hidden folder of a checkpoint, and its manifest, which knows these and all that lie there.
 
@@ -47,12 +48,15 @@ def write_manifest(
         tensors: the tensors, which have been written.
         tensor_bytes: sizes of their files.
         layout: what the ranks were; None where the engines' own checkpoints say it.
+        hosts: names of the hosts whose folders hold a part each; empty where one folder holds all of it.
     """
     hidden = hidden_folder(final)
     for name, content in contents.items():
         write_atomically(hidden / name, content)
     others = [path for path in hidden.iterdir() if path.is_file() and path.name not in tensor_bytes]
     written_by = {library: version(library) for library in ("pipekit", "torch", "deepspeed")}
+    if hosts:
+        written_by["hosts"] = ", ".join(hosts)
     manifest = Manifest(
         training=training,
         tensors=tensors,
@@ -67,6 +71,11 @@ def publish_checkpoint(final: Path, *, retention: Retention, update_latest: bool
     """Give a checkpoint its name, let `latest` name it, and remove those that are not kept."""
     # A run that was set back to an earlier step writes this one again.
     replace_folder(hidden_folder(final), final)
+    keep_checkpoint(final, retention=retention, update_latest=update_latest)
+
+
+def keep_checkpoint(final: Path, *, retention: Retention, update_latest: bool = True) -> None:
+    """Let `latest` name a checkpoint that has its name, and remove those that are not kept."""
     if update_latest:
         write_atomically(final.parent / LATEST_FILE, final.name + "\n")
     for surplus in list_surplus(final.parent, retention):

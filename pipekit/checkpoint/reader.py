@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, load_manifest
+from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, find_file_fault, load_manifest
 from pipekit.checkpoint.stored_tensors import (
     StoredTensor,
     map_tensor,
@@ -16,7 +17,7 @@ from pipekit.checkpoint.stored_tensors import (
     read_tensor,
     reading_error,
 )
-from pipekit.errors import CheckpointError, DamagedCheckpointError
+from pipekit.errors import CheckpointError, DamagedCheckpointError, StorageError
 from pipekit.tensor_parallel.shards import Shard
 
 # A piece that has been read is still in the processor's cache when it is summed up.
@@ -24,16 +25,20 @@ _PIECE_BYTES = 2**20
 
 
 class CheckpointReader:
-    """A checkpoint, open for reading; `path` is its folder. A tensor is checked when it is first read.
+    """A checkpoint, open for reading. A tensor is checked when it is first read.
+
+    Args:
+        path: its folder.
+        manifest: its manifest, where not all of its files may be there; by default it is read, and the files checked.
 
     Raises:
         DamagedCheckpointError: if a file is missing, of another size, or, without tensors, has changed.
         CheckpointError: if there is no checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         self.path = path
-        self.manifest: Manifest = load_manifest(path)
+        self.manifest: Manifest = load_manifest(path) if manifest is None else manifest
         self._verified: set[tuple[str, str]] = set()
         self._stored_in: dict[Path, dict[str, StoredTensor]] = {}
 
@@ -118,6 +123,24 @@ class CheckpointReader:
         """Yield every logical tensor's name and weights."""
         for name in self.manifest.tensors:
             yield name, self.tensor(name)
+
+
+def sound_files(path: Path, manifest: Manifest, names: Collection[str]) -> set[str]:
+    """Those of a checkpoint's files that are there with every byte that was written; the others may be missing."""
+    reader = CheckpointReader(path, manifest)
+    held: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
+    for tensor, entry in manifest.tensors.items():
+        for kind, file in entry.files.items():
+            if file in held:
+                held[file].append((tensor, kind))
+    sound = set()
+    for file, tensors in held.items():
+        with suppress(CheckpointError, StorageError):
+            if find_file_fault(path, manifest, file) is None:
+                for tensor, kind in tensors:
+                    reader.verify(tensor, kind)
+                sound.add(file)
+    return sound
 
 
 def _stored_checksum(stored: StoredTensor) -> str:

@@ -405,6 +405,10 @@ class _CheckpointFields(Section):
     """What follows where the disk does not take a checkpoint: `stop` ends the run, `warn` tells of it and tries again
     when the next is due. The last one is needed in any case."""
 
+    storage: Literal["shared", "local"] = "shared"
+    """`shared`: the run folder is one that all hosts see. `local`: each host of several has its own, and a second copy
+    of the checkpoint files of its neighbour."""
+
     @property
     def is_async(self) -> bool:
         """The key `async`, which is a keyword of Python."""

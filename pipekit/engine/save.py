@@ -8,26 +8,30 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import CONFIG_FILE, WEIGHTS, TensorEntry, TrainingState, checkpoint_name
-from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, publish_checkpoint, write_manifest
+from pipekit.checkpoint.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS,
+    TensorEntry,
+    TrainingState,
+    checkpoint_name,
+)
+from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, keep_checkpoint, write_manifest
 from pipekit.checkpoint.retention import Retention
 from pipekit.checkpoint.writer import write_tensors
+from pipekit.distributed.host_folders import LONGEST_WRITE, HostFolders, plan_copies, transfer_files
 from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.errors import NumbersError, PipekitError
-from pipekit.files import wait_until_seen
+from pipekit.files import replace_folder, wait_until_seen, write_atomically
 from pipekit.storage import storing
-
-# Storage may be slow, and a rank that writes is not heard from by those that wait for it.
-_LONGEST_WRITE = timedelta(hours=6)
 
 
 class SnapshotMemory:
@@ -106,16 +110,18 @@ def save_checkpoint(
     name: str | None = None,
     update_latest: bool = True,
     background: SnapshotMemory | None = None,
+    hosts: HostFolders | None = None,
 ) -> PendingCheckpoint:
     """Write a checkpoint into `folder`. Every rank calls this together, once the one before has been waited for.
 
     The replicas of a stage share its tensors out among themselves, so that all ranks write at once, each from a copy of
     its share in the host's memory. The folder appears under its name when it is complete, and `latest` names it after
-    that.
+    that. Where each host has a folder of its own, it gets what its ranks write, a copy of what its neighbour's write,
+    and all the rest; the checkpoint appears on all of them, or `latest` names it on none.
 
     Args:
         engine: the engine to save.
-        folder: the run's `checkpoints` folder, which every rank sees.
+        folder: the run's `checkpoints` folder, which every rank sees, or every rank of a host.
         training: the state of the training.
         config_yaml: the resolved configuration.
         extra_files: files to copy in, by name.
@@ -124,6 +130,7 @@ def save_checkpoint(
         update_latest: whether `latest` names it from now on.
         background: memory for the copy, where this is to return once it is made, and to write it on a thread; the
             next save uses it again. By default all is written before this returns.
+        hosts: the hosts, where each has a folder of its own.
 
     Raises:
         StorageError: on every rank, if any rank could not write; nothing is left behind. `wait` raises it where that
@@ -133,19 +140,18 @@ def save_checkpoint(
     final = folder / (name or checkpoint_name(training.step))
     temporary = hidden_folder(final)
     rank = dist.get_rank()
+    hosts = HostFolders.shared() if hosts is None else hosts
     everybody = engine.mpu.build_group(
-        [range(dist.get_world_size())], "gloo", purpose="checkpoints", timeout=_LONGEST_WRITE
+        [range(dist.get_world_size())], "gloo", purpose="checkpoints", timeout=LONGEST_WRITE
     )
     assert everybody is not None
     control = everybody.process_group
-    error: Exception | None = None
-    if rank == 0:
-        try:
-            with storing(final):
-                begin_checkpoint(final)
-        except PipekitError as failure:
-            error = failure
-    raise_together(error, control)
+    kept = retention or Retention()
+
+    def on_each_host(work: Callable[[], object]) -> None:
+        hosts.on_each(work, final, control)
+
+    on_each_host(lambda: begin_checkpoint(final))
     shares, entries = _gather_share(engine, writer=rank, memory=SnapshotMemory() if background is None else background)
     layout = f"{engine.mpu.layout}, ZeRO {engine.config.get('zero_optimization', {}).get('stage', 0)}"
 
@@ -165,26 +171,42 @@ def save_checkpoint(
         except PipekitError as failure:
             error = failure
         checked = {key: replace(entry, checksums=checksums[key]) for key, entry in entries.items()}
+        contents: dict[str, bytes] = {}
         try:
             raise_together(error, control)
             written = gather_objects((checked, file_bytes), control)
-            if rank == 0:
-                try:
-                    with storing(final):
-                        contents = {file: source.read_bytes() for file, source in (extra_files or {}).items()}
-                        contents[CONFIG_FILE] = config_yaml.encode()
-                        all_tensors = {key: entry for some, _ in written for key, entry in some.items()}
-                        all_bytes = {file: size for _, sizes in written for file, size in sizes.items()}
-                        wait_until_seen({temporary / file: size for file, size in all_bytes.items()})
-                        write_manifest(
-                            final, training, contents, tensors=all_tensors, tensor_bytes=all_bytes, layout=layout
-                        )
-                        publish_checkpoint(final, retention=retention or Retention(), update_latest=update_latest)
-                except PipekitError as failure:
-                    error = failure
-            raise_together(error, control)
+            sizes = {rank: theirs for rank, (_, theirs) in enumerate(written)}
+            transfer_files(temporary, plan_copies(sizes, hosts), control)
+
+            def describe() -> None:
+                all_bytes = {file: size for theirs in sizes.values() for file, size in theirs.items()}
+                if len(hosts.ranks) == 1:
+                    wait_until_seen({temporary / file: size for file, size in all_bytes.items()})
+                contents.update({file: source.read_bytes() for file, source in (extra_files or {}).items()})
+                contents[CONFIG_FILE] = config_yaml.encode()
+                write_manifest(
+                    final,
+                    training,
+                    contents,
+                    tensors={key: entry for some, _ in written for key, entry in some.items()},
+                    tensor_bytes=all_bytes,
+                    layout=layout,
+                    hosts=hosts.names if len(hosts.names) > 1 else (),
+                )
+                contents[MANIFEST_FILE] = (temporary / MANIFEST_FILE).read_bytes()
+
+            on_each_host(lambda: describe() if rank == 0 else None)
+            if len(hosts.ranks) > 1:
+                told = [contents]
+                dist.broadcast_object_list(told, src=0, group=control)
+                on_each_host(
+                    lambda: [write_atomically(temporary / name, data) for name, data in told[0].items() if rank]
+                )
+            # Not before all have it does any name it, or remove an older one.
+            on_each_host(lambda: replace_folder(temporary, final))
+            on_each_host(lambda: keep_checkpoint(final, retention=kept, update_latest=update_latest))
         except PipekitError:
-            if rank == 0:
+            if hosts.leads:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 

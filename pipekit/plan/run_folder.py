@@ -166,6 +166,18 @@ def write_plan(plan: Plan) -> RunFolder:
     return folder
 
 
+def adopt_config(folder: RunFolder) -> None:
+    """Give a folder that has checkpoints, but no configuration of its run, that of the newest.
+
+    Raises:
+        StorageError: if it cannot be read or written.
+    """
+    with suppress(CheckpointError), storing(folder.path):
+        newest = find_latest(folder.checkpoints)
+        if newest is not None and (newest / CONFIG_FILE).is_file() and not os.path.lexists(folder.config):
+            write_atomically(folder.config, (newest / CONFIG_FILE).read_bytes())
+
+
 def write_config(folder: RunFolder, text: str) -> None:
     """Make a run folder, remove what interrupted writes have left in it, and write its configuration.
 

@@ -19,9 +19,11 @@ from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.data.tokenizer import tokenizer_files
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
+from pipekit.distributed.host_folders import HostFolders
 from pipekit.distributed.processes import run_together
 from pipekit.distributed.rank_role import RankRole
 from pipekit.engine.build import build_engine
+from pipekit.engine.gather import gather_named
 from pipekit.engine.late_number import LateNumber
 from pipekit.engine.load import load_checkpoint, load_initial_weights
 from pipekit.engine.micro_batches import MicroBatch
@@ -136,6 +138,7 @@ class LayersRun(Trial):
         self.step_times: StepTimes | None = None
         if self.run.plan.layout.world_size > 1:
             self.step_times = StepTimes(self.engine, interval=config.logging.interval, warn=self.watch.warn)
+        self.hosts = HostFolders.find(self.run.folder.path) if config.checkpoint.storage == "local" else None
         self.snapshot_memory = SnapshotMemory() if config.checkpoint.is_async else None
 
     def fit(self, callbacks: Sequence[TrialCallback] = ()) -> TrialResult:
@@ -371,10 +374,13 @@ class LayersLoop(TrialLoop):
             retention=self._retention(),
             name=checkpoint_name(state.batch),
             background=trial.snapshot_memory,
+            hosts=trial.hosts,
         )
 
     def _read(self, checkpoint: Path) -> TrialState:
         trial, config = self._trial, self._trial.config
+        if trial.hosts is not None and len(trial.hosts.ranks) > 1:
+            gather_named(checkpoint, trial.hosts, verify=False)
 
         reader = open_checkpoint(checkpoint.parent, lambda: checkpoint, limit_s=min(LATE_S, config.run.timeout_s / 2))
         assert reader is not None

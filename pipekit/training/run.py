@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -14,8 +15,10 @@ import torch
 from pipekit.config import Config
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
+from pipekit.distributed.host_folders import OR_LOCAL, HostFolders, check_folders
 from pipekit.distributed.mpu_check import check_mpu
-from pipekit.distributed.processes import join_processes, leave_processes, raise_together
+from pipekit.distributed.processes import join_processes, leave_processes, raise_together, run_together
+from pipekit.engine.gather import gather_start
 from pipekit.errors import ConfigError, DataError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
@@ -26,7 +29,7 @@ from pipekit.plan.device import plan_device
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.plan.room import check_room
-from pipekit.plan.run_folder import RunFolder, find_start, write_plan
+from pipekit.plan.run_folder import RunFolder, adopt_config, find_start, write_plan
 from pipekit.progress import ProgressCallback
 from pipekit.run_lock import hold_run
 from pipekit.storage import check_writable
@@ -91,9 +94,15 @@ def run_joining_rank(
     """
     decided: list[Decision] = []
 
+    folder, is_local = RunFolder(config.run.dir), config.checkpoint.storage == "local"
+    gathered = ""
+
     def decide(on_progress: ProgressCallback) -> str:
-        stack.enter_context(hold_run(config.run.dir))
+        if not is_local:
+            stack.enter_context(hold_run(folder.path))
         start = find_start(config)
+        if start is not None and gathered:
+            start = replace(start, warning=gathered)
         check_writable(Path(config.run.dir), name="run.dir=")
         decided.append(prepare_run(config, resources, start=start, on_progress=on_progress))
         if (warning := check_room(decided[0].plan)) is not None:
@@ -113,6 +122,12 @@ def run_joining_rank(
             restarts=restarts,
         ) as device,
     ):
+        hosts = HostFolders.find(folder.path)
+        check_folders(folder.path, hosts, are_shared=not is_local, advice=OR_LOCAL)
+        if is_local:
+            run_together(lambda: stack.enter_context(hold_run(folder.path)) if hosts.leads else None)
+            gathered = gather_start(config.checkpoint.resume, folder.checkpoints, hosts)
+            run_together(lambda: adopt_config(folder) if hosts.leads else None)
         text = tell_from_first_rank(
             decide,
             store=prefixed_store("pipekit/plan"),
@@ -122,6 +137,8 @@ def run_joining_rank(
             purpose="plan the run",
         )
         plan = decided[0].plan if decided else Plan.from_json(text)
+        if is_local:
+            run_together(lambda: write_plan(plan) if hosts.leads and not decided else None)
         torch.set_num_threads(plan.num_threads)
         trial = start_trial(plan, device, decided[0].specs if decided else None)
         return _train(trial, terminal, started_s, is_watched=False)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipekit.checkpoint.retention import Retention, remove_leftovers
+from pipekit.distributed.host_folders import HostFolders, check_folders
 from pipekit.distributed.processes import run_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.errors import ConfigError, PipekitError
@@ -107,6 +108,7 @@ class Trainer:
         held = ExitStack()
         if not self.context.is_watched:  # or else its launcher holds the folder
             run_together(lambda: self._take_folder(held) if is_first else None)
+        check_folders(own_folder.path, HostFolders.find(own_folder.path), are_shared=True)
         self.context.folder = folder = RunFolder(own_folder.path / ".test-mode") if test_mode else own_folder
         evaluates = has_evaluation(self.trial)
         try:

@@ -255,7 +255,8 @@ class TrialLoop:
         try:
             return self._read(checkpoint)
         except DamagedCheckpointError as damage:
-            earlier = earlier_checkpoints(checkpoint) if tries_earlier else []
+            # Hosts whose folders differ take the same one.
+            earlier = gather_objects(earlier_checkpoints(checkpoint))[0] if tries_earlier else []
             if not earlier:
                 raise
             warning = f"{damage}; going on from {earlier[0]} instead"
