@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from pipekit.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     Manifest,
+    find_file_fault,
     find_latest,
     list_checkpoints,
     load_manifest,
+    read_manifest,
 )
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, StorageError
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class CheckpointSummary:
         faults: what is wrong with it, each naming a file; empty where it is whole.
         manifest: None where it cannot be read.
         num_bytes: of all its files.
+        is_partial: whether it is one of which each host keeps a part, and other hosts have the files that are missing.
     """
 
     path: Path
@@ -34,6 +38,7 @@ class CheckpointSummary:
     faults: tuple[str, ...]
     manifest: Manifest | None
     num_bytes: int
+    is_partial: bool = False
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -77,13 +82,20 @@ def summarize_checkpoints(folder: Path, *, verify: bool = False) -> list[Checkpo
 def _summarize(path: Path, *, is_latest: bool, verify: bool) -> CheckpointSummary:
     manifest: Manifest | None = None
     faults: tuple[str, ...] = ()
+    is_partial = False
     try:
         manifest = load_manifest(path)
         faults = tuple(find_faults(path)) if verify else ()
     except CheckpointError as error:
         faults = (str(error).partition("; go on from")[0],)
+        with suppress(CheckpointError, StorageError):
+            stored = read_manifest(path)
+            held = [name for name in stored.file_bytes if (path / name).exists()]
+            is_partial = "hosts" in stored.written_by and len(held) < len(stored.file_bytes)
+            is_partial = is_partial and not any(find_file_fault(path, stored, name) for name in held)
+            manifest = stored if is_partial else None
     num_bytes = sum(file.lstat().st_size for file in path.iterdir())
-    return CheckpointSummary(path, is_latest, faults, manifest, num_bytes)
+    return CheckpointSummary(path, is_latest, faults, manifest, num_bytes, is_partial)
 
 
 def find_faults(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pipekit.checkpoint.stored_tensors import (
     read_tensor,
     reading_error,
 )
-from pipekit.errors import CheckpointError, DamagedCheckpointError, StorageError
+from pipekit.errors import CheckpointError, DamagedCheckpointError, PipekitError
 from pipekit.tensor_parallel.shards import Shard
 
 # A piece that has been read is still in the processor's cache when it is summed up.
@@ -135,7 +135,7 @@ def sound_files(path: Path, manifest: Manifest, names: Collection[str]) -> set[s
                 held[file].append((tensor, kind))
     sound = set()
     for file, tensors in held.items():
-        with suppress(CheckpointError, StorageError):
+        with suppress(PipekitError):
             if find_file_fault(path, manifest, file) is None:
                 for tensor, kind in tensors:
                     reader.verify(tensor, kind)

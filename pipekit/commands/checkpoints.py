@@ -22,8 +22,9 @@ def command(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[average|ema|prune] RUN",
-            help="The folder of a run, to list its checkpoints; `average`, `ema` or `prune` before it does that.",
+            metavar="[average|ema|prune|gather] RUN",
+            help="The folder of a run, to list its checkpoints; `average`, `ema`, `prune` or `gather` before it does "
+            "that.",
             show_default=False,
         ),
     ],
@@ -44,9 +45,22 @@ def command(
     ] = None,
     best_is: Annotated[Literal["lowest", "highest"], typer.Option(help="Of prune: the best value.")] = "lowest",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of prune: say what it would remove.")] = False,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", "-H", help="Of gather: the hosts that have the files which are missing here."),
+    ] = None,
+    ssh_port: Annotated[
+        int | None, typer.Option("--ssh_port", "--ssh-port", min=1, max=65535, help="Of gather: port of ssh.")
+    ] = None,
+    ssh_args: Annotated[
+        str, typer.Option("--ssh_args", "--ssh-args", help="Of gather: more arguments of ssh, in one string.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List the checkpoints of a run, verify, compare, average or prune them, or make a model of a moving average."""
+    """List the checkpoints of a run, verify, compare, average or prune them, or make a model of a moving average.
+
+    Where each host of a run keeps a part, gather copies the rest of the newest checkpoint to this machine.
+    """
     from pipekit.checkpoint.combine import average_checkpoints, compare_checkpoints
     from pipekit.checkpoint.manifest import EMA, list_checkpoints
     from pipekit.checkpoint.overview import checkpoints_folder, find_checkpoint, summarize_checkpoints
@@ -54,8 +68,13 @@ def command(
     from pipekit.errors import CheckpointError
 
     *action, run = words
-    if action not in ([], ["average"], ["ema"], ["prune"]):
-        raise CheckpointError(f"{' '.join(words)}: give the folder of a run, or average, ema or prune and the folder")
+    if action not in ([], ["average"], ["ema"], ["prune"], ["gather"]):
+        raise CheckpointError(
+            f"{' '.join(words)}: give the folder of a run, or average, ema, prune or gather and the folder"
+        )
+    if action == ["gather"]:
+        _gather(Path(run), hostfile, ssh_port, ssh_args)
+        return
     folder = checkpoints_folder(Path(run))
     if action == ["average"]:
         chosen = list_checkpoints(folder)[-last:]
@@ -80,6 +99,21 @@ def command(
             raise typer.Exit(1)
 
 
+def _gather(run: Path, hostfile: Path | None, ssh_port: int | None, ssh_args: str) -> None:
+    from pipekit.errors import CheckpointError
+    from pipekit.launch.gather import gather_over_ssh
+    from pipekit.launch.hosts import read_hostfile, select_hosts
+    from pipekit.launch.ssh import SshSettings, split_arguments
+
+    if hostfile is None:
+        raise CheckpointError("gather copies files from other hosts; name them with --hostfile FILE")
+    ssh = SshSettings(Path("/"), "python3", ssh_port, split_arguments(ssh_args, "--ssh_args"))
+    gathered = gather_over_ssh(run, select_hosts(read_hostfile(hostfile)), ssh)
+    for file, host in gathered.sources.items():
+        typer.echo(f"{file} from {host}")
+    typer.echo(f"{gathered.checkpoint} is whole on this machine")
+
+
 def _show_summaries(summaries: Sequence[CheckpointSummary], *, verified: bool, as_json: bool) -> None:
     records = [_record(summary) for summary in summaries]
     if as_json:
@@ -88,7 +122,7 @@ def _show_summaries(summaries: Sequence[CheckpointSummary], *, verified: bool, a
     rows = [("name", "step", "loss", "val loss", "size", "written by", "state")]
     for record in records:
         loss, val_loss = ("-" if record[key] is None else f"{record[key]:.4f}" for key in ("loss", "val_loss"))
-        state = "damaged" if record["faults"] else "verified" if verified else "whole"
+        state = record["state"] if record["faults"] else "verified" if verified else "whole"
         rows.append(
             (
                 record["name"],
@@ -103,7 +137,7 @@ def _show_summaries(summaries: Sequence[CheckpointSummary], *, verified: bool, a
     _print_table(rows)
     for record in records:
         for fault in record["faults"]:
-            typer.echo(f"damaged: {fault}")
+            typer.echo(f"{record['state']}: {fault}")
 
 
 def _record(summary: CheckpointSummary) -> dict[str, Any]:
@@ -118,6 +152,7 @@ def _record(summary: CheckpointSummary) -> dict[str, Any]:
         "bytes": summary.num_bytes,
         "layout": None if summary.manifest is None else summary.manifest.written_by.get("layout"),
         "is_latest": summary.is_latest,
+        "state": "in part" if summary.is_partial else "damaged" if summary.faults else "whole",
         "faults": list(summary.faults),
     }
 

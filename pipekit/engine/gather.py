@@ -25,7 +25,7 @@ from pipekit.checkpoint.manifest import (
 from pipekit.checkpoint.reader import sound_files
 from pipekit.distributed.host_folders import HostFolders, patient_group, plan_gathering, transfer_files
 from pipekit.distributed.processes import gather_objects
-from pipekit.errors import CheckpointError, DamagedCheckpointError, StorageError
+from pipekit.errors import DamagedCheckpointError, PipekitError
 from pipekit.files import write_atomically
 
 
@@ -81,7 +81,7 @@ def gather_named(checkpoint: Path, hosts: HostFolders, *, verify: bool) -> None:
     with patient_group() as group:
         is_whole = False
         if hosts.leads and not verify:
-            with suppress(CheckpointError, StorageError):
+            with suppress(PipekitError):
                 is_whole = bool(load_manifest(checkpoint))
         if all(is_whole or rank not in hosts.leaders for rank, is_whole in enumerate(gather_objects(is_whole, group))):
             return
@@ -120,11 +120,11 @@ def _views(folder: Path, hosts: HostFolders, group: dist.ProcessGroup) -> list[_
     view = _View()
     if hosts.leads:
         latest = None
-        with suppress(CheckpointError, OSError):
+        with suppress(PipekitError, OSError):
             latest = find_latest(folder)
         view = _View(None if latest is None else latest.name)
         for path in list_checkpoints(folder):
-            with suppress(CheckpointError, StorageError):
+            with suppress(PipekitError):
                 view.manifests[path.name] = checksum(read_manifest(path).to_json().encode())
     everyones = gather_objects(view, group)
     return [everyones[leader] for leader in hosts.leaders]

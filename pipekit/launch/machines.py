@@ -21,7 +21,7 @@ from pipekit.launch.hosts import Host, check_address
 from pipekit.launch.node import NodeJob, NodePlace, run_node
 from pipekit.launch.restarts import start_until_done
 from pipekit.launch.runners import RunnerJob, runner_command
-from pipekit.launch.ssh import SshSettings
+from pipekit.launch.ssh import SshSettings, split_arguments
 
 DEFAULT_PORT = 29_500
 
@@ -56,7 +56,7 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
         folder=Path.cwd(),
         python=options.python or sys.executable,
         port=options.ssh_port,
-        arguments=_split(options.ssh_arguments, "--ssh_args"),
+        arguments=split_arguments(options.ssh_arguments, "--ssh_args"),
         python_path=os.environ.get("PYTHONPATH"),
     )
     if options.launcher != "ssh":
@@ -186,7 +186,7 @@ def _become(hosts: Sequence[Host], job: NodeJob, ssh: SshSettings, options: Mach
         ssh=ssh,
         master_addr=options.master_addr or hosts[0].name,
         master_port=options.master_port or DEFAULT_PORT,
-        arguments=_split(options.launcher_arguments, "--launcher_args"),
+        arguments=split_arguments(options.launcher_arguments, "--launcher_args"),
     )
     command = runner_command(options.launcher, runner_job)
     program = command.arguments[0]
@@ -195,10 +195,3 @@ def _become(hosts: Sequence[Host], job: NodeJob, ssh: SshSettings, options: Mach
     sys.stdout.write(f"{shlex.join(command.arguments)}\n")
     sys.stdout.flush()
     os.execvpe(program, command.arguments, {**os.environ, **command.environ})
-
-
-def _split(text: str, option: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise LaunchError(f"{option} {text!r}: {error}; quote it as a shell's words") from None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipekit.errors import LaunchError
 from pipekit.launch.hosts import Host
 
 # So often does ssh ask whether the other end is there, within the longest silence, and gives up after three.
@@ -33,8 +34,10 @@ class SshSettings:
     python_path: str | None = None
 
 
-def ssh_command(host: Host, settings: SshSettings, *, silence_s: float) -> list[str]:
-    """The command that runs a host's agent over ssh.
+def ssh_command(
+    host: Host, settings: SshSettings, *, silence_s: float, program: Sequence[str] | None = None
+) -> list[str]:
+    """The command that runs a host's agent, or another program, over ssh.
 
     ssh never asks for a password, and ends when the host has not answered for `silence_s`.
 
@@ -61,5 +64,17 @@ def ssh_command(host: Host, settings: SshSettings, *, silence_s: float) -> list[
         "--",
         host.name,
         # The login shell of the host reads this.
-        f"cd {shlex.quote(str(settings.folder))} && exec {shlex.join(python)}",
+        f"cd {shlex.quote(str(settings.folder))} && exec {shlex.join(program or python)}",
     ]
+
+
+def split_arguments(text: str, option: str) -> list[str]:
+    """Arguments for another program, as a shell splits them.
+
+    Raises:
+        LaunchError: if a quote is left open; the message names the option.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{option} {text!r}: {error}; quote it as a shell's words") from None

@@ -96,5 +96,5 @@ def test_what_is_no_run_is_refused(tmp_path: Path, run: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         invoke(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="or average, ema or prune"):
+    with pytest.raises(CheckpointError, match="or average, ema, prune or gather"):
         invoke("rename", run)
