@@ -23,7 +23,7 @@ from pipekit.checkpoint.manifest import (
     read_manifest,
 )
 from pipekit.checkpoint.reader import sound_files
-from pipekit.distributed.host_folders import HostFolders, patient_group, plan_gathering, transfer_files
+from pipekit.distributed.host_folders import HostFolders, Transfer, patient_group, plan_gathering, transfer_files
 from pipekit.distributed.processes import gather_objects
 from pipekit.errors import DamagedCheckpointError, PipekitError
 from pipekit.files import write_atomically
@@ -114,6 +114,16 @@ def gather_start(resume: str, folder: Path, hosts: HostFolders) -> str:
         gather_named(path, hosts, verify=True)
         return ""
     return "" if kind is None else gather_newest(path / kind, hosts)
+
+
+def gather_file(path: Path, hosts: HostFolders) -> None:
+    """Copy a file that all hosts write, from the one that has most of it, to those that have none."""
+    with patient_group() as group:
+        sizes = gather_objects(path.stat().st_size if path.is_file() else -1, group)
+        longest = max(hosts.leaders, key=lambda leader: sizes[leader])
+        lacking = [leader for leader in hosts.leaders if sizes[leader] < 0 <= sizes[longest]]
+        transfers = [Transfer(path.name, sizes[longest], longest, leader) for leader in lacking]
+        transfer_files(path.parent, transfers, group)
 
 
 def _views(folder: Path, hosts: HostFolders, group: dist.ProcessGroup) -> list[_View]:

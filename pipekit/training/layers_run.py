@@ -20,7 +20,7 @@ from pipekit.data.prefetch import Prefetcher
 from pipekit.data.tokenizer import tokenizer_files
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
 from pipekit.distributed.host_folders import HostFolders
-from pipekit.distributed.processes import run_together
+from pipekit.distributed.processes import gather_objects, run_together
 from pipekit.distributed.rank_role import RankRole
 from pipekit.engine.build import build_engine
 from pipekit.engine.gather import gather_named
@@ -40,7 +40,7 @@ from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.evaluation import EvaluationStopped
 from pipekit.training.layers_trial import LayersTrial
-from pipekit.training.loggers import TensorBoardLogger, json_line
+from pipekit.training.loggers import MetricsFile, TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import takes_states_of
 from pipekit.training.periods import Batch
@@ -153,6 +153,8 @@ class LayersRun(Trial):
         train, checkpoint, start = self.config.train, self.config.checkpoint, self.run.plan.start
         mpu = self.run.mpu
         here: list[TrialCallback] = [self.watch]
+        if self._keeps_metrics():
+            here = [MetricsFile(self.run.folder, self.context.warn), self.watch]
         if mpu.should_report_metrics:
             here = [*callbacks, TensorBoardLogger(self.context), *self.hooks.build_callbacks(), self.watch]
         schedule = TrialSchedule(
@@ -229,6 +231,12 @@ class LayersRun(Trial):
         num_micro_batches = train.eval_batches * self.run.plan.batch.num_micro_batches
         means = {name: self.run.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
         return {"loss": sum(losses) / len(losses), **means}
+
+    def _keeps_metrics(self) -> bool:
+        """Whether this rank writes metrics on a host that has a run folder of its own and not the rank that reports."""
+        reporting = gather_objects(self.run.mpu.should_report_metrics)
+        hosts = self.hosts
+        return hosts is not None and hosts.leads and not any(reporting[rank] for rank in hosts.ranks[hosts.own])
 
     def _build_engine(self) -> TrainingEngine:
         plan, train, parallel = self.run.plan, self.config.train, self.config.parallel

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
@@ -18,7 +17,7 @@ from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
 from pipekit.distributed.host_folders import OR_LOCAL, HostFolders, check_folders
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together, run_together
-from pipekit.engine.gather import gather_start
+from pipekit.engine.gather import gather_file, gather_start
 from pipekit.errors import ConfigError, DataError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
@@ -93,7 +92,6 @@ def run_joining_rank(
         PipekitError: if the run cannot be started, or cannot go on; where rank 0 cannot decide, all ranks say why.
     """
     decided: list[Decision] = []
-
     folder, is_local = RunFolder(config.run.dir), config.checkpoint.storage == "local"
     gathered = ""
 
@@ -103,7 +101,7 @@ def run_joining_rank(
         start = find_start(config)
         if start is not None and gathered:
             start = replace(start, warning=gathered)
-        check_writable(Path(config.run.dir), name="run.dir=")
+        check_writable(folder.path, name="run.dir=")
         decided.append(prepare_run(config, resources, start=start, on_progress=on_progress))
         if (warning := check_room(decided[0].plan)) is not None:
             on_progress(f"warning: {warning}", None)
@@ -127,6 +125,7 @@ def run_joining_rank(
         if is_local:
             run_together(lambda: stack.enter_context(hold_run(folder.path)) if hosts.leads else None)
             gathered = gather_start(config.checkpoint.resume, folder.checkpoints, hosts)
+            gather_file(folder.metrics, hosts)
             run_together(lambda: adopt_config(folder) if hosts.leads else None)
         text = tell_from_first_rank(
             decide,
