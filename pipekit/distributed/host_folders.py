@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from pipekit.checkpoint.manifest import Checksum
 from pipekit.distributed.processes import gather_objects, raise_together
 from pipekit.errors import ConfigError, PipekitError, StorageError
-from pipekit.files import is_on_local_disk, sync_folder
+from pipekit.files import LATE_S, is_on_local_disk, sync_folder, wait_until_seen
 from pipekit.storage import storing
 
 LONGEST_WRITE = timedelta(hours=6)
@@ -27,9 +26,6 @@ LONGEST_WRITE = timedelta(hours=6)
 
 # So much of a file is in memory at a time.
 _CHUNK_BYTES = 8 * 2**20
-# So long may a shared file system take to show on one host what another has written.
-_LATE_S = 30.0
-_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def patient_group() -> Iterator[dist.ProcessGroup]:
 
 
 def check_folders(
-    folder: Path, hosts: HostFolders, *, are_shared: bool, advice: str = "", late_s: float = _LATE_S
+    folder: Path, hosts: HostFolders, *, are_shared: bool, advice: str = "", late_s: float = LATE_S
 ) -> None:
     """Check by writing into it that a folder is shared by all hosts, or by none. All ranks call this together.
 
@@ -139,19 +135,18 @@ def check_folders(
         error = failure
     try:
         raise_together(error)
-        others = (
-            [] if is_known or not hosts.leads else [leader for leader in hosts.leaders if leader != dist.get_rank()]
-        )
-        seen = _wait_for([tokens[leader] for leader in others], folder, late_s if are_shared else min(late_s, 1.0))
-        views = gather_objects({leader for leader in others if tokens[leader] in seen})
+        others = [leader for leader in ((0,) if are_shared else hosts.leaders) if leader != dist.get_rank()]
+        limit_s = late_s if are_shared else 0.0
+        looks = hosts.leads and not is_known
+        views = gather_objects({leader for leader in others if looks and _is_seen(folder / tokens[leader], limit_s)})
     finally:
         own.unlink(missing_ok=True)
     first = hosts.names[0]
     for name, leader in zip(hosts.names[1:], hosts.leaders[1:], strict=True):
         if are_shared and 0 not in views[leader]:
             raise ConfigError(
-                f"run.dir={folder}: what {first} writes there is not seen on {name} within {late_s:g} s, so they do "
-                f"not share it; give a folder that all hosts share{advice}"
+                f"run.dir={folder}: what {first} writes there is not seen on {name}, so they do not "
+                f"share it; give a folder that all hosts share{advice}"
             )
     for name, leader in zip(hosts.names, hosts.leaders, strict=True):
         if not are_shared and views[leader]:
@@ -162,17 +157,12 @@ def check_folders(
             )
 
 
-def _wait_for(names: Collection[str], folder: Path, limit_s: float) -> set[str]:
-    """Those of these files that are seen in a folder, once all are or the time is up."""
-    deadline_s = time.monotonic() + limit_s
-    while True:
-        # The list is asked of the server, where what is known of a single name may be old.
-        with suppress(OSError):
-            os.listdir(folder)
-        seen = {name for name in names if (folder / name).exists()}
-        if len(seen) == len(names) or time.monotonic() > deadline_s:
-            return seen
-        time.sleep(_POLL_S)
+def _is_seen(path: Path, limit_s: float) -> bool:
+    try:
+        wait_until_seen({path: None}, limit_s=limit_s)
+    except StorageError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

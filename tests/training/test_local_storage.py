@@ -15,7 +15,6 @@ from gloo_workers import GlooWorkers, free_port
 from hand_made import TEXT
 from pipekit.checkpoint.overview import find_faults
 from pipekit.config import parse_config
-from pipekit.distributed import host_folders
 from pipekit.distributed.processes import leave_processes
 from pipekit.errors import ConfigError
 from pipekit.plan.resources import Resources
@@ -56,7 +55,6 @@ def run_job(rank: int, text: str, folders: list[str], ports: list[int]) -> str:
     if rank == 0:
         shutil.rmtree("run")
     start(rank, local, 6, ports[1])
-    host_folders.check_folders.__kwdefaults__["late_s"] = 0.2  # type: ignore[index]
     said = ""
     try:
         start(rank, values(Path(text), checkpoint={"interval": 2}), 8, ports[2])
