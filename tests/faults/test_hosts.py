@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from faults.hosts import Hosts, why_not
+from pipekit.checkpoint.overview import find_faults
 from pipekit.launch.hosts import read_hostfile
 
 pytestmark = [
@@ -180,3 +181,29 @@ def test_a_text_that_differs_on_one_host_is_an_error_before_a_step(hosts: Hosts,
     assert process.returncode == 2
     assert errors.startswith("error: worker-2: rank 1: data.source: the text of this machine gives other tokens")
     assert not (tmp_path / "runs/three/checkpoints").exists()
+
+
+def test_hosts_that_share_no_folder_lose_nothing_with_any_one_of_them(hosts: Hosts, tmp_path: Path) -> None:
+    own = ("run.dir=cache/run", "train.eval_interval=null")
+    process = launch(hosts, *own)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "run.dir=cache/run: what worker-1 writes there is not seen on worker-2, so they do not share it" in errors
+    for steps, lost in ((6, "worker-1"), (9, "worker-3"), (12, "worker-2")):
+        process = launch(hosts, *own, "checkpoint.storage=local", f"train.steps={steps}", "scheduler.decay_steps=12")
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        hosts.on(lost, f"rm -r {tmp_path}/cache/run")
+    gather = [sys.executable, "-m", "pipekit", "checkpoints", "gather", "cache/run", "--hostfile", str(hosts.hostfile)]
+    process = hosts.start(
+        [*gather, "--ssh_args", f"-F {hosts.ssh_config}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert out.endswith("cache/run/checkpoints/step-00000012 is whole on this machine\n")
+    assert find_faults(tmp_path / "cache/run/checkpoints/step-00000012") == []
+    metrics = hosts.on("worker-3", f"cat {tmp_path}/cache/run/metrics.jsonl")
+    alone = ["run.dir=runs/one", "data.cache_dir=cache-of-one", "train.eval_interval=null", "scheduler.decay_steps=12"]
+    command = [sys.executable, "-m", "pipekit", "train", "c.yaml", *alone]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=200)
+    assert [json.loads(line)["loss"] for line in metrics.splitlines()] == losses(tmp_path / "runs/one")
