@@ -252,7 +252,7 @@ def _chunks(num_bytes: int) -> Iterator[tuple[torch.Tensor, memoryview]]:
     memory = torch.empty(min(num_bytes, _CHUNK_BYTES), dtype=torch.uint8)
     for begin in range(0, num_bytes, _CHUNK_BYTES):
         piece = memory[: min(_CHUNK_BYTES, num_bytes - begin)]
-        yield piece, memoryview(piece.numpy())
+        yield piece, piece.numpy().data
 
 
 def _send(path: Path, transfer: Transfer, group: dist.ProcessGroup) -> None:

@@ -199,9 +199,12 @@ def save_checkpoint(
             if len(hosts.ranks) > 1:
                 told = [contents]
                 dist.broadcast_object_list(told, src=0, group=control)
-                on_each_host(
-                    lambda: [write_atomically(temporary / name, data) for name, data in told[0].items() if rank]
-                )
+
+                def write_others() -> None:
+                    for name, data in told[0].items() if rank else ():
+                        write_atomically(temporary / name, data)
+
+                on_each_host(write_others)
             # Not before all have it does any name it, or remove an older one.
             on_each_host(lambda: replace_folder(temporary, final))
             on_each_host(lambda: keep_checkpoint(final, retention=kept, update_latest=update_latest))
