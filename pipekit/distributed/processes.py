@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 # Its functions have the world of the moment of this import as a default, and would keep it for ever.
 import torch.distributed.nn
+import torch.nn.functional as F
 
+from pipekit.distributed.messages import decode_message, encode_message
 from pipekit.errors import CommunicationError, LaunchError, PipekitError
 
 Result = TypeVar("Result")
@@ -157,11 +159,50 @@ def wait(work: dist.Work, what: str) -> None:
         raise CommunicationError(f"rank {dist.get_rank()} failed while waiting for {what}: {reason}") from error
 
 
-def gather_objects(mine: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Return the objects of all ranks of a group, by default of the world, in their order. They call this together."""
-    everyones = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, mine, group=group)
-    return everyones
+def gather_objects(mine: Result, group: dist.ProcessGroup | None = None, *, to_first: bool = False) -> list[Result]:
+    """Return the objects of all ranks of a group, in their order. They call this together.
+
+    Args:
+        mine: this rank's object, of the types that `pipekit.distributed.messages` sends.
+        group: the ranks; by default those of the world.
+        to_first: whether the group's first rank alone gets them, and the others an empty list.
+    """
+    own = _as_tensor(encode_message(mine), group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([own.numel()], device=own.device), group=group)
+    lengths = torch.cat(sizes).tolist()
+    longest = max(lengths)
+    padded = F.pad(own, (0, longest - own.numel()))
+    everyones = [torch.empty_like(padded) for _ in lengths]
+    if to_first:
+        first = 0 if group is None else dist.get_global_rank(group, 0)
+        everyones = everyones if dist.get_rank() == first else []
+        dist.gather(padded, everyones or None, first, group=group)
+    else:
+        dist.all_gather(everyones, padded, group=group)
+    return [decode_message(_as_bytes(each[:length])) for each, length in zip(everyones, lengths, strict=not to_first)]
+
+
+def tell_object(mine: Result | None, group: dist.ProcessGroup | None = None) -> Result:
+    """Return the object that the first rank of a group, by default of the world, has. They call this together."""
+    first = 0 if group is None else dist.get_global_rank(group, 0)
+    own = _as_tensor(encode_message(mine) if dist.get_rank() == first else b"", group)
+    size = torch.tensor([own.numel()], device=own.device)
+    dist.broadcast(size, first, group=group)
+    message = own if dist.get_rank() == first else own.new_empty(int(size))
+    dist.broadcast(message, first, group=group)
+    return decode_message(_as_bytes(message))  # type: ignore[no-any-return]
+
+
+def _as_tensor(message: bytes, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """A message on the device on which a group communicates."""
+    device = dist.distributed_c10d._get_object_coll_device(group)
+    data = torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
+    return data.to(device)
+
+
+def _as_bytes(message: torch.Tensor) -> bytes:
+    return message.cpu().numpy().tobytes()
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
@@ -173,13 +214,13 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     Raises:
         PipekitError: with the type and the message of the lowest rank's error, which itself raises its own.
     """
-    mine = None if error is None else (type(error), f"{error}")
+    mine = None if error is None else (type(error) if isinstance(error, PipekitError) else PipekitError, f"{error}")
     for rank, report in enumerate(gather_objects(mine, group)):
         if report is None:
             continue
         kind, message = report
         if error is None or rank != dist.get_rank():
-            error = (kind if issubclass(kind, PipekitError) else PipekitError)(message)
+            error = kind(message)
         if isinstance(error, PipekitError):
             error.is_everyones = True
         raise error

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from torch import Tensor, nn
 
+from pipekit.distributed.processes import tell_object
 from pipekit.engine.executor import Executor
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.reduction import GradientReducer, reduce_together
@@ -96,9 +97,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         if len(self._timelines) < _MEASURED_STEPS:
             return
         # Every pipeline takes the times of the first, so that all run one table.
-        costs = [median_costs(self._timelines[1:])]
-        dist.broadcast_object_list(costs, src=0)
-        self._costs = costs[0]
+        self._costs = tell_object(median_costs(self._timelines[1:]))
         self._measure_costs, self._timelines = False, []
         if not self._profile:
             self.executor.stopwatch = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
+from pipekit.distributed.messages import encode_message
+from pipekit.distributed.processes import gather_objects, tell_object
 from pipekit.errors import CommunicationError, PipekitError
 from pipekit.training.reducers import WrappedReducer, combine_slots, reduce_per_slot
 
@@ -36,52 +37,42 @@ def gather_metrics(
     if is_alone:
         outcome = _combine(reducers, [mine])
     else:
-        first = 0 if group is None else dist.get_global_rank(group, 0)
-        is_first = dist.get_rank() == first
-        gathered: list[bytes] | None = [b""] * dist.get_world_size(group) if is_first else None
         try:
-            dist.gather_object(mine, gathered, dst=first, group=group)
-            told: list[Any] = [None if gathered is None else _combine(reducers, gathered)]
-            dist.broadcast_object_list(told, src=first, group=group)
+            gathered = gather_objects(mine, group, to_first=True)
+            outcome = tell_object(_combine(reducers, gathered) if gathered else None, group)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise CommunicationError(
                 f"rank {dist.get_rank()} failed while waiting for the metrics of all ranks: {reason}"
             ) from error
-        (outcome,) = told
     if isinstance(outcome, str):
         raise PipekitError(outcome)
     return outcome
 
 
-def _pack(reducers: Sequence[WrappedReducer], reports: bool) -> bytes:
-    """Pickle this rank's reducers and their values, or what is wrong with them, so that the others do not wait."""
+def _pack(reducers: Sequence[WrappedReducer], reports: bool) -> tuple[int, list[str], Any]:
+    """This rank's reducers and their values, or what is wrong with them, so that the others do not wait."""
     rank, names = dist.get_rank() if dist.is_initialized() else 0, [str(wrapped) for wrapped in reducers]
     try:
         slot = reduce_per_slot(reducers) if reports else None
     except PipekitError as error:
-        return pickle.dumps((rank, names, str(error)))
-    try:
-        return pickle.dumps((rank, names, slot))
-    except Exception as error:
-        wrong = next((name for name, value in zip(names, slot or (), strict=False) if not _pickles(value)), "a reducer")
-        return pickle.dumps((rank, names, f"{wrong}: what per_slot_reduce returned cannot be pickled: {error}"))
+        return rank, names, str(error)
+    for name, value in zip(names, slot or (), strict=False):
+        try:
+            encode_message(value)
+        except TypeError as error:
+            return rank, names, f"{name}: of what per_slot_reduce returned, {error}"
+    return rank, names, slot
 
 
-def _pickles(value: Any) -> bool:
-    try:
-        pickle.dumps(value)
-    except Exception:
-        return False
-    return True
-
-
-def _combine(reducers: Sequence[WrappedReducer], gathered: Sequence[bytes]) -> dict[str, float] | str:
+def _combine(
+    reducers: Sequence[WrappedReducer], gathered: Sequence[tuple[int, list[str], Any]]
+) -> dict[str, float] | str:
     """Return the metrics, or the message of an error."""
     try:
         slots = []
         names = [str(wrapped) for wrapped in reducers]
-        for rank, theirs, slot in map(pickle.loads, gathered):
+        for rank, theirs, slot in gathered:
             if isinstance(slot, str):
                 return f"rank {rank}: {slot}"
             if theirs != names:

@@ -45,7 +45,7 @@ class MetricReducer(ABC):
 
     @abstractmethod
     def per_slot_reduce(self) -> Any:
-        """Return this rank's values, or what they reduce to, in a form that can be pickled."""
+        """Return this rank's values, or what they reduce to, as numbers, text, lists, dicts, arrays or tensors."""
 
     @abstractmethod
     def cross_slot_reduce(self, per_slot_metrics: list[Any]) -> Any:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from pipekit.checkpoint.retention import Retention, remove_leftovers
 from pipekit.distributed.host_folders import HostFolders, check_folders
-from pipekit.distributed.processes import run_together
+from pipekit.distributed.processes import run_together, tell_object
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
@@ -132,9 +131,9 @@ class Trainer:
                 if is_first
                 else [],
             )
-            found = [run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)]
-            dist.broadcast_object_list(found, src=0)
-            start, warning = found[0] or (None, "")
+            found = run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)
+            path, warning = tell_object(found and (found[0] and str(found[0]), found[1])) or (None, "")
+            start = path and Path(path)
             with self._heartbeat((own_folder if self.context.is_watched else folder).logs):
                 return loop.fit(start, tries_earlier=latest_checkpoint is None, warning=warning)
         finally:

@@ -66,7 +66,7 @@ def refusal(reducers: list[WrappedReducer], **arguments: Any) -> str:
 def gather(rank: int) -> dict[str, Any]:
     pair = dist.new_group([1, 2])
     unsendable = FunctionReducer(len)
-    unsendable.update(threading.Lock) if rank != 1 else unsendable._values.append(threading.Lock())
+    unsendable.update(1) if rank != 1 else unsendable._values.append(threading.Lock())
     found: dict[str, Any] = {
         "all": gather_metrics(collect(rank), reports=True),
         "some": gather_metrics(collect(rank), reports=rank != 1),
@@ -94,7 +94,7 @@ def test_every_rank_gets_the_metrics_of_the_ranks_that_report_or_the_same_error(
     assert first["error on one"] == "rank 1: reducer Broken: per_slot_reduce raised KeyError: 'gone'"
     assert first["broken rank does not report"] == "nothing raised"
     assert first["unsendable"].startswith(
-        "rank 1: reducer 'locks' (len): what per_slot_reduce returned cannot be pickled: "
+        "rank 1: reducer 'locks' (len): of what per_slot_reduce returned, a _thread.lock is not sent"
     )
     assert first["bad result"] == (
         "the metric 'mean' comes from evaluate_batch and from evaluate_batch; give one of them another name"
