@@ -314,6 +314,10 @@ class LayersLoop(TrialLoop):
     def _how_to_go_on(self) -> str:
         return f"to go on: pipekit train {shlex.quote(str(self._trial.run.folder.config))}"
 
+    def _how_to_save_faster(self) -> str:
+        background = "" if self._trial.config.checkpoint.is_async else "set checkpoint.async=true, or "
+        return f"{background}give a longer checkpoint.interval or a run.dir on a faster disk"
+
     def _build_metrics(self) -> _LateMetrics:
         return _LateMetrics(self._context, self._trial.watch)
 

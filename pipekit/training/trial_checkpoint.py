@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ def save_trial(
     Raises:
         PipekitError: on every rank, if something could not be written; nothing is left behind.
     """
+    began_s = time.monotonic()
     context: TrialContext = trial.context
     is_first = context.distributed.rank == 0
     final = folder / checkpoint_name(state.batch)
@@ -98,7 +100,9 @@ def save_trial(
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return PendingCheckpoint(final, lambda: None, in_background=False)
+    written = PendingCheckpoint(final, lambda: None, in_background=False)
+    written.seconds = time.monotonic() - began_s
+    return written
 
 
 def _saving(trial: Trial, path: Path) -> None:

@@ -28,6 +28,7 @@ from pipekit.training.nonfinite_losses import describe_nonfinite
 from pipekit.training.periods import Pace, Period
 from pipekit.training.reducers import Reducer
 from pipekit.training.requests import Requests
+from pipekit.training.slow_saves import SlowSaves
 from pipekit.training.trial import Trial, metrics_of
 from pipekit.training.trial_callbacks import Callbacks, TrialCallback
 from pipekit.training.trial_checkpoint import TrialState, load_trial_state, save_trial
@@ -144,6 +145,7 @@ class TrialLoop:
         self._pending: PendingCheckpoint | None = None
         self._by_time: Path | None = None
         self._superseded: Path | None = None
+        self._slow_saves: SlowSaves | None = SlowSaves()  # until it has told of one
         self._training_metrics: dict[str, Any] | None = None
         self._validation_metrics: dict[str, Any] | None = None
 
@@ -153,6 +155,9 @@ class TrialLoop:
 
     def _how_to_go_on(self) -> str:
         return "to go on, start it again in the same way"
+
+    def _how_to_save_faster(self) -> str:
+        return "give longer periods between checkpoints, or a run.dir on a faster disk"
 
     def _build_metrics(self) -> TrialMetrics:
         return TrialMetrics(self._context, "train_batch", Reducer.AVG, for_training=True)
@@ -417,6 +422,8 @@ class TrialLoop:
             by_time: whether it came by time alone; it is removed after the next save, where all others are kept.
             is_final: whether the training is about to end, and cannot go on without it.
         """
+        if self._slow_saves is not None:
+            self._slow_saves.begin()
         self._finish_save()
         name = checkpoint_name(self._batch)
         self._activity.begin(f"checkpoint {name}", f"writing {name}")
@@ -440,7 +447,24 @@ class TrialLoop:
             if not self._pending.in_background:
                 self._finish_save()
         self._requests.note_save()
+        if not (has_failed or is_final):
+            self._warn_of_slow_saves()
         return not has_failed
+
+    def _warn_of_slow_saves(self) -> None:
+        """Tell once that saves take too much of the training's time."""
+        slow_saves = self._slow_saves
+        if slow_saves is None:
+            return
+        stood_s, passed_s = gather_objects(slow_saves.end())[0]
+        num_bytes = 0
+        if self._checkpoint is not None:
+            with contextlib.suppress(OSError):
+                num_bytes = sum(path.stat().st_size for path in self._checkpoint.rglob("*") if path.is_file())
+        warning = slow_saves.describe(stood_s, passed_s, num_bytes, remedy=self._how_to_save_faster())
+        if warning is not None:
+            self._slow_saves = None
+            self._callbacks.call("on_warning", f"{self._unit} {self._batch}: {warning}")
 
     def _goes_on_without(self, error: StorageError) -> bool:
         """True if the training goes on without a checkpoint that could not be written, which is told then."""
@@ -470,6 +494,8 @@ class TrialLoop:
             self._by_time, self._superseded = self._superseded, None
             return
         self._requests.note_written(pending.seconds)
+        if self._slow_saves is not None:
+            self._slow_saves.write_s = pending.seconds
         if self._superseded is not None and self._context.distributed.rank == 0:
             with contextlib.suppress(OSError):
                 remove_checkpoint(self._superseded)

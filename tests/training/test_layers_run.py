@@ -38,6 +38,7 @@ from pipekit.training import layers_run, numbers_watch
 from pipekit.training.layers_run import LayersLoop, LayersRun
 from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.run_context import RunContext
+from pipekit.training.slow_saves import SlowSaves
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_checkpoint import TrialState
 from pipekit.training.trial_loop import TrialResult
@@ -695,3 +696,23 @@ def test_a_stop_after_a_save_that_has_failed_saves_again(run: Any, is_full_for_e
         made.fit()
     assert made.order[:2] == ["save 2", "save 2"]
     assert [state.step for state in made.saved] == ([] if is_full_for_ever else [2])
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_slow_disk_is_told_once_with_what_to_do(
+    run: Any, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    monkeypatch.setattr(SlowSaves, "end", lambda saves: (20.0, 100.0))
+    made = run(train={"steps": 8}, checkpoint={"interval": 2, "async": in_background})
+    made.fit()
+    background = "" if in_background else "set checkpoint.async=true, or "
+    (warning,) = made.events.warnings
+    assert warning.startswith("step 2: training stood still for 20.0 of the last 100.0 s to save")
+    assert warning.endswith(f"; {background}give a longer checkpoint.interval or a run.dir on a faster disk")
+
+
+def test_the_only_save_of_a_run_is_not_told(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlowSaves, "end", lambda saves: (20.0, 100.0))
+    made = run(train={"steps": 8})
+    made.fit()
+    assert made.events.warnings == []
