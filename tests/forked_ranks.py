@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_RANK = ["-m", "pipekit.launch.rank"]
+_RANKS = ("pipekit.launch.rank", "pipekit.launch.collective_rank")
 
 
 class ForkedRank:
@@ -65,10 +65,10 @@ class RankForker:
         module.subprocess = SimpleNamespace(Popen=self._popen, **known)
 
     def _popen(self, command: Sequence[str], **options: Any) -> Any:
-        if list(command[1:3]) != _RANK:
+        if command[1] != "-m" or command[2] not in _RANKS:
             return subprocess.Popen(command, **options)
         assert options["start_new_session"]
-        return self._fork(command[3:], options["env"], options["stdout"], options["stderr"])
+        return self._fork(command[2:], options["env"], options["stdout"], options["stderr"])
 
     def _fork(
         self, arguments: Sequence[str], environ: Mapping[str, str], stdout: IO[bytes] | None, stderr: IO[bytes]
@@ -117,10 +117,10 @@ def _be_rank(arguments: list[str], environ: dict[str, str], files: list[int], la
     os.environ.clear()
     os.environ.update(environ)
     faulthandler.enable()
-    sys.argv = [_RANK[1], *arguments]
+    sys.argv = arguments
     code = 1
     try:
-        runpy.run_module(_RANK[1], run_name="__main__", alter_sys=True)
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

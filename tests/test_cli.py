@@ -22,6 +22,7 @@ NAMES = [
     "checkpoints",
     "launch",
     "slurm",
+    "doctor",
     "migrate",
     "schedule",
     "schema",

@@ -1,6 +1,6 @@
 """Messages between processes: values, arrays and records of pipekit as JSON, which runs no code when it is read.
 
-A message holds None, truth values, numbers, text, lists, tuples, sets, dicts, numpy arrays, tensors, enum members and
+A message holds None, truth values, numbers, text, bytes, lists, tuples, sets, dicts, numpy arrays, tensors, enum members and
 dataclasses of pipekit's. Nothing else is sent, and nothing else is made of what is received.
 """
 
@@ -55,6 +55,8 @@ def _pack(value: Any) -> Any:
         return ["", *map(_pack, value)]
     if kind in (tuple, set, frozenset):
         return [_TAG, kind.__name__, *map(_pack, value)]
+    if kind is bytes:
+        return [_TAG, "bytes", _text(value)]
     if isinstance(value, Enum):
         return [_TAG, "enum", _name(kind), _pack(value.value)]
     if isinstance(value, dict):
@@ -138,6 +140,7 @@ _READERS: dict[str, Callable[..., Any]] = {
     "set": lambda *items: set(map(_unpack, items)),
     "frozenset": lambda *items: frozenset(map(_unpack, items)),
     "dict": lambda *items: {_unpack(key): _unpack(item) for key, item in items},
+    "bytes": base64.b64decode,
     "array": _read_array,
     "tensor": _read_tensor,
     "record": _read_record,

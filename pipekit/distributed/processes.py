@@ -183,9 +183,15 @@ def gather_objects(mine: Result, group: dist.ProcessGroup | None = None, *, to_f
     return [decode_message(_as_bytes(each[:length])) for each, length in zip(everyones, lengths, strict=not to_first)]
 
 
-def tell_object(mine: Result | None, group: dist.ProcessGroup | None = None) -> Result:
-    """Return the object that the first rank of a group, by default of the world, has. They call this together."""
-    first = 0 if group is None else dist.get_global_rank(group, 0)
+def tell_object(mine: Result | None, group: dist.ProcessGroup | None = None, *, source: int | None = None) -> Result:
+    """Return the object of one rank on all ranks of a group, by default those of the world. They call this together.
+
+    Args:
+        mine: this rank's object; None on the others.
+        group: the ranks.
+        source: global rank of the one that has it; the group's first unless given.
+    """
+    first = source if source is not None else 0 if group is None else dist.get_global_rank(group, 0)
     own = _as_tensor(encode_message(mine) if dist.get_rank() == first else b"", group)
     size = torch.tensor([own.numel()], device=own.device)
     dist.broadcast(size, first, group=group)

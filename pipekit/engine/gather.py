@@ -24,7 +24,7 @@ from pipekit.checkpoint.manifest import (
 )
 from pipekit.checkpoint.reader import sound_files
 from pipekit.distributed.host_folders import HostFolders, Transfer, patient_group, plan_gathering, transfer_files
-from pipekit.distributed.processes import gather_objects
+from pipekit.distributed.processes import gather_objects, tell_object
 from pipekit.errors import DamagedCheckpointError, PipekitError
 from pipekit.files import write_atomically
 
@@ -149,12 +149,12 @@ def _gather(checkpoint: Path, views: Sequence[_View], hosts: HostFolders, group:
             continue
         host = next(host for host, view in enumerate(views) if view.manifests.get(checkpoint.name) == version)
         leader = hosts.leaders[host]
-        text = [""]  # no manifest, and an error on all ranks
+        own = ""  # no manifest, and an error on all ranks
         if dist.get_rank() == leader:
             with suppress(OSError):
-                text = [(checkpoint / MANIFEST_FILE).read_text(encoding="utf-8")]
-        dist.broadcast_object_list(text, src=leader, group=group)
-        manifest = Manifest.from_json(text[0], where=f"{checkpoint / MANIFEST_FILE} on {hosts.names[host]}")
+                own = (checkpoint / MANIFEST_FILE).read_text(encoding="utf-8")
+        text = tell_object(own, group, source=leader)
+        manifest = Manifest.from_json(text, where=f"{checkpoint / MANIFEST_FILE} on {hosts.names[host]}")
         found = sound_files(checkpoint, manifest, sorted(manifest.file_bytes)[hosts.share])
         by_rank = gather_objects(found, group)
         holdings = [{file for rank in ranks for file in by_rank[rank]} for ranks in hosts.ranks]

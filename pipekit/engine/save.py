@@ -26,7 +26,7 @@ from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, keep_che
 from pipekit.checkpoint.retention import Retention
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.distributed.host_folders import LONGEST_WRITE, HostFolders, plan_copies, transfer_files
-from pipekit.distributed.processes import gather_objects, raise_together
+from pipekit.distributed.processes import gather_objects, raise_together, tell_object
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.errors import NumbersError, PipekitError
@@ -197,11 +197,10 @@ def save_checkpoint(
 
             on_each_host(lambda: describe() if rank == 0 else None)
             if len(hosts.ranks) > 1:
-                told = [contents]
-                dist.broadcast_object_list(told, src=0, group=control)
+                told = tell_object(contents if rank == 0 else None, control)
 
                 def write_others() -> None:
-                    for name, data in told[0].items() if rank else ():
+                    for name, data in told.items() if rank else ():
                         write_atomically(temporary / name, data)
 
                 on_each_host(write_others)

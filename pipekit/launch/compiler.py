@@ -27,7 +27,7 @@ def compiler_environ(config: Config, environ: Mapping[str, str], *, device: str)
     """
     if not config.train.compile:
         return {}
-    missing = _missing(environ, device)
+    missing = missing_for_compile(environ, device)
     if missing:
         raise LaunchError(f"train.compile=true: {missing}; install it, or set train.compile=false")
     defaults = {
@@ -37,7 +37,7 @@ def compiler_environ(config: Config, environ: Mapping[str, str], *, device: str)
     return {name: value for name, value in defaults.items() if name not in environ}
 
 
-def _missing(environ: Mapping[str, str], device: str) -> str | None:
+def missing_for_compile(environ: Mapping[str, str], device: str) -> str | None:
     """Name of what torch would miss when it compiles; None if nothing.
 
     Source: torch/_inductor/cpp_builder.py (`get_cpp_compiler`); triton/runtime/build.py.

@@ -29,7 +29,7 @@ def host_facts(command: str, arguments: Sequence[str]) -> dict[str, str]:
     """Facts about this host, by what they are about: what the other hosts of the run must have, too.
 
     Args:
-        command: "train", or the path of a script.
+        command: "train", the path of a script, or a module of pipekit's as `-m MODULE`.
         arguments: of the command: a configuration and overrides, or those of the script.
 
     Raises:
@@ -42,6 +42,8 @@ def host_facts(command: str, arguments: Sequence[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             facts[f"the version of {package}"] = "(not installed)"
     facts["the code of pipekit"] = _hash_files(file for name in _OUR_CODE for file in _files_of(name))
+    if command.startswith("-m "):
+        return facts
     if command != "train":
         script = Path(command)
         if not script.is_file():

@@ -14,7 +14,7 @@ from pipekit.launch.environment import RankEnvironment
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 # A documentation address (RFC 5737), to which no machine answers: the route to it is the default one.
-_ANYWHERE = "192.0.2.1"
+ANYWHERE = "192.0.2.1"
 
 
 def gloo_environ(ranks: RankEnvironment, environ: Mapping[str, str]) -> dict[str, str]:
@@ -29,9 +29,9 @@ def gloo_environ(ranks: RankEnvironment, environ: Mapping[str, str]) -> dict[str
     if ranks.local_world_size == ranks.world_size:
         return {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     # The machine of rank 0 may know its own name as that of the loopback.
-    for host in (ranks.master_addr, _ANYWHERE):
+    for host in (ranks.master_addr, ANYWHERE):
         address = own_address(host)
-        name = _interface_of(address) if address is not None else None
+        name = interface_of(address) if address is not None else None
         if name is not None:
             return {"GLOO_SOCKET_IFNAME": name}
     return {}
@@ -47,7 +47,7 @@ def own_address(host: str) -> str | None:
     return None
 
 
-def _interface_of(address: str) -> str | None:
+def interface_of(address: str) -> str | None:
     if sys.platform != "linux":
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -48,7 +48,7 @@ class NodeJob:
     """Job of one host of a run.
 
     Attributes:
-        command: "train", or the path of a script.
+        command: "train", the path of a script, or a module of pipekit's as `-m MODULE`.
         arguments: of the command.
         slots: the host's slots that are used; a process each.
         device: what the processes compute on.
@@ -100,7 +100,10 @@ def run_node(job: NodeJob, place: NodePlace, *, on_failing: Callable[[RankFailur
         # Each rank finds the rest out for itself, as under any launcher.
         command = [sys.executable, "-m", "pipekit", "train", *job.arguments]
     else:
-        command = [sys.executable, "-m", "pipekit.launch.script", job.command, *job.arguments]
+        module = ["pipekit.launch.script", job.command]
+        if job.command.startswith("-m "):
+            module = job.command.split()[1:]
+        command = [sys.executable, "-m", *module, *job.arguments]
         environ = process_environ(len(job.slots), num_gpus, log_dir)
     run_local(
         command,

@@ -35,9 +35,14 @@ class SshSettings:
 
 
 def ssh_command(
-    host: Host, settings: SshSettings, *, silence_s: float, program: Sequence[str] | None = None
+    host: Host,
+    settings: SshSettings,
+    *,
+    silence_s: float,
+    module: Sequence[str] = ("pipekit.launch.node",),
+    program: Sequence[str] | None = None,
 ) -> list[str]:
-    """The command that runs a host's agent, or another program, over ssh.
+    """The command that runs a host's agent over ssh, or another module of Python's or program with its arguments.
 
     ssh never asks for a password, and ends when the host has not answered for `silence_s`.
 
@@ -52,7 +57,7 @@ def ssh_command(
         "ServerAliveInterval": f"{max(1, int(silence_s / _ASKS))}",
         "ServerAliveCountMax": "3",
     }
-    python = [settings.python, "-m", "pipekit.launch.node"]
+    python = [settings.python, "-m", *module]
     if settings.python_path is not None:
         python = ["env", f"PYTHONPATH={settings.python_path}", *python]
     return [

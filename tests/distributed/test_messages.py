@@ -19,7 +19,7 @@ from pipekit.distributed.rank_role import RankRole
 from pipekit.errors import ConfigError, ExitCode
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
     lambda inner: (
         st.lists(inner)
         | st.lists(inner).map(tuple)

@@ -207,3 +207,35 @@ def test_hosts_that_share_no_folder_lose_nothing_with_any_one_of_them(hosts: Hos
     command = [sys.executable, "-m", "pipekit", "train", "c.yaml", *alone]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=200)
     assert [json.loads(line)["loss"] for line in metrics.splitlines()] == losses(tmp_path / "runs/one")
+
+
+def test_an_examination_of_hosts_tries_the_network_between_them(hosts: Hosts, tmp_path: Path) -> None:
+    def examine(*options: str) -> dict[str, list[dict[str, Any]]]:
+        common = ["--hostfile", str(hosts.hostfile), "--ssh_args", f"-F {hosts.ssh_config}", "--json"]
+        process = hosts.start(
+            [sys.executable, "-m", "pipekit", "doctor", *common, *options],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, errors = process.communicate(timeout=280)
+        rows = json.loads(out)["rows"]
+        assert process.returncode == int(any(row["verdict"] == "bad" for row in rows)), errors
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            found.setdefault(row["host"], []).append(row)
+        return found
+
+    found = examine()
+    assert list(found) == [*hosts.names, "all hosts"]
+    reduce = next(row for row in found["all hosts"] if row["check"] == "3 ranks on 3 hosts: all-reduce")
+    assert reduce["measured"]["hosts"] == hosts.names
+    # An address at which nobody listens: as if ssh alone passed between the hosts.
+    (row,) = examine("--master_addr", "10.0.0.99", "--exclude", "worker-3")["all hosts"]
+    assert (row["check"], row["verdict"]) == ("2 ranks on 2 hosts", "bad")
+    hosts.cut("worker-2")
+    found = examine("--exclude", "worker-3")
+    assert [(row["check"], row["verdict"]) for row in found["worker-2"]] == [("ssh", "bad")]
+    assert "all hosts" not in found
+    assert len(found["worker-1"]) > 20

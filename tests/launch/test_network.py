@@ -16,14 +16,14 @@ def ranks(master_addr: str, *, local_world_size: int | None = 2) -> RankEnvironm
     return RankEnvironment("srun", 2, 4, 0, local_world_size, master_addr, 29500)
 
 
-ADDRESSES = {"node01": "10.1.0.7", network._ANYWHERE: "10.2.0.7", "localhost": None, "nowhere": None}
+ADDRESSES = {"node01": "10.1.0.7", network.ANYWHERE: "10.2.0.7", "localhost": None, "nowhere": None}
 INTERFACES = {"10.1.0.7": "ib0", "10.2.0.7": "eth0"}
 
 
 @pytest.fixture
 def two_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "own_address", ADDRESSES.get)
-    monkeypatch.setattr(network, "_interface_of", INTERFACES.get)
+    monkeypatch.setattr(network, "interface_of", INTERFACES.get)
 
 
 @pytest.mark.usefixtures("two_networks")
@@ -52,5 +52,5 @@ def test_nothing_is_set_where_no_interface_is_found(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(not hasattr(socket, "if_nameindex"), reason="needs interfaces by name")
 def test_the_loopback_is_no_way_to_another_machine_and_has_a_name() -> None:
     assert network.own_address("127.0.0.1") is None
-    assert network._interface_of("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
+    assert network.interface_of("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
     assert network.own_address("no such host") is None

@@ -1,0 +1,49 @@
+"""Messages among ranks on this machine, which are started as those of a run are."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from pipekit.doctor.collective import LIMIT_S, CollectiveSpeed, judge_failure, judge_speed
+from pipekit.doctor.rows import Row, Site
+from pipekit.errors import PipekitError
+from pipekit.launch.collective_rank import COMMAND, read_speed
+from pipekit.launch.gpu_environment import gpu_environ
+from pipekit.launch.local import run_local
+from pipekit.launch.resources import num_usable_cpus, thread_environ
+
+_MOST_RANKS = 8
+
+
+def check_gloo(site: Site) -> list[Row]:
+    """Messages between two to four ranks on the CPU."""
+    return _measure("gloo", site, max(2, min(4, num_usable_cpus())), on_gpus=False)
+
+
+def check_nccl(site: Site) -> list[Row]:
+    """Messages among ranks on the GPUs."""
+    return _measure("NCCL", site, min(site.num_gpus, _MOST_RANKS), on_gpus=True) if site.num_gpus else []
+
+
+def _measure(name: str, site: Site, num_ranks: int, *, on_gpus: bool) -> list[Row]:
+    if not site.uses_ranks or "error" in site.libraries or site.libraries.get("torch_error"):
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        log_dir = Path(folder)
+        on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        environ = thread_environ("auto", num_ranks, site.environ)
+        environ |= gpu_environ(log_dir, site.environ) if on_gpus else on_cpu
+        command = [sys.executable, *COMMAND.split(), str(LIMIT_S)]
+        title = name
+        try:
+            # What no rank may write to the terminal goes to the logs.
+            run_local(
+                command, world_size=num_ranks, log_dir=log_dir, env=environ, stdout_rank=-1, timeout_s=2 * LIMIT_S
+            )
+        except PipekitError as error:
+            return [judge_failure(title, str(error), on_one_machine=True)]
+        speed = read_speed((log_dir / "rank-0.log").read_text(encoding="utf-8", errors="replace"))
+    assert speed is not None
+    return judge_speed(title, CollectiveSpeed(**speed), on_one_machine=True)
