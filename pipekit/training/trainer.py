@@ -132,8 +132,8 @@ class Trainer:
                 else [],
             )
             found = run_together(lambda: find_checkpoint(latest_checkpoint, folder.checkpoints) if is_first else None)
-            path, warning = tell_object(found and (found[0] and str(found[0]), found[1])) or (None, "")
-            start = path and Path(path)
+            path, warning = tell_object(None if found is None else (str(found[0] or ""), found[1]))
+            start = Path(path) if path else None
             with self._heartbeat((own_folder if self.context.is_watched else folder).logs):
                 return loop.fit(start, tries_earlier=latest_checkpoint is None, warning=warning)
         finally:
