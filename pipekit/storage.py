@@ -24,7 +24,7 @@ _FAULTS: dict[int, tuple[str, str]] = {
     errno.ENFILE: ("the system has too many open files", "end other programs, or raise fs.file-max"),
     errno.ESTALE: ("the file server no longer knows it (stale handle)", "have the file system mounted again"),
 }
-"""What an error number of the system means for a file, and what to do about it."""
+"""Meaning of an error number of the system for a file, and the remedy."""
 
 _MISTAKES: dict[int, tuple[str, str]] = {
     errno.ENOTDIR: ("a part of this path is a file, and no folder", "give another path"),

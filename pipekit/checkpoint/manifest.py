@@ -301,7 +301,7 @@ def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
 
 
 def find_file_fault(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
-    """What is wrong with one file of a checkpoint, by its size, and, without tensors, its checksum; None if nothing."""
+    """Fault of one file of a checkpoint, by its size, and, without tensors, its checksum; None if nothing."""
     file = checkpoint / name
     with storing(file, doing="read"):
         try:

@@ -101,7 +101,7 @@ def _wrap(text: str, first: str, indent: str) -> list[str]:
 
 
 def summary_line(rows: Sequence[Row]) -> str:
-    """How many rows have each verdict."""
+    """Count of the rows with each verdict."""
     counts = Counter(row.verdict for row in rows)
     warnings = f"{counts['warning']} {'warning' if counts['warning'] == 1 else 'warnings'}"
     return f"{counts['ok']} ok, {warnings}, {counts['bad']} bad"

@@ -270,7 +270,7 @@ class TrainConfig(Section):
     """Evaluate the moving average in place of the weights."""
 
     on_spike: Literal["warn", "skip", "rollback"] = "warn"
-    """What follows a loss that stands far above the last ones: `warn` only tells of it, `skip` leaves its update out,
+    """Reaction to a loss that stands far above the last ones: `warn` only tells of it, `skip` leaves its update out,
     `rollback` goes back to the last checkpoint and passes the data up to it by."""
 
     spike_threshold: Annotated[float, Field(gt=0)] | None = Field(default=12.0, examples=[12.0])
@@ -402,7 +402,7 @@ class _CheckpointFields(Section):
     """The best value of `keep_best`."""
 
     on_error: Literal["stop", "warn"] = "stop"
-    """What follows where the disk does not take a checkpoint: `stop` ends the run, `warn` tells of it and tries again
+    """Reaction where the disk does not take a checkpoint: `stop` ends the run, `warn` tells of it and tries again
     when the next is due. The last one is needed in any case."""
 
     storage: Literal["shared", "local"] = "shared"

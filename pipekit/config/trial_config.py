@@ -93,7 +93,7 @@ class FitConfig(Section):
     """Longest time without a checkpoint; null makes none by time."""
 
     checkpoint_on_error: Literal["stop", "warn"] = "stop"
-    """What follows where the disk does not take a checkpoint: `stop` ends the training, `warn` tells of it and tries
+    """Reaction where the disk does not take a checkpoint: `stop` ends the training, `warn` tells of it and tries
     again when the next is due. The last one is needed in any case."""
 
     checkpoint_policy: Literal["all", "best", "none"] = "best"

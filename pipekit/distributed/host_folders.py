@@ -75,7 +75,7 @@ class HostFolders:
 
     @property
     def share(self) -> slice:
-        """What this rank takes of a list that the ranks of its host share out."""
+        """This rank's share of a list that the ranks of its host share out."""
         ranks = self.ranks[self.own]
         return slice(ranks.index(dist.get_rank()), None, len(ranks))
 

@@ -1,7 +1,7 @@
 """Messages between processes: values, arrays and records of pipekit as JSON, which runs no code when it is read.
 
-A message holds None, truth values, numbers, text, bytes, lists, tuples, sets, dicts, numpy arrays, tensors, enum members and
-dataclasses of pipekit's. Nothing else is sent, and nothing else is made of what is received.
+A message holds None, truth values, numbers, text, bytes, lists, tuples, sets, dicts, numpy arrays, tensors, enum
+members and dataclasses of pipekit's. Nothing else is sent, and nothing else is made of what is received.
 """
 
 from __future__ import annotations

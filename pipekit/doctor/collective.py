@@ -1,4 +1,4 @@
-"""What is thought of messages among ranks. Pure."""
+"""Verdicts on messages among ranks. Pure."""
 
 from __future__ import annotations
 

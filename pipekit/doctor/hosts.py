@@ -33,7 +33,7 @@ _MOST_CONNECTIONS = 32
 
 @dataclass(frozen=True)
 class HostReport:
-    """What a host has told of itself.
+    """Report of a host about itself.
 
     Attributes:
         rows: its findings.

@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Site:
-    """What is examined: this machine, as runs with this environment and these folders would find it.
+    """Subject of the examination: this machine, as runs with this environment and these folders would find it.
 
     Attributes:
         environ: the environment variables.
@@ -71,7 +71,7 @@ class Site:
 
     @cached_property
     def libraries(self) -> dict[str, Any]:
-        """What torch and DeepSpeed say of themselves and of the GPUs, in a process of their own, which may crash."""
+        """Facts that torch and DeepSpeed tell of themselves and the GPUs, in a process of their own, which may crash."""
         on_cpu = {} if self.num_gpus else {"DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "pipekit.deepspeed.library_facts"]
         try:

@@ -124,7 +124,7 @@ def is_nonfinite(tensor: Tensor, has_gradient: bool = True) -> Tensor:
 
 
 class StepTrace:
-    """What a probe finds in the tensors of a step on this rank.
+    """Findings of a probe in the tensors of a step on this rank.
 
     Args:
         engine: whose steps are traced.
@@ -170,7 +170,7 @@ class StepTrace:
             yield
 
     def results(self) -> dict[Place, Any]:
-        """What the probe has found, by place, in the order in which this rank has computed it; waits for the device."""
+        """Findings of the probe, by place, in the order in which this rank has computed it; waits for the device."""
         if not self._found:
             return {}
         # One transfer for all of them; each would wait for the device.
@@ -276,7 +276,7 @@ def _stretch(fault: Fault) -> tuple[tuple[int, int, int], int]:
 
 
 def _held(parameter: Tensor, replica: int) -> Tensor:
-    """What a rank holds of a parameter: a piece under ZeRO-3, of which the last may be filled up with anything."""
+    """Part of a parameter that a rank holds: a piece under ZeRO-3, of which the last may be filled up with anything."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter
     piece: Tensor = parameter.ds_tensor
@@ -297,7 +297,7 @@ def find_bad_weight(engine: TrainingEngine) -> Fault | None:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What came of computing a step again.
+    """Outcome of computing a step again.
 
     Attributes:
         fault: the first tensor that is not finite; None where all are finite this time.

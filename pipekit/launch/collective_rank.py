@@ -22,7 +22,7 @@ _MARK = "collective speed: "
 
 
 def read_speed(output: str) -> dict[str, Any] | None:
-    """What `measure_collectives` has returned, in what rank 0 has written; None if it is not there."""
+    """Result of `measure_collectives` in the file that rank 0 has written; None if it is not there."""
     for line in output.splitlines():
         if line.startswith(_MARK):
             record: dict[str, Any] = json.loads(line.removeprefix(_MARK))

@@ -36,7 +36,7 @@ _PIECE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Gathered:
-    """What was copied.
+    """Summary of the copies.
 
     Attributes:
         checkpoint: the checkpoint, which is whole now.

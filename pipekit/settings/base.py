@@ -41,7 +41,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Rule:
-    """What the type that it annotates accepts, in words for messages."""
+    """Rule of the type that it annotates, in words for messages."""
 
     words: str
 

@@ -39,8 +39,8 @@ def gather_metrics(
     else:
         try:
             gathered = gather_objects(mine, group, to_first=True)
-            own: dict[str, float] | str | None = _combine(reducers, gathered) if gathered else None
-            outcome = tell_object(own, group)
+            own: list[dict[str, float] | str] | None = [_combine(reducers, gathered)] if gathered else None
+            (outcome,) = tell_object(own, group)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise CommunicationError(

@@ -233,7 +233,7 @@ class LayersRun(Trial):
         return {"loss": sum(losses) / len(losses), **means}
 
     def _keeps_metrics(self) -> bool:
-        """Whether this rank writes metrics on a host that has a run folder of its own and not the rank that reports."""
+        """True if this rank writes metrics on a host that has a run folder of its own and not the rank that reports."""
         reporting = gather_objects(self.run.mpu.should_report_metrics)
         hosts = self.hosts
         return hosts is not None and hosts.leads and not any(reporting[rank] for rank in hosts.ranks[hosts.own])

@@ -156,7 +156,7 @@ class NumbersWatch(TrialCallback):
         self._warnings.append(message)
 
     def take_warnings(self) -> list[str]:
-        """Return what is to be told, the same on every rank, and forget it."""
+        """Return the message to be told, the same on every rank, and forget it."""
         warnings, self._warnings = self._warnings, []
         return warnings
 
@@ -182,7 +182,7 @@ class NumbersWatch(TrialCallback):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that a run that goes on finds the same spikes."""
+        """Return the state that a checkpoint keeps, so that a run that goes on finds the same spikes."""
         return {} if self._detector is None else {"losses": list(self._detector.losses)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], step: int = 0) -> None:

@@ -31,7 +31,7 @@ _GATHERINGS = 6
 
 @dataclass(frozen=True)
 class OwnTime:
-    """What a rank spends a step on, in seconds, without waiting for others.
+    """Seconds of a step that a rank spends on each activity, without waiting for others.
 
     Attributes:
         computing_s: in layers and in the loss.
@@ -47,7 +47,7 @@ class OwnTime:
 
     @property
     def own_s(self) -> float:
-        """What is the rank's own of it."""
+        """The rank's own part of it."""
         return self.computing_s + self.reading_s + self.between_s
 
 
@@ -71,7 +71,7 @@ class SlowRank:
 
     @property
     def ratio(self) -> float:
-        """How many times as long it takes."""
+        """Ratio of its time to the expected one."""
         return self.own_s / self.usual_s
 
     def describe(self, host: str) -> str:
@@ -123,7 +123,7 @@ class SlowRankFinder:
         return found
 
     def _usual_times(self, times: Sequence[OwnTime]) -> list[OwnTime | None]:
-        """What each rank should take; None where nothing is known."""
+        """Time that each rank should take; None where nothing is known."""
         usual: list[OwnTime | None] = []
         changes = []
         if len(self._first) == _GATHERINGS:

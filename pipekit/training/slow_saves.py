@@ -37,7 +37,7 @@ class SlowSaves:
         return now_s - self._began_s, now_s - last_s
 
     def describe(self, stood_s: float, passed_s: float, num_bytes: int, *, remedy: str) -> str | None:
-        """What is to be told of a save: how long training stood still, and how fast the disk was; None if nothing."""
+        """Warning about a save: how long training stood still, and how fast the disk was; None if nothing."""
         if stood_s < _LEAST_S or stood_s <= _LARGEST_SHARE * passed_s:
             return None
         what = show_bytes(num_bytes) if num_bytes else "a checkpoint"

@@ -36,7 +36,7 @@ def judge_clock(now_s: float, newest_file_s: float, is_set: bool | None) -> list
 
 
 def has_time_service() -> bool | None:
-    """Whether the kernel's clock is kept in step with others; None where that is not known.
+    """True if the kernel's clock is kept in step with others; None where that is not known.
 
     Source: adjtimex(2).
     """

@@ -29,7 +29,7 @@ extern "C" double total(int n) {
 
 @dataclass(frozen=True)
 class CompilerFacts:
-    """What was found of a C++ compiler.
+    """Facts about a C++ compiler.
 
     Attributes:
         command: what was called.
@@ -45,12 +45,12 @@ class CompilerFacts:
 
 
 def check_operators(site: Site) -> list[Row]:
-    """What DeepSpeed's operators are built with, such as the Adam of `parallel.offload`."""
+    """Tools with which DeepSpeed's operators are built, such as the Adam of `parallel.offload`."""
     return judge_operators(measure_compiler(site.environ))
 
 
 def check_torch_compile(site: Site) -> list[Row]:
-    """What `train.compile` compiles with."""
+    """Tools with which `train.compile` compiles."""
     return judge_torch_compile(missing_for_compile(site.environ, "cuda" if site.num_gpus else "cpu"))
 
 

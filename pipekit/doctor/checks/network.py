@@ -23,7 +23,7 @@ _LISTEN_S = 2.0
 
 @dataclass(frozen=True)
 class NameFacts:
-    """How a name resolves.
+    """Addresses to which a name resolves.
 
     Attributes:
         name: the name.
@@ -39,12 +39,12 @@ class NameFacts:
 
 
 def check_own_name(site: Site) -> list[Row]:
-    """Whether the machine's own name resolves, which on many laptops it does not."""
+    """Resolution of the machine's own name, which fails on many laptops."""
     return judge_own_name(measure_name(socket.gethostname()))
 
 
 def check_localhost(site: Site) -> list[Row]:
-    """Whether `localhost` is the loopback."""
+    """Resolution of `localhost`, which should be the loopback."""
     return judge_localhost(measure_name("localhost"))
 
 
@@ -55,7 +55,7 @@ def check_address(site: Site) -> list[Row]:
 
 
 def check_listening(site: Site) -> list[Row]:
-    """Whether a process can listen on the loopback and on all addresses, and be reached."""
+    """Listening of a process on the loopback and on all addresses, and reaching it there."""
     return judge_listening(_error_of_listening("127.0.0.1"), _error_of_listening("0.0.0.0"))
 
 

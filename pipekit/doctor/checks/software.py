@@ -29,7 +29,7 @@ def check_versions(site: Site) -> list[Row]:
 
 
 def check_backends(site: Site) -> list[Row]:
-    """What ranks communicate with."""
+    """Libraries with which ranks communicate."""
     return judge_backends(site.libraries, site.num_gpus)
 
 

@@ -27,7 +27,7 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class StorageFacts:
-    """What was found of a folder.
+    """Facts about a folder.
 
     Attributes:
         folder: the folder, or the nearest one above it that exists.
