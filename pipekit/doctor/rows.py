@@ -71,7 +71,7 @@ class Site:
 
     @cached_property
     def libraries(self) -> dict[str, Any]:
-        """Facts that torch and DeepSpeed tell of themselves and the GPUs, in a process of their own, which may crash."""
+        """Facts of torch and DeepSpeed about themselves and the GPUs, from a process of their own, which may crash."""
         on_cpu = {} if self.num_gpus else {"DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "pipekit.deepspeed.library_facts"]
         try:
