@@ -122,7 +122,7 @@ def check_run_folder(folder: RunFolder) -> None:
 
 
 def describe_progress(run_dir: str | Path) -> str:
-    """Progress of a run that is stopped before its ranks could save: a line such as "the newest checkpoint is ...""""
+    """Progress of a run that is stopped before its ranks could save, as one line about its newest checkpoint."""
     newest = None
     with suppress(CheckpointError, OSError):
         newest = find_latest(RunFolder(run_dir).checkpoints)
