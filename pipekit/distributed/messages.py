@@ -1,7 +1,7 @@
 """Messages between processes: values, arrays and records of pipekit as JSON, which runs no code when it is read.
 
-A message holds None, truth values, numbers, text, bytes, lists, tuples, sets, dicts, numpy arrays, tensors, enum
-members and dataclasses of pipekit's. Nothing else is sent, and nothing else is made of what is received.
+A message holds None, truth values, numbers, text, bytes, paths, lists, tuples, sets, dicts, numpy arrays,
+tensors, enum members and dataclasses of pipekit's. Nothing else is sent, and nothing else is made of what is received.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ def _pack(value: Any) -> Any:
         return ["", *map(_pack, value)]
     if kind in (tuple, set, frozenset):
         return [_TAG, kind.__name__, *map(_pack, value)]
+    if isinstance(value, PurePath):
+        return [_TAG, "path", str(value)]
     if kind is bytes:
         return [_TAG, "bytes", _text(value)]
     if isinstance(value, Enum):
@@ -140,6 +143,7 @@ _READERS: dict[str, Callable[..., Any]] = {
     "set": lambda *items: set(map(_unpack, items)),
     "frozenset": lambda *items: frozenset(map(_unpack, items)),
     "dict": lambda *items: {_unpack(key): _unpack(item) for key, item in items},
+    "path": Path,
     "bytes": base64.b64decode,
     "array": _read_array,
     "tensor": _read_tensor,

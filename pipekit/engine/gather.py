@@ -172,7 +172,7 @@ def _gather(checkpoint: Path, views: Sequence[_View], hosts: HostFolders, group:
             hosts.on_each(partial(_make_room, checkpoint) if lacks else _nothing, checkpoint, group)
             transfer_files(checkpoint, plan_gathering(manifest.file_bytes, holdings, hosts), group)
             # Last, as it makes a checkpoint of the folder.
-            write = partial(write_atomically, checkpoint / MANIFEST_FILE, text[0])
+            write = partial(write_atomically, checkpoint / MANIFEST_FILE, text)
             hosts.on_each(write if lacks else _nothing, checkpoint, group)
         return ""
     return fault

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipekit.doctor import checks
+from pipekit.doctor.checks import clock  # noqa: F401 - a new family imports from it
 from pipekit.doctor.examine import examine, find_families
 from pipekit.doctor.rows import Row, Site, existing_parent
 
