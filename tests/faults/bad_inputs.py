@@ -540,7 +540,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     "text of no tokens": (("generate", "runs/done", "--max-new-tokens", "0"), "--max-new-tokens"),
     "checkpoints of nothing": (("checkpoints", "nowhere"), "nowhere"),
     "checkpoints to prune": (("checkpoints", "prune", "runs/done"), "--keep"),
-    "an unknown word for checkpoints": (("checkpoints", "burn", "runs/done"), "average, ema or prune"),
+    "an unknown word for checkpoints": (("checkpoints", "burn", "runs/done"), "average, ema, prune or gather"),
     "a difference to nothing": (("checkpoints", "runs/done", "--diff", "5", "6"), "6"),
     "an import of nothing": (("import", "nowhere", "out"), "nowhere"),
     "a migration of nothing": (("migrate", "nowhere", "out"), "nowhere"),
