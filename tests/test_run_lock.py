@@ -95,7 +95,7 @@ def test_a_file_in_its_way_and_a_folder_that_cannot_be_written(tmp_path: Path, m
 
 
 def winners(folder: Path, number: int, *, stale_s: float = 30.0) -> int:
-    """How many of so many threads, which begin at once, get a folder while none gives it back."""
+    """Number of threads, of those that begin at once, that get a folder while none gives it back."""
     begin, tried, won = threading.Barrier(number), threading.Barrier(number), []
 
     def start() -> None:

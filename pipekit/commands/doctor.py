@@ -1,11 +1,10 @@
-"""`pipekit doctor`: what a run needs of this machine, or of several, with a verdict on each and what to do."""
+"""`pipekit doctor`: examination of this machine, or of several, with a verdict on each finding and what to do."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import sys
 import textwrap
 import time
@@ -52,18 +51,18 @@ def command(
     python: Annotated[str | None, typer.Option(help="Python on the hosts; by default this one's path.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine this machine, or those of a hostfile: what a run needs, each with a verdict and what to do.
+    """Examine what a run needs of this machine, or of those in a hostfile, with verdicts and what to do.
 
     The exit code is 1 if something is bad, and 0 otherwise.
     """
     if hostfile is None:
         for option, value in {"--include": include, "--exclude": exclude, "--master_addr": master_addr}.items():
             if value:
-                raise LaunchError(f"{option} is about the hosts of --hostfile; give that, too")
+                raise LaunchError(f"{option} is about the hosts of --hostfile; give that as well")
         rows = _examine_here(run_dir, cache_dir, ranks=ranks, as_json=as_json)
     else:
         from pipekit.launch.hosts import check_address, read_hostfile, select_hosts
-        from pipekit.launch.ssh import SshSettings
+        from pipekit.launch.ssh import SshSettings, split_arguments
 
         if master_addr is not None:
             check_address(master_addr, "--master_addr")
@@ -72,7 +71,7 @@ def command(
             folder=Path.cwd(),
             python=python or sys.executable,
             port=ssh_port,
-            arguments=_split(ssh_args),
+            arguments=split_arguments(ssh_args, "--ssh_args"),
             python_path=os.environ.get("PYTHONPATH"),
         )
         arguments = ["--dir", str(run_dir), *([] if cache_dir is None else ["--cache-dir", str(cache_dir)])]
@@ -148,7 +147,7 @@ def _examine_hosts(
     from pipekit.launch.exports import exported_environ
 
     environ = exported_environ(os.environ, [], home=Path.home(), folder=Path.cwd())
-    by_host = dict(examine_hosts(hosts, ssh, arguments))
+    by_host = examine_hosts(hosts, ssh, arguments)
     for host, rows in by_host.items():
         if not as_json:
             typer.echo(f"{host}: {summary_line(rows)}")
@@ -174,10 +173,3 @@ def _show(rows: Iterable[Row]) -> None:
 
 def _print_json(records: Sequence[dict[str, object]]) -> None:
     typer.echo(json.dumps({"time_s": time.time(), "rows": records}))
-
-
-def _split(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise LaunchError(f"--ssh_args {text!r}: {error}; quote it as a shell's words") from None

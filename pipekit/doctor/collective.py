@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from pipekit.doctor.rows import Row
+from pipekit.launch.collective_rank import read_speed
 
 LIMIT_S = 30
 """No rank waits longer for another."""
@@ -46,10 +47,18 @@ class CollectiveSpeed:
         return max(share * size / seconds for size, seconds in self.times[operation])
 
 
+def judge_output(title: str, output: str, *, on_one_machine: bool) -> list[Row]:
+    """Rows of the speed that ranks have measured, or of its absence, from what rank 0 has written."""
+    speed = read_speed(output)
+    if speed is None:
+        return [judge_failure(title, "the ranks have ended without a result", on_one_machine=on_one_machine)]
+    return judge_speed(title, CollectiveSpeed(**speed), on_one_machine=on_one_machine)
+
+
 def judge_speed(title: str, speed: CollectiveSpeed, *, on_one_machine: bool) -> list[Row]:
     """Rows of the speed of messages: one for each operation, with its times by size."""
     if not speed.is_right:
-        advice = "Some memory, adapter or driver changes data: do not train here before it is found."
+        advice = "Faulty memory, a network adapter or a driver changes data: find the cause before you train here."
         return [Row(title, "bad", "ranks received wrong numbers", advice, asdict(speed))]
     if speed.world_size == 1:
         return [Row(title, "ok", "starts; there is no other rank to send to", measured=asdict(speed))]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipekit.doctor.collective import CollectiveSpeed, judge_failure, judge_speed
+from pipekit.doctor.collective import CollectiveSpeed, judge_failure, judge_output, judge_speed
 
 FAST = CollectiveSpeed(
     "gloo",
@@ -44,6 +44,11 @@ def test_few_bytes_or_a_long_wait_are_a_warning() -> None:
 def test_wrong_numbers_are_bad() -> None:
     (row,) = judge_speed("gloo", replace(FAST, is_right=False), on_one_machine=True)
     assert (row.verdict, row.found) == ("bad", "ranks received wrong numbers")
+
+
+def test_ranks_that_end_without_a_result_are_bad() -> None:
+    (row,) = judge_output("gloo", "Killed\n", on_one_machine=True)
+    assert (row.check, row.verdict, row.found) == ("gloo", "bad", "the ranks have ended without a result")
 
 
 def test_one_rank_has_nobody_to_send_to() -> None:

@@ -85,7 +85,7 @@ LEFT_LIMIT_S = 10.0
 
 @dataclass
 class Outcome:
-    """What came of a round: the checks that did not hold, which are none where all is well."""
+    """Result of a round; `faults` are the checks that did not hold, none if all is well."""
 
     number: int
     kind: str

@@ -1,4 +1,4 @@
-"""What a launcher reads of the ranks that measure messages. Tests of `pipekit doctor` start such ranks."""
+"""Measurements of messages, read from the output of ranks. Tests of `pipekit doctor` start such ranks."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ REFUSED_FILTERS = {
 
 
 def theirs(hosts: dict[str, int], include: str = "", exclude: str = "") -> dict[str, list[int]] | None:
-    """What DeepSpeed makes of a filter; None where it refuses."""
+    """Hosts and slots that DeepSpeed selects by a filter; None if it refuses the filter."""
     from deepspeed.launcher.runner import parse_inclusion_exclusion
 
     try:

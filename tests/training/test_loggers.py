@@ -11,7 +11,7 @@ from pipekit.training.loggers import TensorBoardLogger
 
 
 class Context:
-    """What the logger asks of a context; writers fail while the disk is full."""
+    """Stand-in for the context of a logger; its writers fail while the disk is full."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -8,7 +8,7 @@ from pipekit.training.slow_saves import SlowSaves
 
 
 def describe(train_s: float, save_s: float, *, write_s: float | None = None) -> str | None:
-    """What is told of the second of two saves, each after so many seconds of training."""
+    """Warning about the second of two saves, each after so many seconds of training; None if there is none."""
     now = [0.0]
     saves = SlowSaves(lambda: now[0])
     for _ in range(2):

@@ -6,7 +6,7 @@ import resource
 from contextlib import suppress
 from pathlib import Path
 
-from pipekit.doctor.rows import Row, Site
+from pipekit.doctor.rows import Row, Site, Verdict
 
 _FEW_FILES, _TOO_FEW_FILES = 4096, 256
 _FEW_PROCESSES = 512
@@ -43,8 +43,8 @@ def judge_open_files(soft: float, hard: float) -> list[Row]:
     advice = f"Type before the start: ulimit -n {_text(min(hard, 65536.0)).replace(',', '')}"
     if hard < _FEW_FILES:
         advice = "Raise the limit nofile in /etc/security/limits.conf to 65536, and log in again."
-    verdict = "bad" if soft < _TOO_FEW_FILES else "warning"
-    return [Row("open files", verdict, f"{_text(soft)} at most", advice, measured)]  # type: ignore[arg-type]
+    verdict: Verdict = "bad" if soft < _TOO_FEW_FILES else "warning"
+    return [Row("open files", verdict, f"{_text(soft)} at most", advice, measured)]
 
 
 def judge_locked_memory(soft: float, num_adapters: int) -> list[Row]:

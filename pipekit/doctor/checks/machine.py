@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipekit.doctor.rows import Row, Site
+from pipekit.doctor.rows import Row, Site, Verdict
 from pipekit.launch.resources import num_usable_cpus
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -18,7 +18,7 @@ _MEMORY_FILES = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-# The default of Docker's is 64 MiB.
+# Docker's default is 64 MiB.
 _SMALL_SHM, _TINY_SHM = 1 << 30, 128 << 20
 _LITTLE_MEMORY, _TINY_MEMORY = 4e9, 1.5e9
 
@@ -100,15 +100,15 @@ def judge_memory(facts: MemoryFacts) -> list[Row]:
 def judge_shared_memory(total: float | None, free: float, num_gpus: int | None) -> list[Row]:
     """Row of shared memory: its size in bytes, None where there is none, and what is free and may be written."""
     several = (num_gpus or 0) > 1
+    verdict: Verdict = "bad" if several else "warning"
     advice = "Start a container with --shm-size=8g or --ipc=host; elsewhere: sudo mount -o remount,size=8G /dev/shm"
     if total is None:
-        return [Row("shared memory", "bad" if several else "warning", "there is no /dev/shm", advice)]
+        return [Row("shared memory", verdict, "there is no /dev/shm", advice)]
     text = f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB of /dev/shm are free"
     measured = {"total_bytes": total, "free_bytes": free}
     if free < _TINY_SHM:
         why = "NCCL needs more among several GPUs." if several else "Workers of torch's DataLoader may need more."
-        verdict = "bad" if several else "warning"
-        return [Row("shared memory", verdict, text, f"{why} {advice}", measured)]  # type: ignore[arg-type]
+        return [Row("shared memory", verdict, text, f"{why} {advice}", measured)]
     if free < _SMALL_SHM:
         return [
             Row("shared memory", "warning", text, f"Workers of torch's DataLoader may need more. {advice}", measured)

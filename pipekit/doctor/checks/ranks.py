@@ -6,10 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipekit.doctor.collective import LIMIT_S, CollectiveSpeed, judge_failure, judge_speed
+from pipekit.doctor.collective import LIMIT_S, judge_failure, judge_output
 from pipekit.doctor.rows import Row, Site
 from pipekit.errors import PipekitError
-from pipekit.launch.collective_rank import COMMAND, read_speed
+from pipekit.launch.collective_rank import COMMAND
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import run_local
 from pipekit.launch.resources import num_usable_cpus, thread_environ
@@ -27,7 +27,7 @@ def check_nccl(site: Site) -> list[Row]:
     return _measure("NCCL", site, min(site.num_gpus, _MOST_RANKS), on_gpus=True) if site.num_gpus else []
 
 
-def _measure(name: str, site: Site, num_ranks: int, *, on_gpus: bool) -> list[Row]:
+def _measure(title: str, site: Site, num_ranks: int, *, on_gpus: bool) -> list[Row]:
     if not site.uses_ranks or "error" in site.libraries or site.libraries.get("torch_error"):
         return []
     with tempfile.TemporaryDirectory() as folder:
@@ -36,14 +36,12 @@ def _measure(name: str, site: Site, num_ranks: int, *, on_gpus: bool) -> list[Ro
         environ = thread_environ("auto", num_ranks, site.environ)
         environ |= gpu_environ(log_dir, site.environ) if on_gpus else on_cpu
         command = [sys.executable, *COMMAND.split(), str(LIMIT_S)]
-        title = name
         try:
-            # What no rank may write to the terminal goes to the logs.
+            # The terminal shows rows alone; all that ranks write goes to their logs.
             run_local(
                 command, world_size=num_ranks, log_dir=log_dir, env=environ, stdout_rank=-1, timeout_s=2 * LIMIT_S
             )
         except PipekitError as error:
             return [judge_failure(title, str(error), on_one_machine=True)]
-        speed = read_speed((log_dir / "rank-0.log").read_text(encoding="utf-8", errors="replace"))
-    assert speed is not None
-    return judge_speed(title, CollectiveSpeed(**speed), on_one_machine=True)
+        output = (log_dir / "rank-0.log").read_text(encoding="utf-8", errors="replace")
+    return judge_output(title, output, on_one_machine=True)

@@ -9,8 +9,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipekit.doctor.rows import Row, Site, existing_parent
 from pipekit.files import file_system, replace_folder, write_atomically
@@ -70,17 +71,17 @@ def check_cache_folder(site: Site) -> list[Row]:
 def measure_storage(folder: Path) -> StorageFacts:
     """Write into a folder of its own there, which is removed in the end."""
     usage = os.statvfs(folder)
-    known: dict[str, object] = {
-        "folder": str(folder),
-        "file_system": file_system(folder),
-        "free_bytes": float(usage.f_bavail * usage.f_frsize),
-        "free_inodes": usage.f_favail if usage.f_files else None,
-    }
+    facts = StorageFacts(
+        folder=str(folder),
+        file_system=file_system(folder),
+        free_bytes=float(usage.f_bavail * usage.f_frsize),
+        free_inodes=usage.f_favail if usage.f_files else None,
+    )
     try:
         with tempfile.TemporaryDirectory(prefix=".pipekit-doctor-", dir=folder) as work:
-            return StorageFacts(**{**known, **_measure_in(Path(work))})  # type: ignore[arg-type]
+            return replace(facts, **_measure_in(Path(work)))
     except OSError as error:
-        return StorageFacts(**known, error=error.strerror or str(error))  # type: ignore[arg-type]
+        return replace(facts, error=error.strerror or str(error))
 
 
 def judge_storage(name: str, facts: StorageFacts, *, keeps: bool) -> list[Row]:
@@ -137,7 +138,7 @@ def _judge_promises(name: str, facts: StorageFacts, other: str) -> Row:
     return Row(check, "ok", "files can be locked, renames replace them")
 
 
-def _measure_in(work: Path) -> dict[str, object]:
+def _measure_in(work: Path) -> dict[str, Any]:
     data = os.urandom(_CHUNK_BYTES)
     start_s, num_written = time.perf_counter(), 0
     with (work / "large").open("wb") as file:
