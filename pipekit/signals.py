@@ -110,6 +110,25 @@ def ending_at_once(describe: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Note the signals that ask for a stop, and do not act on them; those that nohup ignores stay ignored.
+
+    For a launcher, which passes them on to its ranks.
+    """
+    signals: list[int] = []
+    previous = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOP_SIGNALS:
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    previous[signum] = signal.signal(signum, lambda number, frame: signals.append(number))
+        yield signals
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
 def noting(describe: Callable[[], str]) -> Iterator[None]:
     """Add what the run has so far to the message of an `Interrupted` that the block raises."""
     try:

@@ -94,7 +94,8 @@ class RankFailure:
     @property
     def has_stopped(self) -> bool:
         """True if the rank has not failed, but stopped on request, with a checkpoint."""
-        return self.returncode == ExitCode.STOPPED
+        # One that has saved and said so may still be killed on its way out.
+        return ExitCode.STOPPED in (self.returncode, None if self.report is None else self.report.exit_code)
 
 
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -21,9 +20,9 @@ from pipekit.launch.facts import CLOCK_LIMIT_S, check_same
 from pipekit.launch.failures import HangError
 from pipekit.launch.hosts import Host
 from pipekit.launch.link import BEAT_S, Link, Message
-from pipekit.launch.local import signals_noted
 from pipekit.launch.node import NodeJob
 from pipekit.launch.ssh import SshSettings, ssh_command
+from pipekit.signals import Interrupted, name_signal, signals_noted
 
 LONGEST_SILENCE_S = 30.0
 """A host that is silent for longer is given up, and so is a launcher by its agents."""
@@ -97,26 +96,19 @@ def run_fleet(run: FleetRun) -> None:
         HangError: if ranks have waited too long for one another, and the heartbeats of all are seen here.
         HostError: if a host cannot be reached, is silent for too long, or a rank on it fails.
         StoppedError: if the ranks have stopped on request, with a checkpoint.
-        SystemExit: if a signal has ended them otherwise.
+        Interrupted: if a signal has ended them otherwise.
     """
     with signals_noted() as signals:
         fleet = _Fleet(run, signals)
         try:
-            fleet.connect(run.patience_s)
+            fleet.connect()
             if not signals:
                 fleet.compare()
                 fleet.start(fleet.choose_master())
                 fleet.wait()
         finally:
             fleet.end()
-        if signals:
-            ended = [node.ended for node in fleet.nodes if node.ended is not None]
-            stops = [each["message"] for each in ended if each["exit_code"] == ExitCode.STOPPED]
-            if stops and all(each["exit_code"] in (ExitCode.STOPPED, ExitCode.DONE) for each in ended):
-                raise StoppedError(stops[0])
-            sys.stderr.write(f"stopped by {signal.Signals(signals[0]).name}: ended {len(fleet.nodes)} hosts\n")
-            raise SystemExit(128 + signals[0])
-        fleet.raise_first_failure()
+        fleet.raise_outcome()
 
 
 @dataclass
@@ -229,9 +221,9 @@ class _Fleet:
         self._hang_report: str | None = None
         self._events: queue.Queue[tuple[_Node, Message | None]] = queue.Queue()
 
-    def connect(self, patience_s: float) -> None:
+    def connect(self) -> None:
         """Connect to all hosts, and wait until each has told its facts."""
-        give_up_s = time.monotonic() + patience_s
+        give_up_s = time.monotonic() + self.run.patience_s
         while True:
             for host in self.run.hosts:
                 node = _Node(host, self.run, self._events)
@@ -309,10 +301,23 @@ class _Fleet:
             self._listen()
         self._close_all()
 
-    def raise_first_failure(self) -> None:
-        """Raise the failure that caused the others, if there is one."""
-        if self._failures:
-            first = min(self._failures, key=lambda failure: (failure.kind in ("peer", "stopped"), failure.time_s))
+    def raise_outcome(self) -> None:
+        """Raise the failure that caused the others, or what a signal has come to; nothing if all have succeeded."""
+        failures = self._failures
+        if self._signals:
+            # What a signal ends has no failure of its own, and those that lost it have failed because of it.
+            failures = [each for each in failures if each.kind not in ("peer", "lost", "killed")]
+            ends = [None if node.ended is None else node.ended["kind"] for node in self.nodes]
+            have_ended = all(end in ("done", "stopped") for end in ends)
+            has_cause = any(each.kind != "stopped" for each in failures)
+            if not have_ended and (len(self._signals) > 1 or not has_cause):
+                name = name_signal(self._signals[0])
+                raise Interrupted(self._signals[0], f"stopped by {name}: ended {len(self.nodes)} hosts")
+        if failures:
+            last = {"peer": 1, "stopped": 2}
+            first = min(failures, key=lambda failure: (last.get(failure.kind, 0), failure.time_s))
+            if first.kind == "stopped":
+                raise StoppedError(first.message)
             if first.kind == "hang" and self._hang_report is not None:
                 raise HangError(save_report(self._hang_report, self.run.log_dir))
             raise HostError(first.host, first.message, first.exit_code)
@@ -418,8 +423,6 @@ class _Fleet:
 
     def _note_end(self, node: _Node, ended: Message) -> None:
         node.ended = ended
-        if ended["exit_code"] == ExitCode.STOPPED:
-            ended["kind"] = "stopped"
         # A host that was told to end says so, and that is no failure of its own.
         is_expected = ended["kind"] == "signal" and (self._ending_s is not None or bool(self._signals))
         if ended["kind"] != "done" and not is_expected:

@@ -8,9 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +27,7 @@ from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import count_gpus, thread_environ
 from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
-from pipekit.signals import STOP_SIGNALS, Interrupted, name_signal
+from pipekit.signals import Interrupted, name_signal, signals_noted
 from pipekit.storage import storing
 
 if TYPE_CHECKING:
@@ -287,22 +286,6 @@ class _Worker:
             except OSError:  # nobody is there, or (macOS) nobody but zombies
                 self.group_gone = True  # from now on its number may be another program's
         return not self.group_gone
-
-
-@contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Note the signals that ask for the end, and do not act on them; those that nohup ignores stay ignored."""
-    signals: list[int] = []
-    previous = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for signum in STOP_SIGNALS:
-                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
-                    previous[signum] = signal.signal(signum, lambda number, frame: signals.append(number))
-        yield signals
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _run_job(

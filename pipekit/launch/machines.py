@@ -22,6 +22,7 @@ from pipekit.launch.node import NodeJob, NodePlace, run_node
 from pipekit.launch.restarts import start_until_done
 from pipekit.launch.runners import RunnerJob, runner_command
 from pipekit.launch.ssh import SshSettings, split_arguments
+from pipekit.signals import noting
 
 DEFAULT_PORT = 29_500
 
@@ -83,7 +84,7 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
         failures = first.log_dir / "failures.jsonl"
         start_until_done(lambda goes_on: run(first), restarts=options.restarts, failures=failures, checkpoints=None)
         return
-    from pipekit.plan.run_folder import RunFolder
+    from pipekit.plan.run_folder import RunFolder, describe_progress
 
     config = load_any_config(arguments)
     folder = RunFolder(config.run.dir)
@@ -96,12 +97,13 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
         job, own_facts = _plan_job(command, [*arguments, newest], num_processes, options)
         run(replace(first, job=job, own_facts=own_facts))
 
-    start_until_done(
-        start,
-        restarts=options.restarts or config.run.restarts,
-        failures=folder.failures,
-        checkpoints=folder.checkpoints,
-    )
+    with noting(lambda: describe_progress(folder.path)):
+        start_until_done(
+            start,
+            restarts=options.restarts or config.run.restarts,
+            failures=folder.failures,
+            checkpoints=folder.checkpoints,
+        )
 
 
 def launch_as_node(

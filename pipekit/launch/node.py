@@ -153,7 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     orders = _Orders(link)
     try:
         ended = _obey(link, orders)
-    except (SystemExit, KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted):
         ended = {"exit_code": ExitCode.RANK_LOST, "kind": "signal"}
     except StoppedError as stop:
         ended = {"exit_code": stop.exit_code, "kind": "stopped", "message": str(stop)}
@@ -170,9 +170,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def describe(failure: RankFailure) -> dict[str, Any]:
     """Rank and kind of a failure."""
-    report = failure.report
-    is_stop = report is not None and report.exit_code == ExitCode.STOPPED
-    return {"rank": failure.rank, "kind": "killed" if report is None else "stopped" if is_stop else report.kind}
+    return {"rank": failure.rank, "kind": "killed" if failure.report is None else failure.report.kind}
 
 
 def _obey(link: Link, orders: _Orders) -> dict[str, Any]:

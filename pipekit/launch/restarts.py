@@ -17,6 +17,7 @@ from pipekit.errors import CheckpointError, ExitCode, PipekitError
 from pipekit.launch.environment import RankEnvironment
 from pipekit.launch.failures import RankError
 from pipekit.launch.worker import error_file_from
+from pipekit.signals import ending_at_once
 
 # Mistakes, numbers and full disks would be the same again.
 _WORTH_ANOTHER_START = (ExitCode.RANK_LOST, ExitCode.HANG)
@@ -48,6 +49,7 @@ def start_until_done(
     Raises:
         PipekitError: the error of the last start, which says why there is no other; and at once any error of the kinds
             that a start would not change.
+        Interrupted: if a signal comes between two starts.
     """
     first = before = _newest(checkpoints)
     for number in count(1):
@@ -74,7 +76,7 @@ def start_until_done(
             what = str(error).splitlines()[0].rstrip(":")
             sys.stderr.write(f"{what}{_phase(error)}; {outcome} (see {failures})\n")
             before = newest
-        time.sleep(pause_s)
+        _pause(pause_s, outcome)
 
 
 def warn_of_restarts(restarts: int, ranks: RankEnvironment) -> None:
@@ -84,6 +86,11 @@ def warn_of_restarts(restarts: int, ranks: RankEnvironment) -> None:
         sys.stderr.write(
             f"run.restarts={restarts} is ignored: starting ranks again is left to {ranks.launcher}{instead}\n"
         )
+
+
+def _pause(seconds: float, outcome: str) -> None:
+    with ending_at_once(lambda: f"next was {outcome}"):
+        time.sleep(seconds)
 
 
 def _newest(checkpoints: Path | None) -> tuple[str, int] | None:

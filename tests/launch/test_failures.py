@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipekit.errors import ExitCode
 from pipekit.launch.failures import (
     FailureKind,
     FailureReport,
@@ -80,6 +82,14 @@ def test_a_kill_is_shown_with_the_end_of_the_log(tmp_path: Path) -> None:
     assert "SIGSEGV\n" in describe_failure(RankFailure(1, -11, 0, None, log))
     assert "exit code 3" in describe_failure(RankFailure(1, 3, 0, None, log))
     assert "signal 50" in describe_failure(RankFailure(1, -50, 0, None, log))
+
+
+def test_a_rank_that_has_saved_on_request_has_stopped_even_if_it_is_killed_on_its_way_out() -> None:
+    report = FailureReport("user", "stopped by SIGTERM after step 3", "", 0.0, ExitCode.STOPPED)
+    ends = [(75, None), (75, report), (-9, report), (-9, None), (3, replace(report, exit_code=3))]
+    assert [RankFailure(0, code, 0.0, each, Path("/none")).has_stopped for code, each in ends] == [True] * 3 + [
+        False
+    ] * 2
 
 
 def test_the_tail_leaves_out_what_earlier_launches_wrote(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Most hosts here are a few lines of shell that speak as an agent does; some are a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from pipekit.launch.fleet import FleetRun, HostError, run_fleet
 from pipekit.launch.hosts import Host
 from pipekit.launch.node import NodeJob
 from pipekit.launch.ssh import SshSettings
+from pipekit.signals import Interrupted
 
 SAY_FACTS = """say '{"facts": {"the code of pipekit": "1"}, "time_s": '$(date +%s)', "address": null}'"""
 SAY_MASTER = """say '{"master": ["10.0.0.1", 4242]}'"""
@@ -153,9 +155,26 @@ def test_a_silent_host_is_named_at_the_limit(fleet: Fleet) -> None:
     assert time.monotonic() - began_s < 10
 
 
-def test_a_signal_is_passed_on_and_ranks_that_have_saved_say_so_by_the_exit_code(fleet: Fleet) -> None:
-    ready = f"touch {fleet.folder}/ready; hear signal; {ended('user', 'stopped after step 3', 75)}"
+STOPPED = ended("stopped", "stopped after step 3", 75)
+BY_SIGNAL = ended("signal", "")
+DISK_FULL = ended("user", "no space left", 5)
 
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "error", "message", "exit_code"),
+    [
+        (STOPPED, STOPPED, StoppedError, "stopped after step 3", ExitCode.STOPPED),
+        (STOPPED, SAY_DONE, StoppedError, "stopped after step 3", ExitCode.STOPPED),
+        (STOPPED, BY_SIGNAL, Interrupted, "stopped by SIGTERM: ended 2 hosts", 143),
+        (BY_SIGNAL, "exit 255", Interrupted, "stopped by SIGTERM: ended 2 hosts", 143),
+        # What has kept a rank from saving is told, and not what it has done to the others.
+        (ended("peer", "rank 0 lost contact"), DISK_FULL, HostError, "beta: no space left", ExitCode.STORAGE),
+        (SAY_DONE, SAY_DONE, None, "", 0),
+    ],
+)
+def test_a_signal_is_passed_on_and_the_end_is_what_the_ranks_make_of_it(
+    fleet: Fleet, alpha: str, beta: str, error: type[BaseException] | None, message: str, exit_code: int
+) -> None:
     def send() -> None:
         while not (fleet.folder / "ready").exists():
             time.sleep(0.01)
@@ -163,9 +182,12 @@ def test_a_signal_is_passed_on_and_ranks_that_have_saved_say_so_by_the_exit_code
 
     sender = threading.Thread(target=send)
     sender.start()
-    with pytest.raises(StoppedError, match=r"^stopped after step 3$"):
-        fleet.run(f"{READY}; {ready}", f"{READY_SECOND}; hear signal; {ended('user', 'stopped after step 3', 75)}")
+    with contextlib.nullcontext() if error is None else pytest.raises(error) as caught:
+        fleet.run(f"{READY}; touch {fleet.folder}/ready; hear signal; {alpha}", f"{READY_SECOND}; hear signal; {beta}")
     sender.join()
+    if caught is not None:
+        assert str(caught.value) == message
+        assert caught.value.exit_code == exit_code
 
 
 def test_ranks_that_were_ended_by_another_on_their_host_are_a_failure(fleet: Fleet) -> None:
@@ -191,11 +213,10 @@ def test_a_hang_is_told_by_the_heartbeats_of_all_hosts_where_the_folder_is_share
 
 
 def test_a_run_that_stops_by_itself_is_waited_for_on_all_hosts(fleet: Fleet) -> None:
-    alpha = f"{READY}; {failing('stopped')}; {ended('user', 'stopped after step 3', 75)}"
-    beta = f"{READY_SECOND}; sleep 0.5; touch {fleet.folder}/whole; {ended('user', 'stopped after step 3', 75)}"
-    with pytest.raises(HostError, match="stopped after step 3") as caught:
+    alpha = f"{READY}; {ended('stopped', 'stopped after step 3', 75)}"
+    beta = f"{READY_SECOND}; sleep 0.5; touch {fleet.folder}/whole; {ended('stopped', 'stopped after step 3', 75)}"
+    with pytest.raises(StoppedError, match=r"^stopped after step 3$"):
         fleet.run(alpha, beta)
-    assert caught.value.exit_code == ExitCode.STOPPED
     assert (fleet.folder / "whole").exists()
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from pipekit.errors import CommunicationError, ConfigError, NumbersError, Pipeki
 from pipekit.launch.environment import RankEnvironment
 from pipekit.launch.failures import HangError, RankError, RankFailure
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
+from pipekit.signals import Interrupted
 
 
 def killed(rank: int = 1) -> RankError:
@@ -120,7 +125,7 @@ def test_a_checkpoint_from_before_the_first_start_is_no_progress(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "error", [ConfigError("x"), NumbersError("x"), StorageError("x"), SystemExit(143), KeyboardInterrupt()]
+    "error", [ConfigError("x"), NumbersError("x"), StorageError("x"), Interrupted(15, "x"), KeyboardInterrupt()]
 )
 def test_what_a_start_would_not_change_and_requests_end_it(tmp_path: Path, error: BaseException) -> None:
     starts: list[bool] = []
@@ -133,6 +138,31 @@ def test_what_a_start_would_not_change_and_requests_end_it(tmp_path: Path, error
         start_until_done(start, restarts=5, failures=tmp_path / "failures.jsonl", checkpoints=None, pause_s=0)
     assert len(starts) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_between_two_starts_ends_it_and_says_what_was_next(tmp_path: Path) -> None:
+    starts: list[bool] = []
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def send() -> None:
+        deadline_s = time.monotonic() + 5
+        while signal.getsignal(signal.SIGTERM) == handler:
+            if time.monotonic() > deadline_s:
+                return  # nobody listens, and the signal would end the tests
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def start(goes_on: bool) -> None:
+        starts.append(goes_on)
+        raise killed()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM; next was restart 1 of 2, from the start$") as caught:
+        start_until_done(start, restarts=2, failures=tmp_path / "failures.jsonl", checkpoints=None, pause_s=8)
+    sender.join()
+    assert caught.value.exit_code == 143
+    assert starts == [False]
 
 
 def test_where_checkpoints_are_not_known_the_number_is_the_limit(tmp_path: Path) -> None:
