@@ -346,19 +346,19 @@ class LayersLoop(TrialLoop):
         trial, spike = self._trial, self._trial.watch.spike
         if spike is None:
             return False
-        self._finish_save()
-        if self._checkpoint is None:
+        self._saves.finish()
+        if self._saves.newest is None:
             trial.watch.spike = None
             self._callbacks.call("on_warning", f"step {spike.step}: there is no checkpoint to go back to; going on")
             return False
         # The next step may have been launched by now.
         self._has_unread, self._metrics = False, self._build_metrics()
-        trial.watch.count_rollback(int(self._checkpoint.name.rpartition("-")[2]))
-        self._batch = self._callbacks.batch = self._load(self._checkpoint, tries_earlier=True).batch
+        self._batch = self._callbacks.batch = self._load(self._saves.newest, tries_earlier=True).batch
+        trial.watch.count_rollback(spike, self._batch)
         first, trial.consumed_samples = trial.consumed_samples, spike.end
         self._callbacks.call("on_rollback", self._batch)
         self._callbacks.call(
-            "on_warning", f"going on from {self._checkpoint}, past the samples {first} to {spike.end - 1}"
+            "on_warning", f"going on from {self._saves.newest}, past the samples {first} to {spike.end - 1}"
         )
         return True
 

@@ -156,7 +156,7 @@ class NumbersWatch(TrialCallback):
         self._warnings.append(message)
 
     def take_warnings(self) -> list[str]:
-        """Return the message to be told, the same on every rank, and forget it."""
+        """Return the messages to be told, the same on every rank, and forget them."""
         warnings, self._warnings = self._warnings, []
         return warnings
 
@@ -191,8 +191,8 @@ class NumbersWatch(TrialCallback):
         if self._detector is not None:
             self._detector.restore(map(float, state_dict.get("losses", ())))
 
-    def count_rollback(self, step: int) -> None:
-        """Note that the run goes back to the checkpoint of a step.
+    def count_rollback(self, spike: Spike, step: int) -> None:
+        """Note that the run goes back to the checkpoint of a step because of a spike.
 
         Raises:
             NumbersError: on every rank, if it has gone back there too often.
@@ -200,7 +200,7 @@ class NumbersWatch(TrialCallback):
         count = self._rollbacks[step] = self._rollbacks.get(step, 0) + 1
         if count > _MAX_ROLLBACKS:
             raise NumbersError(
-                f"{self.spike}: the run has gone back to the checkpoint of step {step} {_MAX_ROLLBACKS} times, to "
+                f"{spike}: the run has gone back to the checkpoint of step {step} {_MAX_ROLLBACKS} times, to "
                 f"other data each time; lower optimizer.lr={self._config.optimizer.lr:g}, go on from an earlier one "
                 "with checkpoint.resume=<its folder>, or set a higher train.spike_threshold"
             )

@@ -36,10 +36,18 @@ class SlowSaves:
         self._ended_s = now_s
         return now_s - self._began_s, now_s - last_s
 
-    def describe(self, stood_s: float, passed_s: float, num_bytes: int, *, remedy: str) -> str | None:
-        """Warning about a save: how long training stood still, and how fast the disk was; None if nothing."""
+    def describe(self, stood_s: float, passed_s: float, count_bytes: Callable[[], int], *, remedy: str) -> str | None:
+        """Warning about a save: how long training stood still, and how fast the disk was; None if it was not slow.
+
+        Args:
+            stood_s: seconds for which training stood still.
+            passed_s: seconds since the save before.
+            count_bytes: returns the size of the checkpoint, 0 if unknown; called for slow saves only.
+            remedy: advice.
+        """
         if stood_s < _LEAST_S or stood_s <= _LARGEST_SHARE * passed_s:
             return None
+        num_bytes = count_bytes()
         what = show_bytes(num_bytes) if num_bytes else "a checkpoint"
         speed = f" ({num_bytes / 1e6 / self.write_s:,.0f} MB/s)" if num_bytes and self.write_s else ""
         times = f"{stood_s:.1f} of the last {passed_s:.1f} s"

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pipekit.checkpoint.manifest import checkpoint_name, earlier_checkpoints
-from pipekit.checkpoint.retention import Retention, remove_checkpoint
+from pipekit.checkpoint.manifest import earlier_checkpoints
+from pipekit.checkpoint.retention import Retention
 from pipekit.distributed.agreement import Agreement
 from pipekit.distributed.processes import gather_objects, raise_together, run_together
 from pipekit.distributed.rank_role import check_roles
 from pipekit.engine.plain_engine import PlainEngine
 from pipekit.engine.save import PendingCheckpoint
-from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError, StoppedError, StorageError
+from pipekit.errors import ConfigError, DamagedCheckpointError, PipekitError, StoppedError
 from pipekit.rng import fold_seed
 from pipekit.signals import StopSignals
 from pipekit.training.context import TrialContext
@@ -28,12 +28,12 @@ from pipekit.training.nonfinite_losses import describe_nonfinite
 from pipekit.training.periods import Pace, Period
 from pipekit.training.reducers import Reducer
 from pipekit.training.requests import Requests
-from pipekit.training.slow_saves import SlowSaves
 from pipekit.training.trial import Trial, metrics_of
 from pipekit.training.trial_callbacks import Callbacks, TrialCallback
 from pipekit.training.trial_checkpoint import TrialState, load_trial_state, save_trial
 from pipekit.training.trial_data import Feed, TrialData
 from pipekit.training.trial_metrics import TrialMetrics
+from pipekit.training.trial_saves import TrialSaves
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,14 @@ class TrialLoop:
             max_time_s=self._context.max_time_s,
             started_s=self._context.started_s,
         )
+        self._saves = TrialSaves(
+            self._context,
+            self._callbacks,
+            self._requests,
+            on_error=schedule.on_save_error,
+            unit=self._unit,
+            how_to_save_faster=self._how_to_save_faster(),
+        )
         self._context.should_stop = lambda: bool(self._requests.exchange())
         self._feed: Feed | None = None
         self._batch = 0
@@ -141,11 +149,6 @@ class TrialLoop:
         self._is_cut_short = False
         self._best: float | None = None
         self._told: dict[str, Any] = {}  # metrics of the last batch that had any
-        self._checkpoint: Path | None = None
-        self._pending: PendingCheckpoint | None = None
-        self._by_time: Path | None = None
-        self._superseded: Path | None = None
-        self._slow_saves: SlowSaves | None = SlowSaves()  # until it has told of one
         self._training_metrics: dict[str, Any] | None = None
         self._validation_metrics: dict[str, Any] | None = None
 
@@ -218,18 +221,17 @@ class TrialLoop:
             profiler = self._context.profiler
             with contextlib.nullcontext() if profiler is None else profiler, contextlib.ExitStack() as signals:
                 self._train(signals)
-                self._finish_save(is_final=True)
+                self._saves.finish(is_final=True)
                 self._requests.finish()
             time_s = time.perf_counter() - started_s
             result = TrialResult(
-                self._batch, self._checkpoint, self._training_metrics, self._validation_metrics, time_s
+                self._batch, self._saves.newest, self._training_metrics, self._validation_metrics, time_s
             )
             if not self._is_cut_short:
                 self._callbacks.call("on_training_end", result)
             has_failed = False
         finally:
-            if self._pending is not None:
-                self._pending.settle(self._context.config.run.timeout_s)
+            self._saves.settle()
             # Ends the processes that read data.
             self._feed = None
             self._context.close()
@@ -237,7 +239,7 @@ class TrialLoop:
         if self._is_cut_short:
             raise StoppedError(
                 f"stopped by {self._requests.describe()} after {self._unit} {self._batch} of {self._last}, saved in "
-                f"{self._checkpoint}\n{self._how_to_go_on()}"
+                f"{self._saves.newest}\n{self._how_to_go_on()}"
             )
         return result
 
@@ -252,11 +254,11 @@ class TrialLoop:
         self._feed = run_together(self._data.training_feed, num_read)
         self._callbacks.batch = self._batch
         self._context.note_length(self._batch, self._last)
-        self._callbacks.call("on_trial_startup", self._batch, self._checkpoint and self._checkpoint.name)
+        self._callbacks.call("on_trial_startup", self._batch, self._saves.newest and self._saves.newest.name)
 
     def _load(self, checkpoint: Path, tries_earlier: bool) -> TrialState:
         self._activity.begin("start", f"loading {checkpoint.name}")
-        self._checkpoint = checkpoint
+        self._saves.newest = checkpoint
         try:
             return self._read(checkpoint)
         except DamagedCheckpointError as damage:
@@ -422,85 +424,14 @@ class TrialLoop:
             by_time: whether it came by time alone; it is removed after the next save, where all others are kept.
             is_final: whether the training is about to end, and cannot go on without it.
         """
-        if self._slow_saves is not None:
-            self._slow_saves.begin()
-        self._finish_save()
-        name = checkpoint_name(self._batch)
-        self._activity.begin(f"checkpoint {name}", f"writing {name}")
-        state = TrialState(
-            type(self._trial).__qualname__,
-            self._batch,
-            self._data.total_read(self._feed),
-            self._best,
-            {name: float(value) for name, value in self._told.items() if math.isfinite(value)},
-        )
-        has_failed = False
-        try:
-            self._pending = self._write(state)
-        except StorageError as error:
-            has_failed = not is_final and self._goes_on_without(error)
-            if not has_failed:
-                raise
-        else:
-            goes = by_time and self._schedule.retention is None and self._retention().newest is None
-            self._superseded, self._by_time = self._by_time, self._pending.path if goes else None
-            if not self._pending.in_background:
-                self._finish_save()
-        self._requests.note_save()
-        if not (has_failed or is_final):
-            self._warn_of_slow_saves()
-        return not has_failed
 
-    def _warn_of_slow_saves(self) -> None:
-        """Tell once that saves take too much of the training's time."""
-        slow_saves = self._slow_saves
-        if slow_saves is None:
-            return
-        stood_s, passed_s = gather_objects(slow_saves.end())[0]
-        num_bytes = 0
-        if self._checkpoint is not None:
-            with contextlib.suppress(OSError):
-                num_bytes = sum(path.stat().st_size for path in self._checkpoint.rglob("*") if path.is_file())
-        warning = slow_saves.describe(stood_s, passed_s, num_bytes, remedy=self._how_to_save_faster())
-        if warning is not None:
-            self._slow_saves = None
-            self._callbacks.call("on_warning", f"{self._unit} {self._batch}: {warning}")
+        def write() -> PendingCheckpoint:
+            metrics = {name: float(value) for name, value in self._told.items() if math.isfinite(value)}
+            num_read = self._data.total_read(self._feed)
+            return self._write(TrialState(type(self._trial).__qualname__, self._batch, num_read, self._best, metrics))
 
-    def _goes_on_without(self, error: StorageError) -> bool:
-        """True if the training goes on without a checkpoint that could not be written, which is told then."""
-        if self._schedule.on_save_error == "stop" or not error.is_everyones:
-            return False
-        self._callbacks.call(
-            "on_warning",
-            f"{error}; training goes on, and saves again when that is due; the newest checkpoint is "
-            f"{self._checkpoint or 'none yet'}",
-        )
-        return True
-
-    def _finish_save(self, *, is_final: bool = False) -> None:
-        """Wait until the last checkpoint is on the disk, and call callbacks."""
-        pending = self._pending
-        if pending is None:
-            return
-        if not pending.is_done:
-            name = pending.path.name
-            self._activity.begin(f"checkpoint {name}", f"waiting until {name} is written")
-        self._pending = None
-        try:
-            self._checkpoint = pending.wait()
-        except StorageError as error:
-            if is_final or not self._goes_on_without(error):
-                raise
-            self._by_time, self._superseded = self._superseded, None
-            return
-        self._requests.note_written(pending.seconds)
-        if self._slow_saves is not None:
-            self._slow_saves.write_s = pending.seconds
-        if self._superseded is not None and self._context.distributed.rank == 0:
-            with contextlib.suppress(OSError):
-                remove_checkpoint(self._superseded)
-        self._superseded = None
-        self._callbacks.call("on_checkpoint_upload_end", pending.path.name)
+        is_temporary = by_time and self._schedule.retention is None and self._retention().newest is None
+        return self._saves.save(self._batch, write, is_temporary=is_temporary, is_final=is_final)
 
     def _retention(self) -> Retention:
         schedule = self._schedule

@@ -17,7 +17,7 @@ def describe(train_s: float, save_s: float, *, write_s: float | None = None) -> 
         now[0] += save_s
         times = saves.end()
     saves.write_s = save_s if write_s is None else write_s
-    return saves.describe(*times, 2_400_000_000, remedy="save less often")
+    return saves.describe(*times, lambda: 2_400_000_000, remedy="save less often")
 
 
 def test_a_save_that_takes_a_large_share_is_told_with_the_speed_of_the_disk() -> None:
