@@ -96,6 +96,12 @@ class StorageError(PipekitError):
     exit_code = ExitCode.STORAGE
 
 
+class PathError(StorageError):
+    """A file could not be written or read because its path is wrong: it leads through a file, or no such folder."""
+
+    exit_code = ExitCode.MISTAKE
+
+
 class NumbersError(PipekitError):
     """A loss, an activation or a gradient is not finite, or jumps, or a computation is not what it was before."""
 

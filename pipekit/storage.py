@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipekit.errors import PipekitError, StorageError
+from pipekit.errors import PathError, PipekitError, StorageError
 
 _FAULTS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", "make room there, or use another folder"),
@@ -27,7 +27,7 @@ _FAULTS: dict[int, tuple[str, str]] = {
 """Meaning of an error number of the system for a file, and the remedy."""
 
 _MISTAKES: dict[int, tuple[str, str]] = {
-    errno.ENOTDIR: ("a part of this path is a file, and no folder", "give another path"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "give another path"),
     errno.ENOENT: ("no such folder", "make it, or give another path"),
     errno.EISDIR: ("it is a folder", "give another path"),
     errno.ENAMETOOLONG: ("the name is too long", "give a shorter one"),
@@ -115,11 +115,11 @@ def find_storage_error(
 
 def storage_error(
     error: BaseException, path: str | Path, *, doing: str = "written", needed_bytes: int | None = None
-) -> PipekitError:
+) -> StorageError:
     """The error for the user of an `OSError` at a path, whatever it is; see `find_storage_error`.
 
     Returns:
-        A StorageError, or, where the path itself is wrong, a PipekitError.
+        A PathError where the path itself is wrong.
     """
     found = find_storage_error(error, path, doing=doing, needed_bytes=needed_bytes)
     if found is not None:
@@ -127,7 +127,7 @@ def storage_error(
     number = error_number(error)
     if number in _MISTAKES and not (number == errno.ENOENT and Path(path).parent.is_dir()):
         what, remedy = _MISTAKES[number]
-        return PipekitError(f"{path}: cannot be {doing}: {what}; {remedy}")
+        return PathError(f"{path}: cannot be {doing}: {what}; {remedy}")
     reason = (error.strerror if isinstance(error, OSError) else None) or error
     return StorageError(f"{path}: cannot be {doing}: {reason}")
 
@@ -143,7 +143,7 @@ def storing(path: str | Path, *, doing: str = "written", needed_bytes: int | Non
 
     Raises:
         StorageError: in place of an `OSError`, or of a library's error that wraps one.
-        PipekitError: where the path itself is wrong, such as one below a file.
+        PathError: where the path itself is wrong, such as one below a file.
     """
     try:
         yield
@@ -167,7 +167,7 @@ def check_writable(folder: Path, *, name: str = "") -> None:
 
     Raises:
         StorageError: if there is no room or no permission, or the file system is read-only.
-        PipekitError: if the path is below a file, or is one.
+        PathError: if the path is below a file, or is one.
     """
     with storing(f"{name}{folder}"):
         for place in (folder, *folder.parents):

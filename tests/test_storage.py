@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipekit.checkpoint.writer import write_tensors
-from pipekit.errors import ExitCode, PipekitError, StorageError
+from pipekit.errors import ExitCode, PathError, StorageError
 from pipekit.files import building_folder
 from pipekit.storage import check_writable, error_number, storage_error, storing
 
@@ -44,8 +44,8 @@ def test_an_error_of_the_disk_says_what_is_wrong_and_what_to_do(
 def test_a_path_below_a_file_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        PipekitError, match=r"run\.dir=.*file/run: cannot be written: a part of this path is a file"
-    ) as (caught):
+        PathError, match=r"run\.dir=.*file/run: cannot be written: a part of this path is a file"
+    ) as caught:
         check_writable(tmp_path / "file/run", name="run.dir=")
     assert caught.value.exit_code == ExitCode.MISTAKE
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hand_made import write_manifest
+from pipekit.checkpoint import retention
 from pipekit.checkpoint.manifest import TrainingState, list_checkpoints
 from pipekit.checkpoint.retention import Retention, list_surplus, remove_checkpoint, remove_leftovers
 
@@ -53,6 +54,13 @@ def test_what_cannot_be_read_is_not_removed(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "step-00000010/manifest.json").write_text("{")
     assert [path.name for path in list_surplus(tmp_path, Retention(2))] == ["step-00000020", "step-00000030"]
+
+
+def test_what_another_process_removes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path)
+    listed = [tmp_path / "step-00000005", *list_checkpoints(tmp_path)]
+    monkeypatch.setattr(retention, "list_checkpoints", lambda folder: listed)
+    assert [path.name for path in list_surplus(tmp_path, Retention(4))] == ["step-00000010"]
 
 
 def test_removed_ones_and_leftovers_are_gone_and_nothing_else(tmp_path: Path) -> None:
