@@ -267,7 +267,7 @@ def resolve_checkpoint(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder; give a run's folder or one of its checkpoints")
     raise CheckpointError(
-        f"{path}: holds no checkpoint; a run writes one at its end and every checkpoint.interval steps into "
+        f"{path}: holds no checkpoint; a run writes one at its end and at every checkpoint.interval into "
         f"{path / CHECKPOINTS_FOLDER}"
     )
 

@@ -40,6 +40,7 @@ class RunFolder:
         spikes: one JSON object a line for each spike of the loss.
         samples: one JSON object a line for each text that a model has generated while it was trained.
         failures: one JSON object a line for each rank that was lost or hung.
+        records: all of these files of JSON lines.
         logs: logs of the ranks, `rank-<rank>.log`.
         profile: pictures of what each rank of the pipeline does when.
         schedule: the pipeline's table, as a CSV file.
@@ -55,6 +56,7 @@ class RunFolder:
         self.spikes = self.path / "spikes.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.failures = self.path / "failures.jsonl"
+        self.records = (self.metrics, self.spikes, self.samples, self.failures)
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"
@@ -68,8 +70,9 @@ def find_start(config: Config) -> StartPoint | None:
     trained, such as that of an imported model, a run takes the model alone: its data and everything else may be others.
 
     Raises:
-        ConfigError: if the run folder holds checkpoints of another model or other data, or such that
-            `checkpoint.resume=never` would overwrite, or something of another kind has the name of one of its files.
+        ConfigError: if the run folder holds checkpoints of another model or other data, or checkpoints that
+            `checkpoint.resume=never` would overwrite, or if a folder has the name of one of its files, or a file that
+            of one of its folders.
         CheckpointError: if the checkpoint to go on from is missing or cut short.
     """
     folder = RunFolder(config.run.dir)
@@ -103,7 +106,7 @@ def find_start(config: Config) -> StartPoint | None:
 
 
 def check_run_folder(folder: RunFolder) -> None:
-    """Check that what has the name of a run's file is a file, and what has the name of a folder is one.
+    """Check that no folder has the name of a file that a run writes, and no file that of one of its folders.
 
     Raises:
         ConfigError: if not.
@@ -114,7 +117,7 @@ def check_run_folder(folder: RunFolder) -> None:
             raise ConfigError(
                 f"{what} is a file, and a run needs a folder of that name; remove it, or give another run.dir"
             )
-    for path in (folder.config, folder.plan, folder.metrics, folder.samples, folder.schedule, folder.failures):
+    for path in (folder.config, folder.plan, folder.schedule, *folder.records):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(
                 f"{path} is no file, and a run writes one of that name; remove it, or give another run.dir"
@@ -147,7 +150,7 @@ def check_data(manifest: Manifest, fingerprint: str, *, where: Path) -> None:
 def write_plan(plan: Plan) -> RunFolder:
     """Write a plan into its run folder: `plan.json`, its configuration, and the table of a pipeline.
 
-    What a start of another configuration left there, which wrote no checkpoint, is removed.
+    Files that a run of another configuration left there are removed if it wrote no checkpoint.
 
     Raises:
         StorageError: if the folder cannot be written.
@@ -167,7 +170,7 @@ def write_plan(plan: Plan) -> RunFolder:
 
 
 def adopt_config(folder: RunFolder) -> None:
-    """Give a folder that has checkpoints, but no configuration of its run, that of the newest.
+    """Copy the configuration of the newest checkpoint into a run folder that has none of its own.
 
     Raises:
         StorageError: if it cannot be read or written.
@@ -194,9 +197,9 @@ def write_config(folder: RunFolder, text: str) -> None:
 
 
 def _remove_other_start(folder: RunFolder, config: Config) -> None:
-    """Remove what a start of another configuration wrote, and what would be taken for this one's.
+    """Remove files of a run of another configuration that would be taken for this run's.
 
-    These are files under names that a run gives them; the folder may hold others.
+    Only files with the names that a run gives them are removed; the folder may hold others.
     """
     if list_checkpoints(folder.checkpoints) or not (folder.config.is_file() and folder.plan.is_file()):
         return
@@ -206,7 +209,7 @@ def _remove_other_start(folder: RunFolder, config: Config) -> None:
             return
     logs = [*folder.logs.glob("rank-*.log"), folder.logs / "hang.txt"]
     others = [*folder.profile.glob("step-*.*"), *folder.tensorboard.glob("events.out.tfevents.*")]
-    for path in (folder.plan, folder.metrics, folder.samples, folder.failures, *logs, *others):
+    for path in (folder.plan, *folder.records, *logs, *others):
         if path.is_file():
             path.unlink()
 
@@ -235,10 +238,10 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def trim_records(path: Path, last_step: int) -> None:
-    """Drop the records of steps after `last_step`, which a run that goes on from there writes again; of 0, all."""
+    """Drop the records of steps after `last_step`, which a run that goes on from there writes again; all if it is 0."""
     if path.is_file():
         with storing(path):
-            kept = [line for line, record in read_records(path) if 0 < last_step >= record["step"]]
+            kept = [line for line, record in read_records(path) if last_step > 0 and record["step"] <= last_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 

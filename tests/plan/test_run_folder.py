@@ -105,13 +105,10 @@ def make_plan(config: Config) -> Plan:
 def test_a_start_without_a_checkpoint_gives_way_to_another_configuration(tmp_path: Path) -> None:
     folder = write_plan(make_plan(config_in(tmp_path, "parallel.pp=2")))
     interrupted = folder.checkpoints / ".step-00000003.tmp"
-    misleading = [folder.metrics, folder.samples, folder.logs / "rank-7.log", folder.logs / "hang.txt"]
-    misleading += [
-        folder.profile / "step-00000010.svg",
-        folder.tensorboard / "events.out.tfevents.1",
-        interrupted / "x",
-    ]
-    misleading.append(folder.path / ".metrics.jsonl.0123.tmp")
+    misleading = [folder.metrics, folder.spikes, folder.samples, folder.failures]
+    misleading += [folder.logs / "rank-7.log", folder.logs / "hang.txt"]
+    misleading += [folder.profile / "step-00000010.svg", folder.tensorboard / "events.out.tfevents.1"]
+    misleading += [interrupted / "x", folder.path / ".metrics.jsonl.0123.tmp"]
     their_own = [folder.path / "notes.txt", folder.logs / "my.log", folder.profile / "mine" / "trace.json"]
     for path in misleading + their_own:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +139,10 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path, name: str) -> None:
         find_start(config_in(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "metrics.jsonl", "samples.jsonl", "schedule.csv"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "plan.json", "metrics.jsonl", "spikes.jsonl", "samples.jsonl", "failures.jsonl", "schedule.csv"],
+)
 def test_a_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"run/{name} is no file, and a run writes one of that name; remove it"):
