@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipekit.checkpoint.manifest import Checksum
-from pipekit.distributed.processes import gather_objects, raise_together
+from pipekit.distributed.processes import gather_objects, raise_together, run_together
 from pipekit.errors import ConfigError, PipekitError, StorageError
 from pipekit.files import LATE_S, is_on_local_disk, sync_folder, wait_until_seen
 from pipekit.storage import storing
@@ -49,19 +50,17 @@ class HostFolders:
 
     @classmethod
     def find(cls, folder: Path) -> HostFolders:
-        """Tell by host and file system which ranks see the same folder, which is made. All ranks call this together."""
-        error, key = None, ("", 0, 0)
-        try:
+        """Tell by host and file system which ranks see the same folder; it is made. All ranks call this together."""
+
+        def look() -> tuple[str, int, int]:
             with storing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 found = folder.stat()
-                key = (socket.gethostname(), found.st_dev, found.st_ino)
-        except PipekitError as failure:
-            error = failure
-        raise_together(error)
-        keys = gather_objects(key)
+            return socket.gethostname(), found.st_dev, found.st_ino
+
+        keys = gather_objects(run_together(look))
         hosts = {each: tuple(rank for rank, other in enumerate(keys) if other == each) for each in keys}
-        return cls(tuple(hosts.values()), tuple(name for name, _, _ in hosts), list(hosts).index(key))
+        return cls(tuple(hosts.values()), tuple(name for name, _, _ in hosts), list(hosts).index(keys[dist.get_rank()]))
 
     @property
     def leads(self) -> bool:
@@ -81,18 +80,13 @@ class HostFolders:
 
     def on_each(self, work: Callable[[], object], path: Path, group: dist.ProcessGroup) -> None:
         """Do something at `path` once on each host. All ranks call this together, and raise the error of any."""
-        error: PipekitError | None = None
-        if self.leads:
-            try:
+
+        def act() -> None:
+            if self.leads:
                 with storing(path):
                     work()
-            except PipekitError as failure:
-                error = failure
-        raise_together(error, group)
 
-
-OR_LOCAL = ", or keep checkpoints on the disks of all hosts, each file on two of them, with checkpoint.storage=local"
-"""Advice to a run of layers."""
+        run_together(act, group=group)
 
 
 @contextmanager
@@ -124,17 +118,17 @@ def check_folders(
     if len(hosts.ranks) == 1:
         return
     tokens = gather_objects(f".seen-{uuid.uuid4().hex}")
-    # Of a disk of this machine it is known that no other sees it.
+    # No other machine sees a local disk.
     is_known = not are_shared and all(gather_objects(is_on_local_disk(folder)))
-    own, error = folder / tokens[dist.get_rank()], None
-    try:
+    own = folder / tokens[dist.get_rank()]
+
+    def leave_token() -> None:
         if hosts.leads:
             with storing(folder):
                 own.touch()
-    except PipekitError as failure:
-        error = failure
+
     try:
-        raise_together(error)
+        run_together(leave_token)
         others = [leader for leader in ((0,) if are_shared else hosts.leaders) if leader != dist.get_rank()]
         limit_s = late_s if are_shared else 0.0
         looks = hosts.leads and not is_known
@@ -207,8 +201,7 @@ def plan_gathering(sizes: Mapping[str, int], holdings: Sequence[Collection[str]]
         hosts: the hosts.
     """
     transfers: list[Transfer] = []
-    sent = dict.fromkeys(range(dist.get_world_size()) if dist.is_initialized() else sum(hosts.ranks, ()), 0)
-    received = dict(sent)
+    sent, received = Counter[int](), Counter[int]()
     for file, size in sizes.items():
         sources = [rank for host, has in enumerate(holdings) if file in has for rank in hosts.ranks[host]]
         for host, has in enumerate(holdings):

@@ -232,8 +232,8 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
         raise error
 
 
-def run_together(call: Callable[..., Result], *args: Any) -> Result:
-    """Call a function on every rank, and raise its error on all of them where it fails on any.
+def run_together(call: Callable[..., Result], *args: Any, group: dist.ProcessGroup | None = None) -> Result:
+    """Call a function on every rank, and raise its error on all of them where it fails on any; see `raise_together`.
 
     Raises:
         PipekitError: if it fails on another rank; a rank on which it fails raises its own error.
@@ -243,5 +243,5 @@ def run_together(call: Callable[..., Result], *args: Any) -> Result:
         result = call(*args)
     except Exception as failure:
         error = failure
-    raise_together(error)
+    raise_together(error, group)
     return result  # type: ignore[return-value]

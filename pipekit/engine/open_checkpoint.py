@@ -1,4 +1,4 @@
-"""Opening a checkpoint on all ranks, on shared folders too that show late what another machine has written."""
+"""Opening a checkpoint on all ranks, also from a shared folder that shows late what another machine has written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from pipekit.checkpoint.manifest import MANIFEST_FILE, file_checksum
 from pipekit.checkpoint.reader import CheckpointReader
-from pipekit.distributed.processes import gather_objects, run_together
+from pipekit.distributed.processes import run_together, tell_object
 from pipekit.files import LATE_S, wait_until_seen
+from pipekit.storage import storing
 
 
 def open_checkpoint(
@@ -32,14 +33,8 @@ def open_checkpoint(
         CheckpointError: on every rank, if it is damaged.
         StorageError: on every rank, if one does not see it.
     """
-    is_first = dist.get_rank() == 0
-    mine = run_together(lambda: _open(find()) if is_first else None)
-    seen = None
-    if mine is not None:
-        manifest = mine.path / MANIFEST_FILE
-        sizes = {MANIFEST_FILE: manifest.stat().st_size, **mine.manifest.file_bytes}
-        seen = mine.path.name, sizes, file_checksum(manifest)
-    told = gather_objects(seen)[0]
+    mine, seen = run_together(lambda: _open(find() if dist.get_rank() == 0 else None))
+    told: tuple[str, dict[str, int], str] | None = tell_object(seen)
     if told is None:
         return None
     name, sizes, checksum = told
@@ -58,5 +53,11 @@ def open_checkpoint(
     return run_together(lambda: mine or open_here())
 
 
-def _open(path: Path | None) -> CheckpointReader | None:
-    return None if path is None else CheckpointReader(path)
+def _open(path: Path | None) -> tuple[CheckpointReader | None, tuple[str, dict[str, int], str] | None]:
+    """Open a checkpoint; return its name, the sizes of its files and the checksum of its manifest besides."""
+    if path is None:
+        return None, None
+    reader, manifest = CheckpointReader(path), path / MANIFEST_FILE
+    with storing(manifest, doing="read"):
+        sizes = {MANIFEST_FILE: manifest.stat().st_size, **reader.manifest.file_bytes}
+        return reader, (path.name, sizes, file_checksum(manifest))

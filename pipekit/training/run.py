@@ -14,7 +14,7 @@ import torch
 from pipekit.config import Config
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.distributed.first_rank import prefixed_store, tell_from_first_rank
-from pipekit.distributed.host_folders import OR_LOCAL, HostFolders, check_folders
+from pipekit.distributed.host_folders import HostFolders, check_folders
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.distributed.processes import join_processes, leave_processes, raise_together, run_together
 from pipekit.engine.gather import gather_file, gather_start
@@ -121,7 +121,10 @@ def run_joining_rank(
         ) as device,
     ):
         hosts = HostFolders.find(folder.path)
-        check_folders(folder.path, hosts, are_shared=not is_local, advice=OR_LOCAL)
+        local = (
+            ", or keep checkpoints on the disks of all hosts, each file on two of them, with checkpoint.storage=local"
+        )
+        check_folders(folder.path, hosts, are_shared=not is_local, advice=local)
         if is_local:
             run_together(lambda: stack.enter_context(hold_run(folder.path)) if hosts.leads else None)
             gathered = gather_start(config.checkpoint.resume, folder.checkpoints, hosts)
