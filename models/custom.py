@@ -224,19 +224,16 @@ def load_object(path: str, *, key: str) -> Any:
             f"{key}={path}: {module_name} is a module of Python's standard library, in which there is nothing of the "
             "kind; name a module of your own"
         )
-    try:
-        with _users_code(f"{key}={path}: importing {module_name}"):
+    with _users_code(f"{key}={path}: importing {module_name}"):
+        try:
             found: Any = importlib.import_module(module_name)
-    except ConfigError as failure:
-        error = failure.__cause__
-        if not isinstance(error, ModuleNotFoundError):
-            raise
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{key}={path}: importing {module_name} failed: {error}") from error
-        raise ConfigError(
-            f"{key}={path}: no module named {error.name!r} in the working directory ({here}) or the "
-            "environment; start pipekit where the module lies, or install its package"
-        ) from None
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise ConfigError(f"{key}={path}: importing {module_name} failed: {error}") from error
+            raise ConfigError(
+                f"{key}={path}: no module named {error.name!r} in the working directory ({here}) or the "
+                "environment; start pipekit where the module lies, or install its package"
+            ) from None
     for part in name.split("."):
         if not hasattr(found, part):
             match = closest(part, (attribute for attribute in dir(found) if not attribute.startswith("_")))

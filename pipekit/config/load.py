@@ -57,7 +57,7 @@ class Draft:
 
     @property
     def is_full(self) -> bool:
-        """True if there are more faults than anybody reads, so that no more remedies are looked for."""
+        """True if there are more faults than are shown; no remedies are looked for any more."""
         return len(self.faults) > 100
 
     def place_of(self, key: KeyPath) -> _Place:
@@ -70,7 +70,7 @@ class Draft:
         given = [key for key in (fault.key, *fault.partners) if key in self.places]
         place = self.place_of(given[0] if given else fault.key)
         if place.override is None and place.line in self.unread_lines:
-            return  # The value there is none, and that has been said.
+            return  # The line has no value that could be read, and has a fault already.
         message = fault.message
         dotted = ".".join(fault.key)
         if place.override and place.override.startswith(f"{dotted}=") and message.startswith(f"{dotted}: "):
@@ -246,7 +246,7 @@ def read_file(draft: Draft, path: Path) -> None:
 
 
 def _find_controls(value: Any, key: KeyPath = ()) -> Iterator[Fault]:
-    """Faults of texts that would not show on a terminal as they are."""
+    """Faults of texts with control characters, which a terminal would not show as they are."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _find_controls(name, (*key, name))
@@ -400,8 +400,8 @@ def _check_section(draft: Draft, name: str, keys: dict[str, list[str]], default_
     # Unknown keys are set aside, so that what is left can still be checked for everything else.
     for key in values:
         if key not in section.model_fields:
-            place = (name, str(key))
-            draft.add(Fault(place, f"{name}.{key}") if draft.is_full else unknown_key_fault(section, place, keys))
+            path = (name, str(key))
+            draft.add(Fault(path, f"{name}.{key}") if draft.is_full else unknown_key_fault(section, path, keys))
     values = {key: value for key, value in values.items() if key in section.model_fields}
     try:
         return section.model_validate(values)

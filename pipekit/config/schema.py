@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
-from pipekit.config.rules import check_rules
+from pipekit.config.rules import MOST_PROCESSES, check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
 from pipekit.models import family_of, find_families
@@ -35,7 +35,7 @@ from pipekit.settings.base import FolderText, PathText, Section, at_least, at_mo
 from pipekit.settings.duration import Duration
 from pipekit.settings.yaml_source import write_yaml
 
-Degree = Annotated[PositiveInt, at_most(100_000, "no machine has had more processes in one run")]
+Degree = Annotated[PositiveInt, at_most(MOST_PROCESSES, "no run has had more processes")]
 
 TimeLimit = Annotated[
     PositiveFloat,
@@ -44,6 +44,8 @@ TimeLimit = Annotated[
 ]
 
 Threads = Annotated[PositiveInt, at_most(1024, "no machine has more cores for one process")]
+
+Seed = Annotated[NonNegativeInt, at_most(2**63 - 1, "random generators take 63 bits")]
 
 
 class RunConfig(Section):
@@ -224,9 +226,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the computation; `auto` is bf16 on GPUs, and fp32 on CPUs."""
 
-    seed: Annotated[NonNegativeInt, at_most(2**63 - 1, "random generators take 63 bits")] = Field(
-        default=1234, examples=[1234]
-    )
+    seed: Seed = Field(default=1234, examples=[1234])
     """Seeds the initial weights, dropout and the order of the data."""
 
     gradient_clipping: Annotated[NonNegativeFloat, at_least(1e-12, "no weight would change", allows_zero=True)] = Field(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.load import Draft, read_config_text, read_draft
-from pipekit.config.schema import Degree, Threads, TimeLimit
+from pipekit.config.schema import Degree, Seed, Threads, TimeLimit
 from pipekit.errors import ConfigError
-from pipekit.settings.base import Fault, FolderText, PathText, Section, at_most, show
+from pipekit.settings.base import Fault, FolderText, PathText, Section, show
 from pipekit.settings.duration import Duration
 from pipekit.settings.faults import nested_keys, section_faults, unknown_key_fault
 from pipekit.settings.yaml_source import read_yaml
@@ -130,9 +130,7 @@ class TrialConfig(Section):
     data: dict[str, Any] = Field(default={}, examples=[{"path": "data/images"}])
     """Anything that the trial wants to know of its data, as `context.get_data_config()`."""
 
-    seed: Annotated[NonNegativeInt, at_most(2**63 - 1, "random generators take 63 bits")] = Field(
-        default=1, examples=[1]
-    )
+    seed: Seed = Field(default=1, examples=[1])
     """Seed of everything random: of the trial's constructor, of loaders that have none, and of each batch."""
 
     run: TrialRunConfig = TrialRunConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -58,7 +59,7 @@ def switch(section: type[Section]) -> BeforeValidator:
 
 
 def at_most(limit: float, why: str) -> AfterValidator:
-    """Validator of a number that nobody means above `limit`; `why` ends the message."""
+    """Validator that refuses numbers above `limit`, which nobody means; `why` ends the message."""
 
     def check(value: Any) -> Any:
         if value > limit:
@@ -69,7 +70,7 @@ def at_most(limit: float, why: str) -> AfterValidator:
 
 
 def at_least(limit: float, why: str, *, allows_zero: bool = False) -> AfterValidator:
-    """Validator of a number that nobody means below `limit`; 0 may stand for something of its own."""
+    """Validator that refuses numbers below `limit`, which nobody means; 0 may have a meaning of its own."""
 
     def check(value: Any) -> Any:
         if value < limit and not (allows_zero and value == 0):
@@ -96,9 +97,7 @@ def check_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(check_path)]
 """Path of a file or folder, in which `~` is a home folder; it need not exist."""
 
-FolderText = Annotated[
-    PathText, AfterValidator(lambda text: str(Path(text).expanduser()) if text[0:1] == "~" else text)
-]
+FolderText = Annotated[PathText, AfterValidator(os.path.expanduser)]
 """A path that is kept with its `~` written out."""
 
 
@@ -164,7 +163,7 @@ def _typed(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        value = value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN]
+        value = value[:_MAX_SHOWN]
         return value if value and value.isprintable() and " " not in value else repr(value)
     if isinstance(value, dict):
         shown = (f"{key}: {_typed(item)}" for key, item in islice(value.items(), _MAX_SHOWN))

@@ -23,7 +23,7 @@ def parse_duration(text: str) -> float:
         >>> parse_duration("11h30m"), parse_duration("90s"), parse_duration("1.5m")
         (41400.0, 90.0, 90.0)
     """
-    if not re.fullmatch(_PATTERN[1:-1], text):
+    if not re.fullmatch(_PATTERN, text):
         raise ValueError("must be a time of days, hours, minutes and seconds; for example 11h30m, 15m or 90s")
     seconds = sum(float(number) * _UNITS_S[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
     if seconds == 0:

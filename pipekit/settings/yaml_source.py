@@ -34,6 +34,13 @@ _COLLECTION_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq")}
 _SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "null", "int", "float", "merge")}
 
 
+class _TooMuchError(yaml.MarkedYAMLError):
+    """A text with more values, or deeper ones, than a configuration has."""
+
+    def __init__(self, problem: str, mark: yaml.Mark) -> None:
+        super().__init__(None, None, problem, mark)
+
+
 class YamlLoader(yaml.SafeLoader):
     """A safe loader that reads plain words as YAML 1.2 does, and nothing that is nested or long beyond all meaning."""
 
@@ -50,16 +57,16 @@ class YamlLoader(yaml.SafeLoader):
         self.count_node(mark, "the text has")
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(None, None, f"values nested more than {_MAX_DEPTH} deep", mark)
+            raise _TooMuchError(f"values nested more than {_MAX_DEPTH} deep", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
     def count_node(self, mark: yaml.Mark, what: str) -> None:
-        """Count a value. A MarkedYAMLError if there are more than anybody writes; `what` begins its message."""
+        """Count a value. A YAML error if there are more than anybody writes; `what` begins its message."""
         self.num_nodes += 1
         if self.num_nodes > _MAX_NODES:
-            raise yaml.MarkedYAMLError(None, None, f"{what} more than {_MAX_NODES:,} values", mark)
+            raise _TooMuchError(f"{what} more than {_MAX_NODES:,} values", mark)
 
 
 class YamlDumper(yaml.SafeDumper):
@@ -215,7 +222,7 @@ def _construct_mapping(
 
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or error.context or "cannot be read"
-    if "nested more than" in problem or ("more than" in problem and "values" in problem):
+    if isinstance(error, _TooMuchError):
         return f"{problem}, which no configuration needs"
     if "'\\t'" in problem:
         return "not valid YAML: a tab; indent with spaces"
