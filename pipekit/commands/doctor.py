@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -15,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipekit.commands.shared_options import AsJson
+from pipekit.commands.shared_options import (
+    AsJson,
+    Exclude,
+    Hostfile,
+    HostPython,
+    Include,
+    MasterAddress,
+    SshArguments,
+    SshPort,
+)
 from pipekit.errors import LaunchError, printable
 
 if TYPE_CHECKING:
@@ -33,22 +41,13 @@ def command(
         Path | None, typer.Option(help="Folder of prepared tokens; data.cache_dir, and ~/.cache/pipekit by default.")
     ] = None,
     ranks: Annotated[bool, typer.Option(help="Start ranks, and measure messages among them.")] = True,
-    hostfile: Annotated[
-        Path | None, typer.Option("--hostfile", "-H", help="Machines to examine, as for pipekit launch.")
-    ] = None,
-    include: Annotated[
-        str, typer.Option("--include", "-i", help="Hosts and slots to use, such as worker-0@worker-1:0,2.")
-    ] = "",
-    exclude: Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")] = "",
-    master_addr: Annotated[
-        str | None,
-        typer.Option("--master_addr", "--master-addr", help="Address of the first host; found out if not given."),
-    ] = None,
-    ssh_port: Annotated[int | None, typer.Option("--ssh_port", "--ssh-port", help="Port of ssh on the hosts.")] = None,
-    ssh_args: Annotated[
-        str, typer.Option("--ssh_args", "--ssh-args", help="More arguments of ssh, in one string.")
-    ] = "",
-    python: Annotated[str | None, typer.Option(help="Python on the hosts; by default this one's path.")] = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    master_addr: MasterAddress = None,
+    ssh_port: SshPort = None,
+    ssh_args: SshArguments = "",
+    python: HostPython = None,
     as_json: AsJson = False,
 ) -> None:
     """Examine what a run needs of this machine, or of those in a hostfile, with verdicts and what to do.
@@ -62,18 +61,12 @@ def command(
         rows = _examine_here(run_dir, cache_dir, ranks=ranks, as_json=as_json)
     else:
         from pipekit.launch.hosts import check_address, read_hostfile, select_hosts
-        from pipekit.launch.ssh import SshSettings, split_arguments
+        from pipekit.launch.ssh import SshSettings
 
         if master_addr is not None:
             check_address(master_addr, "--master_addr")
         hosts = select_hosts(read_hostfile(hostfile), include=include, exclude=exclude)
-        ssh = SshSettings(
-            folder=Path.cwd(),
-            python=python or sys.executable,
-            port=ssh_port,
-            arguments=split_arguments(ssh_args, "--ssh_args"),
-            python_path=os.environ.get("PYTHONPATH"),
-        )
+        ssh = SshSettings.from_options(python, ssh_port, ssh_args)
         arguments = ["--dir", str(run_dir), *([] if cache_dir is None else ["--cache-dir", str(cache_dir)])]
         arguments += [] if ranks else ["--no-ranks"]
         rows = _examine_hosts(hosts, ssh, arguments, run_dir, master_addr, ranks=ranks, as_json=as_json)

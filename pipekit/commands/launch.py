@@ -7,6 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipekit.commands.shared_options import (
+    Exclude,
+    Exports,
+    Hostfile,
+    HostPython,
+    Include,
+    MasterAddress,
+    SshArguments,
+    SshPort,
+)
 from pipekit.errors import LaunchError
 
 # What follows the script is the script's.
@@ -35,24 +45,16 @@ def command(
         int,
         typer.Option(min=0, help="The most times that all are started again after one was lost; run.restarts, too."),
     ] = 0,
-    hostfile: Annotated[
-        Path | None,
-        typer.Option("--hostfile", "-H", help="Machines to run on, a line each, such as: worker-1 slots=4"),
-    ] = None,
-    include: Annotated[
-        str, typer.Option("--include", "-i", help="Hosts and slots to use, such as worker-0@worker-1:0,2.")
-    ] = "",
-    exclude: Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")] = "",
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
     num_nodes: Annotated[
         int | None, typer.Option("--num_nodes", "--num-nodes", help="Use the first so many hosts.")
     ] = None,
     num_gpus: Annotated[
         int | None, typer.Option("--num_gpus", "--num-gpus", help="Use the first so many slots of each host.")
     ] = None,
-    master_addr: Annotated[
-        str | None,
-        typer.Option("--master_addr", "--master-addr", help="Address of the first host; found out if not given."),
-    ] = None,
+    master_addr: MasterAddress = None,
     master_port: Annotated[
         int | None, typer.Option("--master_port", "--master-port", help="Port of rank 0; a free one if not given.")
     ] = None,
@@ -62,14 +64,10 @@ def command(
     launcher_args: Annotated[
         str, typer.Option("--launcher_args", "--launcher-args", help="More arguments of that launcher, in one string.")
     ] = "",
-    ssh_port: Annotated[int | None, typer.Option("--ssh_port", "--ssh-port", help="Port of ssh on the hosts.")] = None,
-    ssh_args: Annotated[
-        str, typer.Option("--ssh_args", "--ssh-args", help="More arguments of ssh, in one string.")
-    ] = "",
-    python: Annotated[str | None, typer.Option(help="Python on the hosts; by default this one's path.")] = None,
-    export: Annotated[
-        list[str] | None, typer.Option("--export", "-x", help="Variable to pass on: NAME, or NAME=VALUE.")
-    ] = None,
+    ssh_port: SshPort = None,
+    ssh_args: SshArguments = "",
+    python: HostPython = None,
+    export: Exports = None,
     nnodes: Annotated[
         int | None, typer.Option(min=1, help="Without ssh: the number of machines, on each of which this is started.")
     ] = None,

@@ -23,3 +23,28 @@ TrustCode = Annotated[
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="Machines, a line each, such as: worker-1 slots=4")
+]
+
+Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use, such as worker-0@worker-1:0,2.")]
+
+Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
+
+MasterAddress = Annotated[
+    str | None,
+    typer.Option("--master_addr", "--master-addr", help="Address of the first host; found out if not given."),
+]
+
+SshPort = Annotated[
+    int | None, typer.Option("--ssh_port", "--ssh-port", min=1, max=65535, help="Port of ssh on the hosts.")
+]
+
+SshArguments = Annotated[str, typer.Option("--ssh_args", "--ssh-args", help="More arguments of ssh, in one string.")]
+
+HostPython = Annotated[str | None, typer.Option("--python", help="Python on the hosts; by default this one's path.")]
+
+Exports = Annotated[
+    list[str] | None, typer.Option("--export", "-x", help="Variable of all processes: NAME, or NAME=VALUE.")
+]

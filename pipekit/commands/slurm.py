@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pipekit.commands.shared_options import ConfigFile, Overrides
+from pipekit.commands.shared_options import ConfigFile, Exports, HostPython, Overrides
 from pipekit.errors import LaunchError
 
 _SBATCH_S = 60.0
@@ -36,10 +36,8 @@ def command(
         int, typer.Option(min=10, max=65535, help="Seconds before the time limit at which to save and stop.")
     ] = 120,
     requeue: Annotated[bool, typer.Option(help="Go back into the queue after that, and go on from there.")] = True,
-    python: Annotated[str | None, typer.Option(help="Python on the nodes; by default this one's path.")] = None,
-    export: Annotated[
-        list[str] | None, typer.Option("--export", "-x", help="Variable to set: NAME, or NAME=VALUE.")
-    ] = None,
+    python: HostPython = None,
+    export: Exports = None,
     sbatch: Annotated[
         list[str] | None, typer.Option(help="Another option of sbatch, such as --sbatch=--constraint=a100.")
     ] = None,

@@ -53,13 +53,7 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
     _check_start(command, options)
     num_processes = sum(len(host.slots) for host in hosts)
     job, own_facts = _plan_job(command, arguments, num_processes, options)
-    ssh = SshSettings(
-        folder=Path.cwd(),
-        python=options.python or sys.executable,
-        port=options.ssh_port,
-        arguments=split_arguments(options.ssh_arguments, "--ssh_args"),
-        python_path=os.environ.get("PYTHONPATH"),
-    )
+    ssh = SshSettings.from_options(options.python, options.ssh_port, options.ssh_arguments)
     if options.launcher != "ssh":
         _become(hosts, job, ssh, options)
     names = ", ".join(host.name for host in hosts)
@@ -148,9 +142,8 @@ def _check_start(command: str, options: MachineOptions) -> None:
         raise LaunchError(f"{command}: no such file; give train and a configuration, or the path of a Python script")
     if options.master_addr is not None:
         check_address(options.master_addr, "--master_addr")
-    for option, port in (("--master_port", options.master_port), ("--ssh_port", options.ssh_port)):
-        if port is not None and not 1 <= port <= 65535:
-            raise LaunchError(f"{option} {port} must be between 1 and 65535; try 29500")
+    if options.master_port is not None and not 1 <= options.master_port <= 65535:
+        raise LaunchError(f"--master_port {options.master_port} must be between 1 and 65535; try {DEFAULT_PORT}")
 
 
 def _plan_job(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,21 @@ class SshSettings:
     port: int | None = None
     arguments: Sequence[str] = ()
     python_path: str | None = None
+
+    @classmethod
+    def from_options(cls, python: str | None, port: int | None, arguments: str) -> SshSettings:
+        """Settings from `--python`, `--ssh_port` and `--ssh_args`, with this process's folder, Python and its path.
+
+        Raises:
+            LaunchError: if a quote is left open in the arguments.
+        """
+        return cls(
+            folder=Path.cwd(),
+            python=python or sys.executable,
+            port=port,
+            arguments=split_arguments(arguments, "--ssh_args"),
+            python_path=os.environ.get("PYTHONPATH"),
+        )
 
 
 def ssh_command(
