@@ -45,10 +45,10 @@ def command(
     submit: Annotated[bool, typer.Option("--submit", help="Submit it.")] = False,
 ) -> None:
     """Write a batch script of SLURM that trains a configuration on its nodes, and submit it if asked."""
-    from pipekit.config import plan_batch, resolve_layout
     from pipekit.files import write_atomically
     from pipekit.launch.exports import exported_environ
     from pipekit.launch.facts import load_any_config
+    from pipekit.launch.resources import check_degrees
     from pipekit.launch.sbatch import BatchJob, batch_script
 
     if gpus_per_node is not None and tasks_per_node is not None:
@@ -56,8 +56,7 @@ def command(
     arguments = [str(config), *(overrides or [])]
     loaded = load_any_config(arguments)
     per_node = gpus_per_node or tasks_per_node or 1
-    if not hasattr(loaded, "trial") and not loaded.parallel.auto:
-        plan_batch(loaded, resolve_layout(loaded, world_size=nodes * per_node, num_devices=None).dp)
+    check_degrees(loaded, world_size=nodes * per_node, num_devices=None)
     folder = Path(loaded.run.dir).absolute()
     job = BatchJob(
         arguments=arguments,

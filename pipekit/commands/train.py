@@ -16,7 +16,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import run_plan
 from pipekit.launch.network import gloo_environ
-from pipekit.launch.resources import check_process_count, find_resources, thread_environ
+from pipekit.launch.resources import check_degrees, check_process_count, find_resources, thread_environ
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s
@@ -71,7 +71,8 @@ def start(config: Config) -> None:
     """Plan a run, show the plan, and run its ranks as processes on this machine."""
     # Whatever can be refused without torch is refused before it is imported.
     resources = find_resources(os.environ, config)
-    check_process_count(_check_degrees(config, resources), "parallel")
+    num_ranks = check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
+    check_process_count(num_ranks, "parallel")
     from pipekit.plan.run_folder import RunFolder
 
     folder = RunFolder(config.run.dir)
@@ -132,8 +133,7 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
 
 def join(config: Config, ranks: RankEnvironment) -> None:
     """Be one rank of a run that another launcher has started."""
-    if error_file_from(os.environ) is None:
-        warn_of_restarts(config.run.restarts, ranks)
+    warn_of_restarts(config.run.restarts, ranks)
     local_world_size = ranks.local_world_size or ranks.world_size
     os.environ.update({**ranks.as_environ(), **gloo_environ(ranks, os.environ)})
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir(os.environ))
@@ -142,7 +142,7 @@ def join(config: Config, ranks: RankEnvironment) -> None:
             sys.stderr.write(f"{note}\n")
     os.environ.update(thread_environ(config.run.threads_per_process, local_world_size, os.environ))
     resources = find_resources(os.environ, config, world_size=ranks.world_size, local_world_size=local_world_size)
-    _check_degrees(config, resources)
+    check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
     os.environ.update(compiler_environ(config, os.environ, device="cuda" if resources.num_gpus else "cpu"))
     if not resources.num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -161,14 +161,3 @@ def join(config: Config, ranks: RankEnvironment) -> None:
             restarts=ranks.restarts,
             started_s=started_s(os.environ),
         )
-
-
-def _check_degrees(config: Config, resources: Resources) -> int:
-    """Check that the degrees fit the processes or the devices, and return the number of ranks, or 1 if it is chosen."""
-    from pipekit.config import plan_batch, resolve_layout
-
-    if not config.parallel.auto:
-        layout = resolve_layout(config, world_size=resources.world_size, num_devices=resources.num_gpus)
-        plan_batch(config, layout.dp)
-        return layout.world_size
-    return 1

@@ -19,6 +19,7 @@ from pipekit.launch.facts import configuration_facts, load_any_config
 from pipekit.launch.fleet import FleetRun, run_fleet
 from pipekit.launch.hosts import Host, check_address
 from pipekit.launch.node import NodeJob, NodePlace, run_node
+from pipekit.launch.resources import check_degrees
 from pipekit.launch.restarts import start_until_done
 from pipekit.launch.runners import RunnerJob, runner_command
 from pipekit.launch.ssh import SshSettings, split_arguments
@@ -155,11 +156,7 @@ def _plan_job(
         log_dir = options.log_dir or Path("runs", Path(command).stem, "logs")
         return NodeJob(command, tuple(arguments), (), options.device, environ=environ, log_dir=str(log_dir)), {}
     config = load_any_config(arguments)
-    if not hasattr(config, "trial"):
-        from pipekit.config import plan_batch, resolve_layout
-
-        if not config.parallel.auto:
-            plan_batch(config, resolve_layout(config, world_size=num_processes, num_devices=None).dp)
+    check_degrees(config, world_size=num_processes, num_devices=None)
     log_dir = options.log_dir or Path(config.run.dir) / "logs"
     job = NodeJob(
         command,

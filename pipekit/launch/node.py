@@ -36,9 +36,11 @@ from pipekit.launch.local import process_environ, run_local
 from pipekit.launch.network import own_address
 from pipekit.launch.ports import choose_port
 from pipekit.launch.resources import num_accelerators
+from pipekit.launch.worker import report_failure
 from pipekit.signals import Interrupted
 
 _POLL_S = 0.25
+_MOST_BYTES = 1 << 20
 # After a second signal, everything is gone in less.
 _LEAVE_S = 15.0
 
@@ -308,11 +310,12 @@ class _LogReader:
             try:
                 with file.open("rb") as log:
                     log.seek(self._places[rank])
-                    data = log.read(1 << 20)
+                    data = log.read(_MOST_BYTES)
             except OSError:
                 continue
             end = data.rfind(b"\n") + 1
-            data = data[:end] if end and whole_lines else b"" if whole_lines and len(data) < 1 << 20 else data
+            if whole_lines and (end or len(data) < _MOST_BYTES):
+                data = data[:end]
             if data:
                 self._places[rank] += len(data)
                 lines = data.decode(errors="replace").splitlines()
@@ -381,11 +384,8 @@ def _run_alone(job_text: str, node_rank: str) -> None:
     )
     job = NodeJob(**message, slots=hosts[number])
     os.environ.update(job.environ)
-    try:
+    with report_failure(None):
         run_node(job, place)
-    except PipekitError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pipekit.plan.resources import Resources, threads_per_process
 
 if TYPE_CHECKING:
     from pipekit.config import Config
+    from pipekit.config.trial_config import TrialConfig
 
 _NVIDIA_SMI_TIMEOUT_S = 20.0
 _NEVER_ASK_MEMORY = ("parameters", "uniform", "flops", "profile", "manual")
@@ -131,6 +132,24 @@ def check_process_count(number: int, key: str) -> None:
             f"{key}: {number:,} processes are more than this machine of {num_usable_cpus()} cores runs, which starts "
             f"{most} at most; ask for fewer, or start them on several machines"
         )
+
+
+def check_degrees(config: Config | TrialConfig, *, world_size: int | None, num_devices: int | None) -> int:
+    """Check that the parallel degrees and the batch fit the number of processes, or of devices where that is not known.
+
+    Returns:
+        The number of ranks; 1 where planning chooses the degrees, or a trial its own.
+
+    Raises:
+        ConfigError: if they do not fit.
+    """
+    from pipekit.config import plan_batch, resolve_layout
+
+    if hasattr(config, "trial") or config.parallel.auto:
+        return 1
+    layout = resolve_layout(config, world_size=world_size, num_devices=num_devices)
+    plan_batch(config, layout.dp)
+    return layout.world_size
 
 
 def num_visible(cuda_visible_devices: str, num_present: int) -> int:

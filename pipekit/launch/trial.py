@@ -108,8 +108,7 @@ def train_trial(config: TrialConfig) -> None:
     ranks = detect_ranks(os.environ)
     if ranks is not None:
         with report_failure(error_file_from(os.environ)), ending_at_once(describe):
-            if error_file_from(os.environ) is None:
-                warn_of_restarts(config.run.restarts, ranks)
+            warn_of_restarts(config.run.restarts, ranks)
             run_trial_rank(config, ranks)
         end_finished()
     from pipekit.plan.run_folder import RunFolder, check_run_folder, write_config

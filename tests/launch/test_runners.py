@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from pipekit.errors import LaunchError
 from pipekit.launch.hosts import Host
 from pipekit.launch.node import NodeJob
+from pipekit.launch.ports import choose_port
 from pipekit.launch.runners import RunnerJob, runner_command
 from pipekit.launch.ssh import SshSettings, ssh_command
 
@@ -144,6 +146,23 @@ def test_a_stand_in_for_pdsh_starts_each_hosts_ranks(tmp_path: Path) -> None:
         subprocess.run(["sh", "-c", remote.replace("%n", str(number))], check=True, timeout=60)
     found = [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)]
     assert found == ["0 3 0 10.0.0.1 4242 a b", "1 3 0 10.0.0.1 4242 a b", "2 3 1 10.0.0.1 4242 a b"]
+
+
+@pytest.mark.distributed
+def test_under_pdsh_a_signal_ends_a_hosts_ranks_with_its_own_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import pathlib, time\npathlib.Path('ready').touch()\ntime.sleep(60)")
+    job = NodeJob("own.py", (), (), "cpu", log_dir="logs")
+    settings = SshSettings(tmp_path, sys.executable, python_path=os.environ.get("PYTHONPATH"))
+    remote = runner_command("pdsh", RunnerJob((Host("a", (0,)),), job, settings, "127.0.0.1", choose_port(None)))
+    agent = subprocess.Popen(["sh", "-c", remote.arguments[-1].replace("%n", "0")], stderr=subprocess.PIPE, text=True)
+    deadline_s = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert agent.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    agent.terminate()
+    assert agent.communicate(timeout=30)[1] == "stopped by SIGTERM: ended 1 processes\n"
+    assert agent.returncode == 143
 
 
 def test_what_goes_through_a_shell_arrives_as_it_was(tmp_path: Path) -> None:
