@@ -86,17 +86,17 @@ def test_a_bit_that_differs_is_named_before_the_update(gloo: GlooWorkers, case: 
         assert unchanged
 
 
-def compare_losses(rank: int, case: Case) -> tuple[list[float], list[float], int]:
+def compare_losses(rank: int, case: Case) -> tuple[list[Any], list[Any], int]:
     from pipekit.engine.computation_check import train_batch_checked
 
-    losses: list[list[float]] = []
+    losses: list[list[Any]] = []
     for check in (False, True):
         engine = build_engine(case)
         losses.append([])
         for step in range(3):
             data = micro_batches(step, case, engine.mpu.data_parallel_rank)
             loss = train_batch_checked(engine, data) if check else engine.train_batch(data)
-            losses[-1].append(float(loss))
+            losses[-1].append((float(loss), engine.view.loss_scaler_state()))
         steps = engine.global_steps
         engine.destroy()
     return losses[0], losses[1], steps

@@ -113,6 +113,10 @@ def injure(engine: Any, injury: Injury) -> tuple[ExitStack, int, str]:
     return stack, layer_idx, words
 
 
+def state_of(engine: Any) -> tuple[Any, ...]:
+    return engine.global_steps, engine.skipped_steps, engine.global_samples, engine.view.loss_scaler_state()
+
+
 def hurt(rank: int, case: Case, injuries: list[Injury]) -> list[Any]:
     """Train with one injury after the other; what was named, what is true, and whether training goes on unharmed."""
     engine = build_engine(case)
@@ -132,9 +136,9 @@ def hurt(rank: int, case: Case, injuries: list[Injury]) -> list[Any]:
         with stack:
             engine.train_batch(data())
             assert engine.skipped_steps == skipped + 1, injury
-            counters = engine.global_steps, engine.skipped_steps, engine.global_samples
+            before = state_of(engine)
             fault = diagnose_step(engine, data, step=step).fault
-            assert counters == (engine.global_steps, engine.skipped_steps, engine.global_samples)
+            assert state_of(engine) == before
         step += 1
         results.append((fault, told))
     losses = [float(engine.train_batch(micro_batches(each, case, engine.mpu.data_parallel_rank))) for each in (90, 91)]
@@ -268,18 +272,26 @@ def test_forwards_come_before_backwards_and_micro_batches_in_their_order() -> No
 
 def overflow_and_recover(rank: int) -> list[Diagnosis | None]:
     """Diagnoses of a norm that is too large, of a fault that does not come again, and where nothing can be repeated."""
-    case, factors = Case(micro_batch_size=8), [1.0]
+    case = Case(micro_batch_size=8, dropout=0.1)
+    changes: list[tuple[float, float]] = []
+    losses: list[float] = []
 
     def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
-        return language_model_loss(outputs, labels) * factors.pop(0)
+        loss = language_model_loss(outputs, labels)
+        losses.append(float(loss))
+        factor, addend = changes.pop(0)
+        return loss * factor + addend  # an addend has no part in the gradient
 
     engine, found = build_engine(case, loss_fn=loss_fn), []
-    for step, factors[:] in enumerate([[1e30, 1e30], [math.nan, 1.0], [math.nan]]):
+    for step, changes[:] in enumerate([[(1e30, 0.0)] * 2, [(1.0, math.nan), (1.0, 0.0)], [(1.0, math.nan)]]):
         engine.train_batch(micro_batches(step, case, 0))
         assert engine.skipped_steps == step + 1
         if step == 2:
             engine.torch_autocast_z0_gradscaler = "a scaler of autocast's"
         found.append(diagnose_step(engine, lambda: micro_batches(step, case, 0), step=step))  # noqa: B023
+    # With the random numbers of the step.
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
     return found
 
 

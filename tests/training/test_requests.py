@@ -79,6 +79,17 @@ def test_a_request_to_save_that_a_validation_hears_of_is_kept() -> None:
     assert not requests.asks_save
 
 
+def test_the_time_of_a_save_is_not_taken_for_that_of_a_batch() -> None:
+    requests, _, now = build(max_time_s=1000.0, started_s=100.0)
+    requests.exchange()
+    now[0] += 100.0
+    requests.note_save()
+    requests.note_written(1.0)
+    while not requests.exchange():
+        now[0] += 1.0
+    assert 1085.0 < now[0] < 1100.0
+
+
 def stops_at(*, batch_s: float, save_s: float | None, max_time_s: float) -> float:
     """Second at which the run has ended, counted from its start."""
     requests, _, now = build(max_time_s=max_time_s, started_s=90.0)

@@ -52,6 +52,8 @@ def test_without_peers_a_rank_is_compared_with_itself_and_the_others() -> None:
     # All of them, as where sequences have become longer.
     assert named(finder, [times(2.7, 0.9, 0.9)] * 9) == [[]] * 9
     assert named(finder, [times(2.7, 0.9, 1.9)] * 6)[-1] == [2]
+    # The others have become faster, and it has not.
+    assert named(finder, [times(0.9, 0.1, 0.1)] * 9) == [[]] * 9
 
 
 @pytest.mark.parametrize("peers", [PEERS, [(0, 1, 2, 3)] * 4, [(0,), (1,), (2,), (3,)]], ids=str)

@@ -185,6 +185,7 @@ def test_a_batch_that_is_skipped_has_no_update(tmp_path: Path) -> None:
     notes = train(tmp_path, on_spike="skip")
     assert notes.losses == pytest.approx(plain_losses(list(range(1, STEPS + 1)), skipped=BAD), rel=1e-4)
     assert notes.warnings[0].endswith("; its update is left out")
+    assert spikes(tmp_path) == [(25, 96, 100), (33, 128, 132)]
 
 
 # After step 25 the run is at step 20 again and goes on with batch 26. Batch 33 is then that of step 28, after which it
