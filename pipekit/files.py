@@ -183,6 +183,11 @@ def look_anew(path: Path) -> int | None:
     return num_bytes
 
 
+def late_limit_s(timeout_s: float) -> float:
+    """Longest wait for files that another machine has written, in a run whose waits may last `timeout_s`."""
+    return min(LATE_S, timeout_s / 2)
+
+
 def wait_until_seen(
     sizes: Mapping[Path, int | None],
     *,

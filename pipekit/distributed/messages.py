@@ -48,10 +48,8 @@ def decode_message(message: bytes) -> Any:
 
 def _pack(value: Any) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, int, float):
+    if value is None or kind in (bool, int, float, str):
         return value
-    if kind is str:
-        return value if not value.startswith(_TAG) else [_TAG, "str", value]
     if kind is list:
         return ["", *map(_pack, value)]
     if kind in (tuple, set, frozenset):
@@ -138,7 +136,6 @@ def _read_class(name: str) -> type[PipekitError]:
 
 
 _READERS: dict[str, Callable[..., Any]] = {
-    "str": lambda text: text,
     "tuple": lambda *items: tuple(map(_unpack, items)),
     "set": lambda *items: set(map(_unpack, items)),
     "frozenset": lambda *items: frozenset(map(_unpack, items)),

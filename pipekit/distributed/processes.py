@@ -218,7 +218,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     that of the world.
 
     Raises:
-        PipekitError: with the type and the message of the lowest rank's error, which itself raises its own.
+        PipekitError: with the type and the message of the lowest rank's error; that rank raises the error itself.
     """
     mine = None if error is None else (type(error) if isinstance(error, PipekitError) else PipekitError, f"{error}")
     for rank, report in enumerate(gather_objects(mine, group)):

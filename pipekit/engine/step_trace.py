@@ -129,7 +129,7 @@ class StepTrace:
     Args:
         engine: whose steps are traced.
         probe: looks at each tensor.
-        with_parts: whether it looks at what parts of layers return, too. Compiled layers then run uncompiled.
+        with_parts: whether it also looks at what parts of layers return. Compiled layers then run uncompiled.
     """
 
     def __init__(self, engine: TrainingEngine, probe: Probe, *, with_parts: bool) -> None:
@@ -258,7 +258,7 @@ def _stage_of(module: PipelineModule, layer_idx: int) -> int:
 
 
 def gather_first(engine: TrainingEngine, places: Sequence[Place]) -> Fault | None:
-    """Return the first fault of any rank, of the places of this one. Every rank calls this together."""
+    """Return the first fault of all ranks, each of which gives its places. Every rank calls this together."""
     mpu, module = engine.mpu, engine.module
     own = [Fault(each, mpu.global_rank, _stage_of(module, each.layer_idx), mpu.data_parallel_rank) for each in places]
     # First what decides on the layer, one for each rank; then all that belongs to it.

@@ -15,7 +15,7 @@ from pipekit.data.batch_loader import MapDataset
 from pipekit.data.dataset import TokenDataset
 from pipekit.data.prepare import PreparedData, prepare_data
 from pipekit.errors import ConfigError, DataError
-from pipekit.files import LATE_S
+from pipekit.files import late_limit_s
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.models.transformer import language_model_loss
@@ -66,7 +66,7 @@ class LanguageModelTrial(LayersTrial):
     def data(self) -> PreparedData:
         """The prepared text. A machine that does not see the files of the one that planned prepares it anew."""
         planned = PreparedData.model_validate(self.context.plan.prepared)
-        if planned.is_here(limit_s=min(LATE_S, self.context.config.run.timeout_s / 2)):
+        if planned.is_here(limit_s=late_limit_s(self.context.config.run.timeout_s)):
             return planned
         found = _prepare(self.context.config)
         if found.fingerprint != planned.fingerprint:

@@ -33,7 +33,7 @@ from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoi
 from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.errors import PipekitError
-from pipekit.files import LATE_S
+from pipekit.files import late_limit_s
 from pipekit.plan.run_folder import check_data
 from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
@@ -394,7 +394,7 @@ class LayersLoop(TrialLoop):
         if trial.hosts is not None and len(trial.hosts.ranks) > 1:
             gather_named(checkpoint, trial.hosts, verify=False)
 
-        reader = open_checkpoint(checkpoint.parent, lambda: checkpoint, limit_s=min(LATE_S, config.run.timeout_s / 2))
+        reader = open_checkpoint(checkpoint.parent, lambda: checkpoint, limit_s=late_limit_s(config.run.timeout_s))
         assert reader is not None
         run_together(lambda: check_data(reader.manifest, trial.hooks.data_fingerprint, where=reader.path))
         training = load_checkpoint(

@@ -12,7 +12,7 @@ from pipekit.distributed.processes import gather_objects
 def describe_nonfinite(
     metrics: Mapping[str, Any], batches: Sequence[Mapping[str, float]], *, batch: int, calls: int
 ) -> str | None:
-    """Return a warning of the first loss that is not finite since the last report; None where the reported ones are.
+    """Return a warning of the first loss that is not finite since the last report; None if all are finite.
 
     The metrics are the same on all ranks, which call this together. A loss is what has "loss" in its name.
 

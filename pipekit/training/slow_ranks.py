@@ -7,6 +7,7 @@ import math
 import platform
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,25 +92,26 @@ class SlowRankFinder:
     first gatherings, and only as far as the other ranks have not changed alike.
 
     Args:
-        peers: for each rank, the peers in its group, itself included.
+        groups: ranks that are peers; each rank is in one group.
 
     Example:
-        >>> finder = SlowRankFinder([(0, 1, 2), (0, 1, 2), (0, 1, 2)])
+        >>> finder = SlowRankFinder([(0, 1, 2)])
         >>> times = [OwnTime(0.1, 0.0, 0.0, 0.4), OwnTime(0.1, 0.0, 0.0, 0.4), OwnTime(0.3, 0.0, 0.0, 0.4)]
         >>> [[slow.rank for slow in finder.add(times)] for gathering in range(7)]
         [[], [], [], [], [], [2], [2]]
     """
 
-    def __init__(self, peers: Sequence[Sequence[int]]) -> None:
-        self._peers = peers
-        self._first: list[list[OwnTime]] = []
-        self._in_a_row = [0] * len(peers)
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        self._groups = groups
+        self._alone = {group[0] for group in groups if len(group) == 1}
+        self._first: list[Sequence[OwnTime]] = []
+        self._in_a_row = [0] * sum(map(len, groups))
 
     def add(self, times: Sequence[OwnTime]) -> list[SlowRank]:
         """Take the times of a gathering, by rank; return the ranks that are slow now and were in those before."""
         usual = self._usual_times(times)
         if len(self._first) < _GATHERINGS:
-            self._first.append(list(times))
+            self._first.append(times)
         found = []
         for rank, (own, expected) in enumerate(zip(times, usual, strict=True)):
             late_s = 0.0 if expected is None else own.own_s - expected.own_s
@@ -119,34 +121,41 @@ class SlowRankFinder:
             self._in_a_row[rank] = self._in_a_row[rank] + 1 if is_slow else 0
             if expected is not None and self._in_a_row[rank] >= _GATHERINGS:
                 reason = _reason(own, expected)
-                found.append(SlowRank(rank, own.own_s, expected.own_s, reason, len(self._peers[rank]) > 1))
+                found.append(SlowRank(rank, own.own_s, expected.own_s, reason, rank not in self._alone))
         return found
 
     def _usual_times(self, times: Sequence[OwnTime]) -> list[OwnTime | None]:
         """Time that each rank should take; None where nothing is known."""
-        usual: list[OwnTime | None] = []
-        changes = []
-        if len(self._first) == _GATHERINGS:
-            firsts = [_median([gathering[rank] for gathering in self._first]) for rank in range(len(times))]
+        usual: list[OwnTime | None] = [None] * len(times)
+        for group in self._groups:
+            if len(group) > 1:
+                medians = map(_medians_of_others, _columns([times[rank] for rank in group]))
+                for rank, *values in zip(group, *medians, strict=True):
+                    usual[rank] = OwnTime(*values)
+        if self._alone and len(self._first) == _GATHERINGS:
+            firsts = [OwnTime(*map(statistics.median, _columns(each))) for each in zip(*self._first, strict=True)]
             changes = [now.own_s / max(first.own_s, 1e-9) for now, first in zip(times, firsts, strict=True)]
-        for rank, peers in enumerate(self._peers):
-            others = [times[peer] for peer in peers if peer != rank]
-            if others:
-                usual.append(_median(others))
-            elif changes:
-                others_change = statistics.median([*changes[:rank], *changes[rank + 1 :]] or [1.0])
-                usual.append(_scaled(firsts[rank], max(1.0, others_change)))
-            else:
-                usual.append(None)
+            others_change = _medians_of_others(changes) if len(times) > 1 else [1.0]
+            for rank in self._alone:
+                factor = max(1.0, others_change[rank])
+                usual[rank] = OwnTime(*(factor * value for value in vars(firsts[rank]).values()))
         return usual
 
 
-def _median(times: Sequence[OwnTime]) -> OwnTime:
-    return OwnTime(*(statistics.median(vars(each)[name] for each in times) for name in OwnTime.__dataclass_fields__))
+def _columns(times: Sequence[OwnTime]) -> Iterator[tuple[float, ...]]:
+    return zip(*(vars(each).values() for each in times), strict=True)
 
 
-def _scaled(times: OwnTime, factor: float) -> OwnTime:
-    return OwnTime(*(factor * value for value in vars(times).values()))
+def _medians_of_others(values: Sequence[float]) -> list[float]:
+    """For each value, the median of all others; sorts them once, since there may be many ranks."""
+    ordered, num_others = sorted(values), len(values) - 1
+    places = (num_others - 1) // 2, num_others // 2
+
+    def median_without(left_out: int) -> float:
+        low, high = (ordered[place + (place >= left_out)] for place in places)
+        return (low + high) / 2
+
+    return [median_without(bisect_left(ordered, value)) for value in values]
 
 
 def _reason(own: OwnTime, usual: OwnTime) -> str:
@@ -173,10 +182,11 @@ class StepTimes:
 
     def __init__(self, engine: TrainingEngine, *, interval: int, warn: Callable[[str], None]) -> None:
         layout, world = engine.mpu.layout, range(engine.mpu.layout.world_size)
+        stages: list[list[int]] = [[] for _ in range(layout.pp)]
+        for rank in world:
+            stages[layout.coordinate(rank).pipe].append(rank)
         self._engine, self._interval, self._warn = engine, interval, warn
-        self._finder = SlowRankFinder(
-            [[peer for peer in world if layout.coordinate(peer).pipe == layout.coordinate(rank).pipe] for rank in world]
-        )
+        self._finder = SlowRankFinder(stages)
         self._group: dist.ProcessGroup | None = None
         if dist.get_backend() != "gloo":
             group = engine.mpu.build_group([world], "gloo", purpose="headers")

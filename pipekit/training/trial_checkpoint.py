@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from pipekit.distributed.processes import run_together
 from pipekit.engine.open_checkpoint import open_checkpoint
 from pipekit.engine.save import PendingCheckpoint
 from pipekit.errors import CheckpointError
-from pipekit.files import LATE_S, wait_until_seen
+from pipekit.files import late_limit_s, wait_until_seen
 from pipekit.settings.yaml_source import write_yaml
 from pipekit.storage import storing
 from pipekit.training.context import TrialContext
@@ -67,7 +66,6 @@ def save_trial(
     Raises:
         PipekitError: on every rank, if something could not be written; nothing is left behind.
     """
-    began_s = time.monotonic()
     context: TrialContext = trial.context
     is_first = context.distributed.rank == 0
     final = folder / checkpoint_name(state.batch)
@@ -89,20 +87,20 @@ def save_trial(
         config = write_yaml(context.get_experiment_config()).encode()
         write_manifest(final, training, {CONFIG_FILE: config}, tensors={}, tensor_bytes={})
 
-    try:
-        run_together(lambda: json.dumps(record))
-        run_together(_writing, lambda: begin_checkpoint(final), temporary, is_first)
-        run_together(_saving, trial, temporary)
-        run_together(_writing, finish, temporary, is_first)
-        callbacks.call("on_checkpoint_write_end", str(temporary))
-        run_together(_writing, lambda: publish_checkpoint(final, retention=retention), final, is_first)
-    except Exception:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    written = PendingCheckpoint(final, lambda: None, in_background=False)
-    written.seconds = time.monotonic() - began_s
-    return written
+    def write() -> None:
+        try:
+            run_together(lambda: json.dumps(record))
+            run_together(_writing, lambda: begin_checkpoint(final), temporary, is_first)
+            run_together(_saving, trial, temporary)
+            run_together(_writing, finish, temporary, is_first)
+            callbacks.call("on_checkpoint_write_end", str(temporary))
+            run_together(_writing, lambda: publish_checkpoint(final, retention=retention), final, is_first)
+        except Exception:
+            if is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    return PendingCheckpoint(final, write, in_background=False)
 
 
 def _saving(trial: Trial, path: Path) -> None:
@@ -149,7 +147,7 @@ def load_trial_state(trial: Trial, callbacks: Callbacks, checkpoint: Path) -> Tr
     Raises:
         CheckpointError: on every rank, if it was written by another trial, or is damaged.
     """
-    limit_s = min(LATE_S, trial.context.config.run.timeout_s / 2)
+    limit_s = late_limit_s(trial.context.config.run.timeout_s)
     reader = open_checkpoint(checkpoint.parent, lambda: checkpoint, limit_s=limit_s)
     assert reader is not None
     training = _training_of(reader)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipekit.distributed import messages
 from pipekit.distributed.messages import decode_message, encode_message
 from pipekit.distributed.rank_role import RankRole
 from pipekit.errors import ConfigError, ExitCode
@@ -80,6 +81,7 @@ def test_anything_else_is_not_sent(value: object) -> None:
     [
         ["\0", "record", "subprocess:Popen", ["args", "true"]],
         ["\0", "record", "pipekit.launch.local:subprocess.Popen", ["args", "true"]],
+        ["\0", "record", "pipekit.distributed.messages:Foreign", ["number", 1]],
         ["\0", "record", "pipekit.errors:ConfigError"],
         ["\0", "enum", "pipekit.errors:PipekitError", 1],
         ["\0", "class", "builtins:eval"],
@@ -91,5 +93,6 @@ def test_anything_else_is_not_sent(value: object) -> None:
 )
 def test_nothing_else_is_made_of_a_message(packed: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("code has run"))
+    monkeypatch.setattr(messages, "Foreign", Foreign, raising=False)  # as a class that a module of pipekit's imports
     with pytest.raises(ValueError, match=r"^no "):
         decode_message(json.dumps(packed).encode())

@@ -257,10 +257,10 @@ def test_every_validation_sample_counts_once_under_any_number_of_replicas(
 
 
 class Losing(PointsTrial):
-    """Its loss is not a number in the sixth batch, on rank 1 alone."""
+    """Its loss is not a number in the sixth and the tenth batch, on rank 1 alone."""
 
     def train_batch(self, dataloader_iter: Iterator[Any] | None, epoch_idx: int, batch_idx: int) -> Any:
-        is_bad = batch_idx == 5 and self.context.role.data_parallel_rank == 1
+        is_bad = batch_idx in (5, 9) and self.context.role.data_parallel_rank == 1
         return {"loss": float("nan") if is_bad else 0.5, "accuracy": float("inf")}
 
 
@@ -278,5 +278,5 @@ def warn_of_a_loss(rank: int, folder: str) -> list[str]:
     return warnings
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_batch_and_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_told_once_with_its_batch_and_rank(gloo: GlooWorkers, tmp_path: Path) -> None:
     assert gloo.run(2, warn_of_a_loss, str(tmp_path)) == [["batch 6: loss is not finite on rank 1"]] * 2

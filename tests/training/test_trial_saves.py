@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fake_layers_run import Events
+from pipekit.engine.save import PendingCheckpoint
 from pipekit.errors import StoppedError, StorageError
+from pipekit.hangs.activity import Activity
 from pipekit.training.slow_saves import SlowSaves
+from pipekit.training.trial_saves import TrialSaves
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(run: Any) -> None:
@@ -101,3 +106,40 @@ def test_the_only_save_of_a_run_is_not_told(run: Any, monkeypatch: pytest.Monkey
     made = run(train={"steps": 8})
     made.fit()
     assert made.events.warnings == []
+
+
+def test_a_checkpoint_that_came_by_time_goes_when_a_newer_one_is_on_the_disk(alone: None, tmp_path: Path) -> None:
+    context: Any = SimpleNamespace(activity=Activity(), distributed=SimpleNamespace(rank=0))
+    callbacks: Any = SimpleNamespace(call=lambda *event: None)
+    requests: Any = SimpleNamespace(note_save=lambda: None, note_written=lambda seconds: None)
+    saves = TrialSaves(context, callbacks, requests, on_error="warn", unit="batch", how_to_save_faster="")
+
+    def save(batch: int, *, by_time: bool = True, is_full: bool = False, in_background: bool = False) -> set[int]:
+        """Save after a batch; the batches of the checkpoints that are there then."""
+        path = tmp_path / str(batch)
+
+        def write() -> None:
+            if is_full:
+                error = StorageError("the disk is full")
+                error.is_everyones = True
+                raise error
+            path.mkdir()
+
+        def begin() -> PendingCheckpoint:
+            return PendingCheckpoint(path, write, in_background=in_background)
+
+        saves.save(batch, begin, is_temporary=by_time, is_final=False)
+        return {int(path.name) for path in tmp_path.iterdir()}
+
+    assert save(1) == {1}
+    assert save(2, is_full=True) == {1}
+    assert save(3, by_time=False) == {3}
+    assert save(4) == {3, 4}
+    assert save(5) == {3, 5}
+    # That it has failed is known when the next one is due.
+    save(6, is_full=True, in_background=True)
+    assert save(7) == {3, 7}
+    save(8, in_background=True)
+    assert {path.name for path in tmp_path.iterdir()} >= {"3", "7"}, "until the newer one is waited for"
+    saves.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "8"}
