@@ -35,7 +35,7 @@ _BEAT_S = 5.0
 _STALE_S = 30.0
 _POLL_S = 0.2
 _WRITTEN_S = 0.05
-# So long does it take until machines that share a folder see what each other has written.
+# After this time, machines that share a folder see what the others have written.
 _SETTLE_S = 1.0
 # One write replaces a record of one size as a whole.
 _RECORD_BYTES = 1024
@@ -129,7 +129,7 @@ def hold_run(folder: str | Path, *, stale_s: float = _STALE_S) -> Iterator[None]
         ended.set()
         thread.join()
         in_child.descriptor = None
-        # Still held: who has opened this file already, finds that it is another's no more, and looks again.
+        # It is still held here: a process that has opened this file already finds that it is gone, and looks again.
         with suppress(OSError):
             (folder / LOCK_FILE).unlink()
         os.close(descriptor)
@@ -236,7 +236,7 @@ def _watch(path: Path, owner: Owner, folder: Path, stale_s: float) -> None:
 
 
 def _touched(path: Path) -> int | None:
-    """When a lock was touched last, by the clock of its file system; None where it is gone."""
+    """Time at which a lock was last touched, by the clock of its file system; None where it is gone."""
     # Network file systems ask their server when a file is opened, and not whenever it is looked at.
     try:
         with path.open("rb") as file:

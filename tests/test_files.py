@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipekit.files import (
     file_system,
     is_on_local_disk,
     look_anew,
+    read_regular,
     replace_folder,
     wait_until_seen,
     write_atomically,
@@ -128,3 +130,23 @@ def test_sizes_of_files_and_folders_that_are_looked_at_anew(tmp_path: Path) -> N
     (tmp_path / "file").write_bytes(bytes(3))
     assert [look_anew(tmp_path / name) for name in ("file", "missing", "no/folder")] == [3, None, None]
     assert look_anew(tmp_path) is not None
+
+
+def test_a_folder_is_opened_before_what_is_in_it_so_that_nfs_asks_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    original = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or original(path, *rest))
+    assert look_anew(tmp_path / "missing") is None
+    assert opened == [tmp_path, tmp_path / "missing"]
+
+
+def test_pipes_and_files_that_are_too_long_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a pipe or a device"):
+        read_regular(tmp_path / "pipe", max_bytes=10)
+    (tmp_path / "file").write_bytes(bytes(11))
+    with pytest.raises(OSError, match="is longer than 10 bytes"):
+        read_regular(tmp_path / "file", max_bytes=10)
+    assert read_regular(tmp_path / "file", max_bytes=11) == bytes(11)

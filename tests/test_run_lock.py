@@ -94,6 +94,16 @@ def test_a_file_in_its_way_and_a_folder_that_cannot_be_written(tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(StorageError, match="the disk is full"), hold_run(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def winners(folder: Path, number: int, *, stale_s: float = 30.0) -> int:
     """Number of threads, of those that begin at once, that get a folder while none gives it back."""
     begin, tried, won = threading.Barrier(number), threading.Barrier(number), []

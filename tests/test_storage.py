@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.errors import ExitCode, PathError, StorageError
 from pipekit.files import building_folder
-from pipekit.storage import check_writable, error_number, storage_error, storing
+from pipekit.storage import check_writable, error_number, find_storage_error, storage_error, storing
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,24 @@ def test_a_path_below_a_file_is_a_mistake(tmp_path: Path) -> None:
     ) as caught:
         check_writable(tmp_path / "file/run", name="run.dir=")
     assert caught.value.exit_code == ExitCode.MISTAKE
+
+
+def test_a_missing_file_is_no_wrong_path_where_its_folder_is_there(tmp_path: Path) -> None:
+    missing = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    in_folder, without = (storage_error(missing, tmp_path / name, doing="read") for name in ("x", "no/x"))
+    assert (type(in_folder), str(in_folder)) == (
+        StorageError,
+        f"{tmp_path}/x: cannot be read: No such file or directory",
+    )
+    assert (type(without), str(without)) == (
+        PathError,
+        f"{tmp_path}/no/x: cannot be read: no such folder; make it, or give another path",
+    )
+
+
+def test_an_error_without_a_path_is_one_of_the_disk_only_where_nothing_else_has_it() -> None:
+    for number, is_of_disk in ((errno.ENOSPC, True), (errno.EIO, False), (errno.EACCES, False)):
+        assert (find_storage_error(OSError(number, ""), None) is not None) == is_of_disk
 
 
 def test_a_folder_that_can_be_written_stays_as_it_is(tmp_path: Path) -> None:

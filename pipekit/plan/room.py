@@ -21,7 +21,7 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def check_room(plan: Plan) -> str | None:
-    """Check that there is room for the checkpoints of a run; a warning where it will not do for all that are kept.
+    """Check that there is room for the checkpoints of a run; return a warning where not all that are kept will fit.
 
     Raises:
         StorageError: if there is not even room for one.
@@ -39,7 +39,7 @@ def check_room(plan: Plan) -> str | None:
             "make room there, or use another folder"
         )
     # An older one goes when the new one is whole.
-    needed = max(1, (keep or 1) + 1 - held)
+    needed = (keep or 1) + 1 - held
     if needed * one <= free:
         return None
     return (

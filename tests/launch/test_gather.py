@@ -19,6 +19,9 @@ from pipekit.checkpoint.retention import Retention
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.cli import app
 from pipekit.errors import PipekitError
+from pipekit.launch.gather import _Fleet
+from pipekit.launch.hosts import Host
+from pipekit.launch.ssh import SshSettings
 
 # The last word of its command line is what the login shell of the host runs.
 SSH = f"""#!{sys.executable}
@@ -95,6 +98,21 @@ def test_a_part_is_listed_as_one_and_gather_makes_it_whole(root: Path) -> None:
     assert find_faults(run / "checkpoints/step-00000001") == []
     assert find_latest(run / "checkpoints") == run / "checkpoints/step-00000002"
     assert not list(run.glob("**/.*"))
+
+
+def test_a_part_with_a_damaged_file_is_listed_as_damaged(root: Path) -> None:
+    run = root / "here/run"
+    shutil.copytree(root / "a/run", run)
+    held = run / "checkpoints/step-00000002/weights-0001.safetensors"
+    held.write_bytes(held.read_bytes()[:-1])
+    assert [record["state"] for record in json.loads(invoke(run, "--json"))] == ["in part", "damaged"]
+
+
+def test_no_more_of_a_file_is_copied_than_its_size(root: Path) -> None:
+    (root / "b/long").write_bytes(bytes(10 * 2**20))
+    fleet = _Fleet((), SshSettings(Path("/"), "python3"))
+    assert not fleet.read(Host("b", (0,)), root / "here/long", root / "copy", most_bytes=100)
+    assert (root / "copy").stat().st_size <= 2**20
 
 
 def test_an_empty_folder_gets_all_of_it_and_what_is_damaged_on_one_host_comes_from_another(root: Path) -> None:

@@ -13,7 +13,7 @@ from pipekit.errors import CheckpointError, ConfigError
 from pipekit.plan.decide import decide_run
 from pipekit.plan.plan import Plan, StartPoint
 from pipekit.plan.resources import Resources
-from pipekit.plan.run_folder import RunFolder, check_data, find_start, read_plan, trim_records, write_plan
+from pipekit.plan.run_folder import RunFolder, adopt_config, check_data, find_start, read_plan, trim_records, write_plan
 from pipekit.training.language_model import LanguageModelTrial
 
 
@@ -153,6 +153,18 @@ def test_a_file_in_place_of_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         find_start(config_in(tmp_path))
+
+
+def test_a_folder_of_checkpoints_without_a_configuration_gets_that_of_the_newest(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    adopt_config(folder)
+    assert not folder.path.exists()
+    (add_checkpoint(folder, 1) / "config.yaml").write_text("of the checkpoint")
+    adopt_config(folder)
+    assert folder.config.read_text() == "of the checkpoint"
+    folder.config.write_text("its own")
+    adopt_config(folder)
+    assert folder.config.read_text() == "its own"
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
