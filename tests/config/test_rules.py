@@ -12,6 +12,14 @@ from pipekit.errors import ConfigError
 BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 300}}
 
 BROKEN = {
+    ("parallel.tp=4", "parallel.dp=30000", "train.global_batch_size=30000"): (
+        "parallel.pp=1 x parallel.tp=4 x parallel.dp=30000 are 120,000 processes, and no run has had more than "
+        "100,000; lower one of them"
+    ),
+    ("parallel.pp=2", "train.global_batch_size=500001"): (
+        "train.global_batch_size=500001 with train.micro_batch_size=1 makes 500,001 micro-batches of a step, each of "
+        "which passes 2 stages, and more than 1,000,000 such actions are not planned; raise train.micro_batch_size"
+    ),
     ("train.sequence_length=300",): (
         "train.sequence_length=300 is longer than model.max_positions=256; "
         "try train.sequence_length=256, or model.max_positions=300"

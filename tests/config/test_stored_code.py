@@ -1,3 +1,5 @@
+"""Code in stored configurations is refused unless the user says that it is trusted."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,6 +23,7 @@ def write(folder: Path, text: str, *beside: str, name: str = "config.yaml") -> P
     [
         ("model: own:build", "model=own:build"),
         ("model: {builder: own:build}", "model.builder=own:build"),
+        ("model: {preset: tiny, hf_names: own:names}", "model.hf_names=own:names"),
         ("model: {preset: tiny, hf_config: own:content}", "model.hf_config=own:content"),
         ("model: {preset: tiny}\nrun: {trial: own:Trial}", "run.trial=own:Trial"),
         ("trial: own:Trial", "trial=own:Trial"),

@@ -3,6 +3,7 @@ import __future__
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,33 @@ def test_identity_follows_content_and_time(tmp_path: Path) -> None:
     assert find_corpus(str(path)).identity == before
     os.utime(path, ns=(1, 1))
     assert find_corpus(str(path)).identity != before
+
+
+MEBIBYTE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"ab\ncd\xff", "byte 0xff in line 2, column 3, at offset 5"),
+        (b"\n\n" + "\u00e9".encode() + b"\xe9x", "byte 0xe9 in line 3, column 2, at offset 4"),
+        (b"cut " + "\u00e9".encode()[:1], "byte 0xc3 in line 1, column 5, at offset 4"),
+        # It is read by the mebibyte.
+        (b"a" * MEBIBYTE + b"bc\xff", "byte 0xff in line 1, column 1048579, at offset 1,048,578"),
+        (
+            b"\n" + b"a" * (MEBIBYTE - 2) + "\u00e9".encode() + b"\xff",
+            "byte 0xff in line 2, column 1048576, at offset 1,048,577",
+        ),
+        (b"a" * (MEBIBYTE - 1) + b"\xff", "byte 0xff in line 1, column 1048576, at offset 1,048,575"),
+    ],
+)
+def test_the_first_byte_that_is_not_utf8_has_its_place(tmp_path: Path, content: bytes, place: str) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"not UTF-8 text ({place})")):
+        read_texts(str(path))
+
+
+def test_a_file_that_hides_its_size_is_refused() -> None:
+    with pytest.raises(DataError, match="the file holds more than the 0 bytes that its size says"):
+        find_corpus("/proc/cpuinfo")

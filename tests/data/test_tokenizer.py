@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipekit.data.tokenizer import (
     END_TOKEN,
+    MAX_VOCAB_SIZE,
     load_tokenizer,
     tokenizer_threads,
     train_tokenizer,
@@ -86,6 +87,27 @@ def test_end_token_is_found_or_asked_for(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
         tokenizer = load_tokenizer(path)
         assert (tokenizer.end_token, tokenizer.end_token_id, tokenizer.vocab_size) == ("STOP", 7, 8)
+
+
+def test_an_id_that_no_embedding_has_a_row_for_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    vocab = {END_TOKEN: 0, "word": MAX_VOCAB_SIZE - 1}
+    Tokenizer(models.WordLevel(vocab, unk_token="word")).save(str(path))
+    assert load_tokenizer(path).backend.token_to_id("word") == MAX_VOCAB_SIZE - 1
+    Tokenizer(models.WordLevel({**vocab, "word": MAX_VOCAB_SIZE}, unk_token="word")).save(str(path))
+    with pytest.raises(DataError, match="the token 'word' has the id 16777216, and an embedding needs a row for each"):
+        load_tokenizer(path)
+
+
+def test_a_text_with_unknown_words_is_refused_where_there_is_no_token_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({END_TOKEN: 0, "word": 1}, unk_token="[UNK]")).save(str(path))
+    tokenizer = load_tokenizer(path)
+    for encode in (lambda: tokenizer.encode("other"), lambda: tokenizer.encode_batch(["other"])):
+        with pytest.raises(
+            DataError, match=r"data\.tokenizer: cannot encode the text: .*; give a tokenizer that knows"
+        ):
+            encode()
 
 
 def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:

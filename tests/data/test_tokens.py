@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipekit.data.tokens import TokenFileWriter, load_tokens, token_dtype
+from pipekit.data import tokens
+from pipekit.data.tokens import TokenFileWriter, is_as_written, load_tokens, token_dtype
 from pipekit.errors import DataError
 
 
@@ -73,3 +74,29 @@ def test_a_foreign_header_is_refused(tmp_path: Path, change: dict[str, object]) 
     path.with_suffix(".json").write_text(json.dumps(header | change))
     with pytest.raises(DataError, match="not the header of a token file"):
         load_tokens(path)
+
+
+@pytest.mark.parametrize("place", [0, 1, 200, 799])
+def test_a_byte_that_changes_in_a_file_of_the_usual_size_is_noticed(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "train.bin"
+    write_tokens(path, list(range(400)), 65536)
+    assert is_as_written(path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert not is_as_written(path)
+
+
+def test_blocks_over_all_of_a_large_file_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(tokens, "_NUM_BLOCKS", 4)
+    path = tmp_path / "train.bin"
+    write_tokens(path, list(range(400)), 65536)
+    data = path.read_bytes()
+    noticed = []
+    for place in range(0, len(data), 5):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        noticed += [] if is_as_written(path) else [place]
+    assert noticed == [0, 5, 200, 205, 400, 405, 600, 605]
+    path.write_bytes(data + b"xx")
+    assert not is_as_written(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -16,7 +17,7 @@ from pipekit.config import parse_config
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
-from pipekit.models.custom import check_specs, load_object
+from pipekit.models.custom import call_with_config, check_specs, load_object
 
 _numbers = count()
 
@@ -98,6 +99,33 @@ def test_a_fault_in_the_users_function_has_its_place(write: Write) -> None:
     module = write("def layers(config):\n    raise KeyError('mine')\n")
     with pytest.raises(ConfigError, match=rf"layers: it failed in .*{module}\.py:2: KeyError: 'mine'"):
         build(f"{module}:layers")
+
+
+def test_a_fault_in_the_importing_of_a_module_has_the_place_of_the_users_line(write: Write) -> None:
+    module = write("import importlib\ndef layers(config):\n    importlib.import_module('no_such_dependency')\n")
+    with pytest.raises(ConfigError, match=rf"failed in .*{module}\.py:3: ModuleNotFoundError"):
+        build(f"{module}:layers")
+
+
+def test_a_function_that_is_called_with_what_it_cannot_take_has_no_place_in_pipekit() -> None:
+    with pytest.raises(ConfigError, match=r"numpy:int64: it failed: TypeError"):
+        call_with_config("numpy:int64", parse_config({"model": {"preset": "tiny"}, "train": {"steps": 1}}), key="k")
+
+
+def test_the_standard_library_is_refused_unless_a_file_of_the_users_hides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("subprocess", "sys", "tabnanny", "xml.dom"):
+        with pytest.raises(ConfigError, match=f"{module} is a module of Python's standard library"):
+            load_object(f"{module}:run", key="model.builder")
+    assert "tabnanny" not in sys.modules, "it is not imported"
+    (tmp_path / "tabnanny.py").write_text("run = 3\n")
+    importlib.invalidate_caches()
+    monkeypatch.setitem(sys.modules, "tabnanny", None)
+    monkeypatch.delitem(sys.modules, "tabnanny")
+    assert load_object("tabnanny:run", key="model.builder") == 3
 
 
 def test_a_missing_function_gets_a_suggestion(write: Write) -> None:

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipekit.settings import yaml_source
 from pipekit.settings.yaml_source import read_yaml, write_yaml
 
 plain = st.recursive(
@@ -94,3 +95,45 @@ def test_lines_of_nested_keys():
 
 def test_keys_are_text():
     assert read_yaml("1: a\ntrue: b\n").value == {"1": "a", "true": "b"}
+
+
+def bomb(levels: int) -> str:
+    """Ten references to ten references and so on, `levels` deep, to ten values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels + 1)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("a: " + "[" * 100 + "]" * 100, 1, "values nested more than 100 deep, which no configuration needs"),
+        (f"a: [{'1, ' * 1000}]", 1, "the text has more than 1,000 values, which no configuration needs"),
+        (
+            bomb(2),
+            5,
+            "with its aliases written out, the text has more than 1,000 values, which no configuration needs",
+        ),
+        ("a:\n  b: " + "9" * 101, 2, "'99999999999999999999...': a number of 101 characters, and none here has more"),
+        ("a: !!int x", 1, "'x': is no whole number"),
+        ("a: !!float x", 1, "'x': is no number"),
+        ("a: !!bool maybe", 1, "'maybe': is neither true nor false"),
+        ("a: !!set {b}", 1, "the tag tag:yaml.org,2002:set is not read here; remove it"),
+        ("a: !!timestamp 2020-01-01", 1, "the tag tag:yaml.org,2002:timestamp is not read here; remove it"),
+    ],
+)
+def test_what_no_configuration_holds_is_refused(
+    text: str, line: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yaml_source, "_MAX_NODES", 1000)
+    ((found_line, found),) = read_yaml(text).faults
+    assert found.startswith(message)
+    assert found_line == line
+
+
+def test_what_is_large_and_has_a_meaning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml_source, "_MAX_NODES", 1000)
+    assert read_yaml("a: " + "[" * 98 + "]" * 98).faults == []
+    assert read_yaml(f"a: [{'1, ' * 600}]").faults == [], "values are counted once, not as nodes and once more"
+    assert read_yaml(bomb(1)).faults == []
+    assert read_yaml("a: " + "9" * 100).value == {"a": int("9" * 100)}

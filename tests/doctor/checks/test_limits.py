@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import resource
 from math import inf
+from pathlib import Path
 
-from pipekit.doctor.checks.limits import judge_locked_memory, judge_open_files, judge_processes
+import pytest
+
+from pipekit.doctor.checks.limits import (
+    check_locked_memory,
+    check_open_files,
+    judge_locked_memory,
+    judge_open_files,
+    judge_processes,
+)
+from pipekit.doctor.rows import Site
 
 
 def test_few_open_files() -> None:
@@ -28,3 +39,12 @@ def test_locked_memory_matters_where_there_is_infiniband() -> None:
 def test_few_processes() -> None:
     assert judge_processes(100.0)[0].verdict == "warning"
     assert judge_processes(inf)[0].found == "unlimited"
+
+
+def test_the_limits_of_the_system_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site({}, Path("runs"), Path("cache"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert check_open_files(site) == judge_open_files(float(soft), float(hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert check_open_files(site)[0].found == "unlimited"
+    assert check_locked_memory(site)[0].found == "unlimited"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -81,3 +82,23 @@ def test_a_write_that_fails_is_the_error_of_the_folder(tmp_path: Path, monkeypat
 def test_a_cache_on_the_disk_of_the_runs_is_measured_once(tmp_path: Path) -> None:
     (row,) = check_cache_folder(Site({}, tmp_path / "runs", tmp_path / "cache"))
     assert (row.verdict, row.found) == ("ok", f"{tmp_path}, on the disk of the runs")
+
+
+def test_a_cache_that_cannot_be_written_is_a_finding_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    (row,) = check_cache_folder(Site({}, tmp_path / "runs", tmp_path / "cache"))
+    assert (row.check, row.verdict) == ("cache", "bad")
+    assert row.found.endswith("cannot be written: Permission denied")
+
+
+def test_locks_that_hold_nobody_off_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_MOST_CHUNKS", 1)
+    monkeypatch.setattr(storage, "_MOST_SMALL", 1)
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+    assert not measure_storage(tmp_path).locks
