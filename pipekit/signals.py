@@ -90,6 +90,7 @@ def ending_at_once(describe: Callable[[], str]) -> Iterator[None]:
     """
 
     raised: list[int] = []
+    ended = threading.Event()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if not raised:  # a second one would disturb the clean-up
@@ -97,7 +98,8 @@ def ending_at_once(describe: Callable[[], str]) -> Iterator[None]:
             raise Interrupted(signum, f"stopped by {name_signal(signum)}; {describe()}")
 
     def insist(signum: int) -> None:
-        time.sleep(_AT_ONCE_S)
+        if ended.wait(_AT_ONCE_S):
+            return
         sys.stderr.write(f"stopped by {name_signal(signum)}; {describe()}\n")
         sys.stderr.flush()
         os._exit(128 + signum)
@@ -105,8 +107,11 @@ def ending_at_once(describe: Callable[[], str]) -> Iterator[None]:
     def hear(signum: int) -> None:
         threading.Thread(target=insist, args=(signum,), name="end at once", daemon=True).start()
 
-    with _handling(interrupt, hear):
-        yield
+    try:
+        with _handling(interrupt, hear):
+            yield
+    finally:
+        ended.set()
 
 
 @contextmanager

@@ -81,6 +81,22 @@ def test_before_there_is_anything_to_save_a_signal_ends_at_once(waits_in_c: bool
     assert waits_in_c or stdout == "cleaned up\n"
 
 
+def test_a_process_that_has_cleaned_up_in_time_may_go_on() -> None:
+    process = start(
+        "signals._AT_ONCE_S = 0.1\n"
+        "try:\n"
+        "    with signals.ending_at_once(lambda: 'nothing was saved yet'):\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(300)\n"
+        "except signals.Interrupted:\n"
+        "    time.sleep(0.5)\n"
+        "    print('still there')\n"
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("still there\n", "")
+    assert process.returncode == 0
+
+
 def test_ignored_signals_stay_ignored_and_children_that_are_forked_are_left_alone() -> None:
     stops = StopSignals()
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)

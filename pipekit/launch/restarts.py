@@ -105,7 +105,7 @@ def _newest(checkpoints: Path | None) -> tuple[str, int] | None:
 
 def _phase(error: PipekitError) -> str:
     phase = error.failure.phase if isinstance(error, RankError) else ""
-    return f", in {phase}" if phase else ""
+    return f", last seen in {phase}" if phase else ""
 
 
 def _record(error: PipekitError, file: Path, number: int, checkpoint: str | None, outcome: str) -> None:

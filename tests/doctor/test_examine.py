@@ -32,10 +32,10 @@ def test_families_are_the_files_of_the_folder() -> None:
 
 
 def test_a_new_file_is_all_that_a_new_family_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sea.py").write_text(NEW_FAMILY)
+    (tmp_path / "lake.py").write_text(NEW_FAMILY)
     monkeypatch.setattr(checks, "__path__", [str(tmp_path)])
     tide, moon = examine(SITE)
-    assert tide == Row("tide", "warning", "low", "Wait.", family="sea")
+    assert tide == Row("tide", "warning", "low", "Wait.", family="lake")
     # What a file imports from another is not its own.
     assert (moon.check, moon.verdict) == ("the moon", "warning")
     assert moon.found == "could not be checked: ZeroDivisionError: no moon"

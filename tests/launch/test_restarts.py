@@ -83,7 +83,7 @@ def test_it_goes_on_and_says_what_failed_where_and_how_often(
     }
     assert (second["kind"], second["failure"], second["rank"]) == ("hang", 2, None)
     assert capsys.readouterr().err.splitlines() == [
-        "rank 1 was killed by SIGKILL; out of memory?, in step 7; restart 1 of 3, from step-00000002 (see "
+        "rank 1 was killed by SIGKILL; out of memory?, last seen in step 7; restart 1 of 3, from step-00000002 (see "
         f"{tmp_path}/failures.jsonl)",
         f"the run hangs: rank 0 waits for nobody; restart 2 of 3, from step-00000004 (see {tmp_path}/failures.jsonl)",
     ]
