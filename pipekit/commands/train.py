@@ -107,14 +107,11 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
         config = config.updated({"checkpoint.resume": "auto"})
     start_point = find_start(config)
     check_writable(Path(config.run.dir), name="run.dir=")
-    from pipekit.training.console import make_console, show_plan
+    from pipekit.training.console import describe_finished, make_console, show_plan
 
     console = make_console()
     if start_point is not None and start_point.step >= config.train.steps:
-        console.print(
-            f"{config.run.dir} has trained {start_point.step} of {config.train.steps} steps already; set train.steps "
-            f"higher to go on, or run.dir to start another run"
-        )
+        console.print(describe_finished(Path(config.run.dir), start_point.step, config.train.steps))
         return None
     from pipekit.training.prepare import prepare_run
 

@@ -253,6 +253,9 @@ class ConsoleProgress(TrialCallback):
 
     def on_training_end(self, result: TrialResult) -> None:
         self.on_trial_shutdown()
+        if self._start_step >= result.batch:
+            self._console.print(describe_finished(self._folder.path, result.batch, self._num_steps))
+            return
         run = shlex.quote(str(self._folder.path))
         self._console.print()
         what = f"steps {self._start_step + 1} to {result.batch}" if self._start_step else f"{result.batch} steps"
@@ -285,6 +288,14 @@ class ConsoleProgress(TrialCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:
+    """What a run says that had been trained before it was started."""
+    return (
+        f"{run_dir} has trained {step} of {num_steps} steps already; set train.steps higher to go on, or run.dir to "
+        "start another run"
+    )
 
 
 def show_time(seconds: float) -> str:

@@ -91,6 +91,14 @@ def test_a_run_that_goes_on_says_so(stream: io.StringIO) -> None:
     assert "Trained steps 7 to 10 in 0:01\n" in stream.getvalue()
 
 
+def test_a_run_that_had_been_trained_before_says_so_alone(stream: io.StringIO) -> None:
+    progress = ConsoleProgress(make_console(stream), planned(), interval=4)
+    progress.on_trial_startup(10, "step-00000010")
+    progress.on_training_end(TrialResult(10, None, metrics(), None, 1.0))
+    assert "has trained 10 of 10 steps already; set train.steps higher" in " ".join(stream.getvalue().split())
+    assert "What next" not in stream.getvalue()
+
+
 def test_a_plan_is_shown_with_its_stages(stream: io.StringIO) -> None:
     plan = planned(4, parallel={"pp": 2, "dp": 2, "schedule": "zb-v"})
     show_plan(plan, make_console(stream))
