@@ -3,10 +3,11 @@
 from pipekit.config.batch import BatchPlan, plan_batch
 from pipekit.config.callbacks_config import WandbConfig
 from pipekit.config.compare import conflicting_keys
+from pipekit.config.data_config import DataConfig, SourceEntry
 from pipekit.config.json_schema import config_json_schema
 from pipekit.config.load import ModelConfigSource, load_config, load_model_config, load_stored_config, parse_config
 from pipekit.config.resolve import resolve_layout
-from pipekit.config.schema import Config, DataConfig, OptimizerConfig
+from pipekit.config.schema import Config, OptimizerConfig
 
 __all__ = [
     "BatchPlan",
@@ -14,6 +15,7 @@ __all__ = [
     "DataConfig",
     "ModelConfigSource",
     "OptimizerConfig",
+    "SourceEntry",
     "WandbConfig",
     "config_json_schema",
     "conflicting_keys",

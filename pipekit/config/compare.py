@@ -27,8 +27,9 @@ def conflicting_keys(saved: Config, new: Config) -> list[str]:
 def _identity(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(exclude={"preset", "init_from", "export_vocab_size"})
     values = {f"model.{key}": value for key, value in model.items()}
-    values |= {f"data.{key}": value for key, value in config.data.model_dump(exclude={"cache_dir", "source"}).items()}
-    values["data.source"] = config.data.sources
+    data = config.data.model_dump(exclude={"cache_dir", "source", "mixture", "stages", "validation", "workers"})
+    values |= {f"data.{key}": value for key, value in data.items()}
+    values["data.source"] = [(entry.name, entry.sources, entry.limit, entry.text_key) for entry in config.data.entries]
     values["train.sequence_length"] = config.train.sequence_length
     values["train.seed"] = config.train.seed
     return values

@@ -78,18 +78,21 @@ class Draft:
         self.faults.append((place, message))
 
     def set(self, key: KeyPath, value: Any, place: _Place) -> None:
-        """Give a key a value, in place of whatever stood there."""
-        node = self.values
+        """Give a key a value, in place of whatever stood there; a number is a position in a list."""
+        node: Any = self.values
         for depth, part in enumerate(key[:-1], start=1):
-            below = node.get(part)
+            at = _position(node, part)
+            below = node[at] if isinstance(node, list) else node.get(part)
             if depth == 1:
                 below = _written_out(part, below)
-            if not isinstance(below, dict):
+            if not isinstance(below, (dict, list)) or (
+                isinstance(below, list) and _position(below, key[depth]) is None
+            ):
                 below = {}
                 self.places[key[:depth]] = place
-            node[part] = below = dict(below)
+            node[at] = below = below.copy()
             node = below
-        node[key[-1]] = value
+        node[_position(node, key[-1])] = value
         self.places = {known: at for known, at in self.places.items() if known[: len(key)] != key}
         self.places[key] = place
 
@@ -98,6 +101,13 @@ class Draft:
         ordered = sorted(self.faults, key=lambda fault: (fault[0].override is not None, fault[0].line))
         lines = (f"{place.label}: {message}" if place.label else message for place, message in ordered)
         return config_error(dict.fromkeys(lines))
+
+
+def _position(node: dict[str, Any] | list[Any], part: str) -> Any:
+    """`part` as an index of `node`; None where that is a list without such a position."""
+    if isinstance(node, dict):
+        return part
+    return int(part) if part.isdecimal() and int(part) < len(node) else None
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

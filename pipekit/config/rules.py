@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pipekit.config.data_rules import DATA_RULES
 from pipekit.config.deepspeed_keys import check_deepspeed_keys
 from pipekit.config.deepspeed_values import check_deepspeed_values
 from pipekit.errors import ConfigError
@@ -17,7 +18,7 @@ from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
     from pipekit.config.callbacks_config import LayersCallbacksConfig
-    from pipekit.config.schema import DataConfig, OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
+    from pipekit.config.schema import OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
     from pipekit.models.family import ModelFamily
 
 
@@ -357,16 +358,6 @@ def momentum_is_for_sgd(optimizer: OptimizerConfig) -> Iterator[Fault]:
         )
 
 
-def evaluation_has_text(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
-    """Evaluation reads the text that is held out."""
-    if train.eval_interval is not None and data.validation_fraction == 0:
-        yield rule_fault(
-            "train.eval_interval data.validation_fraction",
-            f"train.eval_interval={train.eval_interval} needs text to evaluate on, and data.validation_fraction=0 "
-            "holds none out; try data.validation_fraction=0.05, or train.eval_interval=null",
-        )
-
-
 def early_stopping_has_evaluations(train: TrainConfig, callbacks: LayersCallbacksConfig) -> Iterator[Fault]:
     """Early stopping looks at held-out metrics."""
     if callbacks.early_stopping is not None and train.eval_interval is None:
@@ -393,7 +384,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("train", "callbacks"), early_stopping_has_evaluations),
     (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),
-    (("train", "data"), evaluation_has_text),
+    *DATA_RULES,
     (("deepspeed",), check_deepspeed_keys),
     (("deepspeed",), check_deepspeed_values),
     (("parallel",), processes_are_possible),

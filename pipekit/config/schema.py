@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
+from pipekit.config.data_config import DataConfig
 from pipekit.config.rules import MOST_PROCESSES, check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -31,7 +32,7 @@ from pipekit.models import family_of, find_families
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import LONGEST_SEQUENCE, ModelFamily
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
-from pipekit.settings.base import FolderText, PathText, Section, at_least, at_most, check_path, config_error, switch
+from pipekit.settings.base import FolderText, Section, at_least, at_most, check_path, config_error, switch
 from pipekit.settings.duration import Duration
 from pipekit.settings.yaml_source import write_yaml
 
@@ -336,44 +337,6 @@ class SchedulerConfig(Section):
 
     decay_steps: PositiveInt | None = Field(default=None, examples=[300])
     """Step, counted from the start, at which the decay ends; null means `train.steps`."""
-
-
-class DataConfig(Section):
-    """The text to train on, and how it becomes tokens."""
-
-    source: PathText | Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)] = Field(
-        default="python-stdlib", examples=["data/my-text.txt"]
-    )
-    """A text file, a .jsonl file, a folder of them, or a list of these, relative to the working directory;
-    `python-stdlib` is the source code of Python's standard library, which every machine has."""
-
-    tokenizer: PathText | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
-    """Path of a `tokenizer.json`; null trains a byte-pair tokenizer on the source."""
-
-    vocab_size: Annotated[PositiveInt, at_most(10**6, "the largest in use have a quarter of that")] = Field(
-        default=4096, examples=[4096]
-    )
-    """Size of the tokenizer that is trained where `tokenizer` is null."""
-
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, examples=[0.05])
-    """Fraction of the text that is held out for evaluation."""
-
-    text_key: str = Field(default="text", min_length=1, examples=["text"])
-    """Field of a JSONL record that holds the text."""
-
-    shuffle: bool = True
-    """Draw a new order of the sequences in every epoch."""
-
-    cache_dir: PathText | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
-    """Folder of the prepared tokens; null means `~/.cache/pipekit`."""
-
-    max_bytes: PositiveInt | None = Field(default=None, examples=[10_000_000])
-    """Number of bytes of text to read at most; null reads all of it."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """`source` as a tuple, also where it is one string."""
-        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 class _CheckpointFields(Section):

@@ -35,7 +35,7 @@ from pipekit.data.tokenizer import (
     train_tokenizer,
 )
 from pipekit.data.tokens import TokenFileWriter, is_as_written, load_tokens, token_dtype
-from pipekit.errors import DataError, StorageError
+from pipekit.errors import ConfigError, DataError, StorageError
 from pipekit.files import LATE_S, is_on_local_disk, replace_folder, wait_until_seen
 from pipekit.progress import ProgressCallback
 from pipekit.rng import fold_seed
@@ -108,6 +108,11 @@ def prepare_data(
             a split is shorter than one sample.
         StorageError: if the cache cannot be written.
     """
+    for key, default in {"mixture": None, "stages": (), "validation": None, "workers": 0}.items():
+        if getattr(config, key) != default:
+            raise ConfigError(f"data.{key}: cannot be used yet; remove it")
+    if config.entries[0].limit is not None:
+        raise ConfigError(f"data.source={_show(config.source)}: a limit cannot be used yet; remove it")
     report = on_progress or (lambda message, fraction: None)
     corpus = find_corpus(config.source)
     folder = Path(config.cache_dir or DEFAULT_CACHE_DIR).expanduser() / "data" / plan_cache_key(config, corpus)

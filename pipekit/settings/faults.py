@@ -31,14 +31,19 @@ def section_faults(
         if key in faults:
             continue
         if detail["type"] == "missing" and len(detail["loc"]) == len(path):
-            missing.append(path[-1])
+            if len(path) == 1:
+                missing.append(path[-1])
+            else:
+                faults[key] = _missing_fault(key, field)
         elif detail["type"] == "extra_forbidden":
             faults[key] = unknown_key_fault(section, key, keys)
         else:
             faults[key] = Fault(key, _value_message(key, field, value, detail))
     if ("model", "preset") in faults:
         missing = []  # the preset would have supplied them
-    return [*_missing_faults(name, section, missing), *faults.values()]
+    # A list whose entries are wrong is too short, too.
+    above = {key[:length] for key in faults for length in range(len(key))}
+    return [*_missing_faults(name, section, missing), *(fault for key, fault in faults.items() if key not in above)]
 
 
 def unknown_key_fault(section: type[Section], key: tuple[str, ...], keys: Mapping[str, Iterable[str]]) -> Fault:
@@ -81,9 +86,10 @@ def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def nested_section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section in a field's type, which may be a union; None if there is none."""
-    parts = (annotation, *get_args(annotation))
-    return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
+    """Return the section in a field's type, which may be a union or a list of sections; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(nested_section, get_args(annotation))), None)
 
 
 def nested_keys(name: str, section: type[BaseModel]) -> dict[str, list[str]]:
@@ -115,13 +121,16 @@ def _limits(constraints: Iterable[Any]) -> str:
 def _find(
     section: type[BaseModel], values: Any, location: tuple[int | str, ...]
 ) -> tuple[tuple[str, ...], FieldInfo | None, Any]:
-    """Follow pydantic's location as far as it names keys; list positions and union branches are left out."""
+    """Follow pydantic's location as far as it names keys and positions in a list of sections, not of other values."""
     path: tuple[str, ...] = ()
     field: FieldInfo | None = None
     current: type[BaseModel] | None = section
     for part in location:
-        if current is None or not isinstance(part, str):
+        if current is None:
             break
+        if isinstance(part, int):
+            path, values = (*path, str(part)), values[part] if isinstance(values, (list, tuple)) else None
+            continue
         path, field = (*path, part), current.model_fields.get(part)
         values = values.get(part) if isinstance(values, dict) else None
         current = nested_section(field.annotation) if field else None
@@ -132,8 +141,12 @@ def _missing_faults(name: str, section: type[Section], missing: list[str]) -> li
     if missing and (remedy := section.missing_remedy(missing)):
         missing_keys = alternatives((f"{name}.{key}" for key in missing), last="and")
         return [Fault((name,), f"{missing_keys} {'are' if len(missing) > 1 else 'is'} missing; {remedy}")]
-    rule = "missing, and it has no default"
-    return [Fault((name, key), f"{name}.{key}: {rule}{_example(key, section.model_fields[key])}") for key in missing]
+    return [_missing_fault((name, key), section.model_fields[key]) for key in missing]
+
+
+def _missing_fault(key: tuple[str, ...], field: FieldInfo | None) -> Fault:
+    example = "" if field is None else _example(key[-1], field)
+    return Fault(key, f"{'.'.join(key)}: missing, and it has no default{example}")
 
 
 def _value_message(key: tuple[str, ...], field: FieldInfo | None, value: Any, detail: Any) -> str:
@@ -142,6 +155,8 @@ def _value_message(key: tuple[str, ...], field: FieldInfo | None, value: Any, de
         return f"{head}: {detail['ctx']['error']}"
     if field is None:
         return f"{head}: {detail['msg']}"
+    if key[-1].isdecimal():
+        return f"{head}: must be a mapping; for example {key[-2]}: {show(field.examples[0] if field.examples else [])}"
     rule = rule_of(field.annotation, field.metadata)
     return f"{head}: must be {rule}{_hint(key[-1], field, value, rule)}"
 

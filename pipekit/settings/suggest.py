@@ -25,6 +25,8 @@ _FOREIGN_NAMES = {
     "scheduler.warmup_steps": "warmup",
     "scheduler.min_lr_ratio": "min_lr",
     "data.source": "dataset data_path path",
+    "data.mixture": "datasets blend sources",
+    "data.workers": "num_workers dataloader_num_workers",
     "run.dir": "output_dir",
     "checkpoint.interval": "save_interval",
     "logging.interval": "log_interval",
@@ -56,7 +58,7 @@ def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Itera
 
     `parents` are the keys above it, none for a section; `sections` the keys of every section by its dotted path.
     """
-    prefix = ".".join(parents)
+    prefix = ".".join(parent for parent in parents if not parent.isdecimal())  # positions in a list of sections
     own = list(sections.get(prefix, ()))
     match = closest(key, own)
     if match and (parents or key not in SYNONYMS):

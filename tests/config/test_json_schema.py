@@ -34,6 +34,7 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
         "exclusiveMinimum": lambda bound: not is_type(value, "number") or value > bound,
         "exclusiveMaximum": lambda bound: not is_type(value, "number") or value < bound,
         "minLength": lambda length: not isinstance(value, str) or len(value) >= length,
+        "minProperties": lambda number: not isinstance(value, dict) or len(value) >= number,
         "minItems": lambda length: not isinstance(value, (list, tuple)) or len(value) >= length,
         "maxItems": lambda length: not isinstance(value, (list, tuple)) or len(value) <= length,
         "required": lambda keys: not isinstance(value, dict) or set(keys) <= set(value),
@@ -41,7 +42,12 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
             not isinstance(value, dict) or all(accepts(known[key], item) for key, item in value.items() if key in known)
         ),
         "additionalProperties": lambda allowed: (
-            not isinstance(value, dict) or allowed is True or set(value) <= set(schema.get("properties", {}))
+            not isinstance(value, dict)
+            or allowed is True
+            or all(
+                key in schema.get("properties", {}) or (isinstance(allowed, dict) and accepts(allowed, item))
+                for key, item in value.items()
+            )
         ),
         "items": lambda item: not isinstance(value, (list, tuple)) or all(accepts(item, entry) for entry in value),
         "prefixItems": lambda items: (

@@ -269,7 +269,7 @@ class TestOverrides:
         overrides = ["train.steps=20", "train.steps=21", "data.source=[a, b]", "logging.wandb.project=mine"]
         config = load_config(write(MODEL + TRAIN + "logging: {wandb: true}\n"), overrides)
         assert config.train.steps == 21
-        assert config.data.sources == ("a", "b")
+        assert config.data.entries[0].sources == ("a", "b")
         assert config.logging.wandb is not None
         assert config.logging.wandb.project == "mine"
 

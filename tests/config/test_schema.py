@@ -160,6 +160,10 @@ def test_every_example_is_accepted():
         "dp": {"train.global_batch_size": 8},
         "early_stopping": {"train.eval_interval": 100},
         "num_heads": {},
+        "mixture": {},
+        "stages": {
+            "data.mixture": [{"name": "web", "source": "data/web"}, {"name": "code", "source": "data/code"}],
+        },
         "max_positions": {},
         "lr": {},
     }

@@ -1,0 +1,142 @@
+"""The `data` section: the sources of text, their mixture, and how text becomes tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipekit.settings.base import PathText, Section, at_most
+
+_LIMITED = re.compile(r"(.+)#([0-9]+)", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,50}")
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("must be at most 50 letters, digits, dots, dashes and underscores; for example web")
+    return name
+
+
+def _check_source(source: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(source, str):
+        if (limited := _LIMITED.fullmatch(source)) and int(limited[2]) == 0:
+            raise ValueError(f"must read at least one document; for example {limited[1]}#500")
+    elif limited := next(filter(None, map(_LIMITED.fullmatch, source)), None):
+        raise ValueError(
+            f"a source in a list takes no limit, and {limited[0]} has one; give it an entry of its own in data.mixture"
+        )
+    return source
+
+
+SourceText = Annotated[
+    PathText | Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)], AfterValidator(_check_source)
+]
+"""Path of a source of text, which may end in `#` and a number of documents; or a list of paths."""
+
+SourceName = Annotated[str, AfterValidator(_check_name)]
+
+Weight = Annotated[NonNegativeFloat, at_most(1e9, "only its ratio to the others counts")] | Literal["auto"]
+
+
+class SourceEntry(Section):
+    """One source of a mixture."""
+
+    name: SourceName = Field(default=..., examples=["web"])
+    """Name of the source in stages, metrics and messages."""
+
+    source: SourceText = Field(default=..., examples=["data/web"])
+    """The text, as for `data.source`; `data/web#500` reads its first 500 documents."""
+
+    weight: Weight = Field(default="auto", examples=[0.7])
+    """Share of the samples that come from this source, in proportion to the other weights; `auto` shares what the
+    numbers leave of 1 by size. 0 leaves the source to `data.stages`."""
+
+    epochs: PositiveFloat | None = Field(default=None, examples=[4])
+    """The most times that the source is read; then the others share its place. null sets no limit."""
+
+    limit: PositiveInt | None = Field(default=None, examples=[500])
+    """Number of documents to read at most; null reads all."""
+
+    validation: PathText | None = Field(default=None, min_length=1, examples=["data/web-held-out.jsonl"])
+    """Text to evaluate on; null holds out `data.validation_fraction` of the source."""
+
+    text_key: str | None = Field(default=None, min_length=1, examples=["text"])
+    """Field of a JSONL record that holds the text; null is `data.text_key`."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a tuple, also where it is one string."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+
+class MixtureStage(Section):
+    """Weights of the sources of a mixture after a number of steps."""
+
+    after_step: PositiveInt = Field(default=..., examples=[1000])
+    """The last step before these weights."""
+
+    weights: dict[str, Weight] = Field(default=..., min_length=1, examples=[{"web": 0.3, "code": 0.7}])
+    """Weight of each source by its name; those left out are not read."""
+
+
+class DataConfig(Section):
+    """The text to train on, and how it becomes tokens."""
+
+    source: SourceText = Field(default="python-stdlib", examples=["data/my-text.txt"])
+    """A text file, a .jsonl file, a folder of them, or a list of these, relative to the working directory;
+    `data/web#500` reads the first 500 documents. `python-stdlib` is the source code of Python's standard library, which
+    every machine has."""
+
+    mixture: Annotated[tuple[SourceEntry, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, examples=[[{"name": "web", "source": "data/web"}, {"name": "code", "source": "data/code"}]]
+    )
+    """Several sources with weights, in place of `source`; see [mixtures](mixtures.md)."""
+
+    stages: Annotated[tuple[MixtureStage, ...], Field(strict=False)] = Field(
+        default=(), examples=[[{"after_step": 1000, "weights": {"web": 0.3, "code": 0.7}}]]
+    )
+    """Steps after which the sources of `mixture` have other weights."""
+
+    tokenizer: PathText | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
+    """Path of a `tokenizer.json`; null trains a byte-pair tokenizer on the source."""
+
+    vocab_size: Annotated[PositiveInt, at_most(10**6, "the largest in use have a quarter of that")] = Field(
+        default=4096, examples=[4096]
+    )
+    """Size of the tokenizer that is trained where `tokenizer` is null."""
+
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, examples=[0.05])
+    """Fraction of the text that is held out for evaluation."""
+
+    validation: PathText | None = Field(default=None, min_length=1, examples=["data/held-out.txt"])
+    """Text to evaluate on; null holds out `validation_fraction` of `source`."""
+
+    text_key: str = Field(default="text", min_length=1, examples=["text"])
+    """Field of a JSONL record that holds the text."""
+
+    shuffle: bool = True
+    """Draw a new order of the sequences in every epoch."""
+
+    workers: Annotated[NonNegativeInt, at_most(1000, "no machine has so many cores")] = Field(default=0, examples=[2])
+    """Processes of each rank that read samples ahead; 0 reads them on a thread, one step ahead."""
+
+    cache_dir: PathText | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
+    """Folder of the prepared tokens; null means `~/.cache/pipekit`."""
+
+    max_bytes: PositiveInt | None = Field(default=None, examples=[10_000_000])
+    """Number of bytes of text to read at most, of each source; null reads all of it."""
+
+    @property
+    def entries(self) -> tuple[SourceEntry, ...]:
+        """The sources, with `limit` and `text_key` filled in; a plain `source` is one entry named "text"."""
+        given = self.mixture or (SourceEntry(name="text", source=self.source, validation=self.validation),)
+        return tuple(_filled_in(entry, self.text_key) for entry in given)
+
+
+def _filled_in(entry: SourceEntry, text_key: str) -> SourceEntry:
+    changes: dict[str, object] = {"text_key": entry.text_key or text_key}
+    if isinstance(entry.source, str) and (limited := _LIMITED.fullmatch(entry.source)):
+        changes |= {"source": limited[1], "limit": int(limited[2])}
+    return entry.model_copy(update=changes)
