@@ -85,9 +85,9 @@ class DataConfig(Section):
     """The text to train on, and how it becomes tokens."""
 
     source: SourceText = Field(default="python-stdlib", examples=["data/my-text.txt"])
-    """A text file, a .jsonl file, a folder of them, or a list of these, relative to the working directory;
-    `data/web#500` reads the first 500 documents. `python-stdlib` is the source code of Python's standard library, which
-    every machine has."""
+    """A file of text, JSON lines, Parquet or Arrow, a folder, `hf://OWNER/NAME`, or a list of these; see
+    [sources](data.md#sources). `data/web#500` reads the first 500 documents. `python-stdlib` is the source code of
+    Python's standard library, which every machine has."""
 
     mixture: Annotated[tuple[SourceEntry, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, examples=[[{"name": "web", "source": "data/web"}, {"name": "code", "source": "data/code"}]]
@@ -114,7 +114,7 @@ class DataConfig(Section):
     """Text to evaluate on; null holds out `validation_fraction` of `source`."""
 
     text_key: str = Field(default="text", min_length=1, examples=["text"])
-    """Field of a JSONL record that holds the text."""
+    """Field or column that holds the text, where documents are records."""
 
     shuffle: bool = True
     """Draw a new order of the sequences in every epoch."""
