@@ -27,7 +27,7 @@ MODULES = [
     "pipekit.engine.build",
     "pipekit.engine.save",
     "pipekit.inference.export",
-    "pipekit.inference.stream_text",
+    "pipekit.inference.generator",
 ]
 
 # Said by torch of DeepSpeed's calls, anew for each of them.

@@ -227,7 +227,7 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
         ("import pipekit.schedules, pipekit.plan.run_folder, pipekit.training.lr", {"torch", "deepspeed"}),
         ("import pipekit.partitioners, pipekit.checkpoint.manifest, pipekit.data.order", {"torch", "deepspeed"}),
         (
-            "import pipekit.plan.decide, pipekit.inference.stream_text, pipekit.training.prepare",
+            "import pipekit.plan.decide, pipekit.inference.generator, pipekit.training.prepare",
             {"deepspeed"},
         ),
         ("import pipekit.models; pipekit.models.find_families()", {"torch", "deepspeed"}),

@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file
 
 from pipekit.inference.hugging_face import to_hf
-from pipekit.inference.load_model import load_exported_model
+from pipekit.inference.load_model import open_model
 from pipekit.models.family import TransformerFamily
+from pipekit.models.imported import read_hf_folder
 from tensor_parallel.outcomes import tokens_and_labels
 
 
@@ -28,7 +29,7 @@ def assert_their_model_is_ours(config: TransformerFamily, folder: Path, *, dtype
     stored = transformers.AutoConfig.for_model(**config.hf_config(end_token_id=0, dtype="float32"))
     theirs: Any = transformers.AutoModelForCausalLM.from_config(stored).to(dtype).eval()
     theirs.save_pretrained(folder)
-    ours, read = load_exported_model(folder)
+    ours, read = open_model(folder).build(), read_hf_folder(folder)
     assert read == config
     tokens, _ = tokens_and_labels()
     with torch.no_grad():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipekit.errors import LayoutError
 from pipekit.models.family import AttentionHeads
+from pipekit.models.transformer.cache import KeyValueCache
 from pipekit.models.transformer.norm import NORMS, HeadsRMSNorm, Norm
 from pipekit.models.transformer.rotary import Rotary
 from pipekit.tensor_parallel import (
@@ -106,6 +107,8 @@ class Attention(_NormedModule):
     Jiang et al. 2023, "Mistral 7B".
     """
 
+    cache: KeyValueCache | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -179,11 +182,19 @@ class Attention(_NormedModule):
         q, k, v = (rearrange(each, "b s (h e) -> b h s e", e=self.head_size) for each in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k, v) if self.rotary is None else (*self.rotary.rotate(q, k), v)
+        if self.rotary is None:
+            return q, k, v
+        if self.cache is not None:
+            return (*self.rotary.turn(q, k, *self.cache.rotation(self.rotary, q.dtype)), v)
+        return (*self.rotary.rotate(q, k), v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Weighted sums of the values, `(B, heads, S, E)`."""
         length = q.shape[2]
+        if self.cache is not None:
+            k, v = self.cache.extend(self, k, v, self.window)
+            if self.cache.num_slots or self.cache.padding is not None:
+                return self._weigh_masked(q, k, v, self.cache.mask(k.shape[2], self.window))
         window = length if self.window is None else self.window
         size = block_size(length, window)
         if size is None:
@@ -199,18 +210,25 @@ class Attention(_NormedModule):
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Weighted sums of the values, `(B, heads, S, E)`, where the queries are of the last S tokens of the keys."""
         num_queries, num_keys = q.shape[2], k.shape[2]
-        is_causal = self.soft_cap is None and num_queries == num_keys <= window
-        mask = None
-        if not is_causal:
+        if self.soft_cap is None and num_queries == num_keys <= window:
+            return self._weigh_masked(q, k, v, None, is_causal=True)
+        positions = torch.arange(num_keys, device=q.device)
+        distances = positions[num_keys - num_queries :].unsqueeze(1) - positions
+        return self._weigh_masked(q, k, v, (distances >= 0) & (distances < window))
+
+    def _weigh_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+        """Weighted sums of the values, `(B, heads, S, E)`, where the mask is True for a query and a key."""
+        heads, length = q.shape[1:3]
+        if length == 1:
+            # The queries that share a head of keys and values are as many queries of one head.
+            q = q.reshape(len(q), k.shape[1], heads // k.shape[1], q.shape[3])
+        elif not is_causal:
             # With a mask, torch's fast kernels know no grouped heads.
-            k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
-            positions = torch.arange(num_keys, device=q.device)
-            distances = positions[num_keys - num_queries :].unsqueeze(1) - positions
-            mask = (distances >= 0) & (distances < window)  # True where a query attends to a key
+            k, v = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (k, v))
         dropout = self.dropout if self.training else 0.0
         # The heads are shared out, whether the sequence is or not.
         with sharded_randomness(self.group) if dropout else nullcontext():
-            if self.soft_cap is None or mask is None:
+            if self.soft_cap is None:
                 return F.scaled_dot_product_attention(
                     q,
                     k,
@@ -220,11 +238,13 @@ class Attention(_NormedModule):
                     is_causal=is_causal,
                     scale=self.scale,
                     enable_gqa=q.shape[1] != k.shape[1],
-                )
-            scores = cap_softly(q @ k.transpose(2, 3) * self.scale, self.soft_cap).masked_fill(~mask, -torch.inf)
+                ).reshape(-1, heads, length, self.head_size)
+            scores = cap_softly(q @ k.transpose(2, 3) * self.scale, self.soft_cap)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
             # In fp32 at the least, as in a fused attention.
             weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-            return F.dropout(weights, dropout) @ v
+            return (F.dropout(weights, dropout) @ v).reshape(-1, heads, length, self.head_size)
 
 
 def block_size(length: int, window: int) -> int | None:
@@ -244,6 +264,8 @@ def block_size(length: int, window: int) -> int | None:
 
 class AttentionHalf(Attention):
     """`x + dropout(attention(norm(x)))`: the first half of a block, `(B, S, D)` to `(B, S, D)`."""
+
+    supports_cache = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -303,6 +325,8 @@ class MLP(_NormedModule):
 class MLPHalf(MLP):
     """`x + dropout(mlp(norm(x)))`: the second half of a block, `(B, S, D)` to `(B, S, D)`."""
 
+    supports_cache = True
+
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
@@ -314,6 +338,7 @@ class ParallelBlock(TensorParallelModule):
     """
 
     sequence_flow = SHARDED
+    supports_cache = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.errors import ConfigError
+from pipekit.models.transformer.cache import KeyValueCache
 from pipekit.tensor_parallel import (
     SHARDED,
     SequenceFlow,
@@ -25,6 +26,7 @@ class TokenEmbedding(VocabularyParallelEmbedding):
     """
 
     sequence_flow = SequenceFlow(returns_shard=True)
+    supports_cache = True
 
     def __init__(
         self, vocab_size: int, hidden_size: int, *, scale: float | None = None, dropout: float = 0.0, init_std: float
@@ -47,6 +49,8 @@ class PositionEmbedding(TensorParallelModule):
     """
 
     sequence_flow = SHARDED
+    supports_cache = True
+    cache: KeyValueCache | None = None
 
     def __init__(self, max_positions: int, hidden_size: int, *, dropout: float, init_std: float) -> None:
         super().__init__()
@@ -58,10 +62,15 @@ class PositionEmbedding(TensorParallelModule):
         parts = self.group if self.sequence_parallel else None
         length, max_positions = x.shape[1], self.weight.shape[0]
         num_tokens, first = (length, 0) if parts is None else (length * parts.size, length * parts.rank)
+        if self.cache is not None:
+            first, num_tokens = self.cache.num_slots, self.cache.num_slots + length
         if num_tokens > max_positions:
             raise ConfigError(
                 f"a sequence of {num_tokens} tokens is longer than model.max_positions={max_positions}; "
                 "shorten it, or train a model with more positions"
             )
-        x = x + self.weight[first : first + length]  # (B, S, D) + (S, D)
+        if self.cache is not None and self.cache.padding is not None:
+            x = x + self.weight[self.cache.positions()]  # (B, S, D) + (B, S, D)
+        else:
+            x = x + self.weight[first : first + length]  # (B, S, D) + (S, D)
         return sharded_dropout(x, self.dropout, self.training, parts)

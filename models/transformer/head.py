@@ -28,6 +28,7 @@ class Head(VocabularyParallelModule):
     """Scores every token of the vocabulary, as `score_vocabulary` does: `(B, S, D)` to `(B, S, V)`."""
 
     sequence_flow = SequenceFlow(takes_shard=True)
+    supports_cache = True
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class TiedHead:
     loss_chunk_tokens: LossChunk
     soft_cap: float | None = None
     sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_shard=True)
+    supports_cache: ClassVar = True
 
     def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
         return score_vocabulary(embedding, x, self.loss_chunk_tokens, soft_cap=self.soft_cap)

@@ -81,18 +81,21 @@ class FinalNorm(nn.LayerNorm):
     """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
 
     sequence_flow = SHARDED
+    supports_cache = True
 
 
 class FinalRMSNorm(nn.RMSNorm):
     """Root-mean-square norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
 
     sequence_flow = SHARDED
+    supports_cache = True
 
 
 class FinalOffsetRMSNorm(OffsetRMSNorm):
     """Root-mean-square norm of every token by itself, times 1 + `weight`: `(B, S, D)` to `(B, S, D)`."""
 
     sequence_flow = SHARDED
+    supports_cache = True
 
 
 NORMS: dict[Norm, Callable[..., nn.Module]] = {

@@ -30,16 +30,28 @@ class Rotary:
     base: float = 10_000.0
     scaling: RotaryScaling | None = None
 
+    @property
+    def turns_at(self) -> int | None:
+        """Length beyond which all positions of a sequence are rotated otherwise; None where there is none."""
+        return None if self.scaling is None or self.scaling.type != "longrope" else self.scaling.original_max_positions
+
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys of a sequence from its first token on, each `(B, heads, S, E)`."""
-        exponents = torch.arange(0, self.size, 2, dtype=torch.float32, device=q.device) / self.size
+        positions = torch.arange(q.shape[2], device=q.device)
+        return self.turn(q, k, *self.angles(positions, q.shape[2], q.dtype))
+
+    def angles(self, positions: Tensor, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(..., R)` of the angles at positions `(...)` of a sequence of `num_tokens`."""
+        exponents = torch.arange(0, self.size, 2, dtype=torch.float32, device=positions.device) / self.size
         frequencies, factor = 1.0 / self.base**exponents, 1.0  # (R / 2)
         if self.scaling is not None:
-            frequencies, factor = self.scaling.scale(frequencies, self.base, q.shape[2])
-        positions = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)
-        angles = positions.unsqueeze(1) * frequencies  # (S, R / 2)
-        angles = torch.cat((angles, angles), dim=1)  # (S, R)
-        cos, sin = (angles.cos() * factor).to(q.dtype), (angles.sin() * factor).to(q.dtype)
+            frequencies, factor = self.scaling.scale(frequencies, self.base, num_tokens)
+        angles = positions.to(torch.float32).unsqueeze(-1) * frequencies  # (..., R / 2)
+        angles = torch.cat((angles, angles), dim=-1)  # (..., R)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, each `(B, heads, S, E)`, rotated by angles whose cosines and sines `angles` returns."""
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

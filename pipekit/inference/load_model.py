@@ -1,20 +1,116 @@
-"""Trained models in one process, from a checkpoint or an exported folder."""
+"""Trained models, whole or a rank's part, from a checkpoint or an exported folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE
+import torch
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import CONFIG_FILE, TOKENIZER_FILE, resolve_checkpoint
 from pipekit.checkpoint.model_config import read_model_config
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config, ModelConfigSource, load_stored_config
 from pipekit.data.tokenizer import find_tokenizer_file
-from pipekit.errors import CheckpointError
+from pipekit.errors import CheckpointError, ConfigError
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.layers.sequential import SequentialModel
+from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import TransformerFamily
+from pipekit.models.imported import HF_CONFIG_FILE
+from pipekit.tensor_parallel.group import TensorGroup
+from pipekit.tensor_parallel.shards import Shard, shard_of
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A trained model in its files: what is needed to build it, or one rank's part of it.
+
+    Attributes:
+        path: folder of the checkpoint or the export.
+        specs: its layers.
+        longest_sequence: most tokens that a sequence may have.
+        tokenizer_file: None where it holds no tokenizer.
+        seed: of the initial weights; None where the files hold all that layers compute with.
+        shapes: of all its tensors, by logical name.
+        read: returns a tensor by its logical name, or a shard of it.
+    """
+
+    path: Path
+    specs: list[LayerSpec]
+    longest_sequence: int
+    tokenizer_file: Path | None
+    seed: int | None
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str, Shard | None], Tensor]
+
+    def build(self, *, layers: range | None = None, group: TensorGroup | None = None) -> SequentialModel:
+        """The model in evaluation mode, or the layers of one stage, or one tensor-parallel rank's shards of them.
+
+        No more is read than that.
+
+        Raises:
+            CheckpointError: if a file is damaged, or the tensors are another model's.
+        """
+        where = str(self.path)
+        model = SequentialModel(self.specs, seed=self.seed, layers=layers, group=group)
+        if layers is None and group is None:
+            names: Iterable[str] = self.shapes
+        else:
+            whole = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+            SequentialModel(self.specs, seed=None).check_logical_tensors(whole, where=where)
+            names = model.logical_tensors()
+        shards = {name: shard_of(own) for name, own in model.logical_tensors().items()}
+        model.load_logical_tensors({name: self.read(name, shards.get(name)) for name in names}, where=where)
+        return model.eval()
+
+
+def open_model(source: Path, *, given: ModelConfigSource | None = None, trust_code: bool = False) -> StoredModel:
+    """Open the model of a run, a checkpoint or an export; its weights are read when it is built.
+
+    Args:
+        source: the run's folder, one of its checkpoints, or an exported folder.
+        given: configuration of the model, in place of the checkpoint's own; see `load_model_config`.
+        trust_code: whether the function that the checkpoint names as `model.builder` may be imported and called.
+
+    Raises:
+        PipekitError: if there is no model, a file cannot be read, or code is not trusted.
+    """
+    if (source / HF_CONFIG_FILE).is_file():
+        if given is not None:
+            raise ConfigError(f"--config: {source} is an export, which describes its model itself; leave --config out")
+        folder = HuggingFaceFolder(source)
+        tokenizer_file = source / TOKENIZER_FILE
+        return StoredModel(
+            source,
+            folder.model.layer_specs(),
+            folder.model.longest_sequence,
+            tokenizer_file if tokenizer_file.is_file() else None,
+            None,
+            folder.shapes,
+            lambda name, shard: folder.tensor(name, shard=shard),
+        )
+    return _open_checkpoint(resolve_checkpoint(source), given, trust_code=trust_code)[0]
+
+
+def _open_checkpoint(path: Path, given: ModelConfigSource | None, *, trust_code: bool) -> tuple[StoredModel, Config]:
+    reader = CheckpointReader(path)
+    config = read_config(reader, given)
+    check_trusted(reader, config, trust_code=trust_code or given is not None)
+    stored = StoredModel(
+        reader.path,
+        build_layers(config),
+        config.model.longest_sequence or config.train.sequence_length,
+        find_tokenizer(reader, config if given is not None else None),
+        initial_seed(config),
+        {name: entry.shape for name, entry in reader.manifest.tensors.items()},
+        lambda name, shard: reader.tensor(name, shard=shard),
+    )
+    return stored, config
 
 
 def load_model(
@@ -30,12 +126,8 @@ def load_model(
     Raises:
         PipekitError: if something cannot be read or does not fit, or the model is built by code that is not trusted.
     """
-    reader = CheckpointReader(checkpoint)
-    config = read_config(reader, given)
-    check_trusted(reader, config, trust_code=trust_code or given is not None)
-    model = SequentialModel(build_layers(config), seed=initial_seed(config))
-    model.load_logical_tensors(dict(reader.weights()), where=str(reader.path))
-    return model.eval(), config, find_tokenizer(reader, config if given is not None else None)
+    stored, config = _open_checkpoint(checkpoint, given, trust_code=trust_code)
+    return stored.build(), config, stored.tokenizer_file
 
 
 def read_config(reader: CheckpointReader, given: ModelConfigSource | None = None) -> Config:
@@ -81,16 +173,3 @@ def initial_seed(config: Config) -> int | None:
     """Seed with which the layers of a checkpoint are built; None where it holds all that they compute with."""
     # A layer of the user's own may compute more in its constructor than a checkpoint holds.
     return None if isinstance(config.model, TransformerFamily) else config.train.seed
-
-
-def load_exported_model(folder: Path) -> tuple[SequentialModel, TransformerFamily]:
-    """Model of an exported folder, in evaluation mode, and its settings.
-
-    Raises:
-        CheckpointError: if a file cannot be read, or the tensors are another model's.
-        ConfigError: if the model is of no family here.
-    """
-    source = HuggingFaceFolder(folder)
-    model = SequentialModel(source.model.layer_specs(), seed=None)
-    model.load_logical_tensors({name: source.tensor(name) for name in source.shapes}, where=str(folder))
-    return model.eval(), source.model

@@ -1,16 +1,136 @@
-"""Sampling from a language model."""
+"""Sampling from a language model: temperature, top-k, top-p, and the tokens that follow one prompt or several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipekit.errors import ConfigError, PipekitError
 
+NextLogits = Callable[[Sequence[Sequence[int]]], Tensor]
+"""Logits `(B, V)` in host memory of the token that follows each of B contexts."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature, top-k and top-p (nucleus) sampling.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: draw among the `top_k` likeliest only, and all that are as likely as the last of them; None among all.
+        top_p: draw among the likeliest whose probabilities, after `top_k`, first add up to this; None among all.
+
+    Raises:
+        ConfigError: if a number is out of range.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature={self.temperature} must be at least 0; 0 takes the likeliest token each time"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k} must be at least 1; leave it out to draw among all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"top_p={self.top_p} must be above 0 and at most 1; leave it out to draw among all tokens"
+            )
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """Draw a token from its logits `(V,)`."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        if self.top_k is not None and self.top_k < logits.numel():
+            threshold = logits.topk(self.top_k).values[-1]
+            logits = logits.masked_fill(logits < threshold, float("-inf"))
+        # In fp64 and from the largest down, so that no temperature overflows.
+        probabilities = torch.softmax((logits.double() - logits.max()) / self.temperature, dim=-1)
+        if self.top_p is not None:
+            ordered, tokens = probabilities.sort(descending=True, stable=True)
+            before = ordered.cumsum(0) - ordered
+            probabilities[tokens[before >= self.top_p]] = 0.0
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def context_start(num_tokens: int, max_positions: int) -> int:
+    """Index of the first token that a model still sees, of `num_tokens`.
+
+    Whenever they have become more than `max_positions`, the oldest half of what it sees is forgotten.
+
+    Example:
+        >>> [context_start(num_tokens, 4) for num_tokens in range(3, 10)]
+        [0, 0, 2, 2, 4, 4, 6]
+    """
+    half = max(1, max_positions // 2)
+    return max(0, -(-(num_tokens - max_positions) // half) * half)
+
 
 @torch.no_grad()
+def continue_prompts(
+    next_logits: NextLogits,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    max_positions: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    end_token_ids: Sequence[int] = (),
+    is_done: Callable[[int], bool] = lambda index: False,
+) -> Iterator[tuple[int, int]]:
+    """Yield index and token, one after the other, of the tokens that follow each of several prompts.
+
+    Each prompt has draws of its own, by its own seed, so that it goes on as it would alone.
+
+    Args:
+        next_logits: the model.
+        prompts: at least one token id each.
+        max_new_tokens: how many to draw at most for each prompt.
+        max_positions: how many tokens the model sees at most; see `context_start`.
+        sampling: how to draw.
+        seeds: one for each prompt.
+        end_token_ids: tokens after which a prompt does not go on, and which are not returned.
+        is_done: asked after each token whether its prompt does not go on.
+
+    Raises:
+        ConfigError: before the first token, if a prompt is empty or `max_new_tokens` is below 0.
+        PipekitError: if the model's logits are not numbers.
+    """
+    if not all(prompts):
+        raise ConfigError("the prompt is empty; give one token at least, such as the one that ends a document")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    tokens = [list(prompt) for prompt in prompts]
+    going_on = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        if not going_on:
+            return
+        contexts = [tokens[index][context_start(len(tokens[index]), max_positions) :] for index in going_on]
+        logits = next_logits(contexts)
+        if logits.isnan().any():
+            raise PipekitError("the model's logits are nan: its training diverged; try an earlier checkpoint")
+        ended = set()
+        for index, own in zip(going_on, logits, strict=True):
+            token = sampling.draw(own, generators[index])
+            if token in end_token_ids:
+                ended.add(index)
+                continue
+            tokens[index].append(token)
+            yield index, token
+            if is_done(index):
+                ended.add(index)
+        going_on = [index for index in going_on if index not in ended]
+
+
 def sample_tokens(
     model: Callable[[Tensor], Tensor],
     prompt: Sequence[int],
@@ -19,52 +139,35 @@ def sample_tokens(
     max_positions: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     end_token_id: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[int]:
-    """Yield the tokens that follow a prompt, until `end_token_id` or `max_new_tokens`.
+    """Yield the tokens that follow a prompt, until `end_token_id` or `max_new_tokens`, each from the whole text.
 
     Args:
         model: `(B, S)` token ids to `(B, S, V)` logits.
         prompt: at least one token id.
-        max_new_tokens: how many to draw at most.
-        max_positions: how many tokens the model sees; older ones are forgotten.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: draw among the `top_k` likeliest only, and all that are as likely as the last of them; None among all.
+        max_new_tokens, max_positions: see `continue_prompts`.
+        temperature, top_k, top_p: see `Sampling`.
+        device: that of the model.
 
     Raises:
         ConfigError: before the first token, if the prompt is empty or a number is out of range.
         PipekitError: if the model's logits are not numbers.
     """
-    if not prompt:
-        raise ConfigError("the prompt is empty; give one token at least, such as the one that ends a document")
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={temperature} must be at least 0; 0 takes the likeliest token each time")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k} must be at least 1; leave it out to draw among all tokens")
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(max_new_tokens):
-        context = torch.tensor([tokens[-max_positions:]], dtype=torch.int64, device=device)
-        logits = model(context)[0, -1].float().cpu()  # (V,)
-        if logits.isnan().any():
-            raise PipekitError("the model's logits are nan: its training diverged; try an earlier checkpoint")
-        token = _draw(logits, temperature, top_k, generator)
-        if token == end_token_id:
-            return
-        tokens.append(token)
-        yield token
 
+    def next_logits(contexts: Sequence[Sequence[int]]) -> Tensor:
+        return model(torch.tensor(contexts, dtype=torch.int64, device=device))[:, -1].float().cpu()
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k is not None and top_k < logits.numel():
-        threshold = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    # In fp64 and from the largest down, so that no temperature overflows.
-    probabilities = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    drawn = continue_prompts(
+        next_logits,
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        max_positions=max_positions,
+        sampling=Sampling(temperature, top_k, top_p),
+        seeds=[seed],
+        end_token_ids=[] if end_token_id is None else [end_token_id],
+    )
+    return (token for _, token in drawn)

@@ -1,8 +1,7 @@
-"""A list of layer specs as one module in one process, to check exports against and to generate with."""
+"""A list of layer specs as one module, whole or a rank's part of it, to check exports against and to generate with."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,26 +12,39 @@ from torch.utils import swap_tensors
 
 from pipekit.errors import CheckpointError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, build_on_meta, layer_names
-from pipekit.tensor_parallel import whole_outputs
+from pipekit.tensor_parallel import TensorGroup, shard_layer, whole_outputs
 
 
 class SequentialModel(nn.Module):
-    """All layers of a model, one after the other; tied layers share one module.
+    """Layers of a model, one after the other; tied layers share one module.
 
     Args:
         specs: the model.
         seed: of the initial weights, which equal those of a pipeline of any layout; None allocates none, for a model
             whose every tensor `load_logical_tensors` then takes over.
+        layers: indices of those to build, one stage of a pipeline; all unless given.
+        group: tensor-parallel peers, of which this model keeps one's shards.
     """
 
-    def __init__(self, specs: Sequence[LayerSpec], *, seed: int | None = 1234) -> None:
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        *,
+        seed: int | None = 1234,
+        layers: range | None = None,
+        group: TensorGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.names = layer_names(specs)
+        layers = range(len(specs)) if layers is None else layers
+        all_names = layer_names(specs)
+        specs, self.names = [specs[layer_idx] for layer_idx in layers], [all_names[layer_idx] for layer_idx in layers]
         self.steps: list[Any] = []
         modules: dict[str, nn.Module] = {}
         for spec, name in zip(specs, self.names, strict=True):
             if name not in modules:
                 built = build_on_meta(spec, name=name) if seed is None else build_layer(spec, name=name, seed=seed)
+                if group is not None:
+                    shard_layer(built, group, sequence_parallel=False)
                 modules[name] = built
             module = modules[name]
             forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
@@ -107,10 +119,8 @@ def run_layers(
         read: returns a tensor by its logical name; that of tied layers is read for each of them.
         seed: as `SequentialModel` takes it.
     """
-    for spec, name in zip(specs, layer_names(specs), strict=True):
-        named = copy.copy(spec)
-        named.name = name
-        layer = SequentialModel([named], seed=seed).eval()
+    for layer_idx, name in enumerate(layer_names(specs)):
+        layer = SequentialModel(specs, seed=seed, layers=range(layer_idx, layer_idx + 1)).eval()
         layer.load_logical_tensors({own: read(own) for own in layer.logical_tensors()}, where=name)
         inputs = layer(inputs)
         yield name, inputs

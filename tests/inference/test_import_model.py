@@ -20,7 +20,7 @@ from pipekit.errors import CheckpointError, ConfigError, DataError, PipekitError
 from pipekit.inference.export import export_checkpoint
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.inference.import_model import import_config, import_model
-from pipekit.inference.load_model import load_exported_model, load_model
+from pipekit.inference.load_model import load_model, open_model
 from pipekit.models.family import TransformerFamily
 from pipekit.tensor_parallel.shards import Shard
 
@@ -68,7 +68,7 @@ def test_import_and_export_give_the_same_bytes(kind: str, shard_size: str, tmp_p
     prompt = torch.randint(VOCAB, (2, SEQUENCE))
     with torch.no_grad():
         torch.testing.assert_close(model(prompt), theirs(prompt).logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(load_exported_model(tmp_path / "hf")[0](prompt), model(prompt))
+        torch.testing.assert_close(open_model(tmp_path / "hf").build()(prompt), model(prompt))
     export_checkpoint(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
     before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()

@@ -15,8 +15,8 @@ from pipekit.cli import app
 from pipekit.config import parse_config
 from pipekit.errors import CheckpointError, ConfigError, PipekitError
 from pipekit.inference.export import export_checkpoint
+from pipekit.inference.generator import Generator
 from pipekit.inference.load_model import initial_seed, load_model
-from pipekit.inference.stream_text import stream_text
 from pipekit.plan.plan import StartPoint
 from pipekit.plan.run_folder import find_start
 
@@ -53,10 +53,10 @@ def test_with_one_beside_it_transformers_computes_the_same(checkpoint: Path, tmp
     assert torch.equal(stored["transformer.h.1.mlp.c_fc.weight"], ours["blocks.1.mlp.expand.weight"].t())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    options = {"max_new_tokens": 8, "temperature": 0.0, "top_k": None, "seed": 0}
-    text = "".join(stream_text(tmp_path / "run", "def", config=file, **options))
+    generator = Generator.open(tmp_path / "run", config=file, device="cpu")
+    (ours_of_file,) = generator.generate([generator.encode_prompt("def")], max_new_tokens=8)
     ids = theirs.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert text == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\ufffd")
+    assert ours_of_file.token_ids == ids[0, -8:].tolist()
 
 
 def test_what_the_checkpoint_says_of_its_model_is_enough(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_where_a_description_says_nothing_it_is_refused(checkpoint: Path, tmp_pa
     assert "leave one of them out" in str(done.exception)
     export_checkpoint(checkpoint, tmp_path / "out", config=write_yaml(tmp_path))
     with pytest.raises(ConfigError, match="is an export, which describes its model itself"):
-        next(stream_text(tmp_path / "out", "a", max_new_tokens=1, temperature=0.0, top_k=None, seed=0, config=MODEL))
+        Generator.open(tmp_path / "out", config=MODEL)
 
 
 def test_only_layers_of_ones_own_are_built_with_the_seed_of_the_run() -> None:

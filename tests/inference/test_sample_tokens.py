@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from pipekit.errors import ConfigError, PipekitError
-from pipekit.inference.sample_tokens import sample_tokens
+from pipekit.inference.sample_tokens import Sampling, sample_tokens
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
 
@@ -56,6 +56,33 @@ def test_top_k_leaves_out_the_rest() -> None:
     assert close(draw(top_k=100), PROBABILITIES)
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1.0, PROBABILITIES), (0.81, [0.5, 0.3, 0.15]), (0.79, [0.5, 0.3]), (0.2, [0.5])]
+)
+def test_top_p_leaves_out_the_unlikely(top_p: float, kept: list[float]) -> None:
+    expected = [p / sum(kept) for p in kept] + [0.0] * (4 - len(kept))
+    assert close(draw(top_p=top_p), expected)
+
+
+def test_top_p_is_of_what_top_k_leaves() -> None:
+    assert close(draw(top_k=3, top_p=0.6), [0.5 / 0.8, 0.3 / 0.8, 0.0, 0.0]), "0.5 / 0.95 is below 0.6"
+    assert draw(top_k=2, top_p=0.6, max_new_tokens=5) == [0] * 5, "0.5 / 0.8 is not"
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8, "temperature": 0.7}])
+def test_what_can_be_drawn_is_what_transformers_leaves(settings: dict[str, Any]) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2)) * 3
+    names = {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}
+    expected = logits
+    for name in names:
+        if name in settings:
+            expected = getattr(transformers, names[name])(settings[name])(torch.zeros(1, 1), expected)
+    seen = {Sampling(**settings).draw(logits[0], torch.Generator().manual_seed(seed)) for seed in range(3000)}
+    left = expected.softmax(-1)[0]
+    assert seen <= set(left.nonzero().flatten().tolist())
+    assert seen >= set((left > 0.01).nonzero().flatten().tolist())
+
+
 def test_temperature_zero_takes_the_likeliest() -> None:
     assert draw(successor, prompt=(7,), max_new_tokens=5, temperature=0) == [8, 9, 0, 1, 2]
 
@@ -83,8 +110,19 @@ def test_the_model_sees_the_newest_tokens_that_fit() -> None:
         seen.append(tokens[0].tolist())
         return successor(tokens)
 
-    draw(watched, prompt=(1, 2, 3), max_new_tokens=3, temperature=0)
-    assert seen == [[1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+    draw(watched, prompt=(1, 2, 3), max_new_tokens=5, temperature=0)
+    assert seen == [[1, 2, 3], [1, 2, 3, 4], [3, 4, 5], [3, 4, 5, 6], [5, 6, 7]]
+
+
+def test_of_a_prompt_that_is_too_long_it_sees_the_end() -> None:
+    seen: list[list[int]] = []
+
+    def watched(tokens: Tensor) -> Tensor:
+        seen.append(tokens[0].tolist())
+        return successor(tokens)
+
+    draw(watched, prompt=tuple(range(9)), max_new_tokens=1, temperature=0)
+    assert seen == [[6, 7, 8]]
 
 
 def test_gradients_are_enabled_again_between_tokens() -> None:
@@ -104,6 +142,8 @@ def test_no_token_is_drawn_where_none_is_asked_for() -> None:
         ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
         ({"temperature": -0.5}, "temperature=-0.5 must be at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
         ({"top_k": 0}, "top_k=0 must be at least 1; leave it out"),
     ],
 )
@@ -135,7 +175,8 @@ def test_beyond_its_positions_a_model_sees_a_window() -> None:
     tokens = [7]
     with torch.no_grad():
         for _ in range(40):
-            tokens.append(int(model(torch.tensor([tokens[-16:]])).logits[0, -1].argmax()))
+            forgotten = 8 * max(0, -(-(len(tokens) - 16) // 8))  # the oldest half, each time that it is full
+            tokens.append(int(model(torch.tensor([tokens[forgotten:]])).logits[0, -1].argmax()))
     drawn = draw(lambda x: model(x).logits, (7,), max_new_tokens=40, max_positions=16, temperature=0)
     assert drawn == tokens[1:]
 

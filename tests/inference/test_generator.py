@@ -17,15 +17,22 @@ from hand_made import random_model, small_tokenizer, write_checkpoint
 from pipekit.config import parse_config
 from pipekit.errors import CheckpointError, ConfigError, PipekitError
 from pipekit.inference.export import export_checkpoint
-from pipekit.inference.stream_text import stream_text
+from pipekit.inference.generator import Generator
+from pipekit.inference.sample_tokens import Sampling
 
 END = "<|endoftext|>"
 
 
 def pieces(source: Path, prompt: str, **options: Any) -> list[str]:
-    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_k": None, "seed": 0, "device": "cpu"}
-    settings["trust_code"] = True
-    return list(stream_text(source, prompt, **{**settings, **options}))
+    """The prompt, and what a model adds to it, piece by piece."""
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "top_k": None, "seed": 0, **options}
+    generator = Generator.open(
+        source, device=settings.pop("device", "cpu"), trust_code=settings.pop("trust_code", True)
+    )
+    sampling = Sampling(settings.pop("temperature"), settings.pop("top_k"), settings.pop("top_p", None))
+    prompt_ids, seeds = [generator.encode_prompt(prompt)], [settings.pop("seed")]
+    added = [piece.text for piece in generator.stream(prompt_ids, sampling=sampling, seeds=seeds, **settings)]
+    return [prompt, *filter(None, added)]
 
 
 def text(source: Path, prompt: str, **options: Any) -> str:

@@ -1,0 +1,206 @@
+"""Generator: text and scores from the model of a run, a checkpoint or an export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipekit.checkpoint.manifest import TOKENIZER_FILE
+from pipekit.config import ModelConfigSource
+from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
+from pipekit.errors import ConfigError, PipekitError
+from pipekit.inference.language_model import LanguageModel
+from pipekit.inference.load_model import open_model
+from pipekit.inference.sample_tokens import Sampling, continue_prompts
+from pipekit.inference.text_stream import TextStream
+
+FinishReason = Literal["end", "stop", "length"]
+"""Why a text has ended: by the token that ends a document, at a stop string, or at the limit of new tokens."""
+
+
+@dataclass
+class Generation:
+    """What a model has made of a prompt.
+
+    Attributes:
+        token_ids: tokens that it has drawn, up to the one that ends the text.
+        text: their text before a stop string; empty without a tokenizer.
+        finish_reason: why it has ended.
+    """
+
+    token_ids: list[int]
+    text: str = ""
+    finish_reason: FinishReason = "length"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of text as it comes: of which prompt, and why the text has ended with it, if it has."""
+
+    index: int
+    text: str
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Generator:
+    """A trained model that scores texts and goes on from them, with a key-value cache where its layers support one.
+
+    Where the model is spread over several processes, all of them call the same methods with the same arguments, and get
+    the same results.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; None where there is none, and there are tokens alone.
+        source: folder of the model, for messages.
+
+    Attributes:
+        longest_sequence: most tokens that the model sees at once. Of a longer text it sees the newest: the oldest half
+            is forgotten each time that it is full.
+        has_cache: False where every token computes the whole text again.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer | None, source: Path) -> None:
+        self.model, self.tokenizer, self.source = model, tokenizer, source
+        self.longest_sequence, self.has_cache = model.longest_sequence, model.has_cache
+
+    @classmethod
+    def open(
+        cls,
+        source: Path,
+        *,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        trust_code: bool = False,
+        config: ModelConfigSource | None = None,
+    ) -> Generator:
+        """Open the model of a run, a checkpoint or an export in this process.
+
+        Args:
+            source: the run's folder, one of its checkpoints, or an exported folder.
+            device: what to compute on.
+            trust_code: whether code that a checkpoint names as `model.builder` may run.
+            config: configuration of a checkpoint's model, where it does not tell that; see `load_model_config`.
+
+        Raises:
+            PipekitError: if there is no model or no such device, or a file cannot be read.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise PipekitError("--device cuda: no GPU is present; use --device auto or cpu")
+        place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        stored = open_model(source, given=config, trust_code=trust_code)
+        tokenizer = None if stored.tokenizer_file is None else load_tokenizer(stored.tokenizer_file)
+        model = stored.build().to(place)
+        language_model = LanguageModel(model, longest_sequence=stored.longest_sequence, device=place)
+        return cls(language_model, tokenizer, stored.path)
+
+    def logits(self, token_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Logits `(B, S, V)` of texts, on the model's device.
+
+        Args:
+            token_ids: `(B, S)` int64, padded on the right with any token.
+            lengths: tokens of each text; all S unless given. What is returned for padding means nothing.
+
+        Raises:
+            ConfigError: if S is more than the model's longest sequence.
+        """
+        return self.model.logits(token_ids, lengths)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 16,
+    ) -> list[Generation]:
+        """Continue prompts, each as it would go on alone.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_new_tokens: tokens to draw at most for each.
+            temperature, top_k, top_p: see `Sampling`.
+            stop: strings before which a text ends.
+            seed: one for all prompts, or one for each.
+            batch_size: prompts that are computed together.
+
+        Raises:
+            ConfigError: before the first token, if a prompt is empty or a number is out of range.
+            PipekitError: if the model's logits are not numbers.
+        """
+        results: list[Generation] = []
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        for first in range(0, len(prompts), batch_size):
+            batch = slice(first, first + batch_size)
+            results += [Generation([]) for _ in prompts[batch]]
+            for piece in self.stream(
+                prompts[batch],
+                max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature, top_k, top_p),
+                stop=stop,
+                seeds=seeds[batch],
+            ):
+                result = results[first + piece.index]
+                result.text += piece.text
+                result.finish_reason = piece.finish_reason or result.finish_reason
+                if piece.token_id is not None:
+                    result.token_ids.append(piece.token_id)
+        return results
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int],
+    ) -> Iterator[Piece]:
+        """Continue prompts together, and yield each piece of text as it comes; see `generate`.
+
+        The last piece of each prompt says why it has ended.
+        """
+        tokenizer = self.tokenizer
+        if stop and (tokenizer is None or "" in stop):
+            raise ConfigError(
+                "stop: without a tokenizer there is no text to find a string in; leave it out"
+                if tokenizer is None
+                else "stop: an empty string is found everywhere; leave it out"
+            )
+        streams = [] if tokenizer is None else [TextStream(tokenizer, prompt, stop=stop) for prompt in prompts]
+        drawn = [0] * len(prompts)
+        for index, token in continue_prompts(
+            self.model.next_logits,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            max_positions=self.longest_sequence,
+            sampling=sampling,
+            seeds=seeds,
+            end_token_ids=[] if tokenizer is None else [tokenizer.end_token_id],
+            is_done=lambda index: bool(streams) and streams[index].has_stopped,
+        ):
+            drawn[index] += 1
+            yield Piece(index, streams[index].push(token) if streams else "", token)
+        self.model.forget()
+        for index in range(len(prompts)):
+            has_stopped = bool(streams) and streams[index].has_stopped
+            reason: FinishReason = "stop" if has_stopped else "end" if drawn[index] < max_new_tokens else "length"
+            yield Piece(index, streams[index].finish() if streams else "", finish_reason=reason)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt; those of an empty one begin a document.
+
+        Raises:
+            PipekitError: if there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise PipekitError(f"{self.source}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")
+        return self.tokenizer.encode(text) or [self.tokenizer.end_token_id]
