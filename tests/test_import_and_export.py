@@ -68,7 +68,7 @@ def losses_of_transformers(folder: Path, run: Path) -> list[float]:
     config = load_config(run / "config.yaml")
     relative = {name: str(run.parents[1] / getattr(config.data, name)) for name in ("source", "tokenizer", "cache_dir")}
     config = config.updated({f"data.{name}": path for name, path in relative.items()})
-    dataset: Any = TokenDataset(prepare_data(config.data, sequence_length=SEQUENCE).train_path, SEQUENCE)
+    dataset: Any = TokenDataset(prepare_data(config.data, sequence_length=SEQUENCE).sources[0].train, SEQUENCE)
     order = SampleOrder(len(dataset), config.train.seed, shuffle=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)  # without dropout
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pipekit.data.tokens import load_tokens
+from pipekit.data.megatron import TokenSlice
 from pipekit.errors import DataError
 
 
 class TokenDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The windows of `sequence_length` tokens of a token file; the labels are the tokens one place further.
+    """The windows of `sequence_length` tokens of a slice of a token file; the labels are the tokens one place further.
 
     Windows stand one after the other, so that every token but the last few is an input exactly once. The file
     is memory-mapped: a dataset of any size takes no memory, and is sent to another process as its path.
@@ -22,13 +20,13 @@ class TokenDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         DataError: if the file is broken or holds not even one window.
     """
 
-    def __init__(self, path: str | Path, sequence_length: int) -> None:
-        self.path = Path(path)
+    def __init__(self, token_slice: TokenSlice, sequence_length: int) -> None:
+        self.token_slice = token_slice
         self.sequence_length = sequence_length
-        self._tokens = load_tokens(self.path)
+        self._tokens = token_slice.load_tokens()
         if len(self) < 1:
             raise DataError(
-                f"{self.path} holds {len(self._tokens)} tokens, and one sample of "
+                f"{token_slice.path} holds {len(self._tokens)} tokens, and one sample of "
                 f"train.sequence_length={sequence_length} needs {sequence_length + 1}; "
                 "lower train.sequence_length or give more text"
             )
@@ -44,6 +42,6 @@ class TokenDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         window = torch.from_numpy(self._tokens[start : start + self.sequence_length + 1].astype(np.int64))
         return window[:-1], window[1:]
 
-    def __reduce__(self) -> tuple[type[TokenDataset], tuple[Path, int]]:
+    def __reduce__(self) -> tuple[type[TokenDataset], tuple[TokenSlice, int]]:
         # A pickled memory map would be a copy of the whole file.
-        return type(self), (self.path, self.sequence_length)
+        return type(self), (self.token_slice, self.sequence_length)

@@ -18,12 +18,19 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from pipekit.config import DataConfig
 from pipekit.data.corpus import Corpus, Passage, find_corpus, read_passages
+from pipekit.data.megatron import (
+    INDEX_SUFFIX,
+    TOKENS_SUFFIX,
+    IndexedTokensWriter,
+    TokenSlice,
+    sample_checksum,
+    take_documents,
+)
 from pipekit.data.tokenizer import (
     SIDE_FILES,
     TOKENIZER_FILE,
@@ -34,7 +41,6 @@ from pipekit.data.tokenizer import (
     tokenizer_threads,
     train_tokenizer,
 )
-from pipekit.data.tokens import TokenFileWriter, is_as_written, load_tokens, token_dtype
 from pipekit.errors import ConfigError, DataError, StorageError
 from pipekit.files import LATE_S, is_on_local_disk, replace_folder, wait_until_seen
 from pipekit.progress import ProgressCallback
@@ -45,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_DIR = "~/.cache/pipekit"
 TOKENIZER_SAMPLE_BYTES = 8_000_000
-_FORMAT_VERSION = 1  # raise it when the same settings would give other tokens
+_FORMAT_VERSION = 2  # raise it when the same settings would give other tokens
 _BATCH_BYTES = 1 << 20
 # A builder writes more often.
 _ABANDONED_S = 6 * 3600.0
@@ -54,31 +60,41 @@ _TRAIN_FILE = "train.bin"
 _VALIDATION_FILE = "validation.bin"
 
 
-class PreparedData(BaseModel, frozen=True):
-    """Token files that are ready for `TokenDataset`.
+class PreparedSource(BaseModel, frozen=True):
+    """The tokens of one source, for training and held out.
 
     `fingerprint` is the hash of all tokens in their order, which is the same on every machine that sees the same data.
-    `validation_path` is None where `data.validation_fraction` is 0.
+    `validation` is None where nothing is held out.
+    """
+
+    name: str
+    train: TokenSlice
+    validation: TokenSlice | None
+    fingerprint: str
+
+    @property
+    def slices(self) -> tuple[TokenSlice, ...]:
+        """The training tokens, and those that are held out where there are any."""
+        return (self.train,) if self.validation is None else (self.train, self.validation)
+
+
+class PreparedData(BaseModel, frozen=True):
+    """The tokens of all sources, ready for `TokenDataset`.
+
+    `fingerprint` is a hash over those of the sources.
     """
 
     tokenizer_path: Path
     vocab_size: int
-    train_path: Path
-    validation_path: Path | None
-    num_train_tokens: int
-    num_validation_tokens: int
+    sources: tuple[PreparedSource, ...]
     fingerprint: str
 
     def is_here(self, *, limit_s: float = LATE_S) -> bool:
         """True if this machine sees the files; those of another in a shared folder are waited for, for `limit_s`."""
-        itemsize = np.dtype(token_dtype(self.vocab_size)).itemsize
         sizes: dict[Path, int | None] = {self.tokenizer_path: None}
-        for path, num_tokens in (
-            (self.train_path, self.num_train_tokens),
-            (self.validation_path, self.num_validation_tokens),
-        ):
-            if path is not None:
-                sizes |= {path: num_tokens * itemsize, path.with_suffix(".json"): None}
+        for source in self.sources:
+            for token_slice in source.slices:
+                sizes |= token_slice.file_sizes
         try:
             wait_until_seen(sizes, limit_s=limit_s)
         except StorageError:
@@ -226,42 +242,43 @@ def _sample_texts(config: DataConfig, corpus: Corpus) -> Iterator[str]:
 def _write_splits(
     folder: Path, config: DataConfig, corpus: Corpus, tokenizer: TextTokenizer, report: ProgressCallback
 ) -> dict[str, Any]:
-    end = np.array([tokenizer.end_token_id], dtype=np.int64)
-    vocab_size, num_corpus_bytes = tokenizer.vocab_size, _num_corpus_bytes(config, corpus)
+    end, vocab_size, num_corpus_bytes = tokenizer.end_token_id, tokenizer.vocab_size, _num_corpus_bytes(config, corpus)
     num_bytes = num_documents = 0
     with ExitStack() as stack:
-        train = stack.enter_context(TokenFileWriter(folder / _TRAIN_FILE, vocab_size=vocab_size))
+        train = stack.enter_context(IndexedTokensWriter(folder / _TRAIN_FILE, vocab_size=vocab_size))
         validation = train
         if config.validation_fraction > 0:
-            validation = stack.enter_context(TokenFileWriter(folder / _VALIDATION_FILE, vocab_size=vocab_size))
-        unfinished: TokenFileWriter | None = None
+            validation = stack.enter_context(IndexedTokensWriter(folder / _VALIDATION_FILE, vocab_size=vocab_size))
+        unfinished: IndexedTokensWriter | None = None
         for batch in _batches(_read_splits(config, corpus)):
             report("encoding the text", min(1.0, num_bytes / num_corpus_bytes))
             all_token_ids = tokenizer.encode_batch([passage.text for passage, _ in batch])
             for (passage, held_out), token_ids in zip(batch, all_token_ids, strict=True):
                 writer = validation if held_out else train
                 if unfinished is not None and unfinished is not writer:
-                    unfinished.write(end)  # the rest of the document goes to the other split
+                    unfinished.end_document(end)  # the rest of the document goes to the other split
                 writer.write(token_ids)
                 if passage.ends_document:
-                    writer.write(end)
+                    writer.end_document(end)
                 unfinished = None if passage.ends_document else writer
                 num_bytes += passage.num_bytes
                 num_documents += passage.ends_document
         if num_documents == 0:
             raise DataError(f"data.source={_show(config.source)} holds no text; give files that are not empty")
+        if unfinished is not None:
+            unfinished.end_document(end)
         report("encoding the text", 1.0)
         both = f"{train.fingerprint} {validation.fingerprint}"
-        return {
-            "version": _FORMAT_VERSION,
-            "vocab_size": vocab_size,
-            "num_train_tokens": train.num_tokens,
-            "num_validation_tokens": validation.num_tokens if validation is not train else 0,
-            "fingerprint": hashlib.blake2b(both.encode(), digest_size=16).hexdigest(),
-            "source": _show(config.source),
-            "num_documents": num_documents,
-            "num_text_bytes": num_bytes,
-        }
+    files = sorted(path for path in folder.iterdir() if path.suffix in (TOKENS_SUFFIX, INDEX_SUFFIX))
+    return {
+        "version": _FORMAT_VERSION,
+        "vocab_size": vocab_size,
+        "fingerprint": hashlib.blake2b(both.encode(), digest_size=16).hexdigest(),
+        "checksums": {path.name: sample_checksum(path) for path in files},
+        "source": _show(config.source),
+        "num_documents": num_documents,
+        "num_text_bytes": num_bytes,
+    }
 
 
 def _load_prepared(folder: Path) -> PreparedData | None:
@@ -270,22 +287,25 @@ def _load_prepared(folder: Path) -> PreparedData | None:
         return None
     try:
         meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
-        validation_path = folder / _VALIDATION_FILE if (folder / _VALIDATION_FILE).exists() else None
-        paths = {"tokenizer_path": folder / TOKENIZER_FILE, "train_path": folder / _TRAIN_FILE}
-        prepared = PreparedData(**meta | paths, validation_path=validation_path)
-        num_validation_tokens = 0 if validation_path is None else len(load_tokens(validation_path))
-        is_whole = (
-            len(load_tokens(prepared.train_path)) == prepared.num_train_tokens
-            and num_validation_tokens == prepared.num_validation_tokens
-            and load_tokenizer(prepared.tokenizer_path).vocab_size == prepared.vocab_size
-            and all(is_as_written(path) for path in (prepared.train_path, validation_path) if path is not None)
+        checksums, fingerprint = dict(meta["checksums"]), meta["fingerprint"]
+        if any(sample_checksum(folder / name) != checksum for name, checksum in checksums.items()):
+            raise DataError("its files are not as they were written")
+        source = PreparedSource(
+            name="text",
+            train=take_documents(folder / _TRAIN_FILE),
+            validation=take_documents(folder / _VALIDATION_FILE) if _VALIDATION_FILE in checksums else None,
+            fingerprint=fingerprint,
         )
+        path = folder / TOKENIZER_FILE
+        prepared = PreparedData(
+            tokenizer_path=path, vocab_size=meta["vocab_size"], sources=(source,), fingerprint=fingerprint
+        )
+        if load_tokenizer(path).vocab_size != prepared.vocab_size:
+            raise DataError("its tokenizer is another")
     except (OSError, ValueError, TypeError, KeyError, DataError) as error:
         logger.warning("cached data in %s is broken and is made again: %s", folder, error)
         return None
-    if not is_whole:
-        logger.warning("cached data in %s is broken and is made again: its files are not as they were written", folder)
-    return prepared if is_whole else None
+    return prepared
 
 
 def _build_lock(folder: Path, *, timeout_s: float, report: ProgressCallback) -> AbstractContextManager[object]:
@@ -307,14 +327,16 @@ def _build_lock(folder: Path, *, timeout_s: float, report: ProgressCallback) -> 
 def _check_long_enough(prepared: PreparedData, config: DataConfig, sequence_length: int) -> None:
     needed = sequence_length + 1
     sample = f"one sample of train.sequence_length={sequence_length} needs {needed}"
-    num_train, num_held_out = prepared.num_train_tokens, prepared.num_validation_tokens
+    (source,) = prepared.sources
+    num_train = source.train.num_tokens
+    num_held_out = source.validation.num_tokens if source.validation is not None else 0
     if num_train < needed:
         wider = "" if config.max_bytes is None else f", raise data.max_bytes={config.max_bytes}"
         raise DataError(
             f"data.source={_show(config.source)} gives {num_train} training tokens, and {sample}; "
             f"lower train.sequence_length{_at_most(num_train)}{wider}, or give more text"
         )
-    if prepared.validation_path is not None and num_held_out < needed:
+    if source.validation is not None and num_held_out < needed:
         raise DataError(
             f"data.validation_fraction={config.validation_fraction:g} holds out {num_held_out} of "
             f"{num_train + num_held_out} tokens of data.source={_show(config.source)}, and {sample}; "

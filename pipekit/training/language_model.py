@@ -55,12 +55,11 @@ class LanguageModelTrial(LayersTrial):
         return language_model_loss(outputs, labels)
 
     def build_train_dataset(self) -> MapDataset:
-        return TokenDataset(self.data.train_path, self.context.config.train.sequence_length)
+        return TokenDataset(self.data.sources[0].train, self.context.config.train.sequence_length)
 
     def build_validation_dataset(self) -> MapDataset | None:
-        if self.data.validation_path is None:
-            return None
-        return TokenDataset(self.data.validation_path, self.context.config.train.sequence_length)
+        held_out = self.data.sources[0].validation
+        return None if held_out is None else TokenDataset(held_out, self.context.config.train.sequence_length)
 
     @cached_property
     def data(self) -> PreparedData:
@@ -70,9 +69,10 @@ class LanguageModelTrial(LayersTrial):
             return planned
         found = _prepare(self.context.config)
         if found.fingerprint != planned.fingerprint:
+            here, there = (data.sources[0].train.path for data in (found, planned))
             raise DataError(
-                f"data.source: the text of this machine gives other tokens ({found.train_path}) than that of rank 0's "
-                f"({planned.train_path}); copy it there, or set data.cache_dir to a folder that all machines share"
+                f"data.source: the text of this machine gives other tokens ({here}) than that of rank 0's ({there}); "
+                "copy it there, or set data.cache_dir to a folder that all machines share"
             )
         return found
 

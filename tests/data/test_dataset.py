@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from pipekit.data.dataset import TokenDataset
-from pipekit.data.tokens import TokenFileWriter
+from pipekit.data.megatron import IndexedTokensWriter, TokenSlice, take_documents
 from pipekit.errors import DataError
 
 
-def write_counting_tokens(path: Path, num_tokens: int, vocab_size: int = 1000) -> Path:
-    with TokenFileWriter(path, vocab_size=vocab_size) as writer:
+def write_counting_tokens(path: Path, num_tokens: int, vocab_size: int = 1000) -> TokenSlice:
+    with IndexedTokensWriter(path, vocab_size=vocab_size) as writer:
         writer.write(np.arange(num_tokens, dtype=np.int64))
-    return path
+        writer.end_document()
+    return take_documents(path)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_samples"), [(5, 1), (8, 1), (9, 2), (12, 2), (13, 3)])
@@ -33,11 +34,15 @@ def test_windows_follow_each_other_and_labels_are_one_further(
         dataset[num_samples]
 
 
-def test_wide_tokens_are_not_cut_off(tmp_path: Path) -> None:
+def test_wide_tokens_of_some_documents_are_not_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
-    with TokenFileWriter(path, vocab_size=200_000) as writer:
-        writer.write(np.array([199_999, 65_536, 7], dtype=np.int64))
-    assert TokenDataset(path, 2)[0][0].tolist() == [199_999, 65_536]
+    with IndexedTokensWriter(path, vocab_size=200_000) as writer:
+        for token_ids in ([1, 2], [199_999, 65_536, 7], [3, 4]):
+            writer.write(np.array(token_ids, dtype=np.int64))
+            writer.end_document()
+    dataset = TokenDataset(take_documents(path, 1, 1), 2)
+    assert len(dataset) == 1, "one document of three"
+    assert dataset[0][0].tolist() == [199_999, 65_536]
 
 
 def test_a_pickled_dataset_is_small_and_equal(tmp_path: Path) -> None:
@@ -48,6 +53,6 @@ def test_a_pickled_dataset_is_small_and_equal(tmp_path: Path) -> None:
 
 
 def test_less_than_one_window_is_refused(tmp_path: Path) -> None:
-    path = write_counting_tokens(tmp_path / "train.bin", 4)
+    tokens = write_counting_tokens(tmp_path / "train.bin", 4)
     with pytest.raises(DataError, match=r"holds 4 tokens, .*sequence_length=4 needs 5"):
-        TokenDataset(path, sequence_length=4)
+        TokenDataset(tokens, sequence_length=4)

@@ -15,9 +15,9 @@ from filelock import FileLock
 from late_disk import LateDisk
 from pipekit.config import DataConfig
 from pipekit.data import prepare
+from pipekit.data.megatron import TokenSlice
 from pipekit.data.prepare import PreparedData, is_held_out, prepare_data
 from pipekit.data.tokenizer import load_tokenizer
-from pipekit.data.tokens import load_tokens
 from pipekit.errors import DataError, PipekitError
 
 
@@ -37,14 +37,18 @@ def make_config(tmp_path: Path, **values: Any) -> DataConfig:
     return DataConfig(**{**defaults, "validation_fraction": 0.1, **values})
 
 
-def read_split(prepared: PreparedData, path: Path | None) -> list[str]:
-    """Return the documents of a split: its tokens, divided at the end token and decoded."""
-    assert path is not None
+def read_split(prepared: PreparedData, split: TokenSlice | None) -> list[str]:
+    """Return the documents of a split, decoded; each ends with the end token and has no other."""
+    assert split is not None
     tokenizer = load_tokenizer(prepared.tokenizer_path)
-    tokens = load_tokens(path)
-    ends = np.flatnonzero(tokens == tokenizer.end_token_id)
-    assert ends[-1] == len(tokens) - 1
-    return [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+    tokens, bounds = split.load_tokens(), split.load_bounds()
+    assert np.flatnonzero(tokens == tokenizer.end_token_id).tolist() == (bounds[1:] - 1).tolist()
+    assert split.num_documents == len(bounds) - 1
+    return [tokenizer.decode(part.tolist()) for part in np.split(tokens, bounds[1:-1])]
+
+
+def train_path(prepared: PreparedData) -> Path:
+    return prepared.sources[0].train.path
 
 
 def list_cache(tmp_path: Path) -> list[str]:
@@ -53,32 +57,33 @@ def list_cache(tmp_path: Path) -> list[str]:
 
 def test_both_splits_together_hold_every_document_once(tmp_path: Path, documents: list[str]) -> None:
     prepared = prepare_data(make_config(tmp_path), sequence_length=16)
-    train, held_out = (read_split(prepared, path) for path in (prepared.train_path, prepared.validation_path))
+    train, held_out = (read_split(prepared, split) for split in prepared.sources[0].slices)
     assert sorted(train + held_out) == sorted(documents)
     assert len(held_out) == 4
     assert train == [text for text in documents if text in train], "out of order"
-    assert prepared.num_train_tokens == len(load_tokens(prepared.train_path))
     assert prepared.vocab_size == load_tokenizer(prepared.tokenizer_path).vocab_size <= 300
 
 
 def test_without_validation_all_text_is_for_training(tmp_path: Path, documents: list[str]) -> None:
     prepared = prepare_data(make_config(tmp_path, validation_fraction=0), sequence_length=16)
-    assert read_split(prepared, prepared.train_path) == documents
-    assert (prepared.validation_path, prepared.num_validation_tokens) == (None, 0)
+    (source,) = prepared.sources
+    assert read_split(prepared, source.train) == documents
+    assert source.validation is None
 
 
 def test_one_long_file_is_divided_as_well(tmp_path: Path) -> None:
     lines = [f"{index} of many lines\n" for index in range(4000)]
     (tmp_path / "text").write_text("".join(lines))
     prepared = prepare_data(make_config(tmp_path), sequence_length=16)
-    train, held_out = (read_split(prepared, path) for path in (prepared.train_path, prepared.validation_path))
+    train, held_out = (read_split(prepared, split) for split in prepared.sources[0].slices)
     read = [part.splitlines(keepends=True) for part in train + held_out]
     assert sorted(line for part in read for line in part) == sorted(lines)
     # Text that does not follow in the file is never joined without an end token between.
     for part in read:
         first = int(part[0].split()[0])
         assert part == lines[first : first + len(part)]
-    share = prepared.num_validation_tokens / (prepared.num_train_tokens + prepared.num_validation_tokens)
+    num_train, num_held_out = (split.num_tokens for split in prepared.sources[0].slices)
+    share = num_held_out / (num_train + num_held_out)
     assert 0.05 < share < 0.15
 
 
@@ -94,21 +99,21 @@ def test_held_out_share_is_near_the_fraction_everywhere(fraction: float) -> None
 
 def test_second_call_reads_the_cache(tmp_path: Path, documents: list[str]) -> None:
     first = prepare_data(make_config(tmp_path), sequence_length=16)
-    modified = first.train_path.stat().st_mtime_ns
+    modified = train_path(first).stat().st_mtime_ns
     messages: list[str] = []
     second = prepare_data(
         make_config(tmp_path), sequence_length=64, on_progress=lambda message, _: messages.append(message)
     )
     assert second == first
     assert messages == []
-    assert first.train_path.stat().st_mtime_ns == modified
+    assert train_path(first).stat().st_mtime_ns == modified
 
 
 def test_the_same_settings_elsewhere_give_the_same_tokens(tmp_path: Path, documents: list[str]) -> None:
     first = prepare_data(make_config(tmp_path), sequence_length=16)
     second = prepare_data(make_config(tmp_path, cache_dir=str(tmp_path / "other")), sequence_length=16)
-    assert second.train_path != first.train_path
-    assert second.train_path.read_bytes() == first.train_path.read_bytes()
+    assert train_path(second) != train_path(first)
+    assert train_path(second).read_bytes() == train_path(first).read_bytes()
     assert second.fingerprint == first.fingerprint
 
 
@@ -125,7 +130,7 @@ def test_other_settings_give_other_tokens(
         assert second == first
     else:
         assert second.fingerprint != first.fingerprint
-        assert second.train_path != first.train_path
+        assert train_path(second) != train_path(first)
 
 
 def test_changed_text_is_prepared_anew(tmp_path: Path, documents: list[str]) -> None:
@@ -133,7 +138,7 @@ def test_changed_text_is_prepared_anew(tmp_path: Path, documents: list[str]) -> 
     (tmp_path / "text" / "07.txt").write_text("something else")
     second = prepare_data(make_config(tmp_path), sequence_length=16)
     assert second.fingerprint != first.fingerprint
-    assert "something else" in read_split(second, second.train_path) + read_split(second, second.validation_path)
+    assert "something else" in [text for split in second.sources[0].slices for text in read_split(second, split)]
 
 
 def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, documents: list[str]) -> None:
@@ -142,7 +147,7 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path, documents: list[str]
     path.write_bytes(trained.tokenizer_path.read_bytes())
     given = prepare_data(make_config(tmp_path, tokenizer=str(path)), sequence_length=16)
     assert given.tokenizer_path.read_bytes() == path.read_bytes()
-    assert given.train_path != trained.train_path
+    assert train_path(given) != train_path(trained)
     assert given.fingerprint == trained.fingerprint  # the same tokens by another way
     with pytest.raises(DataError, match=r"data\.tokenizer='none\.json': no such file"):
         prepare_data(make_config(tmp_path, tokenizer="none.json"), sequence_length=16)
@@ -157,13 +162,13 @@ def test_a_broken_tokenizer_is_named_by_its_own_path(tmp_path: Path, documents: 
     assert list_cache(tmp_path) == [name for name in list_cache(tmp_path) if name.endswith(".lock")]
 
 
-@pytest.mark.parametrize("broken", ["train.bin", "train.json", "validation.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("broken", ["train.bin", "train.idx", "validation.bin", "tokenizer.json", "meta.json"])
 @pytest.mark.parametrize("how", ["cut", "deleted"])
 def test_a_broken_cache_is_made_again(
     tmp_path: Path, documents: list[str], broken: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = prepare_data(make_config(tmp_path), sequence_length=16)
-    path = first.train_path.with_name(broken)
+    path = train_path(first).with_name(broken)
     whole = path.read_bytes()
     if how == "cut":
         path.write_bytes(whole[:-3])
@@ -179,7 +184,7 @@ def test_a_cache_that_was_written_over_is_made_again(
     tmp_path: Path, documents: list[str], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = prepare_data(make_config(tmp_path), sequence_length=16)
-    path = first.train_path.with_name(name)
+    path = train_path(first).with_name(name)
     whole = path.read_bytes()
     path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]))
     assert prepare_data(make_config(tmp_path), sequence_length=16) == first
@@ -192,9 +197,11 @@ def test_data_that_another_machine_has_prepared_are_waited_for(tmp_path: Path, d
     with LateDisk({"validation.bin": 40.0}) as disk:
         assert prepared.is_here()
         assert 40 <= disk.now_s < 42
-    with LateDisk({"train.json": 40.0}) as disk:
+    with LateDisk({"train.idx": 40.0}) as disk:
         assert not prepared.is_here(limit_s=20)
-    assert not prepared.model_copy(update={"num_train_tokens": 1}).is_here(), "another file of that name is seen"
+    (source,) = prepared.sources
+    other = source.model_copy(update={"train": source.train.model_copy(update={"num_file_bytes": 1})})
+    assert not prepared.model_copy(update={"sources": (other,)}).is_here(), "another file of that name is seen"
 
 
 def test_progress_goes_up_to_one(tmp_path: Path) -> None:
@@ -214,7 +221,7 @@ def test_progress_goes_up_to_one(tmp_path: Path) -> None:
 def test_too_little_text_is_refused_with_numbers(tmp_path: Path, documents: list[str]) -> None:
     config = make_config(tmp_path, validation_fraction=0.05)
     prepared = prepare_data(config, sequence_length=16)
-    num_train, num_held_out = prepared.num_train_tokens, prepared.num_validation_tokens
+    num_train, num_held_out = (split.num_tokens for split in prepared.sources[0].slices)
     # Each remedy that a message names works, to the last token.
     with pytest.raises(
         DataError, match=rf"holds out {num_held_out} of .*sequence_length to {num_held_out - 1} or less"
@@ -261,7 +268,7 @@ def start_process(tmp_path: Path, die_at: str = "") -> subprocess.Popen[str]:
 
 def find_lock(tmp_path: Path) -> Path:
     """Return the lock of `make_config(tmp_path)`, by making and deleting what it guards."""
-    folder = prepare_data(make_config(tmp_path), sequence_length=16).train_path.parent
+    folder = train_path(prepare_data(make_config(tmp_path), sequence_length=16)).parent
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
@@ -288,7 +295,7 @@ def test_a_builder_that_was_killed_leaves_nothing_behind(tmp_path: Path, documen
     assert killed.returncode == -signal.SIGKILL
     assert [name for name in list_cache(tmp_path) if "building" in name], "it was killed too late"
     prepared = prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)
-    key = prepared.train_path.parent.name
+    key = train_path(prepared).parent.name
     assert list_cache(tmp_path) == [key, f"{key}.lock"]
 
 
@@ -311,10 +318,10 @@ def test_a_builder_on_another_machine_that_knows_no_lock_is_left_alone(
             identity.append(0)
             lock.rename(lock.with_name("held by one machine alone"))
             first = prepare_data(make_config(tmp_path), sequence_length=16)
-            identity[0] = first.train_path.stat().st_ino
+            identity[0] = train_path(first).stat().st_ino
 
     found = prepare_data(make_config(tmp_path), sequence_length=16, on_progress=other_ends_first)
-    assert found.train_path.stat().st_ino == identity[0]
+    assert train_path(found).stat().st_ino == identity[0]
     assert others.is_dir()
     assert not abandoned.exists()
 
@@ -340,7 +347,7 @@ def test_an_error_while_building_leaves_nothing_behind(tmp_path: Path, documents
 
 def test_meta_says_what_the_folder_holds(tmp_path: Path, documents: list[str]) -> None:
     prepared = prepare_data(make_config(tmp_path), sequence_length=16)
-    meta = json.loads((prepared.train_path.parent / "meta.json").read_text())
+    meta = json.loads((train_path(prepared).parent / "meta.json").read_text())
     assert meta["num_documents"] == 40
     assert meta["num_text_bytes"] == sum(map(len, documents))
     assert meta["source"] == os.fspath(tmp_path / "text")
