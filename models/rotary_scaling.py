@@ -90,13 +90,14 @@ class RotaryScaling(Section):
             )
         return self
 
-    def scale(self, frequencies: Tensor, base: float, num_tokens: int) -> tuple[Tensor, float]:
+    def scale(self, frequencies: Tensor, base: float, num_tokens: int | Tensor) -> tuple[Tensor, float]:
         """Scaled frequencies in radians per token, and the factor of cosines and sines.
 
         Args:
             frequencies: `(R / 2)`, in fp32, base^(-i / R) for i = 0, 2, 4, ...
             base: of the wavelengths.
-            num_tokens: length of the sequence.
+            num_tokens: length of the sequence; or `(B, S, 1)`, that of each token's document, and then the frequencies
+                are `(B, S, R / 2)`.
         """
         if self.type == "linear":
             return frequencies / self.factor, 1.0
@@ -106,8 +107,11 @@ class RotaryScaling(Section):
             return self._blend(frequencies, base), self._attention_factor()
         if self.type == "longrope":
             assert self.original_max_positions is not None
-            factors = self.long_factor if num_tokens > self.original_max_positions else self.short_factor
-            return frequencies / frequencies.new_tensor(factors), self._attention_factor()
+            is_long = num_tokens > self.original_max_positions
+            long, short = (frequencies / frequencies.new_tensor(each) for each in (self.long_factor, self.short_factor))
+            if isinstance(is_long, bool):
+                return long if is_long else short, self._attention_factor()
+            return is_long * long + ~is_long * short, self._attention_factor()
         return frequencies, 1.0
 
     def _scale_long(self, frequencies: Tensor) -> Tensor:

@@ -162,6 +162,7 @@ def build_engine(
     extra: dict[str, Any] | None = None,
     profile: bool = False,
     device: str | torch.device = "cpu",
+    loss_weight: Any = None,
 ) -> Any:
     from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
     from pipekit.distributed.mpu import ModelParallelUnit
@@ -193,6 +194,7 @@ def build_engine(
         sequence_parallel=case.sequence_parallel,
         schedule=case.schedule,
         compile_layers=case.compile,
+        loss_weight=loss_weight,
     )
     return build.build_engine(
         module,

@@ -65,6 +65,7 @@ class FakeEngine(TrainingEngine):
 
     def __init__(self, norms: Sequence[float] = ()) -> None:
         self.mpu: Any = SimpleNamespace(activity=Activity())
+        self.executor: Any = SimpleNamespace(total_weight=None)
         self.view = SimpleNamespace(
             step_count=lambda: 1,
             state_names=list,

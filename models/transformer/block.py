@@ -23,6 +23,13 @@ from torch import Tensor, nn
 from pipekit.errors import LayoutError
 from pipekit.models.family import AttentionHeads
 from pipekit.models.transformer.cache import KeyValueCache
+from pipekit.models.transformer.documents import (
+    Hidden,
+    attend_within_documents,
+    number_documents,
+    passing_positions,
+    take_positions,
+)
 from pipekit.models.transformer.norm import NORMS, HeadsRMSNorm, Norm
 from pipekit.models.transformer.rotary import Rotary
 from pipekit.tensor_parallel import (
@@ -164,11 +171,12 @@ class Attention(_NormedModule):
             for parameter in (*self.q_norm.parameters(), *self.k_norm.parameters()):
                 mark_partial_gradient(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._attend(*self._project(self.norm(x)))  # (B, H, S, E)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        documents = None if positions is None else number_documents(positions)
+        y = self._attend(*self._project(self.norm(x), positions), documents)  # (B, H, S, E)
         return self._finish(self.projection(rearrange(y, "b h s e -> b s (h e)")))  # (B, S, D)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
         if self.qkv is not None:
             num_ranks = 1 if self.group is None else self.group.size
@@ -186,35 +194,49 @@ class Attention(_NormedModule):
             return q, k, v
         if self.cache is not None:
             return (*self.rotary.turn(q, k, *self.cache.rotation(self.rotary, q.dtype)), v)
-        return (*self.rotary.rotate(q, k), v)
+        return (*self.rotary.rotate(q, k, positions), v)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Weighted sums of the values, `(B, heads, S, E)`."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        """Weighted sums of the values, `(B, heads, S, E)`, within the `documents` `(B, S)` if these are given."""
         length = q.shape[2]
         if self.cache is not None:
             k, v = self.cache.extend(self, k, v, self.window)
             if self.cache.num_slots or self.cache.padding is not None:
                 return self._weigh_masked(q, k, v, self.cache.mask(k.shape[2], self.window))
         window = length if self.window is None else self.window
+        # Flex attention drops nothing out.
+        if documents is not None and q.is_cuda and not (self.training and self.dropout):
+            return attend_within_documents(q, k, v, documents, window=window, scale=self.scale, soft_cap=self.soft_cap)
         size = block_size(length, window)
         if size is None:
-            return self._weigh(q, k, v, window)
+            return self._weigh(q, k, v, window, documents)
         # Each block of tokens attends to itself and the one before: far less than all tokens to all.
-        first = self._weigh(q[:, :, :size], k[:, :, :size], v[:, :, :size], window)
+        others_documents = None
+        if documents is not None:
+            blocks = rearrange(documents, "b (n s) -> b n s", s=size)
+            documents, others_documents = blocks[:, 0], torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
+        first = self._weigh(q[:, :, :size], k[:, :, :size], v[:, :, :size], window, documents)
         queries = rearrange(q[:, :, size:], "b h (n s) e -> (b n) h s e", s=size)
         keys, values = (rearrange(each, "b h (n s) e -> b n h s e", s=size) for each in (k, v))
         keys, values = (torch.cat([each[:, :-1], each[:, 1:]], dim=3).flatten(0, 1) for each in (keys, values))
-        others = self._weigh(queries, keys, values, window)
+        others = self._weigh(queries, keys, values, window, others_documents)
         return torch.cat([first, rearrange(others, "(b n) h s e -> b h (n s) e", b=len(q))], dim=2)
 
-    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Weighted sums of the values, `(B, heads, S, E)`, where the queries are of the last S tokens of the keys."""
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+        """Weighted sums of the values, `(B, heads, S, E)`, where the queries are of the last S tokens of the keys.
+
+        The keys are those of tokens of the `documents`; None where all are of one.
+        """
         num_queries, num_keys = q.shape[2], k.shape[2]
-        if self.soft_cap is None and num_queries == num_keys <= window:
+        if self.soft_cap is None and documents is None and num_queries == num_keys <= window:
             return self._weigh_masked(q, k, v, None, is_causal=True)
         positions = torch.arange(num_keys, device=q.device)
         distances = positions[num_keys - num_queries :].unsqueeze(1) - positions
-        return self._weigh_masked(q, k, v, (distances >= 0) & (distances < window))
+        mask = (distances >= 0) & (distances < window)
+        if documents is not None:
+            is_same = documents[:, num_keys - num_queries :, None] == documents[:, None]  # (B, S, T)
+            mask = (mask & is_same).unsqueeze(1)
+        return self._weigh_masked(q, k, v, mask)
 
     def _weigh_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
         """Weighted sums of the values, `(B, heads, S, E)`, where the mask is True for a query and a key."""
@@ -266,9 +288,12 @@ class AttentionHalf(Attention):
     """`x + dropout(attention(norm(x)))`: the first half of a block, `(B, S, D)` to `(B, S, D)`."""
 
     supports_cache = True
+    takes_documents = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+    def forward(self, x: Hidden) -> Hidden:  # type: ignore[override]
+        x, positions = take_positions(x)
+        y: Tensor = x + super().forward(x, positions)
+        return y if positions is None else (y, positions)
 
 
 class MLP(_NormedModule):
@@ -326,7 +351,9 @@ class MLPHalf(MLP):
     """`x + dropout(mlp(norm(x)))`: the second half of a block, `(B, S, D)` to `(B, S, D)`."""
 
     supports_cache = True
+    takes_documents = True
 
+    @passing_positions
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
@@ -339,6 +366,7 @@ class ParallelBlock(TensorParallelModule):
 
     sequence_flow = SHARDED
     supports_cache = True
+    takes_documents = True
 
     def __init__(
         self,
@@ -358,7 +386,9 @@ class ParallelBlock(TensorParallelModule):
         self.attention = Attention(hidden_size, num_heads, rotary=rotary, **common)
         self.mlp = MLP(hidden_size, ffn_size, activation=activation, **common)
 
-    def forward(self, x: Tensor) -> Tensor:
-        attended: Tensor = self.attention(x)
+    def forward(self, x: Hidden) -> Hidden:
+        x, positions = take_positions(x)
+        attended: Tensor = self.attention(x, positions)
         expanded: Tensor = self.mlp(x)
-        return x + attended + expanded
+        y = x + attended + expanded
+        return y if positions is None else (y, positions)

@@ -6,10 +6,12 @@ Shapes: B sequences, S tokens, D hidden size, V vocabulary size, P positions.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipekit.errors import ConfigError
 from pipekit.models.transformer.cache import KeyValueCache
+from pipekit.models.transformer.documents import Hidden, passing_positions, take_positions
 from pipekit.tensor_parallel import (
     SHARDED,
     SequenceFlow,
@@ -27,6 +29,7 @@ class TokenEmbedding(VocabularyParallelEmbedding):
 
     sequence_flow = SequenceFlow(returns_shard=True)
     supports_cache = True
+    takes_documents = True
 
     def __init__(
         self, vocab_size: int, hidden_size: int, *, scale: float | None = None, dropout: float = 0.0, init_std: float
@@ -34,6 +37,7 @@ class TokenEmbedding(VocabularyParallelEmbedding):
         super().__init__(vocab_size, hidden_size, init_std=init_std)
         self.scale, self.dropout = scale, dropout
 
+    @passing_positions
     def forward(self, token_ids: Tensor) -> Tensor:
         x = super().forward(token_ids)
         if self.scale is not None:
@@ -51,6 +55,7 @@ class PositionEmbedding(TensorParallelModule):
     sequence_flow = SHARDED
     supports_cache = True
     cache: KeyValueCache | None = None
+    takes_documents = True
 
     def __init__(self, max_positions: int, hidden_size: int, *, dropout: float, init_std: float) -> None:
         super().__init__()
@@ -58,7 +63,8 @@ class PositionEmbedding(TensorParallelModule):
         self.dropout = dropout
         nn.init.normal_(self.weight, std=init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Hidden) -> Hidden:
+        x, positions = take_positions(x)
         parts = self.group if self.sequence_parallel else None
         length, max_positions = x.shape[1], self.weight.shape[0]
         num_tokens, first = (length, 0) if parts is None else (length * parts.size, length * parts.rank)
@@ -69,8 +75,11 @@ class PositionEmbedding(TensorParallelModule):
                 f"a sequence of {num_tokens} tokens is longer than model.max_positions={max_positions}; "
                 "shorten it, or train a model with more positions"
             )
-        if self.cache is not None and self.cache.padding is not None:
+        if positions is not None:
+            x = x + F.embedding(positions[:, first : first + length], self.weight)
+        elif self.cache is not None and self.cache.padding is not None:
             x = x + self.weight[self.cache.positions()]  # (B, S, D) + (B, S, D)
         else:
             x = x + self.weight[first : first + length]  # (B, S, D) + (S, D)
-        return sharded_dropout(x, self.dropout, self.training, parts)
+        y = sharded_dropout(x, self.dropout, self.training, parts)
+        return y if positions is None else (y, positions)

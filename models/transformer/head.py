@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.models.family import LossChunk
+from pipekit.models.transformer.documents import Hidden, take_positions
 from pipekit.models.transformer.embedding import TokenEmbedding
 from pipekit.tensor_parallel import (
     Logits,
@@ -29,6 +30,7 @@ class Head(VocabularyParallelModule):
 
     sequence_flow = SequenceFlow(takes_shard=True)
     supports_cache = True
+    takes_documents = True
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class Head(VocabularyParallelModule):
         super().__init__(vocab_size, hidden_size, init_std=init_std)
         self.loss_chunk_tokens, self.soft_cap = loss_chunk_tokens, soft_cap
 
-    def forward(self, x: Tensor) -> Tensor | Logits:
+    def forward(self, x: Hidden) -> Tensor | Logits:
         return score_vocabulary(self, x, self.loss_chunk_tokens, soft_cap=self.soft_cap)
 
 
@@ -54,13 +56,14 @@ class TiedHead:
     soft_cap: float | None = None
     sequence_flow: ClassVar[SequenceFlow] = SequenceFlow(takes_shard=True)
     supports_cache: ClassVar = True
+    takes_documents: ClassVar[bool] = True
 
-    def __call__(self, embedding: TokenEmbedding, x: Tensor) -> Tensor | Logits:
+    def __call__(self, embedding: TokenEmbedding, x: Hidden) -> Tensor | Logits:
         return score_vocabulary(embedding, x, self.loss_chunk_tokens, soft_cap=self.soft_cap)
 
 
 def score_vocabulary(
-    module: VocabularyParallelModule, x: Tensor, loss_chunk_tokens: LossChunk, *, soft_cap: float | None = None
+    module: VocabularyParallelModule, x: Hidden, loss_chunk_tokens: LossChunk, *, soft_cap: float | None = None
 ) -> Tensor | Logits:
     """Scores of every token of the vocabulary, `(B, S, V)`.
 
@@ -69,11 +72,12 @@ def score_vocabulary(
 
     Args:
         module: has the `weight` `(V, D)`, of which a tensor-parallel rank has some rows.
-        x: `(B, S, D)`, or this rank's part of the sequence.
+        x: `(B, S, D)`, or this rank's part of the sequence; positions beside it are left out.
         loss_chunk_tokens: how many tokens the loss computes the scores of at a time: None of all, `auto` of all where
             they are few.
         soft_cap: limit that the scores approach; None where there is none.
     """
+    x, _ = take_positions(x)
     parts = module.group if module.sequence_parallel else None
     chunk = loss_chunk_tokens
     if chunk == "auto":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipekit.models.transformer.documents import passing_positions
 from pipekit.tensor_parallel import (
     SHARDED,
     Shard,
@@ -82,6 +83,8 @@ class FinalNorm(nn.LayerNorm):
 
     sequence_flow = SHARDED
     supports_cache = True
+    takes_documents = True
+    forward = passing_positions(nn.LayerNorm.forward)  # type: ignore[assignment]
 
 
 class FinalRMSNorm(nn.RMSNorm):
@@ -89,6 +92,8 @@ class FinalRMSNorm(nn.RMSNorm):
 
     sequence_flow = SHARDED
     supports_cache = True
+    takes_documents = True
+    forward = passing_positions(nn.RMSNorm.forward)  # type: ignore[assignment]
 
 
 class FinalOffsetRMSNorm(OffsetRMSNorm):
@@ -96,6 +101,8 @@ class FinalOffsetRMSNorm(OffsetRMSNorm):
 
     sequence_flow = SHARDED
     supports_cache = True
+    takes_documents = True
+    forward = passing_positions(OffsetRMSNorm.forward)  # type: ignore[assignment]
 
 
 NORMS: dict[Norm, Callable[..., nn.Module]] = {

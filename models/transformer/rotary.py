@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipekit.models.rotary_scaling import RotaryScaling
+from pipekit.models.transformer.documents import document_lengths
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,28 @@ class Rotary:
         """Length beyond which all positions of a sequence are rotated otherwise; None where there is none."""
         return None if self.scaling is None or self.scaling.type != "longrope" else self.scaling.original_max_positions
 
-    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys of a sequence from its first token on, each `(B, heads, S, E)`."""
-        positions = torch.arange(q.shape[2], device=q.device)
-        return self.turn(q, k, *self.angles(positions, q.shape[2], q.dtype))
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys of a sequence, each `(B, heads, S, E)`.
 
-    def angles(self, positions: Tensor, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(..., R)` of the angles at positions `(...)` of a sequence of `num_tokens`."""
+        Args:
+            q: queries.
+            k: keys.
+            positions: `(B, S)`, of the tokens in their documents; None where the sequence is one, from its first token.
+        """
+        length = q.shape[2]
+        if positions is None:
+            return self.turn(q, k, *self.angles(torch.arange(length, device=q.device), length, q.dtype))
+        num_tokens: int | Tensor = length
+        if self.turns_at is not None and length > self.turns_at:
+            num_tokens = document_lengths(positions).unsqueeze(-1)
+        cos, sin = self.angles(positions, num_tokens, q.dtype)
+        return self.turn(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
+
+    def angles(self, positions: Tensor, num_tokens: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(..., R)` of the angles at positions `(...)` of a sequence of `num_tokens`.
+
+        These may be `(..., 1)`, the length of each token's document.
+        """
         exponents = torch.arange(0, self.size, 2, dtype=torch.float32, device=positions.device) / self.size
         frequencies, factor = 1.0 / self.base**exponents, 1.0  # (R / 2)
         if self.scaling is not None:

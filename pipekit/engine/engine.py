@@ -67,6 +67,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
                     self.schedule,
                     self.data_iterator,
                     loss_fn=self.module.loss_fn,
+                    loss_weight=self.module.loss_weight,
                     loss_scale=self.view.loss_scale,
                     dropout_step=self.global_steps,
                 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.deepspeed.optimizer_view import OptimizerView
@@ -29,6 +30,10 @@ from pipekit.tensors.weight_gradients import WeightGradients, deferring
 
 Observer = Callable[[Any, Any], None]
 """Called with the last layer's outputs and the labels of a micro-batch."""
+
+LossWeight = Callable[[Any], Tensor | None]
+"""Called with the labels of a micro-batch; returns what that counts in the mean loss of the global batch, such as its
+number of labels. None counts all micro-batches alike, and then does so for each."""
 
 LastGradients = Callable[[int, list[Tensor] | None], AbstractContextManager[None]]
 """Called with a stage before the action that completes its gradients of a step, and with the weights that get gradients
@@ -65,6 +70,10 @@ class Executor:
         last_gradients: wraps the action that completes a stage's gradients of a step.
         forward: called as the module's forward is, which it is unless given.
         backward: called with the outputs of a forward and their gradients; autograd's unless given.
+
+    Attributes:
+        total_weight: on the last stage, what all replicas' micro-batches of the last pass count together; None where
+            they count alike.
     """
 
     def __init__(
@@ -94,6 +103,7 @@ class Executor:
         self._ends = ChannelEnds(mpu, device)
         self.reader = MicroBatchReader(mpu, self._ends.headers)
         self.stopwatch: Stopwatch | None = None
+        self.total_weight: Tensor | None = None
 
     def run(
         self,
@@ -101,6 +111,7 @@ class Executor:
         data: Iterator[Any] | None,
         *,
         loss_fn: Callable[[Any, Any], Any] | None = None,
+        loss_weight: LossWeight | None = None,
         loss_scale: float = 1.0,
         dropout_step: int | None = None,
         observe: Observer | None = None,
@@ -111,6 +122,8 @@ class Executor:
             schedule: the table.
             data: yields the micro-batches on the first and the last stage; not read on others.
             loss_fn: called as `loss_fn(outputs, labels)` on the last stage; None where the outputs are the loss.
+            loss_weight: weighs the micro-batches of all replicas in their mean; None counts them alike. A loss is then
+                returned as its share: the mean of all of them is the weighted mean.
             loss_scale: multiplies the loss before its backward; the gradients are those of the mean over micro-batches
                 times this.
             dropout_step: the step that seeds dropout; None in evaluation.
@@ -130,7 +143,7 @@ class Executor:
             self._sender(peer).start(acknowledgements)
         # Evaluations are not timed: what was timed last is a training step.
         stopwatch = self.stopwatch if torch.is_grad_enabled() else None
-        run = _Run(self, table, step_data, loss_fn, loss_scale, dropout_step, observe, stopwatch)
+        run = _Run(self, table, step_data, loss_fn, loss_weight, loss_scale, dropout_step, observe, stopwatch)
         if stopwatch is not None:
             stopwatch.begin()
         confirmed = False
@@ -152,6 +165,7 @@ class Executor:
         run.finish()
         for sender in self._senders.values():
             sender.drain()
+        self.total_weight = run.total_weight
         return run.losses
 
     def _read_table(self, schedule: Schedule) -> _Table:
@@ -236,6 +250,7 @@ class _Run:
         table: _Table,
         data: StepData,
         loss_fn: Callable[[Any, Any], Any] | None,
+        loss_weight: LossWeight | None,
         loss_scale: float,
         dropout_step: int | None,
         observe: Observer | None,
@@ -254,6 +269,7 @@ class _Run:
         labels = [labels for _, labels in data.micro_batches] if self._mpu.is_last_stage else []
         self._step_inputs, self._step_labels = to_device(inputs, self._device), to_device(labels, self._device)
         self._loss_fn = loss_fn
+        self._weights, self.total_weight = self._weigh(loss_weight)
         self._backward_scale = loss_scale / table.schedule.num_micro_batches
         self._dropout_step = dropout_step
         self._observe = observe
@@ -266,6 +282,18 @@ class _Run:
         self._received: dict[Action, tuple[Tensor, ...]] = {}
         self._results: dict[Action, tuple[tuple[Tensor, ...], Any]] = {}
         self.losses: list[Tensor] = []
+
+    def _weigh(self, loss_weight: LossWeight | None) -> tuple[Tensor | None, Tensor | None]:
+        """Weight of each micro-batch's loss, of a mean of 1 over all replicas; and the sum of what they count."""
+        counts = [None if loss_weight is None else loss_weight(labels) for labels in self._step_labels]
+        if not counts or any(count is None for count in counts):
+            return None, None
+        each = torch.stack([count for count in counts if count is not None]).to(self._device, torch.float64)
+        total, dp = each.sum(), self._mpu.layout.dp
+        if dp > 1:
+            dist.all_reduce(total, group=self._mpu.data.process_group)
+        # Of nothing at all, nothing is learned.
+        return (each * (len(each) * dp) / total.clamp(min=1e-30)).float(), total
 
     def do(self, operation: Operation) -> None:
         action, peer = operation.action, operation.peer
@@ -378,6 +406,10 @@ class _Run:
         if torch.is_grad_enabled() and (not isinstance(loss, Tensor) or loss.numel() != 1):
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise PipekitError(f"the loss of {action} is {what}; the loss function must return a scalar tensor")
+        if self._weights is not None:
+            weight = self._weights[action.micro_batch]
+            # The mean of no label is nan.
+            loss = torch.where(weight > 0, loss * weight, 0.0)
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self.losses.append(loss.detach().float().reshape(()))
         if self._observe is not None:

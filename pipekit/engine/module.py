@@ -80,6 +80,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             that can work on parts.
         compile_layers: whether torch compiles the layers whose class occurs more than once in the model, each class
             once. Random numbers stay those of uncompiled layers.
+        loss_weight: called on the last stage as `loss_weight(labels)`; returns what a micro-batch counts in the mean
+            loss of the global batch. None counts all alike.
 
     Raises:
         PipekitError: if layers, degrees and processes do not fit together.
@@ -107,6 +109,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         device: torch.device | str | None = None,
         sequence_parallel: bool = True,
         compile_layers: bool = False,
+        loss_weight: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         if not seed_layers:
@@ -118,7 +121,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             )
         self.layer_specs = adopt_layers(layers)
         self.layer_names = layer_names(self.layer_specs)
-        self.loss_fn = loss_fn
+        self.loss_fn, self.loss_weight = loss_fn, loss_weight
         self.seed = base_seed
         self._seed = seed_fn or _seed_generators
         self.activation_checkpointing = activation_checkpoint_interval

@@ -255,8 +255,9 @@ class TrainingEngine(BaseEngine):
                 observe(outputs, labels)
 
         loss_fn = self.module.loss_fn if compute_loss else _take_outputs
+        loss_weight = self.module.loss_weight if compute_loss else None
         with torch.no_grad():
-            losses = self.executor.run(schedule, data_iter, loss_fn=loss_fn, observe=collect)
+            losses = self.executor.run(schedule, data_iter, loss_fn=loss_fn, loss_weight=loss_weight, observe=collect)
             if not compute_loss:
                 result = self._mean_outputs(collected) if reduce_output else collected
             elif reduce_output:

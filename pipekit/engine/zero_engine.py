@@ -89,7 +89,11 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         self._micro_batches_done = 0
         with self._diagnostics.watch(self.global_steps), linear_function(self._own_linear):
             losses = self.executor.run(
-                self.schedule, self.data_iterator, loss_fn=self._loss, dropout_step=self.global_steps
+                self.schedule,
+                self.data_iterator,
+                loss_fn=self._loss,
+                loss_weight=self.module.loss_weight,
+                dropout_step=self.global_steps,
             )
         if self.view.is_offloaded:
             self.optimizer.finalize_gradient_accumulation_boundary()

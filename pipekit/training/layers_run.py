@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +222,7 @@ class LayersRun(Trial):
             for name, metric in metrics.items():
                 sums[name] += float(metric(outputs, labels))
 
-        losses = []
+        losses, weights = [], []
         with ema_weights(self.engine) if train.eval_ema else nullcontext():
             for batch in range(train.eval_batches):
                 if batch and self.context.should_stop():
@@ -228,9 +230,13 @@ class LayersRun(Trial):
                 then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
                 batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
                 losses.append(float(self.engine.eval_batch(batches, observe=observe)))
+                total = self.engine.executor.total_weight
+                weights.append(self.run.reduce_mean(1.0 if total is None else float(total)))
         num_micro_batches = train.eval_batches * self.run.plan.batch.num_micro_batches
         means = {name: self.run.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
-        return {"loss": sum(losses) / len(losses), **means}
+        # Where none counts, the mean is of nothing.
+        mean = sum(map(mul, losses, weights)) / (sum(weights) or math.nan)
+        return {"loss": mean, **means}
 
     def _keeps_metrics(self) -> bool:
         """True if this rank writes metrics on a host that has a run folder of its own and not the rank that reports."""
@@ -245,6 +251,7 @@ class LayersRun(Trial):
             mpu=self.run.mpu,
             boundaries=plan.boundaries,
             loss_fn=self.hooks.loss,
+            loss_weight=self.hooks.loss_weight,
             base_seed=train.seed,
             activation_checkpoint_interval=int(train.activation_checkpointing),
             device=self.run.device,

@@ -83,6 +83,14 @@ class LayersTrial:
         """Return the scalar loss of the last layer's outputs, on the last stage."""
         raise NotImplementedError(f"{type(self).__name__}.loss must return a scalar tensor")
 
+    def loss_weight(self, labels: Any) -> Tensor | None:
+        """Return what a micro-batch counts in the mean loss of the global batch, a scalar, by its labels.
+
+        None counts all micro-batches alike, and then does so for each. Return the number of labels in the loss where
+        that differs between micro-batches: then the loss and the gradient are means over all labels of the batch.
+        """
+        return None
+
     def build_train_dataset(self) -> MapDataset:
         """Return the training samples: pairs of inputs and labels. Called on the first and the last stage.
 

@@ -62,8 +62,11 @@ def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> Non
             ActivationRecorder(recorder, num_micro_batches=loader.num_micro_batches) if not step else None
         )
         loss = 0.0
-        for micro_batch, batch in enumerate(loader.step_batches(step * train.global_batch_size)):
-            inputs, labels = to_device(batch, device)
+        batches = to_device(loader.step_batches(step * train.global_batch_size), device)
+        counts = [trial.loss_weight(labels) for _, labels in batches]
+        weights = [1.0 if count is None else float(count) for count in counts]
+        shares = [weight / (sum(weights) or 1.0) for weight in weights]
+        for micro_batch, (inputs, labels) in enumerate(batches):
             for layer_idx, layer in enumerate(model.steps):
                 torch.manual_seed(fold_seed(train.seed, "layer", step, micro_batch, layer_idx))
                 before = _generator_states()
@@ -72,7 +75,9 @@ def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> Non
                     random_layers[model.names[layer_idx]] = None
                 if record_activations is not None:
                     record_activations(layer_idx, inputs, (step, micro_batch))
-            part: Tensor = trial.loss(inputs, labels) / loader.num_micro_batches
+            share = torch.tensor(shares[micro_batch], device=device)
+            # The mean of no label is nan.
+            part: Tensor = torch.where(share > 0, trial.loss(inputs, labels) * share, 0.0)
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part)
         for name, parameter in parameters.items():
