@@ -37,8 +37,9 @@ LIBRARIES: dict[int, set[str]] = {
     3: {"typer", "jinja2"},
 }
 
-# Drawing pictures is pure, and loads its library only when it draws.
+# Drawing pictures is pure, and loads its library only when it draws; the hub's library comes with transformers.
 MAY_ALSO_IMPORT = {
+    "pipekit.data.tokenizer_conversion": {"huggingface_hub"},
     "pipekit.schedules.draw": {"matplotlib"},
     "pipekit.training.shipped.loss_curve": {"matplotlib"},
 }

@@ -100,7 +100,8 @@ class DataConfig(Section):
     """Steps after which the sources of `mixture` have other weights."""
 
     tokenizer: PathText | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
-    """Path of a `tokenizer.json`; null trains a byte-pair tokenizer on the source."""
+    """Path of a `tokenizer.json`, of its folder, or of a SentencePiece model, or `hf://OWNER/NAME`; null trains a
+    byte-pair tokenizer on the source."""
 
     vocab_size: Annotated[PositiveInt, at_most(10**6, "the largest in use have a quarter of that")] = Field(
         default=4096, examples=[4096]

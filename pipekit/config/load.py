@@ -374,7 +374,8 @@ def _take_over_source(draft: Draft) -> bool:
         padded = type(given.get("vocab_size")) is int and given["vocab_size"] > stored.get("vocab_size", 0)
         own = {"export_vocab_size": stored.get("vocab_size")} if padded else {}
         draft.values["model"] = {**stored, **own, **given}
-    if data.get("tokenizer") is None and (folder / "tokenizer.json").is_file():
+    forms = ("tokenizer.json", "tokenizer.model")
+    if data.get("tokenizer") is None and any((folder / form).is_file() for form in forms):
         draft.values["data"] = {**data, "tokenizer": str(folder)}
     return True
 

@@ -15,6 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pipekit.data.hub import SCHEME
+from pipekit.data.tokenizer_conversion import (
+    convert_folder,
+    convert_sentencepiece,
+    download_tokenizer,
+    is_convertible,
+    is_sentencepiece,
+)
 from pipekit.errors import DataError
 from pipekit.files import parse_json, read_regular
 
@@ -144,17 +152,26 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
-    """Return the `tokenizer.json` that `path` names: the file, or the folder that holds it.
+    """Return the `tokenizer.json` that `path` names, with the settings of `transformers` beside it.
+
+    Args:
+        path: that file, a folder of a tokenizer, a SentencePiece model, or a name on the hub, `hf://OWNER/NAME`. What
+            is no `tokenizer.json` is converted once, in the cache.
 
     Raises:
-        DataError: if there is no such file.
+        DataError: if there is no such file, or it cannot be converted.
     """
-    given = Path(path).expanduser()
+    where = f"data.tokenizer={str(path)!r}"
+    given = download_tokenizer(str(path)) if str(path).startswith(SCHEME) else Path(path).expanduser()
     file = given / TOKENIZER_FILE if given.is_dir() else given
+    if given.is_dir() and not file.exists() and is_convertible(given):
+        return convert_folder(given, where) / TOKENIZER_FILE
+    if file.is_file() and is_sentencepiece(file):
+        return convert_sentencepiece(file, where) / TOKENIZER_FILE
     if not file.is_file():
         raise DataError(
-            f"data.tokenizer={str(path)!r}: no such file (looked at {file.absolute()}); give the path of a "
-            f"{TOKENIZER_FILE}, or leave data.tokenizer out to train one"
+            f"data.tokenizer={str(path)!r}: no such file (looked at {file.absolute()}); give a {TOKENIZER_FILE}, a "
+            f"folder, a SentencePiece model or {SCHEME}OWNER/NAME, or leave data.tokenizer out to train one"
         )
     return file
 

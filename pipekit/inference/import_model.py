@@ -25,7 +25,7 @@ from pipekit.checkpoint.manifest import (
 )
 from pipekit.checkpoint.writer import write_tensors
 from pipekit.config import Config, parse_config
-from pipekit.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, load_tokenizer, tokenizer_files
+from pipekit.data.tokenizer import copy_tokenizer, find_tokenizer_file, load_tokenizer, tokenizer_files
 from pipekit.errors import ConfigError
 from pipekit.files import building_folder, write_atomically
 from pipekit.inference.hugging_face import HuggingFaceFolder
@@ -82,7 +82,7 @@ def import_model(source: str | Path, run: str | Path, overrides: Iterable[str] =
         assert isinstance(model, TransformerFamily)
         final = run / CHECKPOINTS_FOLDER / checkpoint_name(0)
         changes: dict[str, str | None] = {"model.init_from": None}
-        if (folder / TOKENIZER_FILE).is_file() and config.data.tokenizer == str(folder):
+        if config.data.tokenizer == str(folder):
             (run / "tokenizer").mkdir(exist_ok=True)
             copy_tokenizer(folder, run / "tokenizer")
             changes["data.tokenizer"] = str(run / "tokenizer")
@@ -110,7 +110,7 @@ def _write_checkpoint(checkpoint: Path, source: HuggingFaceFolder, config: Confi
     }
     write_atomically(checkpoint / CONFIG_FILE, config.to_yaml())
     if config.data.tokenizer is not None:
-        for name, path in tokenizer_files(Path(config.data.tokenizer) / TOKENIZER_FILE).items():
+        for name, path in tokenizer_files(find_tokenizer_file(config.data.tokenizer)).items():
             shutil.copyfile(path, checkpoint / name)
     files = list(checkpoint.iterdir())
     manifest = Manifest(

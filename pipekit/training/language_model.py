@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,11 @@ from pipekit.models.transformer import language_model_loss
 from pipekit.progress import ProgressCallback
 from pipekit.training.layers_trial import LayersTrial
 
+_logger = logging.getLogger(__name__)
+
+_LARGE_VOCABULARY, _PADDING = 1.25, 1024
+"""A vocabulary beyond both is larger than anybody pads one."""
+
 
 class LanguageModelTrial(LayersTrial):
     """Trains the configuration's model to predict the next token of the configuration's text."""
@@ -36,6 +42,15 @@ class LanguageModelTrial(LayersTrial):
         """Return the configuration with the size of the vocabulary."""
         data = PreparedData.model_validate(prepared)
         changes = config.model.fit_vocabulary(data.vocab_size, tokenizer=data.tokenizer_path)
+        given = getattr(config.model, "vocab_size", None)
+        if isinstance(given, int) and given > max(_LARGE_VOCABULARY * data.vocab_size, data.vocab_size + _PADDING):
+            _logger.warning(
+                "model.vocab_size=%s has rows for %s tokens more than the tokenizer's %s, which are never trained and "
+                "take memory and time; model.vocab_size=auto has no others",
+                f"{given:,}",
+                f"{given - data.vocab_size:,}",
+                f"{data.vocab_size:,}",
+            )
         return config.updated(changes) if changes else config
 
     @classmethod

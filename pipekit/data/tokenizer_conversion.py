@@ -1,0 +1,189 @@
+"""Tokenizers of other forms as a `tokenizer.json`: SentencePiece models, folders of transformers, names on the hub.
+
+A converted one lies in the cache, in a folder named by what it was made of, with the settings that `transformers`
+reads: special tokens and the chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+from pipekit.data.hub import asking_hub, parse_hub_name
+from pipekit.errors import DataError
+from pipekit.files import replace_folder
+from pipekit.storage import storing
+
+CACHE_FOLDER = "~/.cache/pipekit/tokenizers"
+SENTENCEPIECE_SUFFIX = ".model"
+_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""Files of a repository that a tokenizer is made of, with the model's `config.json`, which tells its class."""
+
+_INDEX_FILES = "*.index.json"
+_CONTROL = 3
+_HIDDEN_TYPES = (2, _CONTROL, 5, 6)  # unknown, control, unused, byte
+_MAX_MODEL_BYTES = 1_000_000_000
+
+
+def is_convertible(folder: Path) -> bool:
+    """True if a folder holds a tokenizer of another form than a `tokenizer.json`."""
+    names = ("tokenizer_config.json", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names) or any(folder.glob(f"*{SENTENCEPIECE_SUFFIX}"))
+
+
+def is_sentencepiece(path: Path) -> bool:
+    """True if a file is a SentencePiece model by its name, or by its first byte, with which no JSON begins."""
+    if path.suffix == SENTENCEPIECE_SUFFIX:
+        return True
+    with path.open("rb") as stream:
+        return stream.read(1) == b"\x0a" and b"\0" in stream.read(4096)
+
+
+def download_tokenizer(name: str) -> Path:
+    """Return the folder of a tokenizer `hf://OWNER/NAME` in the cache of the Hugging Face hub; its weights stay there.
+
+    Raises:
+        DataError: if there is no such repository, or it can be reached neither on the hub nor in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    parsed = parse_hub_name(name, key="data.tokenizer", known=("revision",))
+    with asking_hub(f"data.tokenizer={name!r}"):
+        folder = snapshot_download(
+            parsed.repository,
+            revision=parsed.options.get("revision"),
+            allow_patterns=list(_FILES),
+            ignore_patterns=[_INDEX_FILES],
+        )
+    return Path(folder)
+
+
+def convert_folder(folder: Path, where: str) -> Path:
+    """Return a folder with the `tokenizer.json` of a folder that `transformers` reads, which has none.
+
+    Raises:
+        DataError: if `transformers` finds no tokenizer there, or one that is not of the tokenizers library.
+    """
+    files = sorted({path for pattern in _FILES for path in folder.glob(pattern)} - set(folder.glob(_INDEX_FILES)))
+    models = [path for path in files if path.suffix == SENTENCEPIECE_SUFFIX]
+    if len(models) == 1 and not (folder / "tokenizer_config.json").is_file():
+        return convert_sentencepiece(models[0], where)
+
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # it raises errors of many kinds
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{where}: no tokenizer.json in {folder}, and transformers reads no tokenizer there ({reason[:300]}); "
+                "give the path of a tokenizer.json, or leave data.tokenizer out to train one"
+            ) from error
+
+    return _convert(files, load, where)
+
+
+def convert_sentencepiece(path: Path, where: str) -> Path:
+    """Return a folder with a `tokenizer.json` that gives the token ids of a SentencePiece model.
+
+    Raises:
+        DataError: if the file is no such model, or a library is missing.
+    """
+
+    def load() -> Any:
+        try:
+            from transformers import PreTrainedTokenizerFast
+            from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
+
+            extractor = SentencePieceExtractor(str(path))
+        except ImportError as error:
+            raise DataError(
+                f'{where}: to read a SentencePiece model needs sentencepiece and protobuf; pip install "pipekit[data]"'
+            ) from error
+        except Exception as error:  # that of protobuf is known to it alone
+            raise DataError(f"{where}: not a SentencePiece model ({error}); give one, or a tokenizer.json") from error
+        proto = extractor.proto
+        if not proto.pieces:
+            raise DataError(f"{where}: not a SentencePiece model: it has no pieces; give one, or a tokenizer.json")
+        vocab = extractor.extract(None)["vocab"]
+        is_unigram = isinstance(vocab, list)
+        hidden = {piece.piece for piece in proto.pieces if piece.type in _HIDDEN_TYPES}
+        backend = SpmConverter.build_tokenizer_from_spm_proto(
+            proto, _hide_pieces(vocab, hidden) if is_unigram else vocab
+        )
+        if is_unigram:
+            _split_pieces(backend, hidden, vocab)
+        controls = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
+        backend.add_special_tokens(controls)
+        trainer = proto.trainer_spec
+        special = {
+            f"{kind}_token": getattr(trainer, f"{kind}_piece")
+            for kind in ("bos", "eos", "unk", "pad")
+            if getattr(trainer, f"{kind}_id") >= 0
+        }
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+    return _convert([path], load, where)
+
+
+def _hide_pieces(vocab: list[tuple[str, float]], hidden: set[str]) -> list[tuple[str, float]]:
+    """Scores of a unigram model with which no hidden piece is taken where other pieces can spell it, too.
+
+    SentencePiece never takes a control piece for the text that spells it; the tokenizers library does.
+    """
+    worst = min(score for piece, score in vocab if piece not in hidden)
+    return [(piece, worst * (len(piece) + 1) - 100 if piece in hidden else score) for piece, score in vocab]
+
+
+def _split_pieces(backend: Tokenizer, hidden: set[str], vocab: list[tuple[str, float]]) -> None:
+    """Split hidden pieces in which some characters are unknown, beside one of these, where no other piece reaches."""
+    known = {piece for piece, _ in vocab}
+    halves = []
+    for piece in sorted(hidden):
+        are_known = [character in known for character in piece]
+        if not all(are_known) and len(piece) > 1:
+            place = next((place for place in range(1, len(piece)) if are_known[place] != are_known[place - 1]), 1)
+            halves.append((piece[:place], piece[place:]))
+    if halves:
+        pattern = "|".join(f"{re.escape(first)}(?={re.escape(rest)})" for first, rest in halves)
+        split = pre_tokenizers.Split(Regex(pattern), behavior="merged_with_previous")
+        given = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*given, split])
+
+
+def _convert(files: Iterable[Path], load: Callable[[], Any], where: str) -> Path:
+    digest = hashlib.blake2b(f"1 {version('transformers')}".encode(), digest_size=12)
+    for path in files:
+        if path.stat().st_size > _MAX_MODEL_BYTES:
+            raise DataError(f"{where}: {path} is longer than any tokenizer; give the file of one")
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    final = Path(CACHE_FOLDER).expanduser() / digest.hexdigest()
+    if (final / "tokenizer.json").is_file():
+        return final
+    tokenizer = load()
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{where}: transformers reads it as {type(tokenizer).__name__}, which is not of the tokenizers library and "
+            "has no tokenizer.json; give another tokenizer"
+        )
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with storing(final):
+            temporary.mkdir(parents=True)
+            tokenizer.save_pretrained(str(temporary))
+            for path in files:
+                if path.name == "generation_config.json":
+                    shutil.copyfile(path, temporary / path.name)
+            replace_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
