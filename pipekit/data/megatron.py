@@ -215,47 +215,94 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "int32"]:
     return "uint16" if vocab_size < 65500 else "int32"
 
 
+class WriterState(BaseModel, frozen=True):
+    """How far a writer has come; see `IndexedTokensWriter.save_state`."""
+
+    num_tokens: int
+    num_sequences: int
+    num_documents: int
+    num_open: int
+    fingerprint: str
+
+
 class IndexedTokensWriter:
     """Write a `.bin` file and its `.idx` file piece by piece; use it as a context manager.
 
-    Both get their names when they are complete. Where the block fails, nothing is left. Memory does not grow with the
-    number of documents.
+    Both get their names when they are complete. Where the block fails, nothing is left, unless a state was saved from
+    which another writer can go on. Memory does not grow with the number of documents.
 
     Args:
         path: the `.bin` file.
         vocab_size: ids are below it; their type follows from it.
+        state: of a writer of the same file that ended early.
+
+    Raises:
+        DataError: from the context manager, if the files are not as they were when the state was saved.
     """
 
-    def __init__(self, path: str | Path, *, vocab_size: int) -> None:
+    def __init__(self, path: str | Path, *, vocab_size: int, state: WriterState | None = None) -> None:
         self.path = Path(path)
-        self.num_tokens = self.num_documents = 0
         self._vocab_size = vocab_size
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._hash = hashlib.blake2b(digest_size=16)
-        self._num_sequences = self._num_open = 0
+        self._state = state
+        self.num_tokens = self.num_documents = self._num_sequences = self._num_open = 0
+        self._parts: list[npt.NDArray[np.integer[Any]]] = []
+        self._num_waiting = 0
         stem = self.path.with_suffix("").name
-        self._tokens_path, self._lengths_path, self._ends_path, self._index_path = (
+        self._tokens_path, self._lengths_path, self._ends_path, self._index_path = self._temporary = [
             self.path.with_name(f".{stem}.{kind}.tmp") for kind in ("tokens", "lengths", "ends", "index")
-        )
+        ]
 
     def __enter__(self) -> IndexedTokensWriter:
-        self._tokens, self._lengths, self._ends = (
-            path.open("wb") for path in (self._tokens_path, self._lengths_path, self._ends_path)
-        )
+        mode = "wb" if self._state is None else "r+b"
+        try:
+            self._files = [path.open(mode) for path in self._temporary[:3]]
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: is missing, and was there when the state was saved") from error
+        self._tokens, self._lengths, self._ends = self._files
+        if self._state is not None:
+            self._go_on(self._state)
         return self
 
-    def write(self, token_ids: npt.NDArray[np.int64]) -> None:
+    def _go_on(self, state: WriterState) -> None:
+        sizes = (state.num_tokens * self._dtype.itemsize, 4 * state.num_sequences, 8 * state.num_documents)
+        are_whole = all(file.seek(0, os.SEEK_END) >= size for file, size in zip(self._files, sizes, strict=True))
+        for file, size in zip(self._files, sizes, strict=True):
+            file.truncate(size)
+        self._tokens.seek(0)
+        while data := self._tokens.read(_BLOCK_BYTES):
+            self._hash.update(data)
+        for file in self._files:
+            file.seek(0, os.SEEK_END)
+        if not are_whole or self.fingerprint != state.fingerprint:
+            for file in self._files:
+                file.close()
+            raise DataError(f"{self._tokens_path}: is not as it was when the state was saved")
+        self.num_tokens, self.num_documents = state.num_tokens, state.num_documents
+        self._num_sequences, self._num_open = state.num_sequences, state.num_open
+
+    def write(self, token_ids: npt.NDArray[np.integer[Any]]) -> None:
         """Append token ids, each in `[0, vocab_size)`, to the document that is open."""
-        assert token_ids.size == 0 or (token_ids.min() >= 0 and token_ids.max() < self._vocab_size)
         for first in range(0, token_ids.size, _MAX_SEQUENCE_TOKENS):
             part = token_ids[first : first + _MAX_SEQUENCE_TOKENS]
             if self._num_open + part.size > _MAX_SEQUENCE_TOKENS:
                 self._end_sequence()
-            data = part.astype(self._dtype).tobytes()
+            self._parts.append(part)
+            self._num_open += part.size
+            self._num_waiting += part.size
+            self.num_tokens += part.size
+        if self._num_waiting > _BLOCK_BYTES:
+            self._write_tokens()
+
+    def _write_tokens(self) -> None:
+        if self._parts:
+            token_ids = np.concatenate(self._parts)
+            assert token_ids.size == 0 or (token_ids.min() >= 0 and token_ids.max() < self._vocab_size)
+            data = token_ids.astype(self._dtype).tobytes()
             self._hash.update(data)
             self._tokens.write(data)
-            self._num_open += part.size
-            self.num_tokens += part.size
+            self._parts, self._num_waiting = [], 0
 
     def end_document(self, end_token_id: int | None = None) -> None:
         """End the document that is open, with the token that ends one if it is given."""
@@ -273,15 +320,32 @@ class IndexedTokensWriter:
     @property
     def fingerprint(self) -> str:
         """The hash of all tokens written so far."""
+        self._write_tokens()
         return self._hash.hexdigest()
+
+    def save_state(self) -> WriterState:
+        """Have everything on the disk, and return how far it goes, for a writer that goes on from there."""
+        self._state = WriterState(
+            num_tokens=self.num_tokens,
+            num_sequences=self._num_sequences,
+            num_documents=self.num_documents,
+            num_open=self._num_open,
+            fingerprint=self.fingerprint,
+        )
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        return self._state
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        is_kept = kind is not None and self._state is not None
         try:
             with self._tokens, self._lengths, self._ends:
                 if kind is None:
                     assert self._num_open == 0, "the last document has not ended"
+                    self._write_tokens()
                     self._tokens.flush()
                     os.fsync(self._tokens.fileno())
             if kind is None:
@@ -290,7 +354,7 @@ class IndexedTokensWriter:
                 self._index_path.replace(self.path.with_suffix(INDEX_SUFFIX))
                 sync_folder(self.path.parent)
         finally:
-            for path in (self._tokens_path, self._lengths_path, self._ends_path, self._index_path):
+            for path in self._temporary if not is_kept else ():
                 path.unlink(missing_ok=True)
 
     def _write_index(self) -> None:

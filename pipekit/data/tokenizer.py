@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipekit.data.hub import SCHEME
@@ -66,11 +65,11 @@ class TextTokenizer:
         with self._encoding():
             return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        """Return the token ids `(N,)` of each text, without any special token."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without any special token."""
         with self._encoding():
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[None]:
@@ -276,3 +275,13 @@ def tokenizer_threads() -> Iterator[None]:
         yield
     finally:
         os.environ[_PARALLELISM_VARIABLE] = "false"
+
+
+def child_environment(num_threads: int) -> dict[str, str]:
+    """Return the environment of a process that imports what this one does, and encodes on so many threads."""
+    return {
+        **os.environ,
+        "RAYON_NUM_THREADS": str(num_threads),
+        _PARALLELISM_VARIABLE: str(num_threads > 1).lower(),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }

@@ -14,7 +14,8 @@ from pipekit.config import Config
 from pipekit.costs.example import Example, language_model_example
 from pipekit.data.batch_loader import MapDataset
 from pipekit.data.dataset import TokenDataset
-from pipekit.data.prepare import PreparedData, prepare_data
+from pipekit.data.prepare import prepare_data
+from pipekit.data.prepared import PreparedData
 from pipekit.errors import ConfigError, DataError
 from pipekit.files import late_limit_s
 from pipekit.layers.specs import LayerSpec

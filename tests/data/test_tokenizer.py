@@ -45,7 +45,7 @@ def test_every_text_comes_back(text: str) -> None:
     token_ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(token_ids) == text
     assert all(0 <= token_id < TOKENIZER.vocab_size for token_id in token_ids)
-    assert TOKENIZER.encode_batch([text])[0].tolist() == token_ids
+    assert TOKENIZER.encode_batch([text])[0] == token_ids
 
 
 def test_text_cannot_forge_the_end_of_a_document() -> None:
