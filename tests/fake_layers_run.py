@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.config import Config, parse_config
-from pipekit.data.batch_loader import MapDataset
+from pipekit.data.collate import MapDataset
 from pipekit.engine.late_number import LateNumber
 from pipekit.engine.step_trace import Diagnosis
 from pipekit.engine.training_engine import TrainingEngine

@@ -27,7 +27,7 @@ from hand_made import examples_at_work
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[1]
-METRIC_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "step_time_s"}
+METRIC_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "step_time_s", "data_wait"}
 
 
 @pytest.fixture(scope="module")

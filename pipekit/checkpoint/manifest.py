@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, Field, NonNegativeInt, TypeAdapter, ValidationError
 
+from pipekit.data.mixture import MixtureState
 from pipekit.errors import CheckpointError, DamagedCheckpointError, StorageError
 from pipekit.storage import storing
 
@@ -107,6 +108,7 @@ class TrainingState:
         optimizer: class name, number of updates, and names of the states.
         loss_scaler: state of fp16's dynamic loss scale; empty otherwise.
         data_fingerprint: identifies the tokenized data that `consumed_samples` counts.
+        mixture: how `consumed_samples` are distributed over several sources; None where there is one.
         metrics: the latest metrics, for information.
         client_state: values that a training loop of your own saved with it.
         callbacks: states of callbacks, by their names.
@@ -119,6 +121,7 @@ class TrainingState:
     optimizer: Annotated[Mapping[str, Any], AfterValidator(_check_optimizer)]
     loss_scaler: Mapping[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
+    mixture: MixtureState | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     client_state: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)

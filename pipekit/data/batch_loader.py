@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Protocol
-
-from torch.utils.data import default_collate
+from typing import Any
 
 from pipekit.config.rules import near_multiples
+from pipekit.data.collate import Collate, MapDataset, read_micro_batch
+from pipekit.data.mixture import MixtureOrder
 from pipekit.data.order import SampleOrder
 from pipekit.errors import ConfigError, DataError
 from pipekit.settings.base import alternatives
-
-
-class MapDataset(Protocol):
-    """A map-style dataset: `len(dataset)`, and `dataset[index]` is `(inputs, labels)`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -48,13 +40,13 @@ class BatchLoader:
     """
 
     dataset: MapDataset
-    order: SampleOrder
+    order: SampleOrder | MixtureOrder
     _: KW_ONLY
     global_batch_size: int
     micro_batch_size: int
     dp_rank: int = 0
     dp: int = 1
-    collate: Callable[[list[Any]], Any] | None = None
+    collate: Collate | None = None
 
     def __post_init__(self) -> None:
         batch, micro, dp = self.global_batch_size, self.micro_batch_size, self.dp
@@ -88,27 +80,13 @@ class BatchLoader:
 
     def iterate_step(self, consumed_samples: int) -> Iterator[Any]:
         """The micro-batches of `step_batches`, each yielded as soon as it is collated."""
+        for indices in self.step_indices(consumed_samples):
+            yield read_micro_batch(self.dataset, indices, self.collate)
+
+    def step_indices(self, consumed_samples: int) -> list[list[int]]:
+        """The samples of each micro-batch of `step_batches`."""
         num_samples = self.num_micro_batches * self.micro_batch_size
         indices = self.order.indices(consumed_samples + self.dp_rank * num_samples, num_samples).tolist()
-        for first in range(0, num_samples, self.micro_batch_size):
-            yield self._collate(indices[first : first + self.micro_batch_size])
-
-    def _collate(self, indices: list[int]) -> Any:
-        samples = [self.dataset[index] for index in indices]
-        if self.collate is not None:
-            return self.collate(samples)
-        for index, sample in zip(indices, samples, strict=True):
-            is_sequence, kind = isinstance(sample, tuple | list), type(sample).__name__
-            if not is_sequence or len(sample) != 2:
-                shown = f"a {kind} of {len(sample)}" if is_sequence else f"one {kind}"
-                raise DataError(
-                    f"sample {index} of {type(self.dataset).__name__} is {shown}; return a pair (inputs, labels)"
-                )
-        try:
-            inputs, labels = default_collate([tuple(sample) for sample in samples])
-        except (TypeError, RuntimeError) as error:
-            raise DataError(
-                f"samples {indices} of {type(self.dataset).__name__} cannot be stacked ({error}); "
-                "give all samples the same shape and type"
-            ) from error
-        return inputs, labels
+        return [
+            indices[first : first + self.micro_batch_size] for first in range(0, num_samples, self.micro_batch_size)
+        ]

@@ -1,4 +1,4 @@
-"""Prefetching: the micro-batches of the next step are collated on a thread while the current step runs."""
+"""Prefetching: a thread collates the micro-batches of the next step while the current step runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from pipekit.data.batch_loader import BatchLoader
+from pipekit.data.mixture import MixtureOrder
+from pipekit.data.order import SampleOrder
+from pipekit.data.workers import Workers
 from pipekit.tensors.transfer import pack
 
 # A dataset that does not answer must not keep a run from ending.
@@ -25,10 +28,12 @@ class Prefetcher:
         loader: gives the micro-batches of a step. Its dataset is used by one thread at a time.
         pin_memory: whether to put the inputs of a step, and its labels, into one piece of pinned memory each, from
             which a GPU copies them without the host waiting.
+        workers: processes that read for the loader; None has the thread read. They are ended with the prefetcher.
     """
 
-    def __init__(self, loader: BatchLoader, *, pin_memory: bool = False) -> None:
+    def __init__(self, loader: BatchLoader, *, pin_memory: bool = False, workers: Workers | None = None) -> None:
         self.loader = loader
+        self._workers = workers
         self._pin_memory = pin_memory
         self._ahead: _Collation | None = None
 
@@ -42,18 +47,29 @@ class Prefetcher:
         Raises:
             DataError: if a sample is not a pair. What the dataset raises arises here, too, with its traceback.
         """
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.position != consumed_samples:
-            ahead.drop()
-            ahead = None
-        ahead = ahead or _Collation(self.loader, consumed_samples, pin_memory=self._pin_memory)
+        if self._ahead is not None and self._ahead.position != consumed_samples:
+            self._drop()
+        ahead, self._ahead = self._ahead or self._collate(consumed_samples), None
         batches = ahead.batches.result()
         if then is not None:
-            self._ahead = _Collation(self.loader, then, pin_memory=self._pin_memory)
+            self._ahead = self._collate(then)
         return batches
+
+    def set_order(self, order: SampleOrder | MixtureOrder) -> None:
+        """Take another order of the samples from the next step on."""
+        self._drop()
+        self.loader.order = order
 
     def close(self) -> None:
         """Drop what is collated ahead, and wait for the thread to end, but not for a dataset that does not answer."""
+        if self._workers is not None:
+            self._workers.close()
+        self._drop()
+
+    def _collate(self, position: int) -> _Collation:
+        return _Collation(self._workers or self.loader, position, pin_memory=self._pin_memory)
+
+    def _drop(self) -> None:
         if self._ahead is not None:
             self._ahead.drop()
             self._ahead = None
@@ -62,7 +78,7 @@ class Prefetcher:
 class _Collation:
     """The micro-batches of one step, on their way from the dataset."""
 
-    def __init__(self, loader: BatchLoader, position: int, *, pin_memory: bool) -> None:
+    def __init__(self, loader: BatchLoader | Workers, position: int, *, pin_memory: bool) -> None:
         self.position = position
         self.batches: Future[list[Any]] = Future()
         self._loader = loader

@@ -38,7 +38,7 @@ from pipekit.data.tokenizer import (
     tokenizer_threads,
     train_tokenizer,
 )
-from pipekit.errors import ConfigError, DataError
+from pipekit.errors import DataError
 from pipekit.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,6 @@ def prepare_data(
             a split is shorter than one sample.
         StorageError: if the cache cannot be written.
     """
-    for key, default in {"mixture": None, "stages": (), "workers": 0}.items():
-        if getattr(config, key) != default:
-            raise ConfigError(f"data.{key}: cannot be used yet; remove it")
     preparation = _Preparation(config, timeout_s, on_progress or (lambda message, fraction: None), num_cores)
     prepared = preparation.prepare()
     _check_long_enough(prepared, config, sequence_length)
@@ -97,7 +94,7 @@ class _Preparation:
         self._tokenizer_path = self._prepare_tokenizer(list(sources.values()))
         self._tokenizer = load_tokenizer(self._tokenizer_path)
         prepared = tuple(self._prepare_entry(entry, sources[entry.name]) for entry in entries)
-        fingerprints = " ".join(source.fingerprint for source in prepared)
+        fingerprints = " ".join(f"{source.fingerprint} {source.validation_fingerprint}" for source in prepared)
         return PreparedData(
             tokenizer_path=self._tokenizer_path,
             vocab_size=self._tokenizer.vocab_size,
@@ -154,11 +151,17 @@ class _Preparation:
 
     def _prepare_entry(self, entry: SourceEntry, data: SourceData) -> PreparedSource:
         train, validation, fingerprint = self._prepare_source(data)
+        validation_fingerprint = ""
         if entry.validation is not None:
             held_out = self._find_source(entry.model_copy(update={"source": entry.validation, "limit": None}))
-            validation, _, other = self._prepare_source(held_out)
-            fingerprint = _key([fingerprint, other])
-        return PreparedSource(name=entry.name, train=train, validation=validation, fingerprint=fingerprint)
+            validation, _, validation_fingerprint = self._prepare_source(held_out)
+        return PreparedSource(
+            name=entry.name,
+            train=train,
+            validation=validation,
+            fingerprint=fingerprint,
+            validation_fingerprint=validation_fingerprint,
+        )
 
     def _prepare_source(self, data: SourceData) -> tuple[TokenSlice, TokenSlice | None, str]:
         files = data.corpus.token_files

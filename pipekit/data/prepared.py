@@ -14,14 +14,16 @@ from pipekit.files import LATE_S, wait_until_seen
 class PreparedSource(BaseModel, frozen=True):
     """The tokens of one source, for training and held out.
 
-    `fingerprint` is the hash of all tokens in their order, which is the same on every machine that sees the same data.
-    `validation` is None where nothing is held out.
+    `fingerprint` is the hash of all tokens of the source in their order, which is the same on every machine that sees
+    the same data, and `validation_fingerprint` that of a held-out text of its own, or empty. `validation` is None where
+    nothing is held out.
     """
 
     name: str
     train: TokenSlice
     validation: TokenSlice | None
     fingerprint: str
+    validation_fingerprint: str = ""
 
     @property
     def slices(self) -> tuple[TokenSlice, ...]:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.data.batch_loader import BatchLoader, MapDataset
+from pipekit.data.batch_loader import BatchLoader
+from pipekit.data.collate import MapDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
 from pipekit.distributed.processes import gather_objects, wait

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pipekit.training.trial_loop import TrialResult
 
 _PLAIN_WIDTH = 120
+# A smaller fraction of a step, waited for data, is not worth a word.
+_TOLD_WAIT = 0.05
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -191,6 +193,8 @@ class ConsoleProgress(TrialCallback):
         self._val_loss: float | None = None
         self._progress: Progress | None = None
         self._mean_step_s: float | None = None
+        self._step_s = self._waited_s = self._mean_wait = 0.0
+        self._sources: dict[str, dict[str, float]] = {}
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
         self._step = self._start_step = first_batch_idx
@@ -228,6 +232,15 @@ class ConsoleProgress(TrialCallback):
         if step_time_s is not None:
             mean = self._mean_step_s
             self._mean_step_s = step_time_s if mean is None else 0.9 * mean + 0.1 * step_time_s
+            if mean is not None:  # The first step waits for what no other has read ahead, and for workers to start.
+                wait = metrics.get("data_wait", 0.0)
+                self._mean_wait = 0.9 * self._mean_wait + 0.1 * wait
+                self._step_s += step_time_s
+                self._waited_s += wait * step_time_s
+        for key, value in metrics.items():
+            kind, _, source = key.partition("/")
+            if source:
+                self._sources.setdefault(source, {})[kind] = value
         text = self._describe(metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, metrics=text)
@@ -244,6 +257,8 @@ class ConsoleProgress(TrialCallback):
             parts += [f"{metrics['tokens_per_s']:,.0f} tokens/s"]
         if self._val_loss is not None:
             parts.append(f"val loss {self._val_loss:.4f}")
+        if self._mean_wait >= _TOLD_WAIT:
+            parts.append(f"waited for data: {self._mean_wait:.0%} of the step")
         return "  ".join(parts)
 
     def on_checkpoint_upload_end(self, uuid: str) -> None:
@@ -263,7 +278,13 @@ class ConsoleProgress(TrialCallback):
         if self._val_loss is not None:
             ended += f": validation loss {self._first_val_loss:.3f} → {self._val_loss:.3f}"
         self._console.print(f"[bold green]{ended}[/]")
+        if self._waited_s >= _TOLD_WAIT * self._step_s > 0:
+            self._console.print(
+                f"waited for data: {self._waited_s / self._step_s:.0%} of the steps; more data.workers read it faster, "
+                "if there are cores and the disk gives it"
+            )
         files = facts_table(
+            *((f"source {name}", _show_source(values)) for name, values in self._sources.items()),
             ("checkpoint", str(result.checkpoint)),
             ("metrics", str(self._folder.metrics)),
             ("logs", str(self._folder.logs)),
@@ -296,6 +317,18 @@ def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:
         f"{run_dir} has trained {step} of {num_steps} steps already; set train.steps higher to go on, or run.dir to "
         "start another run"
     )
+
+
+def _show_source(metrics: Mapping[str, float]) -> str:
+    """Return what came of a source of a mixture, by its metrics.
+
+    Example:
+        >>> _show_source({"samples": 1500, "epochs": 0.25, "val_loss": 2.0})
+        '1,500 samples, 0.25 epochs, validation loss 2.000'
+    """
+    parts = [f"{metrics['samples']:,} samples, {metrics['epochs']:.2f} epochs"] if "samples" in metrics else []
+    parts += [f"validation loss {metrics['val_loss']:.3f}"] if "val_loss" in metrics else []
+    return ", ".join(parts)
 
 
 def show_time(seconds: float) -> str:

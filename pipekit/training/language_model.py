@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from pipekit.config import Config
 from pipekit.costs.example import Example, language_model_example
-from pipekit.data.batch_loader import MapDataset
+from pipekit.data.collate import MapDataset
 from pipekit.data.dataset import TokenDataset
+from pipekit.data.megatron import TokenSlice
+from pipekit.data.mixture import MixedSource, Mixture, whole_weights
 from pipekit.data.prepare import prepare_data
 from pipekit.data.prepared import PreparedData
 from pipekit.errors import ConfigError, DataError
@@ -71,11 +75,39 @@ class LanguageModelTrial(LayersTrial):
         return language_model_loss(outputs, labels)
 
     def build_train_dataset(self) -> MapDataset:
-        return TokenDataset(self.data.sources[0].train, self.context.config.train.sequence_length)
+        datasets = [self._dataset(source.train) for source in self.data.sources]
+        if len(datasets) == 1:
+            return datasets[0]
+        return ConcatDataset(datasets)
 
-    def build_validation_dataset(self) -> MapDataset | None:
-        held_out = self.data.sources[0].validation
-        return None if held_out is None else TokenDataset(held_out, self.context.config.train.sequence_length)
+    def build_mixture(self, dataset: MapDataset) -> Mixture | None:
+        config = self.context.config
+        if config.data.mixture is None:
+            return None
+        ends = dataset.cumulative_sizes if isinstance(dataset, ConcatDataset) else [len(dataset)]
+        sizes = [end - begin for begin, end in pairwise([0, *ends])]
+        sources = tuple(
+            MixedSource(entry.name, size, entry.epochs, prepared.fingerprint)
+            for entry, prepared, size in zip(config.data.entries, self.data.sources, sizes, strict=True)
+        )
+        stages = [(0, {entry.name: entry.weight for entry in config.data.entries})]
+        stages += [(stage.after_step, dict(stage.weights)) for stage in config.data.stages]
+        names = [source.name for source in sources]
+        whole = tuple(
+            (step, whole_weights([weights.get(name, 0) for name in names], sizes)) for step, weights in stages
+        )
+        return Mixture(sources, whole, config.train.seed, config.data.shuffle)
+
+    def build_validation_dataset(self) -> MapDataset | Mapping[str, MapDataset] | None:
+        held_out = {
+            source.name: self._dataset(source.validation)
+            for source in self.data.sources
+            if source.validation is not None
+        }
+        return held_out if self.context.config.data.mixture else next(iter(held_out.values()), None)
+
+    def _dataset(self, tokens: TokenSlice) -> TokenDataset:
+        return TokenDataset(tokens, self.context.config.train.sequence_length)
 
     @cached_property
     def data(self) -> PreparedData:
@@ -94,7 +126,8 @@ class LanguageModelTrial(LayersTrial):
 
     @property
     def data_fingerprint(self) -> str:
-        return self.data.fingerprint
+        # Each source of a mixture has one of its own, so that others can come and go.
+        return self.data.sources[0].fingerprint if self.context.config.data.mixture is None else ""
 
     @property
     def tokenizer_file(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from operator import mul
@@ -16,9 +16,6 @@ from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name
 from pipekit.checkpoint.retention import Retention
 from pipekit.config.callbacks_config import CallbacksConfig
 from pipekit.config.trial_config import TrialConfig, TrialRunConfig
-from pipekit.data.batch_loader import BatchLoader, MapDataset
-from pipekit.data.order import SampleOrder
-from pipekit.data.prefetch import Prefetcher
 from pipekit.data.tokenizer import tokenizer_files
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
 from pipekit.distributed.host_folders import HostFolders
@@ -34,14 +31,13 @@ from pipekit.engine.open_checkpoint import open_checkpoint
 from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoint
 from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import PipekitError
 from pipekit.files import late_limit_s
 from pipekit.plan.run_folder import check_data
 from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.evaluation import EvaluationStopped
-from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.loggers import MetricsFile, TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import takes_states_of
@@ -49,6 +45,7 @@ from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_weights
 from pipekit.training.profile import save_profile
 from pipekit.training.reducers import Reducer
+from pipekit.training.run_data import RunData
 from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.slow_ranks import StepTimes
 from pipekit.training.trial import Trial
@@ -73,7 +70,8 @@ class LaunchedStep:
     grad_norm: LateNumber
     started: Moment
     ended: Moment
-    slow_rank: Mapping[str, float]
+    waited_s: float
+    others: Mapping[str, float]
 
     @property
     def has_ended(self) -> bool:
@@ -84,8 +82,9 @@ class LaunchedStep:
         """Return the step's metrics.
 
         They are the mean loss over the global batch, before the update; the learning rate of the update; the 2-norm of
-        the whole gradient before clipping, infinite where the update was skipped; the step's speed and wall time; and
-        a rank that is slow, where one has just been found.
+        the whole gradient before clipping, infinite where the update was skipped; the step's speed and wall time, and
+        the fraction of it that this rank has waited for data; the samples of each source of a mixture so far; and a
+        rank that is slow, where one has just been found.
         """
         step_time_s = self.ended.since(self.started)
         return {
@@ -94,7 +93,8 @@ class LaunchedStep:
             "grad_norm": self.grad_norm.read(),
             "tokens_per_s": self.num_tokens / step_time_s,
             "step_time_s": step_time_s,
-            **self.slow_rank,
+            "data_wait": min(1.0, self.waited_s / step_time_s),
+            **self.others,
         }
 
 
@@ -110,7 +110,7 @@ class LayersRun(Trial):
 
     Attributes:
         engine: the engine.
-        consumed_samples: position in the training data.
+        data: the samples, and the position among them.
         watch: trains each step, and watches its numbers.
         step_times: finds slow ranks; None where there is one.
         snapshot_memory: of checkpoints in the background; None where they are written at once.
@@ -131,11 +131,7 @@ class LayersRun(Trial):
         self.engine: TrainingEngine = self.context.wrap_model_engine(self._build_engine())
         if config.train.ema is not None:
             track_ema(self.engine.view.torch_optimizer, config.train.ema)
-        self._train_loader = self._build_loader(hooks.build_train_dataset, shuffle=config.data.shuffle)
-        self._validation_loader = None
-        if config.train.eval_interval is not None:
-            self._validation_loader = self._build_loader(hooks.build_validation_dataset, shuffle=False)
-        self.consumed_samples = 0
+        self.data = RunData(hooks)
         self.watch = NumbersWatch(self.engine, config, precision=self.run.plan.precision)
         self.step_times: StepTimes | None = None
         if self.run.plan.layout.world_size > 1:
@@ -172,9 +168,7 @@ class LayersRun(Trial):
             retention=Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_is),
         )
         with ExitStack() as stack:
-            for loader in (self._train_loader, self._validation_loader):
-                if loader is not None:
-                    stack.callback(loader.close)
+            stack.callback(self.data.close)
             shipped = run_together(lambda: build_shipped_callbacks(self, evaluates=schedule.evaluates))
             loop = LayersLoop(self, schedule, self.run.folder.checkpoints, shipped=shipped, here=here)
             if start is not None:
@@ -190,10 +184,11 @@ class LayersRun(Trial):
         lr = self.hooks.learning_rate(batch_idx)
         self.engine.set_lr(lr)
         started = Moment.now(device)
-        following = self.consumed_samples + train.global_batch_size
+        following = self.data.consumed_samples + train.global_batch_size
         then = following if step < train.steps else None
+        self.data.waited_s = 0.0
         with self.step_times.timing(step) if self.step_times is not None else nullcontext():
-            loss = self.watch.train_batch(step, lambda: self._read(self.consumed_samples, then), end=following)
+            loss = self.watch.train_batch(step, lambda: self._read(then), end=following)
         launched = LaunchedStep(
             lr=lr,
             num_tokens=train.global_batch_size * train.sequence_length,
@@ -201,9 +196,10 @@ class LayersRun(Trial):
             loss=LateNumber(loss),
             grad_norm=self.engine.late_grad_norm,
             started=started,
-            slow_rank={} if self.step_times is None else self.step_times.metrics,
+            waited_s=self.data.waited_s,
+            others=self.data.metrics(following) | ({} if self.step_times is None else self.step_times.metrics),
         )
-        self.consumed_samples = following
+        self.data.consumed_samples = following
         if train.check_replicas is not None and step % train.check_replicas == 0:
             self.engine.check_replicas()
         if self.config.logging.profile and step in (_PROFILED_STEP, train.steps):
@@ -216,22 +212,28 @@ class LayersRun(Trial):
         """Return the held-out loss and the hooks' metrics over the same batches every time, under any layout."""
         train = self.config.train
         metrics = self.hooks.validation_metrics()
-        sums = dict.fromkeys(metrics, 0.0)
+        with ema_weights(self.engine) if train.eval_ema else nullcontext():
+            found = {name: self._evaluate(name, metrics) for name in self.data.validation_shares}
+        shares = self.data.validation_shares
+        means = {key: sum(shares[name] * found[name][key] for name in shares) for key in ("loss", *metrics)}
+        return means | {f"{key}/{name}": values[key] for name, values in found.items() if name for key in values}
+
+    def _evaluate(self, source: str, metrics: Mapping[str, Metric]) -> dict[str, float]:
+        """Return the loss and the metrics over held-out samples of a source."""
+        train = self.config.train
+        losses, weights, sums = [], [], dict.fromkeys(metrics, 0.0)
 
         def observe(outputs: Any, labels: Any) -> None:
             for name, metric in metrics.items():
                 sums[name] += float(metric(outputs, labels))
 
-        losses, weights = [], []
-        with ema_weights(self.engine) if train.eval_ema else nullcontext():
-            for batch in range(train.eval_batches):
-                if batch and self.context.should_stop():
-                    raise EvaluationStopped
-                then = (batch + 1) * train.global_batch_size if batch + 1 < train.eval_batches else None
-                batches = self._batches(self._validation_loader, batch * train.global_batch_size, then)
-                losses.append(float(self.engine.eval_batch(batches, observe=observe)))
-                total = self.engine.executor.total_weight
-                weights.append(self.run.reduce_mean(1.0 if total is None else float(total)))
+        for batch in range(train.eval_batches):
+            if batch and self.context.should_stop():
+                raise EvaluationStopped
+            batches = self.data.read_held_out(source, batch, is_last=batch + 1 == train.eval_batches)
+            losses.append(float(self.engine.eval_batch(batches, observe=observe)))
+            total = self.engine.executor.total_weight
+            weights.append(self.run.reduce_mean(1.0 if total is None else float(total)))
         num_micro_batches = train.eval_batches * self.run.plan.batch.num_micro_batches
         means = {name: self.run.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
         # Where none counts, the mean is of nothing.
@@ -277,39 +279,10 @@ class LayersRun(Trial):
             profile=self.config.logging.profile,
         )
 
-    def _build_loader(self, build_dataset: Callable[[], MapDataset | None], *, shuffle: bool) -> Prefetcher | None:
-        if not self.run.mpu.should_build_data_loader:
-            return None
-        dataset = build_dataset()
-        if dataset is None:
-            raise PipekitError(
-                f"train.eval_interval={self.config.train.eval_interval}: {type(self.hooks).__name__} has no validation "
-                "data; set it to null, or return a dataset from build_validation_dataset"
-            )
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise PipekitError(
-                f"{type(self.hooks).__name__}.{build_dataset.__name__} returned a {type(dataset).__name__}, which "
-                "lacks __len__ or __getitem__; return a map-style dataset, or write a pipekit.Trial, which takes others"
-            )
-        batch = self.run.plan.batch
-        loader = BatchLoader(
-            dataset,
-            SampleOrder(len(dataset), self.config.train.seed, shuffle=shuffle),
-            global_batch_size=batch.global_batch_size,
-            micro_batch_size=batch.micro_batch_size,
-            dp_rank=self.run.mpu.data_parallel_rank,
-            dp=batch.dp,
-        )
-        return Prefetcher(loader, pin_memory=self.run.device.type == "cuda")
-
-    def _read(self, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
+    def _read(self, then: int | None) -> Iterator[MicroBatch] | None:
         if self.step_times is None:
-            return self._batches(self._train_loader, consumed_samples, then)
-        return self.step_times.read(lambda: self._batches(self._train_loader, consumed_samples, then))
-
-    @staticmethod
-    def _batches(loader: Prefetcher | None, consumed_samples: int, then: int | None) -> Iterator[MicroBatch] | None:
-        return None if loader is None else iter(loader.step_batches(consumed_samples, then=then))
+            return self.data.read(then)
+        return self.step_times.read(lambda: self.data.read(then))
 
 
 class LayersLoop(TrialLoop):
@@ -362,7 +335,8 @@ class LayersLoop(TrialLoop):
         self._has_unread, self._metrics = False, self._build_metrics()
         self._batch = self._callbacks.batch = self._load(self._saves.newest, tries_earlier=True).batch
         trial.watch.count_rollback(spike, self._batch)
-        first, trial.consumed_samples = trial.consumed_samples, spike.end
+        first = trial.data.consumed_samples
+        trial.data.skip_to(self._batch, spike.end)
         self._callbacks.call("on_rollback", self._batch)
         self._callbacks.call(
             "on_warning", f"going on from {self._saves.newest}, past the samples {first} to {spike.end - 1}"
@@ -374,13 +348,14 @@ class LayersLoop(TrialLoop):
         trial, view, metrics = self._trial, self._trial.engine.view, state.metrics or {}
         training = TrainingState(
             step=state.batch,
-            consumed_samples=trial.consumed_samples,
+            consumed_samples=trial.data.consumed_samples,
             seed=trial.config.train.seed,
             lr=metrics.get("lr", 0.0),
             optimizer={"type": trial.config.optimizer.type, "step": view.step_count(), "states": view.state_names()},
             loss_scaler=view.loss_scaler_state(),
             data_fingerprint=trial.hooks.data_fingerprint,
             metrics={"step": state.batch, **metrics},
+            mixture=trial.data.state(),
             callbacks=self._callbacks.state_dict() | {_WATCH: trial.watch.state_dict()},
         )
         tokenizer = trial.hooks.tokenizer_file
@@ -411,7 +386,7 @@ class LayersLoop(TrialLoop):
             without_states=() if config.train.ema is not None else (EMA,),
         )
         self._callbacks.load_state_dict(training.callbacks)
-        trial.consumed_samples = training.consumed_samples
+        trial.data.go_on(training.step, training.consumed_samples, training.mixture)
         trial.watch.load_state_dict(training.callbacks.get(_WATCH, {}), training.step)
         return TrialState("", training.step, metrics=dict(training.metrics))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipekit.config import Config
 from pipekit.costs.example import Example
-from pipekit.data.batch_loader import MapDataset
+from pipekit.data.collate import MapDataset
+from pipekit.data.mixture import Mixture
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
@@ -98,8 +99,15 @@ class LayersTrial:
         """
         raise NotImplementedError(f"{type(self).__name__}.build_train_dataset must return a map-style dataset")
 
-    def build_validation_dataset(self) -> MapDataset | None:
-        """Return the held-out samples, or None where there are none."""
+    def build_mixture(self, dataset: MapDataset) -> Mixture | None:
+        """Return how the samples of several sources, which stand in the dataset one after the other, are mixed.
+
+        None goes through all samples in an order of their own in each epoch.
+        """
+        return None
+
+    def build_validation_dataset(self) -> MapDataset | Mapping[str, MapDataset] | None:
+        """Return the held-out samples, those of several sources by their names, or None where there are none."""
         return None
 
     def build_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

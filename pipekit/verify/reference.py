@@ -48,9 +48,12 @@ def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> Non
     for name, parameter in parameters.items():
         recorder.write(TensorKey("initial weights", 0, layer_of[name], name), parameter)
     dataset = trial.build_train_dataset()
+    mixture = trial.build_mixture(dataset)
     loader = BatchLoader(
         dataset,
-        SampleOrder(len(dataset), train.seed, shuffle=trial.context.config.data.shuffle),
+        SampleOrder(len(dataset), train.seed, shuffle=trial.context.config.data.shuffle)
+        if mixture is None
+        else mixture.order(batch_size=train.global_batch_size),
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from pipekit.config import Config, SourceEntry, parse_config
 from pipekit.config.data_config import DataConfig
 from pipekit.errors import ConfigError
+from pipekit.settings.base import show
 
 WEB, CODE = {"name": "web", "source": "data/web"}, {"name": "code", "source": "data/code"}
 
@@ -33,6 +36,15 @@ def test_entries_of_a_mixture_take_the_field_of_the_section_and_their_limit() ->
         ("data/web", 7, "content"),
         ("data/code", 8, "body"),
     ]
+
+
+def test_every_key_of_an_entry_is_documented_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/mixtures.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| ", page, re.MULTILINE))
+    assert {key: rows[key].strip("`") for key in SourceEntry.model_fields} == {
+        key: "required" if field.is_required() else show(field.default)
+        for key, field in SourceEntry.model_fields.items()
+    }
 
 
 @pytest.mark.parametrize(

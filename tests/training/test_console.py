@@ -66,6 +66,28 @@ def test_an_evaluated_step_has_a_line_and_the_others_keep_its_loss(
     assert all("val loss 1.2500" in line for line in (evaluated, later))
 
 
+def test_waiting_for_data_is_told_from_a_twentieth_of_the_step_on(
+    progress: ConsoleProgress, stream: io.StringIO
+) -> None:
+    # The first step has nothing read ahead, and does not count.
+    progress.on_metrics(1, metrics(data_wait=0.9))
+    progress.on_metrics(2, metrics(data_wait=0.4))
+    progress.on_metrics(4, metrics(data_wait=0.0))
+    assert "waited" not in stream.getvalue()
+    progress.on_metrics(8, metrics(data_wait=0.8))
+    assert "  waited for data: 11% of the step  ETA" in stream.getvalue().splitlines()[-1]
+    progress.on_training_end(TrialResult(10, None, metrics(), None, 1.0))
+    assert "waited for data: 40% of the steps; more data.workers read it faster" in stream.getvalue()
+
+
+def test_the_end_tells_what_came_of_each_source(progress: ConsoleProgress, stream: io.StringIO) -> None:
+    progress.on_metrics(0, {"val_loss": 6.0, "val_loss/web": 5.0, "val_loss/code": 7.0})
+    progress.on_metrics(10, metrics(**{"samples/web": 1500, "samples/code": 7, "epochs/web": 0.25, "epochs/code": 1.0}))
+    progress.on_training_end(TrialResult(10, None, metrics(), None, 1.0))
+    assert "source web   1,500 samples, 0.25 epochs, validation loss 5.000" in stream.getvalue()
+    assert "source code  7 samples, 1.00 epochs, validation loss 7.000" in stream.getvalue()
+
+
 def test_a_checkpoint_has_a_line(progress: ConsoleProgress, stream: io.StringIO) -> None:
     progress.on_checkpoint_upload_end("step-00000004")
     assert stream.getvalue() == "step  4/10  saved runs/a b/checkpoints/step-00000004\n"

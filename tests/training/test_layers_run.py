@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fake_layers_run import NUM_SAMPLES, Events, FakeEngine, Numbers, NumbersTrial
-from pipekit.data.batch_loader import MapDataset
+from pipekit.data.collate import MapDataset
 from pipekit.engine.late_number import LateNumber
 from pipekit.errors import ExitCode, PipekitError, StoppedError
 from pipekit.plan.plan import StartPoint

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.config import Config, parse_config
-from pipekit.data.batch_loader import MapDataset
+from pipekit.data.collate import MapDataset
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import join_alone, leave_processes
 from pipekit.errors import NumbersError
