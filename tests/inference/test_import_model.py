@@ -16,6 +16,7 @@ from engine_jobs import SEQUENCE, VOCAB, Case, batch, build_engine, make_optimiz
 from gloo_workers import GlooWorkers
 from hand_made import small_tokenizer
 from pipekit.config import load_config, parse_config
+from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import CheckpointError, ConfigError, DataError, PipekitError
 from pipekit.inference.export import export_checkpoint
 from pipekit.inference.hugging_face import HuggingFaceFolder
@@ -150,6 +151,26 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert config.data.tokenizer == str(tmp_path / "run/tokenizer")
     assert load_config(tmp_path / "run/config.yaml") == config
     assert (checkpoint / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_sentencepiece_tokenizer_comes_along_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_hf(tmp_path / "hf", vocab_size=320)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to learn from", "and other words"] * 20),
+        model_prefix=str(tmp_path / "hf/tokenizer"),
+        model_type="bpe",
+        vocab_size=30,
+        minloglevel=2,
+    )
+    (tmp_path / "hf/tokenizer.vocab").unlink()
+    checkpoint, config = import_model(tmp_path / "hf", tmp_path / "run")
+    assert config.data.tokenizer == str(tmp_path / "run/tokenizer")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "hf/tokenizer.model"))
+    ours = load_tokenizer(checkpoint / "tokenizer.json")
+    assert ours.encode("other words learn") == theirs.encode("other words learn")
+    assert ours.end_token == "</s>"
 
 
 def test_a_tokenizer_that_does_not_fit_is_not_imported(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def reading_columns(file: CorpusFile) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"{file.path}: the {file.format.title} file is broken or was cut short ({reason}); get it again, or take "
             "it out of data.source"

@@ -15,7 +15,7 @@ from pipekit.files import parse_json, read_regular
 _INDEX_FILE = "index.json"
 _MAX_INDEX_BYTES = 1_000_000_000
 # By the number that litdata gives a type of torch.
-_TYPES = {11: "<u1", 13: "<i2", 14: "<i2", 15: "<i4", 16: "<i4", 17: "<i8", 18: "<i8"}
+_TYPES = {11: "<u1", 13: "<i2", 14: "<i2", 15: "<i4", 16: "<i4", 17: "<i8", 18: "<i8", 20: "<u2"}
 
 
 class Litgpt(TokenFormat):
@@ -85,6 +85,10 @@ def _type_of(index: Any, folder: Path) -> str:
     if len(kind) != 1 or name != "no_header_tensor" or not number.isdigit() or int(number) not in _TYPES:
         raise DataError(
             f"{folder / _INDEX_FILE}: the items are of {', '.join(map(str, kind))}, not tensors of token ids"
+        )
+    if any(chunk.get("dim") is None for chunk in index["chunks"]):
+        raise DataError(
+            f"{folder / _INDEX_FILE}: its items have headers; prepare them again with litdata's TokensLoader"
         )
     if config.get("compression") or config.get("encryption"):
         raise DataError(f"{folder / _INDEX_FILE}: its chunks are compressed or encrypted; prepare them again without")

@@ -55,7 +55,7 @@ def recognise(path: Path, *, is_named: bool) -> SourceFormat | None:
     if reason is None:
         return TEXT
     if is_named:
-        raise DataError(f"data.source={str(path)!r}: {reason}; give {what_to_give()}")
+        raise DataError(f"data.source={str(path)!r}: {reason}")
     logger.warning("%s is left out: %s", path, reason)
     return None
 
@@ -72,4 +72,4 @@ def _unread_reason(path: Path, head: bytes) -> str | None:
         return f"a table of text; convert it to JSON lines: {read}.to_json('data.jsonl', orient='records', lines=True)"
     if name.endswith(".json") and head.lstrip()[:1] in (b"[", b"{"):
         return f"a JSON document, not JSON lines; write an object a line: jq -c '.[]' {path.name} > data.jsonl"
-    return "neither UTF-8 text nor a format that is known" if b"\0" in head else None
+    return f"neither UTF-8 text nor a format that is known; give {what_to_give()}" if b"\0" in head else None

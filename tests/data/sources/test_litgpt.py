@@ -13,7 +13,7 @@ from pipekit.errors import DataError
 CHUNKS = [[[1, 2, 3], [70_000]], [[5, 6]]]
 
 
-def write(folder: Path, **config: Any) -> Path:
+def write(folder: Path, dim: int | None = 4, **config: Any) -> Path:
     """Write the folder that litdata writes: chunks with a header of the places of their documents, and the index."""
     names = []
     for number, documents in enumerate(CHUNKS):
@@ -21,10 +21,9 @@ def write(folder: Path, **config: Any) -> Path:
         places = np.cumsum([4 * (len(items) + 2), *map(len, items)]).astype("<u4")
         names.append(f"chunk-0-{number}.bin")
         (folder / names[-1]).write_bytes(np.array([len(items)], "<u4").tobytes() + places.tobytes() + b"".join(items))
+    chunks = [{"filename": name, "dim": dim} for name in names]
     described = {"data_format": ["no_header_tensor:16"], "compression": None, "encryption": None, **config}
-    (folder / "index.json").write_text(
-        json.dumps({"chunks": [{"filename": name} for name in names], "config": described})
-    )
+    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": described}))
     return folder
 
 
@@ -40,6 +39,7 @@ def test_documents_have_the_ids_that_were_written(tmp_path: Path) -> None:
         ({"data_format": ["jpeg"]}, r"index\.json: the items are of jpeg, not tensors of token ids"),
         ({"data_format": ["no_header_tensor:0"]}, "not tensors of token ids"),
         ({"compression": "zstd"}, "compressed or encrypted"),
+        ({"dim": None}, "its items have headers; prepare them again with litdata's TokensLoader"),
     ],
 )
 def test_other_items_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:

@@ -48,15 +48,20 @@ def test_a_named_file_is_what_its_content_says(tmp_path: Path, name: str, conten
         ("a.json", b'{\n "text": "a"\n}', "a JSON document, not JSON lines"),
         ("a.zip", b"PK\x03\x04" + bytes(20), "a zip archive; unpack it"),
         ("a.txt", "words".encode("utf-16"), r"text in UTF-16; convert it with iconv -f utf-16 -t utf-8"),
-        ("a.bin", bytes(range(256)), "neither UTF-8 text nor a format that is known"),
         ("a.jsonl", bytes(100), "neither UTF-8 text nor a format that is known"),
     ],
 )
-def test_one_that_is_not_read_is_refused_with_those_that_are(
+def test_one_that_is_not_read_is_refused_with_what_to_do(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}'.*{message}") as caught:
+    with pytest.raises(DataError, match=f"{name}'.*{message}"):
         find_corpus(str(tmp_path / name))
+
+
+def test_an_unknown_format_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match="neither UTF-8 text nor a format that is known; give") as caught:
+        find_corpus(str(tmp_path / "a.bin"))
     for format in find_formats():
         assert (format.example or format.title) in str(caught.value)
