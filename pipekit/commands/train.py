@@ -21,7 +21,6 @@ from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s
 from pipekit.plan.resources import Resources
-from pipekit.progress import ProgressLines
 from pipekit.run_lock import hold_run
 from pipekit.signals import ending_at_once, noting
 from pipekit.storage import check_writable
@@ -114,8 +113,10 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
         console.print(describe_finished(Path(config.run.dir), start_point.step, config.train.steps))
         return None
     from pipekit.training.prepare import prepare_run
+    from pipekit.training.progress_bar import ProgressBar
 
-    plan = prepare_run(config, resources, start=start_point, on_progress=ProgressLines(console.print)).plan
+    with ProgressBar(console) as report:
+        plan = prepare_run(config, resources, start=start_point, on_progress=report).plan
     from pipekit.plan.room import check_room
 
     warning = check_room(plan)

@@ -34,7 +34,7 @@ def build_once(
     timeout_s: float,
     report: ProgressCallback,
 ) -> T:
-    """Return what `load` finds in a folder, which is built first where it is not there.
+    """Return a folder of the cache as `load` finds it, built first where it is not there.
 
     Any number of processes may call this at the same time: one builds, the others wait for it. A folder is filled under
     a temporary name and then renamed, so it is whole or not there.

@@ -216,7 +216,7 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "int32"]:
 
 
 class WriterState(BaseModel, frozen=True):
-    """How far a writer has come; see `IndexedTokensWriter.save_state`."""
+    """State of a writer from which another can go on; see `IndexedTokensWriter.save_state`."""
 
     num_tokens: int
     num_sequences: int

@@ -78,7 +78,7 @@ class SourceData:
 
 
 class SplitsMeta(BaseModel, frozen=True):
-    """What the token files of a source hold. `fingerprint` is the hash of all tokens."""
+    """Numbers of documents and bytes in the token files of a source. `fingerprint` is the hash of all tokens."""
 
     num_documents: int
     num_text_bytes: int
@@ -130,11 +130,11 @@ def is_held_out(index: int, fraction: float) -> bool:
 
 
 class _BrokenProgressError(DataError):
-    """What an earlier writer has left cannot be gone on with."""
+    """Files of an earlier writer that cannot be gone on with."""
 
 
 class _Progress(BaseModel):
-    """How far the writing of a source has come."""
+    """Progress of the writing of a source."""
 
     num_passages: int = 0
     num_bytes: int = 0

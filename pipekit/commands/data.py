@@ -1,0 +1,180 @@
+"""`pipekit data`: prepare the data of a run, look at them, and convert them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipekit.commands.shared_options import AsJson, TrustCode
+
+if TYPE_CHECKING:
+    from pipekit.config import Config
+    from pipekit.data.prepared import PreparedData, PreparedSource
+    from pipekit.data.tokenizer import TextTokenizer
+    from pipekit.progress import ProgressCallback
+
+_ACTIONS = ("prepare", "inspect", "convert")
+# Of the text of a sample.
+_SHOWN_TOKENS = 64
+
+
+def command(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="prepare|inspect|convert DATA [OUT] [KEY=VALUE]...",
+            help="What to do; the YAML file of a run, or a source of text or tokens; for convert the file to write; "
+            "changes, such as data.tokenizer=tokenizer.json.",
+            show_default=False,
+        ),
+    ],
+    samples: Annotated[int, typer.Option(min=0, help="Of inspect: the number of documents of a source to show.")] = 3,
+    cores: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Cores to encode text on; all if left out.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Of convert: replace a file that is there.")] = False,
+    as_json: AsJson = False,
+    trust_code: TrustCode = False,
+) -> None:
+    """Prepare the tokens of a run ahead of it, show what they are, or write them into files of your own."""
+    from pipekit.data.convert import check_out
+    from pipekit.errors import ConfigError
+    from pipekit.training.console import make_console
+    from pipekit.training.progress_bar import ProgressBar
+
+    action, given = words[0], [word for word in words[1:] if "=" not in word]
+    num_given = 2 if action == "convert" else 1
+    if action not in _ACTIONS or len(given) != num_given:
+        raise ConfigError(
+            f"{' '.join(words)}: give prepare or inspect and a YAML file or a source, or convert, one of these and the "
+            "file to write"
+        )
+    changes = [word for word in words[1:] if "=" in word]
+    is_run = given[0].endswith((".yaml", ".yml"))
+    if is_run:
+        config = _load_run(given[0], changes, trust_code=trust_code)
+    else:
+        config = _source_config(given[0], changes, action)
+    out = Path(given[1]) if action == "convert" else None
+    if out is not None:
+        check_out(out, overwrite=overwrite)
+    with ProgressBar(make_console(sys.stderr)) as report:
+        prepared = _prepare(config, cores, report, is_run=is_run)
+        if out is not None:
+            num_documents = _convert(config, prepared, out, report)
+    if out is not None:
+        typer.echo(f"{num_documents:,} documents written to {out}; the tokenizer is {prepared.tokenizer_path}")
+        return
+    if action == "prepare":
+        _show_prepared(prepared, as_json=as_json)
+        return
+    found = _inspect(config, prepared, samples, is_run=is_run)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    from pipekit.commands.data_tables import show_inspection
+
+    show_inspection(found, make_console())
+
+
+def _load_run(path: str, changes: list[str], *, trust_code: bool) -> Config:
+    from pipekit.config import load_config
+    from pipekit.config.stored_code import check_stored_code
+
+    check_stored_code(Path(path), changes, trust_code=trust_code)
+    return load_config(path, changes)
+
+
+def _source_config(source: str, changes: list[str], action: str) -> Config:
+    """The configuration of a source that no run has; to convert it, nothing is held out unless that is asked for."""
+    from pipekit.config import parse_config
+
+    data: dict[str, Any] = {"source": source}
+    if action == "convert":
+        data["validation_fraction"] = 0.0
+    return parse_config({"model": {"preset": "tiny"}, "train": {"steps": 1}, "data": data}, changes)
+
+
+def _prepare(config: Config, cores: int | None, report: ProgressCallback, *, is_run: bool) -> PreparedData:
+    """Prepare the data as the run does."""
+    from pipekit.data.prepare import prepare_data
+    from pipekit.errors import ConfigError
+    from pipekit.training.language_model import LanguageModelTrial
+    from pipekit.training.prepare import load_trial
+
+    if not issubclass(load_trial(config), LanguageModelTrial):
+        raise ConfigError(f"run.trial={config.run.trial}: prepares data of its own, and these are of no `data` section")
+    return prepare_data(
+        config.data,
+        sequence_length=config.train.sequence_length if is_run else 1,
+        timeout_s=config.run.timeout_s,
+        on_progress=report,
+        num_cores=cores,
+    )
+
+
+def _convert(config: Config, prepared: PreparedData, out: Path, report: ProgressCallback) -> int:
+    from pipekit.data.convert import convert_tokens
+    from pipekit.data.tokenizer import load_tokenizer
+
+    slices = [source.train for source in prepared.sources]
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    return convert_tokens(slices, tokenizer, out, text_key=config.data.text_key, report=report)
+
+
+def _show_prepared(prepared: PreparedData, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(prepared.model_dump_json(indent=1) + "\n")
+        return
+    for source in prepared.sources:
+        train, held_out = source.train, source.validation
+        typer.echo(f"{source.name}: {train.num_documents:,} documents, {train.num_tokens:,} tokens in {train.path}")
+        if held_out is not None:
+            typer.echo(f"  held out: {held_out.num_documents:,} documents, {held_out.num_tokens:,} tokens")
+    typer.echo(f"tokenizer of {prepared.vocab_size:,} tokens: {prepared.tokenizer_path}")
+
+
+def _inspect(config: Config, prepared: PreparedData, num_samples: int, *, is_run: bool) -> dict[str, Any]:
+    from pipekit.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    train, (batch, sequence) = config.train, (config.train.global_batch_size, config.train.sequence_length)
+    num_tokens = train.steps * batch * sequence
+    run = {
+        "num_tokens": num_tokens,
+        "text": f"{train.steps:,} steps of {batch:,} sequences of {sequence:,} tokens",
+        "epochs": num_tokens / prepared.sources[0].train.num_tokens if len(prepared.sources) == 1 else None,
+    }
+    return {
+        "vocab_size": prepared.vocab_size,
+        "tokenizer": str(prepared.tokenizer_path),
+        "sources": [_inspect_source(source, tokenizer, num_samples) for source in prepared.sources],
+        "run": run if is_run else None,
+    }
+
+
+def _inspect_source(source: PreparedSource, tokenizer: TextTokenizer, num_samples: int) -> dict[str, Any]:
+    from pipekit.data.statistics import find_duplicates, measure_lengths, take_excerpts
+
+    lengths = measure_lengths(source.train)
+    return {
+        "name": source.name,
+        "train": source.train.model_dump(mode="json"),
+        "validation": None if source.validation is None else source.validation.model_dump(mode="json"),
+        "lengths": None if lengths is None else lengths.model_dump(),
+        "duplicates": find_duplicates(source.train, source.validation).model_dump(),
+        "samples": [
+            {
+                "document": excerpt.document,
+                "num_tokens": excerpt.num_tokens,
+                "num_shown": len(excerpt.token_ids),
+                "token_ids": list(excerpt.token_ids),
+                "text": tokenizer.decode(excerpt.token_ids, skip_special_tokens=False),
+            }
+            for excerpt in take_excerpts(source.train, num_samples, _SHOWN_TOKENS)
+        ],
+    }
