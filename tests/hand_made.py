@@ -68,9 +68,11 @@ def write_hf_folder(folder: Path, *, with_tokenizer: bool = True, **settings: An
 def examples_at_work(folder: Path) -> Path:
     """Make a working directory in which every shipped example can be trained, and return it.
 
-    It has the examples, text of one's own, and a small random model in place of the public one that a user downloads.
+    It has the examples, the pages of the docs, text of one's own, and a small random model in place of the public one
+    that a user downloads.
     """
-    (folder / "examples").symlink_to(Path(__file__).resolve().parents[1] / "examples")
+    for name in ("examples", "docs"):
+        (folder / name).symlink_to(Path(__file__).resolve().parents[1] / name)
     write_hf_folder(folder / "downloads/SmolLM2-135M", max_positions=512, num_kv_heads=2, tied_embedding=True)
     (folder / "my_text").mkdir()
     for number in range(40):

@@ -26,6 +26,7 @@ import itertools
 import os
 import shutil
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +91,35 @@ class TokenSlice(BaseModel, frozen=True):
         bounds = IndexedTokens(self.path).bounds(self.first_document, self.num_documents)
         bounds -= bounds[0]
         return bounds
+
+
+class TokenReader:
+    """Reads tokens of a slice by their place in it. The file is not mapped: memory is that of the tokens that are read.
+
+    `num_tokens` are the tokens of the slice. It may be used by several threads, and in a fork.
+
+    Raises:
+        DataError: as `TokenSlice.load_tokens`.
+    """
+
+    def __init__(self, token_slice: TokenSlice) -> None:
+        tokens = token_slice.load_tokens()
+        self.num_tokens, self._path, self._dtype = len(tokens), token_slice.path, tokens.dtype
+        self._begin = IndexedTokens(token_slice.path).begin(token_slice.first_document)
+        self._descriptor = os.open(token_slice.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Return the tokens `(count,)` from place `first` on.
+
+        Raises:
+            DataError: if the file has become shorter.
+        """
+        size = self._dtype.itemsize
+        data = os.pread(self._descriptor, count * size, (self._begin + first) * size)
+        if len(data) < count * size:
+            raise DataError(f"{self._path}: has become shorter while it was read; start again with a whole file")
+        return np.frombuffer(data, self._dtype).astype(np.int64)
 
 
 def take_documents(path: str | Path, first_document: int = 0, num_documents: int | None = None) -> TokenSlice:

@@ -72,9 +72,8 @@ def model_card(
 
 
 def _sources(config: Config) -> list[str]:
-    source = config.data.source
     # Whoever reads the card has no use for the paths of the machine that trained the model.
-    return [f"`{Path(path).name}`" for path in ([source] if isinstance(source, str) else source)]
+    return [f"`{Path(path).name}`" for entry in config.data.entries for path in entry.sources]
 
 
 def _use_with_text(folder: str) -> list[str]:

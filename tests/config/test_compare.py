@@ -26,6 +26,7 @@ SAVED = parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}})
         {"run.dir": "x", "logging.wandb": True, "checkpoint.keep": None, "data.cache_dir": "/tmp/x"},
         {"model.vocab_size": 4000},
         {"data.source": ["python-stdlib"]},
+        {"data.workers": 2, "data.validation": "held-out.txt"},
     ],
 )
 def test_layout_and_optimizer_may_change_within_a_run(changes: dict[str, Any]):
@@ -40,6 +41,7 @@ def test_layout_and_optimizer_may_change_within_a_run(changes: dict[str, Any]):
         ("model.dropout", 0.1),
         ("model.tied_embedding", False),
         ("data.source", "other.txt"),
+        ("data.source", "python-stdlib#5"),
         ("data.vocab_size", 300),
         ("data.shuffle", False),
         ("data.validation_fraction", 0.1),
@@ -50,6 +52,15 @@ def test_layout_and_optimizer_may_change_within_a_run(changes: dict[str, Any]):
 )
 def test_a_change_of_model_or_data_is_another_run(key: str, value: object):
     assert conflicting_keys(SAVED, SAVED.updated({key: value})) == [key]
+
+
+def test_sources_and_weights_of_a_mixture_may_change_and_it_is_no_plain_source():
+    entries = [{"name": "web", "source": "data/web"}, {"name": "code", "source": "data/code", "epochs": 2}]
+    mixture = SAVED.updated({"data.mixture": entries})
+    other = SAVED.updated({"data.mixture": [{"name": "math", "source": "data/math#5"}, {**entries[0], "weight": 0.5}]})
+    staged = mixture.updated({"data.stages": [{"after_step": 5, "weights": {"code": 1}}]})
+    assert conflicting_keys(mixture, other) == conflicting_keys(mixture, staged) == []
+    assert conflicting_keys(SAVED, mixture) == conflicting_keys(mixture, SAVED) == ["data.source"]
 
 
 def test_two_numbers_of_tokens_conflict():

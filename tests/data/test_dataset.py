@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from pipekit.data.dataset import TokenDataset
 from pipekit.data.megatron import IndexedTokensWriter, TokenSlice, take_documents
+from pipekit.data.order import SampleOrder
 from pipekit.errors import DataError
 
 
@@ -43,6 +46,35 @@ def test_wide_tokens_of_some_documents_are_not_cut_off(tmp_path: Path) -> None:
     dataset = TokenDataset(take_documents(path, 1, 1), 2)
     assert len(dataset) == 1, "one document of three"
     assert dataset[0][0].tolist() == [199_999, 65_536]
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_told_of(tmp_path: Path) -> None:
+    dataset = TokenDataset(write_counting_tokens(tmp_path / "train.bin", 100), sequence_length=4)
+    os.truncate(tmp_path / "train.bin", 100)
+    assert dataset[11][1].tolist() == [45, 46, 47, 48]
+    with pytest.raises(DataError, match=r"train.bin: has become shorter while it was read"):
+        dataset[12]
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_a_terabyte_of_tokens_takes_no_memory(tmp_path: Path) -> None:
+    path, num_sequences, per_sequence = tmp_path / "train.bin", 500, 10**9
+    with path.open("wb") as stream:
+        stream.truncate(2 * num_sequences * per_sequence)
+    with path.with_suffix(".idx").open("wb") as index:
+        index.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, num_sequences, num_sequences + 1))
+        index.write(np.full(num_sequences, per_sequence, "<i4").tobytes())
+        index.write((2 * per_sequence * np.arange(num_sequences, dtype="<i8")).tobytes())
+        index.write(np.arange(num_sequences + 1, dtype="<i8").tobytes())
+    dataset = TokenDataset(take_documents(path), sequence_length=2048)
+    order = SampleOrder(len(dataset), seed=1)
+    before_mib = resident_mib()
+    for index in order.indices(10**8, 5000).tolist():
+        dataset[index]
+    assert resident_mib() - before_mib < 4
 
 
 def test_a_pickled_dataset_is_small_and_equal(tmp_path: Path) -> None:
