@@ -11,6 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ def is_sentencepiece(path: Path) -> bool:
         return stream.read(1) == b"\x0a" and b"\0" in stream.read(4096)
 
 
+@cache
 def download_tokenizer(name: str) -> Path:
     """Return the folder of a tokenizer `hf://OWNER/NAME` in the cache of the Hugging Face hub; its weights stay there.
+
+    A process asks the hub once, and goes on with what it found then.
 
     Raises:
         DataError: if there is no such repository, or it can be reached neither on the hub nor in the cache.
@@ -81,7 +85,7 @@ def convert_folder(folder: Path, where: str) -> Path:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # it raises errors of many kinds
             reason = " ".join(str(error).split())
             raise DataError(

@@ -175,6 +175,11 @@ def test_a_name_on_the_hub_is_its_folder_in_the_cache(hf_folder: Path, monkeypat
     [
         ("a.model", b"no model", r"data\.tokenizer='.*a\.model': not a SentencePiece model \(.+\); give one"),
         ("a.model", b"", r"not a SentencePiece model: it has no pieces"),
+        (
+            "tokenizer_config.json",
+            b'{"auto_map": {"AutoTokenizer": ["own.Own", null]}, "tokenizer_class": "Own"}',
+            r"transformers reads no tokenizer there \(.*custom code",
+        ),
         ("vocab.json", b"{", r"no tokenizer\.json in .*, and transformers reads no tokenizer there \(.+\); give"),
     ],
 )

@@ -34,6 +34,11 @@ class HubDataset(RecordFormat):
             raise DataError(f"{where}: stream={options['stream']} must be true or false")
         if not _SPLIT.fullmatch(options.get("split", "train")):
             raise DataError(f"{where}: split={options['split']} must name whole splits, such as train or train+test")
+        if Path(name.repository).exists():
+            raise DataError(
+                f"{where}: the library datasets would read the folder {name.repository} here in its place; rename "
+                "that, or give its path without hf://"
+            )
         datasets = need("datasets", where)
         if options.get("stream") == "true":
             return [self._describe_stream(source, name)]

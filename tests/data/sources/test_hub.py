@@ -71,6 +71,15 @@ def test_a_streamed_dataset_is_that_of_the_commit_that_was_found_first(hub: list
         read_texts("hf://owner/name?stream=true", text_key="body")
 
 
+def test_a_folder_of_the_same_name_is_not_taken_for_it(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner/name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="would read the folder owner/name here in its place; rename that"):
+        find_corpus("hf://owner/name")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
