@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
@@ -20,6 +20,12 @@ from pipekit.inference.hugging_face import to_hf
 from pipekit.layers.sequential import SequentialModel
 from pipekit.models import build_layers
 from pipekit.models.family import TransformerFamily
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 TEXT = "def function(argument):\n    return argument + 1\n"
 
@@ -63,6 +69,18 @@ def write_hf_folder(folder: Path, *, with_tokenizer: bool = True, **settings: An
     save_file(dict(to_hf(config.model, tensors)), folder / "model.safetensors", metadata={"format": "pt"})
     if with_tokenizer:
         small_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def write_chat_tokenizer(folder: Path, *, template: str | None = CHAT_TEMPLATE) -> Path:
+    """Write a tokenizer with a chat template as transformers saves one, and return its file."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = small_tokenizer()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder / "tokenizer.json"
 
 
 def examples_at_work(folder: Path) -> Path:

@@ -24,6 +24,7 @@ MODULES = [
     "pipekit.commands.verify",
     "pipekit.engine.initialize",
     "pipekit.engine.load",
+    "pipekit.engine.parallel_generator",
     "pipekit.engine.build",
     "pipekit.engine.save",
     "pipekit.inference.export",

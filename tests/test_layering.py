@@ -32,9 +32,9 @@ FLOORS = {f"pipekit.{room}": floor for floor, rooms in ROOMS.items() for room in
 # What a floor may import beside the standard library, pipekit, and what the floors below it may.
 LIBRARIES: dict[int, set[str]] = {
     0: {"numpy", "pydantic", "pydantic_core", "yaml"},
-    1: {"torch", "einops", "safetensors", "tokenizers", "transformers", "filelock", "xxhash"},
+    1: {"torch", "einops", "safetensors", "tokenizers", "transformers", "filelock", "xxhash", "jinja2"},
     2: {"deepspeed", "rich", "wandb"},
-    3: {"typer", "jinja2"},
+    3: {"typer"},
 }
 
 # Drawing pictures is pure, and loads its library only when it draws; the hub's library comes with transformers.

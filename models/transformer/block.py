@@ -174,7 +174,7 @@ class Attention(_NormedModule):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         documents = None if positions is None else number_documents(positions)
         y = self._attend(*self._project(self.norm(x), positions), documents)  # (B, H, S, E)
-        return self._finish(self.projection(rearrange(y, "b h s e -> b s (h e)")))  # (B, S, D)
+        return self._finish(self.projection(y.transpose(1, 2).flatten(2)))  # (B, S, D)
 
     def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
@@ -187,7 +187,9 @@ class Attention(_NormedModule):
             k, v = kv.chunk(2, dim=-1)
         if self.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (rearrange(each, "b s (h e) -> b h s e", e=self.head_size) for each in (q, k, v))
+        q, k, v = (
+            each.view(*each.shape[:2], -1, self.head_size).transpose(1, 2) for each in (q, k, v)
+        )  # (B, heads, S, E)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is None:
@@ -241,17 +243,18 @@ class Attention(_NormedModule):
     def _weigh_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
         """Weighted sums of the values, `(B, heads, S, E)`, where the mask is True for a query and a key."""
         heads, length = q.shape[1:3]
-        if length == 1:
+        is_grouped = heads != k.shape[1]
+        if is_grouped and length == 1:
             # The queries that share a head of keys and values are as many queries of one head.
             q = q.reshape(len(q), k.shape[1], heads // k.shape[1], q.shape[3])
-        elif not is_causal:
+        elif is_grouped and not is_causal:
             # With a mask, torch's fast kernels know no grouped heads.
             k, v = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (k, v))
         dropout = self.dropout if self.training else 0.0
         # The heads are shared out, whether the sequence is or not.
         with sharded_randomness(self.group) if dropout else nullcontext():
             if self.soft_cap is None:
-                return F.scaled_dot_product_attention(
+                y = F.scaled_dot_product_attention(
                     q,
                     k,
                     v,
@@ -260,13 +263,15 @@ class Attention(_NormedModule):
                     is_causal=is_causal,
                     scale=self.scale,
                     enable_gqa=q.shape[1] != k.shape[1],
-                ).reshape(-1, heads, length, self.head_size)
-            scores = cap_softly(q @ k.transpose(2, 3) * self.scale, self.soft_cap)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            # In fp32 at the least, as in a fused attention.
-            weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-            return (F.dropout(weights, dropout) @ v).reshape(-1, heads, length, self.head_size)
+                )
+            else:
+                scores = cap_softly(q @ k.transpose(2, 3) * self.scale, self.soft_cap)
+                if mask is not None:
+                    scores = scores.masked_fill(~mask, -torch.inf)
+                # In fp32 at the least, as in a fused attention.
+                weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+                y = F.dropout(weights, dropout) @ v
+        return y.reshape(len(y), heads, length, self.head_size) if y.shape[1] != heads else y
 
 
 def block_size(length: int, window: int) -> int | None:

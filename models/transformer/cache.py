@@ -127,9 +127,10 @@ class KeyValueCache:
                 return keys, values
             kept = grown
         end = kept.end + self.reads
-        kept.keys[:, :, kept.end : end], kept.values[:, :, kept.end : end] = keys, values
+        kept.keys.narrow(2, kept.end, self.reads).copy_(keys)
+        kept.values.narrow(2, kept.end, self.reads).copy_(values)
         first, kept.end = kept.end - needed, end
-        return kept.keys[:, :, first:end], kept.values[:, :, first:end]
+        return kept.keys.narrow(2, first, end - first), kept.values.narrow(2, first, end - first)
 
     def mask(self, num_keys: int, window: int | None) -> Tensor | None:
         """Mask `(S, T)` or `(B, 1, S, T)`, True where a token that is being read attends to one of the last T.

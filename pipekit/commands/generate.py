@@ -1,4 +1,4 @@
-"""`pipekit generate`: text from a trained model."""
+"""`pipekit generate`: text from a trained model, for a prompt, a file of prompts, or in a chat."""
 
 from __future__ import annotations
 
@@ -15,37 +15,108 @@ def command(
     source: Annotated[
         Path, typer.Argument(help="A run's folder, one of its checkpoints, or an export.", show_default=False)
     ],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; without it a document begins.")] = "",
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to go on from; without it, a document begins.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A prompt on each line, text or JSON; results are lines of JSON.", show_default=False
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer what you type, by the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among so many of the likeliest; 0 among all.")] = 50,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest of this probability.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest whose probabilities add up to this; 1 among all.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws; further prompts have the next seeds.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts to compute together.")] = 16,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages, each in a process of its own.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes of each stage.")] = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
     trust_code: TrustCode = False,
     config: ModelConfigFile = None,
 ) -> None:
-    """Sample text from a trained model."""
-    from pipekit.config.stored_code import check_stored_code
-    from pipekit.inference.generator import Generator
-    from pipekit.inference.sample_tokens import Sampling
+    """Generate text with a trained model."""
+    from dataclasses import asdict
 
-    sampling = Sampling(temperature, top_k or None, top_p if top_p < 1 else None)
+    from pipekit.config.stored_code import check_stored_code
+    from pipekit.errors import ConfigError
+    from pipekit.inference.answer import GenerationSettings, encode_prompts, write_lines, write_text
+    from pipekit.inference.answer import chat as answer_messages
+    from pipekit.inference.generator import Generator
+    from pipekit.inference.load_model import open_model
+    from pipekit.inference.prompts import Prompt, read_prompts
+
+    given = [
+        name
+        for name, value in {"--prompt": prompt, "--prompts": prompts, "--chat": chat or None}.items()
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them")
+    if system is not None and not chat:
+        raise ConfigError(
+            "--system is the first message of a chat; add --chat, or write messages into a file of prompts"
+        )
+    if chat and pp * tp > 1:
+        raise ConfigError(
+            "--chat runs in one process; leave --pp and --tp out, or write messages into a file of prompts"
+        )
+    settings = GenerationSettings(
+        max_new_tokens, temperature, top_k or None, None if top_p == 1 else top_p, stop or (), batch_size
+    )
+    listed = [Prompt(prompt or "")] if prompts is None else read_prompts(prompts)
     if config is not None:
         check_stored_code(config, trust_code=trust_code)
-    generator = Generator.open(source, device=device, trust_code=trust_code, config=config)
-    prompt_ids = generator.encode_prompt(prompt)
+    stored = open_model(source, given=config, trust_code=trust_code)
+    encoded = encode_prompts(stored, listed, seed=seed)
+    if pp * tp > 1:
+        from pipekit.launch.generate_rank import GenerateTask, generate_on_ranks
+
+        stored.cut(pp=pp, tp=tp)  # refuses what does not fit
+        task = GenerateTask(
+            source=str(source),
+            config=None if config is None else str(config),
+            trust_code=trust_code,
+            pp=pp,
+            tp=tp,
+            prompts=[asdict(each) for each in encoded],
+            settings=asdict(settings),
+            as_lines=prompts is not None,
+        )
+        generate_on_ranks(task, device=device)
+        return
+    generator = Generator.build(stored, device=device)
     if not generator.has_cache:
         sys.stderr.write(
-            "note: the model's layers know no key-value cache; every token computes the whole text again\n"
+            "note: a layer of the model knows no key-value cache: each token computes the whole text again\n"
         )
-    _write(prompt)
-    for piece in generator.stream(
-        [prompt_ids], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), seeds=[seed]
-    ):
-        _write(piece.text)
-    sys.stdout.write("\n")
+    if chat:
+        answer_messages(generator, settings, system=system, seed=seed, read=_read_message, write=_write)
+    elif prompts is not None:
+        write_lines(generator, encoded, settings, _write)
+    else:
+        _write(encoded[0].shown)
+        write_text(generator, encoded[0], settings, _write)
+        _write("\n")
+
+
+def _read_message() -> str | None:
+    """What the user types, or the next line of stdin; None at its end, which Ctrl-D makes."""
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    while line := sys.stdin.readline():
+        if line.strip():
+            return line.strip()
+    return None
 
 
 def _write(text: str) -> None:

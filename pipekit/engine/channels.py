@@ -30,7 +30,7 @@ _DTYPES = {
         torch.complex64, torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-_HEADER_BYTES = 16_384
+HEADER_BYTES = 16_384
 
 
 def encode_meta(meta: NestedMeta) -> Tensor:
@@ -46,12 +46,12 @@ def encode_meta(meta: NestedMeta) -> Tensor:
             raise PipekitError(f"a stage passes a tensor of {tensor.dtype} on, which cannot be sent; convert it")
         tensors.append([dtype, tensor.requires_grad, *tensor.shape])
     text = json.dumps([tensors, meta.structure]).encode()
-    if len(text) > _HEADER_BYTES:
+    if len(text) > HEADER_BYTES:
         raise PipekitError(
             f"a stage passes {len(meta.tensors)} tensors on, and their description takes {len(text)} bytes where "
-            f"{_HEADER_BYTES} fit; pass fewer tensors between layers"
+            f"{HEADER_BYTES} fit; pass fewer tensors between layers"
         )
-    return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(text.ljust(HEADER_BYTES)), dtype=torch.uint8)
 
 
 def decode_meta(header: Tensor) -> NestedMeta:
@@ -210,7 +210,7 @@ class Receiver:
     def _learn(self) -> NestedMeta:
         """Wait for the description of the next message."""
         action = self._deferred[0]
-        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         wait(self._header_end.receive(header), f"the shape of {name_result(action)} from pipeline rank {self._peer}")
         meta = decode_meta(header)
         self._learn_meta(action, meta)

@@ -15,7 +15,8 @@ from pipekit.config import ModelConfigSource
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.inference.language_model import LanguageModel
-from pipekit.inference.load_model import open_model
+from pipekit.inference.load_model import StoredModel, open_model
+from pipekit.inference.prompts import encode_text, end_token_ids
 from pipekit.inference.sample_tokens import Sampling, continue_prompts
 from pipekit.inference.text_stream import TextStream
 
@@ -56,17 +57,22 @@ class Generator:
 
     Args:
         model: the model.
-        tokenizer: its tokenizer; None where there is none, and there are tokens alone.
-        source: folder of the model, for messages.
+        stored: its files.
 
     Attributes:
+        tokenizer: its tokenizer; None where there is none, and there are tokens alone.
         longest_sequence: most tokens that the model sees at once. Of a longer text it sees the newest: the oldest half
             is forgotten each time that it is full.
         has_cache: False where every token computes the whole text again.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer | None, source: Path) -> None:
-        self.model, self.tokenizer, self.source = model, tokenizer, source
+    def __init__(self, model: LanguageModel, stored: StoredModel) -> None:
+        self.model, self.stored = model, stored
+        self.tokenizer: TextTokenizer | None = None
+        self._end_token_ids: list[int] = []
+        if stored.tokenizer_file is not None:
+            self.tokenizer = load_tokenizer(stored.tokenizer_file)
+            self._end_token_ids = end_token_ids(stored.tokenizer_file)
         self.longest_sequence, self.has_cache = model.longest_sequence, model.has_cache
 
     @classmethod
@@ -89,14 +95,19 @@ class Generator:
         Raises:
             PipekitError: if there is no model or no such device, or a file cannot be read.
         """
+        return cls.build(open_model(source, given=config, trust_code=trust_code), device=device)
+
+    @classmethod
+    def build(cls, stored: StoredModel, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> Generator:
+        """Build a model whose files are open in this process; see `open`."""
         if device == "cuda" and not torch.cuda.is_available():
             raise PipekitError("--device cuda: no GPU is present; use --device auto or cpu")
         place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        stored = open_model(source, given=config, trust_code=trust_code)
-        tokenizer = None if stored.tokenizer_file is None else load_tokenizer(stored.tokenizer_file)
         model = stored.build().to(place)
-        language_model = LanguageModel(model, longest_sequence=stored.longest_sequence, device=place)
-        return cls(language_model, tokenizer, stored.path)
+        for module in model.modules():
+            # Found at once, where torch would search: a token of a small model takes a quarter less.
+            module.__dict__.update(module._parameters, **module._modules)
+        return cls(LanguageModel(model, longest_sequence=stored.longest_sequence, device=place), stored)
 
     def logits(self, token_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Logits `(B, S, V)` of texts, on the model's device.
@@ -121,6 +132,7 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
+        end_token_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Generation]:
         """Continue prompts, each as it would go on alone.
 
@@ -131,6 +143,7 @@ class Generator:
             stop: strings before which a text ends.
             seed: one for all prompts, or one for each.
             batch_size: prompts that are computed together.
+            end_token_ids: of each prompt, tokens that end its text besides those that do by the model's files.
 
         Raises:
             ConfigError: before the first token, if a prompt is empty or a number is out of range.
@@ -147,12 +160,14 @@ class Generator:
                 sampling=Sampling(temperature, top_k, top_p),
                 stop=stop,
                 seeds=seeds[batch],
+                end_token_ids=None if end_token_ids is None else end_token_ids[batch],
             ):
                 result = results[first + piece.index]
                 result.text += piece.text
                 result.finish_reason = piece.finish_reason or result.finish_reason
                 if piece.token_id is not None:
                     result.token_ids.append(piece.token_id)
+        self.model.forget()
         return results
 
     def stream(
@@ -163,6 +178,7 @@ class Generator:
         sampling: Sampling,
         stop: Sequence[str] = (),
         seeds: Sequence[int],
+        end_token_ids: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Piece]:
         """Continue prompts together, and yield each piece of text as it comes; see `generate`.
 
@@ -184,12 +200,11 @@ class Generator:
             max_positions=self.longest_sequence,
             sampling=sampling,
             seeds=seeds,
-            end_token_ids=[] if tokenizer is None else [tokenizer.end_token_id],
+            end_token_ids=[{*self._end_token_ids, *own} for own in end_token_ids or [()] * len(prompts)],
             is_done=lambda index: bool(streams) and streams[index].has_stopped,
         ):
             drawn[index] += 1
             yield Piece(index, streams[index].push(token) if streams else "", token)
-        self.model.forget()
         for index in range(len(prompts)):
             has_stopped = bool(streams) and streams[index].has_stopped
             reason: FinishReason = "stop" if has_stopped else "end" if drawn[index] < max_new_tokens else "length"
@@ -202,5 +217,10 @@ class Generator:
             PipekitError: if there is no tokenizer.
         """
         if self.tokenizer is None:
-            raise PipekitError(f"{self.source}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")
-        return self.tokenizer.encode(text) or [self.tokenizer.end_token_id]
+            raise no_tokenizer(self.stored.path)
+        return encode_text(self.tokenizer, text)
+
+
+def no_tokenizer(path: Path) -> PipekitError:
+    """Error of a model that has no tokenizer."""
+    return PipekitError(f"{path}: holds no {TOKENIZER_FILE}, so its tokens cannot be turned into text")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ class StageLink(Protocol):
     is_first: bool
     is_last: bool
 
-    def receive(self) -> Tensor:
-        """Activations from the stage before."""
+    def receive(self, key: Hashable) -> Any:
+        """Activations from the stage before; `key` is the same for all that have these shapes."""
 
-    def send(self, activations: Tensor) -> None:
+    def send(self, activations: Any, key: Hashable) -> None:
         """Send activations to the next stage."""
 
-    def share(self, logits: Tensor | None) -> Tensor:
+    def share(self, logits: Tensor | None, key: Hashable) -> Tensor:
         """Logits of the last stage, on every rank."""
 
     def all_agree(self, value: bool) -> bool:
@@ -55,6 +55,7 @@ class LanguageModel:
         link: to the other stages, if there are any.
 
     Attributes:
+        layers: those of this process.
         has_cache: False where every token computes the whole text again.
     """
 
@@ -67,7 +68,7 @@ class LanguageModel:
         link: StageLink | None = None,
     ) -> None:
         self.longest_sequence, self.device = longest_sequence, torch.device(device)
-        self._steps, self._link = model.steps, link
+        self.layers, self._steps, self._link = model, model.steps, link
         functions = [step.func if isinstance(step, partial) else step for step in model.steps]
         own = all(map(supports_cache, functions))
         self.has_cache = own if link is None else link.all_agree(own)
@@ -151,8 +152,10 @@ class LanguageModel:
     def _forward(self, token_ids: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
         """Logits of all tokens, or with a cache of the last ones alone."""
         link, activations = self._link, token_ids
+        # The shapes of all that passes on follow from it.
+        key = (*token_ids.shape, cache is None)
         if link is not None and not link.is_first:
-            activations = link.receive()
+            activations = link.receive(key)
         *steps, last = self._steps
         with nullcontext() if cache is None else cache.reading(self._modules, token_ids.shape[1]):
             for step in steps:
@@ -163,8 +166,8 @@ class LanguageModel:
         if link is None:
             return whole_outputs(activations)  # type: ignore[no-any-return]
         if not link.is_last:
-            link.send(activations)
-        return link.share(whole_outputs(activations) if link.is_last else None)
+            link.send(activations, key)
+        return link.share(whole_outputs(activations) if link.is_last else None, key)
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from pipekit.config import Config, ModelConfigSource, load_stored_config
 from pipekit.data.tokenizer import find_tokenizer_file
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.inference.hugging_face import HuggingFaceFolder
+from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.sequential import SequentialModel
-from pipekit.layers.specs import LayerSpec
+from pipekit.layers.specs import LayerSpec, layer_names
 from pipekit.models import build_layers
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import TransformerFamily
 from pipekit.models.imported import HF_CONFIG_FILE
-from pipekit.tensor_parallel.group import TensorGroup
+from pipekit.partitioners import PartitionInputs, partition
+from pipekit.tensor_parallel.group import PlannedGroup, TensorGroup
 from pipekit.tensor_parallel.shards import Shard, shard_of
 
 
@@ -67,6 +70,22 @@ class StoredModel:
         shards = {name: shard_of(own) for name, own in model.logical_tensors().items()}
         model.load_logical_tensors({name: self.read(name, shards.get(name)) for name in names}, where=where)
         return model.eval()
+
+    def cut(self, *, pp: int, tp: int = 1) -> list[range]:
+        """Layers of each stage of a pipeline, which are cut by their parameters. Nothing is allocated.
+
+        Raises:
+            PipekitError: if there are fewer layers than stages, or tensor-parallel ranks cannot share a layer out.
+        """
+        if tp > 1:
+            SequentialModel(self.specs, seed=None, group=PlannedGroup(0, tp))
+        facts = PartitionInputs(
+            [spec.type_name for spec in self.specs],
+            lambda: count_layer_parameters(self.specs),
+            layer_names=layer_names(self.specs),
+            placement=range(pp),
+        )
+        return [range(first, end) for first, end in pairwise(partition("parameters", facts, pp))]
 
 
 def open_model(source: Path, *, given: ModelConfigSource | None = None, trust_code: bool = False) -> StoredModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,16 +49,19 @@ class Sampling:
         """Draw a token from its logits `(V,)`."""
         if self.temperature == 0:
             return int(logits.argmax())
+        tokens: Tensor | None = None
         if self.top_k is not None and self.top_k < logits.numel():
             threshold = logits.topk(self.top_k).values[-1]
-            logits = logits.masked_fill(logits < threshold, float("-inf"))
+            tokens = (logits >= threshold).nonzero().squeeze(1)
+            logits = logits[tokens]
         # In fp64 and from the largest down, so that no temperature overflows.
         probabilities = torch.softmax((logits.double() - logits.max()) / self.temperature, dim=-1)
         if self.top_p is not None:
-            ordered, tokens = probabilities.sort(descending=True, stable=True)
+            ordered, places = probabilities.sort(descending=True, stable=True)
             before = ordered.cumsum(0) - ordered
-            probabilities[tokens[before >= self.top_p]] = 0.0
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+            probabilities[places[before >= self.top_p]] = 0.0
+        drawn = int(torch.multinomial(probabilities, 1, generator=generator))
+        return drawn if tokens is None else int(tokens[drawn])
 
 
 def context_start(num_tokens: int, max_positions: int) -> int:
@@ -83,7 +86,7 @@ def continue_prompts(
     max_positions: int,
     sampling: Sampling,
     seeds: Sequence[int],
-    end_token_ids: Sequence[int] = (),
+    end_token_ids: Sequence[Collection[int]] | None = None,
     is_done: Callable[[int], bool] = lambda index: False,
 ) -> Iterator[tuple[int, int]]:
     """Yield index and token, one after the other, of the tokens that follow each of several prompts.
@@ -97,7 +100,7 @@ def continue_prompts(
         max_positions: how many tokens the model sees at most; see `context_start`.
         sampling: how to draw.
         seeds: one for each prompt.
-        end_token_ids: tokens after which a prompt does not go on, and which are not returned.
+        end_token_ids: of each prompt, tokens with which it does not go on, and which are not returned.
         is_done: asked after each token whether its prompt does not go on.
 
     Raises:
@@ -121,7 +124,7 @@ def continue_prompts(
         ended = set()
         for index, own in zip(going_on, logits, strict=True):
             token = sampling.draw(own, generators[index])
-            if token in end_token_ids:
+            if end_token_ids is not None and token in end_token_ids[index]:
                 ended.add(index)
                 continue
             tokens[index].append(token)
@@ -168,6 +171,6 @@ def sample_tokens(
         max_positions=max_positions,
         sampling=Sampling(temperature, top_k, top_p),
         seeds=[seed],
-        end_token_ids=[] if end_token_id is None else [end_token_id],
+        end_token_ids=None if end_token_id is None else [[end_token_id]],
     )
     return (token for _, token in drawn)

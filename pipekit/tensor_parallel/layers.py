@@ -212,6 +212,8 @@ def column_parallel_linear(
         x: `(..., I)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, I)`.
         weight: `(O / tp, I)`, and the bias `(O / tp)`.
     """
+    if group is None:
+        return F.linear(x, weight, bias)
     (output,) = column_parallel_linears(x, [(weight, bias)], group, sequence_parallel=sequence_parallel)
     return output
 

@@ -298,7 +298,7 @@ class ConsoleProgress(TrialCallback):
         export, written = f"pipekit export {trust}", "a Hugging Face folder, its logits checked"
         if self._model.no_export_reason():
             export, written = "pipekit export --raw ", "its tensors, with a loader beside them"
-        next_steps.add_row(f"  pipekit generate {trust}{run} --prompt 'def '", "sample from it")
+        next_steps.add_row(f"  pipekit generate {trust}{run}", "sample from it")
         next_steps.add_row(f"  {export}{run} {run}/export", written)
         next_steps.add_row(
             f"  pipekit train {run}/config.yaml train.steps={2 * result.batch}", "go on, under any layout"

@@ -1,0 +1,179 @@
+"""Prompts: from a file of text lines or JSONL, and of chats by the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
+from pipekit.errors import ConfigError, DataError
+from pipekit.storage import storing
+
+Message = Mapping[str, Any]
+"""A message of a chat: its `role`, such as `system`, `user` or `assistant`, and its `content`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, as text or as the messages of a chat.
+
+    Attributes:
+        text: to go on from; None where there are messages.
+        messages: of a chat, which the model answers.
+        seed: of the draws; None where the file does not say it.
+        record: what the file has of it, for the line of the result.
+    """
+
+    text: str | None = None
+    messages: Sequence[Message] = ()
+    seed: int | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Prompts of a file: JSON objects, or text, one on each line; blank lines are left out.
+
+    It is JSONL where the first line is a JSON object. Each has a `prompt` or the `messages` of a chat, and perhaps a
+    `seed`; other keys are kept for the result.
+
+    Raises:
+        DataError: if a line is none of these; it names the line.
+        StorageError: if the file cannot be read.
+    """
+    with storing(file, doing="read"):
+        data = file.read_bytes()
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start}); convert it with iconv") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(
+            f"{file}: holds no prompt; write one on each line, as text or as JSON with a prompt or messages"
+        )
+    if not isinstance(_parse(numbered[0][1]), dict):
+        return [Prompt(line, record={"prompt": line}) for _, line in numbered]
+    return [_read_object(_parse(line), where=f"{file}:{number}") for number, line in numbered]
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _read_object(value: Any, *, where: str) -> Prompt:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: is no JSON object, as the first line is; write " + '{"prompt": "..."}')
+    text, messages, seed = value.get("prompt"), value.get("messages"), value.get("seed")
+    if (text is None) == (messages is None):
+        found = "neither prompt nor messages" if text is None else "both prompt and messages"
+        raise DataError(f"{where}: has {found}; give one of them")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise DataError(f"{where}: seed is {seed!r}, and must be an integer from 0 on")
+    if messages is not None:
+        check_messages(messages, where=where)
+        return Prompt(messages=messages, seed=seed, record=value)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: prompt is {type(text).__name__}, and must be text")
+    return Prompt(text, seed=seed, record=value)
+
+
+def check_messages(messages: Any, *, where: str) -> None:
+    """Raise a DataError if something is no list of messages with one at least."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list with one message at least")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(
+                f"{where}: message {number} needs a role, such as system, user or assistant, and a content, both text"
+            )
+
+
+def encode_text(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Token ids of a text to go on from, as `transformers` makes them; those of an empty one begin a document.
+
+    A tokenizer may put a token of its own before every text.
+    """
+    token_ids = list(tokenizer.backend.encode(text, add_special_tokens=True).ids)
+    if token_ids and token_ids[-1] == tokenizer.end_token_id:
+        token_ids.pop()  # a tokenizer that ends every text ends none that is to go on
+    return token_ids or [tokenizer.end_token_id]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer: it turns messages into the text that the model answers.
+
+    Args:
+        tokenizer_file: the `tokenizer.json`; the template is in `tokenizer_config.json` or `chat_template.jinja` beside
+            it.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+
+    def __init__(self, tokenizer_file: Path) -> None:
+        from transformers import PreTrainedTokenizerFast  # which takes seconds to import
+
+        self._file = tokenizer_file
+        with _without_warnings():  # that a class of its own is not needed
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_file.parent)
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"{tokenizer_file.parent}: its tokenizer has no chat template, so messages cannot be turned into text; "
+                "give a prompt, or put the chat_template.jinja of the model beside tokenizer.json"
+            )
+
+    def encode(self, messages: Sequence[Message], *, asks: bool = True) -> list[int]:
+        """Token ids of a chat, up to where the model begins its answer, or without that.
+
+        Raises:
+            ConfigError: if the template refuses the messages.
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            found = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=asks, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ConfigError(f"{self._file.parent}: its chat template refuses the messages: {error}") from None
+        return [int(token) for token in found]
+
+    def end_token_ids(self) -> list[int]:
+        """Ids of the special token with which the template ends an answer; none where there is no such token."""
+        question = [{"role": "user", "content": "a"}]
+        before = self.encode(question)
+        whole = self.encode([*question, {"role": "assistant", "content": "b"}], asks=False)
+        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
+        behind = whole[len(before) :] if whole[: len(before)] == before else []
+        return [next(token for token in behind if token in special)] if special & set(behind) else []
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def end_token_ids(tokenizer_file: Path) -> list[int]:
+    """Ids of the tokens that end a text: that of the tokenizer, and those that `generation_config.json` names."""
+    found = {load_tokenizer(tokenizer_file).end_token_id}
+    file = tokenizer_file.parent / "generation_config.json"
+    if file.is_file():
+        with storing(file, doing="read"):
+            stored = _parse(file.read_text(encoding="utf-8", errors="replace"))
+        named = stored.get("eos_token_id") if isinstance(stored, dict) else None
+        found |= {token for token in (named if isinstance(named, list) else [named]) if type(token) is int}
+    return sorted(found)
