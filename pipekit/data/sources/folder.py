@@ -30,6 +30,8 @@ def find_in_folder(folder: Path, source: str) -> list[CorpusFile]:
         DataError: if there is none, or records of several formats.
     """
     found = [(path, format) for path in walk(folder) if (format := recognise(path, is_named=False)) is not None]
+    # Records in files or folders with an underscore in front are what programs note about the data.
+    found = [(path, format) for path, format in found if format is TEXT or not _is_note(path.relative_to(folder))]
     if any(format is not TEXT for _, format in found):
         if texts := [path for path, format in found if format is TEXT]:
             logger.warning("%s: text files beside the data are left out: %s", folder, _list(folder, texts))
@@ -61,6 +63,10 @@ def walk(root: Path, skipped_folders: frozenset[str] = frozenset()) -> list[Path
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     files = [path for path in found if path.is_file()]  # a broken link is no file
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_note(path: Path) -> bool:
+    return any(part.startswith("_") for part in path.parts)
 
 
 def _split_of(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipekit.data.sources import find_formats
 from pipekit.data.sources.compression import open_plain, plain_name
 from pipekit.data.sources.formats import SourceFormat
+from pipekit.data.sources.text import FOLDER_SUFFIXES
 from pipekit.data.sources.text import FORMAT as TEXT
 from pipekit.errors import DataError
 
@@ -29,6 +30,8 @@ _UNREAD: tuple[tuple[bytes, str], ...] = (
     (b"\xfe\xff", "text in UTF-16; convert it with iconv -f utf-16 -t utf-8"),
 )
 _TABLE_SUFFIXES = (".csv", ".tsv")
+_COMPRESSED_SUFFIXES = (*FOLDER_SUFFIXES, ".jsonl", ".ndjson", ".json")
+"""Names of compressed files that are read in a folder, without the suffix of the compression."""
 
 
 def what_to_give() -> str:
@@ -45,6 +48,9 @@ def recognise(path: Path, *, is_named: bool) -> SourceFormat | None:
     Raises:
         DataError: if the file is named, and has no format that is read; or if it is broken.
     """
+    name = plain_name(path)
+    if not is_named and name != path.name.lower() and not name.endswith(_COMPRESSED_SUFFIXES):
+        return None  # such as an archive or a log, which may be broken as it likes
     with open_plain(path) as stream:
         head = stream.read(_HEAD_BYTES)
     matching = (format for format in find_formats() if format.matches(path, head, is_named=is_named))
@@ -65,6 +71,8 @@ def _unread_reason(path: Path, head: bytes) -> str | None:
     for magic, reason in _UNREAD:
         if head.startswith(magic):
             return reason
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it, and give its folder"
     name = plain_name(path)
     if name.endswith(_TABLE_SUFFIXES):
         separator = ", sep='\\t'" if name.endswith(".tsv") else ""

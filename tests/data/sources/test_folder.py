@@ -35,6 +35,15 @@ def test_records_go_before_the_texts_that_describe_them(tmp_path: Path, caplog: 
     assert "text files beside the data are left out: LICENSE.txt, README.md" in caplog.text
 
 
+def test_what_programs_leave_beside_the_data_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {"part-0.jsonl": row("data"), "_delta_log/0.json": '{"commit": 1}\n{"add": 2}\n', "_SUCCESS": ""})
+    (tmp_path / "backup.tar.gz").write_bytes(b"\x1f\x8b is broken")
+    assert read_texts(tmp_path) == ["data"]
+    (tmp_path / "part-1.jsonl.gz").write_bytes(b"\x1f\x8b is broken")
+    with pytest.raises(DataError, match=r"part-1\.jsonl\.gz: the gzip file is broken"):
+        read_texts(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "read"),
     [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_a_named_file_is_what_its_content_says(tmp_path: Path, name: str, conten
         ),
         ("a.json", b'[{"text": "a"}]', r"a JSON document, not JSON lines; .*: jq -c '\.\[\]' a\.json > data\.jsonl"),
         ("a.json", b'{\n "text": "a"\n}', "a JSON document, not JSON lines"),
+        ("a.tar.gz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar" + bytes(250)), "a tar archive; unpack it"),
         ("a.zip", b"PK\x03\x04" + bytes(20), "a zip archive; unpack it"),
         ("a.txt", "words".encode("utf-16"), r"text in UTF-16; convert it with iconv -f utf-16 -t utf-8"),
         ("a.jsonl", bytes(100), "neither UTF-8 text nor a format that is known"),
