@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pipekit.models.custom import CustomModelConfig
-from pipekit.models.family import ModelFamily, TransformerFamily
+from pipekit.models.custom import CustomModelConfig, open_door
+from pipekit.models.family import ModelFamily, TensorRename, TransformerFamily
 from pipekit.settings.suggest import closest
 
 if TYPE_CHECKING:
@@ -56,3 +57,21 @@ def family_of(values: object) -> type[ModelFamily] | None:
 def build_layers(config: Config) -> list[LayerSpec]:
     """Layer specs of a configuration's model; a ConfigError if the user's own builder does not return any."""
     return config.model.build_layers(config)
+
+
+def names_in_transformers(config: Config) -> list[TensorRename]:
+    """Both names of every tensor of a configuration's model; none where `transformers` has no such model."""
+    if config.model.no_export_reason() is not None:
+        return []
+    return (config.model if isinstance(config.model, TransformerFamily) else open_door(config)).hf_renames()
+
+
+def adapted_layers(config: Config, specs: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Layer specs of a configuration's model with the adapters of its `lora` section, if it asks for some."""
+    from pipekit.layers.lora import add_lora
+    from pipekit.tensor_parallel import LowRank
+
+    lora = config.lora
+    if lora.rank is None:
+        return list(specs)
+    return add_lora(specs, lora.targets, LowRank(lora.rank, lora.scale, lora.dropout), names_in_transformers(config))

@@ -106,10 +106,12 @@ def write_checkpoint(
     step: int = 5,
     tokenizer: Tokenizer | Literal["small"] | None = "small",
     script: str | None = None,
+    base: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a checkpoint of one file into a run's folder, and return its path.
 
-    With `script` it is one that a script's own training loop would have left, with that as its `config.yaml`.
+    With `script` it is one that a script's own training loop would have left, with that as its `config.yaml`; with
+    `base`, the record of the weights that adapters are added to, the tensors are those of adapters.
     """
     folder = run / f"checkpoints/step-{step:08d}"
     folder.mkdir(parents=True)
@@ -119,7 +121,15 @@ def write_checkpoint(
     if tokenizer is not None:
         (small_tokenizer() if tokenizer == "small" else tokenizer).save(str(folder / "tokenizer.json"))
     client_state = {"client_state": {}, "lr_scheduler": None} if script else {}
-    state = TrainingState(step=step, consumed_samples=8 * step, seed=1, lr=0.1, optimizer={}, client_state=client_state)
+    state = TrainingState(
+        step=step,
+        consumed_samples=8 * step,
+        seed=1,
+        lr=0.1,
+        optimizer={},
+        client_state=client_state,
+        base=base or {},
+    )
     write_manifest(folder, {name: {"weights": (file, tensor)} for name, tensor in tensors.items()}, state)
     return folder
 

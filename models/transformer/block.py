@@ -39,6 +39,7 @@ from pipekit.tensor_parallel import (
     RowParallelLinear,
     TensorGroup,
     TensorParallelModule,
+    add_adapters,
     cap_softly,
     column_parallel_linears,
     mark_partial_gradient,
@@ -184,6 +185,7 @@ class Attention(_NormedModule):
         else:
             own = [(self.q.weight, self.q.bias), self.kv.own()]
             q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
+            q, kv = add_adapters(self.q, x, q), add_adapters(self.kv, x, kv)
             k, v = kv.chunk(2, dim=-1)
         if self.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)

@@ -112,6 +112,8 @@ class TrainingState:
         metrics: the latest metrics, for information.
         client_state: values that a training loop of your own saved with it.
         callbacks: states of callbacks, by their names.
+        base: place and fingerprint of the weights that adapters are added to, which the checkpoint does not hold; empty
+            where it holds the whole model.
     """
 
     step: NonNegativeInt
@@ -125,6 +127,7 @@ class TrainingState:
     metrics: Mapping[str, float] = field(default_factory=dict)
     client_state: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

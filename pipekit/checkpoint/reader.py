@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, find_file_fault, load_manifest
+from pipekit.checkpoint.manifest import WEIGHTS, Checksum, Manifest, checksum, find_file_fault, load_manifest
 from pipekit.checkpoint.stored_tensors import (
     StoredTensor,
     map_tensor,
@@ -41,6 +42,17 @@ class CheckpointReader:
         self.manifest: Manifest = load_manifest(path) if manifest is None else manifest
         self._verified: set[tuple[str, str]] = set()
         self._stored_in: dict[Path, dict[str, StoredTensor]] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each logical tensor."""
+        return {name: entry.shape for name, entry in self.manifest.tensors.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the names and checksums of the weights."""
+        weights = {name: entry.checksums.get(WEIGHTS) for name, entry in self.manifest.tensors.items()}
+        return checksum(json.dumps(weights, sort_keys=True).encode())
 
     def file(self, name: str) -> Path | None:
         """Path of a file without tensors, such as `config.yaml`, as it was written; None where there is none."""

@@ -23,13 +23,32 @@ def command(
         bool, typer.Option("--raw", help="Write one file of tensors under their own names, and a loader beside it.")
     ] = False,
     config: ModelConfigFile = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapters of a LoRA run into the weights they are added to.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the adapters of a LoRA run alone, in the format of peft.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
+    from pipekit.errors import ConfigError
     from pipekit.tensors.host_memory import return_freed_memory
 
     return_freed_memory()
+    chosen = [option for option, given in (("--raw", raw), ("--merge", merge), ("--adapter", adapter)) if given]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' '.join(chosen)}: write different folders; give one of them")
+    if adapter:
+        from pipekit.inference.peft_adapter import export_adapter
+
+        for option, given in (("--dtype", dtype != "float32"), ("--config", config is not None)):
+            if given:
+                raise ConfigError(f"--adapter {option}: adapters are written as they were trained; leave {option} out")
+        written = export_adapter(source, out, overwrite=overwrite, trust_code=trust_code)
+        typer.echo(f"exported the adapters of step {written.step} of {written.checkpoint} to {out}")
+        typer.echo(f"{written.num_linears} linear layers, {written.num_parameters:,} parameters, every bit read back")
+        return
     if raw:
-        from pipekit.errors import ConfigError
         from pipekit.inference.raw_export import export_raw
 
         if config is not None:
@@ -47,7 +66,14 @@ def command(
         check_stored_code(config, trust_code=trust_code)
 
     check = export_checkpoint(
-        source, out, dtype=dtype, shard_size=shard_size, overwrite=overwrite, trust_code=trust_code, config=config
+        source,
+        out,
+        dtype=dtype,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        trust_code=trust_code,
+        config=config,
+        merge=merge,
     )
     typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
     typer.echo(

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def conflicting_keys(saved: Config, new: Config) -> list[str]:
     """Return the keys in which `new` describes another run than `saved`, so that it cannot go on from it.
 
-    These are the model, the data, `train.sequence_length` and `train.seed`. Everything else, such as the layout, the
-    number of steps or the learning rate, may change from one start to the next; so may the sources and weights of a
-    mixture, of which checkpoints hold the state. A `model.vocab_size` of `auto` agrees with any number, and of a preset
-    only the sizes matter.
+    These are the model, its adapters, the data, `train.sequence_length` and `train.seed`. Everything else, such as the
+    layout, the number of steps or the learning rate, may change from one start to the next; so may the sources and
+    weights of a mixture, of which checkpoints hold the state. A `model.vocab_size` of `auto` agrees with any number, and
+    of a preset only the sizes matter.
     """
     before, after = _identity(saved), _identity(new)
     if "auto" in (before.get("model.vocab_size"), after.get("model.vocab_size")):
@@ -32,6 +32,7 @@ def _identity(config: Config) -> dict[str, Any]:
     values |= {f"data.{key}": value for key, value in data.items()}
     data_source = [(entry.sources, entry.limit) for entry in config.data.entries]
     values["data.source"] = data_source if config.data.mixture is None else "a mixture"
+    values |= {f"lora.{key}": getattr(config.lora, key) for key in ("rank", "alpha", "rslora", "targets")}
     values["train.sequence_length"] = config.train.sequence_length
     values["train.seed"] = config.train.seed
     return values

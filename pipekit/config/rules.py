@@ -18,6 +18,7 @@ from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
     from pipekit.config.callbacks_config import LayersCallbacksConfig
+    from pipekit.config.lora_config import LoraConfig
     from pipekit.config.schema import OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
     from pipekit.models.family import ModelFamily
 
@@ -337,6 +338,26 @@ def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
     )
 
 
+def lora_has_a_rank(lora: LoraConfig) -> Iterator[Fault]:
+    """Settings of adapters mean nothing where there are none."""
+    given = [(key, value) for key, value in lora if value != type(lora).model_fields[key].default]
+    if lora.rank is None and given:
+        (key, value), *_ = given
+        shown = f"lora.{key}={show(value)}: has no effect with lora.rank=null"
+        yield rule_fault(f"lora.{key} lora.rank", f"{shown}; remove it, or set lora.rank=16")
+
+
+def lora_has_one_base(lora: LoraConfig, model: ModelFamily) -> Iterator[Fault]:
+    """The weights that adapters are added to come from one place."""
+    source = getattr(model, "init_from", None)
+    if lora.base is not None and source is not None:
+        yield rule_fault(
+            "lora.base model.init_from",
+            f"lora.base={lora.base} and model.init_from={source} both give the weights that stay as they are; "
+            "leave one of them out",
+        )
+
+
 def warmup_ends_before_decay(scheduler: SchedulerConfig) -> Iterator[Fault]:
     """The warm-up is the first part of the decay steps. A run may well be shorter than both: a first try often is."""
     decay_steps = scheduler.decay_steps
@@ -382,6 +403,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("parallel", "train"), schedule_fits),
     (("train", "parallel"), batch_divides),
     (("train", "callbacks"), early_stopping_has_evaluations),
+    (("lora",), lora_has_a_rank),
+    (("lora", "model"), lora_has_one_base),
     (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),
     *DATA_RULES,

@@ -25,6 +25,7 @@ from pydantic import (
 
 from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
 from pipekit.config.data_config import DataConfig
+from pipekit.config.lora_config import LoraConfig
 from pipekit.config.rules import MOST_PROCESSES, check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -439,6 +440,9 @@ class Config(Section):
 
     train: TrainConfig = Field(default=..., examples=[{"steps": 300}])
     """Length of the training, batch sizes and precision."""
+
+    lora: LoraConfig = LoraConfig()
+    """LoRA: low-rank adapters of linear layers, trained in place of the model's own parameters."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer: the algorithm that turns gradients into updates, and its settings."""

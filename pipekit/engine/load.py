@@ -15,7 +15,9 @@ from pipekit.distributed.processes import raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import logical_shape
 from pipekit.errors import CheckpointError
-from pipekit.inference.hugging_face import HuggingFaceFolder
+from pipekit.inference.base_weights import BaseWeights
+from pipekit.inference.peft_adapter import AdapterFolder
+from pipekit.layers.lora import is_adapter
 from pipekit.tensor_parallel import shard_of
 
 
@@ -29,6 +31,7 @@ def load_checkpoint(
     """Load the engine's weights, fp32 masters, optimizer states and counters, and return the state of the training.
 
     Each rank reads the tensors of its own stage, and only its own part of those that tensor-parallel ranks share out.
+    Of a checkpoint of adapters these are all parameters that are read; their base is to be loaded before.
     Before that, the ranks of a stage check the tensors' checksums, each those of some. Every rank calls this together.
 
     Args:
@@ -45,7 +48,7 @@ def load_checkpoint(
     stored = training.optimizer.get("states", []) if optimizer_states else []
     states = [state for state in stored if state not in without_states]
     try:
-        _check_fit(engine, reader)
+        _check_shapes(engine, reader.shapes, where=reader.path, base=not training.base)
         _verify_share(engine, reader, states)
         error = None
     except CheckpointError as failure:
@@ -55,7 +58,7 @@ def load_checkpoint(
     view = engine.view
     view.prepare_states(states, int(training.optimizer.get("step", 0)))
     trainable: list[tuple[str, nn.Parameter]] = []
-    for name, parameter, _ in engine.logical.named_logical_parameters():
+    for name, parameter in _held_parameters(engine, reader):
         if view.updates(parameter):
             trainable.append((name, parameter))
         else:
@@ -76,18 +79,17 @@ def load_checkpoint(
     return training
 
 
-def load_initial_weights(engine: BaseEngine, source: HuggingFaceFolder) -> None:
-    """Set the engine's weights to those of a model of Hugging Face. Every rank calls this together.
+def load_initial_weights(engine: BaseEngine, source: BaseWeights) -> None:
+    """Set the engine's weights to those of a model, but for adapters. Every rank calls this together.
 
-    Each rank reads the tensors of its own stage one at a time, and only its own slices of them.
+    Each rank reads the tensors of its own stage one at a time, and of a model of Hugging Face only its own slices.
 
     Raises:
         CheckpointError: on every rank, if the weights do not fit the model; then nothing has been changed.
     """
     error = None
     try:
-        shapes = source.shapes
-        _check_shapes(engine, shapes, where=source.path)
+        _check_shapes(engine, source.shapes, where=source.path, adapters=False)
     except CheckpointError as failure:
         error = failure
     raise_together(error)
@@ -95,25 +97,46 @@ def load_initial_weights(engine: BaseEngine, source: HuggingFaceFolder) -> None:
     def read(name: str, parameter: nn.Parameter) -> Tensor:
         return source.tensor(name, shard=shard_of(parameter)).to(parameter.device, torch.float32)
 
-    named = [(name, parameter) for name, parameter, _ in engine.logical.named_logical_parameters()]
+    named = [(name, each) for name, each, _ in engine.logical.named_logical_parameters() if not is_adapter(name)]
     for name, parameter in named:
         if not engine.view.updates(parameter):
             engine.view.load_frozen(parameter, read(name, parameter))
     engine.view.load_masters(
         (parameter, read(name, parameter)) for name, parameter in named if engine.view.updates(parameter)
     )
+    for name, buffer, _ in engine.logical.named_logical_buffers():
+        _copy(buffer, source.tensor(name))
 
 
-def _check_fit(engine: BaseEngine, reader: CheckpointReader) -> None:
-    entries = reader.manifest.tensors
-    _check_shapes(engine, {name: entry.shape for name, entry in entries.items()}, where=reader.path)
+def load_initial_adapters(engine: BaseEngine, source: AdapterFolder) -> None:
+    """Set the engine's adapters to those of a folder in the format of `peft`. Every rank calls this together."""
+
+    def read(name: str, parameter: nn.Parameter) -> Tensor:
+        whole, shard = source.tensor(name), shard_of(parameter)
+        return (whole if shard is None else shard.take(whole)).to(parameter.device, torch.float32)
+
+    named = [(name, each) for name, each, _ in engine.logical.named_logical_parameters() if is_adapter(name)]
+    engine.view.load_masters((parameter, read(name, parameter)) for name, parameter in named)
 
 
-def _check_shapes(engine: BaseEngine, stored: Mapping[str, tuple[int, ...]], *, where: Path) -> None:
-    """Check stored shapes of logical tensors against those of this rank; a CheckpointError if they do not fit."""
+def _held_parameters(engine: BaseEngine, reader: CheckpointReader) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of this rank that a checkpoint holds: all of them, or those of adapters."""
+    alone = bool(reader.manifest.training.base)
+    named = engine.logical.named_logical_parameters()
+    return [(name, parameter) for name, parameter, _ in named if is_adapter(name) or not alone]
+
+
+def _check_shapes(
+    engine: BaseEngine, stored: Mapping[str, tuple[int, ...]], *, where: Path, base: bool = True, adapters: bool = True
+) -> None:
+    """Check stored shapes of logical tensors against those of this rank; a CheckpointError if they do not fit.
+
+    `base` and `adapters` say which parameters are to be among them.
+    """
     ours: dict[str, tuple[int, ...]] = {}
     for name, parameter, _ in engine.logical.named_logical_parameters():
-        ours[name] = logical_shape(parameter)
+        if adapters if is_adapter(name) else base:
+            ours[name] = logical_shape(parameter)
     for name, buffer, _ in engine.logical.named_logical_buffers():
         ours[name] = tuple(buffer.shape)
     faults = []
@@ -134,7 +157,7 @@ def _verify_share(engine: BaseEngine, reader: CheckpointReader, states: list[str
     """Check this rank's share of the checksums of its stage's tensors, in the order of the files: disks prefer it."""
     entries = reader.manifest.tensors
     needed = [(name, WEIGHTS) for name, _, _ in engine.logical.named_logical_buffers()]
-    for name, parameter, _ in engine.logical.named_logical_parameters():
+    for name, parameter in _held_parameters(engine, reader):
         has_states = engine.view.updates(parameter) and entries[name].trainable
         needed += [(name, kind) for kind in (WEIGHTS, *(states if has_states else ()))]
     needed.sort(key=lambda tensor: reader.place(*tensor))

@@ -31,6 +31,7 @@ from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import join_shards, logical_shape
 from pipekit.errors import NumbersError, PipekitError
 from pipekit.files import replace_folder, wait_until_seen, write_atomically
+from pipekit.layers.lora import is_adapter
 from pipekit.storage import storing
 
 
@@ -122,7 +123,7 @@ def save_checkpoint(
     Args:
         engine: the engine to save.
         folder: the run's `checkpoints` folder, which every rank sees, or every rank of a host.
-        training: the state of the training.
+        training: the state of the training. Where it has a `base`, of the parameters those of adapters are written.
         config_yaml: the resolved configuration.
         extra_files: files to copy in, by name.
         retention: the checkpoints of `folder` that are kept; by default all.
@@ -152,7 +153,12 @@ def save_checkpoint(
         hosts.on_each(work, final, control)
 
     on_each_host(lambda: begin_checkpoint(final))
-    shares, entries = _gather_share(engine, writer=rank, memory=SnapshotMemory() if background is None else background)
+    shares, entries = _gather_share(
+        engine,
+        writer=rank,
+        memory=SnapshotMemory() if background is None else background,
+        adapters_alone=bool(training.base),
+    )
     layout = f"{engine.mpu.layout}, ZeRO {engine.config.get('zero_optimization', {}).get('stage', 0)}"
 
     def write() -> None:
@@ -216,7 +222,7 @@ def save_checkpoint(
 
 
 def _gather_share(
-    engine: BaseEngine, *, writer: int, memory: SnapshotMemory
+    engine: BaseEngine, *, writer: int, memory: SnapshotMemory, adapters_alone: bool
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, TensorEntry]]:
     """Return the tensors that this rank writes, by file, and their entries.
 
@@ -241,6 +247,8 @@ def _gather_share(
         shares.setdefault(file, {})[name] = memory.copy(name, kind, tensor)
 
     for name, parameter, owned in engine.logical.named_logical_parameters():
+        if adapters_alone and not is_adapter(name):
+            continue
         # The owner among the stage's ranks is the one with the least to write so far: the same on all of them.
         owner = load.index(min(load))
         mine = owned and owner == place

@@ -18,6 +18,7 @@ from pipekit.config import Config, ModelConfigSource
 from pipekit.data.tokenizer import load_tokenizer, special_token_ids, write_hf_tokenizer
 from pipekit.errors import CheckpointError, PipekitError
 from pipekit.files import building_folder, check_free, write_atomically
+from pipekit.inference.base_weights import MergedReader, with_base
 from pipekit.inference.hugging_face import has_vocabulary_rows, theirs_of
 from pipekit.inference.load_model import check_trusted, find_tokenizer, initial_seed, read_config
 from pipekit.inference.model_card import CARD_FILE, model_card
@@ -25,7 +26,7 @@ from pipekit.inference.prove_export import ExportMismatchError, compare_logits, 
 from pipekit.inference.safetensors_folder import ExportDtype, exported_dtype, find_changed, write_shards
 from pipekit.layers.sequential import SequentialModel, run_layers
 from pipekit.layers.specs import LayerSpec
-from pipekit.models import build_layers
+from pipekit.models import adapted_layers, build_layers
 from pipekit.models.custom import CustomDoor, open_door
 from pipekit.models.family import TensorRename, TransformerFamily
 
@@ -76,6 +77,7 @@ def export_checkpoint(
     overwrite: bool = False,
     trust_code: bool = False,
     config: ModelConfigSource | None = None,
+    merge: bool = False,
 ) -> ExportCheck:
     """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
 
@@ -90,6 +92,7 @@ def export_checkpoint(
         shard_size: size of a file of weights at most, or of one tensor, in bytes, or for example "500MB".
         trust_code: whether code that a checkpoint names, as `model.builder`, may run.
         config: configuration of the model, where the checkpoint does not tell it; see `load_model_config`.
+        merge: whether adapters are merged into the weights that they are added to; a checkpoint of adapters needs it.
 
     Raises:
         CheckpointError: if there is no checkpoint, or its model is unknown or has no Hugging Face counterpart.
@@ -107,6 +110,13 @@ def export_checkpoint(
             "them"
         )
     check_trusted(reader, described, trust_code=trust_code or config is not None)
+    if merge != bool(reader.manifest.training.base):
+        raise CheckpointError(
+            f"{checkpoint}: holds a whole model and no adapters; leave --merge out"
+            if merge
+            else f"{checkpoint}: holds adapters; --merge writes the model that they make, and --adapter the adapters"
+        )
+    reader = with_base(reader, described)
     export = _Export(reader, described, find_tokenizer(reader, described if config is not None else None), dtype)
     try:
         with building_folder(out.resolve()) as temporary:
@@ -247,8 +257,11 @@ class _Export:
         )
 
     def _run_layers(self, prompt: Tensor) -> Iterator[tuple[str, Any]]:
-        dtype = getattr(torch, self._dtype)
-        seed = initial_seed(self._config)
+        dtype, seed = getattr(torch, self._dtype), initial_seed(self._config)
+        if isinstance(self._reader, MergedReader) and dtype == torch.float32:
+            # The adapters by themselves, so that the merging is proved too; in 16 bits it rounds.
+            specs = adapted_layers(self._config, self._specs)
+            return run_layers(specs, prompt, read=self._reader.unmerged, seed=seed)
         return run_layers(self._specs, prompt, read=lambda name: self._reader.rounded(name, dtype), seed=seed)
 
     def _exported_rows(self, ours: str, tensor: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ class HuggingFaceFolder:
         """Stored number format of each logical tensor."""
         return {name: self._stored.described(self._theirs(name)[0]).dtype for name in self._renames}
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tensors as they are stored; see `SafetensorsFolder.fingerprint`."""
+        return self._stored.fingerprint
+
     def check(self) -> None:
         """Check the settings of the model against `config.json`, and names and shapes of all tensors.
 

@@ -16,6 +16,7 @@ from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config, ModelConfigSource, load_stored_config
 from pipekit.data.tokenizer import find_tokenizer_file
 from pipekit.errors import CheckpointError, ConfigError
+from pipekit.inference.base_weights import with_base
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.sequential import SequentialModel
@@ -32,6 +33,8 @@ from pipekit.tensor_parallel.shards import Shard, shard_of
 @dataclass(frozen=True)
 class StoredModel:
     """A trained model in its files: what is needed to build it, or one rank's part of it.
+
+    Adapters are merged into the weights that they are added to.
 
     Attributes:
         path: folder of the checkpoint or the export.
@@ -120,13 +123,14 @@ def _open_checkpoint(path: Path, given: ModelConfigSource | None, *, trust_code:
     reader = CheckpointReader(path)
     config = read_config(reader, given)
     check_trusted(reader, config, trust_code=trust_code or given is not None)
+    reader = with_base(reader, config)
     stored = StoredModel(
         reader.path,
         build_layers(config),
         config.model.longest_sequence or config.train.sequence_length,
         find_tokenizer(reader, config if given is not None else None),
         initial_seed(config),
-        {name: entry.shape for name, entry in reader.manifest.tensors.items()},
+        reader.shapes,
         lambda name, shard: reader.tensor(name, shard=shard),
     )
     return stored, config
@@ -156,8 +160,12 @@ def read_config(reader: CheckpointReader, given: ModelConfigSource | None = None
 
     Raises:
         CheckpointError: if it holds none.
-        ConfigError: if what is given describes another model.
+        ConfigError: if what is given describes another model, or the checkpoint holds adapters.
     """
+    if given is not None and reader.manifest.training.base:
+        raise ConfigError(
+            f"--config: {reader.path} holds adapters, and its {CONFIG_FILE} tells their model; leave it out"
+        )
     if given is not None:
         shapes = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
         return read_model_config(given, shapes, of=reader.path)

@@ -10,14 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipekit.checkpoint.manifest import checksum
+from pipekit.checkpoint.manifest import Checksum, checksum
 from pipekit.checkpoint.stored_tensors import StoredTensor, map_tensor, read_header, read_tensor
 from pipekit.checkpoint.writer import tensor_bytes, write_tensors
 from pipekit.errors import CheckpointError
 from pipekit.files import write_atomically
+from pipekit.storage import storing
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_SAMPLE_BYTES = 4096
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -61,6 +64,21 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def described(self, name: str) -> Tensor:
         """Shape and number format of a tensor, on torch's meta device."""
         return torch.empty(self._stored[name].shape, dtype=self._stored[name].dtype, device="meta")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, shapes and number formats, and of the first and last kilobytes of every tensor.
+
+        Training changes every part of a weight, and a model is larger than one wants to read at every start.
+        """
+        value = Checksum()
+        for name, stored in sorted(self._stored.items()):
+            value.update(repr((name, stored.shape, str(stored.dtype))).encode())
+            with storing(stored.file, doing="read"), stored.file.open("rb") as file:
+                for begin in (stored.begin, max(stored.begin, stored.end - _SAMPLE_BYTES)):
+                    file.seek(begin)
+                    value.update(file.read(min(_SAMPLE_BYTES, stored.end - begin)))
+        return value.hexdigest()
 
     def _read_headers(self) -> dict[str, StoredTensor]:
         if not (self.path / INDEX_FILE).is_file():

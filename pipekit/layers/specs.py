@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ from pipekit.errors import ConfigError
 from pipekit.layers.shapes import ShapeRules
 from pipekit.rng import fold_seed
 from pipekit.tensor_parallel.flow import SequenceFlow, flow_of
+from pipekit.tensor_parallel.lora import LowRank, attach_adapters
+
+
+@dataclass(frozen=True)
+class LinearAdapter:
+    """The low-rank adapters of a linear layer inside a layer, not yet built.
+
+    Attributes:
+        module: path of the linear layer in the layer.
+        parts: name and number of outputs of each part of it, in order.
+        adapted: the parts that have an adapter each.
+        low_rank: the settings of all.
+    """
+
+    module: str
+    parts: tuple[tuple[str, int], ...]
+    adapted: tuple[str, ...]
+    low_rank: LowRank
 
 
 class LayerSpec:
@@ -33,6 +52,7 @@ class LayerSpec:
 
     Attributes:
         frozen: parameters of the layer that are not trained, by their names in it.
+        adapters: low-rank adapters of linear layers in it.
 
     Example:
         >>> from torch import nn
@@ -41,6 +61,7 @@ class LayerSpec:
     """
 
     frozen: frozenset[str] = frozenset()
+    adapters: tuple[LinearAdapter, ...] = ()
 
     def __init__(self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any) -> None:
         if not callable(typename):
@@ -67,6 +88,12 @@ class LayerSpec:
         """Copy of the spec with parameters of the layer frozen beside those that are already."""
         changed = copy.copy(self)
         changed.frozen = self.frozen | frozenset(names)
+        return changed
+
+    def with_adapters(self, adapters: Iterable[LinearAdapter]) -> LayerSpec:
+        """Copy of the spec with low-rank adapters of linear layers in it."""
+        changed = copy.copy(self)
+        changed.adapters = tuple(adapters)
         return changed
 
     def __repr__(self) -> str:
@@ -147,6 +174,10 @@ def _build(spec: LayerSpec, name: str) -> nn.Module:
         raise ConfigError(
             f"layer {name!r}: {spec!r} built {type(layer).__name__}, which is not an nn.Module; wrap it in one"
         )
+    for adapter in spec.adapters:
+        linear = layer.get_submodule(adapter.module)
+        assert isinstance(linear, nn.Linear)
+        attach_adapters(linear, dict(adapter.parts), adapter.adapted, adapter.low_rank)
     for frozen in spec.frozen:
         layer.get_parameter(frozen).requires_grad_(False)
     return layer
@@ -177,7 +208,8 @@ def spec_key(spec: LayerSpec) -> Hashable:
         >>> spec_key(LayerSpec(nn.Linear, 4, 2, name="a")) == spec_key(LayerSpec(nn.Linear, 4, 2, name="b"))
         True
     """
-    return _hashable(spec.typename), _hashable(spec.module_args), _hashable(spec.module_kwargs), spec.frozen
+    arguments = (_hashable(spec.module_args), _hashable(spec.module_kwargs))
+    return _hashable(spec.typename), *arguments, spec.frozen, spec.adapters
 
 
 def _hashable(value: object) -> Hashable:

@@ -15,6 +15,7 @@ from pipekit.costs.model import describe_model
 from pipekit.errors import ConfigError
 from pipekit.layers.freezing import freeze
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
+from pipekit.models import adapted_layers
 from pipekit.models.custom import check_specs
 from pipekit.partitioners import PartitionInputs, partition
 from pipekit.plan.device import plan_device, plan_precision, rank_memory
@@ -170,9 +171,18 @@ def build_specs(config: Config, trial: TrialType, prepared: Mapping[str, Any] | 
     """
     if prepared is not None:
         config = trial.resolve(config, prepared)
+    return config, build_trained_layers(config, trial)
+
+
+def build_trained_layers(config: Config, trial: TrialType) -> list[LayerSpec]:
+    """The model of a trial as a run trains it: with the adapters of `lora`, and frozen as `train.freeze` says.
+
+    Raises:
+        PipekitError: if the trial returns no list of layer specs, or one of these sections does not fit it.
+    """
     specs = trial.build_layers(config)
     check_specs(specs, where=f"{getattr(trial, '__name__', 'trial')}.build_layers")
-    return config, freeze(specs, config.train.freeze)
+    return freeze(adapted_layers(config, specs), config.train.freeze)
 
 
 def check_tied_parameters(specs: Sequence[LayerSpec], names: Sequence[str]) -> None:

@@ -249,7 +249,7 @@ def _check_same_run(saved: Path, config: Config, what: str, *, model_alone: bool
     stored = load_stored_config(saved)
     keys = [] if stored is None else conflicting_keys(stored, config)
     if model_alone:
-        keys = [key for key in keys if key.startswith("model.")]
+        keys = [key for key in keys if key.startswith(("model.", "lora."))]
     if keys:
         shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
         raise ConfigError(

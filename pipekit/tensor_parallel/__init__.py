@@ -25,6 +25,7 @@ from pipekit.tensor_parallel.layers import (
     column_parallel_linears,
 )
 from pipekit.tensor_parallel.logits import Logits, whole_outputs
+from pipekit.tensor_parallel.lora import LowRank, add_adapters, attach_adapters
 from pipekit.tensor_parallel.randomness import sharded_dropout, sharded_randomness
 from pipekit.tensor_parallel.shard_layer import shard_layer
 from pipekit.tensor_parallel.shards import Shard, has_partial_gradient, mark_partial_gradient, shard_of, shard_parameter
@@ -35,6 +36,7 @@ __all__ = [
     "ColumnParallelLinear",
     "KeyValueLinear",
     "Logits",
+    "LowRank",
     "PlannedGroup",
     "RowParallelLinear",
     "SequenceFlow",
@@ -43,6 +45,8 @@ __all__ = [
     "TensorParallelModule",
     "VocabularyParallelEmbedding",
     "VocabularyParallelModule",
+    "add_adapters",
+    "attach_adapters",
     "cap_softly",
     "chunk_limit_bytes",
     "chunked_head_loss",

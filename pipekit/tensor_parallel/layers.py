@@ -94,6 +94,14 @@ class ColumnParallelLinear(TensorParallelModule, nn.Linear):
         if self.bias is not None:
             shard_parameter(self, "bias", shard)
 
+    @property
+    def own_blocks(self) -> tuple[int, ...]:
+        """Number of outputs of each block that this rank computes."""
+        if self.group is None:
+            return self.blocks
+        bounds = [shard_bounds(length, self.group.rank, self.group.size) for length in self.blocks]
+        return tuple(last - first for first, last in bounds)
+
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel_linear(x, self.weight, self.bias, self.group, sequence_parallel=self.sequence_parallel)
 
@@ -189,8 +197,12 @@ class KeyValueLinear(ColumnParallelLinear):
         TensorParallelModule.shard(self, group, sequence_parallel=sequence_parallel)
         first, width = group.rank * self.num_kv_heads // group.size * self.head_size, self.blocks[0]
         self._own_rows = [slice(start, start + self.head_size) for start in (first, width + first)]
-        for parameter in self.parameters():
+        for parameter in self.parameters(recurse=False):
             mark_partial_gradient(parameter)
+
+    @property
+    def own_blocks(self) -> tuple[int, ...]:
+        return super().own_blocks if self._own_rows is None else (self.head_size,) * 2
 
     def own(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias of the outputs that this rank computes."""
@@ -249,7 +261,8 @@ class _ColumnLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, group: TensorGroup, sequence_parallel: bool, *layers: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights, biases = layers[0::2], layers[1::2]
-        ctx.save_for_backward(x)
+        # The inputs are for the gradients of the weights alone.
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3::2]) else None)
         ctx.weights, ctx.biases, ctx.group, ctx.sequence_parallel = weights, biases, group, sequence_parallel
         whole = group.all_gather(x, SEQUENCE_DIM) if sequence_parallel else x
         return tuple(

@@ -186,7 +186,7 @@ class ConsoleProgress(TrialCallback):
         self._interval = interval
         self._folder = RunFolder(plan.config.run.dir)
         self._num_steps = plan.config.train.steps
-        self._model = plan.config.model
+        self._model, self._adapts = plan.config.model, plan.config.lora.rank is not None
         self._width = len(str(self._num_steps))
         self._step = self._start_step = 0
         self._first_val_loss: float | None = None
@@ -296,7 +296,10 @@ class ConsoleProgress(TrialCallback):
         next_steps.add_column(style="dim")
         trust = "--trust-code " if isinstance(self._model, CustomModelConfig) else ""
         export, written = f"pipekit export {trust}", "a Hugging Face folder, its logits checked"
-        if self._model.no_export_reason():
+        if self._adapts:
+            next_steps.add_row(f"  {export}--adapter {run} {run}/adapter", "its adapters, in the format of peft")
+            export = f"{export}--merge "
+        elif self._model.no_export_reason():
             export, written = "pipekit export --raw ", "its tensors, with a loader beside them"
         next_steps.add_row(f"  pipekit generate {trust}{run}", "sample from it")
         next_steps.add_row(f"  {export}{run} {run}/export", written)

@@ -24,7 +24,7 @@ from pipekit.distributed.rank_role import RankRole
 from pipekit.engine.build import build_engine
 from pipekit.engine.gather import gather_named
 from pipekit.engine.late_number import LateNumber
-from pipekit.engine.load import load_checkpoint, load_initial_weights
+from pipekit.engine.load import load_checkpoint, load_initial_adapters, load_initial_weights
 from pipekit.engine.micro_batches import MicroBatch
 from pipekit.engine.module import PipelineModule
 from pipekit.engine.open_checkpoint import open_checkpoint
@@ -32,6 +32,7 @@ from pipekit.engine.save import PendingCheckpoint, SnapshotMemory, save_checkpoi
 from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.files import late_limit_s
+from pipekit.inference.base_weights import base_record
 from pipekit.plan.run_folder import check_data
 from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
@@ -42,7 +43,7 @@ from pipekit.training.loggers import MetricsFile, TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import takes_states_of
 from pipekit.training.periods import Batch
-from pipekit.training.prepare import initial_weights
+from pipekit.training.prepare import initial_adapters, initial_weights
 from pipekit.training.profile import save_profile
 from pipekit.training.reducers import Reducer
 from pipekit.training.run_data import RunData
@@ -111,6 +112,7 @@ class LayersRun(Trial):
     Attributes:
         engine: the engine.
         data: the samples, and the position among them.
+        base: record of the weights that adapters are added to; empty where the whole model is trained.
         watch: trains each step, and watches its numbers.
         step_times: finds slow ranks; None where there is one.
         snapshot_memory: of checkpoints in the background; None where they are written at once.
@@ -132,6 +134,7 @@ class LayersRun(Trial):
         if config.train.ema is not None:
             track_ema(self.engine.view.torch_optimizer, config.train.ema)
         self.data = RunData(hooks)
+        self.base: Mapping[str, str] = {}
         self.watch = NumbersWatch(self.engine, config, precision=self.run.plan.precision)
         self.step_times: StepTimes | None = None
         if self.run.plan.layout.world_size > 1:
@@ -171,11 +174,15 @@ class LayersRun(Trial):
             stack.callback(self.data.close)
             shipped = run_together(lambda: build_shipped_callbacks(self, evaluates=schedule.evaluates))
             loop = LayersLoop(self, schedule, self.run.folder.checkpoints, shipped=shipped, here=here)
-            if start is not None:
-                return loop.fit(start.checkpoint, tries_earlier=checkpoint.resume == "auto", warning=start.warning)
-            if source := initial_weights(self.config):
+            adapts = self.config.lora.rank is not None
+            if (start is None or adapts) and (source := initial_weights(self.config)):
                 mpu.activity.begin("start", f"loading {source.path}")
                 load_initial_weights(self.engine, source)
+                self.base = base_record(source) if adapts else {}
+            if start is not None:
+                return loop.fit(start.checkpoint, tries_earlier=checkpoint.resume == "auto", warning=start.warning)
+            if adapters := initial_adapters(self.config, self.run.specs):
+                load_initial_adapters(self.engine, adapters)
             return loop.fit(None)
 
     def train_batch(self, dataloader_iter: Any, epoch_idx: int, batch_idx: int) -> LaunchedStep:
@@ -357,6 +364,7 @@ class LayersLoop(TrialLoop):
             metrics={"step": state.batch, **metrics},
             mixture=trial.data.state(),
             callbacks=self._callbacks.state_dict() | {_WATCH: trial.watch.state_dict()},
+            base=trial.base,
         )
         tokenizer = trial.hooks.tokenizer_file
         return save_checkpoint(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipekit.checkpoint.manifest import CONFIG_FILE
+from pipekit.checkpoint.model_config import shapes_of_layers
+from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config
-from pipekit.errors import ConfigError
+from pipekit.errors import CheckpointError, ConfigError
+from pipekit.inference.base_weights import BaseWeights, check_base, open_base
 from pipekit.inference.hugging_face import HuggingFaceFolder
+from pipekit.inference.peft_adapter import AdapterFolder
+from pipekit.layers.lora import is_adapter
+from pipekit.layers.specs import LayerSpec
 from pipekit.models.custom import load_object
 from pipekit.models.family import TransformerFamily
 from pipekit.plan.decide import Decision, decide_run
@@ -43,17 +51,29 @@ def prepare_run(
         PipekitError: if something does not fit; it says what to type instead.
     """
     trial = load_trial(config)
-    source = initial_weights(config) if start is None else None
-    if source is not None:
+    adapts = config.lora.rank is not None
+    source = initial_weights(config) if start is None or adapts else None
+    if isinstance(source, HuggingFaceFolder):
         source.check()
     if issubclass(trial, LanguageModelTrial) and (source is not None or (start is not None and start.step == 0)):
         _check_own_tokenizer(config)
+    if adapts and source is not None and start is not None:
+        check_base(source, CheckpointReader(start.checkpoint))
     prepared = trial.prepare(config, on_progress)
-    return decide_run(config, trial, resources, prepared=prepared, start=start, on_progress=on_progress)
+    decision = decide_run(config, trial, resources, prepared=prepared, start=start, on_progress=on_progress)
+    if isinstance(source, CheckpointReader):
+        _check_base_shapes(source, decision.specs, key=f"lora.base={config.lora.base}")
+    initial_adapters(decision.plan.config, decision.specs)
+    return decision
 
 
 def _check_own_tokenizer(config: Config) -> None:
     """Check that imported weights are not trained on tokens that mean something else."""
+    if config.data.tokenizer is None and config.lora.base is not None:
+        raise ConfigError(
+            f"data.tokenizer is not given, and the weights of lora.base={config.lora.base} know the tokens of their "
+            f"own tokenizer alone; a checkpoint holds it: data.tokenizer=CHECKPOINT/tokenizer.json"
+        )
     if config.data.tokenizer is None:
         raise ConfigError(
             "data.tokenizer is not given, and no tokenizer.json came with the imported model, whose weights know the "
@@ -62,9 +82,39 @@ def _check_own_tokenizer(config: Config) -> None:
         )
 
 
-def initial_weights(config: Config) -> HuggingFaceFolder | None:
-    """The folder whose weights a new run begins with; None where they are drawn. A CheckpointError if it has none."""
+def initial_weights(config: Config) -> BaseWeights | None:
+    """The weights that a new run begins with, or adds adapters to; None where they are drawn.
+
+    Raises:
+        ConfigError: if nothing names the weights that adapters are added to.
+        CheckpointError: if they cannot be read.
+    """
     model = config.model
+    if config.lora.rank is not None:
+        return open_base(config)
     if not isinstance(model, TransformerFamily) or model.init_from is None:
         return None
     return HuggingFaceFolder(Path(model.init_from).expanduser(), model)
+
+
+def initial_adapters(config: Config, specs: Sequence[LayerSpec]) -> AdapterFolder | None:
+    """The folder whose adapters a new run begins with; None where they are drawn.
+
+    Raises:
+        CheckpointError: if they cannot be read, or are others than the configuration describes.
+    """
+    if config.lora.init_from is None:
+        return None
+    return AdapterFolder(Path(config.lora.init_from).expanduser(), config, specs)
+
+
+def _check_base_shapes(base: CheckpointReader, specs: Sequence[LayerSpec], *, key: str) -> None:
+    """Check that a checkpoint holds the model that adapters are added to; a CheckpointError if not."""
+    described = {name: shape for name, shape in shapes_of_layers(specs).items() if not is_adapter(name)}
+    for name in [*described, *base.shapes]:
+        ours, theirs = described.get(name), base.shapes.get(name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{key}: {name} is {theirs or 'not in it'}, and {ours or 'not'} in the model; write the model section "
+                f"of {base.path / CONFIG_FILE}"
+            )

@@ -21,9 +21,8 @@ from pipekit.engine.gather import gather_file, gather_start
 from pipekit.errors import ConfigError, DataError, PipekitError
 from pipekit.hangs.heartbeat import HeartbeatThread
 from pipekit.hangs.monitor import HangReporter
-from pipekit.layers.freezing import freeze
 from pipekit.layers.specs import LayerSpec
-from pipekit.plan.decide import Decision
+from pipekit.plan.decide import Decision, build_trained_layers
 from pipekit.plan.device import plan_device
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
@@ -157,7 +156,7 @@ def start_trial(plan: Plan, device: torch.device, specs: Sequence[LayerSpec] | N
     kind = load_trial(plan.config)
     mpu = kind.build_mpu(plan.layout, placement=plan.placement, timeout_s=plan.config.run.timeout_s)
     check_mpu(mpu, layout=plan.layout, placement=plan.placement)
-    specs = freeze(kind.build_layers(plan.config), plan.config.train.freeze) if specs is None else specs
+    specs = build_trained_layers(plan.config, kind) if specs is None else specs
     return kind(RunContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.distributed.mpu import ModelParallelUnit
-from pipekit.layers.freezing import freeze
+from pipekit.plan.decide import build_trained_layers
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
 from pipekit.tensor_parallel.collectives import SEQUENCE_DIM
@@ -75,7 +75,7 @@ def _run_reference(task: Task, plan: Plan) -> None:
     device = torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu")
     mpu = ModelParallelUnit(plan.layout, placement=plan.placement)  # also where the trial has another
     kind = load_trial(plan.config)
-    specs = freeze(kind.build_layers(plan.config), plan.config.train.freeze)
+    specs = build_trained_layers(plan.config, kind)
     trial = kind(RunContext(plan, specs, mpu, device, RunFolder(plan.config.run.dir)))
     record_reference(trial, Path(task.folder) / "rank-0", num_steps=task.num_steps)
 

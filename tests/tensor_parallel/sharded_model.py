@@ -88,10 +88,13 @@ def join_parameters(ranks: Sequence[Mapping[str, nn.Parameter]]) -> dict[str, Te
 def join_gradients(ranks: Sequence[Mapping[str, nn.Parameter]]) -> dict[str, Tensor]:
     """Return the gradients of the logical tensors, as the engine makes them of the ranks' gradients.
 
-    Those of a whole parameter must be equal, unless they are partial.
+    Those of a whole parameter must be equal, unless they are partial. Frozen parameters must have none.
     """
     joined = {}
     for name, first in ranks[0].items():
+        if not first.requires_grad:
+            assert all(rank[name].grad is None for rank in ranks), f"{name} is frozen, and has a gradient"
+            continue
         gradients = [rank[name].grad for rank in ranks]
         parts = [gradient for gradient in gradients if gradient is not None]
         assert len(parts) == len(ranks), f"{name} has no gradient on some rank"
