@@ -13,8 +13,8 @@ def conflicting_keys(saved: Config, new: Config) -> list[str]:
 
     These are the model, its adapters, the data, `train.sequence_length` and `train.seed`. Everything else, such as the
     layout, the number of steps or the learning rate, may change from one start to the next; so may the sources and
-    weights of a mixture, of which checkpoints hold the state. A `model.vocab_size` of `auto` agrees with any number, and
-    of a preset only the sizes matter.
+    weights of a mixture, of which checkpoints hold the state. A `model.vocab_size` of `auto` agrees with any number,
+    and of a preset only the sizes matter.
     """
     before, after = _identity(saved), _identity(new)
     if "auto" in (before.get("model.vocab_size"), after.get("model.vocab_size")):

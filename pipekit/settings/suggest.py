@@ -30,6 +30,11 @@ _FOREIGN_NAMES = {
     "run.dir": "output_dir",
     "checkpoint.interval": "save_interval",
     "logging.interval": "log_interval",
+    "lora.rank": "r lora_rank lora_r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.rslora": "use_rslora",
+    "lora.targets": "target_modules",
 }
 
 _MAX_WORD = 100  # what is longer is no misspelt word, and would take long to compare
@@ -61,9 +66,9 @@ def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Itera
     prefix = ".".join(parent for parent in parents if not parent.isdecimal())  # positions in a list of sections
     own = list(sections.get(prefix, ()))
     match = closest(key, own)
-    if match and (parents or key not in SYNONYMS):
-        return f"did you mean '{'.'.join((*parents, match))}'?"
     elsewhere = [path for path, keys in sections.items() if path not in ("", prefix) and key in keys]
+    if match and (parents or not (elsewhere or key in SYNONYMS)):
+        return f"did you mean '{'.'.join((*parents, match))}'?"
     if elsewhere:
         return "it belongs in " + " or ".join(f"{path}.{key}" for path in elsewhere)
     if key in SYNONYMS:

@@ -166,6 +166,7 @@ def test_every_example_is_accepted():
         },
         "max_positions": {},
         "lr": {},
+        **{key: {"lora.rank": 16} for key in ("alpha", "targets", "base", "init_from")},
     }
     checked = 0
     for section, keys in section_keys().items():

@@ -36,7 +36,7 @@ GROUPED = Case(family="llama", num_kv_heads=2, tied=False)
 
 
 def adapted(case: Case) -> list[LayerSpec]:
-    return add_lora(model_specs(case), ["qkv", "q", "kv", "projection", "contract"], LowRank(rank=3, scale=2.0))
+    return add_lora(model_specs(case), ["*"], LowRank(rank=3, scale=2.0))
 
 
 @cache
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_adapters_alone_goes_on_at_another_layout(
 ) -> None:
     gloo.run(writer.world_size, job, writer, {"save": str(tmp_path), "stop": 2})
     checkpoint = tmp_path / "step-00000002"
-    assert sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) < 3 * 4 * 12 * 1200
+    assert sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) < 3 * 4 * 20_000
     compare(gloo.run(reader.world_size, job, reader, {"load": str(checkpoint)}), reader, start=2)
 
 

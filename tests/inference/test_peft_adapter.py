@@ -84,7 +84,8 @@ def train(model: Any, parameters: list[Any]) -> list[float]:
 @pytest.mark.parametrize("some", [0, 1], ids=["all", "some"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_weights_are_those_of_peft_and_it_reads_the_adapter(kind: str, some: int, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # which takes seconds
+
     targets = TARGETS.get(kind, LLAMA_TARGETS)[some]
     plain = config_of(kind)
     settings = peft.LoraConfig(
