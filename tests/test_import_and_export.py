@@ -98,3 +98,28 @@ def test_a_public_model_goes_on_and_home_as_the_page_says(tmp_path: Path, monkey
     scope: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)[0], scope)
     assert scope["go_on"]("def function(").startswith("def function(")
+
+
+@pytest.mark.slow
+def test_a_public_model_is_fine_tuned_by_adapters_as_the_example_says(tmp_path: Path) -> None:
+    from peft import PeftModel  # which takes seconds
+
+    example = (ROOT / "examples/lora_llama.yaml").read_text()
+    download, train, adapter, merge = (shlex.split(line.removeprefix("#   ")) for line in example.splitlines()[1:5])
+    work = examples_at_work(tmp_path)
+    short = ["train.steps=4", "train.sequence_length=64", "train.eval_interval=2", "train.eval_batches=1"]
+    pipekit(work, *train[1:], *short, "data.cache_dir=cache", "parallel.pp=2")
+    run = work / "runs/lora_llama"
+    assert metrics(run, "val_loss")[-1] < metrics(run, "val_loss")[0]
+    # Stopped and gone on, at another layout.
+    pipekit(work, *train[1:], *short, "train.steps=6", "data.cache_dir=cache", "parallel.tp=2")
+    pipekit(work, *adapter[1:])
+    told = pipekit(work, *merge[1:])
+    assert "checked against transformers" in told
+    base = AutoModelForCausalLM.from_pretrained(work / download[-1])
+    tuned: Any = PeftModel.from_pretrained(base, work / adapter[3]).eval()
+    merged: Any = AutoModelForCausalLM.from_pretrained(work / merge[3])
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert pipekit(work, "generate", "runs/lora_llama", "--prompt", "def ").startswith("def ")

@@ -129,9 +129,9 @@ class LowRankAdapters(nn.Module):
         name, span = self._spans[0]
         if span == slice(0, len(self.blocks)):
             return y + self.get_submodule(name)(x)  # type: ignore[no-any-return]
-        pieces = list(y.split(list(own_blocks), dim=-1))
+        pieces = list(torch.split(y, list(own_blocks), -1))
         for name, span in self._spans:
-            added = self.get_submodule(name)(x).split(list(own_blocks[span]), dim=-1)
+            added = torch.split(self.get_submodule(name)(x), list(own_blocks[span]), -1)
             pieces[span] = [piece + more for piece, more in zip(pieces[span], added, strict=True)]
         return torch.cat(pieces, dim=-1)
 

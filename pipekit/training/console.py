@@ -297,12 +297,14 @@ class ConsoleProgress(TrialCallback):
         trust = "--trust-code " if isinstance(self._model, CustomModelConfig) else ""
         export, written = f"pipekit export {trust}", "a Hugging Face folder, its logits checked"
         if self._adapts:
-            next_steps.add_row(f"  {export}--adapter {run} {run}/adapter", "its adapters, in the format of peft")
             export = f"{export}--merge "
         elif self._model.no_export_reason():
             export, written = "pipekit export --raw ", "its tensors, with a loader beside them"
         next_steps.add_row(f"  pipekit generate {trust}{run}", "sample from it")
         next_steps.add_row(f"  {export}{run} {run}/export", written)
+        if self._adapts:
+            adapter = export.replace("--merge", "--adapter")
+            next_steps.add_row(f"  {adapter}{run} {run}/adapter", "its adapters alone, as peft has them")
         next_steps.add_row(
             f"  pipekit train {run}/config.yaml train.steps={2 * result.batch}", "go on, under any layout"
         )
