@@ -85,8 +85,10 @@ class _NormedModule(TensorParallelModule):
         self.dropout = dropout
 
     def _finish(self, y: Tensor) -> Tensor:
-        group = self.group if self.sequence_parallel else None
-        return sharded_dropout(self.post_norm(y), self.dropout, self.training, group)
+        y = y if isinstance(self.post_norm, nn.Identity) else self.post_norm(y)
+        if not self.training:
+            return y
+        return sharded_dropout(y, self.dropout, True, self.group if self.sequence_parallel else None)
 
 
 class Attention(_NormedModule):
@@ -189,9 +191,7 @@ class Attention(_NormedModule):
             k, v = kv.chunk(2, dim=-1)
         if self.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (
-            each.view(*each.shape[:2], -1, self.head_size).transpose(1, 2) for each in (q, k, v)
-        )  # (B, heads, S, E)
+        q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is None:
@@ -199,6 +199,13 @@ class Attention(_NormedModule):
         if self.cache is not None:
             return (*self.rotary.turn(q, k, *self.cache.rotation(self.rotary, q.dtype)), v)
         return (*self.rotary.rotate(q, k, positions), v)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """`(B, S, heads * E)` to `(B, heads, S, E)`."""
+        batch, length, _ = x.shape
+        if length == 1:  # as in generation: the order of elements is the same
+            return x.view(batch, -1, 1, self.head_size)
+        return x.view(batch, length, -1, self.head_size).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
         """Weighted sums of the values, `(B, heads, S, E)`, within the `documents` `(B, S)` if these are given."""

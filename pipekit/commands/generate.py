@@ -35,7 +35,7 @@ def command(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given several times.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws; further prompts have the next seeds.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the draws; further prompts have the next seeds.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts to compute together.")] = 16,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages, each in a process of its own.")] = 1,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes of each stage.")] = 1,
@@ -47,7 +47,7 @@ def command(
     from dataclasses import asdict
 
     from pipekit.config.stored_code import check_stored_code
-    from pipekit.errors import ConfigError
+    from pipekit.errors import ConfigError, PipekitError
     from pipekit.inference.answer import GenerationSettings, encode_prompts, write_lines, write_text
     from pipekit.inference.answer import chat as answer_messages
     from pipekit.inference.generator import Generator
@@ -80,7 +80,11 @@ def command(
     if pp * tp > 1:
         from pipekit.launch.generate_rank import GenerateTask, generate_on_ranks
 
-        stored.cut(pp=pp, tp=tp)  # refuses what does not fit
+        try:
+            stored.cut(pp=pp, tp=tp)
+        except PipekitError as error:
+            # As its user types it here.
+            raise type(error)(str(error).replace("parallel.pp=", "--pp ").replace("parallel.tp=", "--tp ")) from None
         task = GenerateTask(
             source=str(source),
             config=None if config is None else str(config),
@@ -116,6 +120,8 @@ def _read_message() -> str | None:
     while line := sys.stdin.readline():
         if line.strip():
             return line.strip()
+    if sys.stdin.isatty():
+        sys.stderr.write("\n")
     return None
 
 

@@ -74,9 +74,19 @@ def encode_prompts(stored: StoredModel, prompts: Sequence[Prompt], *, seed: int)
             token_ids, own_ends = template.encode(prompt.messages), ends
         else:
             token_ids, own_ends = encode_text(tokenizer, prompt.text), []
+        _check_tokens(stored, token_ids)
         own_seed = seed + place if prompt.seed is None else prompt.seed
         encoded.append(EncodedPrompt(token_ids, own_seed, prompt.text or "", prompt.record, own_ends))
     return encoded
+
+
+def _check_tokens(stored: StoredModel, token_ids: Sequence[int]) -> None:
+    vocab_size, *_ = stored.shapes.get("embed.weight", (max(token_ids) + 1,))
+    if max(token_ids) >= vocab_size:
+        raise ConfigError(
+            f"{stored.path}: its tokenizer makes token {max(token_ids)} of a prompt, and the model knows {vocab_size} "
+            "tokens; it is another model's tokenizer"
+        )
 
 
 def write_text(
@@ -162,6 +172,7 @@ def chat(
     while (said := read()) is not None:
         messages.append({"role": "user", "content": said})
         token_ids = template.encode(messages)
+        _check_tokens(generator.stored, token_ids)
         if len(token_ids) >= generator.longest_sequence:
             raise ConfigError(
                 f"the chat is {len(token_ids)} tokens long, and the model sees {generator.longest_sequence} at most; "

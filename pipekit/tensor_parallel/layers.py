@@ -103,6 +103,8 @@ class ColumnParallelLinear(TensorParallelModule, nn.Linear):
         return tuple(last - first for first, last in bounds)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.group is None:
+            return F.linear(x, self.weight, self.bias)
         return column_parallel_linear(x, self.weight, self.bias, self.group, sequence_parallel=self.sequence_parallel)
 
 

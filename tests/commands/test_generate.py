@@ -76,5 +76,5 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_read(arguments
 
 
 def test_degrees_that_do_not_fit_the_model_are_refused_before_a_process_starts(run: Path) -> None:
-    with pytest.raises(LayoutError, match=r"parallel\.tp=3 does not divide"):
+    with pytest.raises(LayoutError, match=r"^--tp 3 does not divide .* try --tp 1 or 2$"):
         generate(run, "--tp", 3)

@@ -115,6 +115,15 @@ def test_messages_without_a_tokenizer_or_a_template_are_refused(tmp_path: Path) 
             read()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    write_hf_folder(tmp_path / "hf", with_tokenizer=False, max_positions=90, vocab_size=280)
+    write_chat_tokenizer(tmp_path / "hf")
+    small = Generator.open(tmp_path / "hf", device="cpu")
+    for read in (lambda: talk(small, ["a"]), lambda: encode_prompts(small.stored, PROMPTS, seed=0)):
+        with pytest.raises(ConfigError, match="and the model knows 280 tokens; it is another model's tokenizer"):
+            read()
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ConfigError, match="an empty text is found everywhere"):
         GenerationSettings(max_new_tokens=1, temperature=0.0, top_k=None, top_p=None, stop=[""])
