@@ -71,7 +71,7 @@ def test_the_example_trains_in_both_stages_and_reports_each_source(tmp_path: Pat
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture")
     draw = random.Random(1)
-    for name, words in {"web": 1000, "code": 700, "math": 400}.items():
+    for name, words in {"web": 800, "code": 600, "math": 400}.items():
         documents = [" ".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=50)) for _ in range(words // 50)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     mixture = [

@@ -109,9 +109,10 @@ class RunData:
         order = mixture.order(step=step, position=position, batch_size=train.global_batch_size, phase=phase)
         if position + max(0, train.steps - step) * train.global_batch_size > order.end:
             last = step + int(order.end - position) // train.global_batch_size
+            remedy = f"train.steps={last}, or " if last else ""
             raise ConfigError(
                 f"train.steps={train.steps}: the sources of data.mixture give samples for {last} steps within their "
-                f"epochs; try train.steps={last}, or more epochs in data.mixture"
+                f"epochs; try {remedy}more epochs in data.mixture"
             )
         self._order = order
         if self._train is not None:
