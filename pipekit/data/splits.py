@@ -6,11 +6,12 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipekit.data.build_once import PROGRESS_FILE
 from pipekit.data.corpus import Corpus, Passage, read_passages, read_token_ids
@@ -124,16 +125,21 @@ def is_held_out(index: int, fraction: float) -> bool:
         return not is_held_out(index, 1.0 - fraction)
     first, last = max(0, int(index * fraction) - 1), int((index + 1) * fraction) + 1
     return fraction > 0 and any(
-        int((stratum + fold_seed(0, "held out", stratum) / 2**63) / fraction) == index
-        for stratum in range(first, last + 1)
+        int((stratum + _draw_place(stratum)) / fraction) == index for stratum in range(first, last + 1)
     )
+
+
+@lru_cache(maxsize=1024)
+def _draw_place(stratum: int) -> float:
+    return fold_seed(0, "held out", stratum) / 2**63
 
 
 class _BrokenProgressError(DataError):
     """Files of an earlier writer that cannot be gone on with."""
 
 
-class _Progress(BaseModel):
+@dataclass
+class _Progress:
     """Progress of the writing of a source."""
 
     num_passages: int = 0
@@ -142,7 +148,7 @@ class _Progress(BaseModel):
     unfinished: str | None = None
     """File whose last document goes on."""
 
-    writers: dict[str, WriterState] = {}
+    writers: dict[str, WriterState] = field(default_factory=dict)
 
 
 class _SplitsWriter:
@@ -161,7 +167,7 @@ class _SplitsWriter:
 
     def _load_progress(self) -> _Progress:
         try:
-            return _Progress.model_validate_json(self._progress_path.read_bytes())
+            return TypeAdapter(_Progress).validate_json(self._progress_path.read_bytes())
         except FileNotFoundError:
             return _Progress()
         except ValidationError as error:
@@ -226,7 +232,7 @@ class _SplitsWriter:
 
     def _save_progress(self) -> None:
         self._progress.writers = {name: writer.save_state() for name, writer in self._writers.items()}
-        write_atomically(self._progress_path, self._progress.model_dump_json())
+        write_atomically(self._progress_path, TypeAdapter(_Progress).dump_json(self._progress))
 
     def _tell(self) -> None:
         progress, data = self._progress, self._data

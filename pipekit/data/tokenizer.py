@@ -68,7 +68,8 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without any special token."""
         with self._encoding():
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            # encode_batch_fast of tokenizers 0.23 takes a quarter longer.
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     @contextlib.contextmanager
