@@ -21,7 +21,7 @@ ROOMS: dict[int, str] = {
     # 1: torch, no processes.
     1: "tensors tensor_parallel layers models config data costs checkpoint plan inference",
     # 2: processes.
-    2: "distributed deepspeed engine training verify",
+    2: "distributed deepspeed engine evaluation training verify",
     # 3: face.
     3: "launch doctor commands compat cli __main__",
 }
@@ -42,6 +42,8 @@ MAY_ALSO_IMPORT = {
     "pipekit.data.tokenizer_conversion": {"huggingface_hub"},
     "pipekit.schedules.draw": {"matplotlib"},
     "pipekit.training.shipped.loss_curve": {"matplotlib"},
+    # An extra, which nothing else needs.
+    "pipekit.evaluation.harness": {"lm_eval"},
 }
 
 # The tokenizers library is told in no other way that a later fork is safe; and the user's settings of the C library go

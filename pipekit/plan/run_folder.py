@@ -39,6 +39,7 @@ class RunFolder:
         metrics: one JSON object a line for each step.
         spikes: one JSON object a line for each spike of the loss.
         samples: one JSON object a line for each text that a model has generated while it was trained.
+        evaluations: one JSON object a line for each evaluation on other texts and on tasks.
         failures: one JSON object a line for each rank that was lost or hung.
         records: all of these files of JSON lines.
         logs: logs of the ranks, `rank-<rank>.log`.
@@ -55,8 +56,9 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.spikes = self.path / "spikes.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
         self.failures = self.path / "failures.jsonl"
-        self.records = (self.metrics, self.spikes, self.samples, self.failures)
+        self.records = (self.metrics, self.spikes, self.samples, self.evaluations, self.failures)
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"

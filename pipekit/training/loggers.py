@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipekit.config import WandbConfig
+from pipekit.config import Config, WandbConfig
 from pipekit.errors import StorageError
 from pipekit.line_files import LineFile
 from pipekit.plan.run_folder import RunFolder, trim_records
@@ -85,22 +85,7 @@ class WandbLogger(TrialCallback):
         self._run: Any = None
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
-        import wandb
-
-        folder = self._folder
-        mode: Any = self._config.mode
-        if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
-        folder.path.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
-            name=self._config.name or folder.path.absolute().name,
-            dir=str(folder.path),
-            mode=mode,
-            config=self._settings,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        self._run = _start_wandb(self._config, self._folder, config=self._settings)
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         if self._run is not None:
@@ -140,3 +125,60 @@ class TensorBoardLogger(TrialCallback):
             if not self._has_warned:
                 self._context.warn(f"{error}; training goes on, and TensorBoard lacks metrics from step {step} on")
             self._has_warned = True
+
+
+def log_evaluation(folder: RunFolder, config: Config, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Write an evaluation into the folder of its run, and to the trackers that the run has.
+
+    They show its numbers as `eval/loss` and so on, at the step of the checkpoint.
+
+    Args:
+        folder: the run's.
+        config: the run's.
+        record: the evaluation, with its `step`; it becomes a line of `evaluations.jsonl`.
+        metrics: its numbers by name.
+
+    Raises:
+        StorageError: if something cannot be written.
+    """
+    with storing(folder.evaluations), folder.evaluations.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    step = record["step"]
+    shown = {f"eval/{name}": value for name, value in metrics.items()}
+    if config.logging.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with storing(folder.tensorboard), SummaryWriter(str(folder.tensorboard)) as writer:
+            for name, value in shown.items():
+                writer.add_scalar(name, value, step)
+    tracked = config.logging.wandb
+    if tracked is not None and tracked.mode != "disabled":
+        # A run that has ended takes no earlier step of its own, so that the evaluations have an axis of theirs.
+        run = _start_wandb(tracked, folder, id=_wandb_id(folder), resume="allow")
+        run.define_metric("eval/*", step_metric="eval/step")
+        run.log({**shown, "eval/step": step})
+        run.finish()
+
+
+def _start_wandb(wandb_config: WandbConfig, folder: RunFolder, **options: Any) -> Any:
+    import wandb
+
+    mode: Any = wandb_config.mode
+    if mode == "auto":
+        mode = "online" if wandb.api.api_key else "offline"
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=wandb_config.project,
+        entity=wandb_config.entity,
+        name=wandb_config.name or folder.path.absolute().name,
+        dir=str(folder.path),
+        mode=mode,
+        settings=wandb.Settings(silent=True, console="off"),
+        **options,
+    )
+
+
+def _wandb_id(folder: RunFolder) -> str | None:
+    """Id of the newest Weights & Biases run of a run folder, from the name of its files."""
+    found = sorted((folder.path / "wandb").glob("*run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    return found[-1].stem.removeprefix("run-") if found else None

@@ -141,7 +141,15 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["config.yaml", "plan.json", "metrics.jsonl", "spikes.jsonl", "samples.jsonl", "failures.jsonl", "schedule.csv"],
+    [
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "spikes.jsonl",
+        "evaluations.jsonl",
+        "failures.jsonl",
+        "schedule.csv",
+    ],
 )
 def test_a_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)

@@ -1,0 +1,138 @@
+"""`pipekit eval`: perplexity on any text, and tasks of lm-eval, for a run, a checkpoint or an export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipekit.commands.shared_options import AsJson, ModelConfigFile, TrustCode
+from pipekit.progress import ProgressLines
+
+if TYPE_CHECKING:
+    from pipekit.evaluation.evaluate import Evaluation
+    from pipekit.evaluation.texts import EvaluatedSource
+
+
+def command(
+    source: Annotated[
+        Path, typer.Argument(help="A run's folder, one of its checkpoints, or an export.", show_default=False)
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text for the perplexity, such as data.source=other.txt; the run's held-out text if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, such as arc_easy,mmlu_*; needs the extra eval.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of your own tasks.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in front of each question; as the task has it if left out.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put questions as messages of a chat.")
+    ] = False,
+    samples: Annotated[
+        Path | None, typer.Option(help="File for every question and its answers, as lines of JSON.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that the model sees at once for the perplexity; as in training if left out."),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from one window to the next; all of a window if left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 8,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
+    as_json: AsJson = False,
+    trust_code: TrustCode = False,
+    config: ModelConfigFile = None,
+) -> None:
+    """Measure how good a model is: perplexity and bits per byte on a text, and tasks of lm-eval."""
+    from pipekit.config.stored_code import check_stored_code
+    from pipekit.errors import ConfigError
+    from pipekit.evaluation.evaluate import Evaluation, evaluate_tasks, evaluate_texts
+    from pipekit.evaluation.models import GeneratorModel
+    from pipekit.evaluation.tasks import TaskSettings, check_extra
+    from pipekit.evaluation.texts import EvaluatedSource, find_texts
+    from pipekit.inference.generator import Generator
+
+    if config is not None:
+        check_stored_code(config, trust_code=trust_code)
+    read = EvaluatedSource.read(source, config)
+    tokenizer_file = read.tokenizer_file
+    say = ProgressLines.on_stderr()
+    settings = None
+    if tasks is not None:
+        check_extra()
+        from pipekit.evaluation.harness import find_tasks
+
+        settings = TaskSettings(
+            tuple(name.strip() for name in tasks.split(",") if name.strip()),
+            include_path,
+            num_fewshot,
+            limit,
+            batch_size,
+            apply_chat_template,
+            keeps_samples=samples is not None,
+        )
+        find_tasks(settings)
+    texts = []
+    if data or tasks is None:
+        texts = find_texts(read, data or (), on_progress=say)
+    model = GeneratorModel(Generator.open(read.path, device=device, trust_code=trust_code, config=config))
+    window = read.window(model.longest_sequence) if window is None else window
+    stride = window if stride is None else stride
+    if texts and window > model.longest_sequence:
+        raise ConfigError(f"--window {window}: the model sees at most {model.longest_sequence} tokens; give fewer")
+    if stride > window:
+        raise ConfigError(
+            f"--stride {stride}: must be at most the window, {window} tokens, or tokens would be left out"
+        )
+    measured = evaluate_texts(
+        model,
+        texts,
+        tokenizer_file=tokenizer_file,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        on_progress=say,
+    )
+    answered = None
+    if settings is not None:
+        answered = evaluate_tasks(model, settings, tokenizer_file=tokenizer_file, on_progress=say)
+    _tell(Evaluation(str(read.path), read.step, window, stride, measured, answered), read, as_json, samples)
+
+
+def _tell(found: Evaluation, source: EvaluatedSource, as_json: bool, samples: Path | None) -> None:
+    """Write an evaluation into the run folder and to its trackers, and show it."""
+    record = found.as_record()
+    if samples is not None and found.tasks is not None:
+        lines = [
+            json.dumps({"task": task, **sample}, default=str)
+            for task, asked in found.tasks.samples.items()
+            for sample in asked
+        ]
+        from pipekit.files import write_atomically
+        from pipekit.storage import storing
+
+        with storing(samples):
+            write_atomically(samples, "".join(f"{line}\n" for line in lines))
+    if source.run is not None and source.config is not None:
+        from pipekit.training.loggers import log_evaluation
+
+        log_evaluation(source.run, source.config, record, found.metrics())
+    if as_json:
+        sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        return
+    from pipekit.commands.eval_tables import show_evaluation
+    from pipekit.training.console import make_console
+
+    show_evaluation(found, make_console())
