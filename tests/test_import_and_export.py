@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from fork_server import run_pipekit
 from hand_made import examples_at_work
 from pipekit.config import load_config
-from pipekit.data.dataset import TokenDataset
 from pipekit.data.order import SampleOrder
 from pipekit.data.prepare import prepare_data
+from pipekit.data.samples import TokenDataset
 
 pytestmark = pytest.mark.distributed
 

@@ -39,6 +39,7 @@ LIBRARIES: dict[int, set[str]] = {
 
 # Drawing pictures is pure, and loads its library only when it draws; the hub's library comes with transformers.
 MAY_ALSO_IMPORT = {
+    "pipekit.data.conversations": {"jinja2"},
     "pipekit.data.tokenizer_conversion": {"huggingface_hub"},
     "pipekit.schedules.draw": {"matplotlib"},
     "pipekit.training.shipped.loss_curve": {"matplotlib"},

@@ -8,13 +8,15 @@ Shapes: B sequences, S tokens, H heads, E head size, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pipekit.errors import ConfigError
+from pipekit.layers.specs import LayerSpec, TiedLayerSpec, layer_names
 from pipekit.tensor_parallel import cap_softly
 
 Hidden = Tensor | tuple[Tensor, Tensor]
@@ -113,6 +115,25 @@ def attend_within_documents(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return y
+
+
+def check_takes_documents(specs: Sequence[LayerSpec]) -> None:
+    """Check that every layer keeps documents apart, which it says by `takes_documents = True` in its own class.
+
+    Raises:
+        ConfigError: if one does not; it names the layer.
+    """
+    for spec, name in zip(specs, layer_names(specs), strict=True):
+        kind: Any = spec.typename
+        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
+            kind = spec.forward_fn if hasattr(spec.forward_fn, "__code__") else type(spec.forward_fn)
+        # What a class inherits may not hold for it.
+        if not vars(kind).get("takes_documents", False):
+            raise ConfigError(
+                f"data.document_mask=true: layer {name!r} ({spec.type_name}) does not say that it keeps documents "
+                "apart; let it take and return a pair of its tensor and the positions (B, S) of the tokens, which "
+                "restart at every document, and say so by takes_documents = True, or leave data.document_mask out"
+            )
 
 
 @cache

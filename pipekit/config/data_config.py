@@ -117,6 +117,18 @@ class DataConfig(Section):
     text_key: str = Field(default="text", min_length=1, examples=["text"])
     """Field or column that holds the text, where documents are records."""
 
+    format: Literal["auto", "text", "chat", "completion"] = "auto"
+    """`chat` has records with `messages`, and `completion` with `prompt` and `completion`: what the assistant says, or
+    the completion, alone counts in the loss. `auto` tells it by the first record."""
+
+    packing: Literal["concat", "best-fit", "none"] | None = Field(default=None, examples=["best-fit"])
+    """`concat` cuts the tokens of all documents into sequences, `best-fit` packs whole documents into sequences and
+    fills these up, `none` gives each document a sequence of its own. null is `concat` for text; for conversations it is
+    `best-fit` with `document_mask`, and `none` without."""
+
+    document_mask: bool = False
+    """Attention, positions and loss stay within a document."""
+
     shuffle: bool = True
     """Draw a new order of the sequences in every epoch."""
 

@@ -27,7 +27,7 @@ class Example:
     loss_fn: Callable[[Any, Any], Any] | None = None
 
 
-def language_model_example(micro_batch_size: int, sequence_length: int) -> Example:
-    """Return token ids `(B, S)`, as many labels, and their cross-entropy."""
+def language_model_example(micro_batch_size: int, sequence_length: int, *, has_positions: bool = False) -> Example:
+    """Return token ids `(B, S)`, beside them positions if asked for, as many labels, and their cross-entropy."""
     tokens = torch.empty(micro_batch_size, sequence_length, dtype=torch.int64, device="meta")
-    return Example(tokens, tokens, language_model_loss)
+    return Example((tokens, tokens) if has_positions else tokens, tokens, language_model_loss)

@@ -26,7 +26,10 @@ from pipekit.data.megatron import (
     sample_checksum,
     take_documents,
 )
+from pipekit.data.prepare_conversations import find_conversations, write_conversations
 from pipekit.data.prepared import PreparedData, PreparedSource
+from pipekit.data.samples import choose_packing
+from pipekit.data.samples.loss_mask import MASK_SUFFIX, mask_path
 from pipekit.data.splits import TRAIN_FILE, VALIDATION_FILE, SourceData, foreign_tokens, write_splits
 from pipekit.data.tokenizer import (
     SIDE_FILES,
@@ -105,10 +108,12 @@ class _Preparation:
     def _find_source(self, entry: SourceEntry) -> SourceData:
         config = self._config
         key = "data.source" if config.mixture is None else f"data.mixture: {entry.name}: source"
+        corpus, text_key = find_corpus(entry.source), entry.text_key or config.text_key
         return SourceData(
-            corpus=find_corpus(entry.source),
+            corpus=corpus,
             shown=f"{key}={_show(entry.source)}",
-            text_key=entry.text_key or config.text_key,
+            text_key=text_key,
+            conversations=find_conversations(corpus, config.format, text_key=text_key),
             limit=entry.limit,
             max_bytes=config.max_bytes,
             validation_fraction=config.validation_fraction if entry.validation is None else 0.0,
@@ -121,6 +126,11 @@ class _Preparation:
                 if data.corpus.token_files:
                     raise DataError(
                         f"{data.shown} holds token ids; set data.tokenizer to the tokenizer with which they were made"
+                    )
+                if data.conversations is not None:
+                    raise DataError(
+                        f"{data.shown} holds records of {data.conversations}; set data.tokenizer to the tokenizer of "
+                        "the model that you want to train"
                     )
             parts: object = [
                 _FORMAT_VERSION,
@@ -154,12 +164,15 @@ class _Preparation:
         validation_fingerprint = ""
         if entry.validation is not None:
             held_out = self._find_source(entry.model_copy(update={"source": entry.validation, "limit": None}))
+            if (held_out.conversations is None) != (data.conversations is None):
+                raise DataError(f"{data.shown} and {_show(entry.validation)}: one holds text, and one conversations")
             validation, _, validation_fingerprint = self._prepare_source(held_out)
         return PreparedSource(
             name=entry.name,
             train=train,
             validation=validation,
             fingerprint=fingerprint,
+            has_loss_mask=data.conversations is not None or mask_path(train.path).is_file(),
             validation_fingerprint=validation_fingerprint,
         )
 
@@ -182,16 +195,19 @@ class _Preparation:
         )
 
     def _build_source(self, folder: Path, data: SourceData) -> None:
-        meta = write_splits(
-            folder,
-            data,
-            self._tokenizer,
-            self._tokenizer_path,
-            num_cores=self._num_cores,
-            timeout_s=self._timeout_s,
-            report=self._report,
-        )
-        files = sorted(path for path in folder.iterdir() if path.suffix in (TOKENS_SUFFIX, INDEX_SUFFIX))
+        if data.conversations is not None:
+            meta = write_conversations(folder, data, data.conversations, self._tokenizer_path, report=self._report)
+        else:
+            meta = write_splits(
+                folder,
+                data,
+                self._tokenizer,
+                self._tokenizer_path,
+                num_cores=self._num_cores,
+                timeout_s=self._timeout_s,
+                report=self._report,
+            )
+        files = sorted(path for path in folder.iterdir() if path.suffix in (TOKENS_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX))
         about = {"source": data.shown, "checksums": {path.name: sample_checksum(path) for path in files}}
         (folder / _META_FILE).write_text(json.dumps(meta.model_dump() | about, indent=2) + "\n", encoding="utf-8")
 
@@ -271,6 +287,8 @@ def _check_long_enough(prepared: PreparedData, config: DataConfig, sequence_leng
     needed = sequence_length + 1
     sample = f"one sample of train.sequence_length={sequence_length} needs {needed}"
     for entry, source in zip(config.entries, prepared.sources, strict=True):
+        if choose_packing(config, has_loss_mask=source.has_loss_mask) != "concat":
+            continue
         num_train = source.train.num_tokens
         num_held_out = source.validation.num_tokens if source.validation is not None else needed
         shown = _show(entry.source)

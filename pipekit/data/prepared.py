@@ -16,7 +16,7 @@ class PreparedSource(BaseModel, frozen=True):
 
     `fingerprint` is the hash of all tokens of the source in their order, which is the same on every machine that sees
     the same data, and `validation_fingerprint` that of a held-out text of its own, or empty. `validation` is None where
-    nothing is held out.
+    nothing is held out. `has_loss_mask` is True for conversations.
     """
 
     name: str
@@ -24,6 +24,7 @@ class PreparedSource(BaseModel, frozen=True):
     validation: TokenSlice | None
     fingerprint: str
     validation_fingerprint: str = ""
+    has_loss_mask: bool = False
 
     @property
     def slices(self) -> tuple[TokenSlice, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipekit.data.build_once import PROGRESS_FILE
+from pipekit.data.conversations import ConversationFormat
 from pipekit.data.corpus import Corpus, Passage, read_passages, read_token_ids
 from pipekit.data.encode import encode_in_order
 from pipekit.data.encode_process import Encoded
@@ -41,12 +42,14 @@ _MIN_PARALLEL_BYTES = 8 << 20
 class SourceData:
     """The documents of a source that are read, and the fraction of them that is held out.
 
-    `shown` is the source as messages name it; `limit` counts documents, `max_bytes` bytes of text.
+    `shown` is the source as messages name it; `conversations` is the format of its records, None for text; `limit`
+    counts documents, `max_bytes` bytes of text.
     """
 
     corpus: Corpus
     shown: str
     text_key: str
+    conversations: ConversationFormat | None
     limit: int | None
     max_bytes: int | None
     validation_fraction: float
@@ -55,6 +58,7 @@ class SourceData:
     def identity(self) -> dict[str, object]:
         """All that its text depends on, without having read it."""
         return {
+            **({} if self.conversations is None else {"conversations": self.conversations}),
             "files": self.corpus.identity,
             "text_key": self.text_key,
             "limit": self.limit,

@@ -94,6 +94,7 @@ def show_plan(plan: Plan, console: Console) -> None:
             f"micro-{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
             f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
         ),
+        *([("samples", text) for text in _describe_samples(plan)]),
         ("steps", f"{start_step} to {config.train.steps}" if start_step else f"{config.train.steps}"),
         ("folder", config.run.dir),
     )
@@ -113,6 +114,12 @@ def show_plan(plan: Plan, console: Console) -> None:
         print_table(table, console)
     console.print()
     show_export_limit(config, console)
+
+
+def _describe_samples(plan: Plan) -> list[str]:
+    """Counts of samples, padding and truncation, a line for each source whose samples are not plain windows."""
+    counts: dict[str, str] = plan.prepared.get("samples", {})
+    return list(counts.values()) if len(counts) == 1 else [f"{name}: {text}" for name, text in counts.items()]
 
 
 def show_export_limit(config: Config, console: Console) -> None:

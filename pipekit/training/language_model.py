@@ -15,16 +15,17 @@ from torch.utils.data import ConcatDataset
 from pipekit.config import Config
 from pipekit.costs.example import Example, language_model_example
 from pipekit.data.collate import MapDataset
-from pipekit.data.dataset import TokenDataset
-from pipekit.data.megatron import TokenSlice
 from pipekit.data.mixture import MixedSource, Mixture, whole_weights
 from pipekit.data.prepare import prepare_data
-from pipekit.data.prepared import PreparedData
+from pipekit.data.prepared import PreparedData, PreparedSource
+from pipekit.data.samples import PackedDataset, TokenDataset, build_samples, choose_packing
+from pipekit.data.samples.loss_mask import IGNORED_LABEL
 from pipekit.errors import ConfigError, DataError
 from pipekit.files import late_limit_s
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import build_layers
 from pipekit.models.transformer import language_model_loss
+from pipekit.models.transformer.documents import check_takes_documents
 from pipekit.progress import ProgressCallback
 from pipekit.training.layers_trial import LayersTrial
 
@@ -40,7 +41,13 @@ class LanguageModelTrial(LayersTrial):
     @classmethod
     def prepare(cls, config: Config, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
         """Train or load the tokenizer, and turn the text into tokens."""
-        return _prepare(config, on_progress).model_dump(mode="json")
+        data = _prepare(config, on_progress)
+        counts = {
+            source.name: str(_build_samples(config, source, held_out=False).counts)
+            for source in data.sources
+            if choose_packing(config.data, has_loss_mask=source.has_loss_mask) != "concat"
+        }
+        return {**data.model_dump(mode="json"), "samples": counts}
 
     @classmethod
     def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
@@ -60,11 +67,15 @@ class LanguageModelTrial(LayersTrial):
 
     @classmethod
     def build_layers(cls, config: Config) -> list[LayerSpec]:
-        return build_layers(config)
+        specs = build_layers(config)
+        if _has_positions(config):
+            check_takes_documents(specs)
+        return specs
 
     @classmethod
     def example(cls, config: Config, micro_batch_size: int) -> Example:
-        return language_model_example(micro_batch_size, config.train.sequence_length)
+        length = config.train.sequence_length
+        return language_model_example(micro_batch_size, length, has_positions=_has_positions(config))
 
     def loss(self, outputs: Any, labels: Any) -> Tensor:
         if outputs.shape[-1] < self.data.vocab_size:
@@ -74,8 +85,22 @@ class LanguageModelTrial(LayersTrial):
             )
         return language_model_loss(outputs, labels)
 
+    def loss_weight(self, labels: Any) -> Tensor | None:
+        if not self._leaves_labels_out:
+            return None
+        count: Tensor = (labels != IGNORED_LABEL).sum()
+        return count
+
+    @cached_property
+    def _leaves_labels_out(self) -> bool:
+        """True if samples differ in their number of labels."""
+        config, sources = self.context.config.data, PreparedData.model_validate(self.context.plan.prepared).sources
+        masks = [source.has_loss_mask for source in sources]
+        packings = {choose_packing(config, has_loss_mask=has_loss_mask) for has_loss_mask in masks}
+        return config.document_mask or any(masks) or packings != {"concat"}
+
     def build_train_dataset(self) -> MapDataset:
-        datasets = [self._dataset(source.train) for source in self.data.sources]
+        datasets = [_build_samples(self.context.config, source, held_out=False) for source in self.data.sources]
         if len(datasets) == 1:
             return datasets[0]
         return ConcatDataset(datasets)
@@ -100,14 +125,11 @@ class LanguageModelTrial(LayersTrial):
 
     def build_validation_dataset(self) -> MapDataset | Mapping[str, MapDataset] | None:
         held_out = {
-            source.name: self._dataset(source.validation)
+            source.name: _build_samples(self.context.config, source, held_out=True)
             for source in self.data.sources
             if source.validation is not None
         }
         return held_out if self.context.config.data.mixture else next(iter(held_out.values()), None)
-
-    def _dataset(self, tokens: TokenSlice) -> TokenDataset:
-        return TokenDataset(tokens, self.context.config.train.sequence_length)
 
     @cached_property
     def data(self) -> PreparedData:
@@ -132,6 +154,19 @@ class LanguageModelTrial(LayersTrial):
     @property
     def tokenizer_file(self) -> Path:
         return self.data.tokenizer_path
+
+
+def _has_positions(config: Config) -> bool:
+    """True if the positions of tokens in their documents stand beside the token ids."""
+    return config.data.document_mask and config.data.packing != "none"
+
+
+def _build_samples(config: Config, source: PreparedSource, *, held_out: bool) -> TokenDataset | PackedDataset:
+    token_slice = source.validation if held_out else source.train
+    assert token_slice is not None
+    return build_samples(
+        token_slice, config.train.sequence_length, config=config.data, has_loss_mask=source.has_loss_mask
+    )
 
 
 def _prepare(config: Config, on_progress: ProgressCallback | None = None) -> PreparedData:

@@ -254,6 +254,24 @@ def test_frozen_parameters_are_verified_like_others(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("data", [["data.packing=best-fit"], []], ids=["best-fit", "concat"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
+def test_documents_that_are_kept_apart_are_so_under_every_axis(workspace: Path, family: str, data: list[str]) -> None:
+    # Sequences have different numbers of labels.
+    (workspace / "lines.jsonl").write_text("\n".join(json.dumps({"text": "word " * (i % 13 + 2)}) for i in range(400)))
+    changes = [f"model.family={family}", "data.source=lines.jsonl", "data.document_mask=true", *data]
+    done = verify(workspace, "c.yaml", *changes, "--json", "--steps", "2", "--layouts", "pp2xtp2,pp2xdp2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [entry["verdict"] for entry in json.loads(done.stdout)["layouts"]] == ["agrees"] * 2
+
+
+def test_a_layer_that_does_not_keep_documents_apart_is_named(workspace: Path) -> None:
+    done = run_pipekit(["plan", "own.yaml", "data.document_mask=true", "model.builder=buggy:own_noise"], cwd=workspace)
+    assert done.returncode == 2
+    assert "layer 'blocks.1.mlp' (OwnNoise) does not say that it keeps documents apart" in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", find_families())
 def test_every_family_is_the_same_under_every_axis(workspace: Path, family: str) -> None:
     done = verify(workspace, "c.yaml", f"model.family={family}", "--json", "--steps", "2", "--layouts", "pp2xtp2,dp2")

@@ -1,3 +1,5 @@
+"""Windows of the tokens of all documents."""
+
 from __future__ import annotations
 
 import os
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipekit.data.dataset import TokenDataset
 from pipekit.data.megatron import IndexedTokensWriter, TokenSlice, take_documents
 from pipekit.data.order import SampleOrder
+from pipekit.data.samples import TokenDataset
+from pipekit.data.samples.loss_mask import mask_path
 from pipekit.errors import DataError
 
 
@@ -88,3 +91,54 @@ def test_less_than_one_window_is_refused(tmp_path: Path) -> None:
     tokens = write_counting_tokens(tmp_path / "train.bin", 4)
     with pytest.raises(DataError, match=r"holds 4 tokens, .*sequence_length=4 needs 5"):
         TokenDataset(tokens, sequence_length=4)
+
+
+DOCUMENTS = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10], [11, 12, 13]]
+
+
+def write_documents(path: Path, mask: list[int] | None = None) -> TokenSlice:
+    with IndexedTokensWriter(path, vocab_size=100) as writer:
+        for document in DOCUMENTS:
+            writer.write(np.array(document, dtype=np.int64))
+            writer.end_document()
+    if mask is not None:
+        mask_path(path).write_bytes(bytes(mask))
+    return take_documents(path)
+
+
+def test_positions_restart_and_no_label_is_of_another_document(tmp_path: Path) -> None:
+    dataset = TokenDataset(write_documents(tmp_path / "train.bin"), 4, document_mask=True)
+    found = [
+        ([part.tolist() for part in inputs], labels.tolist()) for inputs, labels in map(dataset.__getitem__, range(3))
+    ]
+    assert found == [
+        ([[1, 2, 3, 4], [0, 1, 2, 0]], [2, 3, -100, -100]),
+        # The document goes on in the next window, where its positions begin anew.
+        ([[5, 6, 7, 8], [0, 1, 2, 3]], [6, 7, 8, 9]),
+        ([[9, 10, 11, 12], [0, 1, 0, 1]], [10, -100, 12, 13]),
+    ]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[2][0][1], dataset[2][0][1])
+
+
+def test_labels_that_the_loss_mask_leaves_out_do_not_count(tmp_path: Path) -> None:
+    mask = [0, 1, 0, 1, 1, 0, 0, 0, 1, 1, 0, 1, 1]
+    whole = write_documents(tmp_path / "train.bin", mask)
+    dataset = TokenDataset(whole, 4, has_loss_mask=True)
+    assert [dataset[index][1].tolist() for index in range(3)] == [
+        [2, -100, 4, 5],
+        [-100, -100, -100, 9],
+        [10, -100, 12, 13],
+    ]
+    some = TokenDataset(take_documents(whole.path, 3, 2), 4, has_loss_mask=True)
+    assert some[0][1].tolist() == [-100, -100, -100, 9], "the mask of a slice begins where the slice does"
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [(None, "no such file"), ([1, 1], "2 bytes, and train.bin has 13 tokens")]
+)
+def test_a_missing_mask_and_that_of_another_file_are_refused(
+    tmp_path: Path, mask: list[int] | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        TokenDataset(write_documents(tmp_path / "train.bin", mask), 4, has_loss_mask=True)

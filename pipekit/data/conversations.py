@@ -1,0 +1,228 @@
+"""Conversations, and prompts with completions: token ids, and a mask of those that the model is to learn.
+
+A conversation becomes text by the chat template of the tokenizer. The tokens of the assistant are those of the
+template's `{% generation %}` blocks. Where it has none, they follow from what the template makes of the beginning of
+the conversation: what an assistant's message adds to it, from the end of the prompt for that message to the token that
+ends its turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipekit.data.sources.formats import Record, json_type
+from pipekit.data.tokenizer import load_tokenizer
+from pipekit.errors import DataError
+from pipekit.settings.base import alternatives, show
+
+ConversationFormat = Literal["chat", "completion"]
+"""Records with `messages`, or with `prompt` and `completion`."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+
+
+class EncodedConversation(NamedTuple):
+    """Token ids `(N,)`, and for each whether it counts in the loss `(N,)`."""
+
+    token_ids: npt.NDArray[np.int64]
+    is_learned: npt.NDArray[np.bool_]
+
+
+def find_conversation_format(record: Record, *, text_key: str) -> ConversationFormat | None:
+    """Format of a record, told by its fields; None for one of text."""
+    fields = record.fields
+    if text_key in fields:
+        return None
+    if isinstance(fields.get("messages"), list):
+        return "chat"
+    return "completion" if {"prompt", "completion"} <= fields.keys() else None
+
+
+class ConversationEncoder:
+    """Encodes the records of a file of one format.
+
+    Args:
+        tokenizer_path: a `tokenizer.json`, and beside it the settings with the chat template.
+        format: what the records are.
+
+    Raises:
+        DataError: if the tokenizer is none, or has no chat template that can be read.
+    """
+
+    def __init__(self, tokenizer_path: Path, format: ConversationFormat) -> None:
+        self._path, self._format = tokenizer_path, format
+        if format == "chat":
+            self._check_template()
+
+    def encode(self, record: Record) -> EncodedConversation:
+        """Encode a record.
+
+        Raises:
+            DataError: if it is none of the format, or the template refuses it; it names the place of the record.
+        """
+        return self._encode_completion(record) if self._format == "completion" else self._encode_chat(record)
+
+    def _encode_completion(self, record: Record) -> EncodedConversation:
+        tokenizer = self._tokenizer
+        parts = [_text(record, key) for key in ("prompt", "completion")]
+        if not parts[1]:
+            raise DataError(f"{record.place}: the completion is empty, so that there is nothing to learn; delete it")
+        prompt, completion = (tokenizer.encode(part) for part in parts)
+        is_learned = [False] * len(prompt) + [True] * (len(completion) + 1)
+        return EncodedConversation(
+            np.array([*prompt, *completion, tokenizer.end_token_id], dtype=np.int64), np.array(is_learned)
+        )
+
+    def _encode_chat(self, record: Record) -> EncodedConversation:
+        messages, tools = check_messages(record), record.fields.get("tools")
+        with self._rendering(record.place):
+            if self._has_generation_blocks:
+                encoded = self._chat_tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                )
+                token_ids, is_learned = encoded["input_ids"], encoded["assistant_masks"]
+            else:
+                text, spans = self._find_spans(messages, tools, record.place)
+                encoded = self._chat_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                token_ids = encoded["input_ids"]
+                is_learned = [
+                    any(begin < span.stop and end > span.start for span in spans)
+                    for begin, end in encoded["offset_mapping"]
+                ]
+        found = EncodedConversation(np.array(token_ids, dtype=np.int64), np.array(is_learned, dtype=np.bool_))
+        if not found.is_learned.any():
+            raise DataError(
+                f"{record.place}: the chat template gives no token of the assistant, so that nothing is learned; "
+                "delete the line, or mend the template"
+            )
+        return found
+
+    def _find_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any, place: str) -> tuple[str, list[slice]]:
+        """Text of a conversation, and the characters of the assistant's turns in it."""
+        text = self._render(messages, tools)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if index == 0:
+                raise DataError(
+                    f"{place}: the assistant speaks first, and the chat template of {self._path.parent} does not mark "
+                    "its tokens by {% generation %} and {% endgeneration %}; delete the line, or mark them"
+                )
+            prompt = self._render(messages[:index], tools, add_generation_prompt=True)
+            turn = self._render(messages[: index + 1], tools)
+            if not (turn.startswith(prompt) and text.startswith(turn)):
+                raise DataError(
+                    f"{place}: the chat template of {self._path.parent} writes message {index + 1} otherwise where "
+                    "more follow, so that it cannot be told which tokens are the assistant's; mark them in the "
+                    "template by {% generation %} and {% endgeneration %}"
+                )
+            spans.append(slice(len(prompt), self._end_of_turn(turn, len(prompt))))
+        return text, spans
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """End of a turn: behind its last special token, where nothing but white space follows."""
+        ends = [match.end() for match in self._special_tokens.finditer(text, start)]
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> str:
+        return str(self._chat_tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
+
+    @contextmanager
+    def _rendering(self, place: str) -> Iterator[None]:
+        import jinja2
+
+        try:
+            yield
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"data.tokenizer={str(self._path.parent)!r}: the chat template cannot be read: line {error.lineno}: "
+                f"{error.message}; correct it"
+            ) from error
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"{place}: the chat template refuses the conversation: {error}; correct the line"
+            ) from error
+        except (TypeError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{place}: the chat template cannot write the conversation: {error}; correct the line, or the template"
+            ) from error
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._path)
+
+    @cached_property
+    def _chat_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        load_tokenizer(self._path)  # says what is wrong with it
+        # Whole conversations are encoded, however long the model's sequences are.
+        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+        return AutoTokenizer.from_pretrained(str(self._path.parent), local_files_only=True)
+
+    @cached_property
+    def _has_generation_blocks(self) -> bool:
+        return _GENERATION_BLOCK.search(self._chat_tokenizer.get_chat_template()) is not None
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        tokens = [token.content for token in self._chat_tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+    def _check_template(self) -> None:
+        tokenizer = self._chat_tokenizer
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"data.tokenizer={str(self._path.parent)!r}: it has no chat template, and the data are conversations; "
+                "put the one of the model that you want to train beside its tokenizer.json, as chat_template.jinja"
+            )
+
+
+def check_messages(record: Record) -> list[dict[str, Any]]:
+    """Return the messages of a conversation.
+
+    Raises:
+        DataError: if they are none: it names the place of the record, the message and what is expected.
+    """
+    messages = record.fields.get("messages")
+    if not isinstance(messages, list):
+        what = "no key 'messages'" if messages is None else f"'messages' is {json_type(messages)}"
+        raise DataError(f"{record.place}: {what}; a line of chat is {_EXAMPLE}")
+    if not messages:
+        raise DataError(f"{record.place}: the conversation is empty; delete the line, or give messages")
+    for number, message in enumerate(messages, start=1):
+        where = f"{record.place}: message {number}"
+        if not isinstance(message, dict) or "role" not in message:
+            what = json_type(message) if not isinstance(message, dict) else "without a role"
+            raise DataError(f"{where} is {what}; a line of chat is {_EXAMPLE}")
+        role, content = message["role"], message.get("content")
+        if role not in ROLES:
+            raise DataError(f"{where} has the role {show(role)!r}; it must be {alternatives(ROLES)}")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise DataError(f"{where} has as content {json_type(content)}; it must be a string")
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError(
+            f"{record.place}: no message is the assistant's, so that there is nothing to learn; delete the line"
+        )
+    return messages
+
+
+def _text(record: Record, key: str) -> str:
+    value = record.fields.get(key)
+    if not isinstance(value, str):
+        what = f"no key {key!r}" if value is None else f"{key!r} is {json_type(value)}"
+        raise DataError(f'{record.place}: {what}; a line is {{"prompt": "...", "completion": "..."}}')
+    return value
