@@ -120,9 +120,9 @@ def test_each_token_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     attend = Attention.forward
 
-    def watched(self: Attention, x: Tensor) -> Tensor:
+    def watched(self: Attention, x: Tensor, *more: Any) -> Tensor:
         seen.append((x.shape[0], x.shape[1]))
-        return attend(self, x)
+        return attend(self, x, *more)
 
     monkeypatch.setattr(Attention, "forward", watched)
     likeliest(model_of("gpt2"), [[1, 2, 3], [4, 5]], max_new_tokens=4)
