@@ -45,7 +45,8 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
                 f"{mpu.num_stages}; try ZeRO-1, or one stage"
             )
         module.schedule = "1f1b"
-        sum_gradients_over(mpu.tensor, filter(has_partial_gradient, module.parameters()))
+        trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
+        sum_gradients_over(mpu.tensor, filter(has_partial_gradient, trained))
         number_from_zero()
         self.data_iterator: Iterator[Any] | None = None
         self._micro_batches_done = 0

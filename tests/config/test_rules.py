@@ -147,6 +147,16 @@ BROKEN = {
     ("scheduler.warmup_steps=101", "scheduler.decay_steps=100"): (
         "scheduler.warmup_steps=101 is more than scheduler.decay_steps=100; try scheduler.warmup_steps=10"
     ),
+    ("lora.dropout=0.1",): (
+        "lora.dropout=0.1: has no effect with lora.rank=null; remove it, or set lora.rank=16"
+    ),
+    ("lora.targets=[q_proj]",): (
+        "lora.targets=[q_proj]: has no effect with lora.rank=null; remove it, or set lora.rank=16"
+    ),
+    ("lora.rank=4", "lora.base=runs/own", "model.init_from=downloads/gpt2"): (
+        "lora.base=runs/own and model.init_from=downloads/gpt2 both give the weights that stay as they are; leave one "
+        "of them out"
+    ),
     ("optimizer.momentum=0.9",): (
         "optimizer.momentum=0.9 is only for optimizer.type=sgd, and it is adamw; "
         "try optimizer.betas=[0.9, 0.95]"
