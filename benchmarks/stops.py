@@ -186,6 +186,8 @@ def main() -> None:
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     rng = random.Random(seed)
+    # A shell has commands in the background ignore it, and theirs inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "whole"
