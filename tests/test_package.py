@@ -97,9 +97,9 @@ def test_every_dependency_is_used_and_every_import_is_a_dependency() -> None:
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     imported.add((node.module or "").partition(".")[0])
-    distributions = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+    distributions = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
     # Of the optional ones, TensorBoard is imported through torch.
-    optional = {"matplotlib"}
+    optional = {"matplotlib", "lm_eval"}
     assert optional <= imported
     third_party = imported - set(sys.stdlib_module_names) - {"pipekit"} - optional
     assert {distributions.get(name, name) for name in third_party} == names

@@ -20,7 +20,7 @@ from pipekit.layers.specs import LayerSpec, TiedLayerSpec, layer_names
 from pipekit.tensor_parallel import cap_softly
 
 Hidden = Tensor | tuple[Tensor, Tensor]
-"""What passes between layers: `(B, S, D)`, or that and the positions `(B, S)` of its tokens in their documents."""
+"""Hidden states between layers: `(B, S, D)`, or that and the positions `(B, S)` of its tokens in their documents."""
 
 _Layer = TypeVar("_Layer")
 

@@ -113,7 +113,7 @@ def command(
 
 
 def _read_message() -> str | None:
-    """What the user types, or the next line of stdin; None at its end, which Ctrl-D makes."""
+    """The line that the user types, or the next one of stdin; None at its end, which Ctrl-D makes."""
     if sys.stdin.isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()

@@ -18,7 +18,7 @@ class LoraConfig(Section):
     """Rank of the adapters; null trains the parameters of the model itself."""
 
     alpha: PositiveFloat | None = Field(default=None, examples=[32.0])
-    """What adapters add is multiplied by `alpha / rank`; null is `rank`, a factor of 1."""
+    """Numerator of the factor `alpha / rank` of what adapters add; null is `rank`, a factor of 1."""
 
     rslora: bool = False
     """Multiply by `alpha / sqrt(rank)` instead."""

@@ -117,7 +117,7 @@ class MixedSource:
 
 @dataclass(frozen=True)
 class SourceState:
-    """How far a source has been read: what a checkpoint holds of it.
+    """Place up to which a source has been read, as a checkpoint holds it.
 
     Attributes:
         samples: of it before the position from which the sources have had their weights.
@@ -132,7 +132,7 @@ class SourceState:
 
 @dataclass(frozen=True)
 class MixtureState:
-    """How far the sources of a mixture have been read, by their names; they have been mixed so from `start` on."""
+    """Places up to which the sources of a mixture have been read, by their names; mixed so from `start` on."""
 
     start: NonNegativeInt
     sources: Mapping[str, SourceState]
@@ -231,7 +231,7 @@ class MixtureOrder:
         return dict(zip(names, self.phase_at(position).counts_at(position), strict=True))
 
     def state(self, position: int) -> MixtureState:
-        """Return what a checkpoint at a position has to hold."""
+        """Return the state of the mixture that a checkpoint at a position has to hold."""
         phase = self.phase_at(position)
         return MixtureState(
             phase.start,

@@ -189,7 +189,7 @@ class _Failure:
 
 
 def failure_of(error: Exception, text: str) -> _Failure:
-    """Return what stands for an error, in place of a micro-batch, also for one that cannot be sent itself."""
+    """Return the stand-in of an error, in place of a micro-batch, also for one that cannot be sent itself."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class raises

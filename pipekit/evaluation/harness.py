@@ -182,7 +182,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Generation:
-    """How a task has text generated."""
+    """Settings with which a task has text generated."""
 
     max_new_tokens: int
     temperature: float

@@ -13,7 +13,7 @@ from pipekit.inference.generator import Generator
 
 
 class AskedModel(Protocol):
-    """What an evaluation asks of a model."""
+    """Interface of a model that is evaluated."""
 
     @property
     def longest_sequence(self) -> int:

@@ -23,7 +23,7 @@ _CALL_BATCHES = 16
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a language model makes of a text.
+    """Loss, perplexity and bits per byte of a language model on a text.
 
     Attributes:
         name: of the text.

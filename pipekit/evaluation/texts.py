@@ -144,7 +144,7 @@ def _data_config(source: EvaluatedSource, changes: Sequence[str], named: set[str
 
 
 def _planned(source: EvaluatedSource) -> PreparedData | None:
-    """What the run has prepared, if it is still there, with the tokens of the model's tokenizer."""
+    """Text that the run has prepared, if it is still there, with the tokens of the model's tokenizer."""
     if source.run is None or not source.run.plan.is_file():
         return None
     with suppress(ConfigError, ValueError, OSError):

@@ -36,7 +36,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How texts are generated: see `Sampling` and `Generator.generate`."""
+    """Settings of generated texts: see `Sampling` and `Generator.generate`."""
 
     max_new_tokens: int
     temperature: float
@@ -52,7 +52,7 @@ class GenerationSettings:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn; a ConfigError if a number is out of range."""
+        """Sampling of the tokens; a ConfigError if a number is out of range."""
         return Sampling(self.temperature, self.top_k, self.top_p)
 
 
@@ -132,7 +132,7 @@ def write_lines(
 
 
 def describe_result(prompt: EncodedPrompt, result: Generation) -> dict[str, Any]:
-    """What a line of JSON says of a result: the text, why it has ended, its tokens, and the seed that repeats it."""
+    """A result as a line of JSON: the text, why it has ended, its tokens, and the seed that repeats it."""
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,

@@ -26,7 +26,7 @@ FinishReason = Literal["end", "stop", "length"]
 
 @dataclass
 class Generation:
-    """What a model has made of a prompt.
+    """Text that a model has generated from a prompt, and why it has ended.
 
     Attributes:
         token_ids: tokens that it has drawn, up to the one that ends the text.

@@ -18,7 +18,7 @@ from pipekit.tensor_parallel import whole_outputs
 
 
 class StageLink(Protocol):
-    """What ties the stages of a model that is a pipeline over several processes.
+    """Ties between the stages of a model that is a pipeline over several processes.
 
     Attributes:
         is_first: True if this process has the first layers.

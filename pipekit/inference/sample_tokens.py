@@ -16,7 +16,7 @@ NextLogits = Callable[[Sequence[Sequence[int]]], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: temperature, top-k and top-p (nucleus) sampling.
+    """Sampling of a token: temperature, top-k and top-p (nucleus).
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token each time.

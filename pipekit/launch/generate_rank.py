@@ -28,7 +28,7 @@ _LIMIT_S = 1800.0
 
 @dataclass(frozen=True)
 class GenerateTask:
-    """What the ranks are to do.
+    """Task of the ranks.
 
     Attributes:
         source: the run, checkpoint or export.

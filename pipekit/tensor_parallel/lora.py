@@ -41,7 +41,7 @@ class LowRank:
 
 
 class LowRankAdapter(TensorParallelModule):
-    """What is added to some outputs of a linear layer: `scale * b(a(dropout(x)))`, `(..., I)` to `(..., O)`.
+    """Low-rank adapter of some outputs of a linear layer: adds `scale * b(a(dropout(x)))`, `(..., I)` to `(..., O)`.
 
     Where tensor-parallel ranks share out the outputs of the linear layer, they share out the rows of `b`; where they
     share out its inputs, the columns of `a`. Between both only R numbers a token are exchanged.

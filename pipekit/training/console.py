@@ -324,7 +324,7 @@ class ConsoleProgress(TrialCallback):
 
 
 def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:
-    """What a run says that had been trained before it was started."""
+    """Message of a run that had been trained before it was started."""
     return (
         f"{run_dir} has trained {step} of {num_steps} steps already; set train.steps higher to go on, or run.dir to "
         "start another run"
@@ -332,7 +332,7 @@ def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:
 
 
 def _show_source(metrics: Mapping[str, float]) -> str:
-    """Return what came of a source of a mixture, by its metrics.
+    """Return the outcome of a source of a mixture, by its metrics.
 
     Example:
         >>> _show_source({"samples": 1500, "epochs": 0.25, "val_loss": 2.0})

@@ -85,7 +85,7 @@ class LayersTrial:
         raise NotImplementedError(f"{type(self).__name__}.loss must return a scalar tensor")
 
     def loss_weight(self, labels: Any) -> Tensor | None:
-        """Return what a micro-batch counts in the mean loss of the global batch, a scalar, by its labels.
+        """Return the weight of a micro-batch in the mean loss of the global batch, a scalar, by its labels.
 
         None counts all micro-batches alike, and then does so for each. Return the number of labels in the loss where
         that differs between micro-batches: then the loss and the gradient are means over all labels of the batch.
@@ -100,7 +100,7 @@ class LayersTrial:
         raise NotImplementedError(f"{type(self).__name__}.build_train_dataset must return a map-style dataset")
 
     def build_mixture(self, dataset: MapDataset) -> Mixture | None:
-        """Return how the samples of several sources, which stand in the dataset one after the other, are mixed.
+        """Return the mixture of several sources, whose samples stand in the dataset one after the other.
 
         None goes through all samples in an order of their own in each epoch.
         """

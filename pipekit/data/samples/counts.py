@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class SampleCounts(BaseModel, frozen=True):
-    """What became of the tokens of a data set.
+    """Numbers of a data set's tokens that are trained on, padded or cut off.
 
     Attributes:
         num_samples: samples of an epoch.

@@ -60,7 +60,7 @@ class TokenDataset(Dataset[tuple[Any, Tensor]]):
 
     @property
     def counts(self) -> SampleCounts:
-        """What became of the tokens."""
+        """Numbers of tokens that are trained on, padded or cut off."""
         places = len(self) * self.sequence_length
         return SampleCounts(num_samples=len(self), num_places=places, num_documents=self.token_slice.num_documents)
 

@@ -1,4 +1,4 @@
-"""What every format of a data source is: a name, a way to tell it by content, and a reader.
+"""Bases of the formats of data sources: a name, a way to tell a file by its content, and a reader.
 
 Three kinds differ in what a file holds: text, records with a field of text, or token ids.
 """
@@ -50,10 +50,10 @@ class SourceFormat(ABC):
     """A format of data, which is told by content. It has no state, so that one instance serves all files."""
 
     title: ClassVar[str]
-    """What it is called, as in "Parquet"."""
+    """Its name, as in "Parquet"."""
 
     example: ClassVar[str | None] = None
-    """What to write for a source that is a name, and no path."""
+    """The form of a source that is a name, and no path."""
 
     vagueness: ClassVar[int] = 0
     """Formats that may be mistaken for others have a larger one, and are asked later."""

@@ -35,7 +35,7 @@ _COMPRESSED_SUFFIXES = (*FOLDER_SUFFIXES, ".jsonl", ".ndjson", ".json")
 
 
 def what_to_give() -> str:
-    """What a source can be, as it follows "give" in a message."""
+    """The kinds of sources, as they follow "give" in a message."""
     formats = sorted(find_formats(), key=lambda format: -format.vagueness)
     titles = ", ".join(format.title for format in formats if format.example is None)
     names = ", ".join(f"'{format.example}'" for format in formats if format.example is not None)

@@ -14,7 +14,7 @@ from pipekit.errors import DataError
 logger = logging.getLogger(__name__)
 
 FOLDER_SUFFIXES = (".txt", ".md", ".py")
-"""What is read in a folder, where other text files are settings, tables and logs."""
+"""Suffixes of the files that are read in a folder, where other text files are settings, tables and logs."""
 
 
 class PlainText(TextFormat):
