@@ -101,6 +101,7 @@ def test_a_public_model_goes_on_and_home_as_the_page_says(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # what peft says of transformers' code
 def test_a_public_model_is_fine_tuned_by_adapters_as_the_example_says(tmp_path: Path) -> None:
     from peft import PeftModel  # which takes seconds
 
