@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from pipekit.settings.base import Section, switch
 
@@ -65,6 +65,28 @@ class TextSamplesConfig(Section):
     """Texts to continue."""
 
 
+class LmEvalConfig(Section):
+    """Tasks of lm-eval during the training."""
+
+    tasks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)] = Field(
+        default=..., examples=[["arc_easy"]]
+    )
+    """Names of tasks, patterns such as `mmlu_*`, or paths of their YAML files."""
+
+    include_path: str | None = Field(default=None, min_length=1, examples=["my_tasks"])
+    """Folder of your own tasks, beside those of lm-eval."""
+
+    num_fewshot: NonNegativeInt | None = Field(default=None, examples=[5])
+    """Examples in front of each question; null as the task has it."""
+
+    limit: PositiveInt | None = Field(default=None, examples=[100])
+    """Questions of each task at most; null asks all."""
+
+    every: PositiveInt | None = Field(default=None, examples=[1000])
+    """Steps between evaluations by tasks, a multiple of `train.eval_interval`, beside the last one; null makes one at
+    each validation."""
+
+
 class WandbConfig(Section):
     """Logging to Weights & Biases."""
 
@@ -93,6 +115,9 @@ class LayersCallbacksConfig(Section):
         default=None, examples=[{"file": "loss.svg"}]
     )
     """Draw metrics over the batches into the run folder: true, or a mapping of settings."""
+
+    lm_eval: LmEvalConfig | None = Field(default=None, examples=[{"tasks": ["arc_easy"], "every": 1000}])
+    """Run tasks of lm-eval on the language model at validations."""
 
 
 class CallbacksConfig(LayersCallbacksConfig):

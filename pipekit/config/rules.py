@@ -379,6 +379,26 @@ def momentum_is_for_sgd(optimizer: OptimizerConfig) -> Iterator[Fault]:
         )
 
 
+def tasks_have_evaluations(train: TrainConfig, callbacks: LayersCallbacksConfig) -> Iterator[Fault]:
+    """Tasks of lm-eval are run at evaluations."""
+    tasks = callbacks.lm_eval
+    if tasks is None:
+        return
+    if train.eval_interval is None:
+        yield rule_fault(
+            "callbacks.lm_eval train.eval_interval",
+            "callbacks.lm_eval runs tasks at evaluations, and train.eval_interval=null makes none; try "
+            f"train.eval_interval={tasks.every or 100}",
+        )
+    elif tasks.every is not None and tasks.every % train.eval_interval:
+        above = -(-tasks.every // train.eval_interval) * train.eval_interval
+        yield rule_fault(
+            "callbacks.lm_eval.every train.eval_interval",
+            f"callbacks.lm_eval.every={tasks.every} is no multiple of train.eval_interval={train.eval_interval}, and "
+            f"tasks are run at evaluations; try callbacks.lm_eval.every={above}",
+        )
+
+
 def early_stopping_has_evaluations(train: TrainConfig, callbacks: LayersCallbacksConfig) -> Iterator[Fault]:
     """Early stopping looks at held-out metrics."""
     if callbacks.early_stopping is not None and train.eval_interval is None:
@@ -405,6 +425,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("train", "callbacks"), early_stopping_has_evaluations),
     (("lora",), lora_has_a_rank),
     (("lora", "model"), lora_has_one_base),
+    (("train", "callbacks"), tasks_have_evaluations),
     (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),
     *DATA_RULES,

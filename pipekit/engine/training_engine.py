@@ -271,6 +271,23 @@ class TrainingEngine(BaseEngine):
                 return result, join_batches(collected)
         return result
 
+    def observe_batch(self, data_iter: Iterator[Any] | None, observe: Observer, *, num_micro_batches: int) -> None:
+        """Forward a batch in evaluation mode, without losses, and show its outputs. All ranks call this together.
+
+        Args:
+            data_iter: as `eval_batch` takes it.
+            observe: called on the last stage with each micro-batch's outputs and labels, in order.
+            num_micro_batches: of this pipeline.
+        """
+        self.module.eval()
+        with torch.no_grad():
+            self.executor.run(
+                self._evaluation_schedule(num_micro_batches),
+                data_iter,
+                loss_fn=lambda outputs, labels: None,
+                observe=lambda outputs, labels: observe(whole_outputs(outputs), labels),
+            )
+
     def _mean_outputs(self, outputs: list[Any]) -> Any:
         if not self.mpu.is_last_stage:
             return None

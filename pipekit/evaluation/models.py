@@ -1,15 +1,18 @@
-"""Models as evaluations ask them."""
+"""Models as evaluations ask them: of one process, or of several, of which the first asks for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from pipekit.distributed.processes import tell_object
 from pipekit.errors import PipekitError
 from pipekit.evaluation.scoring import token_scores
 from pipekit.inference.generator import Generator
+
+Result = TypeVar("Result")
 
 
 class AskedModel(Protocol):
@@ -86,3 +89,56 @@ class GeneratorModel:
             batch_size=len(prompts),
         )
         return [each.token_ids for each in found]
+
+
+class LeadingModel:
+    """Model of several processes as the first of them asks it: it tells the others, which `follow`, what to compute.
+
+    Args:
+        model: this process's part.
+    """
+
+    def __init__(self, model: AskedModel) -> None:
+        self._model = model
+        self.longest_sequence = model.longest_sequence
+
+    def score(self, inputs: Tensor, lengths: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of candidate tokens."""
+        tell_object(("score", [inputs, list(lengths), targets], {}))
+        return self._model.score(inputs, lengths, targets)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
+        """New tokens of each prompt."""
+        given = [list(prompt) for prompt in prompts]
+        tell_object(("generate", [given], options))
+        return self._model.generate(given, **options)  # type: ignore[arg-type]
+
+
+def ask_together(model: AskedModel, evaluate: Callable[[AskedModel], Result], *, leads: bool) -> Result | None:
+    """Evaluate a model of several processes: rank 0 calls `evaluate`, and all others compute what it asks for.
+
+    Args:
+        model: this process's part.
+        evaluate: called with the model on rank 0 alone.
+        leads: True on rank 0.
+
+    Returns:
+        What `evaluate` returned, on rank 0; None on the others.
+    """
+    if leads:
+        try:
+            return evaluate(LeadingModel(model))
+        finally:
+            tell_object(None)
+    failure = None
+    asked: Any
+    while (asked := tell_object(None)) is not None:
+        method, arguments, options = asked
+        try:
+            getattr(model, method)(*arguments, **options)
+        except PipekitError as error:
+            # Rank 0 has the same one, and says how it goes on.
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return None

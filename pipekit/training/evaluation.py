@@ -44,6 +44,7 @@ def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batche
             context.activity.begin(f"evaluation after step {callbacks.batch}", "preparing the evaluation")
             metrics, outputs = _evaluate(trial, data, most_batches)
             callbacks.call("on_validation_epoch_end", outputs)
+            metrics |= callbacks.validation_metrics()
         finally:
             for engine in plain:
                 engine.module.train()

@@ -49,6 +49,13 @@ class TrialCallback:
         """Return numbers to report with the metrics of training, the same on all ranks, which call this together."""
         return {}
 
+    def validation_metrics(self) -> dict[str, float]:
+        """Return numbers to report with the metrics of a validation, the same on all ranks, which call this together.
+
+        It is called after the batches of the validation, where plain modules are in evaluation mode.
+        """
+        return {}
+
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """All metrics of a batch are known: reported ones of training, and those of validations as `val_*`.
 
@@ -169,15 +176,22 @@ class Callbacks:
 
     def training_metrics(self) -> dict[str, float]:
         """Return the numbers that callbacks report with the metrics of training. All ranks call this together."""
+        return self._gather("training_metrics")
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Return the numbers that callbacks report with those of a validation. All ranks call this together."""
+        return self._gather("validation_metrics")
+
+    def _gather(self, method: str) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for name, callback in self._callbacks.items():
-            if type(callback).training_metrics is TrialCallback.training_metrics:
+            if getattr(type(callback), method) is getattr(TrialCallback, method):
                 continue
             error = None
             try:
-                metrics |= callback.training_metrics()
+                metrics |= getattr(callback, method)()
             except Exception as failure:
-                error = _named(name, "training_metrics", failure)
+                error = _named(name, method, failure)
             # After each, since one may wait for the other ranks.
             raise_together(error)
         return metrics
