@@ -8,17 +8,16 @@ ends its turn.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipekit.data.chat_template import ChatTemplate, Message
 from pipekit.data.sources.formats import Record, json_type
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import DataError
@@ -62,9 +61,8 @@ class ConversationEncoder:
     """
 
     def __init__(self, tokenizer_path: Path, format: ConversationFormat) -> None:
-        self._path, self._format = tokenizer_path, format
-        if format == "chat":
-            self._check_template()
+        self._path = tokenizer_path
+        self._template = ChatTemplate(tokenizer_path) if format == "chat" else None
 
     def encode(self, record: Record) -> EncodedConversation:
         """Encode a record.
@@ -72,7 +70,8 @@ class ConversationEncoder:
         Raises:
             DataError: if it is none of the format, or the template refuses it; it names the place of the record.
         """
-        return self._encode_completion(record) if self._format == "completion" else self._encode_chat(record)
+        template = self._template
+        return self._encode_completion(record) if template is None else self._encode_chat(record, template)
 
     def _encode_completion(self, record: Record) -> EncodedConversation:
         tokenizer = self._tokenizer
@@ -85,22 +84,26 @@ class ConversationEncoder:
             np.array([*prompt, *completion, tokenizer.end_token_id], dtype=np.int64), np.array(is_learned)
         )
 
-    def _encode_chat(self, record: Record) -> EncodedConversation:
+    def _encode_chat(self, record: Record, template: ChatTemplate) -> EncodedConversation:
         messages, tools = check_messages(record), record.fields.get("tools")
-        with self._rendering(record.place):
-            if self._has_generation_blocks:
-                encoded = self._chat_tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-                )
-                token_ids, is_learned = encoded["input_ids"], encoded["assistant_masks"]
-            else:
-                text, spans = self._find_spans(messages, tools, record.place)
-                encoded = self._chat_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-                token_ids = encoded["input_ids"]
-                is_learned = [
-                    any(begin < span.stop and end > span.start for span in spans)
-                    for begin, end in encoded["offset_mapping"]
-                ]
+        if _GENERATION_BLOCK.search(template.source):
+            encoded = template.apply(
+                messages,
+                place=record.place,
+                tools=tools,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            token_ids, is_learned = encoded["input_ids"], encoded["assistant_masks"]
+        else:
+            text, spans = self._find_spans(template, messages, tools, record.place)
+            encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            token_ids = encoded["input_ids"]
+            is_learned = [
+                any(begin < span.stop and end > span.start for span in spans)
+                for begin, end in encoded["offset_mapping"]
+            ]
         found = EncodedConversation(np.array(token_ids, dtype=np.int64), np.array(is_learned, dtype=np.bool_))
         if not found.is_learned.any():
             raise DataError(
@@ -109,9 +112,12 @@ class ConversationEncoder:
             )
         return found
 
-    def _find_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any, place: str) -> tuple[str, list[slice]]:
+    def _find_spans(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Any, place: str
+    ) -> tuple[str, list[slice]]:
         """Text of a conversation, and the characters of the assistant's turns in it."""
-        text = self._render(messages, tools)
+        render = partial(template.apply, place=place, tools=tools, tokenize=False)
+        text = render(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -121,8 +127,8 @@ class ConversationEncoder:
                     f"{place}: the assistant speaks first, and the chat template of {self._path.parent} does not mark "
                     "its tokens by {% generation %} and {% endgeneration %}; delete the line, or mark them"
                 )
-            prompt = self._render(messages[:index], tools, add_generation_prompt=True)
-            turn = self._render(messages[: index + 1], tools)
+            prompt = render(messages[:index], add_generation_prompt=True)
+            turn = render(messages[: index + 1])
             if not (turn.startswith(prompt) and text.startswith(turn)):
                 raise DataError(
                     f"{place}: the chat template of {self._path.parent} writes message {index + 1} otherwise where "
@@ -137,58 +143,15 @@ class ConversationEncoder:
         ends = [match.end() for match in self._special_tokens.finditer(text, start)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> str:
-        return str(self._chat_tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
-
-    @contextmanager
-    def _rendering(self, place: str) -> Iterator[None]:
-        import jinja2
-
-        try:
-            yield
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(
-                f"data.tokenizer={str(self._path.parent)!r}: the chat template cannot be read: line {error.lineno}: "
-                f"{error.message}; correct it"
-            ) from error
-        except jinja2.TemplateError as error:
-            raise DataError(
-                f"{place}: the chat template refuses the conversation: {error}; correct the line"
-            ) from error
-        except (TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{place}: the chat template cannot write the conversation: {error}; correct the line, or the template"
-            ) from error
-
     @cached_property
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._path)
 
     @cached_property
-    def _chat_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        load_tokenizer(self._path)  # says what is wrong with it
-        # Whole conversations are encoded, however long the model's sequences are.
-        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-        return AutoTokenizer.from_pretrained(str(self._path.parent), local_files_only=True)
-
-    @cached_property
-    def _has_generation_blocks(self) -> bool:
-        return _GENERATION_BLOCK.search(self._chat_tokenizer.get_chat_template()) is not None
-
-    @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
-        tokens = [token.content for token in self._chat_tokenizer.added_tokens_decoder.values() if token.special]
+        assert self._template is not None
+        tokens = [token.content for token in self._template.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-    def _check_template(self) -> None:
-        tokenizer = self._chat_tokenizer
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"data.tokenizer={str(self._path.parent)!r}: it has no chat template, and the data are conversations; "
-                "put the one of the model that you want to train beside its tokenizer.json, as chat_template.jinja"
-            )
 
 
 def check_messages(record: Record) -> list[dict[str, Any]]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipekit.data.chat_template import ChatTemplate, Message
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import ConfigError
 from pipekit.inference.generator import Generation, Generator, no_tokenizer
 from pipekit.inference.load_model import StoredModel
-from pipekit.inference.prompts import ChatTemplate, Message, Prompt, encode_text
+from pipekit.inference.prompts import Prompt, encode_text
 from pipekit.inference.sample_tokens import Sampling
 
 

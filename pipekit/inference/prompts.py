@@ -1,20 +1,17 @@
-"""Prompts: from a file of text lines or JSONL, and of chats by the tokenizer's chat template."""
+"""Prompts, from a file of text lines or JSONL: texts, and messages of chats."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipekit.data.chat_template import Message
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
-from pipekit.errors import ConfigError, DataError
+from pipekit.errors import DataError
 from pipekit.storage import storing
-
-Message = Mapping[str, Any]
-"""A message of a chat: its `role`, such as `system`, `user` or `assistant`, and its `content`."""
 
 
 @dataclass(frozen=True)
@@ -104,67 +101,6 @@ def encode_text(tokenizer: TextTokenizer, text: str) -> list[int]:
     if token_ids and token_ids[-1] == tokenizer.end_token_id:
         token_ids.pop()  # a tokenizer that ends every text ends none that is to go on
     return token_ids or [tokenizer.end_token_id]
-
-
-class ChatTemplate:
-    """The chat template of a tokenizer: it turns messages into the text that the model answers.
-
-    Args:
-        tokenizer_file: the `tokenizer.json`; the template is in `tokenizer_config.json` or `chat_template.jinja` beside
-            it.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-
-    def __init__(self, tokenizer_file: Path) -> None:
-        from transformers import PreTrainedTokenizerFast  # which takes seconds to import
-
-        self._file = tokenizer_file
-        with _without_warnings():  # that a class of its own is not needed
-            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_file.parent)
-        if not self._tokenizer.chat_template:
-            raise ConfigError(
-                f"{tokenizer_file.parent}: its tokenizer has no chat template, so messages cannot be turned into text; "
-                "give a prompt, or put the chat_template.jinja of the model beside tokenizer.json"
-            )
-
-    def encode(self, messages: Sequence[Message], *, asks: bool = True) -> list[int]:
-        """Token ids of a chat, up to where the model begins its answer, or without that.
-
-        Raises:
-            ConfigError: if the template refuses the messages.
-        """
-        from jinja2.exceptions import TemplateError
-
-        try:
-            found = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=asks, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise ConfigError(f"{self._file.parent}: its chat template refuses the messages: {error}") from None
-        return [int(token) for token in found]
-
-    def end_token_ids(self) -> list[int]:
-        """Ids of the special token with which the template ends an answer; none where there is no such token."""
-        question = [{"role": "user", "content": "a"}]
-        before = self.encode(question)
-        whole = self.encode([*question, {"role": "assistant", "content": "b"}], asks=False)
-        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
-        behind = whole[len(before) :] if whole[: len(before)] == before else []
-        return [next(token for token in behind if token in special)] if special & set(behind) else []
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def end_token_ids(tokenizer_file: Path) -> list[int]:

@@ -88,7 +88,7 @@ def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, messag
     [
         (
             "{{ raise_exception('roles must alternate') }}",
-            r"chat.jsonl:7: the chat template refuses .*: roles must alt",
+            r"chat.jsonl:7: the chat template of .* refuses them: roles must alt",
         ),
         ("{% for message in messages %}", r"the chat template cannot be read: line 1: "),
         ("{% for m in messages %}{{ m.content }}{{ loop.last }}{% endfor %}", r"writes message 2 otherwise where more"),
@@ -96,8 +96,8 @@ def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, messag
             "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
             r"no token of the ass",
         ),
-        ("{{ messages[0]['content'] + 3 }}", r"chat.jsonl:7: the chat template cannot write the conversation"),
-        (None, r"it has no chat template, and the data are conversations; .*as chat_template.jinja"),
+        ("{{ messages[0]['content'] + 3 }}", r"chat.jsonl:7: the chat template of .* cannot write them"),
+        (None, r"its tokenizer has no chat template, .*chat_template.jinja"),
     ],
 )
 def test_templates_that_do_not_work_are_named(tmp_path: Path, template: str | None, message: str) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from hand_made import write_chat_tokenizer, write_hf_folder
-from pipekit.errors import ConfigError, PipekitError
+from pipekit.data.chat_template import ChatTemplate, Message
+from pipekit.errors import ConfigError, DataError, PipekitError
 from pipekit.inference.answer import GenerationSettings, chat, encode_prompts, write_lines
 from pipekit.inference.generator import Generator
-from pipekit.inference.prompts import ChatTemplate, Message, Prompt
+from pipekit.inference.prompts import Prompt
 
 SETTINGS = GenerationSettings(max_new_tokens=9, temperature=1.0, top_k=None, top_p=0.9, batch_size=2)
 PROMPTS = [
@@ -111,7 +112,7 @@ def test_messages_without_a_tokenizer_or_a_template_are_refused(tmp_path: Path) 
     write_hf_folder(tmp_path / "plain")
     plain = Generator.open(tmp_path / "plain", device="cpu")
     for read in (lambda: talk(plain, ["a"]), lambda: encode_prompts(plain.stored, PROMPTS, seed=0)):
-        with pytest.raises(ConfigError, match="plain: its tokenizer has no chat template"):
+        with pytest.raises(DataError, match="plain: its tokenizer has no chat template"):
             read()
 
 

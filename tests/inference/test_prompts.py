@@ -1,4 +1,4 @@
-"""Prompts from files, and of chats, against the chat templates of `transformers`."""
+"""Prompts from files, and their tokens, against `transformers`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from hand_made import small_tokenizer, write_chat_tokenizer
+from hand_made import small_tokenizer
 from pipekit.data.tokenizer import load_tokenizer
-from pipekit.errors import ConfigError, DataError, StorageError
-from pipekit.inference.prompts import ChatTemplate, Prompt, encode_text, end_token_ids, read_prompts
+from pipekit.errors import DataError, StorageError
+from pipekit.inference.prompts import Prompt, encode_text, end_token_ids, read_prompts
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def?"}]
 
@@ -79,27 +79,6 @@ def test_a_prompt_begins_with_the_tokens_that_transformers_puts_there(tmp_path: 
         assert encode_text(ours, "def f") == [token for token in theirs if token != 0]
     assert encode_text(load_tokenizer(tmp_path / "plain"), "") == [0], "the token that ends a document begins one"
     assert encode_text(ours, "") == [with_bos.token_to_id("<s>")]
-
-
-def test_messages_become_the_tokens_of_transformers(tmp_path: Path) -> None:
-    file = write_chat_tokenizer(tmp_path)
-    template, theirs = ChatTemplate(file), PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    text = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
-    assert template.encode(QUESTION) == theirs(text, add_special_tokens=False)["input_ids"]
-    assert template.end_token_ids() == [theirs.convert_tokens_to_ids("<|im_end|>")]
-
-
-def test_a_template_without_an_end_of_an_answer_has_no_end_tokens(tmp_path: Path) -> None:
-    file = write_chat_tokenizer(tmp_path, template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    assert ChatTemplate(file).end_token_ids() == []
-
-
-def test_without_a_template_and_with_messages_that_it_refuses_that_is_told(tmp_path: Path) -> None:
-    file = write_chat_tokenizer(tmp_path)
-    with pytest.raises(ConfigError, match="its chat template refuses the messages: no tools here"):
-        ChatTemplate(file).encode([{"role": "tool", "content": "3"}])
-    with pytest.raises(ConfigError, match="its tokenizer has no chat template"):
-        ChatTemplate(write_chat_tokenizer(tmp_path / "none", template=None))
 
 
 @pytest.mark.parametrize(("stored", "expected"), [(None, [0]), (5, [0, 5]), ([0, 7], [0, 7])])
