@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipekit.commands.shared_options import AsJson, ModelConfigFile, TrustCode
+from pipekit.commands.shared_options import AsJson, ModelConfigFile, Stages, TensorRanks, TrustCode
 from pipekit.progress import ProgressLines
 
 if TYPE_CHECKING:
@@ -50,31 +50,36 @@ def command(
         int | None, typer.Option(min=1, help="Tokens from one window to the next; all of a window if left out.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 8,
+    pp: Stages = 1,
+    tp: TensorRanks = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
     as_json: AsJson = False,
     trust_code: TrustCode = False,
     config: ModelConfigFile = None,
 ) -> None:
     """Measure how good a model is: perplexity and bits per byte on a text, and tasks of lm-eval."""
+    from dataclasses import asdict
+
     from pipekit.config.stored_code import check_stored_code
     from pipekit.errors import ConfigError
-    from pipekit.evaluation.evaluate import Evaluation, evaluate_tasks, evaluate_texts
+    from pipekit.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate_model
     from pipekit.evaluation.models import GeneratorModel
     from pipekit.evaluation.tasks import TaskSettings, check_extra
     from pipekit.evaluation.texts import EvaluatedSource, find_texts
     from pipekit.inference.generator import Generator
+    from pipekit.inference.load_model import open_model
+    from pipekit.launch.model_ranks import SpreadModel, run_on_ranks
 
     if config is not None:
         check_stored_code(config, trust_code=trust_code)
     read = EvaluatedSource.read(source, config)
-    tokenizer_file = read.tokenizer_file
     say = ProgressLines.on_stderr()
-    settings = None
+    asked = None
     if tasks is not None:
         check_extra()
         from pipekit.evaluation.harness import find_tasks
 
-        settings = TaskSettings(
+        asked = TaskSettings(
             tuple(name.strip() for name in tasks.split(",") if name.strip()),
             include_path,
             num_fewshot,
@@ -83,32 +88,37 @@ def command(
             apply_chat_template,
             keeps_samples=samples is not None,
         )
-        find_tasks(settings)
+        find_tasks(asked)
     texts = []
     if data or tasks is None:
         texts = find_texts(read, data or (), on_progress=say)
-    model = GeneratorModel(Generator.open(read.path, device=device, trust_code=trust_code, config=config))
-    window = read.window(model.longest_sequence) if window is None else window
+    stored = open_model(read.path, given=config, trust_code=trust_code)
+    window = read.window(stored.longest_sequence) if window is None else window
     stride = window if stride is None else stride
-    if texts and window > model.longest_sequence:
-        raise ConfigError(f"--window {window}: the model sees at most {model.longest_sequence} tokens; give fewer")
+    if texts and window > stored.longest_sequence:
+        raise ConfigError(f"--window {window}: the model sees at most {stored.longest_sequence} tokens; give fewer")
     if stride > window:
         raise ConfigError(
             f"--stride {stride}: must be at most the window, {window} tokens, or tokens would be left out"
         )
-    measured = evaluate_texts(
-        model,
-        texts,
-        tokenizer_file=tokenizer_file,
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        on_progress=say,
-    )
-    answered = None
-    if settings is not None:
-        answered = evaluate_tasks(model, settings, tokenizer_file=tokenizer_file, on_progress=say)
-    _tell(Evaluation(str(read.path), read.step, window, stride, measured, answered), read, as_json, samples)
+    settings = EvaluationSettings(window, stride, batch_size, asked)
+    if pp * tp == 1:
+        model = GeneratorModel(Generator.build(stored, device=device))
+        found = evaluate_model(model, read, texts, settings, on_progress=say)
+    else:
+        spread = SpreadModel(str(read.path), None if config is None else str(config), trust_code, pp, tp)
+        spread.check(stored)
+        say(f"evaluating in {pp * tp} processes")
+        task = {
+            "source": str(read.path),
+            "config": spread.config,
+            "data": list(data or ()),
+            "has_texts": bool(texts),
+            "settings": asdict(settings),
+        }
+        fields = run_on_ranks("pipekit.launch.eval_rank", "pipekit eval", spread, task, device=device)
+        found = Evaluation.from_fields(fields)
+    _tell(found, read, as_json, samples)
 
 
 def _tell(found: Evaluation, source: EvaluatedSource, as_json: bool, samples: Path | None) -> None:

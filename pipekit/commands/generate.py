@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipekit.commands.shared_options import ModelConfigFile, TrustCode
+from pipekit.commands.shared_options import ModelConfigFile, Stages, TensorRanks, TrustCode
 
 
 def command(
@@ -37,8 +37,8 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the draws; further prompts have the next seeds.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts to compute together.")] = 16,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages, each in a process of its own.")] = 1,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes of each stage.")] = 1,
+    pp: Stages = 1,
+    tp: TensorRanks = 1,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
     trust_code: TrustCode = False,
     config: ModelConfigFile = None,
@@ -47,7 +47,7 @@ def command(
     from dataclasses import asdict
 
     from pipekit.config.stored_code import check_stored_code
-    from pipekit.errors import ConfigError, PipekitError
+    from pipekit.errors import ConfigError
     from pipekit.inference.answer import GenerationSettings, encode_prompts, write_lines, write_text
     from pipekit.inference.answer import chat as answer_messages
     from pipekit.inference.generator import Generator
@@ -78,24 +78,16 @@ def command(
     stored = open_model(source, given=config, trust_code=trust_code)
     encoded = encode_prompts(stored, listed, seed=seed)
     if pp * tp > 1:
-        from pipekit.launch.generate_rank import GenerateTask, generate_on_ranks
+        from pipekit.launch.model_ranks import SpreadModel, run_on_ranks
 
-        try:
-            stored.cut(pp=pp, tp=tp)
-        except PipekitError as error:
-            # As its user types it here.
-            raise type(error)(str(error).replace("parallel.pp=", "--pp ").replace("parallel.tp=", "--tp ")) from None
-        task = GenerateTask(
-            source=str(source),
-            config=None if config is None else str(config),
-            trust_code=trust_code,
-            pp=pp,
-            tp=tp,
-            prompts=[asdict(each) for each in encoded],
-            settings=asdict(settings),
-            as_lines=prompts is not None,
-        )
-        generate_on_ranks(task, device=device)
+        spread = SpreadModel(str(source), None if config is None else str(config), trust_code, pp, tp)
+        spread.check(stored)
+        task = {
+            "prompts": [asdict(each) for each in encoded],
+            "settings": asdict(settings),
+            "as_lines": prompts is not None,
+        }
+        run_on_ranks("pipekit.launch.generate_rank", "pipekit generate", spread, task, device=device)
         return
     generator = Generator.build(stored, device=device)
     if not generator.has_cache:

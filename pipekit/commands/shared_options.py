@@ -48,3 +48,6 @@ HostPython = Annotated[str | None, typer.Option("--python", help="Python on the 
 Exports = Annotated[
     list[str] | None, typer.Option("--export", "-x", help="Variable of all processes: NAME, or NAME=VALUE.")
 ]
+
+Stages = Annotated[int, typer.Option("--pp", min=1, help="Pipeline stages, each in a process of its own.")]
+TensorRanks = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel processes of each stage.")]

@@ -12,7 +12,7 @@ from pipekit.data.tokenizer import load_tokenizer, write_hf_tokenizer
 from pipekit.evaluation.models import AskedModel
 from pipekit.evaluation.perplexity import Perplexity, measure_perplexity
 from pipekit.evaluation.tasks import TaskResults, TaskSettings
-from pipekit.evaluation.texts import Text
+from pipekit.evaluation.texts import EvaluatedSource, Text
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Evaluation:
     texts: tuple[Perplexity, ...] = ()
     tasks: TaskResults | None = None
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Evaluation:
+        """Evaluation of its fields as JSON keeps them."""
+        texts, tasks = fields["texts"], fields["tasks"]
+        read = {"texts": tuple(Perplexity(**text) for text in texts), "tasks": tasks and TaskResults(**tasks)}
+        return cls(**fields | read)
+
     def metrics(self) -> dict[str, float]:
         """Every number by one name, as trackers show it: `loss` of the only text, and such as `arc_easy_acc`."""
         found: dict[str, float] = {}
@@ -54,19 +61,45 @@ class Evaluation:
         return record
 
 
-def evaluate_texts(
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is evaluated.
+
+    Attributes:
+        window: tokens that the model sees at once for the perplexity.
+        stride: tokens from one window to the next.
+        batch_size: sequences that are computed together.
+        tasks: tasks of lm-eval; None where there are none.
+    """
+
+    window: int
+    stride: int
+    batch_size: int
+    tasks: TaskSettings | None = None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> EvaluationSettings:
+        """Settings of their fields as JSON keeps them."""
+        tasks = record["tasks"]
+        if tasks is not None:
+            path = tasks["include_path"]
+            read = {"tasks": tuple(tasks["tasks"]), "include_path": None if path is None else Path(path)}
+            tasks = TaskSettings(**tasks | read)
+        return cls(**record | {"tasks": tasks})
+
+
+def evaluate_model(
     model: AskedModel,
+    source: EvaluatedSource,
     texts: Sequence[Text],
+    settings: EvaluationSettings,
     *,
-    tokenizer_file: Path,
-    window: int,
-    stride: int,
-    batch_size: int,
-    on_progress: Callable[[str, float | None], None],
-) -> tuple[Perplexity, ...]:
-    """Measure the perplexity of each text; see `measure_perplexity`."""
-    tokenizer = load_tokenizer(tokenizer_file)
-    return tuple(
+    on_progress: Callable[[str, float | None], None] = lambda message, fraction: None,
+) -> Evaluation:
+    """Measure the perplexity of texts, and run tasks; see `measure_perplexity` and `evaluate_tasks`."""
+    tokenizer = load_tokenizer(source.tokenizer_file)
+    window, stride = settings.window, settings.stride
+    measured = tuple(
         measure_perplexity(
             text.tokens,
             model.score,
@@ -74,11 +107,15 @@ def evaluate_texts(
             tokenizer=tokenizer,
             window=window,
             stride=stride,
-            batch_size=batch_size,
+            batch_size=settings.batch_size,
             on_progress=lambda done, name=text.name: on_progress(f"reading {name}", done),  # type: ignore[misc]
         )
         for text in texts
     )
+    tasks = None
+    if settings.tasks is not None:
+        tasks = evaluate_tasks(model, settings.tasks, tokenizer_file=source.tokenizer_file, on_progress=on_progress)
+    return Evaluation(str(source.path), source.step, window, stride, measured, tasks)
 
 
 def evaluate_tasks(

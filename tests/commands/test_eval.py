@@ -12,7 +12,7 @@ import pytest
 from hand_made import TEXT, random_model, write_checkpoint
 from pipekit.commands.eval import command
 from pipekit.config import Config, parse_config
-from pipekit.errors import CheckpointError, ConfigError, DataError, PipekitError
+from pipekit.errors import CheckpointError, ConfigError, DataError, LayoutError, PipekitError
 from pipekit.inference.export import export_checkpoint
 
 Show = Any
@@ -160,3 +160,42 @@ def test_a_model_of_ones_own_must_be_trusted_and_return_logits(
     with pytest.raises(PipekitError, match=r"the model returns \(4, 4\) for \(4, 8\) tokens, and an evaluation needs"):
         show(str(tmp_path / "run"), *text, trust_code=True)
     monkeypatch.delitem(sys.modules, "mean_model")
+
+
+TASK = """
+task: keywords
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/keywords.jsonl}}, cache_dir: {folder}/hf}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def write_task(folder: Path) -> Path:
+    questions = [{"question": word, "choices": ["def", "return"], "answer": 0} for word in ("function", "argument")]
+    (folder / "keywords.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (folder / "keywords.yaml").write_text(TASK.format(folder=folder))
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["run", "export"])
+def test_processes_measure_what_one_does(show: Show, work: Path, source: str) -> None:
+    options = {"tasks": "keywords", "include_path": write_task(work), "as_json": True}
+    alone, spread = (
+        json.loads(show(source, "data.source=other.txt", **options, **degrees)) for degrees in ({}, {"pp": 2, "tp": 2})
+    )
+    (text,), (expected,) = spread.pop("texts"), alone.pop("texts")
+    assert text.pop("loss") == pytest.approx(expected["loss"], rel=1e-5)
+    assert (text["num_tokens"], text["num_bytes"]) == (expected["num_tokens"], expected["num_bytes"])
+    assert spread == alone
+
+
+def test_layers_that_cannot_be_shared_out_are_refused_before_a_process_starts(show: Show) -> None:
+    with pytest.raises(LayoutError, match=r"^--tp 3 does not divide"):
+        show("run", tp=3)
