@@ -22,7 +22,10 @@ app = typer.Typer(
 )
 
 # The order of the help text; others follow by name.
-_FIRST = ("train", "plan", "verify", "import", "export", "generate", "eval", "checkpoints", "launch", "slurm", "doctor")
+_FIRST = (
+    *("data", "plan", "train", "verify", "import", "export", "generate", "eval", "checkpoints"),
+    *("launch", "slurm", "doctor"),
+)
 
 
 def _add_commands() -> None:

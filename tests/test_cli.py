@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from pipekit import cli, commands
 
 NAMES = [
-    "train",
+    "data",
     "plan",
+    "train",
     "verify",
     "import",
     "export",
     "generate",
+    "eval",
     "checkpoints",
     "launch",
     "slurm",

@@ -20,7 +20,9 @@ LONG_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
 def start(body: str) -> subprocess.Popen[str]:
     """Start a program, and return once it says that it is ready."""
-    script = f"import hashlib, os, signal, sys, time\nfrom pipekit import signals\n{body}"
+    # A shell has programs in the background ignore it.
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"import hashlib, os, signal, sys, time\nfrom pipekit import signals\n{heard}\n{body}"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
