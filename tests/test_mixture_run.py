@@ -44,6 +44,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_example_trains_in_both_stages_and_reports_each_source(tmp_path: Path) -> None:
     for name in ("examples", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -108,7 +108,7 @@ def initial_job(rank: int, case: Case, folder: str) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
-        ("GPT-2", Case(pp=2, tp=2, zero=1, steps=3)),
+        pytest.param("GPT-2", Case(pp=2, tp=2, zero=1, steps=3), marks=pytest.mark.slow),
         ("Llama, grouped, tied", Case(pp=2, tp=2, zero=1, steps=3)),
         ("Llama", Case(dp=2, zero=3, steps=3)),
         pytest.param("GPT-NeoX", Case(pp=2, tp=2, dp=2, zero=1, steps=3), marks=pytest.mark.slow),
