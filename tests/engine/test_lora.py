@@ -109,7 +109,6 @@ def compare(results: list[dict[str, Any]], case: Case, *, start: int = 0) -> Non
         pytest.param(Case(pp=2, tp=2, precision="bf16"), marks=pytest.mark.slow),
         pytest.param(Case(zero=2, dp=2, tp=2), marks=pytest.mark.slow),
         pytest.param(replace(GROUPED, zero=3, dp=2), marks=pytest.mark.slow),
-        pytest.param(Case(family="gpt_neox", zero=3, dp=2, tp=2, tied=False), marks=pytest.mark.slow),
     ],
     ids=show,
 )
