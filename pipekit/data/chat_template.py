@@ -48,7 +48,7 @@ class ChatTemplate:
         return str(self.tokenizer.get_chat_template())
 
     def apply(self, messages: Sequence[Message], *, place: str = "the messages", **options: Any) -> Any:
-        """Return what `apply_chat_template` of `transformers` makes of messages, with these options.
+        """Return the result of `apply_chat_template` of `transformers` for messages, with these options.
 
         Raises:
             DataError: if the template is none, or cannot write these messages; `place` says whose they are.

@@ -63,7 +63,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a model is evaluated.
+    """Settings of an evaluation.
 
     Attributes:
         window: tokens that the model sees at once for the perplexity.
