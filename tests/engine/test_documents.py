@@ -95,7 +95,7 @@ def masked_training_job(rank: int, case: Case) -> dict[str, list[float]]:
 
 def masked_reference(case: Case) -> dict[str, list[float]]:
     """Losses and norms of one process with plain torch, each the mean over all labels of the whole batch."""
-    model = SequentialModel(model_specs(case), seed=1)
+    model = SequentialModel(model_specs(replace(case, loss_chunk_tokens=None)), seed=1)
     optimizer = make_optimizer(case, list(model.parameters()))
     losses, norms = [], []
     for step in range(case.steps):
