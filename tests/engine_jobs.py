@@ -102,6 +102,21 @@ def make_optimizer(case: Case, parameters: list[nn.Parameter]) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=case.lr, eps=1e-5)
 
 
+def train_plain(model: nn.Module, case: Case, steps: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the steps of what a model trains, in one process with nothing but torch."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses, norms = make_optimizer(case, trained), [], []
+    for step in range(steps):
+        inputs, labels = batch(step)
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(trained, case.clip)))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
 def reference_run(case: Case, specs: list[LayerSpec] | None = None) -> dict[str, Any]:
     """Train in one process with nothing but torch: whole batch at once, `clip_grad_norm_`, the optimizer's own step."""
     model = SequentialModel(specs or model_specs(case), seed=1)

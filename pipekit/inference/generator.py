@@ -110,15 +110,7 @@ class Generator:
         return cls(LanguageModel(model, longest_sequence=stored.longest_sequence, device=place), stored)
 
     def logits(self, token_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Logits `(B, S, V)` of texts, on the model's device.
-
-        Args:
-            token_ids: `(B, S)` int64, padded on the right with any token.
-            lengths: tokens of each text; all S unless given. What is returned for padding means nothing.
-
-        Raises:
-            ConfigError: if S is more than the model's longest sequence.
-        """
+        """Logits `(B, S, V)` of texts, on the model's device; see `LanguageModel.logits`."""
         return self.model.logits(token_ids, lengths)
 
     def generate(

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from engine_jobs import Case, batch, build_engine, make_optimizer, micro_batches, model_specs, save_engine, show
+from engine_jobs import (
+    Case,
+    build_engine,
+    micro_batches,
+    model_specs,
+    save_engine,
+    show,
+    train_plain,
+)
 from gloo_workers import GlooWorkers
 from pipekit.layers.freezing import freeze
 from pipekit.layers.sequential import SequentialModel
@@ -37,16 +43,7 @@ def reference(case: Case, patterns: tuple[str, ...]) -> dict[str, Any]:
     tensors = model.logical_tensors()
     for name, tensor in tensors.items():
         tensor.requires_grad_(not is_frozen(name, patterns))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses, norms = make_optimizer(case, trained), [], []
-    for step in range(STEPS):
-        inputs, labels = batch(step)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(trained, case.clip)))
-        optimizer.step()
-        losses.append(loss.item())
+    losses, norms = train_plain(model, case, STEPS)
     return {"losses": losses, "norms": norms, "weights": {name: each.detach() for name, each in tensors.items()}}
 
 

@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine_jobs import (
     Case,
-    batch,
     build_engine,
-    make_optimizer,
     micro_batches,
     model_specs,
     save_engine,
     show,
+    train_plain,
     training_state,
 )
 from gloo_workers import GlooWorkers
@@ -42,16 +40,7 @@ def adapted(case: Case) -> list[LayerSpec]:
 @cache
 def reference(case: Case) -> dict[str, Any]:
     model = SequentialModel(adapted(case), seed=1)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses, norms = make_optimizer(case, trained), [], []
-    for step in range(STEPS):
-        inputs, labels = batch(step)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(trained, case.clip)))
-        optimizer.step()
-        losses.append(loss.item())
+    losses, norms = train_plain(model, case, STEPS)
     adapters = {name: each.detach() for name, each in model.logical_tensors().items() if is_adapter(name)}
     return {"losses": losses, "norms": norms, "adapters": adapters}
 

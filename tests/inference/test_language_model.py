@@ -66,7 +66,7 @@ def model_of(kind: str) -> LanguageModel:
 
 
 def likeliest(model: LanguageModel, prompts: list[list[int]], *, max_new_tokens: int = NEW) -> list[list[int]]:
-    """What follows each prompt, the likeliest token each time."""
+    """Continuation of each prompt, the likeliest token each time."""
     tokens: list[list[int]] = [[] for _ in prompts]
     for index, token in continue_prompts(
         model.next_logits,
@@ -81,7 +81,7 @@ def likeliest(model: LanguageModel, prompts: list[list[int]], *, max_new_tokens:
 
 
 def theirs(kind: str, prompts: list[list[int]]) -> list[list[int]]:
-    """What follows each prompt by the `generate` of transformers, one at a time."""
+    """Continuation of each prompt by the `generate` of transformers, one at a time."""
     config = config_of(kind)
     stored = transformers.AutoConfig.for_model(**config.hf_config(end_token_id=0, dtype="float32"))
     stored.pad_token_id = stored.eos_token_id = None

@@ -35,7 +35,7 @@ def shares(tokens: list[int]) -> list[float]:
 
 
 def close(tokens: list[int], probabilities: list[float]) -> bool:
-    """Whether each share is within five standard deviations."""
+    """True if each share is within five standard deviations."""
     margin = [5 * math.sqrt(p * (1 - p) / len(tokens)) for p in probabilities]
     return all(abs(s - p) <= m for s, p, m in zip(shares(tokens), probabilities, margin, strict=True))
 
