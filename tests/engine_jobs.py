@@ -111,7 +111,7 @@ def train_plain(model: nn.Module, case: Case, steps: int) -> tuple[list[float], 
         loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(trained, case.clip)))
+        norms.append(float(nn.utils.clip_grad_norm_(trained, case.clip or float("inf"))))
         optimizer.step()
         losses.append(loss.item())
     return losses, norms
@@ -120,18 +120,7 @@ def train_plain(model: nn.Module, case: Case, steps: int) -> tuple[list[float], 
 def reference_run(case: Case, specs: list[LayerSpec] | None = None) -> dict[str, Any]:
     """Train in one process with nothing but torch: whole batch at once, `clip_grad_norm_`, the optimizer's own step."""
     model = SequentialModel(specs or model_specs(case), seed=1)
-    optimizer = make_optimizer(case, list(model.parameters()))
-    losses, norms = [], []
-    for step in range(case.steps):
-        inputs, labels = batch(step)
-        logits = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
-        optimizer.step()
-        losses.append(loss.item())
-        norms.append(float(norm))
+    losses, norms = train_plain(model, case, case.steps)
     weights = {name: tensor.detach().clone() for name, tensor in model.logical_tensors().items()}
     return {"losses": losses, "norms": norms, "weights": weights}
 
