@@ -159,6 +159,7 @@ def test_every_example_is_accepted():
         "max_in_flight": {"parallel.schedule": "auto"},
         "dp": {"train.global_batch_size": 8},
         "early_stopping": {"train.eval_interval": 100},
+        "lm_eval": {"train.eval_interval": 100},
         "num_heads": {},
         "mixture": {},
         "stages": {
