@@ -9,6 +9,7 @@ from typing import Any
 
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import DataError
+from pipekit.settings.base import alternatives
 
 Message = Mapping[str, Any]
 """A message of a chat: its `role`, such as `system`, `user` or `assistant`, and its `content`."""
@@ -36,16 +37,17 @@ class ChatTemplate:
         with _without_warnings():  # that a class of its own is not needed
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self._folder, local_files_only=True)
         self.tokenizer.model_max_length = 10**30  # conversations are encoded whole, however long the model's inputs are
-        if not self.tokenizer.chat_template:
+        template = self.tokenizer.chat_template
+        if not (template.get("default") if isinstance(template, dict) else template):
+            several = f" named default among {alternatives(sorted(template), last='and')}" if template else ""
             raise DataError(
-                f"{self._folder}: its tokenizer has no chat template, so messages cannot be turned into text; put the "
-                "chat_template.jinja of the model beside tokenizer.json, or give text"
+                f"{self._folder}: its tokenizer has no chat template{several}, so messages cannot be turned into text; "
+                "put the chat_template.jinja of the model beside tokenizer.json, or give text"
             )
 
-    @property
-    def source(self) -> str:
-        """Text of the template."""
-        return str(self.tokenizer.get_chat_template())
+    def source(self, tools: Any = None) -> str:
+        """Text of the template; of several, that for messages without tools, or with these."""
+        return str(self.tokenizer.get_chat_template(tools=tools))
 
     def apply(self, messages: Sequence[Message], *, place: str = "the messages", **options: Any) -> Any:
         """Return the result of `apply_chat_template` of `transformers` for messages, with these options.
@@ -65,7 +67,7 @@ class ChatTemplate:
             raise DataError(
                 f"{place}: the chat template of {self._folder} refuses them: {error}; correct them"
             ) from error
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template computes, and calls what it likes
             raise DataError(
                 f"{place}: the chat template of {self._folder} cannot write them: {error}; correct one of them"
             ) from error

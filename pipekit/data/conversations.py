@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipekit.data.chat_template import ChatTemplate, Message
-from pipekit.data.sources.formats import Record, json_type
+from pipekit.data.sources.formats import Record, json_type, whole_characters
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import DataError
 from pipekit.settings.base import alternatives, show
@@ -86,7 +86,7 @@ class ConversationEncoder:
 
     def _encode_chat(self, record: Record, template: ChatTemplate) -> EncodedConversation:
         messages, tools = check_messages(record), record.fields.get("tools")
-        if _GENERATION_BLOCK.search(template.source):
+        if _GENERATION_BLOCK.search(template.source(tools)):
             encoded = template.apply(
                 messages,
                 place=record.place,
@@ -180,7 +180,10 @@ def check_messages(record: Record) -> list[dict[str, Any]]:
         raise DataError(
             f"{record.place}: no message is the assistant's, so that there is nothing to learn; delete the line"
         )
-    return messages
+    return [
+        {**message, "content": whole_characters(message["content"])} if message.get("content") else message
+        for message in messages
+    ]
 
 
 def _text(record: Record, key: str) -> str:
@@ -188,4 +191,4 @@ def _text(record: Record, key: str) -> str:
     if not isinstance(value, str):
         what = f"no key {key!r}" if value is None else f"{key!r} is {json_type(value)}"
         raise DataError(f'{record.place}: {what}; a line is {{"prompt": "...", "completion": "..."}}')
-    return value
+    return whole_characters(value)

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # Each has about 60 MB; more cores are used by threads of the tokenizers library.
 _MAX_PROCESSES = 8
+# Between the last output of a process and its end.
+_END_S = 5.0
 
 
 def encode_in_order(
@@ -117,9 +119,11 @@ def _ask(process: subprocess.Popen[bytes], parts: Sequence[Part]) -> Encoded:
         process.stdin.flush()
         answer: Encoded | DataError = pickle.load(process.stdout)
     except (OSError, EOFError, pickle.UnpicklingError) as error:
+        with suppress(subprocess.TimeoutExpired):  # it is ended with the others then
+            process.wait(_END_S)
         raise DataError(
-            f"a process that encodes text has ended (exit code {process.wait()}); its message stands above, if it had "
-            "one, or the machine has no memory left"
+            f"a process that encodes text has ended (exit code {process.returncode}); its message stands above, if it "
+            "had one, or the machine has no memory left"
         ) from error
     if isinstance(answer, DataError):
         raise answer

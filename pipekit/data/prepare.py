@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from pipekit.data.prepare_conversations import find_conversations, write_convers
 from pipekit.data.prepared import PreparedData, PreparedSource
 from pipekit.data.samples import choose_packing
 from pipekit.data.samples.loss_mask import MASK_SUFFIX, mask_path
-from pipekit.data.splits import TRAIN_FILE, VALIDATION_FILE, SourceData, foreign_tokens, write_splits
+from pipekit.data.splits import TRAIN_FILE, VALIDATION_FILE, SourceData, check_token_ids, write_splits
 from pipekit.data.tokenizer import (
     SIDE_FILES,
     TOKENIZER_FILE,
@@ -105,10 +106,13 @@ class _Preparation:
             fingerprint=hashlib.blake2b(fingerprints.encode(), digest_size=16).hexdigest(),
         )
 
-    def _find_source(self, entry: SourceEntry) -> SourceData:
-        config = self._config
-        key = "data.source" if config.mixture is None else f"data.mixture: {entry.name}: source"
-        corpus, text_key = find_corpus(entry.source), entry.text_key or config.text_key
+    def _find_source(self, entry: SourceEntry, kind: Literal["source", "validation"] = "source") -> SourceData:
+        config, text_key = self._config, entry.text_key or self._config.text_key
+        key = f"data.{kind}" if config.mixture is None else f"data.mixture: {entry.name}: {kind}"
+        try:
+            corpus = find_corpus(entry.source)
+        except DataError as error:
+            raise DataError(str(error).replace("data.source", key)) from error
         return SourceData(
             corpus=corpus,
             shown=f"{key}={_show(entry.source)}",
@@ -163,9 +167,10 @@ class _Preparation:
         train, validation, fingerprint = self._prepare_source(data)
         validation_fingerprint = ""
         if entry.validation is not None:
-            held_out = self._find_source(entry.model_copy(update={"source": entry.validation, "limit": None}))
+            own = entry.model_copy(update={"source": entry.validation, "limit": None})
+            held_out = self._find_source(own, "validation")
             if (held_out.conversations is None) != (data.conversations is None):
-                raise DataError(f"{data.shown} and {_show(entry.validation)}: one holds text, and one conversations")
+                raise DataError(f"{data.shown} and {held_out.shown}: one holds text, and one conversations")
             validation, _, validation_fingerprint = self._prepare_source(held_out)
         return PreparedSource(
             name=entry.name,
@@ -231,9 +236,8 @@ def _check_tokens(data: SourceData, tokens: TokenSlice, tokenizer: TextTokenizer
     """Check that token ids belong to a tokenizer, as far as some of them tell."""
     token_ids = tokens.load_tokens()
     blocks = np.linspace(0, max(0, len(token_ids) - 4096), 256).astype(int)
-    largest = max((int(token_ids[begin : begin + 4096].max(initial=0)) for begin in blocks), default=0)
-    if largest >= tokenizer.vocab_size:
-        raise foreign_tokens(data.shown, largest, tokenizer.vocab_size)
+    for begin in blocks:
+        check_token_ids(token_ids[begin : begin + 4096], tokenizer.vocab_size, shown=data.shown)
     bounds = tokens.load_bounds()
     if len(bounds) > 1 and bounds[1] > 0 and token_ids[bounds[1] - 1] != tokenizer.end_token_id:
         logger.warning(

@@ -249,18 +249,19 @@ class _SplitsWriter:
 def _read_encoded_files(data: SourceData, vocab_size: int) -> Iterator[tuple[Batch, Encoded]]:
     """The documents of token files, each as a batch."""
     for index, token_ids in enumerate(islice(read_token_ids(data.corpus), data.limit)):
-        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
-            raise foreign_tokens(data.shown, int(token_ids.max()), vocab_size)
+        check_token_ids(token_ids, vocab_size, shown=data.shown)
         passage = Passage(text="", num_bytes=token_ids.nbytes, ends_document=True)
         yield [(passage, is_held_out(index, data.validation_fraction))], (token_ids, [token_ids.size])
 
 
-def foreign_tokens(shown: str, token_id: int, vocab_size: int) -> DataError:
-    """Return the error of token files that another tokenizer has made."""
-    return DataError(
-        f"{shown} holds the token id {token_id}, and those of data.tokenizer are below {vocab_size}; give the "
-        "tokenizer with which the files were made"
-    )
+def check_token_ids(token_ids: TokenArray, vocab_size: int, *, shown: str) -> None:
+    """Check that token ids are those of a tokenizer with `vocab_size` ids; a DataError names one that is not."""
+    for token_id in (int(token_ids.min(initial=0)), int(token_ids.max(initial=0))):
+        if not 0 <= token_id < vocab_size:
+            raise DataError(
+                f"{shown} holds the token id {token_id}, and those of data.tokenizer are 0 to {vocab_size - 1}; give "
+                "the tokenizer with which the files were made"
+            )
 
 
 def _batches(passages: Iterable[tuple[Passage, bool]]) -> Iterator[Batch]:

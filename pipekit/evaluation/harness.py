@@ -200,6 +200,7 @@ def _read_options(given: Mapping[str, Any], *, end: str) -> _Generation:
             f"{alternatives(sorted(known), last='and')}"
         )
     until = given.get("until") or ()
+    ends = (until,) if isinstance(until, str) else until
     lengths = [int(given[name]) for name in _LENGTH_NAMES if given.get(name) is not None]
     temperature = float(given.get("temperature") or 0.0)
     return _Generation(
@@ -207,7 +208,7 @@ def _read_options(given: Mapping[str, Any], *, end: str) -> _Generation:
         temperature=temperature if given.get("do_sample", temperature > 0) else 0.0,
         top_k=given.get("top_k"),
         top_p=given.get("top_p"),
-        ends=tuple(word for word in ((until,) if isinstance(until, str) else (*until, end)) if word),
+        ends=tuple(word for word in (*ends, end) if word),
     )
 
 

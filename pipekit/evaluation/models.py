@@ -66,28 +66,9 @@ class GeneratorModel:
         log_probabilities, are_likeliest = token_scores(logits, targets.to(logits.device))
         return log_probabilities.cpu(), are_likeliest.cpu()
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        stop: Sequence[str],
-        seed: int,
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         """New tokens of each prompt."""
-        found = self._generator.generate(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop,
-            seed=seed,
-            batch_size=len(prompts),
-        )
+        found = self._generator.generate(prompts, **options, batch_size=len(prompts))
         return [each.token_ids for each in found]
 
 
@@ -107,11 +88,11 @@ class LeadingModel:
         tell_object(("score", [inputs, list(lengths), targets], {}))
         return self._model.score(inputs, lengths, targets)
 
-    def generate(self, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         """New tokens of each prompt."""
         given = [list(prompt) for prompt in prompts]
         tell_object(("generate", [given], options))
-        return self._model.generate(given, **options)  # type: ignore[arg-type]
+        return self._model.generate(given, **options)
 
 
 def ask_together(model: AskedModel, evaluate: Callable[[AskedModel], Result], *, leads: bool) -> Result | None:

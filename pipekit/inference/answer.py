@@ -82,11 +82,12 @@ def encode_prompts(stored: StoredModel, prompts: Sequence[Prompt], *, seed: int)
 
 
 def _check_tokens(stored: StoredModel, token_ids: Sequence[int]) -> None:
-    vocab_size, *_ = stored.shapes.get("embed.weight", (max(token_ids) + 1,))
-    if max(token_ids) >= vocab_size:
+    largest = max(token_ids, default=0)
+    vocab_size, *_ = stored.shapes.get("embed.weight", (largest + 1,))
+    if largest >= vocab_size:
         raise ConfigError(
-            f"{stored.path}: its tokenizer makes token {max(token_ids)} of a prompt, and the model knows {vocab_size} "
-            "tokens; it is another model's tokenizer"
+            f"{stored.path}: its tokenizer makes token {largest} of a prompt, and the model knows {vocab_size} tokens; "
+            "it is another model's tokenizer"
         )
 
 

@@ -22,7 +22,7 @@ from pipekit.inference.base_weights import MergedReader, with_base
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.inference.load_model import check_trusted, read_config
 from pipekit.layers.lora import LoraTarget, find_targets
-from pipekit.layers.specs import LayerSpec
+from pipekit.layers.specs import LayerSpec, layer_names
 from pipekit.models import build_layers, names_in_transformers
 from pipekit.models.family import TensorRename
 
@@ -170,8 +170,6 @@ class AdapterFolder:
 
 
 def _adapted_parts(specs: Sequence[LayerSpec]) -> list[tuple[str, str]]:
-    from pipekit.layers.specs import layer_names
-
     return [
         (f"{name}.{adapter.module}" if adapter.module else name, part)
         for name, spec in zip(layer_names(specs), specs, strict=True)

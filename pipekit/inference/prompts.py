@@ -11,6 +11,7 @@ from typing import Any
 from pipekit.data.chat_template import Message
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
 from pipekit.errors import DataError
+from pipekit.files import parse_json
 from pipekit.storage import storing
 
 
@@ -44,7 +45,8 @@ def read_prompts(file: Path) -> list[Prompt]:
     with storing(file, doing="read"):
         data = file.read_bytes()
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        # Not splitlines, which also splits at characters that JSON has inside of strings.
+        lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start}); convert it with iconv") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -59,7 +61,7 @@ def read_prompts(file: Path) -> list[Prompt]:
 
 def _parse(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 
@@ -67,6 +69,10 @@ def _parse(line: str) -> Any:
 def _read_object(value: Any, *, where: str) -> Prompt:
     if not isinstance(value, dict):
         raise DataError(f"{where}: is no JSON object, as the first line is; write " + '{"prompt": "..."}')
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; leave it out") from None
     text, messages, seed = value.get("prompt"), value.get("messages"), value.get("seed")
     if (text is None) == (messages is None):
         found = "neither prompt nor messages" if text is None else "both prompt and messages"

@@ -119,8 +119,10 @@ def continue_prompts(
             return
         contexts = [tokens[index][context_start(len(tokens[index]), max_positions) :] for index in going_on]
         logits = next_logits(contexts)
-        if logits.isnan().any():
-            raise PipekitError("the model's logits are nan: its training diverged; try an earlier checkpoint")
+        if not logits.amax(-1).isfinite().all():
+            raise PipekitError(
+                "the model's logits are nan or infinite: its training diverged; try an earlier checkpoint"
+            )
         ended = set()
         for index, own in zip(going_on, logits, strict=True):
             token = sampling.draw(own, generators[index])

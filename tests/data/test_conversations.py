@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, messag
             r"no token of the ass",
         ),
         ("{{ messages[0]['content'] + 3 }}", r"chat.jsonl:7: the chat template of .* cannot write them"),
+        ("{{ 1 // 0 }}", r"chat.jsonl:7: the chat template of .* cannot write them"),
         (None, r"its tokenizer has no chat template, .*chat_template.jinja"),
     ],
 )
@@ -104,6 +106,34 @@ def test_templates_that_do_not_work_are_named(tmp_path: Path, template: str | No
     path = write_chat_tokenizer(tmp_path, template)
     with pytest.raises(DataError, match=message):
         ConversationEncoder(path, "chat").encode(record_of([ASKED, ANSWERED, ASKED, ANSWERED]))
+
+
+def test_of_several_templates_the_default_one_is_taken(tmp_path: Path) -> None:
+    path = write_chat_tokenizer(tmp_path, TEMPLATES["chatml"])
+    expected = ConversationEncoder(path, "chat").encode(record_of([ASKED, ANSWERED]))
+    settings_file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text())
+    named = [{"name": name, "template": TEMPLATES["brackets"]} for name in ("rag", "tool_use")]
+    settings_file.write_text(json.dumps({**settings, "chat_template": named}))
+    with pytest.raises(DataError, match="no chat template named default among rag and tool_use, so messages cannot"):
+        ConversationEncoder(path, "chat")
+    named.append({"name": "default", "template": TEMPLATES["chatml"]})
+    settings_file.write_text(json.dumps({**settings, "chat_template": named}))
+    encoder = ConversationEncoder(path, "chat")
+    assert encoder.encode(record_of([ASKED, ANSWERED])).token_ids.tolist() == expected.token_ids.tolist()
+    with_tools = encoder.encode(record_of([ASKED, ANSWERED], tools=[{"type": "function"}]))
+    assert with_tools.token_ids.tolist() != expected.token_ids.tolist(), "tool_use is for conversations with tools"
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["chatml"], without_blocks(TEMPLATES["chatml"])])
+def test_halves_of_characters_are_replaced_as_in_text(tmp_path: Path, template: str) -> None:
+    path = write_chat_tokenizer(tmp_path, template)
+    half, whole = ([{**ASKED, "content": f"the {middle} words"}, ANSWERED] for middle in ("\ud83d", "\ufffd" * 3))
+    encoder = ConversationEncoder(path, "chat")
+    assert encoder.encode(record_of(half)).token_ids.tolist() == encoder.encode(record_of(whole)).token_ids.tolist()
+    completion = ConversationEncoder(path, "completion")
+    record = Record("a.jsonl:1", {"prompt": "a", "completion": "\ud83d"})
+    assert completion.encode(record).is_learned.sum() > 1
 
 
 def test_an_assistant_who_speaks_first_needs_marks(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from late_disk import LateDisk
 from pipekit.config import DataConfig
 from pipekit.data import build_once
-from pipekit.data.megatron import TokenSlice
+from pipekit.data.megatron import IndexedTokensWriter, TokenSlice
 from pipekit.data.prepare import prepare_data
 from pipekit.data.prepared import PreparedData
 from pipekit.data.tokenizer import load_tokenizer
@@ -222,6 +222,45 @@ def test_too_little_text_is_refused_with_numbers(tmp_path: Path, documents: list
         prepare_data(config, sequence_length=num_train)
     with pytest.raises(DataError, match=r"raise data\.max_bytes=100"):
         prepare_data(make_config(tmp_path, max_bytes=100), sequence_length=10_000)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("token_id", [-1, 300])
+def test_token_ids_of_another_tokenizer_are_refused(
+    tmp_path: Path, documents: list[str], in_place: bool, token_id: int
+) -> None:
+    tokenizer = prepare_data(make_config(tmp_path), sequence_length=16).tokenizer_path
+    names = ["a.bin"] if in_place else ["a.bin", "b.bin"]
+    for name in names:
+        with IndexedTokensWriter(tmp_path / name, vocab_size=70_000) as writer:  # in 4 bytes each
+            for _ in range(4):
+                writer.write(np.arange(100))
+                writer.end_document()
+    tokens = np.memmap(tmp_path / names[-1], "<i4", "r+")
+    tokens[3] = token_id
+    tokens.flush()
+    config = make_config(tmp_path, source=[str(tmp_path / name) for name in names], tokenizer=str(tokenizer))
+    with pytest.raises(DataError, match=f"holds the token id {token_id}, and those of data.tokenizer are 0 to 299"):
+        prepare_data(config, sequence_length=16)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"validation": "none"}, r"^data\.validation='none': no such file"),
+        ({"mixture": [{"name": "code", "source": "none"}]}, r"^data\.mixture: code: source='none': no such file"),
+        (
+            {"mixture": [{"name": "code", "source": "text", "validation": "none"}]},
+            r"^data\.mixture: code: validation='none': no such file",
+        ),
+    ],
+)
+def test_a_text_that_is_not_there_is_named_by_its_own_key(
+    tmp_path: Path, documents: list[str], values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        prepare_data(make_config(tmp_path, **{"source": "text", **values}), sequence_length=16)
 
 
 def test_empty_text_is_refused(tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def theirs(export: Path, *tasks: str, include_path: Path, **settings: Any) -> di
     return dict(found)
 
 
+@pytest.mark.parametrize("until", ["stop", ["stop", "<end>"], None])
+def test_what_ends_a_text_is_what_lm_eval_takes(until: str | list[str] | None) -> None:
+    from lm_eval.models.utils import handle_stop_sequences
+
+    from pipekit.evaluation.harness import _read_options
+
+    expected = handle_stop_sequences(list(until) if isinstance(until, list) else until, eos="<end>")
+    assert list(dict.fromkeys(_read_options({"until": until}, end="<end>").ends)) == expected
+
+
 def flat(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for each in value:

@@ -37,6 +37,9 @@ def test_lines_of_json_are_told_by_the_first(tmp_path: Path) -> None:
         (None, 3, QUESTION),
     ]
     assert [prompt.record for prompt in found] == lines
+    separators = "\u2028\u0085"  # lines end with these for Python, and not for JSON
+    text = json.dumps({"prompt": f"a{separators}b"}, ensure_ascii=False)
+    assert [prompt.text for prompt in prompts(tmp_path, f"{text}\r\n{text}\r\n")] == [f"a{separators}b"] * 2
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,8 @@ def test_lines_of_json_are_told_by_the_first(tmp_path: Path) -> None:
         ('{"prompt": "a", "messages": []}', ":1: has both prompt and messages"),
         ('{"prompt": 3}', ":1: prompt is int, and must be text"),
         ('{"prompt": "a", "seed": -1}', ":1: seed is -1, and must be an integer from 0 on"),
+        ('{"prompt": "a", "from": "\\ud800"}', ":1: holds half of a surrogate pair, which is no character"),
+        ('{"prompt": "a"}\n' + "[" * 100_000, ":2: is no JSON object"),
         ('{"messages": []}', ":1: messages must be a list with one message at least"),
         ('{"messages": [{"role": "user"}]}', ":1: message 1 needs a role, such as system"),
     ],

@@ -182,9 +182,10 @@ def test_beyond_its_positions_a_model_sees_a_window() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_told(temperature: float) -> None:
+@pytest.mark.parametrize("logit", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_told(temperature: float, logit: float) -> None:
     def diverged(tokens: Tensor) -> Tensor:
-        return torch.full((*tokens.shape, 4), float("nan"))
+        return torch.tensor([0.0, logit, float("-inf")]).expand(*tokens.shape, 3)
 
-    with pytest.raises(PipekitError, match="logits are nan: its training diverged"):
+    with pytest.raises(PipekitError, match="logits are nan or infinite: its training diverged"):
         draw(diverged, temperature=temperature)

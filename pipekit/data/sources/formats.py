@@ -146,7 +146,16 @@ def text_of(record: Record, text_key: str) -> str:
             f"{record.place}: key {text_key!r} holds {json_type(text)}, not a string; "
             "set data.text_key to the key with the text"
         )
-    # JSON can write half of a surrogate pair, which is no character and has no UTF-8 form.
+    return whole_characters(text)
+
+
+def whole_characters(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can write, and which are no characters.
+
+    Example:
+        >>> whole_characters("half: \\ud83d")
+        'half: ���'
+    """
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 

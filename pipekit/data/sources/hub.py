@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,10 +63,10 @@ class HubDataset(RecordFormat):
             )
         sizes = [file.size or 0 for file in found.siblings or () if not file.rfilename.endswith(_NO_DATA_SUFFIXES)]
         parts = [name.repository, name.options.get("config", ""), name.options.get("split", "train"), str(found.sha)]
-        return CorpusFile(Path(source), "?".join(parts), max(1, sum(sizes)), None, True, self)
+        return CorpusFile(Path(source), json.dumps(parts), max(1, sum(sizes)), None, True, self)
 
     def read_records(self, file: CorpusFile, keys: tuple[str, ...] | None) -> Iterator[Record]:
-        repository, config, split, revision = file.name.split("?")
+        repository, config, split, revision = json.loads(file.name)
         source, number = f"{SCHEME}{repository}", 0
         with asking_hub(f"data.source={source!r}"):
             rows = need("datasets", source).load_dataset(

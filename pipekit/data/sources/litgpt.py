@@ -44,7 +44,8 @@ class Litgpt(TokenFormat):
     def read_token_ids(self, file: CorpusFile) -> Iterator[TokenIds]:
         index = _read_index(file.path.parent / _INDEX_FILE)
         dtype = np.dtype(_type_of(index, file.path.parent))
-        data = np.memmap(file.path, np.uint8, "r")
+        # An empty file cannot be mapped.
+        data = np.memmap(file.path, np.uint8, "r") if file.path.stat().st_size else np.empty(0, np.uint8)
         num_documents = int(data[:4].view("<u4")[0]) if len(data) >= 4 else 0
         first = 4 * (num_documents + 2)
         bounds = data[4:first].view("<u4").astype(np.int64) if len(data) >= first else np.empty(0, np.int64)
@@ -74,7 +75,8 @@ def _read_index(path: Path) -> Any:
         return None
     try:
         index = parse_json(read_regular(path, max_bytes=_MAX_INDEX_BYTES))
-        return index if index["config"]["data_format"] and all(chunk["filename"] for chunk in index["chunks"]) else None
+        is_named = all(isinstance(chunk["filename"], str) for chunk in index["chunks"])
+        return index if index["config"]["data_format"] and is_named else None
     except (ValueError, TypeError, KeyError, OSError):
         return None
 

@@ -65,6 +65,10 @@ def test_a_streamed_dataset_is_that_of_the_commit_that_was_found_first(hub: list
     assert corpus.num_bytes == 800
     assert [passage.text for passage in read_passages(corpus)] == ROWS["train"]
     assert hub[0]["revision"] == "commit-of-main"
+    odd = find_corpus("hf://owner/name?stream=true&config=a?b")
+    with pytest.raises(DataError, match="cannot be read from the Hugging Face hub or its cache here: BuilderConfig"):
+        next(read_passages(odd))
+    assert hub.pop(1)["config"] == "a?b"
     assert hub[0]["streaming"]
     assert read_texts("hf://owner/name?stream=true", max_bytes=4) == ["one", "t"]
     with pytest.raises(DataError, match=r"hf://owner/name: no key 'body' among 'text', 'number'; set data\.text_key"):

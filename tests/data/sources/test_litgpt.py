@@ -47,11 +47,18 @@ def test_other_items_are_refused(tmp_path: Path, config: dict[str, Any], message
         find_corpus(str(write(tmp_path, **config)))
 
 
+def test_an_index_of_another_kind_is_no_litgpt_folder(tmp_path: Path) -> None:
+    index = {"chunks": [{"filename": 5, "dim": 4}], "config": {"data_format": ["no_header_tensor:16"]}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="the folder holds no"):
+        find_corpus(str(tmp_path))
+
+
 def test_a_chunk_that_is_missing_or_cut_short_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     chunk = tmp_path / "chunk-0-1.bin"
     whole = chunk.read_bytes()
-    for data in (whole[:-1], whole[:8], whole[:2]):
+    for data in (whole[:-1], whole[:8], whole[:2], b""):
         chunk.write_bytes(data)
         with pytest.raises(DataError, match=r"chunk-0-1\.bin: is broken or was cut short"):
             list(read_token_ids(find_corpus(str(tmp_path))))
