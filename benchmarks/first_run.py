@@ -1,5 +1,5 @@
-"""What a newcomer meets, measured: how soon the command answers, how long the example takes and what it learns, whether
-every layout gives the same losses, and whether the export is the model that was trained.
+"""A newcomer's first steps, measured: how soon the command answers, how long the example takes and what it learns,
+whether every layout gives the same losses, and whether the export is the model that was trained.
 
     python benchmarks/first_run.py [--out first_run.json] [--steps N]
 

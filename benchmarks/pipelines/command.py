@@ -1,4 +1,4 @@
-"""What the commands have in common: the machine, the terminal, and the processes that end with the command."""
+"""Common parts of the commands: the machine, the terminal, and the processes that end with the command."""
 
 from __future__ import annotations
 

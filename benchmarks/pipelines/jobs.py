@@ -1,4 +1,4 @@
-"""What each rank does: builds every contender, then lets them take turns; measures a model's layers."""
+"""Jobs of the ranks: to build every contender and let them take turns, and to measure a model's layers."""
 
 from __future__ import annotations
 

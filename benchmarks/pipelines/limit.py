@@ -1,4 +1,4 @@
-"""What no pipeline of these layers can beat on this machine."""
+"""Limit that no pipeline of these layers can beat on this machine."""
 
 from __future__ import annotations
 

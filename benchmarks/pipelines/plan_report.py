@@ -1,4 +1,4 @@
-"""What came of predictions and partitions: tables for the terminal, the same as JSON, and what is asked of them."""
+"""Results of predictions and partitions: tables for the terminal, the same as JSON, and their requirements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.settings import Setting
 from pipelines.turns import Contender, Result, Results, of_system
 
 PREDICTION_ERROR = 0.15
-"""How far a measured step may be off the predicted one."""
+"""Largest relative difference of a measured step from the predicted one."""
 PROFILE_SPEEDUP = 1.15
 """Of our engine with `profile` over DeepSpeed with each of its partitions."""
 
@@ -26,7 +26,7 @@ Boundaries = Mapping[Contender, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Compared:
-    """What was predicted of a contender, and what was measured."""
+    """Prediction for a contender, and its measurement."""
 
     contender: Contender
     prediction: Prediction

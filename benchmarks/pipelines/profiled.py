@@ -1,4 +1,4 @@
-"""What the planner makes of a model whose layers were timed."""
+"""Plans for a model whose layers were timed."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ LIMIT_S = 180.0
 
 
 WAITING = "wait for"
-"""What a rank says begins with this where others are at work."""
+"""Beginning of what a rank says where others are at work."""
 
 
 class RankError(RuntimeError):

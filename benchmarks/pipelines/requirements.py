@@ -1,4 +1,4 @@
-"""What our schedules must reach, and whether they do."""
+"""Requirements of our schedules, and whether they are met."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BEST_SPEEDUP_OVER_TORCH = {4: 1.06, 8: 1.10}
 """Over the best of torch's schedules on emulated devices, zero-bubble ones among them."""
 ONE_F_ONE_B_SPEEDUP = 1.0
 SIMULATION_ERROR = {0.05: 0.03, 0.02: 0.06}
-"""How far a measured step may be off the simulated one, by the seconds of a forward."""
+"""Largest difference of a measured step from the simulated one, by the seconds of a forward."""
 GPT_SPEEDUP = {"DeepSpeed": 1.15, "torch": 1.06, "limit": 0.92}
 """Over the best of each, and the share of the limit's speed."""
 
@@ -40,7 +40,7 @@ class Requirement:
 
     @property
     def is_met(self) -> bool:
-        """Whether the bound holds."""
+        """True if the bound holds."""
         return self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
 
 

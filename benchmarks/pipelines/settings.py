@@ -1,4 +1,4 @@
-"""What is measured: the emulated pipelines and the GPT, with everybody who takes part in each.
+"""Measured pipelines: the emulated pipelines and the GPT, with everybody who takes part in each.
 
 Nothing here needs torch, so that the command answers at once.
 """
@@ -78,7 +78,7 @@ class EmulatedSetting:
 
     @property
     def name(self) -> str:
-        """What the command line calls it."""
+        """Its name on the command line."""
         return f"pp{self.pp}-{1000 * self.forward_s:.0f}ms"
 
     def __str__(self) -> str:
@@ -183,7 +183,7 @@ class GPTSetting:
 
     @property
     def name(self) -> str:
-        """What the command line calls it."""
+        """Its name on the command line."""
         return f"{self.family}-{self.precision}"
 
     def __str__(self) -> str:

@@ -48,7 +48,7 @@ class Contender:
 
 @dataclass
 class Turns:
-    """What one rank saw of a contender.
+    """Times of a contender on one rank.
 
     Attributes:
         spans_s: begin and end of each step, by a clock that all processes of a machine share.
@@ -106,7 +106,7 @@ def take_turns(
 
 @dataclass(frozen=True)
 class Result:
-    """What a contender was measured at.
+    """Measurement of a contender.
 
     Attributes:
         steps_s: how long the step of each round took: from the first rank's begin to the last rank's end.

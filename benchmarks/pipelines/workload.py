@@ -1,4 +1,4 @@
-"""What every contender trains: the same layers, batch, loss and optimizer."""
+"""Workload of every contender: the same layers, batch, loss and optimizer."""
 
 from __future__ import annotations
 

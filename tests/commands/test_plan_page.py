@@ -84,7 +84,7 @@ def changed(**keys: Any) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """What a page holds; a tag that is not closed in order is an error."""
+    """Content of a page; a tag that is not closed in order is an error."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)

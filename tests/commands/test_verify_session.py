@@ -1,4 +1,4 @@
-"""Which layouts a configuration is verified under, and with what settings each runs."""
+"""Layouts under which a configuration is verified, and the settings of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verification prints."""
+"""Tables of a verification."""
 
 from __future__ import annotations
 

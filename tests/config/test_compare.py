@@ -1,4 +1,4 @@
-"""What may change from one start of a run to the next, and what may not."""
+"""Settings that may change from one start of a run to the next, and those that may not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers cost, against published formulas, torch's own counter, and what real runs keep."""
+"""Costs of layers, against published formulas, torch's own counter, and what real runs keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured, what is kept of it, and when it is measured anew."""
+"""Measured costs of layers: what is kept of them, and when they are measured anew."""
 
 from __future__ import annotations
 

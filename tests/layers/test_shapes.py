@@ -1,4 +1,4 @@
-"""What operations return, against torch's own rules for the meta device."""
+"""Shapes that operations return, against torch's own rules for the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a configuration may go on in a run folder."""
+"""Run folders: the configurations that may go on in one."""
 
 from __future__ import annotations
 

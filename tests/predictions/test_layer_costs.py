@@ -1,4 +1,4 @@
-"""What a tensor-parallel rank has of a layer."""
+"""Costs of a tensor-parallel rank's part of a layer."""
 
 from __future__ import annotations
 

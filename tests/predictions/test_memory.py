@@ -1,4 +1,4 @@
-"""What ranks hold, against running processes to the byte, and against what can be worked out by hand."""
+"""Memory of ranks, against running processes to the byte, and against what can be worked out by hand."""
 
 from __future__ import annotations
 

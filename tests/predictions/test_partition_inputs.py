@@ -1,4 +1,4 @@
-"""What the partitioners are told, against predictions."""
+"""Inputs of the partitioners, against predictions."""
 
 from __future__ import annotations
 

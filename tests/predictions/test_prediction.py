@@ -1,4 +1,4 @@
-"""What a run takes, against published runs and what can be worked out by hand."""
+"""Time and memory of a run, against published runs and what can be worked out by hand."""
 
 from __future__ import annotations
 

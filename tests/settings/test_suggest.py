@@ -1,4 +1,4 @@
-"""What a mistyped key was meant to be: its own section first, then the others."""
+"""Suggestions for a mistyped key: its own section first, then the others."""
 
 from __future__ import annotations
 

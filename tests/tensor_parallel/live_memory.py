@@ -1,4 +1,4 @@
-"""How much memory the tensors of a computation take, on any device, for tests."""
+"""Memory of the tensors of a computation, on any device, for tests."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tensor_parallel.live_memory import LiveMemory
 from tensor_parallel.threads import run_ranks
 
 SCALE = 3.0
-"""What the loss is multiplied by, so that its gradient is not one."""
+"""Factor of the loss, so that its gradient is not one."""
 
 
 def reference(logits: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from tensor_parallel.live_memory import LiveMemory
 from tensor_parallel.threads import run_ranks
 
 SCALE = 3.0
-"""What the loss is multiplied by, so that its gradient is not one."""
+"""Factor of the loss, so that its gradient is not one."""
 
 
 class Case(NamedTuple):

@@ -1,4 +1,4 @@
-"""What stands for logits gives their loss, and the logits."""
+"""Stand-ins of logits, which give their loss, and the logits."""
 
 from __future__ import annotations
 

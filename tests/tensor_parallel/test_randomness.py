@@ -1,4 +1,4 @@
-"""What tensor ranks draw alike, and what each draws for itself.
+"""Random numbers that tensor-parallel ranks draw alike, and those that each draws for itself.
 
 Ranks run one after the other from the same seed here, since torch's default generator is the process's.
 """

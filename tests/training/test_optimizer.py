@@ -1,4 +1,4 @@
-"""What a configuration's optimizer does to parameters."""
+"""Updates of parameters by the optimizer of a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as a difference, and what is said of it."""
+"""Differences between runs: what counts as one, and what is said of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Tensors = Mapping[TensorKey, Tensor]
 
 
 def sound() -> dict[TensorKey, Tensor]:
-    """What one process has: large and small tensors of each kind."""
+    """Tensors of one process: large and small tensors of each kind."""
     tensors = {}
     for layer_idx, name in enumerate(NAMES):
         keys = [

@@ -1,4 +1,4 @@
-"""Which layouts are verified, and why others are not."""
+"""Layouts that are verified, and why others are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of many differences is the first."""
+"""The first of many differences."""
 
 from __future__ import annotations
 
