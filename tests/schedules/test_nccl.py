@@ -190,7 +190,8 @@ def test_no_table_of_a_generator_can_hang(pp: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pp", range(2, 17))
 def test_no_table_of_a_generator_can_hang_at_any_size(pp: int) -> None:
-    for num_micro_batches in range(1, 4 * pp + 1):
+    border = {pp * rounds + offset for rounds in range(1, 5) for offset in (-1, 0, 1)}
+    for num_micro_batches in range(1, 4 * pp + 1) if pp <= 8 else sorted({1, *border}):
         prove(pp, num_micro_batches)
 
 
