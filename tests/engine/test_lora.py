@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -46,11 +48,15 @@ def reference(case: Case) -> dict[str, Any]:
 
 
 def job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
     from pipekit.checkpoint.reader import CheckpointReader
     from pipekit.engine.load import load_checkpoint
     from pipekit.engine.save import save_checkpoint
     from pipekit.engine.tensor_group import join_shards
 
+    if case.compile:
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of the compiler's own
     engine = build_engine(case, adapted(case))
     view, module = engine.view, engine.module
     if load := options.get("load"):
@@ -71,7 +77,8 @@ def job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
     if save := options.get("save"):
         state = replace(training_state(engine, engine.global_steps), base={"path": "base", "fingerprint": "0"})
         save_checkpoint(engine, Path(save), training=state, config_yaml="{}").wait()
-    return {"losses": losses, "norms": norms, "adapters": adapters}
+    graphs = counters["stats"]["unique_graphs"]
+    return {"losses": losses, "norms": norms, "adapters": adapters, "graphs": graphs}
 
 
 def compare(results: list[dict[str, Any]], case: Case, *, start: int = 0) -> None:
@@ -103,6 +110,16 @@ def compare(results: list[dict[str, Any]], case: Case, *, start: int = 0) -> Non
 )
 def test_adapters_train_as_in_plain_torch(gloo: GlooWorkers, case: Case) -> None:
     compare(gloo.run(case.world_size, job, case, {}), case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
+def test_compiled_layers_train_their_adapters_too(gloo: GlooWorkers) -> None:
+    case = replace(GROUPED, pp=2, compile=True)
+    results = gloo.run(case.world_size, job, case, {})
+    compare(results, case)
+    # Halves of a block with adapters, and the first one for inputs without a gradient, each compiled once and whole.
+    assert [result["graphs"] for result in results] == [3, 2]
 
 
 @pytest.mark.parametrize(
