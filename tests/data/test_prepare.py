@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from fork_server import StartedCommand
 from late_disk import LateDisk
 from pipekit.config import DataConfig
 from pipekit.data import build_once
@@ -290,9 +290,12 @@ print(prepare_data(config, sequence_length=16, timeout_s=60, on_progress=report)
 """
 
 
-def start_process(tmp_path: Path, die_at: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "text"), str(tmp_path / "cache"), die_at]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start_process(tmp_path: Path, name: str, die_at: str = "") -> StartedCommand:
+    output, program = tmp_path / name, tmp_path / "program.py"
+    output.mkdir()
+    program.write_text(PROGRAM)
+    command = [str(program), str(tmp_path / "text"), str(tmp_path / "cache"), die_at]
+    return StartedCommand(command, cwd=tmp_path, output=output)
 
 
 def find_lock(tmp_path: Path) -> Path:
@@ -304,23 +307,26 @@ def find_lock(tmp_path: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
+@pytest.mark.distributed
 def test_processes_that_start_together_build_once(tmp_path: Path, documents: list[str]) -> None:
     with FileLock(find_lock(tmp_path)):  # held until all three wait for it
-        processes = [start_process(tmp_path) for _ in range(3)]
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("waiting for another process to prepare the data (")
-    outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+        processes = [start_process(tmp_path, name) for name in "abc"]
+        while not all(process.stdout for process in processes):
+            assert not any(process.has_ended for process in processes)
+            time.sleep(0.01)
+    ended = [process.wait(60.0) for process in processes]
+    assert [each.returncode for each in ended] == [0, 0, 0]
+    outputs = [each.stdout.splitlines() for each in ended]
+    assert all(output[0].startswith("waiting for another process to prepare the data (") for output in outputs)
     assert sum("encoding the text" in output for output in outputs) == 1
     assert len({output[-1] for output in outputs}) == 1
     assert not [name for name in list_cache(tmp_path) if "building" in name]
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_builder_that_was_killed_leaves_nothing_behind(tmp_path: Path, documents: list[str]) -> None:
-    killed = start_process(tmp_path, die_at="encoding the text")
-    killed.communicate(timeout=60)
+    killed = start_process(tmp_path, "killed", die_at="encoding the text").wait(60.0)
     assert killed.returncode == -signal.SIGKILL
     assert [name for name in list_cache(tmp_path) if "building" in name], "it was killed too late"
     prepared = prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fork_server import StartedCommand
 from pipekit.config import DataConfig
 from pipekit.data import splits
 from pipekit.data.prepare import prepare_data
@@ -63,11 +62,15 @@ prepare_data(DataConfig(source="text.jsonl", vocab_size=300, cache_dir=cache_dir
 
 
 def prepare(folder: Path, cache: str, die_at_piece: int = -1) -> tuple[int, list[str]]:
-    command = [sys.executable, "-c", PROGRAM, cache, str(die_at_piece)]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, timeout=100, check=False)
+    (folder / "program.py").write_text(PROGRAM)
+    output = folder / f"output-{cache}-{die_at_piece}"
+    output.mkdir()
+    command = [str(folder / "program.py"), cache, str(die_at_piece)]
+    done = StartedCommand(command, cwd=folder, output=output).wait(100.0)
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.distributed
 def test_after_a_kill_preparing_goes_on_from_the_last_whole_piece(tmp_path: Path) -> None:
     write_lines(tmp_path / "text.jsonl")
     _, all_batches = prepare(tmp_path, "whole")
