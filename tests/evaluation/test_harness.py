@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import lm_eval.tasks
 import pytest
+import torch
 import yaml
-from transformers import AutoTokenizer
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hand_made import small_tokenizer
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.evaluation.evaluate import evaluate_tasks
+from pipekit.evaluation.harness import HarnessModel, find_tasks
 from pipekit.evaluation.models import GeneratorModel
 from pipekit.evaluation.tasks import TaskResults, TaskSettings
 from pipekit.inference.generator import Generator
@@ -77,7 +85,6 @@ def ours(source: Path, *tasks: str, include_path: Path, **settings: Any) -> Task
 def theirs(export: Path, *tasks: str, include_path: Path, **settings: Any) -> dict[str, Any]:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     model = HFLM(pretrained=str(export), device="cpu", batch_size=1, dtype="float32")
     manager = TaskManager(include_path=str(include_path), include_defaults=False)
@@ -172,15 +179,93 @@ def test_a_tokenizer_that_begins_every_text_does_so_here(
     check_same(ours(tmp_path / "export", "choose", include_path=include_path), expected, "choose")
 
 
+# What the model is asked
+
+
+class Scripted:
+    """A model that says the same tokens after every prompt, and notes what it is asked."""
+
+    longest_sequence = 12
+
+    def __init__(self, says: list[int]) -> None:
+        self.says = says
+        self.asked: list[tuple[Any, ...]] = []
+
+    def score(self, inputs: Tensor, lengths: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones(targets.shape), torch.ones(targets.shape, dtype=torch.bool)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        self.asked.append((prompts, options))
+        return [self.says for _ in prompts]
+
+
+@pytest.fixture
+def scripted() -> tuple[HarnessModel, Scripted]:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), eos_token="<|endoftext|>")
+    model = Scripted(tokenizer.encode("return argument + 1"))
+    return HarnessModel(model, tokenizer, batch_size=2), model
+
+
+def request(*arguments: Any) -> Instance:
+    return Instance("generate_until", {}, arguments, 0, metadata=("task", 0, 1))
+
+
+def test_prompts_keep_their_ends_and_answers_end_before_the_first_stop_string(
+    scripted: tuple[HarnessModel, Scripted],
+) -> None:
+    harness, model = scripted
+    some = {"until": ["+", "u"], "max_gen_toks": 4}
+    other = {"until": "m", "max_gen_toks": 3, "temperature": 0.5}
+    requests = [request("x" * 20, some), request("abc", some), request("a", {**other, "do_sample": False})]
+    assert harness.generate_until([*requests, request("b", other)]) == ["ret", "ret", "return argu", "return argu"]
+    assert harness.num_truncated == 1
+    encode = harness.tokenizer.encode
+    assert [prompts for prompts, _ in model.asked] == [
+        [encode("x" * 20)[-8:], encode("abc")],
+        [encode("a")],
+        [encode("b")],
+    ]
+    found = [[options[name] for name in ("max_new_tokens", "temperature", "stop")] for _, options in model.asked]
+    assert found == [
+        [4, 0.0, ("+", "u", "<|endoftext|>")],
+        [3, 0.0, ("m", "<|endoftext|>")],
+        [3, 0.5, ("m", "<|endoftext|>")],
+    ]
+
+
+def test_a_whole_text_is_scored_with_each_token_once(scripted: tuple[HarnessModel, Scripted]) -> None:
+    harness, _ = scripted
+    texts = ["abcdefghijklmnopq" * 2, "x"]
+    counts = [len(harness.tokenizer.encode(text)) for text in texts]
+    assert counts[0] > 2 * harness.max_length
+    assert harness.loglikelihood_rolling([request(text) for text in texts]) == [-count for count in counts]
+
+
+def test_what_begins_a_text_is_the_token_that_does_or_else_the_one_that_ends_it(
+    scripted: tuple[HarnessModel, Scripted],
+) -> None:
+    harness, _ = scripted
+    assert harness.prefix_token_id == harness.eot_token_id == 0
+    harness.tokenizer.bos_token = "x"
+    assert harness.prefix_token_id == harness.tokenizer.encode("x")[0] != 0
+
+
 # What goes wrong
 
 
-@pytest.mark.slow
-def test_tasks_that_there_are_not_are_told_of_with_what_is_near(run: Path, include_path: Path) -> None:
+def test_tasks_are_of_the_folder_and_of_lm_eval_and_others_are_told_of_with_what_is_near(
+    include_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To read the thousands of tasks of lm-eval takes long; these are some of them.
+    manager = sys.modules[TaskManager.__module__]
+    monkeypatch.setattr(manager, "__file__", str(Path(lm_eval.tasks.__file__).parent / "arc/manager.py"))
+    assert find_tasks(TaskSettings(("w*", "choose"), include_path))[1] == ["write", "choose"]
+    assert find_tasks(TaskSettings(("choose", "arc_e*"), include_path))[1] == ["choose", "arc_easy"]
+    assert find_tasks(TaskSettings(("arc_easy",)))[1] == ["arc_easy"]
     with pytest.raises(ConfigError, match=r"--tasks chose: there is no such task; did you mean choose\?"):
-        ours(run, "chose", include_path=include_path)
+        find_tasks(TaskSettings(("chose",), include_path))
     with pytest.raises(ConfigError, match=r"--include-path .*nowhere: no such folder"):
-        ours(run, "choose", include_path=include_path / "nowhere")
+        find_tasks(TaskSettings(("choose",), include_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
