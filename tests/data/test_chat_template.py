@@ -22,6 +22,14 @@ def test_messages_become_the_tokens_of_transformers(tmp_path: Path) -> None:
     assert template.end_token_ids() == [theirs.convert_tokens_to_ids("<|im_end|>")]
 
 
+def test_the_first_special_token_behind_an_answer_ends_it(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|><|endoftext|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    file = write_chat_tokenizer(tmp_path, template=template)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ChatTemplate(file).end_token_ids() == [theirs.convert_tokens_to_ids("<|im_end|>")]
+
+
 def test_a_template_without_an_end_of_an_answer_has_no_end_tokens(tmp_path: Path) -> None:
     file = write_chat_tokenizer(tmp_path, template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert ChatTemplate(file).end_token_ids() == []

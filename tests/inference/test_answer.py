@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,13 +58,24 @@ def test_a_text_ends_at_its_stop_string_and_its_own_end_tokens(model: Generator)
     (free,) = model.generate([[70, 71]], max_new_tokens=30)
     place = next(place for place in range(4, 30) if free.token_ids[place] not in free.token_ids[:place])
     end = free.token_ids[place]
-    ended, other = model.generate([[70, 71], [70, 71]], max_new_tokens=30, end_token_ids=[[end], []])
-    assert (ended.token_ids, ended.finish_reason) == (free.token_ids[:place], "end")
-    assert other == free
+    for batch_size in (1, 2):
+        ended, other = model.generate(
+            [[70, 71], [70, 71]], max_new_tokens=30, end_token_ids=[[end], []], batch_size=batch_size
+        )
+        assert (ended.token_ids, ended.finish_reason) == (free.token_ids[:place], "end")
+        assert other == free
     stop = free.text[5:8]
     (stopped,) = model.generate([[70, 71]], max_new_tokens=30, stop=[stop])
     assert (stopped.text, stopped.finish_reason) == (free.text[: free.text.find(stop)], "stop")
     assert len(stopped.token_ids) < 30
+
+
+def test_each_prompt_has_its_seed_in_batches_of_any_size(model: Generator) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0}
+    alone = [model.generate([[70, 71]], seed=seed, **options)[0] for seed in (3, 4, 5)]
+    assert alone[0] != alone[1] != alone[2] != alone[0]
+    for batch_size in (1, 2):
+        assert model.generate([[70, 71]] * 3, seed=[3, 4, 5], batch_size=batch_size, **options) == alone
 
 
 def talk(model: Generator, said: list[str], *, system: str | None = None) -> list[str]:

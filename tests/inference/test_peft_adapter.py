@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hand_made import write_checkpoint
+from hand_made import write_checkpoint, write_hf_folder
+from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config, parse_config
-from pipekit.inference.base_weights import base_record, open_base
+from pipekit.inference.base_weights import base_record, open_base, with_base
 from pipekit.inference.hugging_face import to_hf
 from pipekit.inference.peft_adapter import AdapterFolder, export_adapter
 from pipekit.layers.lora import is_adapter
@@ -78,6 +81,44 @@ def train(model: Any, parameters: list[Any]) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])
+def test_files_hold_by_the_arithmetic_of_peft_what_the_merged_model_has_more(kind: str, tmp_path: Path) -> None:
+    write_hf_folder(tmp_path / "base", with_tokenizer=False, **KINDS[kind])
+    targets = TARGETS.get(kind, LLAMA_TARGETS)[0]
+    lora = {"rank": 3, "alpha": 8.0, "rslora": True, "targets": targets}
+    model = {"family": "auto", "init_from": str(tmp_path / "base")}
+    config = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 16}, "lora": lora})
+    base, generator = open_base(config), torch.Generator().manual_seed(2)
+    tensors = SequentialModel(adapted_layers(config, build_layers(config)), seed=None).logical_tensors()
+    adapters = {
+        name: torch.randn(each.shape, generator=generator) for name, each in tensors.items() if is_adapter(name)
+    }
+    reader = CheckpointReader(
+        write_checkpoint(tmp_path / "run", config, adapters, tokenizer=None, base=base_record(base))
+    )
+    export_adapter(tmp_path / "run", tmp_path / "out")
+
+    merged, before = (
+        dict(to_hf(config.model, {name: source.tensor(name) for name in base.shapes}))  # type: ignore[arg-type]
+        for source in (with_base(reader, config), base)
+    )
+    stored = load_file(tmp_path / "out/adapter_model.safetensors")
+    settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    # As in `peft`: LoraLayer.update_layer, and Linear.get_delta_weight.
+    scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"])
+    for name, weight in before.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        added = torch.zeros(())
+        if f"{module}.lora_A.weight" in stored:
+            added = scale * stored.pop(f"{module}.lora_B.weight") @ stored.pop(f"{module}.lora_A.weight")
+            added = added.t() if settings["fan_in_fan_out"] else added
+        torch.testing.assert_close(merged[name], weight + added, rtol=1e-5, atol=1e-5)
+    assert not stored, "every adapter is of a linear layer"
+    again = config.updated({"lora.init_from": str(tmp_path / "out")})
+    folder = AdapterFolder(tmp_path / "out", again, adapted_layers(again, build_layers(again)))
+    assert all(torch.equal(folder.tensor(name), tensor) for name, tensor in adapters.items())
 
 
 @pytest.mark.slow

@@ -64,6 +64,14 @@ def test_top_p_leaves_out_the_unlikely(top_p: float, kept: list[float]) -> None:
     assert close(draw(top_p=top_p), expected)
 
 
+def test_top_p_is_reached_by_probabilities_that_add_up_to_it() -> None:
+    def even(tokens: Tensor) -> Tensor:
+        return torch.zeros(*tokens.shape, 4)  # 0.25 each, without an error of rounding
+
+    assert set(draw(even, top_p=0.5, max_new_tokens=60)) == {0, 1}
+    assert set(draw(even, top_p=0.51, max_new_tokens=60)) == {0, 1, 2}
+
+
 def test_top_p_is_of_what_top_k_leaves() -> None:
     assert close(draw(top_k=3, top_p=0.6), [0.5 / 0.8, 0.3 / 0.8, 0.0, 0.0]), "0.5 / 0.95 is below 0.6"
     assert draw(top_k=2, top_p=0.6, max_new_tokens=5) == [0] * 5, "0.5 / 0.8 is not"

@@ -16,7 +16,15 @@ from pipekit.layers.parameters import count_parameters, trained_and_frozen_shape
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, spec_key
 from pipekit.models import adapted_layers, build_layers, names_in_transformers
-from pipekit.tensor_parallel import ColumnParallelLinear, LowRank
+from pipekit.tensor_parallel import (
+    ColumnParallelLinear,
+    LowRank,
+    PlannedGroup,
+    RowParallelLinear,
+    attach_adapters,
+    shard_layer,
+)
+from pipekit.tensor_parallel import lora as low_rank_adapters
 from pipekit.tensors.weight_gradients import deferring, split_linear
 from tensor_parallel.outcomes import VOCAB, Outcome, assert_same, random_weights, run_sharded
 
@@ -124,7 +132,7 @@ SOME = ("v_proj", "up_proj", "c_attn", "query_key_value")
     ("kind", "targets", "size", "sequence_parallel"),
     [
         ("gpt2", ("*",), 2, True),
-        ("llama, one head of keys", ("*",), 4, False),
+        ("gpt2, grouped", ("*",), 4, False),
         ("llama, one head of keys", SOME, 2, True),
         ("gpt_neox", SOME, 2, False),
         *(
@@ -177,6 +185,44 @@ def test_dropout_is_of_the_inputs_of_adapters_in_training_alone() -> None:
     assert drawn != 500
     assert drawn % 2 == 0, "what is left is doubled"
     assert abs(drawn - 500) < 100
+
+
+def test_their_first_weights_are_drawn_as_those_of_a_linear_layer_of_torch() -> None:
+    linear = nn.Linear(40, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        expected = nn.Linear(40, 3, bias=False).weight
+        torch.manual_seed(1)
+        adapter = low_rank_adapters.LowRankAdapter(linear, [4], LOW_RANK)
+    assert torch.equal(adapter.a, expected)
+    assert not adapter.b.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sequence_parallel", "is_shared"),
+    [
+        (ColumnParallelLinear, False, True),
+        (ColumnParallelLinear, True, False),
+        (RowParallelLinear, False, False),
+    ],
+)
+def test_ranks_drop_the_same_of_inputs_that_they_share_and_their_own_of_shards(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Linear], sequence_parallel: bool, is_shared: bool
+) -> None:
+    # What each rank has computed by itself, before it is exchanged.
+    monkeypatch.setattr(low_rank_adapters, "column_parallel_linear", lambda reduced, *_, **__: reduced)
+    monkeypatch.setattr(low_rank_adapters.LowRankAdapter, "sum_outputs", lambda self, reduced: reduced)
+    drawn = []
+    for rank in range(2):
+        linear: Any = kind(64, 4)
+        attach_adapters(linear, {"all": 4}, ["all"], LowRank(rank=1, scale=1.0, dropout=0.5))
+        shard_layer(linear, PlannedGroup(rank, 2), sequence_parallel=sequence_parallel)
+        nn.init.ones_(linear.lora.all.a)
+        nn.init.ones_(linear.lora.all.b)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            drawn.append(linear.lora.all(torch.ones(20, linear.lora.all.a.shape[1])))
+    assert torch.equal(*drawn) == is_shared
 
 
 def test_frozen_weights_get_no_gradient_and_keep_no_inputs() -> None:

@@ -60,7 +60,8 @@ def test_packed_documents_restart_their_positions_and_so_does_the_padding(tmp_pa
         (tokens, positions), labels = dataset[index]
         for place in range(1, 4):
             follows = labels[place - 1] == tokens[place] and tokens[place] != 0
-            assert (positions[place] == positions[place - 1] + 1) == (follows or bool(tokens[place - 1] == 0))
+            goes_on = follows or tokens[place - 1] == 0
+            assert positions[place] == (positions[place - 1] + 1 if goes_on else 0)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[1][0][1], dataset[1][0][1])
 
 
@@ -82,6 +83,16 @@ def test_conversations_are_truncated_and_counted(tmp_path: Path) -> None:
         "3 samples of 3 documents, 41.7% padding; 1 document is cut off, which loses 2 tokens; 2 documents have "
         "nothing to learn, and are left out"
     )
+
+
+def test_what_is_learned_only_beyond_the_cut_is_left_out_and_not_truncated(
+    tmp_path: Path,
+) -> None:
+    masks = [[0, 1, 1], [1], [0, 0, 0, 0, 0, 1, 1], [0, 0, 1], [0, 1]]
+    tokens = write_documents(tmp_path / "train.bin", masks)
+    counts = PackedDataset(tokens, 4, packs=False, document_mask=False, has_loss_mask=True).counts
+    assert (counts.num_documents, counts.num_left_out) == (3, 2)
+    assert (counts.num_truncated, counts.num_lost_tokens) == (0, 0)
 
 
 def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
