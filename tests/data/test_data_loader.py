@@ -154,6 +154,15 @@ def test_the_seed_is_the_loaders_else_the_generators_else_the_runs() -> None:
     assert order(7) != expected
 
 
+def test_a_stream_draws_other_numbers_in_each_epoch_and_for_each_batch() -> None:
+    batches = read(DataLoader(ShuffledStream(20), batch_size=5, collate_fn=collate_with_noise), 8, repeat=True)
+    first, second = ([sample[0] for batch in part for sample in batch] for part in (batches[:4], batches[4:]))
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    noise = [sample[-1] for batch in batches for sample in batch]
+    assert len(set(noise)) == len(noise)
+
+
 def test_skip_counts_batches_and_not_their_micro_batches() -> None:
     loader = DataLoader(range(24), 1)
     rest = read(loader, skip=2, num_replicas=2, rank=1, num_micro_batches=3)
