@@ -21,6 +21,7 @@ from typing import Any, Literal
 import fork_server
 
 TIMEOUT_S = 300.0
+COMPILING_TIMEOUT_S = 550.0  # of jobs in which stages wait for each other's compiler
 MAX_THREADS = 150
 
 
@@ -39,7 +40,14 @@ def free_port() -> int:
 class GlooWorkers:
     """Starts the ranks of one job after another."""
 
-    def run(self, world_size: int, job: Callable[..., Any], *args: Any, nccl: bool = False) -> list[Any]:
+    def run(
+        self,
+        world_size: int,
+        job: Callable[..., Any],
+        *args: Any,
+        nccl: bool = False,
+        timeout_s: float = TIMEOUT_S,
+    ) -> list[Any]:
         """Run `job(rank, *args)` on `world_size` ranks and return what each returned.
 
         Args:
@@ -47,6 +55,7 @@ class GlooWorkers:
             job: a function at the top level of an importable module.
             args: its arguments after the rank.
             nccl: whether process groups behave as NCCL's do (`nccl_double`).
+            timeout_s: limit of the job; ranks wait for each other no longer than three fifths of it.
         """
         port = free_port()
         # Not multiprocessing's own pickling, which would share the memory of tensors with a process that is to end.
@@ -55,9 +64,9 @@ class GlooWorkers:
         try:
             for rank in range(world_size):
                 ours, theirs = Pipe()
-                team.append((self._start(theirs, rank, world_size, port, task, nccl), ours))
+                team.append((self._start(theirs, rank, world_size, port, task, nccl, timeout_s), ours))
                 theirs.close()
-            return _collect([connection for _, connection in team])
+            return _collect([connection for _, connection in team], timeout_s)
         finally:
             for process, connection in team:
                 connection.close()
@@ -67,18 +76,26 @@ class GlooWorkers:
                 process.close()
 
     def _start(
-        self, connection: Connection, rank: int, world_size: int, port: int, task: bytes, nccl: bool
+        self,
+        connection: Connection,
+        rank: int,
+        world_size: int,
+        port: int,
+        task: bytes,
+        nccl: bool,
+        timeout_s: float,
     ) -> BaseProcess:
-        return fork_server.fork(serve_rank, connection, rank, world_size, port, task, nccl)
+        options = ("cpu", MAX_THREADS, 0.6 * timeout_s)
+        return fork_server.fork(serve_rank, connection, rank, world_size, port, task, nccl, *options)
 
 
-def _collect(connections: list[Connection]) -> list[Any]:
+def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
     """Receive what each rank has to say, until all have said it or one has failed and the others had time to."""
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
     waiting = {connection: rank for rank, connection in enumerate(connections)}
     while waiting:
-        ready = wait(list(waiting), timeout=10.0 if errors else TIMEOUT_S)
+        ready = wait(list(waiting), timeout=10.0 if errors else timeout_s)
         if not ready:
             errors.update({rank: f"rank {rank} did not answer in time" for rank in waiting.values()})
             break
@@ -103,6 +120,7 @@ def serve_rank(
     nccl: bool,
     device: Literal["cpu", "cuda"] = "cpu",
     max_threads: int = MAX_THREADS,
+    waits_s: float = 180.0,
 ) -> None:
     """Do a pickled job as one rank, and send what it returned, or the traceback of its failure."""
     os.environ.update(
@@ -119,7 +137,7 @@ def serve_rank(
         from pipekit.distributed.processes import join_processes, leave_processes
 
         with nccl_double.installed() if nccl else contextlib.nullcontext():
-            join_processes(device=device, timeout_s=180.0, local_rank=rank)
+            join_processes(device=device, timeout_s=waits_s, local_rank=rank)
             job, args = pickle.loads(task)
             result = job(rank, *args)
             torch.distributed.barrier()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine_jobs import Case, assert_trained_as_one_process, show, train_job
-from gloo_workers import GlooWorkers
+from gloo_workers import COMPILING_TIMEOUT_S, GlooWorkers
 
 pytestmark = [
     pytest.mark.distributed,
@@ -27,8 +27,12 @@ def compiled_job(rank: int, case: Case) -> dict[str, Any]:
     return result
 
 
+def run(gloo: GlooWorkers, case: Case) -> list[dict[str, Any]]:
+    return gloo.run(case.world_size, compiled_job, case, timeout_s=COMPILING_TIMEOUT_S)
+
+
 def check(gloo: GlooWorkers, case: Case) -> None:
-    assert_trained_as_one_process(gloo.run(case.world_size, compiled_job, replace(case, compile=True)), case)
+    assert_trained_as_one_process(run(gloo, replace(case, compile=True)), case)
 
 
 @pytest.mark.slow
@@ -61,8 +65,6 @@ def test_compiled_layers_train_as_one_process_does(gloo: GlooWorkers, case: Case
 @pytest.mark.parametrize("case", [Case(), Case(checkpointing=True), Case(pp=2, schedule="zb-h1"), Case(tp=2)], ids=show)
 def test_compiled_layers_draw_the_dropout_of_uncompiled_ones(gloo: GlooWorkers, case: Case) -> None:
     case = replace(case, dropout=0.2, steps=4)
-    expected, found = (
-        gloo.run(case.world_size, compiled_job, replace(case, compile=compiled))[0] for compiled in (False, True)
-    )
+    expected, found = (run(gloo, replace(case, compile=compiled))[0] for compiled in (False, True))
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)

@@ -23,7 +23,7 @@ from engine_jobs import (
     train_plain,
     training_state,
 )
-from gloo_workers import GlooWorkers
+from gloo_workers import COMPILING_TIMEOUT_S, GlooWorkers
 from pipekit.layers.lora import add_lora, is_adapter
 from pipekit.layers.sequential import SequentialModel
 from pipekit.layers.specs import LayerSpec
@@ -116,7 +116,7 @@ def test_adapters_train_as_in_plain_torch(gloo: GlooWorkers, case: Case) -> None
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
 def test_compiled_layers_train_their_adapters_too(gloo: GlooWorkers) -> None:
     case = replace(GROUPED, pp=2, compile=True)
-    results = gloo.run(case.world_size, job, case, {})
+    results = gloo.run(case.world_size, job, case, {}, timeout_s=COMPILING_TIMEOUT_S)
     compare(results, case)
     # Halves of a block with adapters, and the first one for inputs without a gradient, each compiled once and whole.
     assert [result["graphs"] for result in results] == [3, 2]
