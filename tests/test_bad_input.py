@@ -47,7 +47,10 @@ def refuse(workspace: Path, *arguments: str, environ: dict[str, str] | None = No
         (["parallel.pp=2", "parallel.zero=2"], ["parallel.zero=2", "parallel.pp=2", "try parallel.zero=1"]),
         (["parallel.pp=2", "parallel.zero=3"], ["parallel.zero=3", "try parallel.zero=1, or parallel.pp=1"]),
         (["train.global_batch_size=5", "train.micro_batch_size=2"], ["train.global_batch_size=5", "try"]),
-        (["deepspeed.zero_optimization.stage=2"], ["deepspeed.zero_optimization.stage", "parallel.zero"]),
+        (
+            ["parallel.zero=1", "deepspeed.zero_optimization.stage=2"],
+            ["deepspeed.zero_optimization.stage=2 asks for parallel.zero=2", "parallel.zero=1 is given"],
+        ),
         (["deepspeed.zero_optimisation={}"], ["did you mean 'deepspeed.zero_optimization'"]),
         (["run.device=cuda"], ["run.device=cuda", "run.device=cpu"]),
     ],

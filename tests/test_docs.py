@@ -28,7 +28,6 @@ from hand_made import examples_at_work
 from pipekit.cli import app
 from pipekit.config import config_json_schema, load_config, parse_config
 from pipekit.config.callbacks_config import CallbacksConfig
-from pipekit.config.deepspeed_keys import OWNED_KEYS
 from pipekit.config.trial_config import parse_trial_config
 from pipekit.models import find_families, preset_families
 from pipekit.models.family import TransformerFamily
@@ -331,15 +330,13 @@ def test_no_key_is_documented_that_is_not_there() -> None:
         assert rows == keys, section
 
 
-def test_the_tables_of_presets_and_of_refused_keys_are_whole() -> None:
+def test_the_table_of_presets_is_whole() -> None:
     tables = setting_tables()
     for name, family in preset_families().items():
         sizes = dict(family.presets[name])
         *row, other = tables["Presets"][name]
         assert row == [str(sizes.pop(key)) for key in PRESET_COLUMNS]
         assert (yaml.safe_load(other.strip("`")) or {}) == yaml.safe_load(yaml.safe_dump(sizes))
-    refused = {key: row[0].replace("`", "") for key, row in tables["deepspeed"].items() if key != "DeepSpeed's key"}
-    assert refused == OWNED_KEYS
 
 
 def test_the_page_of_families_has_a_row_for_each() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipekit.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS, UNSUPPORTED_KEYS, KeyTree
+from pipekit.config.deepspeed_keys import DEEPSPEED_KEYS, TREATMENTS, KeyTree
 from pipekit.config.schema import Config
 from pipekit.models import find_families
 
@@ -20,7 +20,9 @@ def config_json_schema() -> dict[str, Any]:
     schema["$defs"]["AutoFamily"] = _auto_family(
         [schema["$defs"][family.__name__] for family in find_families().values()]
     )
-    schema["properties"]["deepspeed"] |= _keys_schema(DEEPSPEED_KEYS, "")
+    section = schema["properties"]["deepspeed"]
+    section.pop("type"), section.pop("additionalProperties")
+    section["anyOf"] = [{"type": "string", "minLength": 1}, _keys_schema(DEEPSPEED_KEYS, "")]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "pipekit configuration"}
 
 
@@ -51,13 +53,24 @@ def _auto_family(families: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _keys_schema(keys: KeyTree, prefix: str) -> dict[str, Any]:
-    refused = {*OWNED_KEYS, *UNSUPPORTED_KEYS}
     return {
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            key: {} if below is None else _keys_schema(below, f"{prefix}{key}.")
+            key: _value_schema(f"{prefix}{key}") if below is None else _keys_schema(below, f"{prefix}{key}.")
             for key, below in keys.items()
-            if f"{prefix}{key}" not in refused
+            if not _is_always_refused(f"{prefix}{key}")
         },
     }
+
+
+def _value_schema(path: str) -> dict[str, Any]:
+    treatment = TREATMENTS[path]
+    if "run" in treatment.callers:
+        return {"enum": [*treatment.unless, "auto"]}
+    return {"description": f"Value of {treatment.ours}."} if treatment.ours else {}
+
+
+def _is_always_refused(path: str) -> bool:
+    treatment = TREATMENTS.get(path)
+    return treatment is not None and "run" in treatment.callers and not treatment.unless

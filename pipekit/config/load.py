@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipekit.config.deepspeed_json import read_deepspeed_json
+from pipekit.config.deepspeed_section import take_over_deepspeed
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config
 from pipekit.errors import ConfigError, printable
@@ -64,6 +66,20 @@ class Draft:
         """Return the place of a key, or else of the nearest key above it."""
         above = (key[:length] for length in range(len(key), 0, -1))
         return next((self.places[known] for known in above if known in self.places), _Place(self.label))
+
+    def get(self, key: KeyPath) -> Any:
+        """Return the value of a key; None where there is none."""
+        node: Any = self.values
+        for part in key:
+            if node is self.values:
+                node = _written_out(part, node.get(part))
+            else:
+                node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    def label_as(self, section: str, label: str) -> None:
+        """Show the faults of a section, whose values stand in a file of their own, under that file."""
+        self.places[(section,)] = _Place(label)
 
     def add(self, fault: Fault) -> None:
         """Note a fault at the place of its key."""
@@ -326,6 +342,7 @@ def _finish(draft: Draft, *, default_dir: str | None) -> Config:
             "configuration of a Trial; of its checkpoints, pipekit export CHECKPOINT/model0 OUT --raw exports an engine"
         )
     keys = section_keys()
+    take_over_deepspeed(draft)
     knows_model = _take_over_source(draft)
     sections: dict[str, Any] = {}
     for name in draft.values:
@@ -384,6 +401,8 @@ def _written_out(name: str, values: Any) -> Any:
     """Return a section whose short form, a word in place of the mapping, is replaced by the mapping."""
     if name == "model" and isinstance(values, str):
         return {"builder": values}
+    if name == "deepspeed" and isinstance(values, str):
+        return read_deepspeed_json(values)
     return {"auto": True} if name == "parallel" and values == "auto" else values
 
 

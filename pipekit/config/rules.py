@@ -10,8 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config.data_rules import DATA_RULES
-from pipekit.config.deepspeed_keys import check_deepspeed_keys
-from pipekit.config.deepspeed_values import check_deepspeed_values
+from pipekit.config.deepspeed_json import check_passed_on
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
@@ -429,8 +428,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("scheduler",), warmup_ends_before_decay),
     (("optimizer",), momentum_is_for_sgd),
     *DATA_RULES,
-    (("deepspeed",), check_deepspeed_keys),
-    (("deepspeed",), check_deepspeed_values),
+    (("deepspeed",), check_passed_on),
     (("parallel",), processes_are_possible),
     (("train", "parallel"), table_can_be_planned),
 )

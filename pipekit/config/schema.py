@@ -463,7 +463,8 @@ class Config(Section):
     """Callbacks: early stopping, and a picture of the losses."""
 
     deepspeed: dict[str, Any] = Field(default={}, examples=[{"wall_clock_breakdown": True}])
-    """Settings passed through to DeepSpeed; keys that pipekit sets itself are refused."""
+    """DeepSpeed's own configuration, as a mapping or the path of a JSON file: what pipekit has a key for is that key's
+    value, `auto` leaves it to pipekit, and the rest is passed on."""
 
     @property
     def decay_steps(self) -> int:

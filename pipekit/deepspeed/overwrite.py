@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipekit.config.deepspeed_json import read_deepspeed_json
 from pipekit.errors import ConfigError
 from pipekit.settings.base import config_error, show
 from pipekit.settings.suggest import closest
@@ -62,30 +62,6 @@ def merge_sections(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge_sections(merged[key], value) if both else value
     return merged
-
-
-def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed configuration from its JSON file.
-
-    Raises:
-        ConfigError: if it cannot be read, is not a JSON object, or gives a key twice in one object.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a DeepSpeed configuration: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: must be a mapping, and is {type(config).__name__}")
-    return config
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{key} is given twice, as {show(values[key])} and {show(value)}; remove one of them")
-        values[key] = value
-    return values
 
 
 def _find_faults(

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineModule as DeepSpeedPipelineModule
 from torch import nn
 
 from pipekit.checkpoint.model_config import read_model_config, shapes_of_layers
 from pipekit.config import Config, ModelConfigSource
-from pipekit.config.deepspeed_keys import unknown_deepspeed_keys
+from pipekit.config.deepspeed_json import check_deepspeed, read_deepspeed_json
+from pipekit.config.deepspeed_keys import Caller
+from pipekit.config.deepspeed_section import fill_auto, one_bf16
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.deepspeed.optimizer_view import whole_shape
-from pipekit.deepspeed.overwrite import read_deepspeed_json
 from pipekit.deepspeed.patches import use_joined_processes
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.processes import raise_together
@@ -34,6 +36,7 @@ from pipekit.engine.plain_module_check import (
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.layout import Layout
 from pipekit.schedules import Schedule
+from pipekit.settings.base import config_error
 
 
 def initialize(
@@ -100,7 +103,8 @@ def initialize(
                 f"model is {type(model).__name__}, a pipeline module of DeepSpeed's; import PipelineModule from "
                 "pipekit, which takes the same arguments"
             )
-        settings = _read_config(_only_config(args, config, config_params))
+        caller: Caller = "pipeline" if isinstance(model, PipelineModule) else "module"
+        settings = _read_config(_only_config(args, config, config_params), caller)
         has_optimizer = optimizer is not None or "optimizer" in settings
         if not has_optimizer and isinstance(model, PipelineModule):
             raise ConfigError(f"no optimizer: {GIVE_OPTIMIZER}")
@@ -109,10 +113,11 @@ def initialize(
         parameters = list(model_parameters)
         if isinstance(model, PipelineModule):
             _check_zero_stage(model, settings.get("zero_optimization", {}).get("stage", 0))
+            _check_layout(model, settings)
         else:
             if not has_optimizer:
                 check_evaluation(settings)
-            check_plain_module(model, settings, parameters, optimizer)
+            check_plain_module(model, parameters, optimizer)
             check_mpu_of_replicas(mpu)
         if model_config is not None:
             described = _describe_model(model, model_config)
@@ -134,7 +139,8 @@ def initialize(
             **given,
         )
     else:
-        interval = settings.get("pipeline", {}).pop("activation_checkpoint_interval", 0)
+        interval = settings.pop("pipeline", {}).get("activation_checkpoint_interval", 0)
+        settings.pop("tensor_parallel", None)
         model.activation_checkpointing = interval or model.activation_checkpointing
         engine = build_engine(
             model,
@@ -194,15 +200,35 @@ def _check_zero_stage(model: PipelineModule, zero: int) -> None:
         )
 
 
-def _read_config(config: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def _check_layout(model: PipelineModule, settings: Mapping[str, Any]) -> None:
+    """Raise a ConfigError where a module and the configuration disagree on what both may say."""
+    layout = model.mpu().layout
+    pipeline = settings.get("pipeline", {})
+    stages, interval = pipeline.get("stages"), pipeline.get("activation_checkpoint_interval")
+    tp = settings.get("tensor_parallel", {}).get("autotp_size")
+    for key, asked, what, own in (
+        ("pipeline.stages", stages, "PipelineModule(num_stages)", layout.pp),
+        ("tensor_parallel.autotp_size", tp or None, "the model axis of its topology", layout.tp),
+        (
+            "pipeline.activation_checkpoint_interval",
+            interval,
+            "PipelineModule(activation_checkpoint_interval)",
+            model.activation_checkpointing or interval,
+        ),
+    ):
+        if asked is not None and asked != own:
+            raise ConfigError(f"{key}={asked} and {what}={own} do not agree; remove one of them, or make them equal")
+
+
+def _read_config(config: str | Mapping[str, Any] | None, caller: Caller) -> dict[str, Any]:
+    """Return DeepSpeed's configuration with pipekit's values in the place of `auto`, after checking all of it."""
     if config is None:
         raise ConfigError("no configuration: give config=, a dict or the path of a JSON file")
     where = "config"
     if not isinstance(config, Mapping):
         where, config = str(config), read_deepspeed_json(config)
-    settings = json.loads(json.dumps(config))
-    faults = list(unknown_deepspeed_keys(settings))
+    settings, faults = one_bf16(json.loads(json.dumps(config)), "")
+    faults += check_deepspeed(settings, caller)
     if faults:
-        raise ConfigError("\n  ".join(f"{where}: {fault}" for fault in faults))
-    result: dict[str, Any] = settings
-    return result
+        raise config_error(f"{where}: {fault.message}" for fault in faults)
+    return fill_auto(settings, precision="bf16" if get_accelerator().device_name() == "cuda" else "fp32")

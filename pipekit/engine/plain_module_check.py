@@ -22,19 +22,16 @@ GIVE_OPTIMIZER = (
 """Remedy where there is no optimizer, for errors."""
 
 
-def check_plain_module(
-    module: nn.Module, settings: Mapping[str, Any], parameters: Iterable[Any], optimizer: Any
-) -> None:
-    """Raise a ConfigError where a module, a configuration and an optimizer cannot run, or could not be saved.
+def check_plain_module(module: nn.Module, parameters: Iterable[Any], optimizer: Any) -> None:
+    """Raise a ConfigError where a module and an optimizer cannot run, or could not be saved.
 
     Args:
         module: the model.
-        settings: DeepSpeed's configuration.
         parameters: the parameters to train, or groups of them.
         optimizer: a torch optimizer, a function that returns one, or None.
 
     Example:
-        >>> check_plain_module(nn.Linear(1, 1).double(), {}, [], None)
+        >>> check_plain_module(nn.Linear(1, 1).double(), [], None)
         Traceback (most recent call last):
         ...
         pipekit.errors.ConfigError: weight is float64, and checkpoints hold fp32; try model.float()
@@ -52,11 +49,6 @@ def check_plain_module(
                 f"{name} is {type(buffer).__name__} and not a tensor, so no checkpoint can hold it; register it as a "
                 "buffer, or keep it in client_state"
             )
-    for key in ("hybrid_engine", "tensor_parallel", "expert_parallel", "autotuning", "pipeline"):
-        if settings.get(key):
-            raise ConfigError(f"{key}: has no effect on a plain module; remove it")
-    if settings.get("zero_optimization", {}).get("zenflow"):
-        raise ConfigError("zero_optimization.zenflow: ZenFlow brings optimizers of its own; remove it")
     groups = [*parameters, *(optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else ())]
     known = set(named.values())
     for group in groups:

@@ -1,17 +1,16 @@
-"""The table of DeepSpeed's keys is that of the installed DeepSpeed, and wrong keys are refused."""
+"""The table of DeepSpeed's keys is that of the installed DeepSpeed: its models, and what it asks for while it reads."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipekit.config import parse_config
-from pipekit.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS, UNSUPPORTED_KEYS, KeyTree
-from pipekit.errors import ConfigError
+from pipekit.config.deepspeed_keys import DEEPSPEED_KEYS, TREATMENTS, KeyTree, is_refused, key_table
 
-BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 3}}
+ROOT = Path(__file__).resolve().parents[2]
 
 MODELS = {
     "zero_optimization": ("runtime.zero.config", "DeepSpeedZeroConfig"),
@@ -20,14 +19,16 @@ MODELS = {
         "runtime.zero.offload_config",
         "DeepSpeedZeroOffloadOptimizerConfig",
     ),
-    "zero_optimization.zenflow": ("runtime.zenflow.zenflow_config", "ZenFlowConfig"),
     "zero_optimization.leaf_module": ("runtime.zero.leaf_module_config", "DeepSpeedZeroLeafModuleConfig"),
     "fp16": ("runtime.precision_config", "DeepSpeedFP16Config"),
     "bf16": ("runtime.precision_config", "DeepSpeedBF16Config"),
     "comms_logger": ("comm.config", "CommsLoggerConfig"),
+    "tensorboard": ("monitor.config", "TensorBoardConfig"),
+    "wandb": ("monitor.config", "WandbConfig"),
     "csv_monitor": ("monitor.config", "CSVConfig"),
     "comet": ("monitor.config", "CometConfig"),
     "compile": ("compile.config", "CompileConfig"),
+    "tensor_parallel": ("runtime.tensor_parallel.config", "TPTrainingConfig"),
     "timers.throughput": ("utils.config", "DeepSpeedThroughputTimerConfig"),
 }
 """Sections that DeepSpeed reads with a pydantic model."""
@@ -89,110 +90,83 @@ def spied() -> dict[str, set[str]]:
     return {"": whole.asked, **{name: dict.__getitem__(whole, name).asked for name in READ_BY_HAND}}
 
 
-def test_sections_and_plain_keys_are_those_that_deepspeed_asks_for(spied: dict[str, set[str]]):
-    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+def test_sections_and_plain_keys_are_those_that_deepspeed_asks_for(spied: dict[str, set[str]]) -> None:
+    assert spied[""] == set(DEEPSPEED_KEYS)
 
-    assert spied[""] - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) == set(DEEPSPEED_KEYS)
+
+def test_keys_that_deepspeed_has_removed_are_refused() -> None:
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
+
+    removed = [*_REMOVED_TOP_LEVEL_CONFIG_KEYS, *(f"zero_optimization.{key}" for key in _REMOVED_ZERO_CONFIG_KEYS)]
+    assert len(removed) > 10
+    for path in removed:
+        assert is_refused(path, True, "run")
+        assert is_refused(path, True, "module")
 
 
 @pytest.mark.parametrize("section", READ_BY_HAND)
-def test_keys_of_a_section_are_those_that_deepspeed_asks_for(section: str, spied: dict[str, set[str]]):
+def test_keys_of_a_section_are_those_that_deepspeed_asks_for(section: str, spied: dict[str, set[str]]) -> None:
     assert spied[section] == set(subtree(section))
 
 
 @pytest.mark.parametrize("section", MODELS)
-def test_keys_of_a_section_are_the_fields_of_its_model(section: str):
-    pytest.importorskip("deepspeed")
+def test_keys_of_a_section_are_the_fields_of_its_model(section: str) -> None:
+    from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
+
     module, name = MODELS[section]
     fields = getattr(importlib.import_module(f"deepspeed.{module}"), name).model_fields
-    assert {field.alias or key for key, field in fields.items()} == set(subtree(section))
+    removed = _REMOVED_ZERO_CONFIG_KEYS if section == "zero_optimization" else {}
+    assert {field.alias or key for key, field in fields.items()} == set(subtree(section)) - set(removed)
 
 
-def test_every_nested_section_of_the_table_is_compared_above():
+def test_keys_of_the_pipeline_are_those_that_its_engine_reads() -> None:
+    import inspect
+
+    from deepspeed.runtime.config import get_pipeline_config
+    from deepspeed.runtime.pipe import engine
+
+    assert {*get_pipeline_config({}), "use_reentrant"} == set(subtree("pipeline"))
+    assert "pipeline['use_reentrant']" in inspect.getsource(engine)
+
+
+def test_every_model_of_deepspeed_is_compared_or_taken_as_a_whole() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    whole = {"hybrid_engine", "expert_parallel", "zero_optimization.zenflow", "tensor_parallel.tp"}
+    whole |= {"weight_quantization"}
+    assert all(TREATMENTS[path].refusal for path in whole)
+    known = {getattr(importlib.import_module(f"deepspeed.{module}"), name).__name__ for module, name in MODELS.values()}
+    values = vars(DeepSpeedConfig({"train_batch_size": 1})).values()
+    found = {type(value) for value in values if isinstance(value, DeepSpeedConfigModel)}
+    parts = {
+        kind
+        for model in found
+        for field in model.model_fields.values()
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+        if isinstance(kind, type) and issubclass(kind, DeepSpeedConfigModel)
+    }
+    names = {model.__name__ for model in found | parts} - known
+    assert (
+        names == {"DeepSpeedMonitorConfig", "HybridEngineConfig", "ZenFlowConfig", "TPConfig", "AutoEPConfig"} & names
+    )
+    assert len(found | parts) > 12
+
+
+def test_every_nested_section_of_the_table_is_compared_above() -> None:
     def nested(tree: KeyTree, prefix: str = "") -> set[str]:
         here = {f"{prefix}{key}" for key, below in tree.items() if below is not None}
         return here.union(*(nested(below, f"{prefix}{key}.") for key, below in tree.items() if below is not None))
 
-    assert nested(DEEPSPEED_KEYS) == {*MODELS, *READ_BY_HAND}
+    assert nested(DEEPSPEED_KEYS) == {*MODELS, *READ_BY_HAND, "pipeline"}
 
 
-def test_owned_and_unsupported_keys_are_keys_of_deepspeed():
-    for path in [*OWNED_KEYS, *UNSUPPORTED_KEYS]:
-        parent, _, key = path.rpartition(".")
-        assert key in (subtree(parent) if parent else DEEPSPEED_KEYS)
+def test_each_key_is_there_once() -> None:
+    from pipekit.config.deepspeed_keys import _ROWS
+
+    assert sum(len(keys.split()) for _, keys, _, _ in _ROWS) == len(TREATMENTS)
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        (
-            {"train_batch_size": 3},
-            "deepspeed.train_batch_size: pipekit sets this itself; use train.global_batch_size instead",
-        ),
-        (
-            {"zero_optimization": {"stage": 1}},
-            "deepspeed.zero_optimization.stage: pipekit sets this itself; use parallel.zero instead",
-        ),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            "deepspeed.zero_optimization.offload_optimizer.device: pipekit sets this itself; use parallel.offload "
-            "instead",
-        ),
-        (
-            {"zero_optimization": {"cpu_offload_param": True}},
-            "deepspeed.zero_optimization.cpu_offload_param: pipekit sets this itself; use "
-            "parallel.offload=parameters instead",
-        ),
-        (
-            {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}},
-            "deepspeed.zero_optimization.zenflow: has no effect here, since ZenFlow brings optimizers of its own; "
-            "remove it",
-        ),
-        (
-            {"fp16": {"enabled": True}},
-            "deepspeed.fp16.enabled: pipekit sets this itself; use train.precision=fp16 instead",
-        ),
-        (
-            {"optimizer": {"type": "Lamb"}},
-            "deepspeed.optimizer: pipekit sets this itself; use the optimizer section instead",
-        ),
-        (
-            {"zero_optimization": {"overlap_com": True}},
-            "deepspeed.zero_optimization.overlap_com: unknown key; "
-            "did you mean 'deepspeed.zero_optimization.overlap_comm'?",
-        ),
-        (
-            {"wall_clock_brakdown": True},
-            "deepspeed.wall_clock_brakdown: unknown key; did you mean 'deepspeed.wall_clock_breakdown'?",
-        ),
-        (
-            {"gradient_cliping": 1},
-            "deepspeed.gradient_cliping: unknown key; use train.gradient_clipping instead",
-        ),
-        ({"fp16": True}, "deepspeed.fp16=true: must be a mapping; for example fp16: {auto_cast: ...}"),
-        (
-            {"expert_parallel": {}},
-            "deepspeed.expert_parallel: has no effect here, since expert parallelism is not available yet; remove it",
-        ),
-        (
-            {"data_types": {"zzz": 1}},
-            "deepspeed.data_types.zzz: unknown key; deepspeed.data_types has buffer_dtype, "
-            "grad_accum_dtype, keep_in_fp32_modules and param_dtype",
-        ),
-    ],
-)
-def test_wrong_keys_are_refused(section: dict[str, Any], message: str):
-    with pytest.raises(ConfigError) as caught:
-        parse_config({**BASE, "deepspeed": section})
-    assert str(caught.value) == message
-
-
-def test_known_keys_pass_through_untouched():
-    section = {
-        "zero_optimization": {"reduce_bucket_size": 5e8, "offload_optimizer": {"pin_memory": True}},
-        "fp16": {"loss_scale_window": 100},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "wall_clock_breakdown": True,
-    }
-    config = {**BASE, "parallel": {"offload": "optimizer"}, "deepspeed": section}
-    assert parse_config(config).deepspeed == section
+def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+    page = (ROOT / "docs/deepspeed.md").read_text(encoding="utf-8")
+    assert key_table() in page, f"docs/deepspeed.md needs this table:\n{key_table()}"

@@ -93,6 +93,8 @@ BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 3}}
             "deepspeed": {
                 "zero_optimization": {"overlap_comm": True},
                 "data_types": {"grad_accum_dtype": "fp32"},
+                "prescale_gradients": False,
+                "train_batch_size": 16,
             },
         },
     ],
@@ -138,8 +140,8 @@ def test_the_schema_accepts_a_model_that_its_folder_describes(tmp_path: Path):
         {**BASE, "data": {"validation_fraction": 1}},
         {**BASE, "data": {"source": []}},
         {**BASE, "logging": {"wandb": {"projct": "x"}}},
-        {**BASE, "deepspeed": {"train_batch_size": 3}},
-        {**BASE, "deepspeed": {"zero_optimization": {"stage": 1}}},
+        {**BASE, "deepspeed": {"prescale_gradients": True}},
+        {**BASE, "deepspeed": {"zero_optimization": {"offload_param": {"nvme_path": "/nvme"}}}},
         {**BASE, "deepspeed": {"zero_optimization": {"overlap_com": True}}},
     ],
 )

@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another's": (lambda rank: {"model": build_tagger()}, "the optimizer updates a tensor of shape (11, 8) that is no"),
     "fp64": (lambda rank: {"model": build_tagger().double()}, "is float64, and checkpoints hold fp32; try model.float"),
     "extra state": (lambda rank: {"model": Extra()}, "_extra_state is dict and not a tensor, so no checkpoint can"),
-    "hybrid": (lambda rank: {"config": config(hybrid_engine={"enabled": True})}, "hybrid_engine: has no effect on a"),
+    "hybrid": (lambda rank: {"config": config(hybrid_engine={"enabled": True})}, "hybrid_engine: has no effect here"),
     "parts": (
         lambda rank: {"mpu": SimpleNamespace(get_data_parallel_world_size=lambda: 1)},
         "the mpu has 1 replicas on 2 ranks, but each rank holds a plain module whole",

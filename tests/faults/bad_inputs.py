@@ -239,7 +239,7 @@ OVERRIDES: dict[str, str] = {
     "run.timeout_s=1e300": "run.timeout_s=1e+300",
     "run.threads_per_process=1000000000": "run.threads_per_process=1000000000",
     # DeepSpeed's own settings.
-    "deepspeed.zero_optimization.stage=2": "parallel.zero",
+    "parallel.zero=1 deepspeed.zero_optimization.stage=2": "parallel.zero=1 is given",
     "deepspeed.zero_optimisation={}": "did you mean 'deepspeed.zero_optimization'",
     "deepspeed.zero_optimization=3": "must be a mapping",
     "deepspeed.wall_clock_breakdown=maybe": "deepspeed.wall_clock_breakdown=maybe",
@@ -260,6 +260,7 @@ OVERRIDES: dict[str, str] = {
     "deepspeed.csv_monitor.enabled=maybe": "deepspeed.csv_monitor.enabled=maybe",
     "deepspeed.prescale_gradients=maybe": "deepspeed.prescale_gradients=maybe",
     "deepspeed=3": "deepspeed=3",
+    "deepspeed=no.json": "no.json: cannot be read",
     # Code of one's own that builds no model.
     "model=code:interact": "standard library",
     "model=os:abort": "standard library",
