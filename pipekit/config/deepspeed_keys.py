@@ -282,5 +282,5 @@ def _cell(treatment: Treatment, callers: tuple[Caller, ...]) -> str:
     if not refused:
         return ours or "passed on"
     kept = " or ".join(f"`{str(value).lower()}`" for value in treatment.unless)
-    whom = {("pipeline",): " for a pipeline", ("module",): " for a plain module"}.get(tuple(refused), "")
+    whom = {"pipeline": " for a pipeline", "module": " for a plain module"}.get(" ".join(refused), "")
     return f"{ours}{'; ' if ours else ''}refused{whom}{f', but for {kept}' if kept else ''}: {treatment.refusal}"
