@@ -61,10 +61,8 @@ def fill_auto(config: Mapping[str, Any], *, precision: Literal["fp32", "bf16"]) 
         precision: of a model for which none is given.
 
     Example:
-        >>> fill_auto({"train_batch_size": 8, "gradient_clipping": "auto", "zero_optimization": {"stage": "auto"},
-        ...     "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, precision="fp32")
-        {'train_batch_size': 8, 'gradient_clipping': 1.0, 'zero_optimization': {'stage': 1}, 'optimizer': {'type': \
-'AdamW', 'params': {'lr': 0.0003}}}
+        >>> fill_auto({"gradient_clipping": "auto", "bf16": {"enabled": "auto"}}, precision="bf16")
+        {'bf16': {'enabled': True}, 'gradient_clipping': 1.0}
     """
     filled = without_auto(config)
     is_fp16 = _value(config, "fp16.enabled") is True
@@ -273,7 +271,7 @@ def _divide_batch(draft: Draft, num_micro_batches: Any, owner: str, shown: str) 
 
 
 def _without_ours(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return what goes on to DeepSpeed: the keys that pipekit has no key for, and that are not off."""
+    """The rest, which goes on to DeepSpeed: keys that pipekit has no key for, and that are not off."""
     left: dict[str, Any] = {}
     for key, value in section.items():
         path = f"{above}{key}"
