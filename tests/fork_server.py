@@ -47,6 +47,7 @@ def run_pipekit(
     environ: Mapping[str, str] | None = None,
     timeout_s: float = 180.0,
     fork_ranks: bool = True,
+    said: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """Run the `pipekit` command in a fork, which is there at once.
 
@@ -56,11 +57,12 @@ def run_pipekit(
         environ: variables to set on top of this process's own.
         timeout_s: seconds after which the command is killed.
         fork_ranks: whether the ranks that it starts are forks too, or new interpreters, as for a user.
+        said: what it reads from stdin.
 
     Raises:
         subprocess.TimeoutExpired: after that.
     """
-    return _run(["pipekit", *arguments], cwd, environ, timeout_s, fork_ranks)
+    return _run(["pipekit", *arguments], cwd, environ, timeout_s, fork_ranks, said)
 
 
 def run_joining(
@@ -98,6 +100,7 @@ class StartedCommand:
         output: an existing folder for what it prints.
         environ: variables to set on top of this process's own.
         fork_ranks: as for `run_pipekit`.
+        said: as for `run_pipekit`.
     """
 
     def __init__(
@@ -108,12 +111,14 @@ class StartedCommand:
         output: Path,
         environ: Mapping[str, str] | None = None,
         fork_ranks: bool = True,
+        said: str = "",
     ) -> None:
         self._command, self._stdout, self._stderr = command, output / "stdout", output / "stderr"
-        for file in (self._stdout, self._stderr):
-            file.touch()
+        stdin = output / "stdin"
+        for file, text in ((stdin, said), (self._stdout, ""), (self._stderr, "")):
+            file.write_text(text)
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
-        files = (str(self._stdout), str(self._stderr))
+        files = tuple(map(str, (stdin, self._stdout, self._stderr)))
         self._process = fork(_main, command, str(cwd), variables, *files, fork_ranks)
 
     @property
@@ -146,23 +151,36 @@ class StartedCommand:
 
 
 def _run(
-    command: Sequence[str], cwd: Path, environ: Mapping[str, str] | None, timeout_s: float, fork_ranks: bool
+    command: Sequence[str],
+    cwd: Path,
+    environ: Mapping[str, str] | None,
+    timeout_s: float,
+    fork_ranks: bool,
+    said: str = "",
 ) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
-        started = StartedCommand(command, cwd=cwd, output=Path(folder), environ=environ, fork_ranks=fork_ranks)
+        output = Path(folder)
+        started = StartedCommand(command, cwd=cwd, output=output, environ=environ, fork_ranks=fork_ranks, said=said)
         return started.wait(timeout_s)
 
 
 def _main(
-    command: Sequence[str], cwd: str, environ: dict[str, str], stdout: str, stderr: str, fork_ranks: bool
+    command: Sequence[str],
+    cwd: str,
+    environ: dict[str, str],
+    stdin: str,
+    stdout: str,
+    stderr: str,
+    fork_ranks: bool,
 ) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environ)
     tempfile.tempdir = None
-    for number, path in ((1, stdout), (2, stderr)):
-        with open(path, "wb") as file:
+    for number, (path, mode) in enumerate(((stdin, "rb"), (stdout, "wb"), (stderr, "wb"))):
+        with open(path, mode) as file:
             os.dup2(file.fileno(), number)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     sys.argv = list(command)
     if command[0].endswith(".py"):

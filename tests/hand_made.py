@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
+from chat_templates import TEMPLATES, without_blocks
+from chat_templates import write_chat_tokenizer as write_marked_tokenizer
 from pipekit.checkpoint.manifest import Manifest, TensorEntry, TrainingState
 from pipekit.config import Config, parse_config
 from pipekit.data.tokenizer import train_tokenizer
@@ -86,12 +88,27 @@ def write_chat_tokenizer(folder: Path, *, template: str | None = CHAT_TEMPLATE) 
 def examples_at_work(folder: Path) -> Path:
     """Make a working directory in which every shipped example can be trained, and return it.
 
-    It has the examples, the pages of the docs, text of one's own, and a small random model in place of the public one
-    that a user downloads.
+    It has the examples, the pages of the docs, text and conversations of one's own, and small random models in place of
+    the public ones that a user downloads.
     """
     for name in ("examples", "docs"):
         (folder / name).symlink_to(Path(__file__).resolve().parents[1] / name)
-    write_hf_folder(folder / "downloads/SmolLM2-135M", max_positions=512, num_kv_heads=2, tied_embedding=True)
+    sizes = {"max_positions": 512, "num_kv_heads": 2, "tied_embedding": True}
+    write_hf_folder(folder / "downloads/SmolLM2-135M", **sizes)
+    chat_model = folder / "downloads/SmolLM2-135M-Instruct"
+    write_hf_folder(chat_model, with_tokenizer=False, vocab_size=306, **sizes)
+    write_marked_tokenizer(chat_model, without_blocks(TEMPLATES["chatml"]))
+    (folder / "my_chats").mkdir()
+    for name, numbers in (("train", range(40)), ("held_out", range(40, 43))):
+        chats = [
+            [
+                {"role": "user", "content": f"What does f_{number} do?"},
+                {"role": "assistant", "content": f"It returns {number}."},
+            ]
+            for number in numbers
+        ]
+        lines = (json.dumps({"messages": messages}) + "\n" for messages in chats)
+        (folder / f"my_chats/{name}.jsonl").write_text("".join(lines))
     (folder / "my_text").mkdir()
     for number in range(40):
         (folder / f"my_text/{number}.txt").write_text(TEXT.replace("function", f"f_{number}") * 40)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from torch.utils.data import default_collate
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fork_server import run_pipekit
 from hand_made import examples_at_work
@@ -102,25 +102,46 @@ def test_a_public_model_goes_on_and_home_as_the_page_says(tmp_path: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # what peft says of transformers' code
-def test_a_public_model_is_fine_tuned_by_adapters_as_the_example_says(tmp_path: Path) -> None:
+def test_a_chat_model_is_fine_tuned_by_adapters_as_the_example_and_the_page_say(tmp_path: Path) -> None:
     from peft import PeftModel  # which takes seconds
 
-    example = (ROOT / "examples/lora_llama.yaml").read_text()
-    download, train, adapter, merge = (shlex.split(line.removeprefix("#   ")) for line in example.splitlines()[1:5])
+    example = (ROOT / "examples/chat_llama.yaml").read_text()
+    commands = [line.removeprefix("#   ") for line in example.splitlines()[1:7]]
+    page = (ROOT / "docs/fine-tuning.md").read_text(encoding="utf-8")
+    section = page.partition("## A chat model of your own\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)[0].splitlines()
+    told_of = [line for line in commands if "--adapter" not in line]
+    assert [line for line in shown if line in commands] == told_of, "the page walks the same way"
+    download, train, adapter, merge, evaluate, chat = map(shlex.split, commands)
+    imported, evaluate_base = (shlex.split(line) for line in shown if line not in commands)
+
     work = examples_at_work(tmp_path)
-    short = ["train.steps=4", "train.sequence_length=64", "train.eval_interval=2", "train.eval_batches=1"]
+    assert f"init_from: {download[-1]}" in pipekit(work, *imported[1:])
+    short = ["train.steps=4", "train.sequence_length=256", "train.eval_interval=2", "train.eval_batches=1"]
     pipekit(work, *train[1:], *short, "data.cache_dir=cache", "parallel.pp=2")
-    run = work / "runs/lora_llama"
-    assert metrics(run, "val_loss")[-1] < metrics(run, "val_loss")[0]
+    run = work / "runs/chat_llama"
     # Stopped and gone on, at another layout.
     pipekit(work, *train[1:], *short, "train.steps=6", "data.cache_dir=cache", "parallel.tp=2")
     pipekit(work, *adapter[1:])
-    told = pipekit(work, *merge[1:])
-    assert "checked against transformers" in told
+    assert "checked against transformers" in pipekit(work, *merge[1:])
+    before, after = (
+        json.loads(pipekit(work, *command[1:], "data.cache_dir=cache", "--json"))["texts"][0]
+        for command in (evaluate_base, evaluate)
+    )
+    losses = metrics(run, "val_loss")
+    assert [before["loss"], after["loss"]] == pytest.approx([losses[0], losses[-1]], rel=1e-4)
+    assert after["loss"] < before["loss"]
+
     base = AutoModelForCausalLM.from_pretrained(work / download[-1])
     tuned: Any = PeftModel.from_pretrained(base, work / adapter[3]).eval()
     merged: Any = AutoModelForCausalLM.from_pretrained(work / merge[3])
-    tokens = torch.arange(30)[None]
+    tokenizer = AutoTokenizer.from_pretrained(work / merge[3])
+    question = [{"role": "user", "content": "What does f_3 do?"}]
+    tokens = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     with torch.no_grad():
         torch.testing.assert_close(tuned(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert pipekit(work, "generate", "runs/lora_llama", "--prompt", "def ").startswith("def ")
+        written = tokens
+        for _ in range(5):
+            written = torch.cat([written, merged(written).logits[:, -1:].argmax(-1)], dim=1)
+    said = run_pipekit([*chat[1:], "--temperature", "0", "--max-new-tokens", "5"], cwd=work, said="What does f_3 do?\n")
+    assert said.stdout == tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True) + "\n"

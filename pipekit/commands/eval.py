@@ -89,31 +89,31 @@ def command(
             keeps_samples=samples is not None,
         )
         find_tasks(asked)
-    texts = []
-    if data or tasks is None:
-        texts = find_texts(read, data or (), on_progress=say)
     stored = open_model(read.path, given=config, trust_code=trust_code)
+    spread = SpreadModel(str(read.path), None if config is None else str(config), trust_code, pp, tp)
+    if pp * tp > 1:
+        spread.check(stored)
+    has_texts = bool(data) or tasks is None
     window = read.window(stored.longest_sequence) if window is None else window
     stride = window if stride is None else stride
-    if texts and window > stored.longest_sequence:
+    if has_texts and window > stored.longest_sequence:
         raise ConfigError(f"--window {window}: the model sees at most {stored.longest_sequence} tokens; give fewer")
     if stride > window:
         raise ConfigError(
             f"--stride {stride}: must be at most the window, {window} tokens, or tokens would be left out"
         )
+    texts = find_texts(read, data or (), on_progress=say) if has_texts else []
     settings = EvaluationSettings(window, stride, batch_size, asked)
     if pp * tp == 1:
         model = GeneratorModel(Generator.build(stored, device=device))
         found = evaluate_model(model, read, texts, settings, on_progress=say)
     else:
-        spread = SpreadModel(str(read.path), None if config is None else str(config), trust_code, pp, tp)
-        spread.check(stored)
         say(f"evaluating in {pp * tp} processes")
         task = {
             "source": str(read.path),
             "config": spread.config,
             "data": list(data or ()),
-            "has_texts": bool(texts),
+            "has_texts": has_texts,
             "settings": asdict(settings),
         }
         fields = run_on_ranks("pipekit.launch.eval_rank", "pipekit eval", spread, task, device=device)

@@ -101,9 +101,8 @@ def evaluate_model(
     window, stride = settings.window, settings.stride
     measured = tuple(
         measure_perplexity(
-            text.tokens,
+            text,
             model.score,
-            name=text.name,
             tokenizer=tokenizer,
             window=window,
             stride=stride,

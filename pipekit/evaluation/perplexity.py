@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pipekit.data.tokenizer import TextTokenizer
 from pipekit.errors import DataError
 from pipekit.evaluation.scoring import Span, TokenScorer, score_spans
+from pipekit.evaluation.texts import Text
 
 # Decoding takes several times the memory of its tokens.
 _DECODED_TOKENS = 1 << 20
@@ -28,7 +29,8 @@ class Perplexity:
     Attributes:
         name: of the text.
         loss: mean negative log-likelihood of a token, in nats.
-        num_tokens: tokens that were scored; those that end documents are among them.
+        num_tokens: tokens that were scored; those that end documents are among them, and of conversations only those
+            that count in the loss.
         num_bytes: UTF-8 bytes of the text of these tokens; what ends a document has none.
     """
 
@@ -89,23 +91,41 @@ def plan_windows(num_tokens: int, *, window: int, stride: int) -> Iterator[tuple
         scored = end
 
 
+def plan_spans(text: Text, *, window: int, stride: int) -> Iterator[tuple[int, Span]]:
+    """Yield the spans of a text whose scored tokens together are its tokens, and the place in the text where each ends.
+
+    Of conversations each is read by itself, and spans in which no token counts are left out.
+
+    Args:
+        text: to score.
+        window: see `plan_windows`.
+        stride: see `plan_windows`.
+    """
+    bounds = [0, len(text.tokens)] if text.conversations is None else text.conversations.tolist()
+    for first, last in pairwise(bounds):
+        for begin, end, num_scored in plan_windows(last - first, window=window, stride=stride):
+            counts: tuple[bool, ...] | None = None
+            if text.loss_mask is not None:
+                counts = tuple(map(bool, text.loss_mask[first + end - num_scored : first + end].tolist()))
+            if counts is None or any(counts):
+                yield first + end, Span(tuple(text.tokens[first + begin : first + end].tolist()), num_scored, counts)
+
+
 def measure_perplexity(
-    tokens: npt.NDArray[Any],
+    text: Text,
     score: TokenScorer,
     *,
-    name: str,
     tokenizer: TextTokenizer,
     window: int,
     stride: int | None = None,
     batch_size: int,
     on_progress: Callable[[float], None] | None = None,
 ) -> Perplexity:
-    """Return the perplexity of a text, given as its tokens `(N,)`.
+    """Return the perplexity of a text; of conversations that of the tokens that count in the loss.
 
     Args:
-        tokens: of all documents, one after the other, each with the token that ends it.
+        text: to score.
         score: the model.
-        name: of the text.
         tokenizer: of the tokens, for the bytes of the text.
         window: tokens that the model sees at once.
         stride: see `plan_windows`; that of windows that do not overlap unless given.
@@ -113,20 +133,38 @@ def measure_perplexity(
         on_progress: called with the fraction that is done.
 
     Raises:
-        DataError: if there are fewer than two tokens.
+        DataError: if there is no token to score.
         NumbersError: if the model's logits are not numbers.
     """
-    if len(tokens) < 2:
-        raise DataError(f"{name}: holds {len(tokens)} tokens, and two at least are needed; give more text")
-    total = 0.0
-    windows = plan_windows(len(tokens), window=window, stride=stride or window)
-    while planned := list(islice(windows, batch_size * _CALL_BATCHES)):
-        spans = [Span(tuple(tokens[begin:end].tolist()), num_scored) for begin, end, num_scored in planned]
+    num_tokens = len(text.tokens)
+    total, num_scored = 0.0, 0
+    planned = plan_spans(text, window=window, stride=stride or window)
+    while batch := list(islice(planned, batch_size * _CALL_BATCHES)):
+        spans = [span for _, span in batch]
         total += math.fsum(-found.log_likelihood for found in score_spans(spans, score, batch_size=batch_size))
+        num_scored += sum(span.num_scored if span.counts is None else sum(span.counts) for span in spans)
         if on_progress is not None:
-            on_progress(planned[-1][1] / len(tokens))
-    num_scored = len(tokens) - 1
-    return Perplexity(name, total / num_scored, num_scored, count_bytes(tokens, tokenizer))
+            on_progress(batch[-1][0] / num_tokens)
+    if not num_scored:
+        if num_tokens < 2:
+            raise DataError(f"{text.name}: holds {num_tokens} tokens, and two at least are needed; give more text")
+        raise DataError(f"{text.name}: holds {num_tokens} tokens, of which none counts in the loss; give answers, too")
+    return Perplexity(text.name, total / num_scored, num_scored, count_text_bytes(text, tokenizer))
+
+
+def count_text_bytes(text: Text, tokenizer: TextTokenizer) -> int:
+    """UTF-8 bytes of the text of the tokens that are scored; special tokens have none."""
+    if text.conversations is None or text.loss_mask is None:
+        return count_bytes(text.tokens, tokenizer)
+    num_bytes = 0
+    for first, last in pairwise(text.conversations.tolist()):
+        counts = text.loss_mask[first:last].astype(np.int8)
+        counts[:1] = 0  # is context alone
+        # Where a run of tokens that count begins, and where it ends. What stands before decides how it is decoded.
+        changes = np.flatnonzero(np.diff(counts, prepend=0, append=0)).tolist()
+        lengths = [len(tokenizer.decode(text.tokens[first : first + place].tolist()).encode()) for place in changes]
+        num_bytes += sum(lengths[1::2]) - sum(lengths[::2])
+    return num_bytes
 
 
 def count_bytes(tokens: npt.NDArray[Any], tokenizer: TextTokenizer) -> int:

@@ -19,11 +19,13 @@ token after each input; returns `token_scores` of the model's logits. All tensor
 class Span:
     """Tokens whose last `num_scored` are scored, each after all that stand before it.
 
-    The first token is never scored, so that `num_scored` is less than the number of tokens.
+    The first token is never scored, so that `num_scored` is less than the number of tokens. `counts` says whether each
+    scored token counts; without it, all do.
     """
 
     tokens: tuple[int, ...]
     num_scored: int
+    counts: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ def score_spans(
         log_probabilities, are_likeliest = score(inputs, [len(tokens) for tokens in batch], targets)
         for row, tokens in enumerate(batch):
             for candidate, index in enumerate(rows[tokens]):
-                scored = slice(len(tokens) - spans[index].num_scored, len(tokens))
+                span = spans[index]
+                scored = torch.arange(len(tokens) - span.num_scored, len(tokens))
+                if span.counts is not None:
+                    scored = scored[torch.tensor(span.counts)]
                 log_likelihood = float(log_probabilities[row, scored, candidate].double().sum())
                 if log_likelihood != log_likelihood:
                     raise NumbersError(

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from pipekit.checkpoint.manifest import CHECKPOINTS_FOLDER, TOKENIZER_FILE, resolve_checkpoint
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config, DataConfig, ModelConfigSource, parse_config
 from pipekit.config.schema import RunConfig
+from pipekit.data.megatron import TokenSlice
 from pipekit.data.prepare import prepare_data
 from pipekit.data.prepared import PreparedData
+from pipekit.data.samples.loss_mask import load_loss_mask
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.inference.load_model import find_tokenizer, read_config
 from pipekit.models.imported import HF_CONFIG_FILE
@@ -74,10 +77,31 @@ class EvaluatedSource:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens `(N,)` of a text, each document with the token that ends it, and the text's name."""
+    """Tokens of a text, each document with the token that ends it.
+
+    Attributes:
+        name: of the text.
+        tokens: of all documents, one after the other `(N,)`.
+        conversations: where each conversation begins, and the last one ends; None of text, which is read on from one
+            document to the next.
+        loss_mask: whether each token counts in the loss `(N,)`; None where all do.
+    """
 
     name: str
     tokens: npt.NDArray[Any]
+    conversations: npt.NDArray[np.int64] | None = None
+    loss_mask: npt.NDArray[np.uint8] | None = None
+
+    @classmethod
+    def load(cls, name: str, tokens: TokenSlice, *, has_loss_mask: bool) -> Text:
+        """Text of a slice of a token file, memory-mapped, with the loss mask beside it where there is one.
+
+        Raises:
+            DataError: if a file is missing or broken.
+        """
+        if not has_loss_mask:
+            return cls(name, tokens.load_tokens())
+        return cls(name, tokens.load_tokens(), tokens.load_bounds(), load_loss_mask(tokens))
 
 
 def find_texts(
@@ -125,10 +149,8 @@ def find_texts(
     texts = []
     for each in prepared.sources:
         shown = ", ".join(sources[each.name].sources) if len(prepared.sources) == 1 else each.name
-        if each.validation is None:
-            texts.append(Text(shown, each.train.load_tokens()))
-        else:
-            texts.append(Text(f"held out of {shown}", each.validation.load_tokens()))
+        name, tokens = (shown, each.train) if each.validation is None else (f"held out of {shown}", each.validation)
+        texts.append(Text.load(name, tokens, has_loss_mask=each.has_loss_mask))
     return texts
 
 

@@ -196,6 +196,6 @@ def test_processes_measure_what_one_does(show: Show, work: Path, source: str) ->
     assert spread == alone
 
 
-def test_layers_that_cannot_be_shared_out_are_refused_before_a_process_starts(show: Show) -> None:
+def test_layers_that_cannot_be_shared_out_are_refused_before_a_text_is_read(show: Show) -> None:
     with pytest.raises(LayoutError, match=r"^--tp 3 does not divide"):
-        show("run", tp=3)
+        show("run", "data.source=no/such/text", tp=3)
