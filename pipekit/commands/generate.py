@@ -45,10 +45,12 @@ def command(
 ) -> None:
     """Generate text with a trained model."""
     from dataclasses import asdict
+    from functools import partial
 
     from pipekit.config.stored_code import check_stored_code
+    from pipekit.data.chat_template import ChatTemplate
     from pipekit.errors import ConfigError
-    from pipekit.inference.answer import GenerationSettings, encode_prompts, write_lines, write_text
+    from pipekit.inference.answer import GenerationSettings, encode_prompts, read_message, write_lines, write_text
     from pipekit.inference.answer import chat as answer_messages
     from pipekit.inference.generator import Generator
     from pipekit.inference.load_model import open_model
@@ -65,10 +67,6 @@ def command(
         raise ConfigError(
             "--system is the first message of a chat; add --chat, or write messages into a file of prompts"
         )
-    if chat and pp * tp > 1:
-        raise ConfigError(
-            "--chat runs in one process; leave --pp and --tp out, or write messages into a file of prompts"
-        )
     settings = GenerationSettings(
         max_new_tokens, temperature, top_k or None, None if top_p == 1 else top_p, stop or (), batch_size
     )
@@ -82,12 +80,15 @@ def command(
 
         spread = SpreadModel(str(source), None if config is None else str(config), trust_code, pp, tp)
         spread.check(stored)
+        if chat and stored.tokenizer_file is not None:
+            ChatTemplate(stored.tokenizer_file)  # refuses a tokenizer without one
         task = {
             "prompts": [asdict(each) for each in encoded],
             "settings": asdict(settings),
             "as_lines": prompts is not None,
+            "chat": {"system": system, "seed": seed} if chat else None,
         }
-        run_on_ranks("pipekit.launch.generate_rank", "pipekit generate", spread, task, device=device)
+        run_on_ranks("pipekit.launch.generate_rank", "pipekit generate", spread, task, device=device, reads_stdin=chat)
         return
     generator = Generator.build(stored, device=device)
     if not generator.has_cache:
@@ -95,26 +96,14 @@ def command(
             "note: a layer of the model knows no key-value cache: each token computes the whole text again\n"
         )
     if chat:
-        answer_messages(generator, settings, system=system, seed=seed, read=_read_message, write=_write)
+        read = partial(read_message, sys.stdin, sys.stderr)
+        answer_messages(generator, settings, system=system, seed=seed, read=read, write=_write)
     elif prompts is not None:
         write_lines(generator, encoded, settings, _write)
     else:
         _write(encoded[0].shown)
         write_text(generator, encoded[0], settings, _write)
         _write("\n")
-
-
-def _read_message() -> str | None:
-    """The line that the user types, or the next one of stdin; None at its end, which Ctrl-D makes."""
-    if sys.stdin.isatty():
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    while line := sys.stdin.readline():
-        if line.strip():
-            return line.strip()
-    if sys.stdin.isatty():
-        sys.stderr.write("\n")
-    return None
 
 
 def _write(text: str) -> None:

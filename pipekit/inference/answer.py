@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from pipekit.data.chat_template import ChatTemplate, Message
 from pipekit.data.tokenizer import load_tokenizer
@@ -142,6 +142,25 @@ def describe_result(prompt: EncodedPrompt, result: Generation) -> dict[str, Any]
         "new_tokens": len(result.token_ids),
         "seed": prompt.seed,
     }
+
+
+def read_message(typed: TextIO, terminal: TextIO) -> str | None:
+    """The line that the user types, or the next one of a file; None at its end, which Ctrl-D makes.
+
+    Args:
+        typed: what is read.
+        terminal: where the user is told that it is his turn, if there is one.
+    """
+    is_asked = typed.isatty() and terminal.isatty()
+    if is_asked:
+        terminal.write("> ")
+        terminal.flush()
+    while line := typed.readline():
+        if line.strip():
+            return line.strip()
+    if is_asked:
+        terminal.write("\n")
+    return None
 
 
 def chat(

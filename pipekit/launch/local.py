@@ -128,6 +128,7 @@ def run_local(
     log_dir: Path,
     env: Mapping[str, str],
     stdout_rank: int = 0,
+    stdin_rank: int | None = None,
     grace_s: float = 10.0,
     port: int | None = None,
     timeout_s: float = math.inf,
@@ -159,6 +160,7 @@ def run_local(
         log_dir: folder of the logs; made if it is not there.
         env: variables to set on top of the launcher's own.
         stdout_rank: the rank that may write to the launcher's stdout.
+        stdin_rank: the rank that may read the launcher's stdin; None for none.
         grace_s: seconds between SIGTERM and SIGKILL.
         port: the port on which rank 0 listens for the others; None chooses a free one.
         timeout_s: the longest wait of a rank for another, and the longest silence between its heartbeats.
@@ -180,7 +182,18 @@ def run_local(
             is_first = ranks is None or 0 in ranks
             chosen = choose_port(port) if port is None or is_first else port
             mine = range(world_size) if ranks is None else ranks
-            job = _Job(command, world_size, mine, log_dir.absolute(), env, stdout_rank, master_addr, chosen, timeout_s)
+            job = _Job(
+                command,
+                world_size,
+                mine,
+                log_dir.absolute(),
+                env,
+                stdout_rank,
+                stdin_rank,
+                master_addr,
+                chosen,
+                timeout_s,
+            )
             failure = _run_job(job, signals, grace_s=grace_s, on_failing=on_failing)
             if failure is None:
                 return
@@ -198,6 +211,7 @@ class _Job:
     log_dir: Path
     env: Mapping[str, str]
     stdout_rank: int
+    stdin_rank: int | None
     master_addr: str
     port: int
     timeout_s: float
@@ -346,7 +360,7 @@ def _start(job: _Job, rank: int) -> _Worker:
             process = subprocess.Popen(
                 job.command,
                 env=job.environ(rank),
-                stdin=subprocess.DEVNULL,
+                stdin=None if rank == job.stdin_rank else subprocess.DEVNULL,
                 stdout=None if rank == job.stdout_rank else log,
                 stderr=log,
                 start_new_session=True,

@@ -64,7 +64,13 @@ class SpreadModel:
 
 
 def run_on_ranks(
-    module: str, command: str, model: SpreadModel, task: Mapping[str, Any], *, device: Literal["auto", "cpu", "cuda"]
+    module: str,
+    command: str,
+    model: SpreadModel,
+    task: Mapping[str, Any],
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    reads_stdin: bool = False,
 ) -> Any:
     """Start a process for each part of a model, wait for all of them, and return the result that rank 0 has written.
 
@@ -74,6 +80,7 @@ def run_on_ranks(
         model: the model.
         task: plain data for the processes.
         device: what to compute on.
+        reads_stdin: whether rank 0 reads this process's stdin.
 
     Raises:
         ConfigError: if there are fewer GPUs than processes.
@@ -103,6 +110,7 @@ def run_on_ranks(
             log_dir=folder,
             env=process_environ(world_size, num_gpus, folder),
             timeout_s=math.inf,
+            stdin_rank=0 if reads_stdin else None,
         )
         found = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
     except RankError as error:

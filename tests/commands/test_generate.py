@@ -65,7 +65,6 @@ def test_each_line_of_stdin_is_a_message_of_a_chat(tmp_path: Path) -> None:
     [
         (["--prompt", "a", "--chat"], "--prompt and --chat: give one of them"),
         (["--system", "a"], "--system is the first message of a chat; add --chat"),
-        (["--chat", "--pp", "2"], "--chat runs in one process"),
         (["--top-p", "0"], "top_p=0.0 must be above 0"),
         (["--stop", ""], "--stop '': an empty text is found everywhere"),
     ],

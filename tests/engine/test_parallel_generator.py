@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gloo_workers import GlooWorkers
-from hand_made import random_model, write_checkpoint, write_hf_folder
+from hand_made import random_model, write_chat_tokenizer, write_checkpoint, write_hf_folder
 from pipekit.errors import LayoutError, PipekitError
 from pipekit.inference.export import export_checkpoint
 from pipekit.inference.generator import Generator
@@ -65,8 +65,12 @@ def test_ranks_say_what_one_process_says_and_hold_their_parts_alone(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_command_starts_the_ranks_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path / "run", *random_model())
+@pytest.mark.parametrize(("arguments", "said"), [(["--prompt", "def f"], b""), (["--chat"], b"a\n\nb\n")])
+def test_the_command_starts_the_ranks_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: bytes
+) -> None:
+    write_hf_folder(tmp_path / "run", with_tokenizer=False, max_positions=90, vocab_size=302)
+    write_chat_tokenizer(tmp_path / "run")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     command = [
@@ -75,17 +79,18 @@ def test_the_command_starts_the_ranks_and_leaves_nothing(tmp_path: Path, monkeyp
         "pipekit",
         "generate",
         str(tmp_path / "run"),
-        "--prompt",
-        "def f",
+        *arguments,
+        "--max-new-tokens",
+        "8",
         "--device",
         "cpu",
     ]
     outputs = [
-        subprocess.run([*command, *more], check=True, capture_output=True, timeout=400).stdout
+        subprocess.run([*command, *more], check=True, capture_output=True, timeout=400, input=said).stdout
         for more in ([], ["--pp", "2", "--tp", "2"])
     ]
     assert outputs[0] == outputs[1]
-    assert outputs[0].startswith(b"def f")
+    assert outputs[0].startswith(b"def f") if not said else outputs[0].count(b"\n") >= 2
     assert not list((tmp_path / "tmp").iterdir())
 
 
