@@ -65,9 +65,11 @@ def command(
     with ProgressBar(make_console(sys.stderr)) as report:
         prepared = _prepare(config, cores, report, is_run=is_run)
         if out is not None:
-            num_documents = _convert(config, prepared, out, report)
+            converted = _convert(config, prepared, out, report)
     if out is not None:
-        typer.echo(f"{num_documents:,} documents written to {out}; the tokenizer is {prepared.tokenizer_path}")
+        written = ", ".join(f"{count:,} documents written to {file}" for file, count in converted.items())
+        masks = ", with loss masks" if any(source.has_loss_mask for source in prepared.sources) else ""
+        typer.echo(f"{written}{masks}; the tokenizer is {prepared.tokenizer_path}")
         return
     if action == "prepare":
         _show_prepared(prepared, as_json=as_json)
@@ -117,13 +119,12 @@ def _prepare(config: Config, cores: int | None, report: ProgressCallback, *, is_
     )
 
 
-def _convert(config: Config, prepared: PreparedData, out: Path, report: ProgressCallback) -> int:
+def _convert(config: Config, prepared: PreparedData, out: Path, report: ProgressCallback) -> dict[Path, int]:
     from pipekit.data.convert import convert_tokens
     from pipekit.data.tokenizer import load_tokenizer
 
-    slices = [source.train for source in prepared.sources]
     tokenizer = load_tokenizer(prepared.tokenizer_path)
-    return convert_tokens(slices, tokenizer, out, text_key=config.data.text_key, report=report)
+    return convert_tokens(prepared.sources, tokenizer, out, text_key=config.data.text_key, report=report)
 
 
 def _show_prepared(prepared: PreparedData, *, as_json: bool) -> None:
@@ -142,18 +143,22 @@ def _inspect(config: Config, prepared: PreparedData, num_samples: int, *, is_run
     from pipekit.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(prepared.tokenizer_path)
-    train, (batch, sequence) = config.train, (config.train.global_batch_size, config.train.sequence_length)
-    num_tokens = train.steps * batch * sequence
-    run = {
-        "num_tokens": num_tokens,
-        "text": f"{train.steps:,} steps of {batch:,} sequences of {sequence:,} tokens",
-        "epochs": num_tokens / prepared.sources[0].train.num_tokens if len(prepared.sources) == 1 else None,
-    }
     return {
         "vocab_size": prepared.vocab_size,
         "tokenizer": str(prepared.tokenizer_path),
         "sources": [_inspect_source(source, tokenizer, num_samples) for source in prepared.sources],
-        "run": run if is_run else None,
+        "run": _inspect_run(config, prepared) if is_run else None,
+    }
+
+
+def _inspect_run(config: Config, prepared: PreparedData) -> dict[str, Any]:
+    from pipekit.training.language_model import count_epochs
+
+    steps, batch, sequence = config.train.steps, config.train.global_batch_size, config.train.sequence_length
+    return {
+        "num_tokens": steps * batch * sequence,
+        "text": f"{steps:,} steps of {batch:,} sequences of {sequence:,} tokens",
+        "epochs": count_epochs(config, prepared),
     }
 
 

@@ -34,9 +34,9 @@ def show_inspection(found: Mapping[str, Any], console: Console) -> None:
     if found["run"] is not None:
         run = found["run"]
         console.print()
-        text = f"The run reads {run['num_tokens']:,} tokens"
-        epochs = "" if run["epochs"] is None else f", {run['epochs']:.3g} epochs of the training text"
-        console.print(Text(f"{text} ({run['text']}){epochs}."))
+        names = {name: "the training text" if len(run["epochs"]) == 1 else name for name in run["epochs"]}
+        epochs = ", ".join(f"{number:.3g} epochs of {names[name]}" for name, number in run["epochs"].items())
+        console.print(Text(f"The run reads {run['num_tokens']:,} tokens ({run['text']}), {epochs}."))
 
 
 def _summary_table(source: Mapping[str, Any]) -> Table:

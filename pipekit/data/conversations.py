@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipekit.data.chat_template import ChatTemplate, Message
-from pipekit.data.sources.formats import Record, json_type, whole_characters
+from pipekit.data.corpus import Corpus, read_records
+from pipekit.data.sources.formats import Record, RecordFormat, json_type, whole_characters
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import DataError
 from pipekit.settings.base import alternatives, show
@@ -47,6 +48,24 @@ def find_conversation_format(record: Record, *, text_key: str) -> ConversationFo
     if isinstance(fields.get("messages"), list):
         return "chat"
     return "completion" if {"prompt", "completion"} <= fields.keys() else None
+
+
+def find_conversations(
+    corpus: Corpus, format: Literal["auto", "text", "chat", "completion"], *, text_key: str
+) -> ConversationFormat | None:
+    """Format of the conversations that a corpus holds, as configured or told by its first record; None for text.
+
+    Raises:
+        DataError: if conversations are configured, and the corpus has no records.
+    """
+    if format == "text" or corpus.token_files:
+        return None
+    if format != "auto":
+        return format
+    if not all(isinstance(file.format, RecordFormat) for file in corpus.files):
+        return None
+    first = next(read_records(corpus), None)
+    return None if first is None else find_conversation_format(first, text_key=text_key)
 
 
 class ConversationEncoder:

@@ -36,11 +36,15 @@ MIN_NUM_PASSAGES = 64
 
 @dataclass(frozen=True)
 class Passage:
-    """A document, or a section of a long one; `ends_document` is False where it goes on in the next passage."""
+    """A document, or a section of a long one; `ends_document` is False where it goes on in the next passage.
+
+    A conversation is the `record` that holds it, and has no text yet.
+    """
 
     text: str
     num_bytes: int
     ends_document: bool
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,25 @@ def read_records(corpus: Corpus, keys: Sequence[str] | None = None) -> Iterator[
                 f"{file.path}: {file.format.title} has no fields of records; give JSON lines, Parquet or Arrow files"
             )
         yield from file.format.read_records(file, None if keys is None else tuple(keys))
+
+
+def read_conversations(corpus: Corpus, *, max_bytes: int | None = None) -> Iterator[Passage]:
+    """Yield the records of a corpus in order, each as a document.
+
+    Args:
+        corpus: the files to read.
+        max_bytes: stop before the record with which there would be more bytes than these (UTF-8).
+
+    Raises:
+        DataError: as `read_records`.
+    """
+    num_bytes_left = math.inf if max_bytes is None else max_bytes
+    for record in read_records(corpus):
+        num_bytes = len(str(dict(record.fields)).encode("utf-8", "replace"))
+        num_bytes_left -= num_bytes
+        if num_bytes_left < 0:
+            return
+        yield Passage(text="", num_bytes=num_bytes, ends_document=True, record=record)
 
 
 def read_token_ids(corpus: Corpus) -> Iterator[TokenIds]:

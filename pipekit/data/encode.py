@@ -1,4 +1,4 @@
-"""Parallel tokenization: batches of text are encoded by processes on all cores, and come back in their order."""
+"""Parallel tokenization: batches of text or conversations are encoded by processes on all cores, in their order."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
-from pipekit.data.encode_process import Encoded, Part, encode_parts
-from pipekit.data.tokenizer import child_environment, load_tokenizer, tokenizer_threads
+from pipekit.data.conversations import ConversationFormat
+from pipekit.data.encoder import Encoded, Part, build_encoder
+from pipekit.data.tokenizer import child_environment, tokenizer_threads
 from pipekit.errors import DataError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ def encode_in_order(
     tokenizer_path: Path,
     *,
     parts_of: Callable[[T], Sequence[Part]],
+    conversations: ConversationFormat | None = None,
     num_cores: int,
     timeout_s: float,
 ) -> Iterator[tuple[T, Encoded]]:
@@ -39,21 +41,24 @@ def encode_in_order(
     Args:
         batches: are read a few ahead.
         tokenizer_path: a `tokenizer.json`.
-        parts_of: the texts of a batch.
+        parts_of: the texts of a batch, or its records of conversations.
+        conversations: format of the records; None for texts.
         num_cores: to encode on; 1 encodes in this process.
         timeout_s: the longest wait for the tokens of a batch.
 
     Raises:
-        DataError: if the tokenizer does not know a text, or a process that encodes ends or takes too long.
+        DataError: if the tokenizer does not know a text, a record is none of the format, or a process that encodes ends
+            or takes too long.
     """
     if num_cores == 1:
-        tokenizer = load_tokenizer(tokenizer_path)
+        encode_here = build_encoder(tokenizer_path, conversations)
         with tokenizer_threads():
             for batch in batches:
-                yield batch, encode_parts(tokenizer, parts_of(batch))
+                yield batch, encode_here(parts_of(batch))
         return
     num_processes = min(num_cores, _MAX_PROCESSES)
-    with _start_processes(tokenizer_path, num_processes, num_cores // num_processes) as encode:
+    arguments = [str(tokenizer_path), *([] if conversations is None else [conversations])]
+    with _start_processes(arguments, num_processes, num_cores // num_processes) as encode:
         pending: deque[tuple[T, Future[Encoded]]] = deque()
         for batch in batches:
             pending.append((batch, encode(parts_of(batch))))
@@ -76,9 +81,9 @@ def _take(pending: deque[tuple[T, Future[Encoded]]], timeout_s: float) -> tuple[
 
 @contextmanager
 def _start_processes(
-    tokenizer_path: Path, num_processes: int, num_threads: int
+    arguments: Sequence[str], num_processes: int, num_threads: int
 ) -> Iterator[Callable[[Sequence[Part]], Future[Encoded]]]:
-    command = [sys.executable, "-m", "pipekit.data.encode_process", str(tokenizer_path)]
+    command = [sys.executable, "-m", "pipekit.data.encode_process", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipekit.config import DataConfig, SourceEntry
 from pipekit.data.build_once import build_once
+from pipekit.data.conversations import find_conversations
 from pipekit.data.corpus import find_corpus
 from pipekit.data.megatron import (
     INDEX_SUFFIX,
@@ -27,7 +28,6 @@ from pipekit.data.megatron import (
     sample_checksum,
     take_documents,
 )
-from pipekit.data.prepare_conversations import find_conversations, write_conversations
 from pipekit.data.prepared import PreparedData, PreparedSource
 from pipekit.data.samples import choose_packing
 from pipekit.data.samples.loss_mask import MASK_SUFFIX, mask_path
@@ -108,17 +108,17 @@ class _Preparation:
 
     def _find_source(self, entry: SourceEntry, kind: Literal["source", "validation"] = "source") -> SourceData:
         config, text_key = self._config, entry.text_key or self._config.text_key
-        key = f"data.{kind}" if config.mixture is None else f"data.mixture: {entry.name}: {kind}"
+        shown = _show(config, entry, kind)
         try:
-            corpus = find_corpus(entry.source)
+            corpus = find_corpus(getattr(entry, kind))
         except DataError as error:
-            raise DataError(str(error).replace("data.source", key)) from error
+            raise DataError(str(error).replace("data.source", shown.partition("=")[0])) from error
         return SourceData(
             corpus=corpus,
-            shown=f"{key}={_show(entry.source)}",
+            shown=shown,
             text_key=text_key,
             conversations=find_conversations(corpus, config.format, text_key=text_key),
-            limit=entry.limit,
+            limit=entry.limit if kind == "source" else None,
             max_bytes=config.max_bytes,
             validation_fraction=config.validation_fraction if entry.validation is None else 0.0,
         )
@@ -164,20 +164,21 @@ class _Preparation:
         tokenizer.backend.save(str(folder / TOKENIZER_FILE))
 
     def _prepare_entry(self, entry: SourceEntry, data: SourceData) -> PreparedSource:
+        held_out = None
+        if entry.validation is not None:
+            held_out = self._find_source(entry, "validation")
+            if _has_loss_mask(held_out) != _has_loss_mask(data):
+                raise DataError(f"{data.shown} and {held_out.shown}: one holds text, and one conversations")
         train, validation, fingerprint = self._prepare_source(data)
         validation_fingerprint = ""
-        if entry.validation is not None:
-            own = entry.model_copy(update={"source": entry.validation, "limit": None})
-            held_out = self._find_source(own, "validation")
-            if (held_out.conversations is None) != (data.conversations is None):
-                raise DataError(f"{data.shown} and {held_out.shown}: one holds text, and one conversations")
+        if held_out is not None:
             validation, _, validation_fingerprint = self._prepare_source(held_out)
         return PreparedSource(
             name=entry.name,
             train=train,
             validation=validation,
             fingerprint=fingerprint,
-            has_loss_mask=data.conversations is not None or mask_path(train.path).is_file(),
+            has_loss_mask=_has_loss_mask(data),
             validation_fingerprint=validation_fingerprint,
         )
 
@@ -190,6 +191,11 @@ class _Preparation:
             )
         if len(files) == 1 and files[0].path.suffix == TOKENS_SUFFIX and _has_index(files[0].path):
             return self._read_in_place(data, files[0].path)
+        if files and _has_loss_mask(data):
+            raise DataError(
+                f"{data.shown}: a loss mask is beside one of several token files, and can be read beside a single one "
+                "only; give each file as an entry of data.mixture"
+            )
         key = _key([_FORMAT_VERSION, data.identity, _hash_tokenizer(self._tokenizer_path)])
         return build_once(
             self._cache / "data" / key,
@@ -200,18 +206,15 @@ class _Preparation:
         )
 
     def _build_source(self, folder: Path, data: SourceData) -> None:
-        if data.conversations is not None:
-            meta = write_conversations(folder, data, data.conversations, self._tokenizer_path, report=self._report)
-        else:
-            meta = write_splits(
-                folder,
-                data,
-                self._tokenizer,
-                self._tokenizer_path,
-                num_cores=self._num_cores,
-                timeout_s=self._timeout_s,
-                report=self._report,
-            )
+        meta = write_splits(
+            folder,
+            data,
+            self._tokenizer,
+            self._tokenizer_path,
+            num_cores=self._num_cores,
+            timeout_s=self._timeout_s,
+            report=self._report,
+        )
         files = sorted(path for path in folder.iterdir() if path.suffix in (TOKENS_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX))
         about = {"source": data.shown, "checksums": {path.name: sample_checksum(path) for path in files}}
         (folder / _META_FILE).write_text(json.dumps(meta.model_dump() | about, indent=2) + "\n", encoding="utf-8")
@@ -224,8 +227,14 @@ class _Preparation:
         train = take_documents(path, 0, num_train)
         validation = take_documents(path, num_train, num_held_out) if data.validation_fraction > 0 else None
         _check_tokens(data, train, self._tokenizer)
-        checksums = [sample_checksum(file) for file in train.file_sizes]
+        files = [*train.file_sizes, *([mask_path(path)] if _has_loss_mask(data) else [])]
+        checksums = [sample_checksum(file) for file in files]
         return train, validation, _key([*checksums, num_train, num_held_out])
+
+
+def _has_loss_mask(data: SourceData) -> bool:
+    """True for conversations, and for token files with a loss mask beside them."""
+    return data.conversations is not None or any(mask_path(file.path).is_file() for file in data.corpus.token_files)
 
 
 def _has_index(path: Path) -> bool:
@@ -295,22 +304,22 @@ def _check_long_enough(prepared: PreparedData, config: DataConfig, sequence_leng
             continue
         num_train = source.train.num_tokens
         num_held_out = source.validation.num_tokens if source.validation is not None else needed
-        shown = _show(entry.source)
+        shown = _show(config, entry)
         if num_train < needed:
             wider = "" if config.max_bytes is None else f", raise data.max_bytes={config.max_bytes}"
             raise DataError(
-                f"data.source={shown} gives {num_train} training tokens, and {sample}; "
+                f"{shown} gives {num_train} training tokens, and {sample}; "
                 f"lower train.sequence_length{_at_most(num_train)}{wider}, or give more text"
             )
         if num_held_out < needed and entry.validation is not None:
             raise DataError(
-                f"data.validation={_show(entry.validation)} gives {num_held_out} tokens, and {sample}; lower "
+                f"{_show(config, entry, 'validation')} gives {num_held_out} tokens, and {sample}; lower "
                 f"train.sequence_length{_at_most(num_held_out)}, or give more text"
             )
         if num_held_out < needed:
             raise DataError(
                 f"data.validation_fraction={config.validation_fraction:g} holds out {num_held_out} of "
-                f"{num_train + num_held_out} tokens of data.source={shown}, and {sample}; "
+                f"{num_train + num_held_out} tokens of {shown}, and {sample}; "
                 f"raise data.validation_fraction, lower train.sequence_length{_at_most(num_held_out)}, "
                 "or set data.validation_fraction=0 to train without validation"
             )
@@ -332,5 +341,8 @@ def _key(parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _show(source: str | Sequence[str]) -> str:
-    return source if isinstance(source, str) else "[" + ", ".join(source) + "]"
+def _show(config: DataConfig, entry: SourceEntry, kind: Literal["source", "validation"] = "source") -> str:
+    """Key and value of a source, as a user sets them."""
+    value = getattr(entry, kind)
+    where = f"data.{kind}" if config.mixture is None else f"data.mixture: {entry.name}: {kind}"
+    return f"{where}={value}" if isinstance(value, str) else f"{where}=[{', '.join(value)}]"

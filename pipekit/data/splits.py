@@ -1,4 +1,7 @@
-"""From the text of a source to its two token files: training and held-out, written on all cores, resumable."""
+"""From the documents of a source to its two token files: training and held-out, written on all cores, resumable.
+
+Of conversations, a loss mask lies beside each.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipekit.data.build_once import PROGRESS_FILE
 from pipekit.data.conversations import ConversationFormat
-from pipekit.data.corpus import Corpus, Passage, read_passages, read_token_ids
+from pipekit.data.corpus import Corpus, Passage, read_conversations, read_passages, read_token_ids
 from pipekit.data.encode import encode_in_order
-from pipekit.data.encode_process import Encoded
+from pipekit.data.encoder import Encoded
 from pipekit.data.megatron import IndexedTokensWriter, TokenArray, WriterState
+from pipekit.data.samples.loss_mask import MaskedTokensWriter
 from pipekit.data.tokenizer import TextTokenizer
 from pipekit.errors import DataError
 from pipekit.files import write_atomically
@@ -72,9 +76,12 @@ class SourceData:
         return self.corpus.num_bytes if self.max_bytes is None else min(self.corpus.num_bytes, self.max_bytes)
 
     def read_passages(self) -> Iterator[tuple[Passage, bool]]:
-        """Yield the passages of the text, and whether each is held out."""
+        """Yield the passages of the text, or the conversations, and whether each is held out."""
         num_documents = 0
-        passages = read_passages(self.corpus, text_key=self.text_key, max_bytes=self.max_bytes)
+        if self.conversations is None:
+            passages = read_passages(self.corpus, text_key=self.text_key, max_bytes=self.max_bytes)
+        else:
+            passages = read_conversations(self.corpus, max_bytes=self.max_bytes)
         for index, passage in enumerate(passages):
             if num_documents == self.limit:
                 return
@@ -103,7 +110,7 @@ def write_splits(
     """Write the token files of a source into a folder; go on where an earlier writer ended there.
 
     Raises:
-        DataError: if the source cannot be read, or is empty.
+        DataError: if the source cannot be read, or is empty, or a record is no conversation; it names the place.
     """
     try:
         return _SplitsWriter(folder, data, tokenizer, report).write(tokenizer_path, num_cores, timeout_s)
@@ -158,14 +165,14 @@ class _Progress:
 class _SplitsWriter:
     def __init__(self, folder: Path, data: SourceData, tokenizer: TextTokenizer, report: ProgressCallback) -> None:
         self._data, self._report = data, report
+        self._message = "encoding the text" if data.conversations is None else "encoding the conversations"
         self._end_token_id, self._vocab_size = tokenizer.end_token_id, tokenizer.vocab_size
         self._progress_path = folder / PROGRESS_FILE
         self._progress = self._load_progress()
         names = (TRAIN_FILE, VALIDATION_FILE) if data.validation_fraction > 0 else (TRAIN_FILE,)
+        writer = IndexedTokensWriter if data.conversations is None else MaskedTokensWriter
         self._writers = {
-            name: IndexedTokensWriter(
-                folder / name, vocab_size=self._vocab_size, state=self._progress.writers.get(name)
-            )
+            name: writer(folder / name, vocab_size=self._vocab_size, state=self._progress.writers.get(name))
             for name in names
         }
 
@@ -187,21 +194,22 @@ class _SplitsWriter:
                 raise _BrokenProgressError(str(error)) from error
             saved_bytes = progress.num_bytes
             self._tell()
-            for batch, (token_ids, lengths) in self._read_encoded(tokenizer_path, num_cores, timeout_s):
+            for batch, encoded in self._read_encoded(tokenizer_path, num_cores, timeout_s):
                 begin = 0
-                for (passage, held_out), length in zip(batch, lengths, strict=True):
+                for (passage, held_out), length in zip(batch, encoded.lengths, strict=True):
                     name = VALIDATION_FILE if held_out else TRAIN_FILE
-                    self._write_passage(name, passage, token_ids[begin : begin + length])
+                    self._write_passage(name, passage, encoded, slice(begin, begin + length))
                     begin += length
                 if progress.num_bytes - saved_bytes >= _PIECE_BYTES:
                     self._save_progress()
                     saved_bytes = progress.num_bytes
                 self._tell()
             if progress.num_documents == 0:
-                raise DataError(f"{data.shown} holds no text; give files that are not empty")
+                what = "text" if data.conversations is None else "conversation"
+                raise DataError(f"{data.shown} holds no {what}; give files that are not empty")
             if progress.unfinished is not None:
                 self._writers[progress.unfinished].end_document(self._end_token_id)
-            self._report("encoding the text", 1.0)
+            self._report(self._message, 1.0)
             fingerprints = " ".join(writer.fingerprint for writer in self._writers.values())
         self._progress_path.unlink(missing_ok=True)
         return SplitsMeta(
@@ -217,18 +225,23 @@ class _SplitsWriter:
         return encode_in_order(
             _batches(islice(data.read_passages(), first, None)),
             tokenizer_path,
-            parts_of=lambda batch: [(passage.text, passage.ends_document) for passage, _ in batch],
+            parts_of=lambda batch: [(passage.record or passage.text, passage.ends_document) for passage, _ in batch],
+            conversations=data.conversations,
             num_cores=num_cores if data.num_bytes >= _MIN_PARALLEL_BYTES else 1,
             timeout_s=timeout_s,
         )
 
-    def _write_passage(self, name: str, passage: Passage, token_ids: TokenArray) -> None:
+    def _write_passage(self, name: str, passage: Passage, encoded: Encoded, place: slice) -> None:
         progress = self._progress
         if progress.unfinished not in (None, name):
             self._writers[progress.unfinished].end_document(self._end_token_id)  # the rest goes to the other split
-        self._writers[name].write(token_ids)
+        writer = self._writers[name]
+        if isinstance(writer, MaskedTokensWriter):
+            writer.write(encoded.token_ids[place], None if encoded.is_learned is None else encoded.is_learned[place])
+        else:
+            writer.write(encoded.token_ids[place])
         if passage.ends_document:
-            self._writers[name].end_document()
+            writer.end_document()
         progress.unfinished = None if passage.ends_document else name
         progress.num_passages += 1
         progress.num_bytes += passage.num_bytes
@@ -243,7 +256,7 @@ class _SplitsWriter:
         fractions = [progress.num_bytes / data.num_bytes if data.num_bytes else 0.0]
         if data.limit is not None:
             fractions.append(progress.num_documents / data.limit)
-        self._report("encoding the text", min(1.0, max(fractions)))
+        self._report(self._message, min(1.0, max(fractions)))
 
 
 def _read_encoded_files(data: SourceData, vocab_size: int) -> Iterator[tuple[Batch, Encoded]]:
@@ -251,7 +264,7 @@ def _read_encoded_files(data: SourceData, vocab_size: int) -> Iterator[tuple[Bat
     for index, token_ids in enumerate(islice(read_token_ids(data.corpus), data.limit)):
         check_token_ids(token_ids, vocab_size, shown=data.shown)
         passage = Passage(text="", num_bytes=token_ids.nbytes, ends_document=True)
-        yield [(passage, is_held_out(index, data.validation_fraction))], (token_ids, [token_ids.size])
+        yield [(passage, is_held_out(index, data.validation_fraction))], Encoded(token_ids, [token_ids.size])
 
 
 def check_token_ids(token_ids: TokenArray, vocab_size: int, *, shown: str) -> None:

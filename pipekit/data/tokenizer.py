@@ -16,9 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipekit.data.hub import SCHEME
 from pipekit.data.tokenizer_conversion import (
+    TEMPLATES_FOLDER,
     convert_folder,
     convert_sentencepiece,
     download_tokenizer,
+    gather_chat_templates,
     is_convertible,
     is_sentencepiece,
 )
@@ -156,7 +158,8 @@ def find_tokenizer_file(path: str | Path) -> Path:
 
     Args:
         path: that file, a folder of a tokenizer, a SentencePiece model, or a name on the hub, `hf://OWNER/NAME`. What
-            is no `tokenizer.json` is converted once, in the cache.
+            is no `tokenizer.json` is converted once, in the cache. Of one with a folder of chat templates beside it, a
+            copy in the cache has them all in its settings.
 
     Raises:
         DataError: if there is no such file, or it cannot be converted.
@@ -165,7 +168,7 @@ def find_tokenizer_file(path: str | Path) -> Path:
     given = download_tokenizer(str(path)) if str(path).startswith(SCHEME) else Path(path).expanduser()
     file = given / TOKENIZER_FILE if given.is_dir() else given
     if given.is_dir() and not file.exists() and is_convertible(given):
-        return convert_folder(given, where) / TOKENIZER_FILE
+        return gather_chat_templates(convert_folder(given, where), where) / TOKENIZER_FILE
     if file.is_file() and is_sentencepiece(file):
         return convert_sentencepiece(file, where) / TOKENIZER_FILE
     if not file.is_file():
@@ -173,6 +176,8 @@ def find_tokenizer_file(path: str | Path) -> Path:
             f"data.tokenizer={str(path)!r}: no such file (looked at {file.absolute()}); give a {TOKENIZER_FILE}, a "
             f"folder, a SentencePiece model or {SCHEME}OWNER/NAME, or leave data.tokenizer out to train one"
         )
+    if (file.parent / TEMPLATES_FOLDER).is_dir() and file.name == TOKENIZER_FILE:
+        return gather_chat_templates(file.parent, where) / TOKENIZER_FILE
     return file
 
 

@@ -7,6 +7,7 @@ reads: special tokens and the chat template.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import uuid
@@ -20,12 +21,18 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from pipekit.data.hub import asking_hub, parse_hub_name
 from pipekit.errors import DataError
-from pipekit.files import replace_folder
+from pipekit.files import parse_json, replace_folder
 from pipekit.storage import storing
 
 CACHE_FOLDER = "~/.cache/pipekit/tokenizers"
 SENTENCEPIECE_SUFFIX = ".model"
-_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""Folder of the chat templates beside the default one."""
+
+SENTENCEPIECE_TRANSFORMERS = (5, 24)
+"""The first version of `transformers` that gives the token ids of SentencePiece."""
+
+_FILES = ("*.json", "*.jinja", f"{TEMPLATES_FOLDER}/*.jinja", "*.model", "merges.txt", "vocab.txt")
 """Files of a repository that a tokenizer is made of, with the model's `config.json`, which tells its class."""
 
 _INDEX_FILES = "*.index.json"
@@ -76,7 +83,7 @@ def convert_folder(folder: Path, where: str) -> Path:
     Raises:
         DataError: if `transformers` finds no tokenizer there, or one that is not of the tokenizers library.
     """
-    files = sorted({path for pattern in _FILES for path in folder.glob(pattern)} - set(folder.glob(_INDEX_FILES)))
+    files = _find_files(folder)
     models = [path for path in files if path.suffix == SENTENCEPIECE_SUFFIX]
     if len(models) == 1 and not (folder / "tokenizer_config.json").is_file():
         return convert_sentencepiece(models[0], where)
@@ -96,14 +103,58 @@ def convert_folder(folder: Path, where: str) -> Path:
     return _convert(files, load, where)
 
 
+def gather_chat_templates(folder: Path, where: str) -> Path:
+    """Return a flat folder of a tokenizer, with all its chat templates in `tokenizer_config.json`.
+
+    It is the folder itself, unless there is a folder of templates in it, as `transformers` writes one.
+
+    Raises:
+        DataError: if its settings cannot be read.
+    """
+    templates = {path.stem: path for path in sorted(folder.glob(f"{TEMPLATES_FOLDER}/*.jinja"))}
+    if not templates:
+        return folder
+    templates = {"default": folder / "chat_template.jinja", **templates}
+    files = [path for path in _find_files(folder) if path.parent == folder and path.suffix == ".json"]
+
+    def fill(copy: Path) -> None:
+        for path in files:
+            shutil.copyfile(path, copy / path.name)
+        config = copy / "tokenizer_config.json"
+        try:
+            settings = parse_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            settings["chat_template"] = [
+                {"name": name, "template": path.read_text(encoding="utf-8")}
+                for name, path in templates.items()
+                if path.is_file()
+            ]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where}: the settings or templates in {folder} cannot be read ({error})") from error
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    return _fill_once(_cache_folder([*files, *filter(Path.is_file, templates.values())], where), fill)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """Files that a tokenizer is made of."""
+    return sorted({path for pattern in _FILES for path in folder.glob(pattern)} - set(folder.glob(_INDEX_FILES)))
+
+
 def convert_sentencepiece(path: Path, where: str) -> Path:
     """Return a folder with a `tokenizer.json` that gives the token ids of a SentencePiece model.
 
     Raises:
-        DataError: if the file is no such model, or a library is missing.
+        DataError: if the file is no such model, or a library is missing or too old.
     """
 
     def load() -> Any:
+        needed = ".".join(map(str, SENTENCEPIECE_TRANSFORMERS))
+        if tuple(map(int, version("transformers").split(".")[:2])) < SENTENCEPIECE_TRANSFORMERS:
+            raise DataError(
+                f"{where}: to read a SentencePiece model needs transformers {needed} or newer, and "
+                f"{version('transformers')} is installed, which gives other token ids; "
+                'pip install "pipekit[data]", or give a tokenizer.json'
+            )
         try:
             from transformers import PreTrainedTokenizerFast
             from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
@@ -165,12 +216,7 @@ def _split_pieces(backend: Tokenizer, hidden: set[str], vocab: list[tuple[str, f
 
 
 def _convert(files: Iterable[Path], load: Callable[[], Any], where: str) -> Path:
-    digest = hashlib.blake2b(f"1 {version('transformers')}".encode(), digest_size=12)
-    for path in files:
-        if path.stat().st_size > _MAX_MODEL_BYTES:
-            raise DataError(f"{where}: {path} is longer than any tokenizer; give the file of one")
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    final = Path(CACHE_FOLDER).expanduser() / digest.hexdigest()
+    final = _cache_folder(files, where)
     if (final / "tokenizer.json").is_file():
         return final
     tokenizer = load()
@@ -179,14 +225,35 @@ def _convert(files: Iterable[Path], load: Callable[[], Any], where: str) -> Path
             f"{where}: transformers reads it as {type(tokenizer).__name__}, which is not of the tokenizers library and "
             "has no tokenizer.json; give another tokenizer"
         )
+
+    def fill(folder: Path) -> None:
+        tokenizer.save_pretrained(str(folder))
+        for path in files:
+            if path.name == "generation_config.json":
+                shutil.copyfile(path, folder / path.name)
+
+    return _fill_once(final, fill)
+
+
+def _cache_folder(files: Iterable[Path], where: str) -> Path:
+    """Folder of the cache for what is made of files."""
+    digest = hashlib.blake2b(f"1 {version('transformers')}".encode(), digest_size=12)
+    for path in files:
+        if path.stat().st_size > _MAX_MODEL_BYTES:
+            raise DataError(f"{where}: {path} is longer than any tokenizer; give the file of one")
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return Path(CACHE_FOLDER).expanduser() / digest.hexdigest()
+
+
+def _fill_once(final: Path, fill: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache, which is filled under another name where it is not there."""
+    if (final / "tokenizer.json").is_file():
+        return final
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
     try:
         with storing(final):
             temporary.mkdir(parents=True)
-            tokenizer.save_pretrained(str(temporary))
-            for path in files:
-                if path.name == "generation_config.json":
-                    shutil.copyfile(path, temporary / path.name)
+            fill(temporary)
             replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -106,22 +106,8 @@ class LanguageModelTrial(LayersTrial):
         return ConcatDataset(datasets)
 
     def build_mixture(self, dataset: MapDataset) -> Mixture | None:
-        config = self.context.config
-        if config.data.mixture is None:
-            return None
         ends = dataset.cumulative_sizes if isinstance(dataset, ConcatDataset) else [len(dataset)]
-        sizes = [end - begin for begin, end in pairwise([0, *ends])]
-        sources = tuple(
-            MixedSource(entry.name, size, entry.epochs, prepared.fingerprint)
-            for entry, prepared, size in zip(config.data.entries, self.data.sources, sizes, strict=True)
-        )
-        stages = [(0, {entry.name: entry.weight for entry in config.data.entries})]
-        stages += [(stage.after_step, dict(stage.weights)) for stage in config.data.stages]
-        names = [source.name for source in sources]
-        whole = tuple(
-            (step, whole_weights([weights.get(name, 0) for name in names], sizes)) for step, weights in stages
-        )
-        return Mixture(sources, whole, config.train.seed, config.data.shuffle)
+        return _plan_mixture(self.context.config, self.data, [end - begin for begin, end in pairwise([0, *ends])])
 
     def build_validation_dataset(self) -> MapDataset | Mapping[str, MapDataset] | None:
         held_out = {
@@ -154,6 +140,36 @@ class LanguageModelTrial(LayersTrial):
     @property
     def tokenizer_file(self) -> Path:
         return self.data.tokenizer_path
+
+
+def count_epochs(config: Config, data: PreparedData) -> dict[str, float]:
+    """Epochs of each source that all steps of a run read, by its name.
+
+    Raises:
+        DataError: if a source does not hold even one sample.
+    """
+    sizes = [len(_build_samples(config, source, held_out=False)) for source in data.sources]
+    num_samples = config.train.steps * config.train.global_batch_size
+    mixture, counts = _plan_mixture(config, data, sizes), {data.sources[0].name: num_samples}
+    if mixture is not None:
+        order = mixture.order(batch_size=config.train.global_batch_size)
+        counts = order.counts(int(min(num_samples, order.end)))
+    return {source.name: counts[source.name] / size for source, size in zip(data.sources, sizes, strict=True)}
+
+
+def _plan_mixture(config: Config, data: PreparedData, sizes: Sequence[int]) -> Mixture | None:
+    """The mixture of sources with so many samples each; None where there is one `data.source`."""
+    if config.data.mixture is None:
+        return None
+    sources = tuple(
+        MixedSource(entry.name, size, entry.epochs, prepared.fingerprint)
+        for entry, prepared, size in zip(config.data.entries, data.sources, sizes, strict=True)
+    )
+    stages = [(0, {entry.name: entry.weight for entry in config.data.entries})]
+    stages += [(stage.after_step, dict(stage.weights)) for stage in config.data.stages]
+    names = [source.name for source in sources]
+    whole = tuple((step, whole_weights([weights.get(name, 0) for name in names], sizes)) for step, weights in stages)
+    return Mixture(sources, whole, config.train.seed, config.data.shuffle)
 
 
 def _has_positions(config: Config) -> bool:

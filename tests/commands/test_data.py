@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+from chat_templates import write_chat_tokenizer
 from pipekit.cli import app
-from pipekit.config import load_config
+from pipekit.config import DataConfig, load_config
+from pipekit.data.prepare import prepare_data
+from pipekit.data.samples.loss_mask import load_loss_mask
 from pipekit.data.tokenizer import load_tokenizer
 from pipekit.errors import PipekitError
 from pipekit.training.language_model import LanguageModelTrial
@@ -59,11 +63,23 @@ def test_inspect_tells_of_documents_lengths_duplicates_and_epochs() -> None:
     assert train["num_documents"] + held_out["num_documents"] == 42
     assert train["num_tokens"] + held_out["num_tokens"] == sum(num_tokens)
     assert found["run"]["num_tokens"] == 10 * 4 * 16
-    assert found["run"]["epochs"] == pytest.approx(640 / train["num_tokens"])
+    assert found["run"]["epochs"] == {"text": pytest.approx(40 / ((train["num_tokens"] - 1) // 16))}
     assert source["duplicates"]["num_documents"] + source["duplicates"]["num_held_out_in_training"] == 1
     shown = [sample["text"] for sample in source["samples"]]
     assert set(shown) <= {f"{text}<|endoftext|>" for text in TEXTS}
     assert sum(bin["num_documents"] for bin in source["lengths"]["histogram"]) == train["num_documents"]
+
+
+def test_inspect_tells_the_epochs_of_each_source_of_a_mixture(folder: Path) -> None:
+    (folder / "more.jsonl").write_text((folder / "text.jsonl").read_text() * 2)
+    sources = [{"name": "one", "source": "text.jsonl", "weight": 0.75}, {"name": "two", "source": "more.jsonl"}]
+    data = {"mixture": sources, "stages": [{"after_step": 8, "weights": {"two": 1}}], "validation_fraction": 0}
+    train = {"steps": 10, "global_batch_size": 4, "micro_batch_size": 1}
+    (folder / "mixed.yaml").write_text(yaml.safe_dump({"model": {"preset": "tiny"}, "train": train, "data": data}))
+    found = json.loads(invoke("inspect", "mixed.yaml", *SETTINGS[1:], "--json", "--samples", "0"))
+    sizes = [(source["train"]["num_tokens"] - 1) // 16 for source in found["sources"]]
+    # Of the first 32 samples three of four are of the first source, and all of the last eight are of the second.
+    assert found["run"]["epochs"] == {"one": pytest.approx(24 / sizes[0]), "two": pytest.approx(16 / sizes[1])}
 
 
 def test_inspect_shows_them_as_text() -> None:
@@ -86,6 +102,46 @@ def test_convert_writes_all_documents_and_reads_them_again() -> None:
     assert [json.loads(line)["text"] for line in lines] == TEXTS
     with pytest.raises(PipekitError, match="is there already"):
         invoke("convert", "text.jsonl", "out/a.bin", *SETTINGS[1:3])
+
+
+def test_convert_carries_what_is_held_out_and_the_loss_masks(folder: Path) -> None:
+    write_chat_tokenizer(folder / "tokenizer", None)
+    lines = [{"prompt": f"Is {number} even?", "completion": "no" if number % 2 else "yes"} for number in range(20)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = ["data.tokenizer=tokenizer", "data.cache_dir=cache", "data.validation_fraction=0.2"]
+    output = invoke("convert", "chat.jsonl", "out/chat.bin", *settings)
+    assert output.startswith(
+        "16 documents written to out/chat.bin, 4 documents written to out/chat-validation.bin, with loss masks; the "
+    )
+    before, after = (
+        prepare_data(DataConfig(cache_dir="cache", tokenizer="tokenizer", **values), sequence_length=4).sources[0]
+        for values in (
+            {"source": "chat.jsonl", "validation_fraction": 0.2},
+            {"source": "out/chat.bin", "validation": "out/chat-validation.bin"},
+        )
+    )
+    assert after.has_loss_mask
+    for ours, theirs in zip(after.slices, before.slices, strict=True):
+        assert ours.path.parent == Path("out"), "read where it lies"
+        assert ours.load_tokens().tolist() == theirs.load_tokens().tolist()
+        assert load_loss_mask(ours).tolist() == load_loss_mask(theirs).tolist()
+        assert 0 < load_loss_mask(ours).mean() < 1
+    with pytest.raises(
+        PipekitError, match=r"out/chat\.jsonl: .* do not say which tokens count in the loss; give .*\.bin"
+    ):
+        invoke("convert", "chat.jsonl", "out/chat.jsonl", *settings)
+    for values, message in (
+        ({"source": ["out/chat.bin", "out/chat-validation.bin"]}, "a loss mask is beside one of several token files"),
+        (
+            {"source": "out/chat.bin", "validation": "text.jsonl"},
+            "and data.validation=text.jsonl: one holds text, and one",
+        ),
+    ):
+        with pytest.raises(PipekitError, match=message):
+            prepare_data(DataConfig(tokenizer="tokenizer", cache_dir="cache", **values), sequence_length=4)
+    # A file in place of it whose tokens all count has no mask.
+    invoke("convert", "text.jsonl", "out/chat.bin", *SETTINGS[1:3], "--overwrite")
+    assert not Path("out/chat.mask").exists()
 
 
 @pytest.mark.parametrize(

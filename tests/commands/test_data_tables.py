@@ -35,8 +35,15 @@ FOUND: dict[str, Any] = {
             "samples": [{"document": 9, "num_tokens": 100, "num_shown": 64, "text": "words [bold] " * 20}],
         }
     ],
-    "run": {"num_tokens": 640, "text": "10 steps of 4 sequences of 16 tokens", "epochs": 1.23},
+    "run": {"num_tokens": 640, "text": "10 steps of 4 sequences of 16 tokens", "epochs": {"text": 1.23}},
 }
+
+
+def test_epochs_of_a_mixture_are_told_by_source() -> None:
+    stream = io.StringIO()
+    run = {**FOUND["run"], "epochs": {"web": 0.25, "code": 3.5}}
+    show_inspection({"sources": [], "run": run}, Console(file=stream, width=120))
+    assert "sequences of 16 tokens), 0.25 epochs of web, 3.5 epochs of code." in stream.getvalue()
 
 
 def test_everything_is_told_within_80_columns() -> None:

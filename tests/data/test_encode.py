@@ -10,7 +10,7 @@ import pytest
 
 from pipekit.data import encode
 from pipekit.data.encode import encode_in_order
-from pipekit.data.encode_process import Part
+from pipekit.data.encoder import Part
 from pipekit.data.tokenizer import load_tokenizer, train_tokenizer
 from pipekit.errors import DataError
 
@@ -33,7 +33,7 @@ def encode_all(tokenizer_path: Path, num_cores: int) -> list[tuple[list[Part], l
     encoded = encode_in_order(
         batches(), tokenizer_path, parts_of=lambda batch: batch, num_cores=num_cores, timeout_s=100
     )
-    return [(batch, token_ids.tolist(), lengths) for batch, (token_ids, lengths) in encoded]
+    return [(batch, token_ids.tolist(), lengths) for batch, (token_ids, lengths, _) in encoded]
 
 
 def test_tokens_of_two_processes_are_those_of_one_text_after_the_other(tokenizer_path: Path) -> None:

@@ -263,6 +263,15 @@ def test_a_text_that_is_not_there_is_named_by_its_own_key(
         prepare_data(make_config(tmp_path, **{"source": "text", **values}), sequence_length=16)
 
 
+def test_a_source_of_a_mixture_that_is_too_short_is_named(tmp_path: Path, documents: list[str]) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    mixture = [{"name": name, "source": str(tmp_path / path)} for name, path in (("a", "text"), ("b", "short.txt"))]
+    config = DataConfig.model_validate({"mixture": mixture, "vocab_size": 300, "cache_dir": str(tmp_path / "cache")})
+    message = r"data\.mixture: b: source=.*short\.txt gives \d+ training tokens, and one sample"
+    with pytest.raises(DataError, match=message):
+        prepare_data(config.model_copy(update={"validation_fraction": 0.0}), sequence_length=64)
+
+
 def test_empty_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("")
     with pytest.raises(DataError, match="holds no text"):

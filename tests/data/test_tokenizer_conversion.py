@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipekit.data.chat_template import ChatTemplate
 from pipekit.data.tokenizer import (
     TOKENIZER_FILE,
     copy_tokenizer,
@@ -17,6 +18,7 @@ from pipekit.data.tokenizer import (
     train_tokenizer,
     write_hf_tokenizer,
 )
+from pipekit.data.tokenizer_conversion import SENTENCEPIECE_TRANSFORMERS
 from pipekit.errors import DataError
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -139,6 +141,35 @@ def test_special_tokens_and_the_chat_template_are_kept(hf_folder: Path, tmp_path
     for text in (*LINES[:20], "<|im_start|> <|tool|>"):
         assert read(text)["input_ids"] == given(text)["input_ids"]
     assert load_tokenizer(kept).end_token == "<|im_end|>"
+
+
+def test_all_chat_templates_are_kept_in_flat_folders(hf_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    given = AutoTokenizer.from_pretrained(hf_folder)
+    given.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools[0] }}" + CHAT_TEMPLATE}
+    given.save_pretrained(tmp_path / "many")
+    assert (tmp_path / "many/additional_chat_templates/tool_use.jinja").is_file()
+    (tmp_path / "kept").mkdir()
+    copy_tokenizer(tmp_path / "many" / TOKENIZER_FILE, tmp_path / "kept")
+    write_hf_tokenizer(tmp_path / "kept" / TOKENIZER_FILE, tmp_path / "export", max_length=64)
+    for name in ("kept", "export"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == given.chat_template
+        assert all(path.is_file() for path in (tmp_path / name).iterdir())
+        assert load_tokenizer(tmp_path / name).end_token == "<|im_end|>"
+    template = ChatTemplate(tmp_path / "kept" / TOKENIZER_FILE)
+    assert (template.source(), template.source([{}])) == tuple(given.chat_template.values())
+
+
+def test_a_version_of_transformers_that_gives_other_ids_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = train(tmp_path, "bpe")
+    monkeypatch.setattr("pipekit.data.tokenizer_conversion.version", lambda name: "5.23.1")
+    with pytest.raises(DataError, match=r"needs transformers 5\.24 or newer, and 5\.23\.1 is installed"):
+        load_tokenizer(path)
+    stated = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert f'"transformers>={".".join(map(str, SENTENCEPIECE_TRANSFORMERS))}"' in stated
 
 
 def test_a_folder_without_tokenizer_json_is_that_of_transformers(tmp_path: Path) -> None:
