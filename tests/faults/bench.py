@@ -204,18 +204,25 @@ def run_rounds(folder: Path, *, num_faults: int, seed: int, jobs: int, kinds: Se
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(pool.map(lambda item: bench.play(item[0], *item[1]), enumerate(choices)))
     left = set(os.listdir("/dev/shm")) - shared_memory
-    if left and (left := left - _mapped_shared_memory()):
+    if left and (left := _unmapped(left)):
         outcomes[-1].faults.append(f"shared memory is left: {', '.join(sorted(left))}")
     return outcomes
 
 
-def _mapped_shared_memory() -> set[str]:
-    """Names of the shared memory that a living process has mapped: it belongs to another program on the machine."""
+def _unmapped(names: set[str]) -> set[str]:
+    """Those of the names in shared memory that no living process has mapped; others belong to programs beside."""
     maps = []
     for path in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             maps.append(path.read_text())
-    return set(re.findall(r"/dev/shm/(\S+)", "".join(maps)))
+    # By number: a semaphore is mapped under another name than that under which it lies there.
+    mapped = set(re.findall(r" (\d+) +/dev/shm/", "".join(maps)))
+    left = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if str(os.stat(f"/dev/shm/{name}").st_ino) not in mapped:
+                left.add(name)
+    return left
 
 
 def main() -> None:
