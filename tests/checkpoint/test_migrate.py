@@ -144,10 +144,10 @@ def go_on(rank: int, folder: str, pp: int, zero: int) -> list[float]:
     ("world_size", "pp", "zero", "precision"),
     [
         (4, 2, 1, "fp32"),
-        (2, 2, 0, "fp32"),
-        (2, 0, 0, "fp32"),
         (2, 0, 2, "bf16"),
         (2, 0, 3, "fp32"),
+        pytest.param(2, 2, 0, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, 0, 0, "fp32", marks=pytest.mark.slow),
         pytest.param(4, 2, 1, "bf16", marks=pytest.mark.slow),
         pytest.param(2, 0, 1, "fp32", marks=pytest.mark.slow),
         pytest.param(4, 0, 1, "bf16", marks=pytest.mark.slow),

@@ -32,8 +32,8 @@ def run(gloo: GlooWorkers, case: Case, **options: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(pp=1, zero=0),
-        Case(pp=2, zero=1),
+        pytest.param(Case(pp=1, zero=0), marks=pytest.mark.slow),
+        pytest.param(Case(pp=2, zero=1), marks=pytest.mark.slow),
         Case(pp=2, dp=2, zero=1),
         Case(pp=2, precision="bf16"),
         Case(precision="fp16"),

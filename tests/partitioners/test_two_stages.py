@@ -25,7 +25,7 @@ def paths(num_left: int, num_right: int, num_steps: int) -> list[list[tuple[int,
     return [list(zip(left, right, strict=True)) for left in ups(num_left) for right in ups(num_right)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(LAYERS, LAYERS, st.integers(1, 4), st.data())
 def test_a_path_is_found_exactly_where_there_is_one_under_two_limits_that_pull_apart(
     left: list[tuple[int, ...]], right: list[tuple[int, ...]], num_steps: int, data: st.DataObject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipekit.schedules import Action, Schedule, plan_1f1b, plan_forward_only, plan_placement, validate
@@ -93,6 +93,7 @@ def check(schedule: Schedule) -> None:
                 assert all(own_row.index(action) < user_of(answer, own_row) for action in confirmed)
 
 
+@settings(max_examples=30)
 @given(schedules)
 def test_answers_prove_what_stands_before_them_in_the_tables_of_the_generators(schedule: Schedule) -> None:
     check(schedule)
