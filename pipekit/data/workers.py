@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Importing torch may take long where many ranks do it from one disk.
 _START_S = 300.0
 # A worker that has ended is reported within this time.
-_REPORT_S = 5.0
+_REPORT_S = 20.0
 
 
 class Workers:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,11 @@ def test_an_error_of_the_dataset_arises_where_its_step_is_read(workers: Workers)
 
 
 def test_a_worker_that_is_killed_is_told_of() -> None:
-    workers = Workers(build_loader(micro_batch_size=1), 2, timeout_s=60.0)
-    with pytest.raises(DataError, match=r"data worker 0 of 2 was killed by SIGKILL while it read samples; if memory"):
+    with (
+        closing(Workers(build_loader(micro_batch_size=1), 2, timeout_s=60.0)) as workers,
+        pytest.raises(DataError, match=r"data worker 0 of 2 was killed by SIGKILL while it read samples; if memory"),
+    ):
         list(workers.iterate_step(104))
-    workers.close()
 
 
 def test_a_dataset_that_cannot_be_sent_is_refused() -> None:
