@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,6 +157,29 @@ def assert_trained_as_one_process(results: list[dict[str, Any]], case: Case, tol
             assert difference <= tolerance, f"{name} differs by {difference:.1e}"
     held = {name for result in results for name in result["weights"]}
     assert held == expected["weights"].keys()
+
+
+def assert_trained_nearly(
+    results: list[dict[str, Any]], expected: dict[str, Any], kind: str, precision: str, *, start: int = 0
+) -> None:
+    """Compare losses and gradient norms from step `start` on, and tensors of a kind, as near as a precision allows."""
+    tolerance = 2e-2 if precision != "fp32" else 1e-4
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"][start:], rel=tolerance)
+        assert result["norms"] == pytest.approx(expected["norms"][start:], rel=5 * tolerance)
+        for name, tensor in result[kind].items():
+            theirs = expected[kind][name]
+            assert float((tensor - theirs).norm()) <= 10 * tolerance * float(theirs.norm()), name
+
+
+def train_steps(engine: Any, case: Case, stop: int) -> tuple[list[float], list[float]]:
+    """Train up to a step, and return the losses and gradient norms; replicas are compared after each."""
+    losses, norms = [], []
+    for step in range(engine.global_steps, stop):
+        losses.append(float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))))
+        norms.append(engine.grad_norm)
+        engine.check_replicas()
+    return losses, norms
 
 
 def build_engine(

@@ -70,6 +70,12 @@ def command(
     from pipekit.inference.load_model import open_model
     from pipekit.launch.model_ranks import SpreadModel, run_on_ranks
 
+    of_tasks = {"--include-path": include_path, "--num-fewshot": num_fewshot, "--limit": limit, "--samples": samples}
+    given = [name for name, value in of_tasks.items() if value is not None]
+    if tasks is None and (given or apply_chat_template):
+        raise ConfigError(f"{(given or ['--apply-chat-template'])[0]}: is for tasks, and there are none; add --tasks")
+    if samples is not None and not samples.absolute().parent.is_dir():
+        raise ConfigError(f"--samples {samples}: no such folder; make it, or give another path")
     if config is not None:
         check_stored_code(config, trust_code=trust_code)
     read = EvaluatedSource.read(source, config)

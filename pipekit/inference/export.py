@@ -27,13 +27,10 @@ from pipekit.inference.safetensors_folder import ExportDtype, exported_dtype, fi
 from pipekit.layers.sequential import SequentialModel, run_layers
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import adapted_layers, build_layers
-from pipekit.models.custom import CustomDoor, open_door
+from pipekit.models.custom import open_door
 from pipekit.models.family import TensorRename, TransformerFamily
 
 PROOF_FILE = "export_check.json"
-
-ExportedModel = TransformerFamily | CustomDoor
-"""Model of an export: its names in `transformers`, its `config.json`, and its sizes."""
 
 # A larger model, in fp32, is never whole in memory while it is compared.
 _WHOLE_BYTES = 2**30

@@ -11,8 +11,10 @@ from typing import Any
 from pipekit.data.chat_template import Message
 from pipekit.data.tokenizer import TextTokenizer, load_tokenizer
 from pipekit.errors import DataError
-from pipekit.files import parse_json
+from pipekit.files import parse_json, read_regular
 from pipekit.storage import storing
+
+_MAX_BYTES = 10**9
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ def read_prompts(file: Path) -> list[Prompt]:
     `seed`; other keys are kept for the result.
 
     Raises:
-        DataError: if a line is none of these; it names the line.
-        StorageError: if the file cannot be read.
+        DataError: if the file cannot be read, or a line is none of these; it names the line.
     """
-    with storing(file, doing="read"):
-        data = file.read_bytes()
+    try:
+        data = read_regular(file, max_bytes=_MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; give a file with a prompt on each line") from None
     try:
         # Not splitlines, which also splits at characters that JSON has inside of strings.
         lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]

@@ -13,12 +13,13 @@ import torch
 
 from engine_jobs import (
     Case,
+    assert_trained_nearly,
     build_engine,
-    micro_batches,
     model_specs,
     save_engine,
     show,
     train_plain,
+    train_steps,
 )
 from gloo_workers import GlooWorkers
 from pipekit.layers.freezing import freeze
@@ -58,11 +59,7 @@ def job(rank: int, case: Case, patterns: tuple[str, ...], options: dict[str, Any
     if load := options.get("load"):
         assert load_checkpoint(engine, CheckpointReader(Path(load))).step == 2
     before = {name: view.full_frozen(each).clone() for name, each in named}
-    losses, norms = [], []
-    for step in range(engine.global_steps, options.get("stop", STEPS)):
-        losses.append(float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))))
-        norms.append(engine.grad_norm)
-        engine.check_replicas()
+    losses, norms = train_steps(engine, case, options.get("stop", STEPS))
     optimized = {id(each) for group in view.param_groups for each in group["params"]}
     weights = {}
     for name, parameter in named:
@@ -79,13 +76,7 @@ def job(rank: int, case: Case, patterns: tuple[str, ...], options: dict[str, Any
 
 def compare(results: list[dict[str, Any]], case: Case, patterns: tuple[str, ...], *, start: int = 0) -> None:
     expected = reference(replace(Case(), clip=case.clip), patterns)
-    tolerance = 2e-2 if case.precision != "fp32" else 1e-4
-    for result in results:
-        assert result["losses"] == pytest.approx(expected["losses"][start:], rel=tolerance)
-        assert result["norms"] == pytest.approx(expected["norms"][start:], rel=5 * tolerance)
-        for name, weights in result["weights"].items():
-            theirs = expected["weights"][name]
-            assert float((weights - theirs).norm()) <= 10 * tolerance * float(theirs.norm()), name
+    assert_trained_nearly(results, expected, "weights", case.precision, start=start)
 
 
 @pytest.mark.parametrize(

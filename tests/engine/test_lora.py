@@ -15,12 +15,14 @@ from torch import Tensor
 
 from engine_jobs import (
     Case,
+    assert_trained_nearly,
     build_engine,
     micro_batches,
     model_specs,
     save_engine,
     show,
     train_plain,
+    train_steps,
     training_state,
 )
 from gloo_workers import COMPILING_TIMEOUT_S, GlooWorkers
@@ -61,11 +63,7 @@ def job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
     view, module = engine.view, engine.module
     if load := options.get("load"):
         assert load_checkpoint(engine, CheckpointReader(Path(load))).step == 2
-    losses, norms = [], []
-    for step in range(engine.global_steps, options.get("stop", STEPS)):
-        losses.append(float(engine.train_batch(micro_batches(step, case, engine.mpu.data_parallel_rank))))
-        norms.append(engine.grad_norm)
-        engine.check_replicas()
+    losses, norms = train_steps(engine, case, options.get("stop", STEPS))
     adapters: dict[str, Tensor] = {}
     for name, parameter, _ in module.named_logical_parameters():
         assert parameter.requires_grad == is_adapter(name), name
@@ -84,13 +82,7 @@ def job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
 def compare(results: list[dict[str, Any]], case: Case, *, start: int = 0) -> None:
     default = Case()
     expected = reference(replace(default, **{key: getattr(case, key) for key in ("family", "num_kv_heads", "tied")}))
-    tolerance = 2e-2 if case.precision != "fp32" else 1e-4
-    for result in results:
-        assert result["losses"] == pytest.approx(expected["losses"][start:], rel=tolerance)
-        assert result["norms"] == pytest.approx(expected["norms"][start:], rel=5 * tolerance)
-        for name, weights in result["adapters"].items():
-            theirs = expected["adapters"][name]
-            assert float((weights - theirs).norm()) <= 10 * tolerance * float(theirs.norm()), name
+    assert_trained_nearly(results, expected, "adapters", case.precision, start=start)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hand_made import small_tokenizer
 from pipekit.data.tokenizer import load_tokenizer
-from pipekit.errors import DataError, StorageError
+from pipekit.errors import DataError
 from pipekit.inference.prompts import Prompt, encode_text, end_token_ids, read_prompts
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def?"}]
@@ -63,7 +63,7 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, text: str, message: s
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="none"):
+    with pytest.raises(DataError, match="none: No such file or directory; give a file with a prompt on each line"):
         read_prompts(tmp_path / "none")
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     with pytest.raises(DataError, match=r"latin: is not UTF-8 text \(byte 3\)"):
