@@ -200,7 +200,7 @@ class DecoderFamily(TransformerFamily):
             "joint": self.has_joint_projections or None,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        return {"bias": self.has_qkv_bias, "projection_bias": self.has_projection_bias, **given}
+        return {"bias": self.has_qkv_bias, "projection_bias": self.has_projection_bias, **given, **self.sparse_options}
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
         return {

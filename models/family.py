@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, Positiv
 from pydantic_core import PydanticCustomError
 
 from pipekit.errors import ConfigError
+from pipekit.models.sparsity import BlockLayouts, SparseAttention
 from pipekit.settings.base import Fault, PathText, Section, alternatives, at_least, at_most, rule_fault
 
 if TYPE_CHECKING:
@@ -214,6 +215,9 @@ class TransformerFamily(ModelFamily):
     dropout: Annotated[float, Field(ge=0, lt=1), at_most(0.95, "too little is left to learn from")] = 0.0
     """Probability of zeroing an activation during training."""
 
+    sparse_attention: SparseAttention | None = Field(default=None, examples=[{"mode": "fixed", "block": 64}])
+    """A token attends to some of those before it alone: `mode`, and the parameters of that; null is all of them."""
+
     init_from: PathText | None = Field(default=None, min_length=1, examples=["downloads/gpt2"])
     """Folder of a Hugging Face model whose weights the training begins with; `family: auto` takes its sizes, too."""
 
@@ -300,6 +304,23 @@ class TransformerFamily(ModelFamily):
             )
         return self.vocab_size
 
+    @property
+    def sparse_options(self) -> dict[str, Any]:
+        """Arguments of an attention layer that make it sparse, in which `sparse_attention` is written."""
+        settings = self.sparse_attention
+        if settings is None:
+            return {}
+        if settings.mode == "sliding_window":
+            return {"window": settings.window}
+        return {"layouts": BlockLayouts(settings, self.num_heads, self.max_positions)}
+
+    def no_export_reason(self) -> str | None:
+        if self.sparse_attention is None:
+            return None
+        return (
+            f"has model.sparse_attention.mode={self.sparse_attention.mode}, and {self.hf_class} knows no such attention"
+        )
+
     def given(self) -> dict[str, Any]:
         """Settings without those that follow from the preset, which implies the family, the width or the defaults."""
         derived: dict[str, Any] = {name: info.default for name, info in type(self).model_fields.items()}
@@ -347,6 +368,14 @@ class TransformerFamily(ModelFamily):
             # Where the width itself is at fault, only the width is reported.
             filled["ffn_size"] = 4 * hidden_size if type(hidden_size) is int and hidden_size > 0 else 1
         return filled
+
+    @model_validator(mode="after")
+    def _has_one_window(self) -> TransformerFamily:
+        sparse = self.sparse_attention
+        if sparse is not None and sparse.mode == "sliding_window" and "sliding_window" in type(self).model_fields:
+            text = f"model.sparse_attention.mode=sliding_window: model.family={self.family} has a setting for that"
+            raise setting_error("sparse_attention", f"{text}; write model.sliding_window={sparse.window} instead")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> TransformerFamily:

@@ -111,17 +111,18 @@ class GPT2Config(TransformerFamily):
         residual_std = std / math.sqrt(2 * self.num_layers)
         common = {"dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
         heads = {} if self.num_kv_heads is None else {"num_kv_heads": self.num_kv_heads}
+        attention = {**heads, **self.sparse_options, **common}
         blocks = []
         for block in range(self.num_layers):
             blocks += [
-                LayerSpec(AttentionHalf, width, self.num_heads, **heads, **common, name=f"blocks.{block}.attention"),
+                LayerSpec(AttentionHalf, width, self.num_heads, **attention, name=f"blocks.{block}.attention"),
                 LayerSpec(MLPHalf, width, self.ffn_size, activation="gelu_tanh", **common, name=f"blocks.{block}.mlp"),
             ]
         return [embedding, positions, *blocks, LayerSpec(FinalNorm, width, eps=eps, name="final_norm"), head]
 
     def no_export_reason(self) -> str | None:
         if self.num_kv_heads in (None, self.num_heads):
-            return None
+            return super().no_export_reason()
         return (
             f"has model.num_kv_heads={self.num_kv_heads} for {self.num_heads} heads, and {self.hf_class} knows no "
             "grouped queries"

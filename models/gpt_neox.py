@@ -146,7 +146,8 @@ class GPTNeoXConfig(TransformerFamily):
             init_std=std,
         )
         common = {"dropout": self.dropout, "eps": eps, "init_std": std, "residual_std": residual_std}
-        attention = {"rotary": transformer.Rotary(self.rotary_size, self.rotary_base), **common}
+        rotary = transformer.Rotary(self.rotary_size, self.rotary_base)
+        attention = {"rotary": rotary, **self.sparse_options, **common}
         mlp = {"activation": self.activation}
         heads, ffn_size = self.num_heads, self.ffn_size
         specs = [embedding]

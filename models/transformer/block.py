@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -22,16 +23,18 @@ from torch import Tensor, nn
 
 from pipekit.errors import LayoutError
 from pipekit.models.family import AttentionHeads
+from pipekit.models.sparsity import BlockLayouts
 from pipekit.models.transformer.cache import KeyValueCache
 from pipekit.models.transformer.documents import (
     Hidden,
-    attend_within_documents,
     number_documents,
     passing_positions,
     take_positions,
 )
+from pipekit.models.transformer.flex import attend_flexibly
 from pipekit.models.transformer.norm import NORMS, HeadsRMSNorm, Norm
 from pipekit.models.transformer.rotary import Rotary
+from pipekit.models.transformer.sparse import HeadLayouts, Weighing, attend_sparsely
 from pipekit.tensor_parallel import (
     SHARDED,
     ColumnParallelLinear,
@@ -110,6 +113,7 @@ class Attention(_NormedModule):
         projection_bias: whether the last projection has one.
         qk_norm: norms of the queries and of the keys of each head by itself, or over the width of all heads.
         window: tokens that a token attends to, its own included; None is all before it.
+        layouts: of the blocks of tokens that blocks of tokens attend to; None where they attend to all.
         scale: factor of the scores; None is `E ** -0.5`.
         soft_cap: limit that the scores approach before their softmax; None where there is none.
 
@@ -134,6 +138,7 @@ class Attention(_NormedModule):
         projection_bias: bool = True,
         qk_norm: Literal["head", "width"] | None = None,
         window: int | None = None,
+        layouts: BlockLayouts | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
         dropout: float,
@@ -164,11 +169,15 @@ class Attention(_NormedModule):
         )
         self.rotary, self.window, self.soft_cap = rotary, window, soft_cap
         self.scale = self.head_size**-0.5 if scale is None else scale
+        self.layouts = None if layouts is None else HeadLayouts(layouts, 0, num_heads)
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
         super().shard(group, sequence_parallel=sequence_parallel)
         if fault := self.heads.fault(group.size):
             raise LayoutError(fault.message)
+        if self.layouts is not None:
+            own = self.heads.num_heads // group.size
+            self.layouts = HeadLayouts(self.layouts.of_model, group.rank * own, own)
         if self.qk_norm == "head":
             # Each rank has the gradients of its own heads.
             for parameter in (*self.q_norm.parameters(), *self.k_norm.parameters()):
@@ -213,11 +222,27 @@ class Attention(_NormedModule):
         if self.cache is not None:
             k, v = self.cache.extend(self, k, v, self.window)
             if self.cache.num_slots or self.cache.padding is not None:
-                return self._weigh_masked(q, k, v, self.cache.mask(k.shape[2], self.window))
+                return self._weigh_masked(q, k, v, self.cache.mask(k.shape[2], self.window, self.layouts))
         window = length if self.window is None else self.window
+        dropout = self.dropout if self.training else 0.0
         # Flex attention drops nothing out.
-        if documents is not None and q.is_cuda and not (self.training and self.dropout):
-            return attend_within_documents(q, k, v, documents, window=window, scale=self.scale, soft_cap=self.soft_cap)
+        if q.is_cuda and not dropout and (documents is not None or self.layouts is not None):
+            return attend_flexibly(
+                q,
+                k,
+                v,
+                documents=documents,
+                layouts=self.layouts,
+                window=window,
+                scale=self.scale,
+                soft_cap=self.soft_cap,
+            )
+        if self.layouts is not None:
+            weighing = Weighing(self.scale, self.soft_cap, self.window, dropout)
+            if dropout:
+                with sharded_randomness(self.group):
+                    weighing = replace(weighing, seed=int(torch.randint(2**62, (), device="cpu")))
+            return attend_sparsely(q, k, v, self.layouts, weighing, documents)
         size = block_size(length, window)
         if size is None:
             return self._weigh(q, k, v, window, documents)
@@ -256,6 +281,8 @@ class Attention(_NormedModule):
         if is_grouped and length == 1:
             # The queries that share a head of keys and values are as many queries of one head.
             q = q.reshape(len(q), k.shape[1], heads // k.shape[1], q.shape[3])
+            if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
+                mask = mask.reshape(len(mask), *q.shape[1:3], mask.shape[3])
         elif is_grouped and not is_causal:
             # With a mask, torch's fast kernels know no grouped heads.
             k, v = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (k, v))
@@ -389,6 +416,8 @@ class ParallelBlock(TensorParallelModule):
         ffn_size: int,
         *,
         rotary: Rotary | None = None,
+        window: int | None = None,
+        layouts: BlockLayouts | None = None,
         activation: Activation,
         dropout: float,
         eps: float,
@@ -397,7 +426,7 @@ class ParallelBlock(TensorParallelModule):
     ) -> None:
         super().__init__()
         common: dict[str, Any] = {"dropout": dropout, "eps": eps, "init_std": init_std, "residual_std": residual_std}
-        self.attention = Attention(hidden_size, num_heads, rotary=rotary, **common)
+        self.attention = Attention(hidden_size, num_heads, rotary=rotary, window=window, layouts=layouts, **common)
         self.mlp = MLP(hidden_size, ffn_size, activation=activation, **common)
 
     def forward(self, x: Hidden) -> Hidden:

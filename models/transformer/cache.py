@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipekit.models.transformer.rotary import Rotary
+from pipekit.models.transformer.sparse import HeadLayouts
 
 _SPARE_TOKENS = 128
 
@@ -132,12 +133,12 @@ class KeyValueCache:
         first, kept.end = kept.end - needed, end
         return kept.keys.narrow(2, first, end - first), kept.values.narrow(2, first, end - first)
 
-    def mask(self, num_keys: int, window: int | None) -> Tensor | None:
-        """Mask `(S, T)` or `(B, 1, S, T)`, True where a token that is being read attends to one of the last T.
+    def mask(self, num_keys: int, window: int | None, layouts: HeadLayouts | None = None) -> Tensor | None:
+        """Mask `(S, T)` or `(B or 1, H or 1, S, T)`, True where a token that is read attends to one of the last T.
 
-        None where each attends to all of them.
+        None where each attends to all of them. The `layouts` say to which blocks tokens attend.
         """
-        if self.reads == 1 and self.padding is None:
+        if self.reads == 1 and self.padding is None and layouts is None:
             return None
 
         def compute() -> Tensor:
@@ -147,12 +148,16 @@ class KeyValueCache:
             seen = queries >= keys
             if window is not None:
                 seen &= queries - keys < window
+            padding = 0 if self.padding is None else self.padding.view(-1, 1)
+            if layouts is not None:
+                places = [(slots.view(1, -1) - padding).clamp(min=0) for slots in (queries, keys)]
+                seen = seen & layouts.sees(*places)
             if self.padding is None:
                 return seen
             # What pads a sequence attends to itself, so that its weights are numbers; nobody else reads it.
             return seen & ((keys >= self.padding.view(-1, 1, 1, 1)) | (queries == keys))
 
-        return self._once(("mask", num_keys, window), compute)
+        return self._once(("mask", num_keys, window, layouts), compute)
 
     def _once(self, key: object, compute: Callable[[], _Result]) -> _Result:
         if key not in self._shared:

@@ -3,13 +3,13 @@
 The positions of the tokens, which restart at every document, say where documents begin. They enter the model beside the
 token ids, and each layer passes them on beside the hidden states, so that every stage of a pipeline has them.
 
-Shapes: B sequences, S tokens, H heads, E head size, D hidden size.
+Shapes: B sequences, S tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, layer_names
-from pipekit.tensor_parallel import cap_softly
 
 Hidden = Tensor | tuple[Tensor, Tensor]
 """Hidden states between layers: `(B, S, D)`, or that and the positions `(B, S)` of its tokens in their documents."""
@@ -67,56 +66,6 @@ def document_lengths(positions: Tensor) -> Tensor:
     return torch.zeros_like(positions).scatter_reduce(1, documents, positions + 1, "amax").gather(1, documents)
 
 
-def attend_within_documents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor,
-    *,
-    window: int,
-    scale: float,
-    soft_cap: float | None,
-    compiles: bool = True,
-) -> Tensor:
-    """Causal attention within documents by torch's `flex_attention`, which skips blocks that no query attends to.
-
-    Args:
-        q: queries `(B, H, S, E)`.
-        k: keys `(B, K, S, E)`, where K divides H.
-        v: values, as the keys.
-        documents: `(B, S)`, the number of each token's document.
-        window: tokens that a token attends to, its own included.
-        scale: factor of the scores.
-        soft_cap: limit that the scores approach before their softmax; None where there is none.
-        compiles: whether torch compiles it, as it must to be fast.
-
-    Returns:
-        Weighted sums of the values, `(B, H, S, E)`.
-
-    Source: Dong et al. 2024, "Flex Attention: A Programming Model for Generating Optimized Attention Kernels".
-    """
-
-    def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        is_same = documents[batch, query] == documents[batch, key]
-        return (query >= key) & (query - key < window) & is_same
-
-    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return cap_softly(score, soft_cap)
-
-    attend, build_mask = _flex_attention(compiles=compiles)
-    length = q.shape[2]
-    y: Tensor = attend(
-        q,
-        k,
-        v,
-        score_mod=None if soft_cap is None else cap,
-        block_mask=build_mask(is_seen, len(q), None, length, length, device=q.device),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return y
-
-
 def check_takes_documents(specs: Sequence[LayerSpec]) -> None:
     """Check that every layer keeps documents apart, which it says by `takes_documents = True` in its own class.
 
@@ -134,12 +83,3 @@ def check_takes_documents(specs: Sequence[LayerSpec]) -> None:
                 "apart; let it take and return a pair of its tensor and the positions (B, S) of the tokens, which "
                 "restart at every document, and say so by takes_documents = True, or leave data.document_mask out"
             )
-
-
-@cache
-def _flex_attention(*, compiles: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from torch.nn.attention import flex_attention as torchs  # imports torch's compiler
-
-    if compiles:
-        return torch.compile(torchs.flex_attention), torch.compile(torchs.create_block_mask)
-    return torchs.flex_attention, torchs.create_block_mask

@@ -92,8 +92,15 @@ def zero_3_fits_the_head(model: ModelFamily, parallel: ParallelConfig, train: Tr
         )
 
 
-def compile_fits(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
-    """Compiled layers need their weights whole, and ZeRO-3 gathers them in hooks."""
+def compile_fits(model: ModelFamily, train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Compiled layers need their weights whole, which ZeRO-3 gathers in hooks, and no loops over blocks of tokens."""
+    sparse = getattr(model, "sparse_attention", None)
+    if train.compile and sparse is not None and sparse.mode != "sliding_window":
+        yield rule_fault(
+            "train.compile model.sparse_attention",
+            f"train.compile=true does not go with model.sparse_attention.mode={sparse.mode}, whose loops over blocks "
+            "would be compiled block by block; try train.compile=false, or mode: sliding_window",
+        )
     if train.compile and parallel.zero == 3:
         yield rule_fault(
             "train.compile parallel.zero",
@@ -412,7 +419,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train"), sequence_fits_positions),
     (("model", "parallel", "train"), tensor_parallel_fits),
     (("model", "parallel", "train"), zero_3_fits_the_head),
-    (("train", "parallel"), compile_fits),
+    (("model", "train", "parallel"), compile_fits),
     (("parallel",), zero_fits),
     (("parallel",), offload_fits),
     (("deepspeed", "parallel"), deepspeed_fits_zero),

@@ -38,6 +38,7 @@ BROKEN = {
         "parallel.zero=3 does not go with parallel.tp=2 for a built-in model, whose loss needs the head's weights "
         "after ZeRO-3 has freed them; try parallel.zero=2"
     ),
+    ("train.compile=true", "model.sparse_attention={mode: fixed}"): "block by block; try train.compile=false",
     ("train.compile=true", "parallel.zero=3"): "in hooks that cannot be compiled; try parallel.zero=2",
     ("train.loss_chunk_tokens=100", "parallel.zero=3"): "try train.loss_chunk_tokens=null, or parallel.zero=2",
     ("model.num_kv_heads=3",): "model.num_kv_heads=3 does not divide model.num_heads=4; try 1, 2 or 4",

@@ -12,7 +12,8 @@ from pipekit.costs.describe import describe_layers
 from pipekit.layers.specs import LayerSpec
 from pipekit.models import find_families
 from pipekit.models.transformer import language_model_loss
-from pipekit.models.transformer.documents import attend_within_documents, number_documents
+from pipekit.models.transformer.documents import number_documents
+from pipekit.models.transformer.flex import attend_flexibly
 from pipekit.tensor_parallel import TensorGroup, whole_outputs
 from tensor_parallel.outcomes import VOCAB, random_weights
 from tensor_parallel.sharded_model import CutModel, assert_all_close, join_gradients
@@ -103,7 +104,7 @@ def test_flex_attention_attends_as_the_mask_does(window: int, soft_cap: float | 
     q = torch.randn(2, 4, 16, 8, generator=generator)
     k, v = torch.randn(2, 2, num_kv_heads, 16, 8, generator=generator)
     numbers = number_documents(POSITIONS)
-    found = attend_within_documents(q, k, v, numbers, window=window, scale=0.3, soft_cap=soft_cap, compiles=False)
+    found = attend_flexibly(q, k, v, documents=numbers, window=window, scale=0.3, soft_cap=soft_cap, compiles=False)
     for batch, head, query in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(16)).tolist():
         seen = [
             key for key in range(max(0, query - window + 1), query + 1) if numbers[batch, key] == numbers[batch, query]
