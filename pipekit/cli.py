@@ -23,7 +23,7 @@ app = typer.Typer(
 
 # The order of the help text; others follow by name.
 _FIRST = (
-    *("data", "plan", "train", "verify", "import", "export", "generate", "eval", "checkpoints"),
+    *("init", "data", "plan", "train", "verify", "import", "export", "generate", "eval", "checkpoints"),
     *("launch", "slurm", "doctor"),
 )
 

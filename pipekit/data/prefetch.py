@@ -11,6 +11,7 @@ import torch
 from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.mixture import MixtureOrder
 from pipekit.data.order import SampleOrder
+from pipekit.data.replica_loader import ReplicaLoader
 from pipekit.data.workers import Workers
 from pipekit.tensors.transfer import pack
 
@@ -31,7 +32,9 @@ class Prefetcher:
         workers: processes that read for the loader; None has the thread read. They are ended with the prefetcher.
     """
 
-    def __init__(self, loader: BatchLoader, *, pin_memory: bool = False, workers: Workers | None = None) -> None:
+    def __init__(
+        self, loader: BatchLoader | ReplicaLoader, *, pin_memory: bool = False, workers: Workers | None = None
+    ) -> None:
         self.loader = loader
         self._workers = workers
         self._pin_memory = pin_memory
@@ -58,6 +61,7 @@ class Prefetcher:
     def set_order(self, order: SampleOrder | MixtureOrder) -> None:
         """Take another order of the samples from the next step on."""
         self._drop()
+        assert isinstance(self.loader, BatchLoader)
         self.loader.order = order
 
     def close(self) -> None:
@@ -78,7 +82,7 @@ class Prefetcher:
 class _Collation:
     """The micro-batches of one step, on their way from the dataset."""
 
-    def __init__(self, loader: BatchLoader | Workers, position: int, *, pin_memory: bool) -> None:
+    def __init__(self, loader: BatchLoader | ReplicaLoader | Workers, position: int, *, pin_memory: bool) -> None:
         self.position = position
         self.batches: Future[list[Any]] = Future()
         self._loader = loader

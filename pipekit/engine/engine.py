@@ -90,7 +90,15 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self.view.clear_gradients()
         if self._measure_costs:
             self._learn_costs()
-        return self._broadcast_from_last(own_loss) if self.view.sums_along else loss
+        loss = self._broadcast_from_last(own_loss) if self.view.sums_along else loss
+        if self.monitor.enabled:
+            self._report(train_loss=loss, lr=self.get_lr()[0])
+        return loss
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Set the sequences of a micro-batch; their number in a step stays."""
+        super().set_train_micro_batch_size(micro_batch_size)
+        self.micro_batch_size = micro_batch_size
 
     def _learn_costs(self) -> None:
         """Time the step that has just ended; after the last to be timed, plan the table for what the actions cost."""

@@ -51,6 +51,7 @@ def initialize(
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    mesh_param: Any = None,
     config: str | Mapping[str, Any] | None = None,
     config_params: str | Mapping[str, Any] | None = None,
     model_config: ModelConfigSource | None = None,
@@ -66,22 +67,23 @@ def initialize(
         optimizer: a torch optimizer, or a function of the parameters that returns one; DeepSpeed's configuration names
             one otherwise. A plain module without one can only be evaluated.
         model_parameters: what to train; all parameters of the module that need a gradient, unless given.
-        training_data: a dataset. That of a pipeline module is map-style, its samples are pairs of inputs and labels,
-            and it is shuffled anew in every epoch; the order follows from the module's seed, and checkpoints hold the
-            position. That of a plain module is read by DeepSpeed's loader.
+        training_data: a dataset, read in DeepSpeed's order. That of a pipeline module is map-style, its samples are
+            pairs of inputs and labels, and they come as they stand there, again and again; checkpoints hold the
+            position. That of a plain module is read by DeepSpeed's loader, which shuffles it.
         lr_scheduler: a scheduler of the given optimizer, or a function of the optimizer that returns one; it steps
             after every update. DeepSpeed's configuration may name one otherwise.
         distributed_port: the port of rank 0, where the processes have not been joined.
         mpu: the process groups of a plain module, a `ModelParallelUnit`, which several engines may share; a pipeline
             module has its own.
-        dist_init_required: not needed: the processes are joined where they have not been.
+        dist_init_required: False refuses processes that have not been joined; otherwise they are joined then.
         collate_fn: makes a micro-batch of a list of samples.
+        mesh_param: not taken: a pipeline module has a topology, and the ranks of a plain module are replicas.
         config: DeepSpeed's configuration, or the path of its JSON file.
         config_params: another name of `config`.
         model_config: a description of the model, which checkpoints then hold: the settings of a family such as
             `GPT2Config(...)`, or the path of a YAML file with a `model` section, and perhaps `data.tokenizer`, or its
             content.
-        profile: whether to time every action of a pipeline; see `PipelineEngine.gather_timeline`.
+        profile: whether to time every action of a pipeline module; see `PipelineEngine.gather_timeline`.
 
     Returns:
         The engine, its optimizer, the loader of `training_data`, and the learning-rate scheduler, each None if there is
@@ -91,6 +93,11 @@ def initialize(
         ConfigError: on every rank, if the configuration cannot be read, is given twice, has a key that DeepSpeed does
             not know, or cannot run; or if `model_config` describes another model.
     """
+    if dist_init_required is False and not dist.is_initialized():
+        raise ConfigError(
+            "dist_init_required=False, and the processes have not been joined; leave it out, or call "
+            "deepspeed.init_distributed() before"
+        )
     use_joined_processes(distributed_port)
     parameters: list[Any] = []
     described: Config | None = None
@@ -103,6 +110,7 @@ def initialize(
                 f"model is {type(model).__name__}, a pipeline module of DeepSpeed's; import PipelineModule from "
                 "pipekit, which takes the same arguments"
             )
+        _check_arguments(model, mpu=mpu, mesh_param=mesh_param, profile=profile)
         caller: Caller = "pipeline" if isinstance(model, PipelineModule) else "module"
         settings = _read_config(_only_config(args, config, config_params), caller)
         has_optimizer = optimizer is not None or "optimizer" in settings
@@ -125,6 +133,7 @@ def initialize(
         error = failure
     raise_together(error)
     given = {"optimizer": optimizer, "model_parameters": parameters, "lr_scheduler": lr_scheduler}
+    given["collate_fn"] = collate_fn
     engine: Any
     if not isinstance(model, PipelineModule):
         assert model is not None
@@ -135,7 +144,6 @@ def initialize(
             unit,
             deepspeed_config=complete_deepspeed_config(settings) if has_optimizer else settings,
             training_data=training_data,
-            collate_fn=collate_fn,
             **given,
         )
     else:
@@ -170,6 +178,17 @@ def _only_config(
     if len(given) > 1:
         raise ConfigError(f"the configuration is given twice, by {' and '.join(given)}; leave one of them out")
     return next(iter(given.values()), None)
+
+
+def _check_arguments(model: nn.Module, *, mpu: Any, mesh_param: Any, profile: bool) -> None:
+    """Raise a ConfigError for an argument that would have no effect."""
+    if mesh_param is not None:
+        raise ConfigError("mesh_param: has no effect here; give PipelineModule(topology=...), or leave it out")
+    if not isinstance(model, PipelineModule):
+        if profile:
+            raise ConfigError("profile=True times the actions of a PipelineModule; leave it out")
+    elif mpu is not None and mpu is not model.mpu():
+        raise ConfigError("mpu: a PipelineModule has its own; give PipelineModule(mpu=...), or leave it out")
 
 
 def _describe_model(model: nn.Module, given: ModelConfigSource) -> Config:

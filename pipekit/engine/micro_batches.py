@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipekit.data.prefetch import Prefetcher
+from pipekit.data.replica_loader import ReplicaLoader
 from pipekit.distributed.mpu import ModelParallelUnit, RankGroup
 from pipekit.distributed.processes import wait
 from pipekit.errors import DataError
@@ -169,27 +170,40 @@ class MicroBatchReader:
 
 
 class TrainingData:
-    """An endless iterable of micro-batches, each step's from the position that training has reached.
+    """An endless iterable of micro-batches of a dataset, each step's from the position that training has reached.
 
     Args:
-        prefetcher: gives the micro-batches of a step.
-        position: returns the number of samples that have been trained on, over all replicas.
+        loader: gives the micro-batches.
+        position: returns the number of micro-batches that this replica has been trained on.
+        num_micro_batches: returns the number of micro-batches of a step.
+        pin_memory: whether to put them into pinned memory.
     """
 
-    def __init__(self, prefetcher: Prefetcher, position: Callable[[], int]) -> None:
-        self.loader = prefetcher.loader
-        self._prefetcher = prefetcher
+    def __init__(
+        self,
+        loader: ReplicaLoader,
+        position: Callable[[], int],
+        num_micro_batches: Callable[[], int],
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self.loader = loader
+        self._prefetcher = Prefetcher(loader, pin_memory=pin_memory)
         self._position = position
+        self._num_micro_batches = num_micro_batches
 
     def __len__(self) -> int:
-        """Number of micro-batches of an epoch on one replica; an epoch's last step may reach into the next epoch."""
-        steps = -(-self.loader.order.num_samples // self.loader.global_batch_size)
-        return steps * self.loader.num_micro_batches
+        """Number of micro-batches of an epoch on one replica."""
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         while True:
+            if self.loader.num_micro_batches != self._num_micro_batches():
+                # The batch size has changed; what was read ahead is for the old one.
+                self._prefetcher.close()
+                self.loader.num_micro_batches = self._num_micro_batches()
             position = self._position()
-            yield from self._prefetcher.step_batches(position, then=position + self.loader.global_batch_size)
+            yield from self._prefetcher.step_batches(position, then=position + self.loader.num_micro_batches)
 
 
 def join_batches(outputs: list[Any]) -> Any:

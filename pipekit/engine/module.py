@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.ported_scripts import adopt_layers, build_mpu
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.mpu_check import check_mpu
+from pipekit.engine.layer_files import load_layers, save_layers
 from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.tensor_group import ProcessTensorGroup
 from pipekit.errors import ConfigError
@@ -228,6 +230,25 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             if isinstance(layer, nn.Module) and counts[self.layer_specs[layer_idx].type_name] > 1 and layer not in tied:
                 layer.compile(dynamic=False, options={"fallback_random": True})
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile every layer of this rank by itself; the arguments are those of `torch.compile`."""
+        self._split_linear = split_uncompiled_linear()
+        for layer_idx, layer in self._layers.items():
+            if isinstance(layer, nn.Module):
+                layer.compile(*args, **options)
+            else:
+                self._layers[layer_idx] = torch.compile(layer, *args, **options)
+
+    def save_state_dict(
+        self, save_dir: str | Path, checkpoint_engine: Any = None, exclude_frozen_params: bool = False
+    ) -> None:
+        """Write a file for each layer, as DeepSpeed does; see `save_layers`. No `checkpoint_engine` is needed."""
+        save_layers(self, Path(save_dir), exclude_frozen=exclude_frozen_params)
+
+    def load_state_dir(self, load_dir: str | Path, checkpoint_engine: Any = None, strict: bool = True) -> None:
+        """Read the files of the layers; see `load_layers`. No `checkpoint_engine` is needed."""
+        load_layers(self, Path(load_dir), strict=strict)
+
     def _build_layer(self, layer_idx: int) -> nn.Module:
         spec = self.layer_specs[layer_idx]
         layer = build_layer(spec, name=self.layer_names[layer_idx], seed=self.seed)
@@ -313,7 +334,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
 
     def _is_checkpointable(self, layers: range) -> bool:
         names = self.checkpointable_layers
-        return names is None or all(type(self._module_of(layer_idx)).__name__ in names for layer_idx in layers)
+        return names is None or all(type(self.module_of(layer_idx)).__name__ in names for layer_idx in layers)
 
     def _run_layers(
         self, layers: range, dropout_path: tuple[int, int] | None, split_backward: bool, inputs: Activations
@@ -343,11 +364,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
 
     def stage_parameters(self, stage: int) -> list[nn.Parameter]:
         """Return the trainable parameters of one of this rank's stages."""
-        modules = (self._module_of(layer_idx) for layer_idx in self.layers_of(stage))
+        modules = (self.module_of(layer_idx) for layer_idx in self.layers_of(stage))
         parameters = (parameter for module in modules for parameter in module.parameters() if parameter.requires_grad)
         return list(dict.fromkeys(parameters))
 
-    def _module_of(self, layer_idx: int) -> nn.Module:
+    def module_of(self, layer_idx: int) -> nn.Module:
+        """Return the module of one of this rank's layers."""
         spec = self.layer_specs[layer_idx]
         if isinstance(spec, TiedLayerSpec):
             return self.tied_modules[spec.key]
@@ -388,7 +410,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 continue
             seen.add(layer_name)
             owned = self.layer_names.index(layer_name) in held
-            for name, tensor in named(self._module_of(layer_idx)):
+            for name, tensor in named(self.module_of(layer_idx)):
                 yield f"{layer_name}.{name}", tensor, owned
 
 

@@ -242,13 +242,13 @@ def named_parameters(module: PipelineModule) -> Iterator[tuple[int, str, nn.Para
     for layer_idx in module.layer_indices:
         if module.layer_names[layer_idx] not in seen:
             seen.add(module.layer_names[layer_idx])
-            for name, parameter in module._module_of(layer_idx).named_parameters():
+            for name, parameter in module.module_of(layer_idx).named_parameters():
                 yield layer_idx, name, parameter
 
 
 def _parts(module: PipelineModule) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules inside of layers, once each, with their names in their layers."""
-    for layer in dict.fromkeys(module._module_of(layer_idx) for layer_idx in module.layer_indices):
+    for layer in dict.fromkeys(module.module_of(layer_idx) for layer_idx in module.layer_indices):
         yield from ((name, part) for name, part in layer.named_modules() if name)
 
 

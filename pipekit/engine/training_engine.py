@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.collate import MapDataset
-from pipekit.data.order import SampleOrder
-from pipekit.data.prefetch import Prefetcher
+from pipekit.data.replica_loader import ReplicaLoader
 from pipekit.distributed.processes import gather_objects, wait
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.diagnostics import Diagnostics
@@ -53,6 +51,10 @@ class TrainingEngine(BaseEngine):
     data_iterator: Iterator[Any] | None
     steps_per_print: Callable[[], int | None]
     set_dataiterator: Callable[[Iterator[Any] | None], None]
+    dataloader_drop_last: Callable[[], bool | None]
+    zero_optimization_stage: Callable[[], int]
+    is_compiled: bool
+    monitor: Any
     _config: Any
 
     before_update: Callable[[], None] | None = None
@@ -187,27 +189,71 @@ class TrainingEngine(BaseEngine):
         self.executor.reader.batch_fn = fn
 
     def set_training_data(self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None = None) -> None:
-        """Train on a dataset where `train_batch` is given no iterator: shuffled, every sample once an epoch.
+        """Train on a dataset where `train_batch` is given no iterator, in the order of DeepSpeed's pipeline engine.
 
-        The order follows from the module's seed, and the position is `global_samples`, which checkpoints hold.
+        Samples come as they stand in the dataset, and again from the first; see `ReplicaLoader`. The position follows
+        from `global_samples`, which checkpoints hold.
 
         Args:
             dataset: map-style; its samples are pairs of inputs and labels.
             collate: makes a micro-batch of a list of samples; stacks pairs of inputs and labels unless given.
         """
-        loader = BatchLoader(
+        loader = ReplicaLoader(
             dataset,
-            SampleOrder(len(dataset), self.module.seed, shuffle=True),
-            global_batch_size=self.train_batch_size(),
             micro_batch_size=self.micro_batch_size,
+            num_micro_batches=self.micro_batches,
             dp_rank=self.mpu.data_parallel_rank,
             dp=self.mpu.layout.dp,
+            drop_last=bool(self.dataloader_drop_last()),
             collate=collate,
         )
-        prefetcher = Prefetcher(loader, pin_memory=self.device.type == "cuda")
-        data = TrainingData(prefetcher, lambda: int(self.global_samples))
-        self.set_dataiterator(iter(data) if self.mpu.should_build_data_loader else None)
-        self.training_dataloader = data
+        each = self.micro_batch_size * self.mpu.layout.dp
+        self.set_dataloader(
+            TrainingData(
+                loader,
+                lambda: int(self.global_samples) // each,
+                lambda: self.micro_batches,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def set_dataloader(self, loader: Iterable[Any]) -> None:
+        """Train on the micro-batches of a loader where `train_batch` is given no iterator; it should not end.
+
+        Args:
+            loader: yields pairs of inputs and labels; read on the first and the last stage.
+        """
+        self.set_dataiterator(iter(loader) if self.mpu.should_build_data_loader else None)
+        self.training_dataloader = loader
+
+    def compile(
+        self,
+        backend: str | Callable[..., Any] = "inductor",
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the layers of this rank, each by itself, with `torch.compile`; a second call does nothing.
+
+        Args:
+            backend: torch's name of a compiler, or a function.
+            compile_kwargs: further arguments of `torch.compile`.
+            schedule: not taken: passes of DeepCompile.
+            compiled_autograd_enabled: not taken.
+
+        Raises:
+            ConfigError: under ZeRO-3, or if one of the last two is given.
+        """
+        if schedule is not None or compiled_autograd_enabled:
+            raise ConfigError("compile takes neither schedule nor compiled_autograd_enabled; leave them out")
+        if self.zero_optimization_stage() == 3:
+            raise ConfigError(
+                "compile does not go with zero_optimization.stage=3, which gathers the weights of a layer in hooks "
+                "that cannot be compiled; try stage 2"
+            )
+        if not self.is_compiled:
+            self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
+            self._is_compiled = True
 
     def gather_timeline(self) -> Timeline:
         """Measured timeline of the last step on this pipeline. All ranks call this together.
@@ -238,12 +284,21 @@ class TrainingEngine(BaseEngine):
             return_logits: whether to return a pair: the above, and the last layer's outputs for the whole batch on this
                 pipeline, joined along their first dimension (None on ranks without the last stage).
             compute_loss: False takes the last layer's outputs in place of losses.
-            reduce_output: None returns a list, one entry a micro-batch of this pipeline, in place of the mean.
+            reduce_output: `avg`; None returns a list, one entry a micro-batch of this pipeline, in place of the mean.
             bcast_loss: whether ranks without the last stage return the losses too, rather than None.
             num_micro_batches: as many as in training, unless given.
             observe: called on the last stage with each micro-batch's outputs and labels.
+
+        Raises:
+            ConfigError: if `reduce_output` or `num_micro_batches` is none of these.
         """
+        if reduce_output is not None and str(reduce_output).lower() != "avg":
+            raise ConfigError(f"reduce_output={reduce_output}: must be 'avg', or None for a list")
+        if num_micro_batches is not None and num_micro_batches < 1:
+            raise ConfigError(f"num_micro_batches={num_micro_batches}: must be at least 1")
         self.module.eval()
+        reports = bool(self.monitor.enabled and compute_loss and reduce_output)
+        bcast_loss = bcast_loss or reports
         schedule = self._evaluation_schedule(num_micro_batches or self.micro_batches)
         collected: list[Any] = []
 
@@ -267,9 +322,17 @@ class TrainingEngine(BaseEngine):
                 result = self._spread(losses, schedule.num_micro_batches) if bcast_loss else losses
             if not (self.mpu.is_last_stage or (compute_loss and bcast_loss)):
                 result = None
+            if reports:
+                self._report(eval_loss=result)
             if return_logits:
                 return result, join_batches(collected)
         return result
+
+    def _report(self, **values: Any) -> None:
+        """Write values to the monitors that DeepSpeed's configuration switches on, under DeepSpeed's names."""
+        if self.mpu.global_rank == 0 and self.monitor.enabled:
+            events = [(f"Train/Samples/{name}", float(value), self.global_samples) for name, value in values.items()]
+            self.monitor.write_events(events)
 
     def observe_batch(self, data_iter: Iterator[Any] | None, observe: Observer, *, num_micro_batches: int) -> None:
         """Forward a batch in evaluation mode, without losses, and show its outputs. All ranks call this together.

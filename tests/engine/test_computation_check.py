@@ -53,7 +53,7 @@ def flip(rank: int, case: Case, culprit: int, kind: str) -> tuple[str, str, bool
         return flip_bit(output) if kind == "activation" else _FlipGradient.apply(output, flip_bit)
 
     if rank == culprit:
-        engine.module._module_of(layer_idx).register_forward_hook(hook)
+        engine.module.module_of(layer_idx).register_forward_hook(hook)
     weights = [parameter.detach().clone() for parameter in engine.module.parameters()]
     with pytest.raises(NumbersError) as caught:
         train_batch_checked(engine, data(1))

@@ -43,7 +43,7 @@ def pick_layer(module: Any, injury: Injury) -> tuple[int, str, nn.Module | nn.Pa
         full = f"{module.layer_names[layer_idx]}.{name}"
         return layer_idx, f"the {'weight' if injury.kind == 'weight' else 'gradient of'} {full}", parameter
     layer_idx = module.layer_indices[injury.choice % len(module.layer_indices)]
-    layer = module._module_of(layer_idx)
+    layer = module.module_of(layer_idx)
     if injury.what == "part":
         parts = [(name, part) for name, part in layer.named_modules() if name and not list(part.children())]
         if parts:
@@ -105,7 +105,7 @@ def injure(engine: Any, injury: Injury) -> tuple[ExitStack, int, str]:
         held.copy_(held.new_full(held.shape, injury.value) if "embed" in words else poison(held))
         stack.callback(held.copy_, before)
         return stack, layer_idx, words
-    layer = target if isinstance(target, nn.Module) else module._module_of(layer_idx)
+    layer = target if isinstance(target, nn.Module) else module.module_of(layer_idx)
     stack.callback(layer.register_forward_hook(hook).remove)
     if isinstance(target, nn.Parameter):
         look = target.register_hook(lambda g: poison(g) if current[1] == injury.micro_batch else None)

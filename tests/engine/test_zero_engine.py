@@ -299,7 +299,7 @@ def time_a_step(rank: int) -> tuple[str, list[float]]:
     return str(timeline.schedule), [span.end_s - span.start_s for span in timeline.spans[0]]
 
 
-def test_training_data_are_shuffled_and_go_on(gloo: GlooWorkers) -> None:
+def test_training_data_come_in_their_order_and_go_on(gloo: GlooWorkers) -> None:
     for zero in (2, 3):
         losses = gloo.run(2, train_on_dataset, zero)
         assert losses[0] == losses[1]

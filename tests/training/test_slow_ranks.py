@@ -99,7 +99,7 @@ def sleep(rank: int, case: Case, culprit: int, where: str, begins: int) -> tuple
         if rank == culprit and step >= begins:
             time.sleep(0.6)  # much more than a step takes on a busy machine
 
-    layer: nn.Module = engine.module._module_of(engine.module.layer_indices[1])
+    layer: nn.Module = engine.module.module_of(engine.module.layer_indices[1])
     if where == "layer":
         layer.register_forward_hook(nap)
 

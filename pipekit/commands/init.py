@@ -1,0 +1,44 @@
+"""`pipekit init`: a new configuration file."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipekit.errors import ConfigError
+from pipekit.storage import storing
+
+
+class OffloadTarget(str, Enum):
+    """Memory that `--offload` names."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+def command(
+    zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 1,
+    offload: Annotated[
+        OffloadTarget, typer.Option(help="Memory of the optimizer's states, and under ZeRO-3 of the weights.")
+    ] = OffloadTarget.none,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; stdout if left out.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a configuration that trains, with a comment on every key."""
+    from pipekit.config.template import config_template
+
+    text = config_template(zero=zero, offload=offload.value, pp=pp)  # type: ignore[arg-type]
+    if out is None:
+        sys.stdout.write(text)
+        return
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; remove it, or give -o another name")
+    with storing(out):
+        out.write_text(text, encoding="utf-8")

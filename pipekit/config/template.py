@@ -1,0 +1,82 @@
+"""Text of a new configuration file: the keys that a first run decides on, each with its description as a comment."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, Literal
+
+from pipekit.config.load import parse_config
+from pipekit.config.schema import Config
+from pipekit.errors import ConfigError
+from pipekit.settings.yaml_source import write_yaml
+
+Offload = Literal["none", "cpu", "nvme"]
+
+_HEAD = """\
+# Configuration of a pipekit run. Check it with `pipekit plan`, then start it with `pipekit train`.
+# Every other key and its default: docs/configuration.md, or `pipekit schema`.
+"""
+
+
+def config_template(*, zero: int = 1, offload: Offload = "none", pp: int = 1) -> str:
+    """Text of a YAML file that trains, with the description of each key from the schema above it.
+
+    Args:
+        zero: ZeRO stage, 0 to 3.
+        offload: where the optimizer's states go, and under ZeRO-3 the weights too: `none` leaves them on the device,
+            `cpu` keeps them in host memory.
+        pp: the pipeline-parallel degree.
+
+    Raises:
+        ConfigError: if these do not go together.
+
+    Example:
+        >>> print(config_template(zero=2, offload="cpu").split("parallel:")[1].split("# Tensors")[0])
+        <BLANKLINE>
+          # Pipeline-parallel degree: the number of ranks that a model is spread over.
+          pp: 1
+        ...
+          zero: 2
+        <BLANKLINE>
+    """
+    if offload == "nvme":
+        raise ConfigError("--offload=nvme: tensors are offloaded to host memory alone; try --offload=cpu")
+    values = _values(zero, offload, pp)
+    parse_config(values)
+    parts = [_HEAD]
+    for name, section in values.items():
+        field = Config.model_fields[name]
+        lines = [*_comment(field.description, ""), f"{name}:"]
+        # The family of a model is a union; its base class describes what all of them have.
+        fields = type(getattr(parse_config(values), name)).model_fields
+        for key, value in section.items():
+            lines += _comment(fields[key].description, "  ")
+            lines += [f"  {line}" for line in write_yaml({key: value}).splitlines()] + [""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def _values(zero: int, offload: Offload, pp: int) -> dict[str, dict[str, Any]]:
+    kept = {"none": "none", "cpu": "parameters" if zero == 3 else "optimizer"}[offload]
+    return {
+        "model": {"family": "gpt2", "preset": "tiny"},
+        "parallel": {"pp": pp, "dp": "auto", "zero": zero, "offload": kept},
+        "train": {
+            "steps": 300,
+            "global_batch_size": 16,
+            "micro_batch_size": 4,
+            "sequence_length": 128,
+            "precision": "auto",
+            "gradient_clipping": 1.0,
+        },
+        "optimizer": {"type": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+        "scheduler": {"type": "cosine", "warmup_steps": 30},
+        "data": {"source": "python-stdlib", "vocab_size": 2048},
+        "checkpoint": {"interval": "15m", "keep": 2},
+        "logging": {"interval": 10, "tensorboard": False},
+    }
+
+
+def _comment(description: str | None, indent: str) -> list[str]:
+    text = " ".join((description or "").split())
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, 100 - len(indent))]

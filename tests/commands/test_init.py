@@ -1,0 +1,66 @@
+"""`pipekit init`: every combination loads or is refused, its comments are the schema's, and it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fork_server import run_pipekit
+from pipekit.cli import app
+from pipekit.config import config_json_schema, load_config
+from pipekit.errors import ConfigError
+
+SCHEMA = config_json_schema()["$defs"]
+
+
+def init(path: Path, *options: str) -> None:
+    done = CliRunner().invoke(app, ["init", *options, "-o", str(path)], catch_exceptions=True)
+    if done.exception is not None:
+        raise done.exception
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_combination_loads_or_is_refused(tmp_path: Path, zero: int, offload: str) -> None:
+    path = tmp_path / "c.yaml"
+    if (zero, offload) == (0, "cpu"):
+        with pytest.raises(ConfigError, match=r"parallel.offload=optimizer does not go with parallel.zero=0"):
+            init(path, "--zero", "0", "--offload", "cpu")
+        assert not path.exists()
+        return
+    init(path, "--zero", str(zero), "--offload", offload)
+    parallel = load_config(path).parallel
+    assert parallel.zero == zero
+    assert parallel.offload == {"none": "none", "cpu": "parameters" if zero == 3 else "optimizer"}[offload]
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(ConfigError, match=r"parallel.zero=2 does not go with parallel.pp=2"):
+        init(path, "--zero", "2", "--pp", "2")
+    with pytest.raises(ConfigError, match=r"--offload=nvme: tensors are offloaded to host memory alone"):
+        init(path, "--offload", "nvme")
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="is there already; remove it, or give -o another name"):
+        init(path)
+    assert path.read_text() == "mine"
+
+
+def test_the_comments_are_the_descriptions_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    text = CliRunner().invoke(app, ["init"]).output
+    words = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
+    for section, key in [("TrainConfig", "global_batch_size"), ("ParallelConfig", "zero"), ("OptimizerConfig", "lr")]:
+        assert " ".join(SCHEMA[section]["properties"][key]["description"].split()) in words
+    assert max(map(len, text.splitlines())) <= 103
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_configuration_trains(tmp_path: Path) -> None:
+    init(tmp_path / "c.yaml", "--zero", "2")
+    small = ("train.steps=2", "train.sequence_length=16", "data.max_bytes=20000", "data.vocab_size=300")
+    done = run_pipekit(["train", "c.yaml", "run.device=cpu", *small], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/c/metrics.jsonl").read_text().count('"loss"') >= 1
