@@ -87,7 +87,7 @@ class FakeEngine(TrainingEngine):
     def gradient_accumulation_steps(self) -> int:
         return 2
 
-    def set_lr(self, lr: float) -> None:
+    def set_lr(self, lr: float, momentum: float | None = None) -> None:
         self.rates.append(lr)
 
     def train_batch(self, batches: Iterator[Any]) -> Tensor:

@@ -28,6 +28,7 @@ NAMES = [
     "migrate",
     "schedule",
     "schema",
+    "tune",
 ]
 
 

@@ -20,7 +20,7 @@ ROOMS: dict[int, str] = {
     0: "errors storage line_files files run_lock progress rng signals layout settings schedules hangs partitioners "
     "predictions",
     # 1: torch, no processes.
-    1: "tensors tensor_parallel layers models config data costs checkpoint plan inference",
+    1: "tensors tensor_parallel layers models optimizers config data costs checkpoint plan tune inference",
     # 2: processes.
     2: "distributed deepspeed engine evaluation training verify",
     # 3: face.
@@ -44,6 +44,7 @@ MAY_ALSO_IMPORT = {
     "pipekit.data.tokenizer_conversion": {"huggingface_hub"},
     "pipekit.schedules.draw": {"matplotlib"},
     "pipekit.training.shipped.loss_curve": {"matplotlib"},
+    "pipekit.tune.lr_range": {"matplotlib"},
     # An extra, which nothing else needs.
     "pipekit.evaluation.harness": {"lm_eval"},
 }
@@ -230,7 +231,8 @@ HEAVY = {"torch", "deepspeed", "transformers", "numpy"}
         ("import pipekit; pipekit.load_config('examples/gpt_stdlib.yaml')", HEAVY),
         ("import pipekit; pipekit.Layout(pp=2).groups('pipe')", HEAVY | {"pydantic"}),
         ("import pipekit.commands.train", HEAVY | {"pydantic", "yaml"}),
-        ("import pipekit.schedules, pipekit.plan.run_folder, pipekit.training.lr", {"torch", "deepspeed"}),
+        ("import pipekit.schedules, pipekit.plan.run_folder", {"torch", "deepspeed"}),
+        ("import pipekit.optimizers.learning_rates, pipekit.optimizers.table", HEAVY),
         ("import pipekit.partitioners, pipekit.checkpoint.manifest, pipekit.data.order", {"torch", "deepspeed"}),
         (
             "import pipekit.plan.decide, pipekit.inference.generator, pipekit.training.prepare",

@@ -79,6 +79,7 @@ class TensorEntry:
         files: for each kind (`weights`, `exp_avg`, ...) the file that holds it under its logical name.
         trainable: False for buffers and frozen parameters.
         checksums: for each kind the checksum of its bytes.
+        numbers: optimizer states that have one number for the whole tensor, by name.
     """
 
     shape: tuple[NonNegativeInt, ...]
@@ -86,6 +87,7 @@ class TensorEntry:
     files: Mapping[str, FileName]
     trainable: bool = True
     checksums: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 def _check_optimizer(record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,8 +6,9 @@ from pipekit.config.compare import conflicting_keys
 from pipekit.config.data_config import DataConfig, SourceEntry
 from pipekit.config.json_schema import config_json_schema
 from pipekit.config.load import ModelConfigSource, load_config, load_model_config, load_stored_config, parse_config
+from pipekit.config.optimizer_config import OptimizerConfig
 from pipekit.config.resolve import resolve_layout
-from pipekit.config.schema import Config, OptimizerConfig
+from pipekit.config.schema import Config
 
 __all__ = [
     "BatchPlan",

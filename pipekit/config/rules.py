@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipekit.config.data_rules import DATA_RULES
 from pipekit.config.deepspeed_json import check_passed_on
+from pipekit.config.optimizer_rules import OPTIMIZER_RULES
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
@@ -18,7 +19,7 @@ from pipekit.settings.base import Fault, alternatives, rule_fault, show
 if TYPE_CHECKING:
     from pipekit.config.callbacks_config import LayersCallbacksConfig
     from pipekit.config.lora_config import LoraConfig
-    from pipekit.config.schema import OptimizerConfig, ParallelConfig, SchedulerConfig, TrainConfig
+    from pipekit.config.schema import ParallelConfig, TrainConfig
     from pipekit.models.family import ModelFamily
 
 
@@ -364,27 +365,6 @@ def lora_has_one_base(lora: LoraConfig, model: ModelFamily) -> Iterator[Fault]:
         )
 
 
-def warmup_ends_before_decay(scheduler: SchedulerConfig) -> Iterator[Fault]:
-    """The warm-up is the first part of the decay steps. A run may well be shorter than both: a first try often is."""
-    decay_steps = scheduler.decay_steps
-    if decay_steps is not None and scheduler.warmup_steps > decay_steps:
-        yield rule_fault(
-            "scheduler.warmup_steps",
-            f"scheduler.warmup_steps={scheduler.warmup_steps} is more than scheduler.decay_steps={decay_steps}; "
-            f"try scheduler.warmup_steps={decay_steps // 10}",
-        )
-
-
-def momentum_is_for_sgd(optimizer: OptimizerConfig) -> Iterator[Fault]:
-    """Adam has betas in place of a momentum."""
-    if optimizer.momentum and optimizer.type != "sgd":
-        yield rule_fault(
-            "optimizer.momentum",
-            f"optimizer.momentum={optimizer.momentum} is only for optimizer.type=sgd, and it is "
-            f"{optimizer.type}; try optimizer.betas=[{optimizer.momentum}, {optimizer.betas[1]}]",
-        )
-
-
 def tasks_have_evaluations(train: TrainConfig, callbacks: LayersCallbacksConfig) -> Iterator[Fault]:
     """Tasks of lm-eval are run at evaluations."""
     tasks = callbacks.lm_eval
@@ -432,8 +412,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("lora",), lora_has_a_rank),
     (("lora", "model"), lora_has_one_base),
     (("train", "callbacks"), tasks_have_evaluations),
-    (("scheduler",), warmup_ends_before_decay),
-    (("optimizer",), momentum_is_for_sgd),
+    *OPTIMIZER_RULES,
     *DATA_RULES,
     (("deepspeed",), check_passed_on),
     (("parallel",), processes_are_possible),

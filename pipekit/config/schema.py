@@ -26,6 +26,8 @@ from pydantic import (
 from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
 from pipekit.config.data_config import DataConfig
 from pipekit.config.lora_config import LoraConfig
+from pipekit.config.optimizer_config import OptimizerConfig, SchedulerConfig
+from pipekit.config.optimizer_rules import steps_of_tokens
 from pipekit.config.rules import MOST_PROCESSES, check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -290,56 +292,6 @@ class TrainConfig(Section):
     never does."""
 
 
-class OptimizerConfig(Section):
-    """Optimizer: the algorithm that turns gradients into updates, and its settings."""
-
-    type: Literal["adamw", "adam", "sgd"] = "adamw"
-    """The algorithm."""
-
-    lr: Annotated[
-        PositiveFloat,
-        at_least(1e-15, "no weight in 32 bits would change"),
-        at_most(1000, "no training survives its first step"),
-    ] = Field(default=3e-4, examples=[3e-4])
-    """Peak learning rate."""
-
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
-    """Decay of Adam's averages of the gradient and of its square."""
-
-    eps: Annotated[
-        PositiveFloat,
-        at_least(1e-30, "it would be 0 in 32 bits"),
-        at_most(1000, "the updates would vanish"),
-    ] = Field(default=1e-8, examples=[1e-8])
-    """Added to the denominator of Adam."""
-
-    weight_decay: Annotated[NonNegativeFloat, at_most(1000, "the weights would vanish")] = Field(
-        default=0.1, examples=[0.1]
-    )
-    """Strength of the decay towards zero of weight matrices."""
-
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, examples=[0.9])
-    """Momentum of `sgd`."""
-
-
-class SchedulerConfig(Section):
-    """Schedule of the learning rate over the steps."""
-
-    type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
-
-    warmup_steps: NonNegativeInt = Field(default=0, examples=[20])
-    """Steps over which the rate rises linearly to its peak."""
-
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(default=0.1, examples=[0.1])
-    """Rate at the end of the decay, as a fraction of the peak."""
-
-    decay_steps: PositiveInt | None = Field(default=None, examples=[300])
-    """Step, counted from the start, at which the decay ends; null means `train.steps`."""
-
-
 class _CheckpointFields(Section):
     """Saving of checkpoints, and the one to resume from."""
 
@@ -469,7 +421,13 @@ class Config(Section):
     @property
     def decay_steps(self) -> int:
         """The step at which the learning rate stops decaying; `train.steps` where it is not given."""
-        return self.scheduler.decay_steps or self.train.steps
+        tokens = self.scheduler.decay_tokens
+        return self.scheduler.decay_steps or steps_of_tokens(tokens, self.train) or self.train.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises, also where they are given in tokens."""
+        return steps_of_tokens(self.scheduler.warmup_tokens, self.train) or self.scheduler.warmup_steps
 
     def updated(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with some keys changed, such as `{"train.steps": 5}`, checked again as a whole.

@@ -8,6 +8,8 @@ from typing import Any
 
 from pipekit.config.load import read_draft
 from pipekit.errors import ConfigError
+from pipekit.optimizers.learning_rates import schedule_name
+from pipekit.optimizers.table import optimizer_name
 from pipekit.settings.base import show
 
 _BESIDE = ("manifest.json", "plan.json", "checkpoints", "metrics.jsonl")
@@ -53,4 +55,8 @@ def _named_code(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], An
         named["run", "trial"] = run.get("trial")
     if isinstance(model, dict):
         named |= {("model", key): model.get(key) for key in ("builder", "hf_names", "hf_config")}
+    for section, find in {"optimizer": optimizer_name, "scheduler": schedule_name}.items():
+        settings = values.get(section)
+        kind = settings.get("type") if isinstance(settings, dict) else None
+        named[section, "type"] = kind if isinstance(kind, str) and find(kind) is None else None
     yield from ((key, value) for key, value in named.items() if value is not None)

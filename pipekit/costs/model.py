@@ -17,6 +17,7 @@ from pipekit.costs.profiling import profile_layers
 from pipekit.errors import ConfigError
 from pipekit.layers.parameters import trained_and_frozen_shapes
 from pipekit.layers.specs import LayerSpec, layer_names
+from pipekit.optimizers.table import OPTIMIZERS
 from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates
@@ -94,10 +95,12 @@ def describe_model(
 
 def find_optimizer_states(config: Config) -> OptimizerStates:
     """Optimizer states of a run, with the moving average of the weights where it keeps one."""
-    average = int(config.train.ema is not None)
-    if config.optimizer.type == "sgd":
-        return OptimizerStates(per_parameter=int(config.optimizer.momentum > 0) + average, per_tensor=0)
-    return replace(ADAM_STATES, per_parameter=ADAM_STATES.per_parameter + average)
+    average, optimizer = int(config.train.ema is not None), config.optimizer
+    kind = OPTIMIZERS.get(optimizer.type)
+    if kind is None:  # one of the user's, which is taken for one such as Adam
+        return replace(ADAM_STATES, per_parameter=ADAM_STATES.per_parameter + average)
+    counted = kind.count_states({"momentum": optimizer.momentum, **optimizer.args})
+    return OptimizerStates(per_parameter=counted + average, per_tensor=len(kind.tensor_states))
 
 
 @contextmanager

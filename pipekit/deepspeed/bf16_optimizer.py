@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +31,9 @@ class BF16OptimizerView(FlatOptimizerView):
         # It would fill the buffers with zeros twice in a step.
         optimizer.clear_hp_grads = lambda: None
 
-    def _updated_parameters(self) -> Iterator[Tensor]:
-        return chain.from_iterable(self.optimizer.bf16_groups)
+    def _parameter_groups(self) -> Iterable[Sequence[Tensor]]:
+        groups: Iterable[Sequence[Tensor]] = self.optimizer.bf16_groups
+        return groups
 
     def _build_buffers(self) -> GradientBuffers:
         bf16 = self.optimizer

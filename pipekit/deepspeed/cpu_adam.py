@@ -17,7 +17,7 @@ from pipekit.distributed.processes import gather_objects
 _logger = logging.getLogger(__name__)
 
 # What DeepSpeed's Adam takes for each group; of what else torch's has, it must have the defaults.
-_TAKEN = ("params", "lr", "betas", "eps", "weight_decay")
+_TAKEN = ("params", "lr", "lr_scale", "betas", "eps", "weight_decay")
 _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
@@ -55,7 +55,7 @@ def with_cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
                 first,
             )
         return optimizer
-    groups = [{key: group[key] for key in _TAKEN} for group in optimizer.param_groups]
+    groups = [{key: group[key] for key in _TAKEN if key in group} for group in optimizer.param_groups]
     adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=decouples)
     return adam
 

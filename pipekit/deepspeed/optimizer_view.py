@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from pipekit.deepspeed.gradient_buffers import GradientBuffers, flat_gradients
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.errors import CheckpointError
+from pipekit.optimizers.table import set_rates
+from pipekit.optimizers.whole_tensors import Piece
 from pipekit.tensors.weight_gradients import Compute, add_gradient
 
 # What fp16's dynamic loss scale consists of, in DeepSpeed.
@@ -30,6 +34,28 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
         (2, 3)
     """
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@dataclass(frozen=True)
+class ParameterStates:
+    """States of an optimizer for one parameter.
+
+    Attributes:
+        names: of those that have a number for each element of the weights.
+        numbers: those that have one number, but for the count of updates.
+    """
+
+    names: Sequence[str] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def _element_states(tensor: Tensor, state: Mapping[str, Any]) -> set[str]:
+    """Names of the states with one number for each element of what the optimizer updates."""
+    return {
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == tensor.shape and (key != "step" or value.ndim)
+    }
 
 
 class OptimizerView:
@@ -51,7 +77,9 @@ class OptimizerView:
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
         self.optimizer = optimizer
         self._mpu = mpu
-        self._updated = {parameter for parameter in self._updated_parameters() if parameter.requires_grad}
+        self._updated = {
+            parameter for parameter in chain.from_iterable(self._parameter_groups()) if parameter.requires_grad
+        }
         self.buffers = self._build_buffers() if takes_gradients else None
         self._summed_along: Tensor | None = None
         self.accepts: Callable[[float], bool] | None = None
@@ -67,9 +95,9 @@ class OptimizerView:
             return None
         return GradientBuffers([each for group in self.param_groups for each in flat_gradients(group["params"])])
 
-    def _updated_parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
+    def _parameter_groups(self) -> Iterable[Sequence[Tensor]]:
+        """Parameters of each group of the optimizer."""
+        return [group["params"] for group in self.param_groups]
 
     def updates(self, parameter: nn.Parameter) -> bool:
         """True if the optimizer updates a parameter: it has a master and, after the first update, states."""
@@ -102,10 +130,19 @@ class OptimizerView:
         device: torch.device = self.param_groups[0]["params"][0].device
         return device
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group."""
-        for group in self.param_groups:
-            group["lr"] = lr
+    def set_lr(self, lr: float, momentum: float | None = None) -> None:
+        """Set the learning rate of every group, times its own factor, and the momentum where one is given."""
+        set_rates(self.param_groups, lr, momentum)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if each replica updates a part of the weights alone."""
+        return False
+
+    def pieces(self) -> Iterator[tuple[Tensor, list[Piece]]]:
+        """Yield each tensor that the optimizer updates, and the parameters of which it holds pieces."""
+        for parameter in chain.from_iterable(self._parameter_groups()):
+            yield parameter, [Piece(parameter, tuple(parameter.shape), 0, 0, parameter.numel())]
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the accumulated gradient of a parameter."""
@@ -157,21 +194,31 @@ class OptimizerView:
         """Return the names of the per-element optimizer states, such as `exp_avg`; empty before the first step.
 
         Raises:
-            CheckpointError: if a state has another shape than its weights, or other weights have other states.
+            CheckpointError: if a state has neither one number for each element of its weights, nor one in all.
         """
         names = set[str]()
         for parameter, state in self.torch_optimizer.state.items():
-            own = {key for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-            # A parameter that has never had a gradient may have fewer.
-            is_even = own <= names or own >= names
-            names |= own
-            if not is_even or any(state[name].shape != parameter.shape for name in own):
+            names |= (own := _element_states(parameter, state))
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            if uneven := sorted(key for key in tensors.keys() - own if tensors[key].numel() != 1):
                 raise CheckpointError(
-                    f"{type(self.torch_optimizer).__name__} has the states {', '.join(sorted(names))}, and a "
-                    "checkpoint holds only states with one number for each element of the weights, the same states for "
-                    "all weights; use an optimizer such as AdamW or SGD"
+                    f"{type(self.torch_optimizer).__name__} has the states {', '.join(uneven)}, and a checkpoint "
+                    "holds only states with one number for each element of the weights, or one for each tensor; use an "
+                    "optimizer such as AdamW or SGD"
                 )
         return sorted(names)
+
+    def states_by_parameter(self) -> dict[Tensor, ParameterStates]:
+        """Names and numbers of the states of each parameter that the optimizer updates and has updated."""
+        found = {}
+        for tensor, pieces in self.pieces():
+            state = self.torch_optimizer.state.get(tensor, {})
+            names = _element_states(tensor, state)
+            others = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in names}
+            numbers = {key: float(value) for key, value in others.items() if key != "step"}
+            for piece in pieces:
+                found[piece.parameter] = ParameterStates(sorted(names), numbers)
+        return found
 
     def step_count(self) -> int:
         """Number of updates that the optimizer has made."""
@@ -203,24 +250,27 @@ class OptimizerView:
             for parameter, value in masters:
                 parameter.copy_(value)
 
-    def prepare_states(self, names: Sequence[str], step: int) -> None:
-        """Create optimizer states filled with zeros, as if `step` updates had been made."""
-        for group in self.torch_optimizer.param_groups:
-            for parameter in group["params"]:
-                self._prepare_states_of(parameter, group, names, step)
+    def prepare_states(self, states: Mapping[nn.Parameter, ParameterStates], step: int) -> None:
+        """Create optimizer states filled with zeros, as if `step` updates had been made.
 
-    def _prepare_states_of(self, parameter: Tensor, group: Mapping[str, Any], names: Sequence[str], step: int) -> None:
-        state = self.torch_optimizer.state[parameter]
-        for name in names:
-            state[name] = torch.zeros_like(parameter)
-        if not names:
-            return
-        if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):
-            state["step"] = step
-            return
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
-        if group.get("fused") or group.get("capturable"):
-            state["step"] = state["step"].to(parameter.device)
+        Args:
+            states: those of each parameter.
+            step: number of updates.
+        """
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.torch_optimizer.param_groups)
+        for tensor, pieces in self.pieces():
+            held = [found for piece in pieces if (found := states.get(piece.parameter)) is not None]  # type: ignore[call-overload]
+            names = {name for found in held for name in found.names}
+            if not names:
+                continue
+            state = self.torch_optimizer.state[tensor]
+            state.update({name: torch.zeros_like(tensor) for name in names})
+            for key, number in (pair for found in held for pair in found.numbers.items()):
+                state[key] = torch.tensor(number, dtype=torch.float32, device=tensor.device)
+            if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):
+                state["step"] = step
+            else:
+                state["step"] = torch.tensor(float(step), device=tensor.device if on_device else "cpu")
 
     def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         """Set a whole optimizer state of a parameter; `prepare_states` comes first."""
@@ -277,6 +327,14 @@ class FlatOptimizerView(OptimizerView):
         optimizer: torch.optim.Optimizer = self.optimizer.optimizer
         return optimizer
 
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    def pieces(self) -> Iterator[tuple[Tensor, list[Piece]]]:
+        for group, parameters in zip(self.torch_optimizer.param_groups, self._parameter_groups(), strict=True):
+            yield group["params"][0], [_piece_of(parameter) for parameter in parameters]
+
     def state_names(self) -> list[str]:
         names = super().state_names()
         if names:
@@ -303,9 +361,9 @@ class FlatOptimizerView(OptimizerView):
                 parameter.copy_(value)
                 _copy_fragment(parameter, value, state=None)
 
-    def prepare_states(self, names: Sequence[str], step: int) -> None:
-        super().prepare_states(names, step)
-        if names:
+    def prepare_states(self, states: Mapping[nn.Parameter, ParameterStates], step: int) -> None:
+        super().prepare_states(states, step)
+        if any(found.names for found in states.values()):
             self._link_states()
 
     def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
@@ -344,6 +402,15 @@ class LossScaledView(OptimizerView):
         if self.optimizer.loss_scaler.dynamic:
             for name, value in state.items():
                 setattr(self.optimizer.loss_scaler, name, value)
+
+
+def _piece_of(parameter: Tensor) -> Piece:
+    """The piece of a parameter that falls on this rank's shard of its group's masters."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return Piece(parameter, tuple(parameter.shape), 0, 0, 0)
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Piece(parameter, tuple(parameter.shape), here.start, there.start, there.numel)
 
 
 def _copy_fragment(parameter: nn.Parameter, value: Tensor, *, state: str | None) -> None:

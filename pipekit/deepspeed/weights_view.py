@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from pipekit.deepspeed.optimizer_view import OptimizerView
+from pipekit.deepspeed.optimizer_view import OptimizerView, ParameterStates
 
 
 class PartitionedView(OptimizerView):
@@ -36,5 +36,5 @@ class WeightsView(PartitionedView):
     def step_count(self) -> int:
         return 0
 
-    def prepare_states(self, names: Sequence[str], step: int) -> None:
+    def prepare_states(self, states: Mapping[nn.Parameter, ParameterStates], step: int) -> None:
         """Without an optimizer there are none."""

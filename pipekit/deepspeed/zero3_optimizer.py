@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipekit.deepspeed.optimizer_view import LossScaledView
+from pipekit.deepspeed.optimizer_view import LossScaledView, whole_shape
 from pipekit.deepspeed.patches import replace_norm
 from pipekit.deepspeed.weights_view import PartitionedView
 from pipekit.distributed.mpu import ModelParallelUnit
+from pipekit.optimizers.whole_tensors import Piece
 
 
 class Zero3OptimizerView(LossScaledView, PartitionedView):
@@ -25,8 +25,25 @@ class Zero3OptimizerView(LossScaledView, PartitionedView):
         super().__init__(optimizer, mpu, takes_gradients)
         replace_norm(optimizer, self._norm_groups)
 
-    def _updated_parameters(self) -> Iterator[Tensor]:
-        return chain.from_iterable(self.optimizer.fp16_groups)
+    def _parameter_groups(self) -> Iterable[Sequence[Tensor]]:
+        groups: Iterable[Sequence[Tensor]] = self.optimizer.fp16_groups
+        return groups
+
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    def pieces(self) -> Iterator[tuple[Tensor, list[Piece]]]:
+        zero, rank = self.optimizer, self._mpu.data_parallel_rank
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            pieces, start = [], 0
+            for parameter in parameters:
+                length, size = parameter.partition_numel(), parameter.ds_numel
+                offset = min(length * rank, size)
+                piece = Piece(parameter, whole_shape(parameter), start, offset, min(length, size - offset))
+                pieces.append(piece)
+                start += length
+            yield flat, pieces
 
     def _build_buffers(self) -> None:
         """Leave it to DeepSpeed's hooks, which reduce each gradient at once, and keep a piece of it."""
@@ -73,12 +90,6 @@ class Zero3OptimizerView(LossScaledView, PartitionedView):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-    def prepare_states(self, names: Sequence[str], step: int) -> None:
-        zero = self.optimizer
-        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            group = self.torch_optimizer.param_groups[zero.sub_group_to_group_id[index]]
-            self._prepare_states_of(flat, group, names, step)
 
     def load_state(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         self._copy_piece(parameter, value, name)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +34,9 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
         # On the host: DeepSpeed looks at it once more for each parameter group.
         replace_norm(optimizer, lambda norm_type=2: self._scaled_global_norm().cpu())
 
-    def _updated_parameters(self) -> Iterator[Tensor]:
-        return chain.from_iterable(self.optimizer.bit16_groups)
+    def _parameter_groups(self) -> Iterable[Sequence[Tensor]]:
+        groups: Iterable[Sequence[Tensor]] = self.optimizer.bit16_groups
+        return groups
 
     def _build_buffers(self) -> GradientBuffers | None:
         zero = self.optimizer
@@ -60,8 +60,8 @@ class ZeroOptimizerView(LossScaledView, FlatOptimizerView):
 
     @property
     def needs_whole_gradients(self) -> bool:
-        # Muon makes an update of a whole matrix at once.
-        return "muon" in type(self.torch_optimizer).__name__.lower()
+        # DeepSpeed's Muon makes an update of a whole matrix at once.
+        return any(getattr(each, "use_muon", False) for group in self.optimizer.bit16_groups for each in group)
 
     def clear_gradients(self) -> None:
         super().clear_gradients()

@@ -25,7 +25,9 @@ from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.consistency_check import check_consistency
 from pipekit.engine.late_number import LateNumber
 from pipekit.engine.logical_model import LogicalModel
+from pipekit.engine.shared_tensors import SharedTensors
 from pipekit.errors import ConfigError, PipekitError
+from pipekit.optimizers.whole_tensors import SharedOptimizer
 from pipekit.tensors.host_memory import keep_freed_memory
 
 OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -119,6 +121,8 @@ class BaseEngine:
         self.mpu = mpu
         mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu, takes_gradients=self._takes_gradients)
+        if isinstance(self.view.torch_optimizer, SharedOptimizer):
+            self.view.torch_optimizer.tensors = SharedTensors(self.view, mpu, self.logical.tensor_group)
 
     def _do_args_sanity_check(self, args: Any) -> None:
         # DeepSpeed's wants a local rank in the environment, which a process without a launcher does not have.
@@ -143,9 +147,9 @@ class BaseEngine:
         norm = self._global_grad_norm
         return LateNumber(float("nan") if norm is None else norm)
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
-        self.view.set_lr(lr)
+    def set_lr(self, lr: float, momentum: float | None = None) -> None:
+        """Set the learning rate of the next step, and the momentum where one is given."""
+        self.view.set_lr(lr, momentum)
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if isinstance(self.optimizer, torch.optim.Optimizer) and self.torch_autocast_z0_gradscaler is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipekit.checkpoint.manifest import WEIGHTS, TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
+from pipekit.deepspeed.optimizer_view import ParameterStates
 from pipekit.distributed.processes import raise_together
 from pipekit.engine.base_engine import BaseEngine
 from pipekit.engine.tensor_group import logical_shape
@@ -45,8 +46,12 @@ def load_checkpoint(
         CheckpointError: on every rank, if the checkpoint does not fit the model; then nothing has been changed.
     """
     training = reader.manifest.training
+    entries = reader.manifest.tensors
     stored = training.optimizer.get("states", []) if optimizer_states else []
-    states = [state for state in stored if state not in without_states]
+    states = {
+        name: [kind for kind in entry.files if kind in stored and kind not in without_states]
+        for name, entry in entries.items()
+    }
     try:
         _check_shapes(engine, reader.shapes, where=reader.path, base=not training.base)
         _verify_share(engine, reader, states)
@@ -56,19 +61,26 @@ def load_checkpoint(
     raise_together(error)
 
     view = engine.view
-    view.prepare_states(states, int(training.optimizer.get("step", 0)))
     trainable: list[tuple[str, nn.Parameter]] = []
     for name, parameter in _held_parameters(engine, reader):
         if view.updates(parameter):
             trainable.append((name, parameter))
         else:
             view.load_frozen(parameter, _read(reader, name, parameter))
+    # What was frozen there has none, and begins with zeros where all others have the same.
+    common = set[str]().union(*states.values()).intersection(*filter(None, states.values()))
+    if any(entry.numbers for entry in entries.values()):
+        common = set()
+    prepared = {
+        parameter: ParameterStates(states[name] or sorted(common), entries[name].numbers)
+        for name, parameter in trainable
+    }
+    view.prepare_states(prepared, int(training.optimizer.get("step", 0)))
     view.load_masters((parameter, _read(reader, name, parameter)) for name, parameter in trainable)
-    entries = reader.manifest.tensors
-    for state in states:
+    # In the order of the files.
+    for state in sorted({state for kinds in states.values() for state in kinds}):
         for name, parameter in trainable:
-            # What was frozen there has none, and begins with zeros.
-            if entries[name].trainable:
+            if state in states[name]:
                 view.load_state(parameter, state, _read(reader, name, parameter, state))
     for name, buffer, _ in engine.logical.named_logical_buffers():
         _copy(buffer, reader.tensor(name, is_verified=True))
@@ -153,13 +165,11 @@ def _check_shapes(
         )
 
 
-def _verify_share(engine: BaseEngine, reader: CheckpointReader, states: list[str]) -> None:
+def _verify_share(engine: BaseEngine, reader: CheckpointReader, states: Mapping[str, Sequence[str]]) -> None:
     """Check this rank's share of the checksums of its stage's tensors, in the order of the files: disks prefer it."""
-    entries = reader.manifest.tensors
     needed = [(name, WEIGHTS) for name, _, _ in engine.logical.named_logical_buffers()]
     for name, parameter in _held_parameters(engine, reader):
-        has_states = engine.view.updates(parameter) and entries[name].trainable
-        needed += [(name, kind) for kind in (WEIGHTS, *(states if has_states else ()))]
+        needed += [(name, kind) for kind in (WEIGHTS, *(states[name] if engine.view.updates(parameter) else ()))]
     needed.sort(key=lambda tensor: reader.place(*tensor))
     sizes = [end - begin for _, begin, end in (reader.place(*tensor) for tensor in needed)]
     mpu = engine.mpu

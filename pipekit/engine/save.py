@@ -25,6 +25,7 @@ from pipekit.checkpoint.manifest import (
 from pipekit.checkpoint.publish import begin_checkpoint, hidden_folder, keep_checkpoint, write_manifest
 from pipekit.checkpoint.retention import Retention
 from pipekit.checkpoint.writer import write_tensors
+from pipekit.deepspeed.optimizer_view import ParameterStates
 from pipekit.distributed.host_folders import LONGEST_WRITE, HostFolders, plan_copies, transfer_files
 from pipekit.distributed.processes import gather_objects, raise_together, tell_object
 from pipekit.engine.base_engine import BaseEngine
@@ -190,11 +191,12 @@ def save_checkpoint(
                     wait_until_seen({temporary / file: size for file, size in all_bytes.items()})
                 contents.update({file: source.read_bytes() for file, source in (extra_files or {}).items()})
                 contents[CONFIG_FILE] = config_yaml.encode()
+                tensors = {key: entry for some, _ in written for key, entry in some.items()}
                 write_manifest(
                     final,
-                    training,
+                    _with_states_of(training, tensors),
                     contents,
-                    tensors={key: entry for some, _ in written for key, entry in some.items()},
+                    tensors=tensors,
                     tensor_bytes=all_bytes,
                     layout=layout,
                     hosts=hosts.names if len(hosts.names) > 1 else (),
@@ -229,18 +231,21 @@ def _gather_share(
     Gathers from the stage's other replicas, and joins the parts of its tensor-parallel ranks.
     """
     mpu, view = engine.mpu, engine.view
-    states = view.state_names()
+    view.state_names()  # which checks them
+    states = view.states_by_parameter()
     shares: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, TensorEntry] = {}
     tensor_group = engine.logical.tensor_group
     load = [0] * (mpu.layout.dp * mpu.layout.tp)
     place = mpu.data_parallel_rank * mpu.layout.tp + mpu.coordinate.tensor
 
-    def put(name: str, kind: str, tensor: Tensor, *, trainable: bool) -> None:
+    def put(
+        name: str, kind: str, tensor: Tensor, *, trainable: bool, numbers: Mapping[str, float] | None = None
+    ) -> None:
         file = f"{kind}-{writer:04d}.safetensors"
         if kind == WEIGHTS:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            entries[name] = TensorEntry(tuple(tensor.shape), dtype, {}, trainable)
+            entries[name] = TensorEntry(tuple(tensor.shape), dtype, {}, trainable, numbers=numbers or {})
         else:
             tensor = tensor.float()
         entries[name] = replace(entries[name], files={**entries[name].files, kind: file})
@@ -255,7 +260,8 @@ def _gather_share(
         if owned:
             load[owner] += math.prod(logical_shape(parameter))
         trainable = view.updates(parameter)
-        for kind in (WEIGHTS, *states) if trainable else (WEIGHTS,):
+        own = states.get(parameter, ParameterStates()) if trainable else ParameterStates()
+        for kind in (WEIGHTS, *own.names):
             if kind == WEIGHTS:
                 part = view.full_master(parameter) if trainable else view.full_frozen(parameter)
             else:
@@ -264,11 +270,19 @@ def _gather_share(
             if kind == WEIGHTS and tensor.is_floating_point():
                 tensor = tensor.float()  # frozen ones too, as the masters of the others are
             if mine:
-                put(name, kind, tensor, trainable=trainable)
+                put(name, kind, tensor, trainable=trainable, numbers=own.numbers)
     for name, buffer, owned in engine.logical.named_logical_buffers():
         if owned and place == 0:
             put(name, WEIGHTS, buffer, trainable=False)
     return shares, entries
+
+
+def _with_states_of(training: TrainingState, tensors: Mapping[str, TensorEntry]) -> TrainingState:
+    """State of the training with the names of all optimizer states: stages may differ in theirs."""
+    if "states" not in training.optimizer:
+        return training
+    names = sorted({kind for entry in tensors.values() for kind in entry.files} - {WEIGHTS})
+    return replace(training, optimizer={**training.optimizer, "states": names})
 
 
 def _check_finite(shares: Mapping[str, Mapping[str, Tensor]], entries: Mapping[str, TensorEntry]) -> None:

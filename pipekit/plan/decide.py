@@ -182,7 +182,9 @@ def build_trained_layers(config: Config, trial: TrialType) -> list[LayerSpec]:
     """
     specs = trial.build_layers(config)
     check_specs(specs, where=f"{getattr(trial, '__name__', 'trial')}.build_layers")
-    return freeze(adapted_layers(config, specs), config.train.freeze)
+    specs = freeze(adapted_layers(config, specs), config.train.freeze)
+    frozen = [pattern for group in config.optimizer.groups if group.frozen for pattern in group.patterns]
+    return freeze(specs, frozen, key="optimizer.groups")
 
 
 def check_tied_parameters(specs: Sequence[LayerSpec], names: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ from pipekit.training.evaluation import EvaluationStopped
 from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.loggers import MetricsFile, TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
-from pipekit.training.optimizer import takes_states_of
+from pipekit.training.optimizer import name_parameters, takes_states_of
 from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_adapters, initial_weights
 from pipekit.training.profile import save_profile
@@ -189,7 +189,7 @@ class LayersRun(Trial):
         """Launch one update, on the next global batch."""
         train, device, step = self.config.train, self.run.device, batch_idx + 1
         lr = self.hooks.learning_rate(batch_idx)
-        self.engine.set_lr(lr)
+        self.engine.set_lr(lr, self.hooks.momentum(batch_idx))
         started = Moment.now(device)
         following = self.data.consumed_samples + train.global_batch_size
         then = following if step < train.steps else None
@@ -268,6 +268,7 @@ class LayersRun(Trial):
             schedule=plan.schedule,
             compile_layers=train.compile,
         )
+        name_parameters((name, parameter) for name, parameter, _ in module.named_logical_parameters())
         return build_engine(
             module,
             deepspeed_config=plan_deepspeed_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.layers.specs import LayerSpec
 from pipekit.layout import Layout
 from pipekit.progress import ProgressCallback
-from pipekit.training.lr import learning_rate
 from pipekit.training.optimizer import build_optimizer
+from pipekit.training.rates import bind_schedule, checked_rate
 from pipekit.training.run_context import RunContext
 from pipekit.training.trial_callbacks import TrialCallback
 
@@ -117,14 +118,15 @@ class LayersTrial:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update after `step` updates."""
         config = self.context.config
-        return learning_rate(
-            step,
-            peak=config.optimizer.lr,
-            shape=config.scheduler.type,
-            warmup_steps=config.scheduler.warmup_steps,
-            decay_steps=config.decay_steps,
-            min_ratio=config.scheduler.min_lr_ratio,
-        )
+        return checked_rate(self._rates[0](step), step, config)
+
+    def momentum(self, step: int) -> float | None:
+        """Return the momentum of the update after `step` updates; None leaves the optimizer's own."""
+        return self._rates[1](step)
+
+    @cached_property
+    def _rates(self) -> tuple[Callable[[int], float], Callable[[int], float | None]]:
+        return bind_schedule(self.context.config)
 
     def validation_metrics(self) -> Mapping[str, Metric]:
         """Metrics to evaluate beside the loss; each is averaged and reported as `val_<name>`."""

@@ -23,6 +23,8 @@ from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressCallback
 from pipekit.training.language_model import LanguageModelTrial
 from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.optimizer import check_optimizer
+from pipekit.training.rates import bind_schedule, checked_rate
 from pipekit.training.trial import check_trial
 
 
@@ -64,7 +66,18 @@ def prepare_run(
     if isinstance(source, CheckpointReader):
         _check_base_shapes(source, decision.specs, key=f"lora.base={config.lora.base}")
     initial_adapters(decision.plan.config, decision.specs)
+    if trial.build_optimizer is LayersTrial.build_optimizer:
+        _check_optimizer(decision)
+    if trial.learning_rate is LayersTrial.learning_rate:
+        checked_rate(bind_schedule(decision.plan.config)[0](0), 0, decision.plan.config)
     return decision
+
+
+def _check_optimizer(decision: Decision) -> None:
+    plan = decision.plan
+    names = [name for layer in decision.model.shapes_of(1) for name in layer]
+    is_sharded = plan.config.parallel.zero > 0 or plan.layout.tp > 1 or plan.precision != "fp32"
+    check_optimizer(plan.config.optimizer, names, is_sharded=is_sharded)
 
 
 def _check_own_tokenizer(config: Config) -> None:

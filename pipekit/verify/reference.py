@@ -22,6 +22,7 @@ from pipekit.layout import Coordinate
 from pipekit.rng import fold_seed
 from pipekit.tensors.transfer import to_device
 from pipekit.training.layers_trial import LayersTrial
+from pipekit.training.optimizer import name_parameters
 from pipekit.verify.activation_recorder import ActivationRecorder
 from pipekit.verify.recording import Recorder, TensorKey
 from pipekit.verify.replay import logical_parameters, make_update
@@ -43,7 +44,7 @@ def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> Non
     model = build_model(trial)
     parameters = logical_parameters(model)
     layer_of = {name: model.names.index(layer_of_parameter(name, model.names)) for name in parameters}
-    trainable = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    trainable = [parameter for parameter in name_parameters(parameters.items()) if parameter.requires_grad]
     optimizer = trial.build_optimizer(trainable)
     for name, parameter in parameters.items():
         recorder.write(TensorKey("initial weights", 0, layer_of[name], name), parameter)
@@ -87,7 +88,8 @@ def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> Non
             if parameter.grad is not None:
                 recorder.write(TensorKey("gradient", step, layer_of[name], name), parameter.grad)
         lr = trial.learning_rate(step)
-        norm = make_update(optimizer, trainable, lr=lr, gradient_clipping=train.gradient_clipping)
+        momentum = trial.momentum(step)
+        norm = make_update(optimizer, trainable, lr=lr, momentum=momentum, gradient_clipping=train.gradient_clipping)
         optimizer.zero_grad()
         losses.append(loss)
         norms.append(norm)

@@ -102,11 +102,13 @@ def _run_layout(
 def compare_run(trial: LayersTrial, found: Recording, expected: Recording, *, tolerance: float) -> list[Measurement]:
     """Differences of all recorded tensors from the reference."""
     measurements = list(compare_recordings(found, expected, trial.context.plan.layer_names, tolerance=tolerance))
+    rates = expected.summaries[0]["rates"]
     updates = compare_updates(
         build_model(trial),
         found,
         build_optimizer=trial.build_optimizer,
-        rates=expected.summaries[0]["rates"],
+        rates=rates,
+        momenta=[trial.momentum(step) for step in range(len(rates))],
         gradient_clipping=trial.context.config.train.gradient_clipping,
         tolerance=tolerance,
     )

@@ -115,7 +115,7 @@ REFUSED = {
     ),
     "too short a list": (
         MODEL + TRAIN + "optimizer: {betas: [0.9]}\n",
-        "c.yaml:3: optimizer.betas=[0.9]: must be a list of 2, each a number at least 0 and less than 1; "
+        "c.yaml:3: optimizer.betas=[0.9]: must be a list of 2, each a number at least 0 and less than 1, or null; "
         "for example betas: [0.9, 0.95]",
     ),
     "wrong item in a list": (
@@ -141,7 +141,8 @@ REFUSED = {
     ),
     "key nobody knows": (
         MODEL + TRAIN + "scheduler: {zzz: 3}\n",
-        "c.yaml:3: scheduler.zzz: unknown key; scheduler has type, warmup_steps, min_lr_ratio, decay_steps",
+        "c.yaml:3: scheduler.zzz: unknown key; scheduler has type, warmup_steps, warmup_tokens, min_lr_ratio, "
+        "decay_steps, decay_tokens, args",
     ),
     "unknown section": (
         MODEL + TRAIN + "paralel: {pp: 2}\n",

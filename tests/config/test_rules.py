@@ -158,8 +158,33 @@ BROKEN = {
         "lora.base=runs/own and model.init_from=downloads/gpt2 both give the weights that stay as they are; leave one "
         "of them out"
     ),
+    ("optimizer.type=lion", "optimizer.eps=1.0e-6"): (
+        "optimizer.eps=1e-06 is no setting of optimizer.type=lion; it takes betas and weight_decay"
+    ),
+    ("optimizer.type=torch.optim.LBFGS",): (
+        "optimizer.type=lbfgs: it computes the loss again within an update, by a closure that a pipeline does not "
+        "have; try optimizer.type=adamw"
+    ),
+    ("optimizer.groups=[{match: 'embed*', algorithm: adamw}]",): (
+        "optimizer.groups.0.algorithm=adamw is for optimizer.type=muon, and it is adamw; remove it"
+    ),
+    ("optimizer.groups=[{match: 'embed*', momentum: 0.5}]",): (
+        "optimizer.groups.0.momentum=0.5 is no setting of optimizer.type=adamw; "
+        "try optimizer.groups.0.betas=[0.5, 0.95]"
+    ),
+    ("optimizer.args={lr: 0.1}",): "lr has a key of its own; write it as optimizer.lr",
+    ("scheduler.type=wsd", "scheduler.args={cooldown_stps: 3}"): (
+        "wsd: cooldown_stps is no argument of this schedule; did you mean cooldown_steps?"
+    ),
+    ("scheduler.type=LRRangeTest", "scheduler.warmup_steps=5"): (
+        "scheduler.warmup_steps=5 has no effect with scheduler.type=lr_range_test; remove it"
+    ),
+    ("scheduler.warmup_steps=5", "scheduler.warmup_tokens=1000"): (
+        "scheduler.warmup_tokens=1000 and scheduler.warmup_steps=5 both give one length; leave one of them out"
+    ),
+    ("scheduler.warmup_tokens=1000000", "scheduler.decay_tokens=1000"): "takes 977 steps, more than the 1 of the decay",
     ("optimizer.momentum=0.9",): (
-        "optimizer.momentum=0.9 is only for optimizer.type=sgd, and it is adamw; "
+        "optimizer.momentum=0.9 is no setting of optimizer.type=adamw; "
         "try optimizer.betas=[0.9, 0.95]"
     ),
     ("train.eval_interval=5", "data.validation_fraction=0"): (
@@ -201,6 +226,10 @@ def test_a_broken_rule_says_what_to_type(overrides: tuple[str, ...]):
         ("train.micro_batch_size=2", "parallel.dp=4"),
         ("scheduler.warmup_steps=301",),
         ("optimizer.type=sgd", "optimizer.momentum=0.9"),
+        ("optimizer.type=FusedLamb", "optimizer.args={max_coeff: 10.0}"),
+        ("optimizer.type=my_package.MyOptimizer", "optimizer.betas=[0.5, 0.9]"),
+        ("scheduler.type=WarmupDecayLR", "scheduler.args={warmup_num_steps: 10}"),
+        ("scheduler.warmup_tokens=1024", "scheduler.decay_steps=1"),
         ("data.validation_fraction=0",),
         ("train.eval_interval=5", "callbacks.early_stopping={patience: 2}"),
     ],

@@ -33,7 +33,7 @@ OVERRIDES: dict[str, str] = {
     "optimizer.betas=[0.9, 1]": "optimizer.betas",
     "optimizer.betas=[-1, 0.9]": "optimizer.betas",
     "optimizer.type=adamx": "did you mean adam",
-    "optimizer.momentum=0.9": "only for optimizer.type=sgd",
+    "optimizer.momentum=0.9": "no setting of optimizer.type=adamw",
     "scheduler.type=cosinus": "did you mean cosine",
     "scheduler.warmup_steps=-1": "scheduler.warmup_steps",
     "scheduler.min_lr_ratio=2": "scheduler.min_lr_ratio",

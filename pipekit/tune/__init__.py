@@ -1,0 +1,1 @@
+"""Settings found by short runs: the learning rate."""
