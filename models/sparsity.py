@@ -250,16 +250,20 @@ def _global_blocks(settings: SparseAttention, layout: int, num_blocks: int) -> N
     import numpy as np
 
     blocks, count = np.arange(num_blocks), settings.value("num_global_blocks")
+    are_global: NDArray[np.bool_]
     if settings.mode == "bigbird":
-        return blocks < count
+        are_global = blocks < count
+        return are_global
     if settings.mode == "fixed":
         local = settings.value("num_local_blocks")
         place, whole = local - (1 + layout) * count, num_blocks - num_blocks % local
         # A last window that is shorter has its global blocks at the same place, or at its end.
         last = max(0, min(whole + place, num_blocks - count))
         in_last = (blocks >= last) & (blocks < last + count) & (whole < num_blocks)
-        return ((blocks < whole) & (blocks % local // count == place // count)) | in_last
+        are_global = ((blocks < whole) & (blocks % local // count == place // count)) | in_last
+        return are_global
     starts = settings.value("global_block_indices")
     ends = settings.value("global_block_end_indices") or [start + 1 for start in starts]
     ranges = [(blocks >= start) & (blocks < end) for start, end in zip(starts, ends, strict=True)]
-    return np.any(ranges, axis=0)
+    are_global = np.any(ranges, axis=0)
+    return are_global

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from pipekit import cli, commands
 
 NAMES = [
+    "init",
     "data",
     "plan",
     "train",

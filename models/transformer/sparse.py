@@ -62,7 +62,7 @@ class HeadLayouts:
 
 @dataclass(frozen=True)
 class Weighing:
-    """How attention makes weights of the products of queries and keys.
+    """Scaling, cap, mask and dropout of attention scores, from products of queries and keys to weights.
 
     Attributes:
         scale: factor of the scores.
@@ -230,7 +230,9 @@ def _head_groups(places: Sequence[int], num_heads: int, kv_heads: int) -> list[t
 def _gather(chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `(B, K, H/K, Q, E)`, keys and values `(B, K, T, E)` of a chunk."""
     keys, values = (each[:, chunk.kv_heads].index_select(2, chunk.keys) for each in (k, v))
-    return q[:, chunk.heads, chunk.queries].unflatten(1, (keys.shape[1], -1)), keys, values
+    queries = q[:, chunk.heads, chunk.queries]
+    shared = queries.view(len(q), keys.shape[1], -1, *queries.shape[2:])
+    return shared, keys, values
 
 
 def _scores(chunk: _Chunk, queries: Tensor, keys: Tensor, weighing: Weighing) -> tuple[Tensor, Tensor | None]:

@@ -34,7 +34,7 @@ def command(
     """Write a configuration that trains, with a comment on every key."""
     from pipekit.config.template import config_template
 
-    text = config_template(zero=zero, offload=offload.value, pp=pp)  # type: ignore[arg-type]
+    text = config_template(zero=zero, offload=offload.value, pp=pp)
     if out is None:
         sys.stdout.write(text)
         return

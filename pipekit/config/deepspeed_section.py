@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipekit.config.deepspeed_json import AUTO, check_deepspeed, read_deepspeed_json, without_auto
 from pipekit.config.deepspeed_keys import TREATMENTS
 from pipekit.config.schema import Config
+from pipekit.optimizers.learning_rates import scheduler_section
+from pipekit.optimizers.table import optimizer_section
 from pipekit.settings.base import Fault, show
 
 if TYPE_CHECKING:
@@ -40,12 +42,14 @@ def take_over_deepspeed(draft: Draft) -> None:
         return
     section = {key: {} if value is None else value for key, value in without_auto(section).items()}
 
+    section = _with_rates(draft, section, given)
+
     def shown(key: str) -> str:
         return f"{owner}{key}={show(_value(section, key))}"
 
-    for ours, value, key in [*_settings(section), *_optimizer(section)]:
+    for ours, value, key in [*_settings(section), *_optimizer(draft, section)]:
         _give(draft, ours, value, key, shown(key))
-    for fault in _unknown_optimizer(section, owner):
+    for fault in _faults_of_sections(section, owner):
         draft.add(fault)
     _divide_batch(draft, section.get("gradient_accumulation_steps"), owner, shown("gradient_accumulation_steps"))
     draft.values["deepspeed"] = _without_ours(section)
@@ -189,45 +193,63 @@ def _offload(section: Mapping[str, Any]) -> Iterator[_Setting]:
         yield "parallel.offload", "none", next(iter(found.values()))
 
 
-_OPTIMIZER_PARAMS = {"lr": None, "betas": None, "eps": None, "weight_decay": None, "momentum": None}
-_IDLE_PARAMS: dict[str, tuple[Any, ...]] = {
-    "torch_adam": (True, False),
-    "adam_w_mode": (True, False),
-    "bias_correction": (True,),
-    "amsgrad": (False,),
-    "nesterov": (False,),
-    "dampening": (0,),
+_OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "momentum")
+
+
+def _optimizer(draft: Draft, section: Mapping[str, Any]) -> Iterator[_Setting]:
+    """Yield settings of the optimizer and of the schedule of its learning rate."""
+    for owner, translate in (("optimizer", optimizer_section), ("scheduler", scheduler_section)):
+        given = section.get(owner) or {}
+        params = given.get("params") or {}
+        if not isinstance(given.get("type"), str):
+            continue
+        for key, value in translate(given).items():
+            if key == "type":
+                yield f"{owner}.type", value, f"{owner}.type"
+            elif key in params:
+                yield f"{owner}.{key}", value, f"{owner}.params.{key}"
+            elif key == "args" or draft.get((owner, key)) is None:
+                # What DeepSpeed takes where nothing is said gives way to what our own section says.
+                yield f"{owner}.{key}", value, f"{owner}.params"
+
+
+_AUTO_OF_SCHEDULES = {
+    "total_num_steps": "train.steps",
+    "warmup_num_steps": "scheduler.warmup_steps",
+    "warmup_max_lr": "optimizer.lr",
 }
-"""Values of an optimizer's other parameters that say what holds anyway, or are read beside them."""
 
 
-def _optimizer(section: Mapping[str, Any]) -> Iterator[_Setting]:
-    kind, params = _value(section, "optimizer.type"), _value(section, "optimizer.params") or {}
-    if kind is not None:
-        # DeepSpeed's Adam decays weights as AdamW does, unless it is told otherwise.
-        name = {"adam": "adamw"}.get(str(kind).lower(), str(kind).lower())
-        is_plain = name == "adamw" and params.get("adam_w_mode") is False
-        yield "optimizer.type", "adam" if is_plain else name, "optimizer.type"
-    for key in _OPTIMIZER_PARAMS:
-        if key in params:
-            yield f"optimizer.{key}", params[key], f"optimizer.params.{key}"
+def _with_rates(draft: Draft, section: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section with numbers of pipekit's where the schedule's arguments were given as `auto`."""
+    params = _value(given, "scheduler.params")
+    if not isinstance(params, Mapping):
+        return dict(section)
+    filled = {
+        key: _value(section, "optimizer.params.lr") if key == "warmup_max_lr" else None
+        for key, ours in _AUTO_OF_SCHEDULES.items()
+        if params.get(key) == AUTO
+    }
+    for key, value in filled.items():
+        ours = _AUTO_OF_SCHEDULES[key]
+        own = draft.get(tuple(ours.split(".")))
+        filled[key] = own if own is not None else _default(ours) if value is None else value
+    scheduler = dict(section.get("scheduler") or {})
+    return {**section, "scheduler": {**scheduler, "params": {**(scheduler.get("params") or {}), **filled}}}
 
 
-def _unknown_optimizer(section: Mapping[str, Any], owner: str) -> Iterator[Fault]:
-    for key, value in (_value(section, "optimizer.params") or {}).items():
-        if key not in _OPTIMIZER_PARAMS and value not in _IDLE_PARAMS.get(key, ()):
-            message = f"{owner}optimizer.params.{key}={show(value)}: has no effect here; see the keys of optimizer"
-            yield Fault(("deepspeed", "optimizer", "params", key), message)
-    for key in section.get("optimizer", {}):
-        if key not in ("type", "params"):
-            yield Fault(
-                ("deepspeed", "optimizer", key), f"{owner}optimizer.{key}: unknown key; there are type and params"
-            )
-    if "scheduler" in section:
-        message = (
-            f"{owner}scheduler: DeepSpeed's schedules are not in a run; use the scheduler section, such as type: cosine"
-        )
-        yield Fault(("deepspeed", "scheduler"), message)
+def _faults_of_sections(section: Mapping[str, Any], owner: str) -> Iterator[Fault]:
+    for name in ("optimizer", "scheduler"):
+        given = section.get(name) or {}
+        for key in given:
+            if key not in ("type", "params"):
+                message = f"{owner}{name}.{key}: unknown key; there are type and params"
+                yield Fault(("deepspeed", name, key), message)
+        if given and not isinstance(given.get("type"), str):
+            yield Fault(("deepspeed", name), f"{owner}{name}: has no type, such as {_EXAMPLES[name]}; name it")
+
+
+_EXAMPLES = {"optimizer": "AdamW", "scheduler": "WarmupLR"}
 
 
 def _value(section: Any, path: str) -> Any:

@@ -320,12 +320,13 @@ def scheduler_section(deepspeed_section: Mapping[str, Any]) -> dict[str, Any]:
         >>> scheduler_section({"type": "WarmupLR", "params": {"warmup_num_steps": 10}})
         {'type': 'warmup_lr', 'args': {'warmup_num_steps': 10}}
     """
-    name, params = schedule_name(deepspeed_section["type"]), dict(deepspeed_section.get("params") or {})
+    name = schedule_name(deepspeed_section["type"]) or deepspeed_section["type"]
+    params = dict(deepspeed_section.get("params") or {})
     defaults: dict[str, dict[str, Any]] = {
         "lr_range_test": {"lr_range_test_min_lr": 1e-3},
         "warmup_decay_lr": {"warmup_max_lr": 1e-3},
     }
-    return {"type": name, "args": {**defaults.get(name or "", {}), **params}}
+    return {"type": name, "args": {**defaults.get(name, {}), **params}}
 
 
 def argument_faults(schedule: Schedule, args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
