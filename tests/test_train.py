@@ -191,6 +191,7 @@ def test_a_rank_that_dies_once_leaves_no_trace_in_the_losses(workspace: Path, ba
         assert {address.partition(":")[0] for address in addresses} == {"0100007F"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_at_the_same_step_again_is_not_started_for_ever(workspace: Path, base_run: str) -> None:
     (workspace / "dying.py").write_text(DYING_TRIAL)
     run = ("run.dir=runs/doomed", "run.trial=dying:Doomed", "run.restarts=9")
@@ -393,7 +394,14 @@ def test_a_trials_tokenizer_without_an_end_is_refused_before_training(workspace:
     assert not (workspace / "runs/without-end/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The README's first line trains it; the others are longer ways to the same functions.
+        pytest.param(path.name, marks=() if path.stem == "gpt_stdlib" else pytest.mark.slow)
+        for path in sorted((ROOT / "examples").glob("*.yaml"))
+    ],
+)
 def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
     overrides = [
         "train.steps=2",
@@ -406,6 +414,7 @@ def test_every_shipped_example_trains(tmp_path: Path, name: str) -> None:
     assert "Trained 2 steps" in done.stdout
 
 
+@pytest.mark.slow
 def test_other_schedules_train_from_the_configuration_and_are_drawn(workspace: Path, base_run: str) -> None:
     for schedule in ("zb-v", "auto"):
         run = f"runs/schedule-{schedule}"

@@ -232,6 +232,7 @@ def test_a_sound_model_is_the_same_under_every_layout(workspace: Path) -> None:
     assert lines[-1] == "all 3 layouts train the same model as one process"
 
 
+@pytest.mark.slow
 def test_tensor_parallel_layouts_and_every_zero_stage(workspace: Path) -> None:
     done = verify(workspace, "c.yaml", "--json", "--steps", "2", "--layouts", "pp2xtp2,dp2xzero0,dp2xzero2,dp2xzero3")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,7 @@ LAYOUTS = [
     *[Layout(*degrees) for degrees in ((4, 1, 1), (1, 4, 1), (1, 1, 4))],
     *[Layout(2, 2, 2, order=order) for order in ORDERS],
 ]
+SOME_LAYOUTS = [LAYOUTS[0], LAYOUTS[7], LAYOUTS[-2], LAYOUTS[-1]]
 
 
 def plain(value: Any) -> Any:
@@ -58,7 +59,11 @@ def answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
     return said[0], said[1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(each, marks=() if each in SOME_LAYOUTS else pytest.mark.slow) for each in LAYOUTS],
+    ids=str,
+)
 def test_it_answers_as_deepspeeds_grid_does(gloo: GlooWorkers, layout: Layout) -> None:
     for ours, theirs in gloo.run(layout.world_size, answers, layout):
         assert len(theirs) > 30
@@ -103,7 +108,9 @@ def megatron_answers(rank: int, layout: Layout) -> tuple[dict[str, Any], dict[st
     return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
 
-@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize(
+    "order", [ORDERS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS[1:])], ids="-".join
+)
 def test_it_answers_to_megatrons_names_too(gloo: GlooWorkers, order: Order) -> None:
     for said, expected in gloo.run(8, megatron_answers, Layout(2, 2, 2, order=order)):
         assert said == expected

@@ -183,7 +183,11 @@ def describe_here(rank: int, layout: Layout, placement: tuple[int, ...]) -> MPUD
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize(
+    "order",
+    [ORDERS[0], ORDERS[-1], *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS[1:-1])],
+    ids="-".join,
+)
 def test_units_answer_what_is_expected_of_them(gloo: GlooWorkers, order: Any) -> None:
     for layout, placement in ((Layout(2, 2, 2, order), (0, 1, 1, 0)), (Layout(2, 2, 1, order), (0, 1))):
         assert gloo.run(layout.world_size, describe_here, layout, placement) == describe(layout, placement)

@@ -66,7 +66,7 @@ def test_stages_with_other_parameter_groups_or_with_none(gloo: GlooWorkers) -> N
     check_against_reference(gloo, Case(pp=4, zero=0, boundaries=(0, 5, 8, 9, 10)))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_16_bit_training_stays_near_fp32_under_every_layout(gloo: GlooWorkers, precision: str) -> None:
     expected = reference(Case())
     runs = [

@@ -90,7 +90,13 @@ def test_loss_and_every_gradient_are_those_of_one_process(
     assert_same(run(gloo, case), reference(tied))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("gpipe", "interleaved-1f1b", "zb-h1") else ())
+        for name in SCHEDULES
+    ],
+)
 def test_checkpointing_and_dropout_change_nothing(gloo: GlooWorkers, schedule: str) -> None:
     assert_same(run(gloo, Case(pp=2, schedule=schedule, steps=1, checkpointing=True)), reference(True))
     alone = run(gloo, Case(pp=1, dropout=0.2, steps=STEPS))

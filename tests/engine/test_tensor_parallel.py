@@ -53,20 +53,20 @@ def test_3d_with_sequence_parallelism_trains_as_one_process_does(gloo: GlooWorke
     "case",
     [
         Case(tp=2),
-        Case(tp=2, zero=0, sequence_parallel=False),
+        pytest.param(Case(tp=2, zero=0, sequence_parallel=False), marks=pytest.mark.slow),
         pytest.param(Case(tp=4, tied=False), marks=pytest.mark.slow),
         Case(tp=2, sequence_parallel=False, tied=False, loss_chunk_tokens=5),
         pytest.param(Case(tp=2, loss_chunk_tokens=5), marks=pytest.mark.slow),
         Case(tp=2, pp=2, schedule="zb-v"),
         Case(tp=2, pp=2, schedule="zb-h1", sequence_parallel=False),
-        Case(tp=2, checkpointing=True),
+        pytest.param(Case(tp=2, checkpointing=True), marks=pytest.mark.slow),
         Case(tp=2, num_kv_heads=2),
-        Case(tp=2, num_kv_heads=1),
+        pytest.param(Case(tp=2, num_kv_heads=1), marks=pytest.mark.slow),
         pytest.param(Case(tp=4, num_kv_heads=2, sequence_parallel=False), marks=pytest.mark.slow),
         Case(tp=2, pp=2, family="gpt_neox", tied=False),
         pytest.param(Case(tp=2, pp=2, family="llama", tied=False, num_kv_heads=2), marks=pytest.mark.slow),
-        Case(tp=2, pp=2, family="qwen3", num_kv_heads=2),
-        Case(tp=2, pp=2, family="gemma2", num_kv_heads=1, loss_chunk_tokens=5),
+        pytest.param(Case(tp=2, pp=2, family="qwen3", num_kv_heads=2), marks=pytest.mark.slow),
+        pytest.param(Case(tp=2, pp=2, family="gemma2", num_kv_heads=1, loss_chunk_tokens=5), marks=pytest.mark.slow),
         pytest.param(Case(tp=2, pp=2, family="olmo2", num_kv_heads=1, schedule="zb-v"), marks=pytest.mark.slow),
     ],
     ids=show,
@@ -206,6 +206,7 @@ def test_16_bits_stay_near_fp32(gloo: GlooWorkers, precision: str) -> None:
         assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_zero_2_beside_it(gloo: GlooWorkers) -> None:
     check_against_reference(gloo, Case(tp=2, dp=2, zero=2, steps=8))
     check_against_reference(gloo, Case(tp=2, zero=2, tied=False, sequence_parallel=False, loss_chunk_tokens=5, steps=8))

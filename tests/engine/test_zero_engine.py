@@ -71,7 +71,7 @@ def test_fp32_trains_as_one_process_does(gloo: GlooWorkers, case: Case) -> None:
     [
         Case(zero=1, pp=2, offload="optimizer"),
         pytest.param(Case(zero=1, pp=2, dp=2, offload="optimizer"), marks=pytest.mark.slow),
-        Case(zero=2, dp=2, offload="optimizer"),
+        pytest.param(Case(zero=2, dp=2, offload="optimizer"), marks=pytest.mark.slow),
         Case(zero=3, dp=2, offload="optimizer"),
         Case(zero=3, dp=2, offload="parameters", checkpointing=True),
         pytest.param(Case(zero=2, dp=2, offload="optimizer", optimizer="sgd"), marks=pytest.mark.slow),

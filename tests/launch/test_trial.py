@@ -135,6 +135,7 @@ def test_a_wrong_trial_ends_with_one_error_and_exit_code_2(workspace: Path, over
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_in_train_batch_is_named_and_ends_all_at_the_limit(workspace: Path) -> None:
     done = run_pipekit(["train", "line.yaml", "trial=line_trial:Sleepy", "run.timeout_s=5"], cwd=workspace)
     assert done.returncode == 4

@@ -337,7 +337,9 @@ def peak_of_a_step(rank: int, case: Case) -> tuple[int, int]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("precision", "zero"), [("bf16", 1), ("fp16", 1), ("fp32", 1), ("fp32", 0)])
+@pytest.mark.parametrize(
+    ("precision", "zero"), [("bf16", 1), pytest.param("fp16", 1, marks=pytest.mark.slow), ("fp32", 1), ("fp32", 0)]
+)
 def test_a_step_allocates_no_copy_of_the_gradients(gloo: GlooWorkers, precision: Precision, zero: int) -> None:
     case = Case(dp=2, precision=precision, zero=zero, clip=1.0)
     ((parts, _),) = predicted(case, wide_specs())

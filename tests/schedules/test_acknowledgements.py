@@ -93,7 +93,7 @@ def check(schedule: Schedule) -> None:
                 assert all(own_row.index(action) < user_of(answer, own_row) for action in confirmed)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(schedules)
 def test_answers_prove_what_stands_before_them_in_the_tables_of_the_generators(schedule: Schedule) -> None:
     check(schedule)
