@@ -144,4 +144,6 @@ def test_a_chat_model_is_fine_tuned_by_adapters_as_the_example_and_the_page_say(
         for _ in range(5):
             written = torch.cat([written, merged(written).logits[:, -1:].argmax(-1)], dim=1)
     said = run_pipekit([*chat[1:], "--temperature", "0", "--max-new-tokens", "5"], cwd=work, said="What does f_3 do?\n")
-    assert said.stdout == tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True) + "\n"
+    expected = tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
+    # Bytes of a character that five tokens do not complete are not written.
+    assert said.stdout == expected.rstrip("\ufffd") + "\n"
