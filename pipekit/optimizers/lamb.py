@@ -63,17 +63,10 @@ class Lamb(SharedOptimizer):
         return loss
 
     def _update(self, weights: Tensor, group: dict[str, Any]) -> Tensor:
-        state, (beta1, beta2) = self.state[weights], group["betas"]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
-        assert weights.grad is not None
-        state["step"] += 1
-        step = float(state["step"])
-        state["exp_avg"].lerp_(weights.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(weights.grad, weights.grad, value=1 - beta2)
-        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update: Tensor = (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
+        average, square_average, step = self.update_moments(weights, group["betas"])
+        beta1, beta2 = group["betas"]
+        denominator = (square_average / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update: Tensor = (average / (1 - beta1**step)).div_(denominator)
         return update.add_(weights, alpha=group["weight_decay"])
 
 

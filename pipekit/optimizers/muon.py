@@ -91,17 +91,10 @@ class MatricesAndVectors(SharedOptimizer):
                 piece.of(weights).add_(own, alpha=-group["lr"] * factor)
 
     def _update_others(self, weights: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[weights], group["betas"]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
-        assert weights.grad is not None
-        state["step"] += 1
-        step = float(state["step"])
-        state["exp_avg"].lerp_(weights.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(weights.grad, weights.grad, value=1 - beta2)
-        denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
-        weights.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**step))
+        average, square_average, step = self.update_moments(weights, group["betas"])
+        beta1, beta2 = group["betas"]
+        denominator = (square_average.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        weights.addcdiv_(average, denominator, value=-group["lr"] / (1 - beta1**step))
 
 
 def orthogonalize(matrix: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -68,3 +68,15 @@ class SharedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: object, defaults: dict[str, object]) -> None:
         super().__init__(params, defaults)  # type: ignore[arg-type]
         self.tensors = WholeTensors()
+
+    def update_moments(self, weights: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor, int]:
+        """Update Adam's moments of a tensor by its gradient: the averages of that and of its square, and the step."""
+        state, (beta1, beta2) = self.state[weights], betas
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+        assert weights.grad is not None
+        state["step"] += 1
+        state["exp_avg"].lerp_(weights.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(weights.grad, weights.grad, value=1 - beta2)
+        return state["exp_avg"], state["exp_avg_sq"], int(state["step"])
