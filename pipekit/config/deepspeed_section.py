@@ -225,15 +225,13 @@ def _with_rates(draft: Draft, section: Mapping[str, Any], given: Mapping[str, An
     params = _value(given, "scheduler.params")
     if not isinstance(params, Mapping):
         return dict(section)
-    filled = {
-        key: _value(section, "optimizer.params.lr") if key == "warmup_max_lr" else None
-        for key, ours in _AUTO_OF_SCHEDULES.items()
-        if params.get(key) == AUTO
-    }
-    for key, value in filled.items():
-        ours = _AUTO_OF_SCHEDULES[key]
-        own = draft.get(tuple(ours.split(".")))
-        filled[key] = own if own is not None else _default(ours) if value is None else value
+    filled = {}
+    for key, ours in _AUTO_OF_SCHEDULES.items():
+        if params.get(key) == AUTO:
+            own = draft.get(tuple(ours.split(".")))
+            if own is None and ours == "optimizer.lr":
+                own = _value(section, "optimizer.params.lr")
+            filled[key] = _default(ours) if own is None else own
     scheduler = dict(section.get("scheduler") or {})
     return {**section, "scheduler": {**scheduler, "params": {**(scheduler.get("params") or {}), **filled}}}
 

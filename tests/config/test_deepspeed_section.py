@@ -192,3 +192,11 @@ def test_initialize_takes_pipekits_defaults_for_auto() -> None:
     }
     batch = fill_auto({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}, precision="fp32")
     assert batch == {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}
+
+
+def test_what_deepspeed_takes_where_nothing_is_said_gives_way() -> None:
+    section = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}
+    ours = parse_config({**BASE, "deepspeed": section}, ["optimizer.lr=0.02"])
+    assert (ours.optimizer.lr, ours.scheduler.args["warmup_max_lr"]) == (0.02, 0.02)
+    theirs = parse_config({**BASE, "deepspeed": section})
+    assert (theirs.optimizer.lr, theirs.optimizer.weight_decay) == (1e-3, 0.0)
