@@ -192,7 +192,7 @@ class Attention(_NormedModule):
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
         if self.qkv is not None:
             num_ranks = 1 if self.group is None else self.group.size
-            q, k, v = self.qkv(x).split([width // num_ranks for width in self.widths], dim=-1)
+            q, k, v = self.qkv(x).split_with_sizes([width // num_ranks for width in self.widths], dim=-1)
         else:
             own = [(self.q.weight, self.q.bias), self.kv.own()]
             q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,21 +49,36 @@ class Sampling:
             )
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Draw a token from its logits `(V,)`."""
+        """Draw a token from its logits `(V,)` in host memory.
+
+        Raises:
+            PipekitError: if they are not numbers.
+        """
+        # By numpy, whose calls cost a fraction of torch's where there is so little to do.
+        scores = logits.numpy()
+        likeliest = int(scores.argmax())  # the first nan where there is one
+        largest = float(scores[likeliest])
+        if not math.isfinite(largest):
+            raise PipekitError(
+                "the model's logits are nan or infinite: its training diverged; try an earlier checkpoint"
+            )
         if self.temperature == 0:
-            return int(logits.argmax())
-        tokens: Tensor | None = None
-        if self.top_k is not None and self.top_k < logits.numel():
-            threshold = logits.topk(self.top_k).values[-1]
-            tokens = (logits >= threshold).nonzero().squeeze(1)
-            logits = logits[tokens]
-        # In fp64 and from the largest down, so that no temperature overflows.
-        probabilities = torch.softmax((logits.double() - logits.max()) / self.temperature, dim=-1)
+            return likeliest
+        tokens: Any = None
+        if self.top_k is not None and self.top_k < len(scores):
+            tokens = np.flatnonzero(scores >= np.partition(scores, -self.top_k)[-self.top_k])
+            scores = scores[tokens]
+        # In fp64 and from the largest down, so that no temperature overflows to more than a weight of zero.
+        with np.errstate(over="ignore"):
+            weights = np.exp((scores.astype(np.float64) - largest) / self.temperature)
         if self.top_p is not None:
-            ordered, places = probabilities.sort(descending=True, stable=True)
-            before = ordered.cumsum(0) - ordered
-            probabilities[places[before >= self.top_p]] = 0.0
-        drawn = int(torch.multinomial(probabilities, 1, generator=generator))
+            order = np.argsort(-weights, kind="stable")
+            sums = weights[order].cumsum()
+            weights[order[sums - weights[order] >= self.top_p * sums[-1]]] = 0.0
+        sums = weights.cumsum()
+        # The first token whose sum reaches a number above 0 and at most the whole: never one of weight 0.
+        share = 1 - torch.rand((), dtype=torch.float64, generator=generator).item()
+        drawn = int(sums.searchsorted(share * sums[-1]))
         return drawn if tokens is None else int(tokens[drawn])
 
 
@@ -119,10 +137,6 @@ def continue_prompts(
             return
         contexts = [tokens[index][context_start(len(tokens[index]), max_positions) :] for index in going_on]
         logits = next_logits(contexts)
-        if not logits.amax(-1).isfinite().all():
-            raise PipekitError(
-                "the model's logits are nan or infinite: its training diverged; try an earlier checkpoint"
-            )
         ended = set()
         for index, own in zip(going_on, logits, strict=True):
             token = sampling.draw(own, generators[index])
