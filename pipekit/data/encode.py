@@ -56,9 +56,10 @@ def encode_in_order(
             for batch in batches:
                 yield batch, encode_here(parts_of(batch))
         return
-    num_processes = min(num_cores, _MAX_PROCESSES)
+    # One more than are busy: while one waits for its next batch, no core does.
+    num_processes = min(num_cores, _MAX_PROCESSES) + 1
     arguments = [str(tokenizer_path), *([] if conversations is None else [conversations])]
-    with _start_processes(arguments, num_processes, num_cores // num_processes) as encode:
+    with _start_processes(arguments, num_processes, max(1, num_cores // _MAX_PROCESSES)) as encode:
         pending: deque[tuple[T, Future[Encoded]]] = deque()
         for batch in batches:
             pending.append((batch, encode(parts_of(batch))))

@@ -35,7 +35,7 @@ Batch = list[tuple[Passage, bool]]
 """Passages, and whether each is held out."""
 
 TRAIN_FILE, VALIDATION_FILE = "train.bin", "validation.bin"
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 2 << 20
 # Of text, between states that are saved: what a kill costs.
 _PIECE_BYTES = 32 << 20
 # Starting processes takes longer than encoding less in this one.
@@ -134,10 +134,10 @@ def is_held_out(index: int, fraction: float) -> bool:
     """
     if fraction > 0.5:
         return not is_held_out(index, 1.0 - fraction)
+    if fraction <= 0:
+        return False
     first, last = max(0, int(index * fraction) - 1), int((index + 1) * fraction) + 1
-    return fraction > 0 and any(
-        int((stratum + _draw_place(stratum)) / fraction) == index for stratum in range(first, last + 1)
-    )
+    return index in [int((stratum + _draw_place(stratum)) / fraction) for stratum in range(first, last + 1)]
 
 
 @lru_cache(maxsize=1024)

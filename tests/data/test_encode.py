@@ -57,7 +57,7 @@ def test_a_process_that_is_killed_is_told_of(tokenizer_path: Path, monkeypatch: 
 
     monkeypatch.setattr(encode.subprocess, "Popen", start_and_note)
 
-    def kill_both() -> Iterator[list[Part]]:
+    def kill_all() -> Iterator[list[Part]]:
         yield from batches()
         for pid in started:
             os.kill(pid, signal.SIGKILL)
@@ -65,9 +65,9 @@ def test_a_process_that_is_killed_is_told_of(tokenizer_path: Path, monkeypatch: 
             yield [("more", True)]
 
     with pytest.raises(DataError, match="a process that encodes text has ended"):
-        for _ in encode_in_order(kill_both(), tokenizer_path, parts_of=lambda batch: batch, num_cores=2, timeout_s=100):
+        for _ in encode_in_order(kill_all(), tokenizer_path, parts_of=lambda batch: batch, num_cores=2, timeout_s=100):
             pass
-    assert len(started) == 2
+    assert len(started) == 3
     assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 

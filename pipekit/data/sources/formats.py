@@ -102,7 +102,11 @@ class RecordFormat(TextFormat):
 
     def read_passages(self, file: CorpusFile, text_key: str, max_chars: int) -> Iterator[tuple[str, bool]]:
         for record in self.read_records(file, (text_key,)):
-            yield from split_text(io.StringIO(text_of(record, text_key), newline=""), max_chars)
+            text = text_of(record, text_key)
+            if 0 < len(text) < max_chars:
+                yield text, True
+            else:
+                yield from split_text(io.StringIO(text, newline=""), max_chars)
 
 
 class TokenFormat(SourceFormat):
@@ -156,7 +160,7 @@ def whole_characters(text: str) -> str:
         >>> whole_characters("half: \\ud83d")
         'half: ���'
     """
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def check_columns(names: Iterable[str], keys: Iterable[str], where: object) -> None:

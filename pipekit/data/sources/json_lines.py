@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class JsonLines(RecordFormat):
             return b"\0" not in head
         if not (is_named or name.endswith(".json")):
             return False
-        first, line_end, rest = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+        first, line_end, rest = head.removeprefix(BOM_UTF8).lstrip().partition(b"\n")
         if not line_end:
             # A file that is one object is a document of JSON, unless it is so long that it can be nothing but a record.
             return len(head) > 1 << 15 and _OBJECT_BEGINS.match(first) is not None
@@ -40,7 +41,7 @@ class JsonLines(RecordFormat):
                     continue
                 place = f"{file.path}:{line_number}"
                 try:
-                    row = parse_json(line.decode("utf-8-sig"))
+                    row = parse_json(line.removeprefix(BOM_UTF8).decode())
                 except ValueError as error:  # both of undecodable bytes and of malformed JSON
                     rule = f"not a JSON object on one line ({error}); correct or delete the line"
                     raise DataError(f"{place}: {rule}") from error
