@@ -136,9 +136,17 @@ def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
 
 def counts_text(report: Mapping[str, Any]) -> str:
     """Numbers of layouts that can run and that cannot, by the kind of reason, with an example of each."""
-    lines = [f"{report['num_fitting']:,} layouts were simulated and fit"]
-    if report["num_open"]:
-        lines.append(f"{report['num_open']:,} more are slower by an estimate, and were not simulated")
+    num_fitting, num_open = report["num_fitting"], report["num_open"]
+    lines = [
+        "1 layout was simulated and fits" if num_fitting == 1 else f"{num_fitting:,} layouts were simulated and fit"
+    ]
+    if num_open:
+        which = (
+            "1 more is slower by an estimate, and was"
+            if num_open == 1
+            else f"{num_open:,} more are slower by an estimate, and were"
+        )
+        lines.append(f"{which} not simulated")
     kinds: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for layout in report["rejected"]:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from pipekit.config import Config
 from pipekit.line_files import LossyOutput
 from pipekit.models.custom import CustomModelConfig
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
+from pipekit.training.step_line import LinePart, StepLine, show_time
 from pipekit.training.trial_callbacks import TrialCallback
 
 if TYPE_CHECKING:
@@ -178,15 +178,11 @@ def _plural(count: int, noun: str) -> str:
     return noun if count == 1 else noun + ending
 
 
-class RemainingColumn(ProgressColumn):
-    """Time until the end at the pace of the last steps."""
-
-    def render(self, task: Task) -> Text:
-        return Text("ETA --:--" if task.time_remaining is None else f"ETA {show_time(task.time_remaining)}", "cyan")
-
-
 class ConsoleProgress(TrialCallback):
-    """Shows each step: a progress bar on a terminal, plain lines every `interval` steps elsewhere, and a summary."""
+    """Shows each step on a live line of a terminal, elsewhere on plain lines every `interval` steps, and a summary.
+
+    Evaluations and checkpoints have lines of their own, which stay.
+    """
 
     def __init__(self, console: Console, plan: Plan, *, interval: int) -> None:
         self._console = console
@@ -198,7 +194,8 @@ class ConsoleProgress(TrialCallback):
         self._step = self._start_step = 0
         self._first_val_loss: float | None = None
         self._val_loss: float | None = None
-        self._progress: Progress | None = None
+        self._line: StepLine | None = None
+        self._live: Live | None = None
         self._mean_step_s: float | None = None
         self._step_s = self._waited_s = self._mean_wait = 0.0
         self._sources: dict[str, dict[str, float]] = {}
@@ -208,27 +205,20 @@ class ConsoleProgress(TrialCallback):
         if first_batch_idx:
             self._console.print(f"going on after step {first_batch_idx}")
         if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[metrics]}"),
-                RemainingColumn(),
-                TimeElapsedColumn(),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("train", total=self._num_steps, completed=first_batch_idx, metrics="")
-            self._progress.start()
+            self._line = StepLine("step", first_batch_idx, self._num_steps)
+            self._live = Live(self._line, console=self._console)
+            self._live.start()
 
     def on_warning(self, message: str) -> None:
         self._console.print(f"warning: {message}", style="yellow", markup=False)
 
     def on_rollback(self, batch: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=batch)
+        if self._line is not None:
+            self._line.done = batch
 
     def on_validation_start(self) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, metrics="evaluating")
+        if self._line is not None:
+            self._line.parts = [*self._line.parts, LinePart("evaluating", 1)]
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         self._step = step
@@ -248,30 +238,33 @@ class ConsoleProgress(TrialCallback):
             kind, _, source = key.partition("/")
             if source:
                 self._sources.setdefault(source, {})[kind] = value
-        text = self._describe(metrics)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, metrics=text)
-        elif val_loss is not None or step % self._interval == 0 or step in (1, self._num_steps):
-            line = f"step {step:>{self._width}}/{self._num_steps}  {text}"
-            if self._mean_step_s is not None:
-                line += f"  ETA {show_time(self._mean_step_s * (self._num_steps - step))}"
-            self._console.print(line)
+        parts = self._describe(metrics)
+        remaining_s = None if self._mean_step_s is None else self._mean_step_s * (self._num_steps - step)
+        if self._line is not None:
+            self._line.done, self._line.parts, self._line.remaining_s = step, parts, remaining_s
+        is_told = step % self._interval == 0 or step in (1, self._num_steps)
+        if val_loss is not None or (is_told and self._line is None):
+            texts = [part.text for part in parts]
+            if remaining_s is not None:
+                texts.append(f"ETA {show_time(remaining_s)}")
+            self._print_step(step, "  ".join(texts))
 
-    def _describe(self, metrics: dict[str, Any]) -> str:
+    def _describe(self, metrics: dict[str, Any]) -> list[LinePart]:
         parts = []
         if "loss" in metrics:
-            parts += [f"loss {metrics['loss']:.4f}", f"lr {metrics['lr']:.2e}"]
-            parts += [f"{metrics['tokens_per_s']:,.0f} tokens/s"]
+            parts += [LinePart(f"loss {metrics['loss']:.4f}"), LinePart(f"lr {metrics['lr']:.2e}", 3)]
+            parts += [LinePart(f"{metrics['tokens_per_s']:,.0f} tokens/s", 8)]
         if self._val_loss is not None:
-            parts.append(f"val loss {self._val_loss:.4f}")
+            parts.append(LinePart(f"val loss {self._val_loss:.4f}", 2))
         if self._mean_wait >= _TOLD_WAIT:
-            parts.append(f"waited for data: {self._mean_wait:.0%} of the step")
-        return "  ".join(parts)
+            parts.append(LinePart(f"waited for data: {self._mean_wait:.0%} of the step", 5))
+        return parts
+
+    def _print_step(self, step: int, text: str) -> None:
+        self._console.print(f"step {step:>{self._width}}/{self._num_steps}  {text}", markup=False)
 
     def on_checkpoint_upload_end(self, uuid: str) -> None:
-        if self._progress is None:
-            step, path = int(uuid.rpartition("-")[2]), self._folder.checkpoints / uuid
-            self._console.print(f"step {step:>{self._width}}/{self._num_steps}  saved {path}")
+        self._print_step(int(uuid.rpartition("-")[2]), f"saved {self._folder.checkpoints / uuid}")
 
     def on_training_end(self, result: TrialResult) -> None:
         self.on_trial_shutdown()
@@ -280,7 +273,11 @@ class ConsoleProgress(TrialCallback):
             return
         run = shlex.quote(str(self._folder.path))
         self._console.print()
-        what = f"steps {self._start_step + 1} to {result.batch}" if self._start_step else f"{result.batch} steps"
+        what = (
+            f"steps {self._start_step + 1} to {result.batch}"
+            if self._start_step
+            else f"{result.batch} {_plural(result.batch, 'step')}"
+        )
         ended = f"Trained {what} in {show_time(result.time_s)}"
         if self._val_loss is not None:
             ended += f": validation loss {self._first_val_loss:.3f} → {self._val_loss:.3f}"
@@ -318,9 +315,9 @@ class ConsoleProgress(TrialCallback):
         print_table(next_steps, self._console)
 
     def on_trial_shutdown(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._line = self._live = None
 
 
 def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:
@@ -341,15 +338,3 @@ def _show_source(metrics: Mapping[str, float]) -> str:
     parts = [f"{metrics['samples']:,} samples, {metrics['epochs']:.2f} epochs"] if "samples" in metrics else []
     parts += [f"validation loss {metrics['val_loss']:.3f}"] if "val_loss" in metrics else []
     return ", ".join(parts)
-
-
-def show_time(seconds: float) -> str:
-    """Return a duration for people.
-
-    Example:
-        >>> show_time(75), show_time(3700)
-        ('1:15', '1:01:40')
-    """
-    minutes, secs = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from pipekit.progress import ProgressLines
-from pipekit.training.console import RemainingColumn
+from pipekit.training.step_line import show_time
 
 
 class ProgressBar:
@@ -46,3 +47,10 @@ class ProgressBar:
 
     def __exit__(self, *exception: object) -> None:
         self._end_bar()
+
+
+class RemainingColumn(ProgressColumn):
+    """Time until the end at the pace so far."""
+
+    def render(self, task: Task) -> Text:
+        return Text("ETA --:--" if task.time_remaining is None else f"ETA {show_time(task.time_remaining)}", "cyan")
