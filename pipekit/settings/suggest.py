@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 
 _FOREIGN_NAMES = {
     "train.global_batch_size": "batch_size train_batch_size gradient_accumulation_steps",
-    "train.micro_batch_size": "micro_batch train_micro_batch_size_per_gpu",
-    "train.steps": "max_steps num_steps train_iters iterations",
-    "train.sequence_length": "seq_len seq_length block_size",
+    "train.micro_batch_size": "micro_batch train_micro_batch_size_per_gpu per_device_train_batch_size",
+    "train.steps": "max_steps num_steps train_iters train_steps iterations",
+    "train.sequence_length": "seq_len seq_length max_seq_len max_seq_length cutoff_len block_size",
     "train.gradient_clipping": "grad_clip clip_grad max_grad_norm",
     "train.activation_checkpointing": "gradient_checkpointing",
-    "train.precision": "fp16 bf16 dtype",
+    "train.precision": "fp16 bf16 dtype mixed_precision",
+    "train.eval_interval": "eval_steps eval_every val_interval",
     "model.max_positions": "context_length n_positions",
     "model.hidden_size": "n_embd d_model",
     "model.num_layers": "n_layer",
@@ -25,11 +26,11 @@ _FOREIGN_NAMES = {
     "scheduler.warmup_steps": "warmup",
     "scheduler.min_lr_ratio": "min_lr",
     "data.source": "dataset data_path path",
-    "data.mixture": "datasets blend sources",
+    "data.mixture": "datasets blend sources weights data_weights",
     "data.workers": "num_workers dataloader_num_workers",
     "run.dir": "output_dir",
-    "checkpoint.interval": "save_interval",
-    "logging.interval": "log_interval",
+    "checkpoint.interval": "save_interval save_steps save_every",
+    "logging.interval": "log_interval logging_steps log_every",
     "lora.rank": "r lora_rank lora_r",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
@@ -65,6 +66,10 @@ def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Itera
     """
     prefix = ".".join(parent for parent in parents if not parent.isdecimal())  # positions in a list of sections
     own = list(sections.get(prefix, ()))
+    if parents and key in SYNONYMS and key not in own:
+        return f"here it is {SYNONYMS[key]}"
+    if parents and (meant := _find_by_words(key, sections)):
+        return f"did you mean '{meant}'?"
     match = closest(key, own)
     elsewhere = [path for path, keys in sections.items() if path not in ("", prefix) and key in keys]
     if match and (parents or not (elsewhere or key in SYNONYMS)):
@@ -78,3 +83,27 @@ def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Itera
     if match and parents and len(key) > 3:
         return f"did you mean '{everything[match]}.{match}'?"
     return f"{f'{prefix} has' if prefix else 'the sections are'} {', '.join(own)}"
+
+
+def _find_by_words(key: str, sections: Mapping[str, Iterable[str]]) -> str | None:
+    """Return the only dotted key that has each word of an unknown one, in its own name or in that of its section.
+
+    Example:
+        >>> _find_by_words("checkpoint_interval", {"train": ["steps", "eval_interval"], "checkpoint": ["interval"]})
+        'checkpoint.interval'
+    """
+    words = key.lower().split("_")
+    if len(words) < 2:
+        return None
+    found = []
+    for section, keys in sections.items():
+        for own in keys:
+            known = [*section.split("."), *own.split("_")]
+            if all(any(_is_same_word(word, other) for other in known) for word in words):
+                found.append(f"{section}.{own}".lstrip("."))
+    return found[0] if len(found) == 1 else None
+
+
+def _is_same_word(word: str, other: str) -> bool:
+    """True of equal words, and of one that is the beginning of the other, as `log` is of `logging`."""
+    return word == other or (min(len(word), len(other)) >= 3 and (word.startswith(other) or other.startswith(word)))
