@@ -190,6 +190,7 @@ class ConsoleProgress(TrialCallback):
         self._folder = RunFolder(plan.config.run.dir)
         self._num_steps = plan.config.train.steps
         self._model, self._adapts = plan.config.model, plan.config.lora.rank is not None
+        self._has_tokenizer = "tokenizer_path" in plan.prepared
         self._width = len(str(self._num_steps))
         self._step = self._start_step = 0
         self._first_val_loss: float | None = None
@@ -304,7 +305,8 @@ class ConsoleProgress(TrialCallback):
             export = f"{export}--merge "
         elif self._model.no_export_reason():
             export, written = "pipekit export --raw ", "its tensors, with a loader beside them"
-        next_steps.add_row(f"  pipekit generate {trust}{run}", "sample from it")
+        if self._has_tokenizer:
+            next_steps.add_row(f"  pipekit generate {trust}{run}", "sample from it")
         next_steps.add_row(f"  {export}{run} {run}/export", written)
         if self._adapts:
             adapter = export.replace("--merge", "--adapter")

@@ -105,6 +105,15 @@ def test_the_end_tells_what_was_reached_and_what_to_type_next(progress: ConsoleP
     assert not any(line.endswith(" ") for line in text.splitlines())
 
 
+@pytest.mark.parametrize("prepared", [{}, {"tokenizer_path": "tokenizer.json"}])
+def test_sampling_is_offered_where_there_is_a_tokenizer(prepared: dict[str, Any], stream: io.StringIO) -> None:
+    progress = ConsoleProgress(make_console(stream), replace(planned(), prepared=prepared), interval=4)
+    progress.on_trial_startup(0, None)
+    progress.on_training_end(TrialResult(1, None, metrics(), None, 1.0))
+    assert "Trained 1 step in 0:01" in stream.getvalue()
+    assert ("pipekit generate 'runs/a b'" in stream.getvalue()) == bool(prepared)
+
+
 def test_a_run_that_goes_on_says_so(stream: io.StringIO) -> None:
     progress = ConsoleProgress(make_console(stream), planned(), interval=4)
     progress.on_trial_startup(6, "step-00000006")
