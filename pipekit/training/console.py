@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PLAIN_WIDTH = 120
 # A smaller fraction of a step, waited for data, is not worth a word.
 _TOLD_WAIT = 0.05
+# How early the last part that an evaluation's own line shows is left out of the live one.
+_KEPT_LEAVE_OUT = 2
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -245,8 +247,9 @@ class ConsoleProgress(TrialCallback):
             self._line.done, self._line.parts, self._line.remaining_s = step, parts, remaining_s
         is_told = step % self._interval == 0 or step in (1, self._num_steps)
         if val_loss is not None or (is_told and self._line is None):
-            texts = [part.text for part in parts]
-            if remaining_s is not None:
+            # On a terminal the live line below has the rest.
+            texts = [part.text for part in parts if self._line is None or part.leave_out <= _KEPT_LEAVE_OUT]
+            if remaining_s is not None and self._line is None:
                 texts.append(f"ETA {show_time(remaining_s)}")
             self._print_step(step, "  ".join(texts))
 
@@ -256,7 +259,7 @@ class ConsoleProgress(TrialCallback):
             parts += [LinePart(f"loss {metrics['loss']:.4f}"), LinePart(f"lr {metrics['lr']:.2e}", 3)]
             parts += [LinePart(f"{metrics['tokens_per_s']:,.0f} tokens/s", 8)]
         if self._val_loss is not None:
-            parts.append(LinePart(f"val loss {self._val_loss:.4f}", 2))
+            parts.append(LinePart(f"val loss {self._val_loss:.4f}", _KEPT_LEAVE_OUT))
         if self._mean_wait >= _TOLD_WAIT:
             parts.append(LinePart(f"waited for data: {self._mean_wait:.0%} of the step", 5))
         return parts
