@@ -18,6 +18,9 @@ MODULES = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
     "einops._torch_specific",
+    "numpy.ctypeslib",
+    "torch._subclasses.fake_tensor",
+    "torch.profiler",
     "pipekit.cli",
     "pipekit.commands.plan",
     "pipekit.commands.train",
@@ -29,6 +32,22 @@ MODULES = [
     "pipekit.engine.save",
     "pipekit.inference.export",
     "pipekit.inference.generator",
+    # Ranks import these when they start.
+    "pipekit.launch.trial",
+    "pipekit.training.progress_bar",
+    "pipekit.training.run",
+    "pipekit.verify.run",
+    # Jobs stand in modules of tests, which import these.
+    "engine_jobs",
+    "gloo_workers",
+    "hypothesis",
+    "nccl_double",
+    "peft",
+    "pytest",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "typer.testing",
 ]
 
 # Said by torch of DeepSpeed's calls, anew for each of them.
