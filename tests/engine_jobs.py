@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +41,7 @@ class Case:
     dropout: float = 0.0
     clip: float = 0.5
     checkpointing: bool = False
-    steps: int = 7
+    steps: int = 4
     optimizer: str = "adamw"
     lr: float = 5e-3
     boundaries: tuple[int, ...] | None = None
@@ -271,7 +271,7 @@ def train(
     case: Case,
     *,
     save: str | None = None,
-    save_after: int = 5,
+    save_after: int = 2,
     load: str | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
@@ -303,6 +303,15 @@ def train(
 
 def train_job(rank: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
     return train(rank, case, **options)
+
+
+def compiling_adam(rank: int, job: Callable[..., Any], *args: Any) -> Any:
+    """Do a job in which DeepSpeed's Adam for CPUs is compiled and updates what is offloaded; else torch's does."""
+    import preloaded
+    from pipekit.deepspeed import cpu_adam
+
+    cpu_adam._reason_against_building = preloaded.reason_against_building_adam
+    return job(rank, *args)
 
 
 def training_state(engine: Any, step: int) -> Any:

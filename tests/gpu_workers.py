@@ -36,11 +36,18 @@ class GpuWorkers(GlooWorkers):
         self._backend = backend
 
     def _start(
-        self, connection: Connection, rank: int, world_size: int, port: int, task: bytes, nccl: bool
+        self,
+        connection: Connection,
+        rank: int,
+        world_size: int,
+        port: int,
+        task: bytes,
+        nccl: bool,
+        timeout_s: float,
     ) -> BaseProcess:
-        device = "cuda" if self._backend == "nccl" else "cpu"
+        options = ("cuda" if self._backend == "nccl" else "cpu", _MAX_THREADS, 0.6 * timeout_s)
         process = multiprocessing.get_context("spawn").Process(
-            target=serve_rank, args=(connection, rank, world_size, port, task, nccl, device, _MAX_THREADS), daemon=True
+            target=serve_rank, args=(connection, rank, world_size, port, task, nccl, *options), daemon=True
         )
         with mock.patch.dict(os.environ, _ENVIRON):
             process.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -206,7 +207,7 @@ def test_a_tied_layer_that_leaves_its_weight_unused_is_named(gloo: GlooWorkers) 
 
 
 def wait_in_vain(rank: int) -> str:
-    import time
+    from torch.distributed.distributed_c10d import _get_default_store
 
     from pipekit.distributed.mpu import ModelParallelUnit
     from pipekit.layout import Layout
@@ -215,10 +216,11 @@ def wait_in_vain(rank: int) -> str:
     unit = ModelParallelUnit(Layout(pp=2), timeout_s=2.0)
     engine = build_engine(case, unit=unit)
     if rank == 0:
-        time.sleep(6)
+        _get_default_store().wait(["has waited"], timedelta(seconds=120))
         return ""
     with pytest.raises(CommunicationError) as caught:
         engine.train_batch(micro_batches(0, case, 0))
+    _get_default_store().set("has waited", "")
     return str(caught.value)
 
 
