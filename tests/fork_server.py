@@ -12,7 +12,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +23,9 @@ from unittest import mock
 
 from forked_ranks import RankForker
 
+# A start looks at all other processes, too, and how a process has ended is told to the first alone who looks.
+_looking_at_processes = threading.Lock()
+
 
 def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """Start a process that calls a function at the top level of an importable module."""
@@ -28,10 +33,11 @@ def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
     context.set_forkserver_preload(["preloaded"])
     # The server gets its environment and its path when it starts, and hands them to all processes.
     environ = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    with mock.patch.dict(os.environ, environ):
-        multiprocessing.forkserver.ensure_running()
-    process = context.Process(target=function, args=args, daemon=True)
-    process.start()
+    with _looking_at_processes:
+        with mock.patch.dict(os.environ, environ):
+            multiprocessing.forkserver.ensure_running()
+        process = context.Process(target=function, args=args, daemon=True)
+        process.start()
     return process
 
 
@@ -66,9 +72,9 @@ def run_pipekit(
 
 
 def run_joining(
-    arguments: Sequence[str], *, cwd: Path, world_size: int, port: int, timeout_s: float = 180.0
+    command: Sequence[str], *, cwd: Path, world_size: int, port: int, timeout_s: float = 180.0
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run the `pipekit` command in each of the processes that another launcher would start, and return their ends."""
+    """Run a command in each of the processes that another launcher would start, and return their ends."""
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(world_size):
@@ -82,8 +88,8 @@ def run_joining(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            started.append(StartedCommand(["pipekit", *arguments], cwd=cwd, output=output, environ=environ))
-        return [command.wait(timeout_s) for command in started]
+            started.append(StartedCommand(command, cwd=cwd, output=output, environ=environ))
+        return [each.wait(timeout_s) for each in started]
 
 
 def run_script(path: Path, *, cwd: Path, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
@@ -117,7 +123,10 @@ class StartedCommand:
         stdin = output / "stdin"
         for file, text in ((stdin, said), (self._stdout, ""), (self._stderr, "")):
             file.write_text(text)
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
+        # Commands compile nothing, and do not wait for what ranks of a test beside them compile for a minute or two.
+        own = {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": os.path.join(tempfile.gettempdir(), "extensions")}
+        with _looking_at_processes:  # while no thread has other variables in place
+            variables = {**os.environ, **own, **(environ or {})}
         files = tuple(map(str, (stdin, self._stdout, self._stderr)))
         self._process = fork(_main, command, str(cwd), variables, *files, fork_ranks)
 
@@ -128,7 +137,8 @@ class StartedCommand:
 
     @property
     def has_ended(self) -> bool:
-        return self._process.exitcode is not None
+        with _looking_at_processes:
+            return self._process.exitcode is not None
 
     @property
     def stdout(self) -> str:
@@ -140,10 +150,11 @@ class StartedCommand:
 
     def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Wait for the end. A TimeoutExpired after so many seconds, when the command is killed."""
-        self._process.join(timeout_s)
-        if self._process.exitcode is None:
+        wait([self._process.sentinel], timeout_s)
+        if not self.has_ended:
             self._process.kill()
-            self._process.join()
+            wait([self._process.sentinel])
+            assert self.has_ended
             raise subprocess.TimeoutExpired(self._command, timeout_s, self.stdout, self.stderr)
         done = subprocess.CompletedProcess(self._command, self._process.exitcode, self.stdout, self.stderr)
         self._process.close()

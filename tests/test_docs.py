@@ -10,8 +10,6 @@ import os
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import typer
 import yaml
 
 import pipekit
-from fork_server import run_pipekit
+from fork_server import run_pipekit, run_script
 from gloo_workers import GlooWorkers
 from hand_made import examples_at_work
 from pipekit.cli import app
@@ -179,8 +177,8 @@ def test_the_waves_of_the_docs_train_from_yaml_and_as_a_script(tmp_path: Path) -
     (tmp_path / "c.yaml").write_text(config)
     done = run_pipekit(["train", "c.yaml", "run.device=cpu"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "waves.py"], cwd=tmp_path, env=environ, check=True, timeout=120)
+    done = run_script(tmp_path / "waves.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for run, last in (("c", 100), ("waves", 200)):
         records = [yaml.safe_load(line) for line in (tmp_path / f"runs/{run}/metrics.jsonl").read_text().splitlines()]
         assert [each["step"] for each in records if "loss" in each] == list(range(25, last + 1, 25))

@@ -299,7 +299,7 @@ def test_auto_chooses_a_layout_for_the_ranks_and_says_why(workspace: Path) -> No
     config["train"] |= {"steps": 2, "eval_interval": None}
     (workspace / "auto.yaml").write_text(yaml.safe_dump(config))
     done, other = run_joining(
-        ["train", "auto.yaml", "run.dir=runs/auto"], cwd=workspace, world_size=2, port=free_port()
+        ["pipekit", "train", "auto.yaml", "run.dir=runs/auto"], cwd=workspace, world_size=2, port=free_port()
     )
     assert (done.returncode, other.returncode) == (0, 0), done.stderr
     assert "chosen  pp=" in done.stdout

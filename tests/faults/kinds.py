@@ -17,7 +17,7 @@ from typing import Any
 from fork_server import StartedCommand
 from pipekit.errors import ExitCode
 
-START_LIMIT_S = 60.0
+START_LIMIT_S = 180.0
 
 
 def wait_until(condition: Callable[[], Any], what: str, limit_s: float) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fork_server import run_pipekit
+from fork_server import run_joining, run_pipekit
+from gloo_workers import free_port
 from pipekit.config import load_config
 from pipekit.config.trial_config import load_trial_config, names_trial
 from pipekit.errors import ConfigError
@@ -161,22 +158,9 @@ def test_the_ranks_of_a_script_tell_of_a_hang_themselves(workspace: Path) -> Non
 
 
 def test_a_script_is_one_rank_of_its_launch(workspace: Path) -> None:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "script.py", "runs/two"],
-                cwd=workspace,
-                env={**environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [rank.communicate(timeout=90)[0].split()[-3:] for rank in ranks]
+    command = [str(workspace / "script.py"), "runs/two"]
+    ranks = run_joining(command, cwd=workspace, world_size=2, port=free_port())
+    said = [rank.stdout.split()[-3:] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert said[0] == said[1]
     assert said[0][:2] == ["2", "4"]

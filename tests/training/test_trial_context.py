@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fork_server import run_script
 from gloo_workers import GlooWorkers
 from pipekit.data import DataLoader
 from pipekit.errors import ConfigError
@@ -224,17 +223,16 @@ def test_stops_own_files_tests_and_profiles(gloo: GlooWorkers, tmp_path: Path, d
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, "tests")
 from trial_jobs import make_trial
-trial = make_trial(sys.argv[1])
+trial = make_trial("points")
 batches = iter(trial.build_training_data_loader().get_data_loader(repeat=True))
 print(float(trial.train_batch(batches, 0, 0)))
 """
 
 
 def test_a_plain_python_session_trains_a_batch(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
-    )
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = run_script(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0
