@@ -88,7 +88,7 @@ def _entries() -> set[str]:
     return set(os.listdir(ROOT)) - CACHES
 
 
-def _processes_left(patience_s: float = 10.0) -> list[str]:
+def _processes_left(patience_s: float = 60.0) -> list[str]:
     """Processes that this session started, whoever their parent is now, and that do not end soon by themselves."""
     deadline_s = time.monotonic() + patience_s
     while (left := _processes_of_session()) and time.monotonic() < deadline_s:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_RANKS = ("pipekit.launch.rank", "pipekit.launch.collective_rank")
+_RANKS = ("pipekit.launch.rank", "pipekit.launch.collective_rank", "pipekit.launch.script")
 
 
 class ForkedRank:
@@ -118,6 +118,7 @@ def _be_rank(arguments: list[str], environ: dict[str, str], files: list[int], la
     os.environ.update(environ)
     faulthandler.enable()
     sys.argv = arguments
+    sys.modules.pop(arguments[0], None)  # which the launcher may have imported
     code = 1
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

@@ -95,7 +95,7 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
     errors: dict[int, str] = {}
     waiting = {connection: rank for rank, connection in enumerate(connections)}
     while waiting:
-        ready = wait(list(waiting), timeout=10.0 if errors else timeout_s)
+        ready = wait(list(waiting), timeout=30.0 if errors else timeout_s)
         if not ready:
             errors.update({rank: f"rank {rank} did not answer in time" for rank in waiting.values()})
             break

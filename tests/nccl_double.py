@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _DELAY_S = (0.0003, 0.0015)
 # So long may what nobody waits for take to leave at the end of a job.
-_LEAVE_S = 10.0
+_LEAVE_S = 60.0
 _READY, _DATA = 1, 2
 
 Run = Callable[["LateWork"], None]

@@ -215,7 +215,7 @@ def imported_by(code: str) -> set[str]:
     """Return the top-level modules that a fresh process has imported after running `code`."""
     report = "import sys; sys.stdout.write(' '.join({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     return set(done.stdout.split())
 

@@ -66,7 +66,7 @@ def test_the_version_is_one() -> None:
     assert version is not None
     assert pipekit.__version__ == metadata.version("pipekit") == version[1]
     done = subprocess.run(
-        [sys.executable, "-m", "pipekit", "--version"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "pipekit", "--version"], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == version[1]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ def test_the_first_signal_is_noted_and_nothing_else_happens() -> None:
     with stops.listening():
         assert stops.number == 0
         os.kill(os.getpid(), signal.SIGUSR1)
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while not stops.number and time.monotonic() < deadline_s:
             time.sleep(0.001)
         # The same request, passed on by a launcher.
@@ -58,7 +58,7 @@ def test_a_later_signal_ends_the_process_whatever_it_does() -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == 130
 
 
@@ -78,7 +78,7 @@ def test_before_there_is_anything_to_save_a_signal_ends_at_once(waits_in_c: bool
         "    sys.exit(interrupt.exit_code)\n"
     )
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=20)
+    stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (143, "stopped by SIGTERM; nothing was saved yet\n")
     assert waits_in_c or stdout == "cleaned up\n"
 
@@ -95,7 +95,7 @@ def test_a_process_that_has_cleaned_up_in_time_may_go_on() -> None:
         "    print('still there')\n"
     )
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20) == ("still there\n", "")
+    assert process.communicate(timeout=120) == ("still there\n", "")
     assert process.returncode == 0
 
 

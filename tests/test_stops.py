@@ -75,7 +75,7 @@ def test_torchrun_passes_a_signal_on_and_waits_for_the_save(workspace: Path, sig
             assert time.monotonic() < deadline_s, "no step was trained within 120 s"
             time.sleep(0.1)
         launcher.send_signal(signum)
-        stderr = launcher.communicate(timeout=60)[1]
+        stderr = launcher.communicate(timeout=180)[1]
     assert launcher.returncode != 0
     assert f"stopped by {signal.Signals(signum).name} after step " in stderr
     check_stopped(workspace)

@@ -124,7 +124,7 @@ def test_killed_and_started_again_it_gives_the_same_losses(workspace: Path, base
     finally:
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
-    wait_for(lambda: not ranks_of("runs/killed"), "the end of the killed launcher's ranks", timeout_s=20)
+    wait_for(lambda: not ranks_of("runs/killed"), "the end of the killed launcher's ranks")
     shutil.copytree(workspace / "runs/killed", workspace / "runs/killed-pp1")
 
     steps = max(12, 4 + 4 * (len(losses(workspace, "runs/killed")) // 4))

@@ -93,11 +93,12 @@ def test_a_run_that_ends_in_losses_that_are_not_finite_has_failed_and_says_where
     assert not (workspace / run / "checkpoints/step-00000005").exists()
 
 
+@pytest.mark.slow  # the monitor's and the launcher's own tests need less time for it
 @pytest.mark.parametrize(
     ("trial", "fault"),
     [
         ("Stops", "has not been heard from for"),
-        pytest.param("Sleeps", "waits for nobody, and has been computing 1F0 for", marks=pytest.mark.slow),
+        ("Sleeps", "waits for nobody, and has been computing 1F0 for"),
     ],
 )
 def test_a_rank_that_hangs_in_step_9_is_named_early_and_ends_all_at_the_limit(

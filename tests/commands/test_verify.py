@@ -358,6 +358,7 @@ def test_a_layout_that_fails_does_not_keep_the_others_from_running(workspace: Pa
     assert all("ZeroDivisionError: on purpose" in entry["failure"] for entry in failed)
 
 
+@pytest.mark.slow  # it fails in the end, as in the test above
 def test_a_layout_that_hangs_is_given_up(workspace: Path) -> None:
     arguments = ["own.yaml", "model.builder=buggy:hanging", "run.timeout_s=8", "--steps", "1", "--layouts", "pp2"]
     done = verify(workspace, *arguments)

@@ -295,7 +295,7 @@ def report(message, fraction):
     if message == die_at:
         os.kill(os.getpid(), signal.SIGKILL)
 config = DataConfig(source=source, cache_dir=cache_dir, vocab_size=300, validation_fraction=0.1)
-print(prepare_data(config, sequence_length=16, timeout_s=60, on_progress=report).fingerprint)
+print(prepare_data(config, sequence_length=16, timeout_s=120, on_progress=report).fingerprint)
 """
 
 
@@ -323,7 +323,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path, documents: lis
         while not all(process.stdout for process in processes):
             assert not any(process.has_ended for process in processes)
             time.sleep(0.01)
-    ended = [process.wait(60.0) for process in processes]
+    ended = [process.wait(120.0) for process in processes]
     assert [each.returncode for each in ended] == [0, 0, 0]
     outputs = [each.stdout.splitlines() for each in ended]
     assert all(output[0].startswith("waiting for another process to prepare the data (") for output in outputs)
@@ -335,10 +335,10 @@ def test_processes_that_start_together_build_once(tmp_path: Path, documents: lis
 @pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_builder_that_was_killed_leaves_nothing_behind(tmp_path: Path, documents: list[str]) -> None:
-    killed = start_process(tmp_path, "killed", die_at="encoding the text").wait(60.0)
+    killed = start_process(tmp_path, "killed", die_at="encoding the text").wait(120.0)
     assert killed.returncode == -signal.SIGKILL
     assert [name for name in list_cache(tmp_path) if "building" in name], "it was killed too late"
-    prepared = prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)
+    prepared = prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=60)
     key = train_path(prepared).parent.name
     assert list_cache(tmp_path) == [key, f"{key}.lock"]
 
@@ -386,7 +386,7 @@ def test_an_error_while_building_leaves_nothing_behind(tmp_path: Path, documents
     with pytest.raises(KeyboardInterrupt):
         prepare_data(make_config(tmp_path), sequence_length=16, on_progress=interrupt)
     assert [name for name in list_cache(tmp_path) if not name.endswith(".lock")] == []
-    prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=1)
+    prepare_data(make_config(tmp_path), sequence_length=16, timeout_s=60)
 
 
 def test_meta_says_what_the_folder_holds(tmp_path: Path, documents: list[str]) -> None:

@@ -168,7 +168,7 @@ def test_a_fork_after_encoding_is_silent_and_works() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert done.stderr == ""

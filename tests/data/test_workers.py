@@ -51,7 +51,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    until_s = time.monotonic() + 30.0
+    until_s = time.monotonic() + 120.0
     while any(map(is_running, pids)):
         assert time.monotonic() < until_s, f"{pids} still run"
         time.sleep(0.05)
@@ -70,7 +70,7 @@ def build_loader(micro_batch_size: int = 2, **ranks: int) -> BatchLoader:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    with_three = Workers(build_loader(), 3, timeout_s=60.0)
+    with_three = Workers(build_loader(), 3, timeout_s=120.0)
     yield with_three
     pids = [with_three._process.pid, *children_of(with_three._process.pid)]
     assert len(pids) == 4
@@ -130,7 +130,7 @@ def test_an_error_of_the_dataset_arises_where_its_step_is_read(workers: Workers)
 
 def test_a_worker_that_is_killed_is_told_of() -> None:
     with (
-        closing(Workers(build_loader(micro_batch_size=1), 2, timeout_s=60.0)) as workers,
+        closing(Workers(build_loader(micro_batch_size=1), 2, timeout_s=120.0)) as workers,
         pytest.raises(DataError, match=r"data worker 0 of 2 was killed by SIGKILL while it read samples; if memory"),
     ):
         list(workers.iterate_step(104))
@@ -143,7 +143,7 @@ def test_a_dataset_that_cannot_be_sent_is_refused() -> None:
     order = SampleOrder(NUM_SAMPLES, 0)
     loader = BatchLoader(Local(), order, global_batch_size=2, micro_batch_size=1)
     with pytest.raises(DataError, match=r"data.workers=1: Local cannot be sent to other processes .*local object"):
-        Workers(loader, 1, timeout_s=60.0)
+        Workers(loader, 1, timeout_s=120.0)
 
 
 RANK = f"""

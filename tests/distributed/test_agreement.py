@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 
 def exchange_numbers(rank: int) -> dict[str, Any]:
-    unit = ModelParallelUnit(Layout(dp=2), timeout_s=30)
+    unit = ModelParallelUnit(Layout(dp=2), timeout_s=120)
     asked = Agreement(unit)
     told = {"fast": [asked.exchange(number if rank == 1 else number // 2, 1) for number in (0, 5, 0, 0)]}
     told["at once"] = [asked.exchange(7 * rank, 0, at_once=True), asked.exchange(0, 0)]

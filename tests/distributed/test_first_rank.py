@@ -30,7 +30,7 @@ def tell(compute: Callable[[ProgressCallback], str]) -> list[Future[str]]:
                 store=store,
                 rank=rank,
                 world_size=WORLD_SIZE,
-                timeout_s=30.0,
+                timeout_s=120.0,
                 purpose="plan the run",
             )
             for rank in range(WORLD_SIZE)

@@ -112,7 +112,7 @@ class Hosts:
             [*self._inside, "ssh", "-F", str(self.ssh_config), name, command],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -139,7 +139,7 @@ class Hosts:
             raise RuntimeError(answer or "the hosts are gone")
 
     def _wait_for(self, name: str) -> None:
-        deadline_s = time.monotonic() + 20.0
+        deadline_s = time.monotonic() + 120.0
         while True:
             try:
                 assert self.on(name, "hostname") == f"{name}\n"

@@ -113,7 +113,7 @@ def test_a_host_that_is_cut_off_is_named_within_the_limit_and_the_run_goes_on_wh
     wait_for_checkpoint(process, tmp_path / "runs/three")
     hosts.cut("worker-3")
     began_s = time.monotonic()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert time.monotonic() - began_s < 30
     assert process.returncode == 3
     assert "error: worker-3: " in errors
@@ -132,7 +132,7 @@ def test_a_host_that_is_cut_off_and_comes_back_is_started_again_by_the_launcher(
     wait_for_checkpoint(process, tmp_path / "runs/three")
     hosts.cut("worker-3")
     failures = tmp_path / "runs/three/failures.jsonl"
-    deadline_s = time.monotonic() + 40
+    deadline_s = time.monotonic() + 120
     while not failures.exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
@@ -156,7 +156,7 @@ def test_when_the_launcher_is_killed_all_hosts_end(hosts: Hosts, tmp_path: Path)
     assert num_processes(hosts) >= 6
     process.kill()
     process.communicate()
-    deadline_s = time.monotonic() + 15
+    deadline_s = time.monotonic() + 120
     while num_processes(hosts):
         assert time.monotonic() < deadline_s
         time.sleep(0.2)
@@ -165,7 +165,7 @@ def test_when_the_launcher_is_killed_all_hosts_end(hosts: Hosts, tmp_path: Path)
 def test_a_host_that_is_down_is_told_before_anything_starts(hosts: Hosts, tmp_path: Path) -> None:
     hosts.cut("worker-2")
     process = launch(hosts)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 3
     assert errors.startswith("error: worker-2: cannot be reached: ssh ended with exit code 255, and said:\n")
     assert not (tmp_path / "runs").exists()
@@ -198,7 +198,7 @@ def test_hosts_that_share_no_folder_lose_nothing_with_any_one_of_them(hosts: Hos
     process = hosts.start(
         [*gather, "--ssh_args", f"-F {hosts.ssh_config}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert out.endswith("cache/run/checkpoints/step-00000012 is whole on this machine\n")
     assert find_faults(tmp_path / "cache/run/checkpoints/step-00000012") == []

@@ -32,7 +32,7 @@ tie_to_parent(os.environ)
 rank = int(os.environ["RANK"])
 folder = pathlib.Path(sys.argv[1])
 
-def wait_for(path, timeout_s=60):
+def wait_for(path, timeout_s=120):
     deadline_s = time.monotonic() + timeout_s
     while not (folder / path).exists():
         assert time.monotonic() < deadline_s, path
@@ -102,7 +102,7 @@ def is_running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
-def eventually(condition: Callable[[], bool], *, timeout_s: float = 20) -> bool:
+def eventually(condition: Callable[[], bool], *, timeout_s: float = 120) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline_s:
@@ -114,7 +114,7 @@ def eventually(condition: Callable[[], bool], *, timeout_s: float = 20) -> bool:
 def assert_nothing_left(folder: Path, *, num_pids: int) -> None:
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
     assert len(pids) == num_pids
-    assert eventually(lambda: not any(is_running(pid) for pid in pids), timeout_s=5)
+    assert eventually(lambda: not any(is_running(pid) for pid in pids))
     assert all(re.fullmatch(r"rank-\d+\.log", path.name) for path in (folder / "logs").iterdir())
 
 
@@ -332,7 +332,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks(
 ) -> None:
     launcher = start_launcher("say(f'ready-{rank}')\ntime.sleep(300)")
     launcher.send_signal(signum)
-    _, errors = launcher.communicate(timeout=30)
+    _, errors = launcher.communicate(timeout=120)
     assert launcher.returncode == exit_code
     assert errors == f"stopped by {signum.name}: ended 2 processes\n"
     assert_nothing_left(tmp_path, num_pids=2)
@@ -350,7 +350,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path, start_launcher: StartLaun
     launcher.send_signal(signal.SIGINT)
     assert eventually(lambda: all((tmp_path / f"asked-{rank}").exists() for rank in range(2)))
     launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=30)
+    launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     assert_nothing_left(tmp_path, num_pids=2)
 
@@ -367,7 +367,7 @@ def test_ranks_stop_on_the_signal_that_is_passed_on(tmp_path: Path, start_launch
     """
     launcher = start_launcher(body)
     launcher.send_signal(signal.SIGUSR1)
-    _, errors = launcher.communicate(timeout=30)
+    _, errors = launcher.communicate(timeout=120)
     assert (launcher.returncode, errors) == (ExitCode.STOPPED, "stopped by SIGUSR1 after step 3\n")
     assert_nothing_left(tmp_path, num_pids=2)
 
@@ -383,7 +383,7 @@ def test_a_failure_after_a_signal_is_told(tmp_path: Path, start_launcher: StartL
     """
     launcher = start_launcher(body, grace_s=0.1)
     launcher.send_signal(signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=30)
+    _, errors = launcher.communicate(timeout=120)
     assert errors.rstrip().endswith("RankError: rank 1: the disk is full")
     assert_nothing_left(tmp_path, num_pids=2)
 
@@ -402,7 +402,7 @@ def test_the_ranks_of_a_killed_launcher_end(tmp_path: Path, start_launcher: Star
         body = "import ctypes\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n" + textwrap.dedent(body)
     launcher = start_launcher(body)
     launcher.kill()
-    launcher.communicate(timeout=30)
+    launcher.communicate(timeout=120)
     pids = [int(path.read_text()) for path in tmp_path.glob("pid-*")]
     assert len(pids) == 4
-    assert eventually(lambda: not any(is_running(pid) for pid in pids), timeout_s=10)
+    assert eventually(lambda: not any(is_running(pid) for pid in pids))

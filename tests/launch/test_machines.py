@@ -80,7 +80,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 @pytest.mark.distributed
 def test_another_launcher_is_shown_and_takes_over(workspace: Path) -> None:
     options = ["--hostfile", "hosts", "--launcher", "openmpi", "--launcher-args", "--tag-output", "-x", "SEED=3"]
-    out, _ = run(*options, "own.py", "--its-own", cwd=workspace).communicate(timeout=60)
+    out, _ = run(*options, "own.py", "--its-own", cwd=workspace).communicate(timeout=120)
     shown, given = out.splitlines()
     arguments = json.loads(given)
     assert shown.startswith("mpirun -n 3 --host alpha:1,beta:2 --wdir ")
@@ -95,7 +95,7 @@ def test_each_of_several_machines_starts_its_own_ranks_without_ssh(workspace: Pa
     options = ["--nnodes", "2", "--num-gpus", "2", "--device", "cpu", "--master-addr", "127.0.0.1", "-x", "SEED=7"]
     options += ["--master-port", str(choose_port(None))]
     machines = [run(*options, "--node-rank", str(node), "own.py", cwd=workspace) for node in range(2)]
-    outs = [machine.communicate(timeout=60)[0] for machine in machines]
+    outs = [machine.communicate(timeout=120)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0]
     assert outs == ["0 4 0 127.0.0.1 7\n", ""]
     logs = workspace / "runs/own/logs"

@@ -143,7 +143,7 @@ def test_a_stand_in_for_pdsh_starts_each_hosts_ranks(tmp_path: Path) -> None:
     hosts = (Host("a", (0,)), Host("b", (0, 1)))
     remote = runner_command("pdsh", RunnerJob(hosts, job, settings, "10.0.0.1", 4242)).arguments[-1]
     for number in range(2):
-        subprocess.run(["sh", "-c", remote.replace("%n", str(number))], check=True, timeout=60)
+        subprocess.run(["sh", "-c", remote.replace("%n", str(number))], check=True, timeout=120)
     found = [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)]
     assert found == ["0 3 0 10.0.0.1 4242 a b", "1 3 0 10.0.0.1 4242 a b", "2 3 1 10.0.0.1 4242 a b"]
 
@@ -155,13 +155,13 @@ def test_under_pdsh_a_signal_ends_a_hosts_ranks_with_its_own_exit_code(tmp_path:
     settings = SshSettings(tmp_path, sys.executable, python_path=os.environ.get("PYTHONPATH"))
     remote = runner_command("pdsh", RunnerJob((Host("a", (0,)),), job, settings, "127.0.0.1", choose_port(None)))
     agent = subprocess.Popen(["sh", "-c", remote.arguments[-1].replace("%n", "0")], stderr=subprocess.PIPE, text=True)
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while not (tmp_path / "ready").exists():
         assert agent.poll() is None
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     agent.terminate()
-    assert agent.communicate(timeout=30)[1] == "stopped by SIGTERM: ended 1 processes\n"
+    assert agent.communicate(timeout=120)[1] == "stopped by SIGTERM: ended 1 processes\n"
     assert agent.returncode == 143
 
 

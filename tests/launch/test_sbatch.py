@@ -158,7 +158,7 @@ def test_the_batch_shell_waits_for_the_ranks_whatever_it_is_told(cluster: Path) 
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
         shell.send_signal(signum)
         time.sleep(0.1)
-    out, _ = shell.communicate(timeout=20)
+    out, _ = shell.communicate(timeout=120)
     assert (shell.returncode, out) == (75, "saved; back into the queue\nscontrol requeue 7\n")
 
 

@@ -27,7 +27,7 @@ def run_block(block: str, error_file: Path | None) -> subprocess.CompletedProces
             "print('after')",
         ]
     )
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine_jobs import Case, build_engine, micro_batches, show, training_state
+from engine_jobs import Case, build_engine, compiling_adam, micro_batches, show, training_state
 from gloo_workers import GlooWorkers
 from pipekit.checkpoint.manifest import TrainingState
 from pipekit.checkpoint.reader import CheckpointReader
@@ -96,7 +96,7 @@ def follow(rank: int, case: Case, folder: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=show)
 def test_it_follows_the_weights_under_every_zero_stage(gloo: GlooWorkers, tmp_path: Path, case: Case) -> None:
-    gloo.run(case.world_size, follow, case, str(tmp_path))
+    gloo.run(case.world_size, compiling_adam, follow, case, str(tmp_path))
     reader = CheckpointReader(tmp_path / f"step-{STEPS:08d}")
     assert isinstance(reader.manifest.training, TrainingState)
     assert all("ema" in entry.files for entry in reader.manifest.tensors.values() if entry.trainable)
