@@ -22,7 +22,7 @@ class LinePart(NamedTuple):
 
 
 class StepLine:
-    """What a run has done, on one line of a terminal, and what remains; a renderable of rich.
+    """Progress of a run on one line of a terminal: what is done, and what remains; a renderable of rich.
 
     Args:
         unit: what is counted, as "step".
