@@ -29,7 +29,7 @@ def listed(key: str) -> list[str]:
 
 def test_every_subpackage_is_listed() -> None:
     packages = set()
-    for folder in ("pipekit", "models", "partitioners"):
+    for folder in ("pipekit", "models", "partitioners", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             packages.add(".".join(path.parent.relative_to(ROOT).parts))
     inside = {name if name.startswith("pipekit") else f"pipekit.{name}" for name in packages}
@@ -39,7 +39,7 @@ def test_every_subpackage_is_listed() -> None:
 def test_every_package_has_its_init_file() -> None:
     for package in listed("packages"):
         below = package.removeprefix("pipekit.").replace(".", "/")
-        folder = ROOT if below.startswith(("models", "partitioners")) else ROOT / "pipekit"
+        folder = ROOT if below.startswith(("models", "partitioners", "examples")) else ROOT / "pipekit"
         assert (folder / below / "__init__.py").is_file() or package == "pipekit", package
 
 

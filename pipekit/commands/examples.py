@@ -1,0 +1,66 @@
+"""`pipekit examples`: the examples that come with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipekit.errors import ConfigError
+from pipekit.storage import storing
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+
+def command(
+    name: Annotated[
+        str | None, typer.Argument(help="Example to write; a list of all if left out.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; its own name if left out.", show_default=False)
+    ] = None,
+) -> None:
+    """List the examples, or write one of them into a file."""
+    examples = _find_examples()
+    if name is None:
+        width = max(map(len, examples))
+        for own, example in examples.items():
+            typer.echo(f"{own:{width}}  {_first_sentence(example.read_text(encoding='utf-8'))}")
+        return
+    if name not in examples:
+        from pipekit.settings.suggest import closest
+
+        near = closest(name, examples)
+        remedy = f"did you mean {near}?" if near else "pipekit examples lists them"
+        raise ConfigError(f"{name}: no such example; {remedy}")
+    path = out or Path(name)
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; remove it, or give -o another name")
+    with storing(path):
+        path.write_bytes(examples[name].read_bytes())
+    typer.echo(f"wrote {path}")
+
+
+def _find_examples() -> dict[str, Traversable]:
+    """Files of the examples by name, configurations first."""
+    found = [path for path in files("pipekit.examples").iterdir() if path.name.endswith((".yaml", ".py"))]
+    found = [path for path in found if path.name != "__init__.py"]
+    return {path.name: path for path in sorted(found, key=lambda path: (path.name.endswith(".py"), path.name))}
+
+
+def _first_sentence(text: str) -> str:
+    """What an example is about: the beginning of its first comment or docstring, up to a full stop or a colon.
+
+    Example:
+        >>> _first_sentence('# Trains a model,\\n# a small one: try it.\\n\\nmodel: {}')
+        'Trains a model, a small one'
+        >>> _first_sentence('"''""A GAN.\\n\\nMore of it.\\n"''""')
+        'A GAN'
+    """
+    block = text.strip('"# \n').split("\n\n")[0]
+    line = " ".join(part.lstrip("# ") for part in block.splitlines())
+    ends = [place for end in (". ", ": ", ":\n") if (place := line.find(end)) >= 0]
+    return line[: min(ends)] if ends else line.rstrip('".:')
