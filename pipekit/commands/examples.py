@@ -52,7 +52,7 @@ def _find_examples() -> dict[str, Traversable]:
 
 
 def _first_sentence(text: str) -> str:
-    """What an example is about: the beginning of its first comment or docstring, up to a full stop or a colon.
+    """Subject of an example: the beginning of its first comment or docstring, up to a full stop or a colon.
 
     Example:
         >>> _first_sentence('# Trains a model,\\n# a small one: try it.\\n\\nmodel: {}')
