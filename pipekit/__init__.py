@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pipekit.schedules import Timeline as Timeline
     from pipekit.schedules import plan_schedule as plan_schedule
     from pipekit.schedules import simulate as simulate
+    from pipekit.settings.activations import ActivationCheckpointing as ActivationCheckpointing
     from pipekit.tensors.weight_gradients import defer_weight_gradient as defer_weight_gradient
     from pipekit.training.context import TrialContext as TrialContext
     from pipekit.training.language_model import LanguageModelTrial as LanguageModelTrial
@@ -68,6 +69,7 @@ _HOMES = {
         "pipekit.launch.trial": "init",
         "pipekit.layout": "Layout",
         "pipekit.schedules": "Action Costs Schedule Timeline plan_schedule simulate",
+        "pipekit.settings.activations": "ActivationCheckpointing",
         "pipekit.tensors.weight_gradients": "defer_weight_gradient",
         "pipekit.training.context": "TrialContext",
         "pipekit.training.language_model": "LanguageModelTrial",

@@ -19,6 +19,7 @@ from pipekit.layers.specs import LayerSpec
 from pipekit.models import find_families
 from pipekit.models.family import TransformerFamily
 from pipekit.models.transformer import language_model_loss
+from pipekit.settings.activations import ActivationCheckpointing
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 67, 16, 8
 
@@ -40,7 +41,7 @@ class Case:
     tied: bool = True
     dropout: float = 0.0
     clip: float = 0.5
-    checkpointing: bool = False
+    checkpointing: ActivationCheckpointing | bool = False
     steps: int = 4
     optimizer: str = "adamw"
     lr: float = 5e-3
@@ -241,7 +242,7 @@ def build_engine(
         boundaries=case.boundaries or partition_uniform(len(specs), len(placement)),
         loss_fn=loss_fn,
         base_seed=1,
-        activation_checkpoint_interval=int(case.checkpointing),
+        checkpointing=ActivationCheckpointing() if case.checkpointing is True else case.checkpointing or None,
         device=device,
         sequence_parallel=case.sequence_parallel,
         schedule=case.schedule,

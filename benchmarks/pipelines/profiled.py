@@ -63,7 +63,7 @@ class ProfiledModel:
             stages_per_rank=default_stages_per_rank(schedule),
             micro_batch_size=self.micro_batch_size,
             num_micro_batches=setting.num_micro_batches,
-            checkpointing=False,
+            checkpointing=None,
         )
 
     def _planned(self) -> PlannedModel:

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pipekit.errors import LayoutError
+from pipekit.layers.attention_core import recompute_core
 from pipekit.models.family import AttentionHeads
 from pipekit.models.sparsity import BlockLayouts
 from pipekit.models.transformer.cache import KeyValueCache
@@ -122,6 +123,7 @@ class Attention(_NormedModule):
     """
 
     cache: KeyValueCache | None = None
+    recomputes_attention = False
 
     def __init__(
         self,
@@ -185,7 +187,11 @@ class Attention(_NormedModule):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         documents = None if positions is None else number_documents(positions)
-        y = self._attend(*self._project(self.norm(x), positions), documents)  # (B, H, S, E)
+        tensors = (*self._project(self.norm(x), positions), documents)
+        if self.recomputes_attention and torch.is_grad_enabled():
+            y = recompute_core(self._attend, *tensors, draws=self.training and self.dropout > 0)
+        else:
+            y = self._attend(*tensors)  # (B, H, S, E)
         return self._finish(self.projection(y.transpose(1, 2).flatten(2)))  # (B, S, D)
 
     def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

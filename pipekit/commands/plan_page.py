@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from pipekit.commands.number_text import bytes_text, count_text, seconds_text
+from pipekit.commands.plan_tables import checkpointing_text
 from pipekit.schedules.action import ACTION_NAMES, Action
 from pipekit.schedules.draw import ACTION_COLOURS, ink_on, shade
 
@@ -161,4 +162,6 @@ def _layout(layout: Mapping[str, Any], limit: int | None = None) -> str:
 def _value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return checkpointing_text(value)
     return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

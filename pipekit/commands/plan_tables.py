@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipekit.commands.number_text import bytes_text, count_text, seconds_text
 from pipekit.predictions.report import read_plan
+from pipekit.settings.activations import read_setting
 from pipekit.training.console import print_table
 
 _WIDE = 110
@@ -124,9 +125,21 @@ def layouts_table(layouts: Sequence[Mapping[str, Any]], *, is_narrow: bool = Fal
             *([] if is_narrow else [str(layout["zero"])]),
             layout["schedule"],
             f"{layout['num_micro_batches']:,} of {layout['micro_batch_size']}",
-            "yes" if layout["activation_checkpointing"] else "no",
+            checkpointing_text(layout["activation_checkpointing"]),
         )
     return table
+
+
+def checkpointing_text(setting: bool | Mapping[str, Any]) -> str:
+    """Setting of activation checkpointing in a cell: yes, no, or its keys.
+
+    Example:
+        >>> checkpointing_text(False), checkpointing_text({"every": 2, "offload": True})
+        ('no', 'every=2 offload')
+    """
+    if isinstance(setting, bool):
+        return "yes" if setting else "no"
+    return str(read_setting(setting)).partition(" ")[2]
 
 
 def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:

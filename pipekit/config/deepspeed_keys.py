@@ -64,7 +64,7 @@ _SIZE = Annotated[int, Field(ge=0)]
 _DEVICE = Literal["none", "cpu", "nvme"]
 
 _ZERO = "zero_optimization."
-_TORCH_CHECKPOINTS = "torch.utils.checkpoint recomputes the layers; see train.activation_checkpointing"
+_CHECKPOINTING = "activation_checkpointing."
 _OWN_CHECKPOINTS = "pipekit writes checkpoints of its own, which any layout reads"
 _UNREAD = "DeepSpeed reads it and does nothing with it"
 _AVERAGED = "the gradients of replicas are summed in fp32 and averaged"
@@ -176,9 +176,16 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     ("aio.", "single_submit overlap_events use_gds", bool, _refused(_NVME)),
     ("", "weight_quantization", Any, _refused("layers are built without deepspeed.zero.Init, which quantizes them")),
     # Activations and compilation.
-    ("activation_checkpointing.", "partition_activations contiguous_memory_optimization cpu_checkpointing "
-     "synchronize_checkpoint_boundary profile", bool, _refused(_TORCH_CHECKPOINTS, False)),
-    ("activation_checkpointing.", "number_checkpoints", _COUNT | None, _refused(_TORCH_CHECKPOINTS)),
+    (_CHECKPOINTING, "partition_activations", bool, _ours("train.activation_checkpointing.partition")),
+    (_CHECKPOINTING, "cpu_checkpointing", bool, _ours("train.activation_checkpointing.offload")),
+    (_CHECKPOINTING, "number_checkpoints", _COUNT | None,
+     _refused("it follows from the layers; see train.activation_checkpointing.every")),
+    (_CHECKPOINTING, "contiguous_memory_optimization", bool,
+     _refused("torch's allocator gives every input that is kept memory of its own", False)),
+    (_CHECKPOINTING, "synchronize_checkpoint_boundary", bool,
+     _refused("no stream needs to wait for a recomputation", False)),
+    (_CHECKPOINTING, "profile", bool,
+     _refused("logging.profile times backwards together with their recomputation", False)),
     ("compile.", "deepcompile autoep_non_moe", bool, _refused(_COMPILE, False)),
     ("compile.", "free_activation offload_activation offload_activation_pin_memory offload_opt_states double_buffer "
      "symmetric_memory debug_log offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather "

@@ -145,6 +145,10 @@ _SAME = {
 """Keys whose value is that of one of pipekit's."""
 
 
+CHECKPOINTING_KEYS = {"partition_activations": "partition", "cpu_checkpointing": "offload"}
+"""Keys of DeepSpeed's `activation_checkpointing`, and those of pipekit's."""
+
+
 def _settings(section: Mapping[str, Any]) -> Iterator[_Setting]:
     """Yield pipekit's settings that DeepSpeed's keys stand for."""
     wandb_is_on = bool(_value(section, "wandb.enabled"))
@@ -159,6 +163,10 @@ def _settings(section: Mapping[str, Any]) -> Iterator[_Setting]:
         yield "parallel.tp", _value(section, "tensor_parallel.autotp_size"), "tensor_parallel.autotp_size"
     if (interval := _value(section, "pipeline.activation_checkpoint_interval")) is not None:
         yield "train.activation_checkpointing", interval > 0, "pipeline.activation_checkpoint_interval"
+    for theirs, setting in CHECKPOINTING_KEYS.items():
+        # False says what holds anyway.
+        if _value(section, f"activation_checkpointing.{theirs}"):
+            yield f"train.activation_checkpointing.{setting}", True, f"activation_checkpointing.{theirs}"
     if _value(section, "checkpoint.use_node_local_storage"):
         yield "checkpoint.storage", "local", "checkpoint.use_node_local_storage"
     yield from _precision(section)

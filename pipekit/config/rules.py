@@ -14,6 +14,7 @@ from pipekit.config.deepspeed_json import check_passed_on
 from pipekit.config.optimizer_rules import OPTIMIZER_RULES
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
+from pipekit.settings.activations import KEY
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
 
 if TYPE_CHECKING:
@@ -161,6 +162,25 @@ def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
         yield rule_fault(
             "parallel.offload parallel.zero",
             f"{shown} does not go with parallel.zero={zero}, which keeps every weight on its device; try {remedy}",
+        )
+
+
+def activation_partitioning_fits(train: TrainConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Ranks that hold the same input can share it out, and those that hold a shard of it have done so."""
+    setting = train.activation_checkpointing
+    if setting is None or not setting.partition:
+        return
+    key, shown = f"{KEY}.partition", f"{KEY}.partition=true"
+    if parallel.tp == 1:
+        yield rule_fault(
+            f"{key} parallel.tp",
+            f"{shown} shares inputs out over tensor-parallel ranks, and parallel.tp=1; try parallel.tp=2, or remove it",
+        )
+    elif parallel.sequence_parallel:
+        yield rule_fault(
+            f"{key} parallel.sequence_parallel",
+            f"{shown} has nothing to do under parallel.sequence_parallel=true, where each tensor-parallel rank has its "
+            "shard of the inputs already; remove it, or set parallel.sequence_parallel=false",
         )
 
 
@@ -402,6 +422,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("model", "train", "parallel"), compile_fits),
     (("parallel",), zero_fits),
     (("parallel",), offload_fits),
+    (("train", "parallel"), activation_partitioning_fits),
     (("deepspeed", "parallel"), deepspeed_fits_zero),
     (("parallel",), auto_chooses_alone),
     (("model", "parallel"), stages_have_layers),

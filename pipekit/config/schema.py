@@ -35,6 +35,7 @@ from pipekit.models import family_of, find_families
 from pipekit.models.custom import CustomModelConfig
 from pipekit.models.family import LONGEST_SEQUENCE, ModelFamily
 from pipekit.schedules.catalog import SCHEDULE_NAMES, default_stages_per_rank, is_file
+from pipekit.settings.activations import ActivationCheckpointing
 from pipekit.settings.base import FolderText, Section, at_least, at_most, check_path, config_error, switch
 from pipekit.settings.duration import Duration
 from pipekit.settings.yaml_source import write_yaml
@@ -238,8 +239,11 @@ class TrainConfig(Section):
     )
     """Largest norm of the whole gradient; 0 switches clipping off."""
 
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of storing them."""
+    activation_checkpointing: Annotated[ActivationCheckpointing | None, switch(ActivationCheckpointing)] = Field(
+        default=None, examples=[True]
+    )
+    """Recompute activations in the backward pass instead of storing them: those of every layer with true, or as a
+    mapping of settings says."""
 
     compile: bool = False
     """Compile the layers whose class occurs more than once, each class once, with `torch.compile`: the first step takes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,12 @@ def describe_layer(
     remedy = _REMEDY.format("the layer before it", "values, or tensors on a device of its own")
     with failures(f"layer {name!r} ({spec.type_name})", f"described from {inputs}", lambda error: remedy):
         layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
-        return trace_module(layer, apply_layer(layer, spec, loss), inputs.on_meta(), inputs.structure)
+        traced = trace_module(layer, apply_layer(layer, spec, loss), inputs.on_meta(), inputs.structure)
+    if not spec.recomputes_attention:
+        return traced
+    whole = describe_layer(spec.with_recomputed_attention(False), inputs, name=name, dtype=dtype, loss=loss)
+    core_bytes = max(0, whole.costs.saved_bytes - traced.costs.saved_bytes)
+    return replace(traced, costs=replace(traced.costs, core_bytes=core_bytes))
 
 
 def trace_module(

@@ -107,9 +107,10 @@ def _backward_flops(
     if not results or not wanted:
         return 0
     before = counter.flops
-    with counter:
+    # What is recomputed in the backward is computed as in the forward.
+    with counter, _Replacements(counter):
         total: Tensor = _Total.apply(*results)  # type: ignore[no-untyped-call]
-        torch.autograd.grad(total, wanted, retain_graph=retain_graph, allow_unused=True)
+        _grad(total, wanted, retain_graph=retain_graph, allow_unused=True)
     return counter.flops - before
 
 
@@ -266,9 +267,15 @@ def _dropout(
     return torch.native_dropout(input, p, True)[0]
 
 
-# A mode that handles a function is not asked about the functions inside it, unless the first asks no mode at all.
-_multi_head_attention = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.__dict__, "has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
+def _asking_no_mode(function: Callable[..., Any], names: Mapping[str, Any]) -> Callable[..., Any]:
+    """Function of a module with these names, whose inner functions modes are asked about.
+
+    A mode that handles a function is not asked about the functions inside it, unless the first asks no mode at all.
+    """
+    assert isinstance(function, FunctionType)
+    names = {**names, "has_torch_function": lambda tensors: False}
+    return FunctionType(function.__code__, names, argdefs=function.__defaults__)
+
+
+_multi_head_attention = _asking_no_mode(F.multi_head_attention_forward, F.__dict__)
+_grad = _asking_no_mode(torch.autograd.grad, torch.autograd.__dict__)

@@ -16,7 +16,7 @@ from pipekit.checkpoint.model_config import read_model_config, shapes_of_layers
 from pipekit.config import Config, ModelConfigSource
 from pipekit.config.deepspeed_json import check_deepspeed, read_deepspeed_json
 from pipekit.config.deepspeed_keys import Caller
-from pipekit.config.deepspeed_section import fill_auto, one_bf16
+from pipekit.config.deepspeed_section import CHECKPOINTING_KEYS, fill_auto, one_bf16
 from pipekit.deepspeed.deepspeed_config import complete_deepspeed_config
 from pipekit.deepspeed.optimizer_view import whole_shape
 from pipekit.deepspeed.patches import use_joined_processes
@@ -150,6 +150,7 @@ def initialize(
         interval = settings.pop("pipeline", {}).get("activation_checkpoint_interval", 0)
         settings.pop("tensor_parallel", None)
         model.activation_checkpointing = interval or model.activation_checkpointing
+        model.keep_inputs(**_kept_inputs(settings.pop("activation_checkpointing", {})))
         engine = build_engine(
             model,
             deepspeed_config=complete_deepspeed_config(settings),
@@ -237,6 +238,18 @@ def _check_layout(model: PipelineModule, settings: Mapping[str, Any]) -> None:
     ):
         if asked is not None and asked != own:
             raise ConfigError(f"{key}={asked} and {what}={own} do not agree; remove one of them, or make them equal")
+    kept = _kept_inputs(settings.get("activation_checkpointing", {}))
+    if any(kept.values()) and not (model.activation_checkpointing or interval):
+        key = next(theirs for theirs, ours in CHECKPOINTING_KEYS.items() if kept[ours])
+        raise ConfigError(
+            f"activation_checkpointing.{key}=true is about the inputs of layers that are recomputed, and none is; give "
+            "pipeline.activation_checkpoint_interval, or remove it"
+        )
+
+
+def _kept_inputs(section: Mapping[str, Any]) -> dict[str, bool]:
+    """Arguments of `PipelineModule.keep_inputs` from DeepSpeed's section `activation_checkpointing`."""
+    return {ours: bool(section.get(theirs)) for theirs, ours in CHECKPOINTING_KEYS.items()}
 
 
 def _read_config(config: str | Mapping[str, Any] | None, caller: Caller) -> dict[str, Any]:

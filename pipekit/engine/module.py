@@ -25,13 +25,16 @@ from pipekit.engine.layer_files import load_layers, save_layers
 from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.tensor_group import ProcessTensorGroup
 from pipekit.errors import ConfigError
+from pipekit.layers.attention_core import recompute_attention
 from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.partitioners import PartitionInputs, partition
 from pipekit.rng import fold_seed
 from pipekit.schedules import Schedule
+from pipekit.settings.activations import KEY, ActivationCheckpointing
 from pipekit.tensor_parallel import SequenceFlow, shard_layer, shard_of
 from pipekit.tensor_parallel.flow import convert
+from pipekit.tensor_parallel.kept_inputs import KeptInputs
 from pipekit.tensors.weight_gradients import split_linear, split_uncompiled_linear
 
 Activations = Any
@@ -80,6 +83,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         device: where the layers live; the accelerator of this process unless given.
         sequence_parallel: whether tensor-parallel ranks keep their part of the sequence of what passes between layers
             that can work on parts.
+        checkpointing: layers that are recomputed one by one in the backward, and where their inputs are kept; in place
+            of `activation_checkpoint_interval`.
         compile_layers: whether torch compiles the layers whose class occurs more than once in the model, each class
             once. Random numbers stay those of uncompiled layers.
         loss_weight: called on the last stage as `loss_weight(labels)`; returns what a micro-batch counts in the mean
@@ -110,6 +115,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         boundaries: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         sequence_parallel: bool = True,
+        checkpointing: ActivationCheckpointing | None = None,
         compile_layers: bool = False,
         loss_weight: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
@@ -121,12 +127,16 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 "PipelineModule checkpoints activations with torch.utils.checkpoint alone; leave "
                 "activation_checkpoint_func out"
             )
-        self.layer_specs = adopt_layers(layers)
+        if checkpointing is not None and activation_checkpoint_interval:
+            raise ConfigError(
+                f"PipelineModule(activation_checkpoint_interval={activation_checkpoint_interval}) and checkpointing= "
+                "both choose layers to recompute; leave one of them out"
+            )
+        self.layer_specs = recompute_attention(adopt_layers(layers), checkpointing)
         self.layer_names = layer_names(self.layer_specs)
         self.loss_fn, self.loss_weight = loss_fn, loss_weight
         self.seed = base_seed
         self._seed = seed_fn or _seed_generators
-        self.activation_checkpointing = activation_checkpoint_interval
         self.checkpointable_layers = None if checkpointable_layers is None else set(checkpointable_layers)
         self.schedule = schedule
         self.stages_per_rank = stages_per_rank
@@ -138,6 +148,13 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.stages = mpu.stages
         self.tensor_group = ProcessTensorGroup(mpu.tensor) if mpu.layout.tp > 1 else None
         self.sequence_parallel = sequence_parallel and self.tensor_group is not None
+        self.activation_checkpointing = activation_checkpoint_interval
+        self._recomputed = [True] * len(self.layer_specs)
+        self._kept_inputs = KeptInputs()
+        if checkpointing is not None and checkpointing.only is None:
+            self.activation_checkpointing = 1
+            self._recomputed = checkpointing.chosen(self.layer_names)
+            self.keep_inputs(partition=checkpointing.partition, offload=checkpointing.offload)
         self.observe_layer: LayerObserver | None = None
         self._split_linear = split_uncompiled_linear() if compile_layers else split_linear
         self._present_to_deepspeed(mpu)
@@ -151,6 +168,23 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             self.idle.ds_pipe_replicated = True  # type: ignore[attr-defined]
         self.to(get_accelerator().current_device_name() if device is None else device)
         self.tied_comms = self._build_tied_groups(mpu)
+
+    def keep_inputs(self, *, partition: bool = False, offload: bool = False) -> None:
+        """Keep the inputs of layers that are recomputed as each tensor-parallel rank's shard, or in host memory, too.
+
+        Inputs that are shards of the sequence already stay as they are, and so do those of stages, which have to be
+        there whole.
+
+        Raises:
+            ConfigError: if there is one tensor-parallel rank, which has nothing to share out.
+        """
+        if partition and self.tensor_group is None:
+            raise ConfigError(
+                f"{KEY}.partition=true shares inputs out over tensor-parallel ranks, and there is one; leave it out"
+            )
+        before = self._kept_inputs
+        group = self.tensor_group if partition else before.group
+        self._kept_inputs = KeptInputs(group, offload=offload or before.offload)
 
     def _cut(self, method: str, placement: Sequence[int]) -> list[int]:
         facts = PartitionInputs(
@@ -322,18 +356,27 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         """
         layers = self.layers_of(stage)
         interval = self.activation_checkpointing if torch.is_grad_enabled() else 0
+        self._kept_inputs.begin()
         for start in range(layers.start, layers.stop, interval or len(layers)):
             chosen = range(start, min(start + (interval or len(layers)), layers.stop))
             run = partial(self._run_layers, chosen, dropout_path, split_backward)
             if interval and self._is_checkpointable(chosen):
-                # The seeds are set again inside the recomputation, so the generator's state need not be kept.
-                inputs = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=dropout_path is None)
+                inputs = self._kept_inputs.run(
+                    run,
+                    inputs,
+                    is_shard=start > 0 and self.returns_shard(start - 1),
+                    is_held=start == layers.start,
+                    # The seeds are set again inside the recomputation.
+                    preserve_rng_state=dropout_path is None,
+                )
             else:
                 inputs = run(inputs)
         return inputs
 
     def _is_checkpointable(self, layers: range) -> bool:
         names = self.checkpointable_layers
+        if not any(self._recomputed[layer_idx] for layer_idx in layers):
+            return False
         return names is None or all(type(self.module_of(layer_idx)).__name__ in names for layer_idx in layers)
 
     def _run_layers(

@@ -53,6 +53,7 @@ class LayerSpec:
     Attributes:
         frozen: parameters of the layer that are not trained, by their names in it.
         adapters: low-rank adapters of linear layers in it.
+        recomputes_attention: whether attention cores in it are recomputed in the backward.
 
     Example:
         >>> from torch import nn
@@ -62,6 +63,7 @@ class LayerSpec:
 
     frozen: frozenset[str] = frozenset()
     adapters: tuple[LinearAdapter, ...] = ()
+    recomputes_attention: bool = False
 
     def __init__(self, typename: Callable[..., nn.Module], *args: Any, name: str | None = None, **kwargs: Any) -> None:
         if not callable(typename):
@@ -94,6 +96,12 @@ class LayerSpec:
         """Copy of the spec with low-rank adapters of linear layers in it."""
         changed = copy.copy(self)
         changed.adapters = tuple(adapters)
+        return changed
+
+    def with_recomputed_attention(self, recomputed: bool) -> LayerSpec:
+        """Copy of the spec whose attention cores are recomputed in the backward, or are not."""
+        changed = copy.copy(self)
+        changed.recomputes_attention = recomputed
         return changed
 
     def __repr__(self) -> str:
@@ -178,9 +186,16 @@ def _build(spec: LayerSpec, name: str) -> nn.Module:
         linear = layer.get_submodule(adapter.module)
         assert isinstance(linear, nn.Linear)
         attach_adapters(linear, dict(adapter.parts), adapter.adapted, adapter.low_rank)
+    for core in attention_cores(layer) if spec.recomputes_attention else ():
+        core.recomputes_attention = True  # type: ignore[assignment]
     for frozen in spec.frozen:
         layer.get_parameter(frozen).requires_grad_(False)
     return layer
+
+
+def attention_cores(layer: nn.Module) -> list[nn.Module]:
+    """Modules in a layer that can recompute their attention core: those with an attribute `recomputes_attention`."""
+    return [module for module in layer.modules() if hasattr(module, "recomputes_attention")]
 
 
 def _accepts(spec: LayerSpec) -> bool:
@@ -209,7 +224,7 @@ def spec_key(spec: LayerSpec) -> Hashable:
         True
     """
     arguments = (_hashable(spec.module_args), _hashable(spec.module_kwargs))
-    return _hashable(spec.typename), *arguments, spec.frozen, spec.adapters
+    return _hashable(spec.typename), *arguments, spec.frozen, spec.adapters, spec.recomputes_attention
 
 
 def _hashable(value: object) -> Hashable:

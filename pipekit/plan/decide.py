@@ -13,6 +13,7 @@ from pipekit.config import Config, plan_batch, resolve_layout
 from pipekit.costs.example import Example
 from pipekit.costs.model import describe_model
 from pipekit.errors import ConfigError
+from pipekit.layers.attention_core import recompute_attention
 from pipekit.layers.freezing import freeze
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 from pipekit.models import adapted_layers
@@ -132,6 +133,7 @@ def decide_run(
         num_micro_batches=batch.num_micro_batches,
         checkpointing=config.train.activation_checkpointing,
         max_in_flight=parallel.max_in_flight,
+        sequence_parallel=parallel.sequence_parallel,
     )
     inputs = partition_inputs(
         model,
@@ -178,11 +180,13 @@ def build_trained_layers(config: Config, trial: TrialType) -> list[LayerSpec]:
     """The model of a trial as a run trains it: with the adapters of `lora`, and frozen as `train.freeze` says.
 
     Raises:
-        PipekitError: if the trial returns no list of layer specs, or one of these sections does not fit it.
+        PipekitError: if the trial returns no list of layer specs, or one of these sections, or
+            `train.activation_checkpointing`, does not fit it.
     """
     specs = trial.build_layers(config)
     check_specs(specs, where=f"{getattr(trial, '__name__', 'trial')}.build_layers")
     specs = freeze(adapted_layers(config, specs), config.train.freeze)
+    specs = recompute_attention(specs, config.train.activation_checkpointing)
     frozen = [pattern for group in config.optimizer.groups if group.frozen for pattern in group.patterns]
     return freeze(specs, frozen, key="optimizer.groups")
 

@@ -15,6 +15,7 @@ from pipekit.plan.resources import Resources
 from pipekit.predictions.devices import Device
 from pipekit.predictions.prediction import PlannedModel
 from pipekit.predictions.search import SearchResult, SearchSpace, search_layouts
+from pipekit.settings.activations import ActivationCheckpointing
 
 if TYPE_CHECKING:
     from pipekit.plan.decide import TrialType
@@ -56,7 +57,8 @@ def search(
             break
         degrees.append(2 * degrees[-1])
     batch_size = config.train.global_batch_size
-    checkpointing = (True,) if config.train.activation_checkpointing else (False, True)
+    given = config.train.activation_checkpointing
+    checkpointing = (None, ActivationCheckpointing()) if given is None else (given,)
     space = SearchSpace(num_devices, batch_size, tp=degrees, checkpointing=checkpointing)
     result = search_layouts(model, space, device)
     if result.ranked:
@@ -100,7 +102,7 @@ def choose_layout(
             "parallel.schedule": best.schedule,
             "parallel.partition": "flops",
             "train.micro_batch_size": best.micro_batch_size,
-            "train.activation_checkpointing": best.checkpointing,
+            "train.activation_checkpointing": best.checkpointing and best.checkpointing.written(),
         }
     )
     return resolved, reason_of_choice(result), result

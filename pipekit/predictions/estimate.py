@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import gcd
 
 from pipekit.partitioners import balanced_boundaries
-from pipekit.predictions.layer_costs import shard_layers, stage_activation_bytes
+from pipekit.predictions.layer_costs import stage_activation_bytes
 from pipekit.predictions.model_states import bytes_per_parameter
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel
@@ -135,17 +135,17 @@ class Estimator:
 
     def _stages_of(self, plan: ParallelPlan) -> _Stages:
         key = (plan.micro_batch_size, plan.num_stages, plan.layout.tp, plan.checkpointing)
-        size, num_stages, tp, checkpointing = key
+        size, num_stages, tp, _ = key
         if key not in self._stages:
             costs = self._model.costs_of(size)
             # As if each stage had a rank of its own: near enough, and soon found.
             boundaries = self._balanced(size, range(num_stages))
-            layers = shard_layers(costs.layers, tp)
+            layers = self._model.layers_of_rank(plan)
             stages = [layers[start:end] for start, end in pairwise(boundaries)]
             self._stages[key] = _Stages(
                 boundaries,
                 [sum(layer.parameters for layer in stage) for stage in stages],
-                [stage_activation_bytes(stage, checkpointing=checkpointing) for stage in stages],
+                [stage_activation_bytes(stage) for stage in stages],
                 0 if costs.loss is None else costs.loss.saved_bytes // tp,
                 (sum(layer.parameters for layer in costs.layers) - self._model.num_parameters) // tp,
             )
@@ -158,11 +158,10 @@ class Estimator:
         key = (plan.micro_batch_size, len(stages.parameters), plan.layout.tp, plan.checkpointing, are_far)
         if key not in self._costs:
             self._costs[key] = action_costs(
-                self._model.costs_of(plan.micro_batch_size),
+                self._model.recomputing_costs(plan),
                 stages.boundaries,
                 cluster,
                 matmul_format=self._model.matmul_format,
-                checkpointing=plan.checkpointing,
             )
         return self._costs[key]
 

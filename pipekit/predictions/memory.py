@@ -7,14 +7,14 @@ is known to keep, and within a tenth where split backwards meet checkpointing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from math import ceil
 
 from pipekit.errors import LayoutError
 from pipekit.partitioners import MemoryLimit
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision, Shape
-from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, stage_activation_bytes
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, stage_activation_bytes, stage_host_bytes
 from pipekit.predictions.model_states import (
     ADAM_STATES,
     ModelStates,
@@ -48,6 +48,7 @@ class MemoryParts(ModelStates):
 
     Attributes:
         activations: those of micro-batches in flight; under checkpointing also the layer that is recomputed.
+        host_activations: inputs of recomputed layers that are kept in host memory, which the total leaves out.
         logits: temporary tensors of the loss: in a cross-entropy two gradients of the logits in fp32. Zero on all ranks
             but the last stage's.
         communication: messages that are received early, and gradients that are received and sent.
@@ -56,10 +57,11 @@ class MemoryParts(ModelStates):
     activations: int
     logits: int
     communication: int
+    host_activations: int = 0
 
     @property
     def total(self) -> int:
-        """Peak memory."""
+        """Peak memory of the device."""
         return self.standing + self.activations + self.logits + self.communication
 
 
@@ -90,7 +92,6 @@ def peak_memory(
     zero: int,
     dp: int,
     optimizer_states: OptimizerStates = ADAM_STATES,
-    checkpointing: bool = False,
 ) -> list[MemoryParts]:
     """Peak memory of each pipeline rank in a step, once the optimizer has its states.
 
@@ -102,7 +103,6 @@ def peak_memory(
         zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
         dp: number of replicas.
         optimizer_states: those that the optimizer keeps.
-        checkpointing: whether only the input of every layer is kept.
 
     Raises:
         LayoutError: if the schedule has another number of stages.
@@ -122,20 +122,18 @@ def peak_memory(
             f"{len(stages)} stages do not fit the schedule {schedule.name}, which has {schedule.num_stages}; divide "
             "the layers among as many"
         )
-    held = _activation_bytes(stages, schedule, loss=loss, checkpointing=checkpointing)
+    held = _activation_bytes(stages, schedule, loss=loss)
     # From an input gradient to its weight gradient linear layers keep their inputs and the gradients of their outputs:
     # about as much as all layers keep without checkpointing.
-    kept = _activation_bytes(stages, schedule, loss=loss, checkpointing=False) if checkpointing else held
+    kept = _activation_bytes([_never_recomputed(stage) for stage in stages], schedule, loss=loss)
     more = [max(0, after - before) for after, before in zip(kept, held, strict=True)]
+    hosted = [stage_host_bytes(stage.layers) for stage in stages]
     operations = plan_operations(schedule, ahead=POSTED_AHEAD)
     found = []
     for rank, actions in enumerate(schedule.ranks):
         own = [stages[stage] for stage in schedule.stages_of(rank)]
-        if checkpointing:
-            activations = _peak_bytes(_count_halves(actions, len(stages)), [*held, *more])
-            activations += max(recomputation_bytes(stage.layers) for stage in own)
-        else:
-            activations = _peak_bytes(actions, held)
+        activations = _peak_bytes(_count_halves(actions, len(stages)), [*held, *more])
+        activations += max(recomputation_bytes(stage.layers) for stage in own)
         is_last = schedule.placement[-1] == rank
         states = model_states(
             [stage.parameters for stage in own],
@@ -152,6 +150,7 @@ def peak_memory(
                 # A gradient of what the loss keeps, and one of what it made that of.
                 logits=2 * loss.saved_bytes if loss is not None and is_last else 0,
                 communication=_communication(stages, operations[rank]),
+                host_activations=_peak_bytes(actions, hosted),
             )
         )
     return found
@@ -165,7 +164,6 @@ def memory_limit(
     zero: int,
     dp: int,
     optimizer_states: OptimizerStates,
-    checkpointing: bool,
     limit_bytes: int,
     frozen_parameters: Sequence[int] = (),
 ) -> MemoryLimit:
@@ -180,15 +178,20 @@ def memory_limit(
     largest_input = max(layer.input_bytes for layer in costs.layers)
     largest_gradient = BYTES_PER_ELEMENT[precision] * max(layer.parameters for layer in costs.layers)
     posted = [most_posted(operations) for operations in plan_operations(schedule, ahead=POSTED_AHEAD)]
-    recomputed = recomputation_bytes(costs.layers) if checkpointing else 0
+    recomputed = recomputation_bytes(costs.layers)
     # The input of a stage for each micro-batch, what is received early, a gradient received and one sent, and the
     # weight gradients of a layer that are yet to be added to those accumulated.
     extras = [
         (number + posted[rank] + 2) * largest_input + recomputed + largest_gradient
         for number, rank in zip(in_flight, schedule.placement, strict=True)
     ]
-    # What is recomputed for an input gradient stays until the weight gradient.
-    is_recomputed = checkpointing and not schedule.split_backwards
+
+    def activation_bytes(layer: LayerCosts) -> int:
+        # What is recomputed for an input gradient stays until the weight gradient.
+        if not layer.is_recomputed or schedule.split_backwards:
+            return layer.output_bytes + layer.saved_bytes
+        return layer.input_bytes if layer.apart_bytes is None else layer.apart_bytes
+
     if costs.loss is not None:
         extras[-1] += (in_flight[-1] + 2) * costs.loss.saved_bytes
     return MemoryLimit(
@@ -196,9 +199,7 @@ def memory_limit(
             ceil(per_parameter * layer.parameters + frozen_bytes * number)
             for layer, number in zip(costs.layers, frozen, strict=True)
         ],
-        activation_bytes=[
-            layer.input_bytes if is_recomputed else layer.output_bytes + layer.saved_bytes for layer in costs.layers
-        ],
+        activation_bytes=list(map(activation_bytes, costs.layers)),
         in_flight=in_flight,
         extra_bytes=extras,
         limit_bytes=limit_bytes,
@@ -206,24 +207,26 @@ def memory_limit(
 
 
 def recomputation_bytes(layers: Iterable[LayerCosts]) -> int:
-    """Peak memory of the recomputation of one layer, beside the layer's input."""
-    return max(layer.saved_bytes + (layer.output_bytes if layer.keeps_output else 0) for layer in layers)
+    """Peak memory of the recomputation of one layer, beside what is kept for it."""
+
+    def peak(layer: LayerCosts) -> int:
+        if not layer.is_recomputed:
+            return layer.core_bytes
+        return layer.fetched_bytes + layer.saved_bytes + (layer.output_bytes if layer.keeps_output else 0)
+
+    return max(map(peak, layers))
 
 
-def _activation_bytes(
-    stages: Sequence[StageContents], schedule: Schedule, *, loss: LayerCosts | None, checkpointing: bool
-) -> list[int]:
+def _never_recomputed(stage: StageContents) -> StageContents:
+    return replace(stage, layers=[replace(layer, is_recomputed=False, apart_bytes=None) for layer in stage.layers])
+
+
+def _activation_bytes(stages: Sequence[StageContents], schedule: Schedule, *, loss: LayerCosts | None) -> list[int]:
     """Bytes of activations of one micro-batch in each stage, from its forward to its backward."""
-    held = [stage_activation_bytes(stage.layers, checkpointing=checkpointing) for stage in stages]
-    if checkpointing:
-        for stage, contents in enumerate(stages):
-            for lower, layer in pairwise(contents.layers):
-                # Where a backward keeps nothing there is nothing to recompute, and its input is not kept either.
-                if not (layer.saved_bytes or layer.keeps_input or layer.keeps_output):
-                    held[stage] -= lower.output_bytes
+    held = [stage_activation_bytes(stage.layers) for stage in stages]
     if loss is not None:
         last = stages[-1].layers[-1]
-        is_kept = loss.keeps_input or (last.keeps_output and not checkpointing)
+        is_kept = loss.keeps_input or (last.keeps_output and not last.is_recomputed)
         held[-1] += loss.saved_bytes + loss.output_bytes - (0 if is_kept else last.output_bytes)
     for stage, (before, rank) in enumerate(pairwise(schedule.placement), start=1):
         if before == rank:

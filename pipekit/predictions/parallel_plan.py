@@ -7,6 +7,7 @@ from functools import partial
 
 from pipekit.layout import Layout
 from pipekit.schedules import SCHEDULE_NAMES, Schedule, plan_schedule
+from pipekit.settings.activations import ActivationCheckpointing
 
 # A table of more actions is planned for fewer micro-batches: a step grows by the same with each beyond some.
 _MOST_ACTIONS = 4_000
@@ -23,8 +24,9 @@ class ParallelPlan:
         stages_per_rank: stages on each pipeline rank.
         micro_batch_size: sequences that one rank computes at a time.
         num_micro_batches: micro-batches of a step on each pipeline.
-        checkpointing: whether only the inputs of layers are kept for the backward.
+        checkpointing: of activations; None keeps all of them for the backward.
         max_in_flight: for `auto`, the stage activations that a rank may hold.
+        sequence_parallel: whether tensor-parallel ranks hold shards of what passes between layers.
     """
 
     layout: Layout
@@ -33,8 +35,9 @@ class ParallelPlan:
     stages_per_rank: int
     micro_batch_size: int
     num_micro_batches: int
-    checkpointing: bool
+    checkpointing: ActivationCheckpointing | None
     max_in_flight: int | None = None
+    sequence_parallel: bool = True
 
     @property
     def global_batch_size(self) -> int:
@@ -53,7 +56,7 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         stages = f" x {self.stages_per_rank}" if self.stages_per_rank > 1 else ""
-        kept = ", checkpointing" if self.checkpointing else ""
+        kept = "" if self.checkpointing is None else f", {self.checkpointing}"
         batches = "micro-batch" if self.num_micro_batches == 1 else "micro-batches"
         return (
             f"{self.layout}, ZeRO {self.zero}, {self.schedule}{stages}, {self.num_micro_batches:,} {batches} of "

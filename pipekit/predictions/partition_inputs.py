@@ -26,7 +26,7 @@ def partition_inputs(
     """Inputs of the partitioners; costs of layers, and the memory of a rank, are computed when a partitioner asks."""
 
     def costs() -> ModelCosts:
-        return model.costs_of(plan.micro_batch_size)
+        return model.recomputing_costs(plan)
 
     def extras(method: str) -> list[float] | None:
         cost = {"flops": _flops, "profile": _seconds}.get(method)
@@ -46,7 +46,6 @@ def partition_inputs(
             zero=plan.zero,
             dp=plan.layout.dp,
             optimizer_states=model.optimizer_states,
-            checkpointing=plan.checkpointing,
             limit_bytes=limit_bytes(),
             frozen_parameters=model.frozen_parameters,
         ),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipekit.predictions.devices import Device, MatmulFormat
 from pipekit.predictions.elements import Precision, Shape, count_elements
-from pipekit.predictions.layer_costs import ModelCosts, shard_layers
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, recompute_layers, shard_layers
 from pipekit.predictions.memory import MemoryParts, peak_memory, stage_contents
 from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates
 from pipekit.predictions.parallel_plan import ParallelPlan
@@ -55,6 +55,17 @@ class PlannedModel:
     def layer_parameters(self) -> list[int]:
         """Trainable parameters of each layer; a tied layer's wherever it occurs."""
         return [count_elements(layer) for layer in self.shapes_of(1)]
+
+    def recomputing_costs(self, plan: ParallelPlan) -> ModelCosts:
+        """Costs of the whole model under the activation checkpointing of a plan."""
+        costs = self.costs_of(plan.micro_batch_size)
+        return replace(costs, layers=recompute_layers(costs.layers, plan.checkpointing, self.layer_names))
+
+    def layers_of_rank(self, plan: ParallelPlan) -> list[LayerCosts]:
+        """Costs of each layer on one tensor-parallel rank of a plan, under its activation checkpointing."""
+        tp, layers = plan.layout.tp, self.costs_of(plan.micro_batch_size).layers
+        sharded = shard_layers(layers, tp, sequence_parallel=plan.sequence_parallel)
+        return recompute_layers(sharded, plan.checkpointing, self.layer_names, tp=tp)
 
     @property
     def frozen_parameters(self) -> list[int]:
@@ -121,15 +132,15 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
         PipekitError: if the layout cannot run; it says why.
     """
     schedule, shorter = plan.plan_schedules()
-    costs = model.costs_of(plan.micro_batch_size)
     tp = plan.layout.tp
+    costs = model.recomputing_costs(plan)
     cluster = Cluster(device, plan.layout)
     frozen = model.frozen_shapes_of(tp) if model.frozen_shapes_of is not None else ()
-    stages = stage_contents(shard_layers(costs.layers, tp), model.shapes_of(tp), boundaries, frozen=frozen)
+    stages = stage_contents(model.layers_of_rank(plan), model.shapes_of(tp), boundaries, frozen=frozen)
     times = step_times(
         schedule,
         plan.num_micro_batches,
-        action_costs(costs, boundaries, cluster, matmul_format=model.matmul_format, checkpointing=plan.checkpointing),
+        action_costs(costs, boundaries, cluster, matmul_format=model.matmul_format),
         cluster,
         stage_parameters=[count_elements(stage.parameters) for stage in stages],
         precision=model.precision,
@@ -144,7 +155,6 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
         zero=plan.zero,
         dp=plan.layout.dp,
         optimizer_states=model.optimizer_states,
-        checkpointing=plan.checkpointing,
     )
     ranks = [
         RankPrediction(
@@ -156,7 +166,7 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
         for rank in range(plan.layout.pp)
     ]
     everything = [*costs.layers, *([] if costs.loss is None else [costs.loss])]
-    flops = sum(layer.flops + (layer.forward_flops if plan.checkpointing else 0) for layer in everything)
+    flops = sum(layer.flops + layer.recomputed_flops for layer in everything)
     num_flops = flops * plan.num_micro_batches * plan.layout.dp
     return Prediction(
         plan=plan,

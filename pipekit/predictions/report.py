@@ -11,6 +11,7 @@ from pipekit.predictions.devices import Device
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import Prediction
 from pipekit.predictions.search import OutOfMemory, SearchResult
+from pipekit.settings.activations import read_setting
 
 _KEPT = ("zero", "schedule", "stages_per_rank", "micro_batch_size", "num_micro_batches")
 # A picture of more actions shows nothing.
@@ -103,7 +104,7 @@ def plan_report(plan: ParallelPlan) -> dict[str, Any]:
         "dp": layout.dp,
         **order,
         **{name: getattr(plan, name) for name in _KEPT},
-        "activation_checkpointing": plan.checkpointing,
+        "activation_checkpointing": plan.checkpointing is not None and plan.checkpointing.written(),
     }
 
 
@@ -111,6 +112,6 @@ def read_plan(layout: Mapping[str, Any]) -> ParallelPlan:
     """Layout and options from the plain data of `plan_report`, which leaves `max_in_flight` out."""
     return ParallelPlan(
         Layout(**{key: layout[key] for key in ("pp", "dp", "tp", "order") if key in layout}),
-        checkpointing=layout["activation_checkpointing"],
+        checkpointing=read_setting(layout["activation_checkpointing"]),
         **{name: layout[name] for name in _KEPT},
     )

@@ -13,6 +13,7 @@ from pipekit.predictions.estimate import Estimate, Estimator
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel, Prediction, predict
 from pipekit.predictions.timing import Cluster
+from pipekit.settings.activations import ActivationCheckpointing
 
 # Actions that are simulated in all, some seconds' worth.
 _MOST_SIMULATED = 150_000
@@ -64,7 +65,7 @@ class SearchSpace:
         zero: ZeRO stages.
         schedules: names, of those in `SCHEDULES`.
         micro_batch_sizes: sequences that one rank computes at a time.
-        checkpointing: whether activations are checkpointed.
+        checkpointing: of activations; None keeps them.
     """
 
     num_devices: int
@@ -73,7 +74,7 @@ class SearchSpace:
     zero: Sequence[int] = (0, 1)
     schedules: Sequence[str] = tuple(SCHEDULES)
     micro_batch_sizes: Sequence[int] = (1, 2, 4, 8, 16)
-    checkpointing: Sequence[bool] = (False, True)
+    checkpointing: Sequence[ActivationCheckpointing | None] = (None, ActivationCheckpointing())
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: i
 
 
 def action_costs(
-    costs: ModelCosts, boundaries: Sequence[int], cluster: Cluster, *, matmul_format: MatmulFormat, checkpointing: bool
+    costs: ModelCosts, boundaries: Sequence[int], cluster: Cluster, *, matmul_format: MatmulFormat
 ) -> Costs:
     """Seconds of each stage's actions: forward, input gradient and weight gradient.
 
@@ -109,7 +109,6 @@ def action_costs(
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
         cluster: devices and layout.
         matmul_format: of matrix products.
-        checkpointing: whether each backward first repeats the forward.
     """
     tp, layers = cluster.layout.tp, costs.layers
     flops_per_s = cluster.device.matmul_flops(matmul_format) * tp
@@ -118,21 +117,24 @@ def action_costs(
         stage = layers[start:end]
         if costs.loss is not None and end == len(layers):
             stage = [*stage, costs.loss]
-        messages_s = sum(
-            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, cluster.link("tensor"))
+        link, least_s = cluster.link("tensor"), cluster.device.launch_s
+        messages_s = [
+            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, link) if layer.forward_flops else 0.0
             for layer in stage
-            if layer.forward_flops
-        )
-        least_s = cluster.device.launch_s
-        forward = messages_s + sum(
-            _seconds(layer.forward_s, layer.forward_flops, flops_per_s, least_s) for layer in stage
-        )
-        inputs = messages_s + sum(
+        ]
+        forwards = [
+            message_s + _seconds(layer.forward_s, layer.forward_flops, flops_per_s, least_s)
+            for layer, message_s in zip(stage, messages_s, strict=True)
+        ]
+        inputs = sum(messages_s) + sum(
             _seconds(layer.input_gradient_s, layer.input_gradient_flops, flops_per_s, least_s) for layer in stage
         )
+        inputs += sum(seconds for layer, seconds in zip(stage, forwards, strict=True) if layer.is_recomputed)
+        # An all-gather passes each link once, where an all-reduce does so twice.
+        inputs += sum(all_reduce_s(layer.gathered_bytes, tp, link) / 2 for layer in stage[1:])
         weights = sum(_seconds(layer.weight_gradient_s, layer.weight_gradient_flops, flops_per_s) for layer in stage)
-        forward_s.append(forward)
-        input_gradient_s.append(inputs + (forward if checkpointing else 0.0))
+        forward_s.append(sum(forwards))
+        input_gradient_s.append(inputs)
         weight_gradient_s.append(weights)
     passed_on = [layers[boundary - 1].output_bytes for boundary in boundaries[1:-1]]
     transfer_s = cluster.link("pipe").transfer_s(max(passed_on) / tp) if passed_on else 0.0

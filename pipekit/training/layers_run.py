@@ -262,7 +262,7 @@ class LayersRun(Trial):
             loss_fn=self.hooks.loss,
             loss_weight=self.hooks.loss_weight,
             base_seed=train.seed,
-            activation_checkpoint_interval=int(train.activation_checkpointing),
+            checkpointing=train.activation_checkpointing,
             device=self.run.device,
             sequence_parallel=parallel.sequence_parallel,
             schedule=plan.schedule,

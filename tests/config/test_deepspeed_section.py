@@ -12,6 +12,7 @@ from pipekit.config import load_config, parse_config
 from pipekit.config.deepspeed_keys import TREATMENTS
 from pipekit.config.deepspeed_section import fill_auto
 from pipekit.errors import ConfigError
+from pipekit.settings.activations import ActivationCheckpointing
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny"}, "train": {"steps": 3}}
 
@@ -47,7 +48,18 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pipeline.partition": ({"pipeline": {"partition": "uniform"}}, {"parallel.partition": "uniform"}),
     "pipeline.activation_checkpoint_interval": (
         {"pipeline": {"activation_checkpoint_interval": 1}},
-        {"train.activation_checkpointing": True},
+        {"train.activation_checkpointing": ActivationCheckpointing()},
+    ),
+    "activation_checkpointing.partition_activations": (
+        {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}},
+        {"train.activation_checkpointing": None},
+    ),
+    "activation_checkpointing.cpu_checkpointing": (
+        {
+            "activation_checkpointing": {"cpu_checkpointing": True, "profile": False},
+            "pipeline": {"activation_checkpoint_interval": 1},
+        },
+        {"train.activation_checkpointing": ActivationCheckpointing(offload=True)},
     ),
     "tensor_parallel.autotp_size": ({"tensor_parallel": {"autotp_size": 2}}, {"parallel.tp": 2}),
     "bfloat16": ({"bfloat16": {"enabled": True}}, {"train.precision": "bf16"}),
@@ -200,3 +212,11 @@ def test_what_deepspeed_takes_where_nothing_is_said_gives_way() -> None:
     assert (ours.optimizer.lr, ours.scheduler.args["warmup_max_lr"]) == (0.02, 0.02)
     theirs = parse_config({**BASE, "deepspeed": section})
     assert (theirs.optimizer.lr, theirs.optimizer.weight_decay) == (1e-3, 0.0)
+
+
+def test_partitioned_activations_are_pipekits_and_need_ranks_to_share_them() -> None:
+    section = {"activation_checkpointing": {"partition_activations": True}, "tensor_parallel": {"autotp_size": 2}}
+    config = parse_config({**BASE, "parallel": {"sequence_parallel": False}, "deepspeed": section})
+    assert config.train.activation_checkpointing == ActivationCheckpointing(partition=True)
+    with pytest.raises(ConfigError, match=r"parallel\.tp=1; try parallel\.tp=2"):
+        parse_config({**BASE, "deepspeed": {"activation_checkpointing": {"partition_activations": True}}})

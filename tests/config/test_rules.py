@@ -63,6 +63,14 @@ BROKEN = {
     ),
     ("parallel.zero=2", "parallel.schedule=zb-h1"): "try parallel.schedule=1f1b, or parallel.zero=1",
     ("parallel.zero=2", "parallel.schedule=interleaved-1f1b"): "try parallel.schedule=1f1b, or parallel.zero=1",
+    ("train.activation_checkpointing={partition: true}",): (
+        "train.activation_checkpointing.partition=true shares inputs out over tensor-parallel ranks, and "
+        "parallel.tp=1; try parallel.tp=2, or remove it"
+    ),
+    ("train.activation_checkpointing={partition: true}", "parallel.tp=2"): (
+        "has nothing to do under parallel.sequence_parallel=true, where each tensor-parallel rank has its shard of "
+        "the inputs already; remove it, or set parallel.sequence_parallel=false"
+    ),
     ("parallel.offload=optimizer", "parallel.zero=0"): (
         "parallel.offload=optimizer does not go with parallel.zero=0: what ZeRO manages can be moved to host memory, "
         "and 0 manages nothing; try parallel.zero=1"

@@ -148,7 +148,7 @@ def test_a_stage_holds_what_a_real_one_holds(dtype: torch.dtype) -> None:
     for name, (stage, inputs, labels) in stages.items():
         layers = [costs.layers[idx] for idx in stage] + ([] if labels is None else [costs.loss])
         expected = bytes_kept([specs[idx] for idx in stage], inputs, dtype=dtype, labels=labels)
-        assert stage_activation_bytes(layers, checkpointing=False) == pytest.approx(expected, rel=0.01), name
+        assert stage_activation_bytes(layers) == pytest.approx(expected, rel=0.01), name
 
 
 def test_what_one_layer_keeps_can_be_told_by_hand() -> None:
@@ -158,7 +158,7 @@ def test_what_one_layer_keeps_can_be_told_by_hand() -> None:
     assert (linear.input_bytes, linear.output_bytes, linear.saved_bytes) == (40, 60, 0)
     kept = [(layer.keeps_input, layer.keeps_output) for layer in (linear, tanh, gelu, identity)]
     assert kept == [(True, False), (False, True), (True, False), (False, False)]
-    assert stage_activation_bytes([linear, tanh, gelu, identity], checkpointing=False) == 40 + 60 + 60
+    assert stage_activation_bytes([linear, tanh, gelu, identity]) == 40 + 60 + 60
 
 
 def test_dropout_keeps_its_mask_as_bool() -> None:

@@ -97,7 +97,11 @@ def train_script(rank: int, num_stages: int, options: dict[str, Any]) -> list[fl
         {},
         {"schedule": "zb-h1"},
         {"schedule": "zb-v", "partition_method": "uniform"},
-        {"activation_checkpoint_interval": 2},
+        {
+            "config": config(
+                pipeline={"activation_checkpoint_interval": 2}, activation_checkpointing={"cpu_checkpointing": True}
+            )
+        },
         {"config": config(zero_optimization={"stage": 1}, gradient_clipping=1.0)},
         {"partition_method": "type:Linear|Embedding"},
     ],
@@ -128,6 +132,10 @@ REFUSED = {
     "model": (
         {"model_config": {"model": {"preset": "tiny", "vocab_size": VOCAB}}},
         "describes a model with embed.weight (67, 128), and in the PipelineModule it is (67, 16)",
+    ),
+    "inputs of no checkpoint": (
+        {"config": config(activation_checkpointing={"cpu_checkpointing": True})},
+        "activation_checkpointing.cpu_checkpointing=true is about the inputs of layers that are recomputed, and none",
     ),
     "stages in both": (
         {"config": config(pipeline={"stages": 1})},

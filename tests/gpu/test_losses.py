@@ -10,6 +10,7 @@ import pytest
 
 from engine_jobs import Case, assert_trained_as_one_process, reference, show, train
 from gpu_workers import compute_repeatably, on_cpu, on_gpus, own_device, workers_on
+from pipekit.settings.activations import ActivationCheckpointing
 
 pytestmark = pytest.mark.distributed
 
@@ -52,10 +53,15 @@ def test_several_stages_on_one_rank_and_split_backwards_train_as_one_process_doe
 def test_recomputed_dropout_is_that_of_the_forward_to_the_bit(device: str) -> None:
     case = Case(dropout=0.2, steps=4)
     (plain,) = run(device, case)
-    (recomputed,) = run(device, replace(case, checkpointing=True))
     (without,) = run(device, replace(case, dropout=0.0))
-    assert recomputed["losses"] == plain["losses"] != without["losses"]
-    assert recomputed["norms"] == plain["norms"]
+    for form in (
+        ActivationCheckpointing(),
+        ActivationCheckpointing(offload=True),
+        ActivationCheckpointing(only="attention"),
+    ):
+        (recomputed,) = run(device, replace(case, checkpointing=form))
+        assert recomputed["losses"] == plain["losses"] != without["losses"], form
+        assert recomputed["norms"] == plain["norms"], form
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel, Prediction
 from pipekit.predictions.prediction import predict as predict_boundaries
+from pipekit.settings.activations import read_setting
 
 
 def device(**changes: Any) -> Device:
@@ -96,9 +97,11 @@ def plan(**changes: Any) -> ParallelPlan:
         "stages_per_rank": 1,
         "micro_batch_size": 1,
         "num_micro_batches": 1,
-        "checkpointing": False,
+        "checkpointing": None,
     }
     layout = Layout(pp=changes.pop("pp", 1), dp=changes.pop("dp", 1), tp=changes.pop("tp", 1))
+    if isinstance(changes.get("checkpointing"), bool):
+        changes["checkpointing"] = read_setting(changes["checkpointing"])
     return ParallelPlan(layout, **{**values, **changes})
 
 

@@ -20,11 +20,11 @@ from pipekit.errors import LayoutError
 from pipekit.layers.freezing import freeze
 from pipekit.layers.parameters import parameter_shapes, trained_and_frozen_shapes
 from pipekit.layers.sequential import SequentialModel
-from pipekit.layers.specs import LayerSpec
+from pipekit.layers.specs import LayerSpec, layer_names
 from pipekit.models.transformer import language_model_loss
 from pipekit.partitioners import partition_uniform
 from pipekit.predictions.elements import Precision, count_elements
-from pipekit.predictions.layer_costs import LayerCosts
+from pipekit.predictions.layer_costs import LayerCosts, recompute_layers
 from pipekit.predictions.memory import (
     ADAM_STATES,
     MemoryParts,
@@ -35,6 +35,7 @@ from pipekit.predictions.memory import (
     stage_contents,
 )
 from pipekit.schedules import Action, plan_1f1b, plan_schedule, plan_zb_h1
+from pipekit.settings.activations import ActivationCheckpointing
 from pipekit.tensors.weight_gradients import WeightGradients
 
 STANDING = ("weights", "masters", "optimizer_states", "gradients")
@@ -96,6 +97,8 @@ def predicted(case: Case, specs: list[LayerSpec] | None = None) -> list[tuple[Me
     specs = specs or model_specs(case)
     schedule = plan_schedule(case.schedule, pp=case.pp, num_micro_batches=num_micro_batches(case))
     *layers, loss = measured_layers(case, specs)
+    setting = ActivationCheckpointing() if case.checkpointing is True else case.checkpointing or None
+    layers = recompute_layers(layers, setting, layer_names(specs), tp=case.tp)
     boundaries = case.boundaries or partition_uniform(len(layers), schedule.num_stages)
     stages = stage_contents(layers, parameter_shapes(specs), boundaries)
     held = peak_memory(
@@ -106,9 +109,8 @@ def predicted(case: Case, specs: list[LayerSpec] | None = None) -> list[tuple[Me
         zero=case.zero,
         dp=case.dp,
         optimizer_states=OptimizerStates(1, 0) if case.optimizer == "sgd" else ADAM_STATES,
-        checkpointing=case.checkpointing,
     )
-    recomputed = [recomputation_bytes(stage.layers) if case.checkpointing else 0 for stage in stages]
+    recomputed = [recomputation_bytes(stage.layers) for stage in stages]
     return [(parts, max(recomputed[stage] for stage in schedule.stages_of(rank))) for rank, parts in enumerate(held)]
 
 
@@ -179,7 +181,7 @@ class Probe:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Take up what is saved in a forward."""
-        if self._in_forward:
+        if self._in_forward and isinstance(tensor, Tensor):
             self.note(tensor)
         return tensor
 
@@ -358,9 +360,11 @@ LOSS = replace(LINEAR, input_bytes=40, output_bytes=4, saved_bytes=80, keeps_inp
 
 def two_stages(pipe_rank: int = 0, **options: Any) -> MemoryParts:
     """Return what a rank of two holds: 21 elements that decay and 7 that do not on the first stage, 9 on the second."""
+    setting = ActivationCheckpointing() if options.pop("checkpointing", False) else None
+    first, last = recompute_layers([LINEAR, WIDE], setting, ["a", "b"])
     stages = [
-        StageContents([LINEAR], {"a.weight": (3, 7), "a.bias": (7,)}),
-        StageContents([WIDE], {"b.weight": (3, 3)}),
+        StageContents([first], {"a.weight": (3, 7), "a.bias": (7,)}),
+        StageContents([last], {"b.weight": (3, 3)}),
     ]
     schedule = options.pop("schedule", plan_1f1b(num_stages=2, num_micro_batches=4))
     settings = {"precision": "fp32", "zero": 1, "dp": 1, "loss": LOSS, **options}
@@ -435,8 +439,9 @@ def test_the_loss_keeps_what_its_backward_needs() -> None:
 
 def test_the_input_of_a_layer_that_keeps_nothing_is_not_kept_by_checkpointing() -> None:
     layers = [WIDE, replace(LINEAR, input_bytes=40, keeps_input=False), WIDE]
+    layers = recompute_layers(layers, ActivationCheckpointing(), ["a", "b", "c"])
     stages = [StageContents(layers, {})]
-    options: dict[str, Any] = {"loss": None, "precision": "fp32", "zero": 0, "dp": 1, "checkpointing": True}
+    options: dict[str, Any] = {"loss": None, "precision": "fp32", "zero": 0, "dp": 1}
     parts = peak_memory(stages, plan_1f1b(num_stages=1, num_micro_batches=4), **options)[0]
     assert parts.activations == 20 + 20 + 40 + recomputation_bytes(layers)
 

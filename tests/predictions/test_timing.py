@@ -80,7 +80,7 @@ def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
 def test_stages_take_their_operations_or_what_was_measured() -> None:
     layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
     cluster = Cluster(device(), Layout(pp=2))
-    costs = action_costs(ModelCosts(layers, layer(50)), [0, 2, 3], cluster, matmul_format="fp32", checkpointing=False)
+    costs = action_costs(ModelCosts(layers, layer(50)), [0, 2, 3], cluster, matmul_format="fp32")
     assert costs.forward_s == [4.0, 5.5]
     assert costs.input_gradient_s == [4.0, 1.5]
     assert costs.weight_gradient_s == [4.0, 1.5]
@@ -96,15 +96,25 @@ def test_products_of_fp32_take_tf32_where_the_run_does(precision: Precision, tf3
 
 def test_checkpointing_repeats_the_forward() -> None:
     cluster = Cluster(device(), Layout())
-    costs = action_costs(ModelCosts([layer(100)]), [0, 1], cluster, matmul_format="fp32", checkpointing=True)
+    costs = action_costs(ModelCosts([replace(layer(100), is_recomputed=True)]), [0, 1], cluster, matmul_format="fp32")
     assert (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s) == ([1.0], [2.0], [1.0])
     assert costs.transfer_s == 0
+
+
+def test_layers_that_are_recomputed_repeat_their_forward_and_gather_their_inputs() -> None:
+    cluster = Cluster(device(), Layout(tp=2))
+    shared = replace(layer(200), is_recomputed=True, gathered_bytes=8)
+    costs = action_costs(ModelCosts([layer(200), shared, layer(200)]), [0, 3], cluster, matmul_format="fp32")
+    message_s = all_reduce_s(8, 2, device().intra_node)
+    assert costs.forward_s == [pytest.approx(3 + 3 * message_s)]
+    # An all-gather passes each link once, where an all-reduce does so twice.
+    assert costs.input_gradient_s == [pytest.approx(4 + 4.5 * message_s)]
 
 
 def test_tensor_parallel_ranks_share_the_operations_and_sum_what_they_pass_on() -> None:
     layers = [layer(100, passed_bytes=8), layer(0, passed_bytes=8), replace(layer(100), output_bytes=1000)]
     cluster = Cluster(device(), Layout(tp=4))
-    costs = action_costs(ModelCosts(layers), [0, 3], cluster, matmul_format="fp32", checkpointing=False)
+    costs = action_costs(ModelCosts(layers), [0, 3], cluster, matmul_format="fp32")
     message_s = all_reduce_s(8, 4, device().intra_node)
     assert costs.forward_s == [pytest.approx(2 * 0.25 + 2 * message_s)]
     assert costs.input_gradient_s == costs.forward_s
