@@ -61,7 +61,7 @@ def test_a_configuration_reads_what_is_written(written: Any, setting: Activation
         ({"only": "attention", "partition": True}, "remove partition or only"),
         ({"only": "mlp"}, "must be attention"),
         ({"every": 0}, "every=0: must be"),
-        ({"layer": "blocks.*"}, "did you mean layers"),
+        ({"layer": "blocks.*"}, "did you mean 'train.activation_checkpointing.layers'"),
         ("all", "must be true, false, or a mapping of every, layers, only, partition, offload"),
     ],
 )
