@@ -84,7 +84,7 @@ class KeptInputs:
 
 @dataclass(frozen=True)
 class KeptInput:
-    """What a rank keeps of an input: all of it or its shard, on the device or in host memory.
+    """Kept input of a layer, or this rank's shard of it, on the device or in host memory.
 
     Attributes:
         piece: the tensor.
@@ -151,6 +151,6 @@ class HostCopy:
             return
         with torch.cuda.stream(self._stream):
             tensor = self.host.to(self._device, non_blocking=True)
-            is_there = torch.cuda.Event()
+            is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             is_there.record(self._stream)
         self._fetched = tensor, is_there
