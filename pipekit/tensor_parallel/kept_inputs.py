@@ -78,7 +78,7 @@ class KeptInputs:
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type == "cuda" and self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._stream
 
 
