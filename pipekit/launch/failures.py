@@ -130,6 +130,10 @@ class HangError(LaunchError):
     exit_code = ExitCode.HANG
 
 
+class TimeLimitError(LaunchError):
+    """Ranks were ended since they had not finished within a time limit."""
+
+
 def describe_failure(failure: RankFailure, *, names_rank: bool = True, names_log: bool = True) -> str:
     """Return the message for the user: the rank, what happened, and where to read on.
 

@@ -20,7 +20,14 @@ from pipekit.hangs.monitor import HangMonitor, save_report
 from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import LOCALHOST, RankEnvironment
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
-from pipekit.launch.failures import FailureReport, HangError, RankError, RankFailure, first_failure
+from pipekit.launch.failures import (
+    FailureReport,
+    HangError,
+    RankError,
+    RankFailure,
+    TimeLimitError,
+    first_failure,
+)
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.ports import choose_port
@@ -45,7 +52,9 @@ RANK_GRACE_S = 1.0
 _SHARE_OF_LIMIT = 0.8
 
 
-def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0) -> None:
+def run_plan(
+    plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0, limit_s: float = math.inf
+) -> None:
     """Run every rank of the plan in `plan_file` as a process on this machine; see `run_local`."""
     for note in guard_extension_builds(os.environ):
         sys.stderr.write(f"{note}\n")
@@ -66,6 +75,7 @@ def run_plan(plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank
         stdout_rank=stdout_rank,
         grace_s=RANK_GRACE_S,
         timeout_s=plan.config.run.timeout_s,
+        limit_s=limit_s,
     )
 
 
@@ -135,6 +145,7 @@ def run_local(
     ranks: range | None = None,
     master_addr: str = LOCALHOST,
     on_failing: Callable[[RankFailure], object] | None = None,
+    limit_s: float = math.inf,
 ) -> None:
     """Run `world_size` processes of `command` on this machine, or the `ranks` among them, and return when all have
     succeeded.
@@ -167,9 +178,11 @@ def run_local(
         ranks: the ranks of this machine; all unless given. The others are started elsewhere, with the same port.
         master_addr: address of the machine of rank 0.
         on_failing: called with the first failure that is seen, before the other ranks are ended.
+        limit_s: seconds after which the ranks are ended, whatever they do.
 
     Raises:
         LaunchError: if the port is taken, or a process cannot be started.
+        TimeLimitError: if the ranks have not ended within `limit_s`.
         RankError: if a rank fails; the message begins with the one that failed first.
         HangError: if ranks have waited too long for one another.
         StoppedError: if the ranks have stopped on request, with a checkpoint.
@@ -193,6 +206,7 @@ def run_local(
                 master_addr,
                 chosen,
                 timeout_s,
+                limit_s,
             )
             failure = _run_job(job, signals, grace_s=grace_s, on_failing=on_failing)
             if failure is None:
@@ -215,6 +229,7 @@ class _Job:
     master_addr: str
     port: int
     timeout_s: float
+    limit_s: float
 
     def environ(self, rank: int) -> dict[str, str]:
         place = RankEnvironment(
@@ -318,7 +333,7 @@ def _run_job(
             for rank in job.ranks:
                 workers.append(_start(job, rank))
                 watcher.watch(workers[-1].process.pid)
-            hang = _wait(workers, signals, HangMonitor(job.log_dir, job.ranks), job.timeout_s)
+            hang = _wait(workers, signals, HangMonitor(job.log_dir, job.ranks), job.timeout_s, job.limit_s)
             seen = [each for worker in workers if (each := worker.failure()) is not None and not each.has_stopped]
             if on_failing is not None and seen and hang is None and not signals:
                 on_failing(first_failure(seen))
@@ -370,8 +385,11 @@ def _start(job: _Job, rank: int) -> _Worker:
         return _Worker(rank, process, job.log(rank), log_start, job.error_file(rank))
 
 
-def _wait(workers: Sequence[_Worker], signals: Sequence[int], monitor: HangMonitor, timeout_s: float) -> str | None:
+def _wait(
+    workers: Sequence[_Worker], signals: Sequence[int], monitor: HangMonitor, timeout_s: float, limit_s: float
+) -> str | None:
     """Wait until all have ended, one has failed, or a second signal has come; return the report of a hang."""
+    ends_s = time.monotonic() + limit_s
     peer_lost_s: float | None = None
     is_passed_on = False
     while True:
@@ -384,6 +402,8 @@ def _wait(workers: Sequence[_Worker], signals: Sequence[int], monitor: HangMonit
             is_passed_on = True
             for worker in workers:
                 worker.pass_on(signals[0])
+        if num_running and time.monotonic() > ends_s:
+            raise TimeLimitError(f"not finished within {limit_s:g} s")
         if not failures:
             monitor.listen()
             if warning := monitor.warning():

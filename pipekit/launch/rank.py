@@ -1,7 +1,8 @@
 """One rank of a run on this machine: `python -m pipekit.launch.rank PLAN [TASK]`.
 
 `pipekit train` starts it with the plan of the run, or with the configuration of a trial of one's own; `pipekit verify`
-with a plan and a task, which says what to record.
+with a plan and a task, which says what to record; `pipekit tune` with a plan, a number of steps to time, and the file
+for the result.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from pipekit.launch.environment import detect_ranks
 from pipekit.launch.trial import TRIAL_TASK, run_trial_rank
 from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s, tie_to_parent
 
+TIMING_TASK = "time"
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run the rank whose number is in the environment.
 
-    The task, if any, is "trial", or a `pipekit.verify.run.Task` as JSON.
+    The task, if any, is "trial", a `pipekit.verify.run.Task` as JSON, or "time" with the arguments above.
     """
     tie_to_parent(os.environ)
     # Until there is something to save, a signal that the launcher passes on ends this process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with report_failure(error_file_from(os.environ)):
         ranks = detect_ranks(os.environ)
-        assert ranks is not None, "pipekit.launch.rank is started by pipekit train and pipekit verify"
+        assert ranks is not None, "pipekit.launch.rank is started by pipekit train, verify and tune"
         file, *task = arguments
         if task == [TRIAL_TASK]:
             from pipekit.config.trial_config import load_trial_config
@@ -39,7 +42,18 @@ def main(arguments: Sequence[str]) -> None:
         from pipekit.plan.run_folder import read_plan
 
         plan = read_plan(Path(file))
-        if task:
+        if task[:1] == [TIMING_TASK]:
+            from pipekit.training.timed_steps import run_timed_rank
+
+            run_timed_rank(
+                plan,
+                Path(task[2]),
+                num_steps=int(task[1]),
+                rank=ranks.rank,
+                local_rank=ranks.local_rank,
+                loopback_port=ranks.loopback_port,
+            )
+        elif task:
             from pipekit.verify.run import Task, run_task
 
             run_task(

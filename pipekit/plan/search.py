@@ -30,6 +30,8 @@ def search(
     device: Device,
     is_gpu: bool,
     max_tp: int = 1,
+    zero: Sequence[int] = (0, 1),
+    num_ranked: int = 10,
 ) -> tuple[PlannedModel, SearchResult]:
     """Compare every layout of a configuration's model over some devices.
 
@@ -41,6 +43,8 @@ def search(
         device: what each rank computes on.
         is_gpu: whether that is a GPU, which computes in bf16 where the configuration does not say.
         max_tp: largest tensor-parallel degree.
+        zero: ZeRO stages; those above 1 are for layouts without a pipeline.
+        num_ranked: how many of the best to return.
 
     Raises:
         ConfigError: if it is not known what the layers cost.
@@ -59,8 +63,8 @@ def search(
     batch_size = config.train.global_batch_size
     given = config.train.activation_checkpointing
     checkpointing = (None, ActivationCheckpointing()) if given is None else (given,)
-    space = SearchSpace(num_devices, batch_size, tp=degrees, checkpointing=checkpointing)
-    result = search_layouts(model, space, device)
+    space = SearchSpace(num_devices, batch_size, tp=degrees, zero=zero, checkpointing=checkpointing)
+    result = search_layouts(model, space, device, num_ranked=num_ranked)
     if result.ranked:
         return model, result
     over = f"{num_devices} x {device.name}"

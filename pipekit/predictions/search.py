@@ -62,7 +62,7 @@ class SearchSpace:
         num_devices: devices to fill.
         global_batch_size: sequences of a step.
         tp: tensor-parallel degrees.
-        zero: ZeRO stages.
+        zero: ZeRO stages; those above 1 are for layouts without a pipeline.
         schedules: names, of those in `SCHEDULES`.
         micro_batch_sizes: sequences that one rank computes at a time.
         checkpointing: of activations; None keeps them.
@@ -157,7 +157,7 @@ def parallel_plans(model: PlannedModel, space: SearchSpace) -> Iterator[Parallel
                 space.micro_batch_sizes, schedules, stages, space.checkpointing
             ):
                 num_micro_batches, rest = divmod(space.global_batch_size, size * layout.dp)
-                if rest or (layout.dp == 1 and zero != min(stages)):
+                if rest or (layout.dp == 1 and zero != min(stages)) or (pp > 1 and zero > 1):
                     continue
                 yield ParallelPlan(layout, zero, schedule, SCHEDULES[schedule], size, num_micro_batches, checkpointing)
 

@@ -1,0 +1,177 @@
+"""A tuning run: candidates of a configuration, and the processes of each that is measured, one after the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipekit.config import Config
+from pipekit.errors import LayoutError, PipekitError
+from pipekit.launch.failures import HangError, RankError, describe_failure
+from pipekit.launch.local import run_plan
+from pipekit.launch.rank import TIMING_TASK
+from pipekit.launch.resources import check_process_count, find_resources
+from pipekit.plan.resources import Resources
+from pipekit.progress import ProgressLines
+from pipekit.signals import ending_at_once
+from pipekit.tune.candidates import ZERO_STAGES, Choice, list_choices, parse_fixed
+from pipekit.tune.search import Measured
+
+WARM_UP_STEPS = 3
+_OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "bad_alloc")
+# What a run does beside its steps, and what it would write elsewhere than in its folder.
+_LEFT_OUT: dict[str, Any] = {
+    "train.eval_interval": None,
+    "checkpoint.resume": "never",
+    "logging.wandb": None,
+    "logging.tensorboard": False,
+    "logging.profile": False,
+}
+
+
+@dataclass(frozen=True)
+class TuneSession:
+    """Candidates of a configuration, and how each is measured.
+
+    Attributes:
+        choices: the candidates, the one that is planned to be fastest first.
+        num_refused: layouts that a rule of the configuration refuses.
+        num_steps: steps that are timed, after `WARM_UP_STEPS` more.
+        limit_s: seconds after which a run is ended.
+        resources: what the processes run on.
+        prepared: what the trial has prepared.
+        folder: folder for plans and logs.
+        num_devices: processes of each run.
+        device: name of what each computes on.
+    """
+
+    choices: Sequence[Choice]
+    num_refused: int
+    num_steps: int
+    limit_s: float
+    resources: Resources
+    prepared: Mapping[str, Any]
+    folder: Path
+    num_devices: int
+    device: str
+
+    def measure(self, index: int) -> Measured:
+        """Train some steps under a candidate, and return the median of their times, or why there is none.
+
+        Raises:
+            Interrupted: if a signal has ended the processes.
+        """
+        place = self.folder / f"candidate-{index}"
+        try:
+            return self._measure(self.choices[index].config, place)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _measure(self, config: Config, place: Path) -> Measured:
+        from pipekit.plan.decide import decide_run
+        from pipekit.plan.run_folder import write_plan
+        from pipekit.training.prepare import load_trial
+        from pipekit.training.timed_steps import read_timed_steps
+
+        num_steps = WARM_UP_STEPS + self.num_steps
+        result = place / "times.json"
+        config = config.updated(
+            {**_LEFT_OUT, "run.dir": str(place / "run"), "train.steps": max(config.train.steps, num_steps)}
+        )
+        resources = replace(self.resources, world_size=self.num_devices)
+        try:
+            with ending_at_once(lambda: "ended before the run began"):
+                plan = decide_run(config, load_trial(config), resources, prepared=self.prepared).plan
+                plan_file = write_plan(plan).plan
+            task = (TIMING_TASK, str(num_steps), str(result))
+            run_plan(plan, plan_file, *task, log_dir=place / "logs", stdout_rank=-1, limit_s=self.limit_s)
+        except PipekitError as error:
+            return _failed(error)
+        timed = read_timed_steps(result)
+        return Measured(statistics.median(timed.step_times_s[WARM_UP_STEPS:]), peak_bytes=timed.peak_bytes)
+
+
+def _failed(error: PipekitError) -> Measured:
+    """What a failure teaches."""
+    text = str(error)
+    ran_out = isinstance(error, LayoutError) and "memory" in text
+    if isinstance(error, RankError):
+        failure = error.failure
+        text = describe_failure(failure, names_log=False)
+        said = text if failure.report is None else failure.report.traceback
+        # Linux kills the process that takes too much.
+        killed = failure.report is None and failure.returncode == -signal.SIGKILL
+        ran_out = killed or any(words in said for words in _OUT_OF_MEMORY)
+    elif isinstance(error, HangError):
+        text = f"ranks have waited too long for one another: {text}"
+    return Measured(None, "memory" if ran_out else "other", text.splitlines()[0])
+
+
+@contextmanager
+def open_session(
+    config: Config,
+    *,
+    num_devices: int | None,
+    max_tp: int,
+    fixed: Sequence[str],
+    num_steps: int,
+    limit_s: float,
+    tell: Callable[[str], object] | None = None,
+) -> Iterator[TuneSession]:
+    """Prepare the data, plan the candidates, and yield them; what the runs write is removed in the end.
+
+    Args:
+        config: the user's configuration.
+        num_devices: processes; None takes the GPUs present, or on a CPU a process for each core.
+        max_tp: largest tensor-parallel degree.
+        fixed: keys that are not tuned, see `parse_fixed`.
+        num_steps: steps that are timed in each run.
+        limit_s: seconds after which a run is ended.
+        tell: told what is being done.
+
+    Raises:
+        PipekitError: if nothing fits.
+    """
+    values = parse_fixed(config, fixed)
+    resources = find_resources(os.environ, config, asks_gpu=True)
+    number = num_devices or resources.num_devices
+    if resources.num_gpus is not None and number > resources.num_gpus:
+        raise LayoutError(
+            f"--devices {number}: there are {resources.num_gpus} GPUs, and runs are measured on them; try --devices "
+            f"{resources.num_gpus}"
+        )
+    check_process_count(number, "--devices")
+    with ending_at_once(lambda: "nothing was measured yet"):
+        from pipekit.plan.decide import build_specs
+        from pipekit.plan.device import present_device
+        from pipekit.plan.search import search
+        from pipekit.training.prepare import load_trial
+
+        trial = load_trial(config)
+        prepared = trial.prepare(config, ProgressLines.on_stderr() if tell is None else lambda text, _: tell(text))
+        resolved, specs = build_specs(config, trial, prepared)
+        device = present_device(resources, number)
+        _, found = search(
+            resolved,
+            specs,
+            trial,
+            num_devices=number,
+            device=device,
+            is_gpu=bool(resources.num_gpus),
+            max_tp=max(max_tp, values.get("parallel.tp", 1)),
+            zero=ZERO_STAGES,
+            num_ranked=10_000,
+        )
+        choices, num_refused = list_choices(config, found, values)
+    with tempfile.TemporaryDirectory(prefix="pipekit-tune-", ignore_cleanup_errors=True) as folder:
+        yield TuneSession(
+            choices, num_refused, num_steps, limit_s, resources, prepared, Path(folder), number, device.name
+        )

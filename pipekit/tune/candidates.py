@@ -1,0 +1,142 @@
+"""Candidates of a tuning run: configurations that differ in layout, schedule, micro-batches, ZeRO and checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipekit.config import Config
+from pipekit.errors import ConfigError
+from pipekit.predictions.parallel_plan import ParallelPlan
+from pipekit.predictions.prediction import Prediction
+from pipekit.predictions.search import SearchResult
+from pipekit.tune.search import Candidate
+
+ZERO_STAGES = (0, 1, 2, 3)
+"""ZeRO stages that are compared; a pipeline takes the first two."""
+
+
+def tuned_keys(plan: ParallelPlan) -> dict[str, Any]:
+    """Configuration keys that tuning chooses, with the values of a plan."""
+    return {
+        "parallel.pp": plan.layout.pp,
+        "parallel.dp": plan.layout.dp,
+        "parallel.tp": plan.layout.tp,
+        "parallel.zero": plan.zero,
+        "parallel.schedule": plan.schedule,
+        "train.micro_batch_size": plan.micro_batch_size,
+        "train.activation_checkpointing": plan.checkpointing,
+    }
+
+
+# What is written for one layout, and fits no other.
+_OWN_KEYS: dict[str, Any] = {
+    "parallel.auto": False,
+    "parallel.partition": "flops",
+    "parallel.boundaries": None,
+    "parallel.stages_per_rank": None,
+    "parallel.max_in_flight": None,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration that can be measured.
+
+    Attributes:
+        config: the configuration.
+        changes: the keys that it changes in the user's.
+        prediction: what the plan foresees.
+    """
+
+    config: Config
+    changes: Mapping[str, Any]
+    prediction: Prediction
+
+    @property
+    def candidate(self) -> Candidate:
+        """The choice as the search takes it."""
+        plan = self.prediction.plan
+        return Candidate(
+            planned_s=self.prediction.step_time_s,
+            memory_bytes=self.prediction.memory_bytes,
+            properties={
+                "pp": float(plan.layout.pp),
+                "dp": float(plan.layout.dp),
+                "tp": float(plan.layout.tp),
+                "micro_batch_size": float(plan.micro_batch_size),
+                "num_micro_batches": float(plan.num_micro_batches),
+                "schedule": plan.schedule,
+                "zero": str(plan.zero),
+                "checkpointing": str(plan.checkpointing),
+            },
+        )
+
+
+def parse_fixed(config: Config, fixed: Sequence[str]) -> dict[str, Any]:
+    """Values of the keys that are not to be tuned.
+
+    Args:
+        config: the user's configuration, whose value a key alone keeps.
+        fixed: keys, such as `parallel.zero`, or keys with a value, such as `parallel.tp=1`.
+
+    Raises:
+        ConfigError: if a key is not tuned, or takes no such value.
+    """
+    known = [
+        *(f"parallel.{name}" for name in ("pp", "dp", "tp", "zero", "schedule")),
+        *(f"train.{name}" for name in ("micro_batch_size", "activation_checkpointing")),
+    ]
+    values: dict[str, Any] = {}
+    for text in fixed:
+        key, has_value, value = text.partition("=")
+        if key not in known:
+            raise ConfigError(f"--fix {text}: is not tuned; the keys that are tuned are {', '.join(known)}")
+        section, _, name = key.partition(".")
+        if has_value:
+            try:
+                values[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ConfigError(f"--fix {text}: {value!r} is not a value; try --fix {key} to keep yours") from None
+        else:
+            values[key] = getattr(getattr(config, section), name)
+            if values[key] == "auto":
+                raise ConfigError(f"--fix {key}: the configuration has {key}=auto; give a value, as in --fix {key}=1")
+    return values
+
+
+def list_choices(config: Config, found: SearchResult, fixed: Mapping[str, Any]) -> tuple[list[Choice], int]:
+    """Configurations to choose from, the one that is planned to be fastest first.
+
+    Args:
+        config: the user's.
+        found: the layouts that fit by the plan.
+        fixed: values of keys that are not to be tuned.
+
+    Returns:
+        The choices, and the number of layouts that a rule of the configuration refuses.
+
+    Raises:
+        ConfigError: if nothing is left.
+    """
+    choices, refusals = [], list[str]()
+    allowed = [
+        (prediction, keys)
+        for prediction in found.ranked
+        for keys in [tuned_keys(prediction.plan)]
+        if all(keys[key] == value for key, value in fixed.items())
+    ]
+    if not allowed:
+        shown = " ".join(f"--fix {key}={value}" for key, value in fixed.items())
+        raise ConfigError(f"{shown}: none of the {len(found.ranked)} layouts that fit has these values; fix fewer keys")
+    for prediction, keys in allowed:
+        try:
+            choices.append(Choice(config.updated({**_OWN_KEYS, **keys}), keys, prediction))
+        except ConfigError as error:
+            refusals.append(str(error))
+    if not choices:
+        raise ConfigError(f"a rule of the configuration refuses every layout; the first because {refusals[0]}")
+    return choices, len(refusals)
