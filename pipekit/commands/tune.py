@@ -78,13 +78,13 @@ def command(
     """Find the fastest layout, schedule, micro-batch size and ZeRO stage of a run by short runs; or a learning rate.
 
     The plan says which candidates there are and how fast they should be; the most promising are run for a few steps
-    each, and what they take corrects the plan for the others. The global batch, the model and the data stay as they are.
+    each, and what they take corrects the plan for the others. The global batch, the model and the data stay the same.
     """
     from pipekit.config.stored_code import check_stored_code
 
     tunes_rate = words[0] == "lr"
     path, *overrides = words[1:] if tunes_rate and len(words) > 1 else words
-    if tunes_rate and len(words) == 1 or "=" in path:
+    if (tunes_rate and len(words) == 1) or "=" in path:
         raise ConfigError(
             f"tune {' '.join(words)}: name the file: pipekit tune config.yaml, or pipekit tune lr config.yaml"
         )

@@ -93,7 +93,8 @@ def tuned_yaml(choice: Choice, *, measured_s: float, num_runs: int, num_candidat
     lines = [
         "# Found by pipekit tune: the fastest of",
         f"# {num_runs} measured configurations, of {num_candidates} candidates over {num_devices} devices.",
-        f"# A step took {seconds_text(measured_s)} (planned: {seconds_text(choice.prediction.step_time_s)}). Chosen were",
+        f"# A step took {seconds_text(measured_s)}, and {seconds_text(choice.prediction.step_time_s)} by the plan.",
+        "# Chosen were",
         *(f"#   {key}: {str(value).lower()}" for key, value in choice.changes.items()),
     ]
     return "\n".join(lines) + "\n" + choice.config.to_yaml()

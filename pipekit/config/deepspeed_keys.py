@@ -226,7 +226,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
      _refused(_OWN_CHECKPOINTS, callers=_ALL)),
     ("", "datastates_ckpt", Any, _refused(_OWN_CHECKPOINTS, callers=_ALL)),
     # Programs around the training.
-    ("", "autotuning", Any, _refused("DeepSpeed's autotuner starts runs of its own", callers=_ALL)),
+    ("", "autotuning", Any, _refused("DeepSpeed's autotuner starts runs of its own; see pipekit tune", callers=_ALL)),
     ("", "hybrid_engine", Any, _refused("pipekit trains with engines of its own", callers=_ALL)),
     ("", "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity "
      "graph_harvesting curriculum_learning progressive_layer_drop", Any, _refused(_REMOVED, callers=_ALL)),

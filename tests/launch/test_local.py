@@ -21,7 +21,7 @@ import pytest
 
 from pipekit.errors import ExitCode, LaunchError
 from pipekit.launch import local
-from pipekit.launch.failures import HangError
+from pipekit.launch.failures import HangError, TimeLimitError
 from pipekit.launch.local import run_local
 
 PRELUDE = """
@@ -80,6 +80,7 @@ def run(
     grace_s: float = 10,
     port: int | None = None,
     timeout_s: float = 600,
+    limit_s: float = 600,
 ) -> None:
     run_local(
         write_rank(folder, body),
@@ -89,6 +90,7 @@ def run(
         grace_s=grace_s,
         port=port,
         timeout_s=timeout_s,
+        limit_s=limit_s,
     )
 
 
@@ -140,6 +142,12 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     run(tmp_path, "pass", world_size=1)
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_ranks_that_take_longer_than_the_limit_are_ended(tmp_path: Path) -> None:
+    with pytest.raises(TimeLimitError, match=r"not finished within 1\.5 s"):
+        run(tmp_path, "time.sleep(300)", world_size=2, limit_s=1.5)
+    assert_nothing_left(tmp_path, num_pids=2)
 
 
 def test_one_rank_raises_while_the_others_sleep(tmp_path: Path) -> None:
