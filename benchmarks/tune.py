@@ -5,9 +5,9 @@
 For each model and number of processes, all candidates are run once. Then the search runs, with measurements of its own
 and a fifth as many runs as there are candidates. What it finds and the fastest five of the exhaustive search are then
 run in turns, `--rounds` times, so that what else the machine does falls on all of them alike; each one's time is the
-least of its medians, and the choice is judged by these. Ranks are forks of a process that has imported all, which train like new interpreters and start at
-once. Prints a table, writes JSON after each model, and exits with 1 where a choice is more than 5 % slower than the
-best, or took more than a fifth of the runs.
+least of its medians, and the choice is judged by these. Ranks are forks of a process that has imported all, which train
+like new interpreters and start at once. Prints a table, writes JSON after each setting, and exits with 1 where a choice
+is more than 5 % slower than the best, or took more than a fifth of the runs.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def parse_fixed(config: Config, fixed: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--fix {text}: {value!r} is not a value; try --fix {key} to keep yours") from None
         else:
             values[key] = getattr(getattr(config, section), name)
-            if values[key] == "auto":
-                raise ConfigError(f"--fix {key}: the configuration has {key}=auto; give a value, as in --fix {key}=1")
+            if values[key] in ("auto", None):
+                raise ConfigError(f"--fix {key}: the configuration leaves {key} open; give a value: --fix {key}=1")
     return values
 
 

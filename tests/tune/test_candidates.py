@@ -60,7 +60,7 @@ def test_what_no_layout_has_cannot_be_fixed(config: Config) -> None:
     ("text", "message"),
     [
         ("optimizer.lr=1", r"--fix optimizer\.lr=1: is not tuned; the keys that are tuned are parallel\.pp, "),
-        ("parallel.dp", r"the configuration has parallel\.dp=auto; give a value, as in --fix parallel\.dp=1"),
+        ("parallel.dp", r"the configuration leaves parallel\.dp open; give a value: --fix parallel\.dp=1"),
         ("parallel.tp=[", r"'\[' is not a value; try --fix parallel\.tp to keep yours"),
     ],
 )
