@@ -77,7 +77,7 @@ def compare(name: str, num_devices: int, rounds: int, console: Console) -> dict[
         (folder / "text.txt").write_text("\n".join(lines))
         config = configure(name, num_devices, folder)
         options: dict[str, Any] = {"num_devices": num_devices, "max_tp": num_devices, "fixed": FIXED}
-        with open_session(config, **options, num_steps=8, limit_s=120.0, tell=lambda _: None) as session:
+        with open_session(config, **options, num_steps=8, limit_s=120.0, tell=lambda *_: None) as session:
             number = len(session.choices)
             console.print(f"{name}, {num_devices} processes: {number} candidates", highlight=False)
             search = Search([choice.candidate for choice in session.choices])

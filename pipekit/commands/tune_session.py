@@ -7,20 +7,21 @@ import shutil
 import signal
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipekit.config import Config
-from pipekit.errors import LayoutError, PipekitError
+from pipekit.errors import LaunchError, LayoutError, PipekitError
+from pipekit.launch.environment import detect_ranks
 from pipekit.launch.failures import HangError, RankError, describe_failure
 from pipekit.launch.local import run_plan
 from pipekit.launch.rank import TIMING_TASK
 from pipekit.launch.resources import check_process_count, find_resources
 from pipekit.plan.resources import Resources
-from pipekit.progress import ProgressLines
+from pipekit.progress import ProgressCallback, ProgressLines
 from pipekit.signals import ending_at_once
 from pipekit.tune.candidates import ZERO_STAGES, Choice, list_choices, parse_fixed
 from pipekit.tune.search import Measured
@@ -124,7 +125,7 @@ def open_session(
     fixed: Sequence[str],
     num_steps: int,
     limit_s: float,
-    tell: Callable[[str], object] | None = None,
+    tell: ProgressCallback | None = None,
 ) -> Iterator[TuneSession]:
     """Prepare the data, plan the candidates, and yield them; what the runs write is removed in the end.
 
@@ -135,11 +136,17 @@ def open_session(
         fixed: keys that are not tuned, see `parse_fixed`.
         num_steps: steps that are timed in each run.
         limit_s: seconds after which a run is ended.
-        tell: told what is being done.
+        tell: told what is being done, in place of stderr.
 
     Raises:
+        LaunchError: if another launcher has started this process.
         PipekitError: if nothing fits.
     """
+    if (ranks := detect_ranks(os.environ)) is not None:
+        raise LaunchError(
+            f"pipekit tune starts the processes itself, and is already one that {ranks.launcher} has started; start it "
+            "alone"
+        )
     values = parse_fixed(config, fixed)
     resources = find_resources(os.environ, config, asks_gpu=True)
     number = num_devices or resources.num_devices
@@ -156,7 +163,7 @@ def open_session(
         from pipekit.training.prepare import load_trial
 
         trial = load_trial(config)
-        prepared = trial.prepare(config, ProgressLines.on_stderr() if tell is None else lambda text, _: tell(text))
+        prepared = trial.prepare(config, tell or ProgressLines.on_stderr())
         resolved, specs = build_specs(config, trial, prepared)
         device = present_device(resources, number)
         _, found = search(
