@@ -18,11 +18,11 @@ from pipekit.errors import LaunchError, LayoutError, PipekitError
 from pipekit.launch.environment import detect_ranks
 from pipekit.launch.failures import HangError, RankError, describe_failure
 from pipekit.launch.local import run_plan
-from pipekit.launch.rank import TIMING_TASK
 from pipekit.launch.resources import check_process_count, find_resources
 from pipekit.plan.resources import Resources
 from pipekit.progress import ProgressCallback, ProgressLines
 from pipekit.signals import ending_at_once
+from pipekit.tune import TIMING_TASK
 from pipekit.tune.candidates import ZERO_STAGES, Choice, list_choices, parse_fixed
 from pipekit.tune.search import Measured
 

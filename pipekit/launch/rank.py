@@ -18,8 +18,7 @@ from pathlib import Path
 from pipekit.launch.environment import detect_ranks
 from pipekit.launch.trial import TRIAL_TASK, run_trial_rank
 from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s, tie_to_parent
-
-TIMING_TASK = "time"
+from pipekit.tune import TIMING_TASK
 
 
 def main(arguments: Sequence[str]) -> None:
