@@ -79,6 +79,7 @@ class FakeEngine(TrainingEngine):
         self.trained: list[list[int]] = []
         self.evaluated: list[list[int]] = []
         self.num_checks = 0
+        self.batch_size = 4
         self._norms = norms
 
     def train_micro_batch_size_per_gpu(self) -> int:
@@ -86,6 +87,12 @@ class FakeEngine(TrainingEngine):
 
     def gradient_accumulation_steps(self) -> int:
         return 2
+
+    def train_batch_size(self) -> int:
+        return self.batch_size
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        self.batch_size = train_batch_size
 
     def set_lr(self, lr: float, momentum: float | None = None) -> None:
         self.rates.append(lr)
@@ -95,7 +102,7 @@ class FakeEngine(TrainingEngine):
         self.skipped_steps += not math.isfinite(self._norm)
         return torch.tensor(10.0 - len(self.trained))
 
-    def eval_batch(self, batches: Iterator[Any], *, observe: Any) -> Tensor:
+    def eval_batch(self, batches: Iterator[Any], *, num_micro_batches: int, observe: Any) -> Tensor:
         pairs = list(batches)
         self.evaluated.append([int(sample) for inputs, _ in pairs for sample in inputs])
         for inputs, labels in pairs:

@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens, D hidden size, H heads, E head size (D = H * E), 
 
 `dropout` is the probability of zeroing an attention weight and an output, `eps` is of the norms, `init_std` the
 standard deviation of the initial weights, and `residual_std` that of the last projection of attention or MLP.
+`residual_scale` multiplies what a block adds to its input; it is 1 but under progressive layer drop.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class _NormedModule(TensorParallelModule):
     """Base of attention and MLP: norms of their input and output, and dropout."""
 
     sequence_flow = SHARDED
+    residual_scale = 1.0
 
     def __init__(self, hidden_size: int, *, norm: Norm, norm_place: NormPlace, eps: float, dropout: float) -> None:
         super().__init__()
@@ -339,7 +341,7 @@ class AttentionHalf(Attention):
 
     def forward(self, x: Hidden) -> Hidden:  # type: ignore[override]
         x, positions = take_positions(x)
-        y: Tensor = x + super().forward(x, positions)
+        y = torch.add(x, super().forward(x, positions), alpha=self.residual_scale)
         return y if positions is None else (y, positions)
 
 
@@ -402,7 +404,7 @@ class MLPHalf(MLP):
 
     @passing_positions
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return torch.add(x, super().forward(x), alpha=self.residual_scale)
 
 
 class ParallelBlock(TensorParallelModule):
@@ -414,6 +416,7 @@ class ParallelBlock(TensorParallelModule):
     sequence_flow = SHARDED
     supports_cache = True
     takes_documents = True
+    residual_scale = 1.0
 
     def __init__(
         self,
@@ -439,5 +442,5 @@ class ParallelBlock(TensorParallelModule):
         x, positions = take_positions(x)
         attended: Tensor = self.attention(x, positions)
         expanded: Tensor = self.mlp(x)
-        y = x + attended + expanded
+        y = x.add(attended, alpha=self.residual_scale).add(expanded, alpha=self.residual_scale)
         return y if positions is None else (y, positions)

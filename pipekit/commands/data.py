@@ -152,12 +152,13 @@ def _inspect(config: Config, prepared: PreparedData, num_samples: int, *, is_run
 
 
 def _inspect_run(config: Config, prepared: PreparedData) -> dict[str, Any]:
+    from pipekit.config.growth import describe_batch, tokens_of_steps
     from pipekit.training.language_model import count_epochs
 
-    steps, batch, sequence = config.train.steps, config.train.global_batch_size, config.train.sequence_length
+    steps = config.train.steps
     return {
-        "num_tokens": steps * batch * sequence,
-        "text": f"{steps:,} steps of {batch:,} sequences of {sequence:,} tokens",
+        "num_tokens": tokens_of_steps(config.train, steps),
+        "text": f"{steps:,} steps of {describe_batch(config.train)}",
         "epochs": count_epochs(config, prepared),
     }
 

@@ -239,6 +239,10 @@ def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[
     }
     if config.train.precision not in ("fp32", "auto"):
         notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")
+    for key in ("curriculum", "batch_warmup", "layer_drop"):
+        if getattr(config.train, key) is not None:
+            changes[f"train.{key}"] = None
+            notes.append(f"train.{key} was left out: layouts are compared by whole batches through every block")
     shares_layers = any(candidate.layout.tp > 1 for candidate in candidates)
     for key, dropout in config.model.dropouts.items() if shares_layers else ():
         changes[key] = 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipekit.config.growth import steps_of_tokens
+from pipekit.config.growth_rules import growth_is_sound
 from pipekit.optimizers.learning_rates import SCHEDULES, argument_faults, takes
 from pipekit.optimizers.table import OPTIMIZERS, SECTION_KEYS
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
@@ -12,11 +14,6 @@ from pipekit.settings.base import Fault, alternatives, rule_fault, show
 if TYPE_CHECKING:
     from pipekit.config.optimizer_config import OptimizerConfig, OptimizerGroup, SchedulerConfig
     from pipekit.config.schema import TrainConfig
-
-
-def steps_of_tokens(num_tokens: int | None, train: TrainConfig) -> int | None:
-    """Steps that so many tokens take, the last of which may have more than are left; None for None."""
-    return None if num_tokens is None else -(-num_tokens // (train.global_batch_size * train.sequence_length))
 
 
 def warmup_ends_before_decay(scheduler: SchedulerConfig, train: TrainConfig) -> Iterator[Fault]:
@@ -37,6 +34,8 @@ def warmup_ends_before_decay(scheduler: SchedulerConfig, train: TrainConfig) -> 
                 f"scheduler.{name}_tokens={tokens} and scheduler.{name}_steps={steps} both give one length; leave one "
                 "of them out",
             )
+    if not growth_is_sound(train):
+        return
     warm_up, decay = (steps_of_tokens(tokens, train) for tokens in (scheduler.warmup_tokens, scheduler.decay_tokens))
     warm_up, decay = warm_up or scheduler.warmup_steps, decay or decay_steps
     if decay is not None and warm_up > decay and (scheduler.warmup_tokens or scheduler.decay_tokens):

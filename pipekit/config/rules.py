@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipekit.config.data_rules import DATA_RULES
 from pipekit.config.deepspeed_json import check_passed_on
+from pipekit.config.growth_rules import GROWTH_RULES, warmup_fault
 from pipekit.config.optimizer_rules import OPTIMIZER_RULES
 from pipekit.errors import ConfigError
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
@@ -350,7 +351,7 @@ def batch_fault(train: TrainConfig, dp: int) -> Fault | None:
     """Return the fault in the batch sizes for `dp` data-parallel ranks; None if there is none."""
     unit = train.micro_batch_size * dp
     if train.global_batch_size % unit == 0:
-        return None
+        return warmup_fault(train, dp)
     sizes = near_multiples(train.global_batch_size, unit)
     product = f" x dp={dp}, which is {unit}" if dp > 1 else ""
     remedy = f"try train.global_batch_size={alternatives(sizes)}"
@@ -434,6 +435,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("lora", "model"), lora_has_one_base),
     (("train", "callbacks"), tasks_have_evaluations),
     *OPTIMIZER_RULES,
+    *GROWTH_RULES,
     *DATA_RULES,
     (("deepspeed",), check_passed_on),
     (("parallel",), processes_are_possible),

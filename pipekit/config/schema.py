@@ -25,9 +25,10 @@ from pydantic import (
 
 from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
 from pipekit.config.data_config import DataConfig
+from pipekit.config.growth import steps_of_tokens
+from pipekit.config.growth_config import BatchWarmupConfig, CurriculumConfig, LayerDropConfig
 from pipekit.config.lora_config import LoraConfig
 from pipekit.config.optimizer_config import OptimizerConfig, SchedulerConfig
-from pipekit.config.optimizer_rules import steps_of_tokens
 from pipekit.config.rules import MOST_PROCESSES, check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -294,6 +295,21 @@ class TrainConfig(Section):
     check_computation: PositiveInt | None = Field(default=None, examples=[1000])
     """Steps between those that are computed twice and compared bit for bit, to find a rank that computes wrongly; null
     never does."""
+
+    curriculum: CurriculumConfig | None = Field(
+        default=None, examples=[{"min_difficulty": 64, "total_curriculum_step": 15_000}]
+    )
+    """Curriculum by sequence length: the lengths with which training begins; null trains on whole sequences."""
+
+    batch_warmup: BatchWarmupConfig | None = Field(
+        default=None, examples=[{"start": 2, "increment": 2, "samples": 10_000}]
+    )
+    """Batch-size warm-up: the sizes with which training begins; null has `global_batch_size` in every step."""
+
+    layer_drop: Annotated[LayerDropConfig | None, switch(LayerDropConfig)] = Field(
+        default=None, examples=[{"theta": 0.5, "gamma": 0.001}]
+    )
+    """Progressive layer drop: true, or a mapping of settings; null trains every block in every step."""
 
 
 class _CheckpointFields(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class BatchLoader:
         dp_rank: this rank's index along the data axis.
         dp: the data-parallel degree.
         collate: makes a micro-batch of a list of samples; by default stacks pairs of inputs and labels.
+        batch_size_at: returns the samples of the step at a position, a multiple of `micro_batch_size * dp`; always
+            `global_batch_size` unless given.
 
     Raises:
         ConfigError: if `micro_batch_size * dp` does not divide `global_batch_size`, or `dp_rank` is not in `[0, dp)`.
@@ -47,6 +49,7 @@ class BatchLoader:
     dp_rank: int = 0
     dp: int = 1
     collate: Collate | None = None
+    batch_size_at: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
         batch, micro, dp = self.global_batch_size, self.micro_batch_size, self.dp
@@ -62,12 +65,22 @@ class BatchLoader:
                 f"the sample order is for {self.order.num_samples} samples and the dataset has {len(self.dataset)}; "
                 "make it with SampleOrder(len(dataset), ...)"
             )
-        self.num_micro_batches = batch // (micro * dp)
+
+    def end_of_step(self, consumed_samples: int) -> int:
+        """The position after the step that starts after `consumed_samples` samples."""
+        return consumed_samples + (
+            self.global_batch_size if self.batch_size_at is None else self.batch_size_at(consumed_samples)
+        )
+
+    def num_micro_batches(self, consumed_samples: int) -> int:
+        """This rank's micro-batches of the step that starts after `consumed_samples` samples."""
+        size = self.end_of_step(consumed_samples) - consumed_samples
+        return size // (self.micro_batch_size * self.dp)
 
     def step_batches(self, consumed_samples: int) -> list[Any]:
         """Return this rank's micro-batches of the step that starts after `consumed_samples` samples.
 
-        The next step starts after `consumed_samples + global_batch_size`.
+        The next step starts after `end_of_step(consumed_samples)`.
 
         Returns:
             `num_micro_batches` pairs of inputs `(b, ...)` and labels `(b, ...)`, with `b = micro_batch_size`; or what
@@ -85,7 +98,7 @@ class BatchLoader:
 
     def step_indices(self, consumed_samples: int) -> list[list[int]]:
         """The samples of each micro-batch of `step_batches`."""
-        num_samples = self.num_micro_batches * self.micro_batch_size
+        num_samples = self.num_micro_batches(consumed_samples) * self.micro_batch_size
         indices = self.order.indices(consumed_samples + self.dp_rank * num_samples, num_samples).tolist()
         return [
             indices[first : first + self.micro_batch_size] for first in range(0, num_samples, self.micro_batch_size)

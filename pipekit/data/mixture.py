@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -258,7 +258,14 @@ class Mixture:
     seed: int
     shuffle: bool = True
 
-    def order(self, *, step: int = 0, position: int = 0, batch_size: int, phase: Phase | None = None) -> MixtureOrder:
+    def order(
+        self,
+        *,
+        step: int = 0,
+        position: int = 0,
+        batch_size: int | Callable[[int], int],
+        phase: Phase | None = None,
+    ) -> MixtureOrder:
         """Return the order of a run that goes on after `step` steps, which have consumed `position` samples.
 
         Of what came before, `phase` tells all: the stages that are over, and the limits, may have been other ones.
@@ -266,11 +273,13 @@ class Mixture:
         Args:
             step: steps made.
             position: samples consumed by them.
-            batch_size: samples of each step from there on.
+            batch_size: samples of each step from there on, or a function that returns those of so many steps together.
             phase: the phase of `position`; None at the start of a run.
         """
         begun = [weights for after, weights in self.stages if after <= step][-1]
-        coming = [(position + (after - step) * batch_size, weights) for after, weights in self.stages if after > step]
+        each = batch_size
+        samples_of = each if callable(each) else lambda num_steps: num_steps * each
+        coming = [(position + samples_of(after - step), weights) for after, weights in self.stages if after > step]
         phases = [phase or Phase(position, (0,) * len(self.sources), (0,) * len(self.sources))]
         for (start, weights), (end, _) in pairwise([(position, begun), *coming, (math.inf, begun)]):
             while start < end:

@@ -103,7 +103,7 @@ class Workers:
         Raises:
             DataError: if a worker has ended, or does not answer in time. What the dataset raises arises here, too.
         """
-        for place in range(self._loader.num_micro_batches):
+        for place in range(self._loader.num_micro_batches(consumed_samples)):
             with self._lock:
                 if not self._is_started:
                     self._wait_for_start()
@@ -120,7 +120,7 @@ class Workers:
                 self._receive()
             self._ask(position, skip=place)
         # While the rank trains on one step, and has the next, the workers read what follows.
-        while len(self._asked) <= self._loader.num_micro_batches + 2 * len(self._sockets):
+        while len(self._asked) <= self._loader.num_micro_batches(position) + 2 * len(self._sockets):
             try:
                 self._ask(self._next_position)
             except DataError:  # arises again where that step is read
@@ -141,7 +141,7 @@ class Workers:
                 raise self._ended(worker) from error
             self._asked.append((worker, position, place))
             self._next_worker = (worker + 1) % len(self._sockets)
-        self._next_position = position + self._loader.global_batch_size
+        self._next_position = self._loader.end_of_step(position)
 
     def _receive(self) -> Any:
         worker, position, place = self._asked.popleft()

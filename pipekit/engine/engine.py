@@ -75,6 +75,10 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
             self._running_engine_backward = False
         own_loss = self._mean_of_replicas(losses)
         loss = self._sum_loss_along(own_loss)
+        if self.module.layer_drop is not None:
+            # A block that every micro-batch leaves out is updated all the same, with a gradient of zero.
+            for parameter in filter(lambda each: each.requires_grad, self.module.parameters()):
+                self.view.gradient_or_zeros(parameter)
         self._reducer.finish()
         self._reduce_gradients_of_tensor_replicas()
         self._reduce_tied_gradients()

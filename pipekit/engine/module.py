@@ -26,6 +26,7 @@ from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.tensor_group import ProcessTensorGroup
 from pipekit.errors import ConfigError
 from pipekit.layers.attention_core import recompute_attention
+from pipekit.layers.layer_drop import LayerDrop, number_blocks
 from pipekit.layers.parameters import count_layer_parameters
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_layer, flow_of_spec, layer_names
 from pipekit.partitioners import PartitionInputs, partition
@@ -35,6 +36,7 @@ from pipekit.settings.activations import KEY, ActivationCheckpointing
 from pipekit.tensor_parallel import SequenceFlow, shard_layer, shard_of
 from pipekit.tensor_parallel.flow import convert
 from pipekit.tensor_parallel.kept_inputs import KeptInputs
+from pipekit.tensors.nested import map_tensors
 from pipekit.tensors.weight_gradients import split_linear, split_uncompiled_linear
 
 Activations = Any
@@ -89,6 +91,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             once. Random numbers stay those of uncompiled layers.
         loss_weight: called on the last stage as `loss_weight(labels)`; returns what a micro-batch counts in the mean
             loss of the global batch. None counts all alike.
+        layer_drop: with which probabilities blocks are left out in training; None keeps all.
 
     Raises:
         PipekitError: if layers, degrees and processes do not fit together.
@@ -118,6 +121,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         checkpointing: ActivationCheckpointing | None = None,
         compile_layers: bool = False,
         loss_weight: Callable[[Any], Tensor | None] | None = None,
+        layer_drop: LayerDrop | None = None,
     ) -> None:
         nn.Module.__init__(self)
         if not seed_layers:
@@ -135,6 +139,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.layer_specs = recompute_attention(adopt_layers(layers), checkpointing)
         self.layer_names = layer_names(self.layer_specs)
         self.loss_fn, self.loss_weight = loss_fn, loss_weight
+        self.layer_drop = layer_drop
+        self._blocks = {} if layer_drop is None else number_blocks(self.layer_specs)
         self.seed = base_seed
         self._seed = seed_fn or _seed_generators
         self.checkpointable_layers = None if checkpointable_layers is None else set(checkpointable_layers)
@@ -386,7 +392,11 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             for layer_idx in layers:
                 if dropout_path is not None:
                     self._seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
-                inputs = self._layers[layer_idx](self._as_taken(inputs, layer_idx))
+                inputs = self._as_taken(inputs, layer_idx)
+                if self._keeps(layer_idx, dropout_path):
+                    inputs = self._layers[layer_idx](inputs)
+                else:
+                    inputs = map_tensors(partial(_reaching_back, self.module_of(layer_idx)), inputs)
                 if self.observe_layer is not None:
                     self.observe_layer(layer_idx, inputs, dropout_path)
             if layer_idx == len(self.layer_specs) - 1:
@@ -394,6 +404,21 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                     inputs, is_shard=self.returns_shard(layer_idx), wants_shard=False, group=self.tensor_group
                 )
         return inputs
+
+    def _keeps(self, layer_idx: int, dropout_path: tuple[int, int] | None) -> bool:
+        """Scale what a layer adds to its input for one micro-batch; False if the layer is left out."""
+        if layer_idx not in self._blocks or self.layer_drop is None:
+            return True
+        scale: float | None = 1.0
+        if dropout_path is not None:
+            step, micro_batch = dropout_path
+            num_blocks = max(self._blocks.values())
+            scale = self.layer_drop.draw_scale(
+                self._blocks[layer_idx], num_blocks, seed=self.seed, step=step, micro_batch=micro_batch
+            )
+        if scale is not None:
+            self.module_of(layer_idx).residual_scale = scale  # type: ignore[assignment]
+        return scale is not None
 
     def returns_shard(self, layer_idx: int) -> bool:
         """True if one of this rank's layers returns a shard of the sequence."""
@@ -455,6 +480,16 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             owned = self.layer_names.index(layer_name) in held
             for name, tensor in named(self.module_of(layer_idx)):
                 yield f"{layer_name}.{name}", tensor, owned
+
+
+def _reaching_back(left_out: nn.Module, passed: Tensor) -> Tensor:
+    """Let gradients reach what a layer that is left out passes on, as they would through its weights."""
+    if passed.requires_grad or not torch.is_grad_enabled() or not passed.is_floating_point():
+        return passed
+    if not any(parameter.requires_grad for parameter in left_out.parameters()):
+        return passed
+    # Whether a stage's output has a gradient must not differ between micro-batches.
+    return passed.detach().requires_grad_()
 
 
 def _seed_generators(seed: int) -> None:

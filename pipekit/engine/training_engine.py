@@ -51,6 +51,7 @@ class TrainingEngine(BaseEngine):
     data_iterator: Iterator[Any] | None
     steps_per_print: Callable[[], int | None]
     set_dataiterator: Callable[[Iterator[Any] | None], None]
+    set_train_batch_size: Callable[[int], None]
     dataloader_drop_last: Callable[[], bool | None]
     zero_optimization_stage: Callable[[], int]
     is_compiled: bool

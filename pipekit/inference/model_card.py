@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipekit.checkpoint.manifest import Manifest
 from pipekit.config import Config
+from pipekit.config.growth import tokens_of_steps
 
 CARD_FILE = "README.md"
 
@@ -26,11 +27,14 @@ def model_card(
     """
     training, train = manifest.training, config.train
     pipekit = f"pipekit {manifest.written_by['pipekit']}" if "pipekit" in manifest.written_by else "pipekit"
+    tokens, up_to = training.consumed_samples * train.sequence_length, ""
+    if train.curriculum is not None:
+        tokens, up_to = tokens_of_steps(train, training.step), "up to "
     losses = {"Loss": "loss", "Validation loss": "val_loss"}
     facts = {
         "Steps": f"{training.step:,}",
-        "Samples": f"{training.consumed_samples:,} of {train.sequence_length:,} tokens",
-        "Tokens": f"{training.consumed_samples * train.sequence_length:,}",
+        "Samples": f"{training.consumed_samples:,} of {up_to}{train.sequence_length:,} tokens",
+        "Tokens": f"{tokens:,}",
         **({"Data": ", ".join(_sources(config))} if has_text else {}),
         "Optimizer": f"{config.optimizer.type}, peak learning rate {config.optimizer.lr:g}, "
         f"{config.scheduler.type} schedule, global batch size {train.global_batch_size:,}",

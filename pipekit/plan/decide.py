@@ -15,6 +15,7 @@ from pipekit.costs.model import describe_model
 from pipekit.errors import ConfigError
 from pipekit.layers.attention_core import recompute_attention
 from pipekit.layers.freezing import freeze
+from pipekit.layers.layer_drop import number_blocks
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec, build_on_meta, layer_names
 from pipekit.models import adapted_layers
 from pipekit.models.custom import check_specs
@@ -184,6 +185,8 @@ def build_trained_layers(config: Config, trial: TrialType) -> list[LayerSpec]:
             `train.activation_checkpointing`, does not fit it.
     """
     specs = trial.build_layers(config)
+    if config.train.layer_drop is not None:
+        number_blocks(specs)
     check_specs(specs, where=f"{getattr(trial, '__name__', 'trial')}.build_layers")
     specs = freeze(adapted_layers(config, specs), config.train.freeze)
     specs = recompute_attention(specs, config.train.activation_checkpointing)

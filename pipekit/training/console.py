@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pipekit.config import Config
+from pipekit.config.growth import describe_batch
 from pipekit.line_files import LossyOutput
 from pipekit.models.custom import CustomModelConfig
 from pipekit.plan.plan import Plan
@@ -92,7 +93,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("device", f"{plan.device}, {plan.precision}"),
         (
             "batch",
-            f"{batch.global_batch_size} sequences of {config.train.sequence_length} tokens: {batch.num_micro_batches} "
+            f"{describe_batch(config.train)}: {batch.num_micro_batches} "
             f"micro-{_plural(batch.num_micro_batches, 'batch')} of {batch.micro_batch_size} on each of {batch.dp} "
             f"{_plural(batch.dp, 'replica')}, {config.parallel.schedule}",
         ),

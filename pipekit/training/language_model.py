@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from pipekit.config import Config
+from pipekit.config.growth import samples_of_steps
 from pipekit.costs.example import Example, language_model_example
 from pipekit.data.collate import MapDataset
 from pipekit.data.mixture import MixedSource, Mixture, whole_weights
@@ -149,10 +150,10 @@ def count_epochs(config: Config, data: PreparedData) -> dict[str, float]:
         DataError: if a source does not hold even one sample.
     """
     sizes = [len(_build_samples(config, source, held_out=False)) for source in data.sources]
-    num_samples = config.train.steps * config.train.global_batch_size
+    num_samples = samples_of_steps(config.train, config.train.steps)
     mixture, counts = _plan_mixture(config, data, sizes), {data.sources[0].name: num_samples}
     if mixture is not None:
-        order = mixture.order(batch_size=config.train.global_batch_size)
+        order = mixture.order(batch_size=partial(samples_of_steps, config.train))
         counts = order.counts(int(min(num_samples, order.end)))
     return {source.name: counts[source.name] / size for source, size in zip(data.sources, sizes, strict=True)}
 

@@ -15,6 +15,7 @@ from typing import Any
 from pipekit.checkpoint.manifest import EMA, TrainingState, checkpoint_name
 from pipekit.checkpoint.retention import Retention
 from pipekit.config.callbacks_config import CallbacksConfig
+from pipekit.config.growth import batch_size_at, sequence_length_at
 from pipekit.config.trial_config import TrialConfig, TrialRunConfig
 from pipekit.data.tokenizer import tokenizer_files
 from pipekit.deepspeed.deepspeed_config import plan_deepspeed_config
@@ -33,6 +34,7 @@ from pipekit.engine.stopwatch import Moment
 from pipekit.engine.training_engine import TrainingEngine
 from pipekit.files import late_limit_s
 from pipekit.inference.base_weights import base_record
+from pipekit.layers.layer_drop import LayerDrop
 from pipekit.plan.run_folder import check_data
 from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
@@ -191,20 +193,26 @@ class LayersRun(Trial):
         lr = self.hooks.learning_rate(batch_idx)
         self.engine.set_lr(lr, self.hooks.momentum(batch_idx))
         started = Moment.now(device)
-        following = self.data.consumed_samples + train.global_batch_size
+        first = self.data.consumed_samples
+        batch_size, length = batch_size_at(train, first), sequence_length_at(train, step)
+        following = first + batch_size
         then = following if step < train.steps else None
+        if train.batch_warmup is not None and batch_size != self.engine.train_batch_size():
+            self.engine.set_train_batch_size(batch_size)
         self.data.waited_s = 0.0
         with self.step_times.timing(step) if self.step_times is not None else nullcontext():
-            loss = self.watch.train_batch(step, lambda: self._read(then), end=following)
+            loss = self.watch.train_batch(step, lambda: self._read(then, length), samples=range(first, following))
         launched = LaunchedStep(
             lr=lr,
-            num_tokens=train.global_batch_size * train.sequence_length,
+            num_tokens=batch_size * length,
             ended=Moment.now(device),
             loss=LateNumber(loss),
             grad_norm=self.engine.late_grad_norm,
             started=started,
             waited_s=self.data.waited_s,
-            others=self.data.metrics(following) | ({} if self.step_times is None else self.step_times.metrics),
+            others=self.data.metrics(following)
+            | self._growth(batch_idx, batch_size, length)
+            | ({} if self.step_times is None else self.step_times.metrics),
         )
         self.data.consumed_samples = following
         if train.check_replicas is not None and step % train.check_replicas == 0:
@@ -214,6 +222,19 @@ class LayersRun(Trial):
             if self.run.mpu.should_report_metrics:
                 save_profile(timeline, self.run.folder.profile / f"step-{step:08d}")
         return launched
+
+    def _growth(self, batch_idx: int, batch_size: int, length: int) -> dict[str, float]:
+        """Sizes and probabilities that differ between steps, of the step after `batch_idx` others."""
+        train, drop = self.config.train, self._layer_drop()
+        return {
+            **({} if train.batch_warmup is None else {"global_batch_size": batch_size}),
+            **({} if train.curriculum is None else {"sequence_length": length}),
+            **({} if drop is None else {"layer_drop_theta": drop.theta_at(batch_idx)}),
+        }
+
+    def _layer_drop(self) -> LayerDrop | None:
+        drop = self.config.train.layer_drop
+        return None if drop is None else LayerDrop(drop.theta, drop.gamma)
 
     def evaluate_full_dataset(self, data_loader: Any) -> dict[str, float]:
         """Return the held-out loss and the hooks' metrics over the same batches every time, under any layout."""
@@ -238,7 +259,9 @@ class LayersRun(Trial):
             if batch and self.context.should_stop():
                 raise EvaluationStopped
             batches = self.data.read_held_out(source, batch, is_last=batch + 1 == train.eval_batches)
-            losses.append(float(self.engine.eval_batch(batches, observe=observe)))
+            num_micro_batches = self.run.plan.batch.num_micro_batches
+            loss = self.engine.eval_batch(batches, num_micro_batches=num_micro_batches, observe=observe)
+            losses.append(float(loss))
             total = self.engine.executor.total_weight
             weights.append(self.run.reduce_mean(1.0 if total is None else float(total)))
         num_micro_batches = train.eval_batches * self.run.plan.batch.num_micro_batches
@@ -265,8 +288,10 @@ class LayersRun(Trial):
             checkpointing=train.activation_checkpointing,
             device=self.run.device,
             sequence_parallel=parallel.sequence_parallel,
-            schedule=plan.schedule,
+            # By its name, it is planned for each number of micro-batches.
+            schedule=plan.schedule if train.batch_warmup is None else parallel.schedule,
             compile_layers=train.compile,
+            layer_drop=self._layer_drop(),
         )
         name_parameters((name, parameter) for name, parameter, _ in module.named_logical_parameters())
         return build_engine(
@@ -287,10 +312,10 @@ class LayersRun(Trial):
             profile=self.config.logging.profile,
         )
 
-    def _read(self, then: int | None) -> Iterator[MicroBatch] | None:
+    def _read(self, then: int | None, length: int) -> Iterator[MicroBatch] | None:
         if self.step_times is None:
-            return self.data.read(then)
-        return self.step_times.read(lambda: self.data.read(then))
+            return self.data.read(then, length=length)
+        return self.step_times.read(lambda: self.data.read(then, length=length))
 
 
 class LayersLoop(TrialLoop):

@@ -96,26 +96,26 @@ class NumbersWatch(TrialCallback):
         self._rollbacks: dict[int, int] = {}
         self._detector: SpikeDetector | None = None
         self._num_seen = 0
-        self._ends: dict[int, int] = {}
+        self._samples: dict[int, range] = {}
         if train.spike_threshold is not None:
             self._detector = SpikeDetector(window=train.spike_window, threshold=train.spike_threshold)
             if train.on_spike == "skip":
                 engine.view.accepts = lambda loss: not self._see(self._step, loss)
 
-    def train_batch(self, step: int, batches: Batches, *, end: int) -> Tensor:
+    def train_batch(self, step: int, batches: Batches, *, samples: range) -> Tensor:
         """Launch a step, and look at what came of it.
 
         Args:
             step: its number, counted from 1.
             batches: its data.
-            end: position in the training data after its batch.
+            samples: positions of its batch in the training data.
 
         Returns:
             Its loss.
         """
         engine, self._step = self._engine, step
         # The loss of the step before may not have been read yet.
-        self._ends = {each: position for each, position in self._ends.items() if each == step - 1} | {step: end}
+        self._samples = {each: those for each, those in self._samples.items() if each == step - 1} | {step: samples}
         self._num_trained += 1
         may_overflow, skipped, scaler = engine.view.may_overflow, engine.skipped_steps, engine.view.loss_scaler_state()
         every = self._config.train.check_computation
@@ -173,8 +173,8 @@ class NumbersWatch(TrialCallback):
         score = self._detector.add(loss)
         if score is None or score <= self._detector.threshold:
             return False
-        end = self._ends[step]
-        spike = Spike(step, loss, score, end - self._config.train.global_batch_size, end)
+        samples = self._samples[step]
+        spike = Spike(step, loss, score, samples.start, samples.stop)
         self._spikes.append(spike)
         self._warnings.append(f"{spike}{'; its update is left out' if self._config.train.on_spike == 'skip' else ''}")
         if self._config.train.on_spike == "rollback" and self.spike is None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from functools import partial
 
+from pipekit.config.growth import batch_size_at, samples_of_steps
 from pipekit.data.batch_loader import BatchLoader
 from pipekit.data.collate import MapDataset
 from pipekit.data.mixture import Mixture, MixtureOrder, MixtureState, Phase
 from pipekit.data.order import SampleOrder
 from pipekit.data.prefetch import Prefetcher
+from pipekit.data.truncate import truncate_sequences
 from pipekit.data.workers import Workers
 from pipekit.distributed.processes import gather_objects, run_together
 from pipekit.engine.micro_batches import MicroBatch
@@ -50,6 +54,8 @@ class RunData:
             return None
         dataset = self._checked(hooks.build_train_dataset(), "build_train_dataset")
         loader = self._loader(dataset, shuffle=config.data.shuffle)
+        if config.train.batch_warmup is not None:
+            loader.batch_size_at = partial(batch_size_at, config.train)
         workers = None
         if config.data.workers:
             workers = Workers(loader, config.data.workers, timeout_s=config.run.timeout_s)
@@ -106,9 +112,11 @@ class RunData:
 
     def _set_order(self, mixture: Mixture, step: int, phase: Phase | None) -> None:
         train, position = self._config.train, self.consumed_samples
-        order = mixture.order(step=step, position=position, batch_size=train.global_batch_size, phase=phase)
-        if position + max(0, train.steps - step) * train.global_batch_size > order.end:
-            last = step + int(order.end - position) // train.global_batch_size
+        samples_of = partial(samples_of_steps, train, position=position)
+        order = mixture.order(step=step, position=position, batch_size=samples_of, phase=phase)
+        left = max(0, train.steps - step)
+        if position + samples_of(left) > order.end:
+            last = step - 1 + bisect_right(range(left + 1), order.end - position, key=samples_of)
             remedy = f"train.steps={last}, or " if last else ""
             raise ConfigError(
                 f"train.steps={train.steps}: the sources of data.mixture give samples for {last} steps within their "
@@ -132,12 +140,21 @@ class RunData:
             f"epochs/{name}": count / sizes[name] for name, count in counts.items()
         }
 
-    def read(self, then: int | None) -> Iterator[MicroBatch] | None:
-        """Return the micro-batches at the position, on ranks that read; those at `then` are read meanwhile."""
+    def read(self, then: int | None, *, length: int | None = None) -> Iterator[MicroBatch] | None:
+        """Return the micro-batches at the position, on ranks that read; those at `then` are read meanwhile.
+
+        Args:
+            then: the position of the next step; None where there is none.
+            length: tokens of each sequence to keep; None keeps all.
+        """
         started_s = time.perf_counter()
         batches = _batches(self._train, self.consumed_samples, then)
         self.waited_s += time.perf_counter() - started_s
-        return batches
+        longest = self._config.train.sequence_length
+        if batches is None or length in (None, longest):
+            return batches
+        assert length is not None
+        return (truncate_sequences(batch, length, longest=longest) for batch in batches)
 
     def read_held_out(self, name: str, batch: int, *, is_last: bool) -> Iterator[MicroBatch] | None:
         """Return the micro-batches of a global batch of the held-out samples of a source, on ranks that read."""

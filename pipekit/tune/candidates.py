@@ -13,6 +13,7 @@ from pipekit.errors import ConfigError
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import Prediction
 from pipekit.predictions.search import SearchResult
+from pipekit.settings.activations import ActivationCheckpointing
 from pipekit.tune.search import Candidate
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -28,8 +29,12 @@ def tuned_keys(plan: ParallelPlan) -> dict[str, Any]:
         "parallel.zero": plan.zero,
         "parallel.schedule": plan.schedule,
         "train.micro_batch_size": plan.micro_batch_size,
-        "train.activation_checkpointing": plan.checkpointing,
+        "train.activation_checkpointing": _written(plan.checkpointing),
     }
+
+
+def _written(checkpointing: ActivationCheckpointing | None) -> bool | dict[str, Any]:
+    return checkpointing.written() if checkpointing is not None else False
 
 
 # What is written for one layout, and fits no other.
@@ -103,6 +108,8 @@ def parse_fixed(config: Config, fixed: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--fix {text}: {value!r} is not a value; try --fix {key} to keep yours") from None
         else:
             values[key] = getattr(getattr(config, section), name)
+            if name == "activation_checkpointing":
+                values[key] = _written(values[key])
             if values[key] in ("auto", None):
                 raise ConfigError(f"--fix {key}: the configuration leaves {key} open; give a value: --fix {key}=1")
     return values

@@ -63,7 +63,7 @@ def record_reference(trial: LayersTrial, folder: Path, *, num_steps: int) -> Non
     model.train()
     for step in range(num_steps):
         record_activations = (
-            ActivationRecorder(recorder, num_micro_batches=loader.num_micro_batches) if not step else None
+            ActivationRecorder(recorder, num_micro_batches=loader.num_micro_batches(0)) if not step else None
         )
         loss = 0.0
         batches = to_device(loader.step_batches(step * train.global_batch_size), device)

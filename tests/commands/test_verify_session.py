@@ -74,3 +74,7 @@ def test_runs_are_made_comparable() -> None:
     without_tp, notes = _comparable(config, [LayoutCandidate(Layout(pp=2), 1)])
     assert without_tp.model.dropout == 0.1  # type: ignore[union-attr]
     assert len(notes) == 1
+    config = config.updated({"train.layer_drop": {"theta": 0.5}})
+    whole, notes = _comparable(config, [LayoutCandidate(Layout(pp=2), 1)])
+    assert whole.train.layer_drop is None
+    assert len(notes) == 2

@@ -133,3 +133,26 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         BatchLoader(numbered_dataset(9), SampleOrder(9, 0), global_batch_size=4, micro_batch_size=2, dp_rank=2, dp=2)
     with pytest.raises(DataError, match="for 8 samples and the dataset has 9"):
         BatchLoader(numbered_dataset(9), SampleOrder(8, 0), global_batch_size=2, micro_batch_size=2)
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_steps_whose_sizes_differ_follow_each_other(dp: int) -> None:
+    sizes = {0: 4, 4: 8, 12: 12}
+    numbers: list[int] = []
+    for position, size in sizes.items():
+        for rank in range(dp):
+            loader = BatchLoader(
+                numbered_dataset(30),
+                SampleOrder(30, seed=0, shuffle=False),
+                global_batch_size=12,
+                micro_batch_size=2,
+                dp_rank=rank,
+                dp=dp,
+                batch_size_at=sizes.__getitem__,
+            )
+            assert (loader.num_micro_batches(position), loader.end_of_step(position)) == (
+                size // 2 // dp,
+                position + size,
+            )
+            numbers += [-number for _, labels in loader.step_batches(position) for number in labels.tolist()]
+    assert numbers == list(range(24))

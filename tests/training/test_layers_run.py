@@ -260,10 +260,10 @@ class Signalled(FakeEngine):
             os.kill(os.getpid(), signal.SIGTERM)
         return super().train_batch(batches)
 
-    def eval_batch(self, batches: Iterator[Any], *, observe: Any) -> Tensor:
+    def eval_batch(self, batches: Iterator[Any], **options: Any) -> Tensor:
         if len(self.evaluated) + 1 == self._evaluation:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().eval_batch(batches, observe=observe)
+        return super().eval_batch(batches, **options)
 
 
 def test_after_a_signal_the_step_is_finished_and_saved(run: Any) -> None:

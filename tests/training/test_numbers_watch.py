@@ -145,7 +145,7 @@ def watch_losses(losses: list[float], *, on_spike: str, is_late: bool) -> tuple[
     engine = SpikingEngine(list(losses))
     watch = NumbersWatch(engine, parse_config({"model": {"preset": "tiny"}, "train": train}), precision="fp16")
     for step in range(1, len(losses) + 1):
-        watch.train_batch(step, lambda: None, end=4 * step)
+        watch.train_batch(step, lambda: None, samples=range(4 * step - 4, 4 * step))
         if is_late and step > 1:
             watch.on_metrics(step - 1, {"loss": losses[step - 2]})
         if not is_late or step == len(losses):

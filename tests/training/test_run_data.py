@@ -93,6 +93,25 @@ def test_a_run_that_goes_on_under_another_micro_batch_reads_what_the_whole_one_r
         assert [*first.engine.trained, *read(second, range(stopped, 18))] == whole.engine.trained
 
 
+def test_a_mixture_goes_on_while_its_batches_grow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    warmup = {"start": 2, "increment": 2, "samples": 12}
+    whole = start(monkeypatch, tmp_path, 10, train={"batch_warmup": warmup})
+    whole.fit()
+    assert [len(samples) for samples in whole.engine.trained] == [2] * 6 + [4] * 4
+    assert [each["global_batch_size"] for each in whole.events.metrics] == [2] * 6 + [4] * 4
+    at_stage = {each["step"]: each["samples/code"] for each in whole.events.metrics}
+    assert at_stage[6] < at_stage[7] == at_stage[10], "the stage begins after 7 steps, whatever their sizes"
+    first = start(monkeypatch, tmp_path, 4, train={"batch_warmup": warmup})
+    first.fit()
+    second = start(monkeypatch, tmp_path, 10, train={"batch_warmup": warmup, "micro_batch_size": 1})
+    go_on(second, first)
+    for samples in whole.engine.trained[4:]:
+        batches = second.run.data.read(None)
+        assert batches is not None
+        assert [int(sample) for inputs, _ in batches for sample in inputs] == samples
+        second.run.data.consumed_samples += len(samples)
+
+
 def test_metrics_count_the_samples_of_each_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = start(monkeypatch, tmp_path, 9)
     made.fit()
