@@ -83,7 +83,10 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
      _ours("train.global_batch_size / (train.micro_batch_size * parallel.dp)")),
     ("", "managed_gradient_accumulation", bool, _refused("the engine counts the micro-batches of a step", True)),
     ("", "dataloader_drop_last", bool, _refused("the data section reads the data", False, callers=("run",))),
-    ("", "data_efficiency", Any, _refused("pipekit reads the data of a pipeline itself")),
+    ("", "data_efficiency", Any, _refused(
+        "pipekit reads the data of a pipeline itself", callers=("pipeline",), ours="train.curriculum")),
+    ("", "curriculum_learning", Any, _refused(_REMOVED, callers=("pipeline", "module"), ours="train.curriculum")),
+    ("", "progressive_layer_drop", Any, _refused(_REMOVED, callers=("pipeline", "module"), ours="train.layer_drop")),
     # Optimizer.
     ("", "optimizer", dict, _ours("optimizer")),
     ("", "scheduler", dict, _ours("scheduler")),
@@ -229,7 +232,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     ("", "autotuning", Any, _refused("DeepSpeed's autotuner starts runs of its own; see pipekit tune", callers=_ALL)),
     ("", "hybrid_engine", Any, _refused("pipekit trains with engines of its own", callers=_ALL)),
     ("", "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity "
-     "graph_harvesting curriculum_learning progressive_layer_drop", Any, _refused(_REMOVED, callers=_ALL)),
+     "graph_harvesting", Any, _refused(_REMOVED, callers=_ALL)),
 )  # fmt: skip
 
 VALUE_TYPES: dict[str, Any] = {f"{prefix}{key}": kind for prefix, keys, kind, _ in _ROWS for key in keys.split()}

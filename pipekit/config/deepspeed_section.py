@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipekit.config.deepspeed_growth import growth_faults, growth_settings
 from pipekit.config.deepspeed_json import AUTO, check_deepspeed, read_deepspeed_json, without_auto
 from pipekit.config.deepspeed_keys import TREATMENTS
 from pipekit.config.schema import Config
@@ -49,7 +50,7 @@ def take_over_deepspeed(draft: Draft) -> None:
 
     for ours, value, key in [*_settings(section), *_optimizer(draft, section)]:
         _give(draft, ours, value, key, shown(key))
-    for fault in _faults_of_sections(section, owner):
+    for fault in [*_faults_of_sections(section, owner), *growth_faults(section, owner)]:
         draft.add(fault)
     _divide_batch(draft, section.get("gradient_accumulation_steps"), owner, shown("gradient_accumulation_steps"))
     draft.values["deepspeed"] = _without_ours(section)
@@ -171,6 +172,7 @@ def _settings(section: Mapping[str, Any]) -> Iterator[_Setting]:
         yield "checkpoint.storage", "local", "checkpoint.use_node_local_storage"
     yield from _precision(section)
     yield from _offload(section)
+    yield from growth_settings(section)
 
 
 def _precision(section: Mapping[str, Any]) -> Iterator[_Setting]:

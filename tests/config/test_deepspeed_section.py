@@ -43,6 +43,58 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "gradient_clipping": ({"gradient_clipping": 0.5}, {"train.gradient_clipping": 0.5}),
+    "data_efficiency": (
+        {
+            "data_efficiency": {
+                "enabled": True,
+                "data_sampling": {
+                    "enabled": True,
+                    "curriculum_learning": {
+                        "enabled": True,
+                        "curriculum_metrics": {
+                            "seqlen": {
+                                "difficulty_type": "value",
+                                "min_difficulty": 32,
+                                "max_difficulty": 128,
+                                "schedule_type": "fixed_discrete",
+                                "schedule_config": {"difficulty": [32, 64, 128], "max_step": [10, 20]},
+                            }
+                        },
+                    },
+                },
+            }
+        },
+        {
+            "train.curriculum.type": "discrete",
+            "train.curriculum.difficulty": (32, 64, 128),
+            "train.curriculum.max_step": (10, 20),
+            "train.curriculum.min_difficulty": None,
+        },
+    ),
+    "curriculum_learning": (
+        {
+            "curriculum_learning": {
+                "enabled": True,
+                "curriculum_type": "seqlen",
+                "min_difficulty": 32,
+                "max_difficulty": 128,
+                "schedule_type": "fixed_root",
+                "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8, "root_degree": 2},
+            }
+        },
+        {
+            "train.curriculum.type": "root",
+            "train.curriculum.min_difficulty": 32,
+            "train.curriculum.max_difficulty": 128,
+            "train.curriculum.total_curriculum_step": 100,
+            "train.curriculum.difficulty_step": 8,
+            "train.curriculum.root_degree": 2,
+        },
+    ),
+    "progressive_layer_drop": (
+        {"progressive_layer_drop": {"enabled": True, "theta": 0.4}},
+        {"train.layer_drop.theta": 0.4, "train.layer_drop.gamma": 0.001},
+    ),
     "steps_per_print": ({"steps_per_print": 2000}, {"logging.interval": 2000}),
     "pipeline.stages": ({"pipeline": {"stages": 2}}, {"parallel.pp": 2}),
     "pipeline.partition": ({"pipeline": {"partition": "uniform"}}, {"parallel.partition": "uniform"}),
