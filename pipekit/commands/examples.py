@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Protocol
 
 import typer
 
 from pipekit.errors import ConfigError
 from pipekit.storage import storing
 
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
+
+class _File(Protocol):
+    """A file of the package, which need not lie on a disk."""
+
+    def read_text(self, encoding: str) -> str: ...
+
+    def read_bytes(self) -> bytes: ...
 
 
 def command(
@@ -44,7 +49,7 @@ def command(
     typer.echo(f"wrote {path}")
 
 
-def _find_examples() -> dict[str, Traversable]:
+def _find_examples() -> dict[str, _File]:
     """Files of the examples by name, configurations first."""
     found = [path for path in files("pipekit.examples").iterdir() if path.name.endswith((".yaml", ".py"))]
     found = [path for path in found if path.name != "__init__.py"]

@@ -15,6 +15,7 @@ from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel
 from pipekit.predictions.timing import Cluster, action_costs, reduction_s, update_s
 from pipekit.schedules import Costs, plan_schedule, schedule_placement, simulate
+from pipekit.settings.activations import ActivationCheckpointing
 
 # The bubble of a longer pipeline is that of one with so many ranks and as many micro-batches a rank, times its length.
 _MOST_RANKS = 8
@@ -78,8 +79,8 @@ class Estimator:
 
     def __init__(self, model: PlannedModel) -> None:
         self._model = model
-        self._stages: dict[tuple[int, int, int, bool], _Stages] = {}
-        self._costs: dict[tuple[int, int, int, bool, tuple[bool, ...]], Costs] = {}
+        self._stages: dict[tuple[int, int, int, ActivationCheckpointing | None], _Stages] = {}
+        self._costs: dict[tuple[int, int, int, ActivationCheckpointing | None, tuple[bool, bool]], Costs] = {}
         self._boundaries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
 
     def estimate(self, plan: ParallelPlan, cluster: Cluster) -> Estimate:
