@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -259,6 +260,7 @@ def build_engine(
             gradient_clipping=case.clip,
             extra=extra or {},
             offload=case.offload,  # type: ignore[arg-type]
+            nvme_dir=tempfile.gettempdir(),
             device=torch.device(device).type,  # type: ignore[arg-type]
         ),
         build_optimizer=lambda parameters: make_optimizer(case, parameters),

@@ -26,6 +26,9 @@ def command(
     offload: Annotated[
         OffloadTarget, typer.Option(help="Memory of the optimizer's states, and under ZeRO-3 of the weights.")
     ] = OffloadTarget.none,
+    nvme_dir: Annotated[
+        str | None, typer.Option(help="Folder of the files of `--offload nvme`.", show_default=False)
+    ] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree.")] = 1,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write; stdout if left out.", show_default=False)
@@ -34,7 +37,7 @@ def command(
     """Write a configuration that trains, with a comment on every key."""
     from pipekit.config.template import config_template
 
-    text = config_template(zero=zero, offload=offload.value, pp=pp)
+    text = config_template(zero=zero, offload=offload.value, nvme_dir=nvme_dir, pp=pp)
     if out is None:
         sys.stdout.write(text)
         return

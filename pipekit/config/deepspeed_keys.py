@@ -69,7 +69,7 @@ _OWN_CHECKPOINTS = "pipekit writes checkpoints of its own, which any layout read
 _UNREAD = "DeepSpeed reads it and does nothing with it"
 _AVERAGED = "the gradients of replicas are summed in fp32 and averaged"
 _REMOVED = "DeepSpeed has removed it"
-_NVME = "tensors are offloaded to host memory alone"
+_AIO = "files are mapped into memory, without DeepSpeed's asynchronous I/O"
 _ONE_STAGE = "a plain module has neither stages nor shards"
 _COMPILE = "DeepCompile rewrites a whole module, and a pipeline runs layers; see train.compile"
 _OWN_PROFILER = "pipekit's profiler logs the operations and the TFLOP/s of a step and nothing else"
@@ -159,24 +159,22 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     (_ZERO, "leaf_module.classes leaf_module.names leaf_module.name_suffixes", list, PASSED),
     (_ZERO, "zenflow", Any, _refused("ZenFlow brings optimizers of its own", callers=_ALL)),
     (_ZERO, "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param", Any, _refused(_REMOVED, callers=_ALL)),
-    (f"{_ZERO}offload_optimizer.", "device", _DEVICE,
-     _refused(_NVME, "none", "cpu", ours="parallel.offload=optimizer")),
-    (f"{_ZERO}offload_optimizer.", "nvme_path", Any, _refused(_NVME)),
-    (f"{_ZERO}offload_optimizer.", "buffer_count", _SIZE, _refused(_NVME)),
-    (f"{_ZERO}offload_optimizer.", "pipeline_read pipeline_write fast_init", bool, _refused(_NVME, False)),
+    (f"{_ZERO}offload_optimizer.", "device", _DEVICE, _ours("parallel.offload=optimizer")),
+    (f"{_ZERO}offload_optimizer.", "nvme_path", str | None, _ours("parallel.nvme_dir")),
+    (f"{_ZERO}offload_optimizer.", "buffer_count", _SIZE, _refused(_AIO)),
+    (f"{_ZERO}offload_optimizer.", "pipeline_read pipeline_write fast_init", bool, _refused(_AIO, False)),
     (f"{_ZERO}offload_optimizer.", "pin_memory", bool, PASSED),
     (f"{_ZERO}offload_optimizer.", "cpuadam_cores_perc", Annotated[float, Field(ge=0, le=1)], PASSED),
     (f"{_ZERO}offload_optimizer.", "ratio", Annotated[float, Field(ge=0, le=1)],
      _refused("all of the optimizer is offloaded, or nothing", 1)),
     (f"{_ZERO}offload_optimizer.", "super_offload", bool,
      _refused("SuperOffload brings an optimizer of its own", False)),
-    (f"{_ZERO}offload_param.", "device", _DEVICE,
-     _refused(_NVME, "none", "cpu", ours="parallel.offload=parameters")),
-    (f"{_ZERO}offload_param.", "nvme_path", Any, _refused(_NVME)),
-    (f"{_ZERO}offload_param.", "buffer_count buffer_size max_in_cpu", _SIZE, _refused(_NVME)),
+    (f"{_ZERO}offload_param.", "device", _DEVICE, _ours("parallel.offload=parameters")),
+    (f"{_ZERO}offload_param.", "nvme_path", str | None, _ours("parallel.nvme_dir")),
+    (f"{_ZERO}offload_param.", "buffer_count buffer_size max_in_cpu", _SIZE, _refused(_AIO)),
     (f"{_ZERO}offload_param.", "pin_memory", bool, PASSED),
-    ("aio.", "block_size queue_depth intra_op_parallelism", _COUNT, _refused(_NVME)),
-    ("aio.", "single_submit overlap_events use_gds", bool, _refused(_NVME)),
+    ("aio.", "block_size queue_depth intra_op_parallelism", _COUNT, _refused(_AIO)),
+    ("aio.", "single_submit overlap_events use_gds", bool, _refused(_AIO)),
     ("", "weight_quantization", Any, _refused("layers are built without deepspeed.zero.Init, which quantizes them")),
     # Activations and compilation.
     (_CHECKPOINTING, "partition_activations", bool, _ours("train.activation_checkpointing.partition")),

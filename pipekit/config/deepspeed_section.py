@@ -173,6 +173,7 @@ def _settings(section: Mapping[str, Any]) -> Iterator[_Setting]:
     yield from _precision(section)
     yield from _offload(section)
     yield from growth_settings(section)
+    yield from _nvme_path(section)
 
 
 def _precision(section: Mapping[str, Any]) -> Iterator[_Setting]:
@@ -197,10 +198,20 @@ def _offload(section: Mapping[str, Any]) -> Iterator[_Setting]:
         elif _value(section, f"{zero}{old}"):
             found[setting] = f"{zero}{old}"
     on = [setting for setting, key in found.items() if _value(section, key) not in ("none", False)]
-    if on:
+    in_files = [key for key in found.values() if _value(section, key) == "nvme"]
+    if in_files:
+        yield "parallel.offload", "nvme", in_files[0]
+    elif on:
         yield "parallel.offload", on[0], found[on[0]]
     elif found:
         yield "parallel.offload", "none", next(iter(found.values()))
+
+
+def _nvme_path(section: Mapping[str, Any]) -> Iterator[_Setting]:
+    for part in ("offload_optimizer", "offload_param"):
+        key = f"zero_optimization.{part}.nvme_path"
+        if (path := _value(section, key)) is not None:
+            yield "parallel.nvme_dir", path, key
 
 
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "momentum")

@@ -14,6 +14,7 @@ from pipekit.config.deepspeed_json import check_passed_on
 from pipekit.config.growth_rules import GROWTH_RULES, warmup_fault
 from pipekit.config.optimizer_rules import OPTIMIZER_RULES
 from pipekit.errors import ConfigError
+from pipekit.optimizers.table import OPTIMIZERS, optimizer_name
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
 from pipekit.settings.activations import KEY
 from pipekit.settings.base import Fault, alternatives, rule_fault, show
@@ -21,6 +22,7 @@ from pipekit.settings.base import Fault, alternatives, rule_fault, show
 if TYPE_CHECKING:
     from pipekit.config.callbacks_config import LayersCallbacksConfig
     from pipekit.config.lora_config import LoraConfig
+    from pipekit.config.optimizer_config import OptimizerConfig
     from pipekit.config.schema import ParallelConfig, TrainConfig
     from pipekit.models.family import ModelFamily
 
@@ -140,8 +142,18 @@ def zero_fits(parallel: ParallelConfig) -> Iterator[Fault]:
 
 
 def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
-    """Only tensors that ZeRO shards can be kept in host memory."""
+    """Only tensors that ZeRO shards can be kept in host memory or in files."""
     offload, zero = parallel.offload, parallel.zero
+    if offload == "nvme" and parallel.nvme_dir is None:
+        yield rule_fault(
+            "parallel.offload parallel.nvme_dir",
+            "parallel.offload=nvme needs a folder for its files; set parallel.nvme_dir to one on a local disk",
+        )
+    elif offload != "nvme" and parallel.nvme_dir is not None:
+        yield rule_fault(
+            "parallel.nvme_dir parallel.offload",
+            f"parallel.nvme_dir has no effect with parallel.offload={offload}; remove it, or set parallel.offload=nvme",
+        )
     if offload == "none":
         return
     shown = f"parallel.offload={offload}"
@@ -152,11 +164,11 @@ def offload_fits(parallel: ParallelConfig) -> Iterator[Fault]:
             "remove one of them",
         )
     elif zero == 0:
-        nearest = "parallel.zero=1" if offload == "optimizer" else "parallel.offload=optimizer with parallel.zero=1"
+        nearest = "parallel.zero=1" if offload != "parameters" else "parallel.offload=optimizer with parallel.zero=1"
         yield rule_fault(
             "parallel.offload parallel.zero",
-            f"{shown} does not go with parallel.zero=0: what ZeRO manages can be moved to host memory, and 0 manages "
-            f"nothing; try {nearest}",
+            f"{shown} does not go with parallel.zero=0: what ZeRO manages can be moved to host memory or files, and 0 "
+            f"manages nothing; try {nearest}",
         )
     elif offload == "parameters" and zero < 3:
         remedy = "parallel.offload=optimizer" + (", or parallel.zero=3" if parallel.pp == 1 else "")
@@ -185,12 +197,23 @@ def activation_partitioning_fits(train: TrainConfig, parallel: ParallelConfig) -
         )
 
 
+def nvme_fits_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> Iterator[Fault]:
+    """Files are updated chunk by chunk, for which an optimizer must treat every weight by itself."""
+    kind = OPTIMIZERS.get(optimizer_name(optimizer.type) or "")
+    if parallel.offload == "nvme" and kind is not None and kind.sums_over_tensors:
+        yield rule_fault(
+            "parallel.offload optimizer.type",
+            f"parallel.offload=nvme does not go with optimizer.type={optimizer.type}, which updates whole tensors; try "
+            "parallel.offload=optimizer, or optimizer.type=adamw",
+        )
+
+
 def deepspeed_fits_zero(deepspeed: Mapping[str, Any], parallel: ParallelConfig) -> Iterator[Fault]:
     """DeepSpeed's keys for offload and ZeRO-3 need the settings that they refine."""
     section = deepspeed.get("zero_optimization")
     if not isinstance(section, dict):
         return
-    needs = {"offload_optimizer": ("optimizer", "parameters"), "offload_param": ("parameters",)}
+    needs = {"offload_optimizer": ("optimizer", "parameters", "nvme"), "offload_param": ("parameters", "nvme")}
     for key, settings in needs.items():
         # A device is refused by itself.
         if key in section and parallel.offload not in settings and "device" not in (section[key] or {}):
@@ -424,6 +447,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("parallel",), zero_fits),
     (("parallel",), offload_fits),
     (("train", "parallel"), activation_partitioning_fits),
+    (("optimizer", "parallel"), nvme_fits_optimizer),
     (("deepspeed", "parallel"), deepspeed_fits_zero),
     (("parallel",), auto_chooses_alone),
     (("model", "parallel"), stages_have_layers),

@@ -110,9 +110,14 @@ class ParallelConfig(Section):
     """ZeRO stage, which says what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer states, 2 the
     gradients too, 3 the weights too. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
 
-    offload: Literal["none", "optimizer", "parameters"] = Field(default="none", examples=["optimizer"])
+    offload: Literal["none", "optimizer", "parameters", "nvme"] = Field(default="none", examples=["optimizer"])
     """Tensors kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there
-    (needs `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`)."""
+    (needs `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`). `nvme` keeps them in files in
+    `nvme_dir`, and under `zero: 3` the weights too."""
+
+    nvme_dir: FolderText | None = Field(default=None, min_length=1, examples=["/local/nvme"])
+    """For `offload: nvme`: existing folder on a local disk of every machine, which is empty again when the run ends,
+    however it ends."""
 
     partition: str = Field(
         default="parameters",

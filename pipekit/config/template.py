@@ -18,13 +18,14 @@ _HEAD = """\
 """
 
 
-def config_template(*, zero: int = 1, offload: Offload = "none", pp: int = 1) -> str:
+def config_template(*, zero: int = 1, offload: Offload = "none", nvme_dir: str | None = None, pp: int = 1) -> str:
     """Text of a YAML file that trains, with the description of each key from the schema above it.
 
     Args:
         zero: ZeRO stage, 0 to 3.
         offload: where the optimizer's states go, and under ZeRO-3 the weights too: `none` leaves them on the device,
-            `cpu` keeps them in host memory.
+            `cpu` keeps them in host memory, `nvme` in files.
+        nvme_dir: folder of these files.
         pp: the pipeline-parallel degree.
 
     Raises:
@@ -35,9 +36,11 @@ def config_template(*, zero: int = 1, offload: Offload = "none", pp: int = 1) ->
           # Pipeline-parallel degree: the number of ranks that a model is spread over.
           pp: 1
     """
-    if offload == "nvme":
-        raise ConfigError("--offload=nvme: tensors are offloaded to host memory alone; try --offload=cpu")
+    if (offload == "nvme") != (nvme_dir is not None):
+        raise ConfigError("--offload=nvme and --nvme-dir=DIR go together: the folder is that of its files")
     values = _values(zero, offload, pp)
+    if nvme_dir is not None:
+        values["parallel"]["nvme_dir"] = nvme_dir
     parse_config(values)
     parts = [_HEAD]
     for name, section in values.items():
@@ -53,7 +56,7 @@ def config_template(*, zero: int = 1, offload: Offload = "none", pp: int = 1) ->
 
 
 def _values(zero: int, offload: Offload, pp: int) -> dict[str, dict[str, Any]]:
-    kept = {"none": "none", "cpu": "parameters" if zero == 3 else "optimizer"}[offload]
+    kept = {"none": "none", "cpu": "parameters" if zero == 3 else "optimizer", "nvme": "nvme"}[offload]
     return {
         "model": {"family": "gpt2", "preset": "tiny"},
         "parallel": {"pp": pp, "dp": "auto", "zero": zero, "offload": kept},

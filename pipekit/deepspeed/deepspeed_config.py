@@ -8,13 +8,14 @@ from typing import Any, Literal
 from pipekit.deepspeed.overwrite import merge_sections
 from pipekit.predictions.elements import Precision
 
-Offload = Literal["none", "optimizer", "parameters"]
+Offload = Literal["none", "optimizer", "parameters", "nvme"]
 
 
 _OFFLOADED: dict[Offload, tuple[str, ...]] = {
     "none": (),
     "optimizer": ("offload_optimizer",),
     "parameters": ("offload_optimizer", "offload_param"),
+    "nvme": ("offload_optimizer", "offload_param"),
 }
 
 
@@ -27,6 +28,7 @@ def plan_deepspeed_config(
     gradient_clipping: float,
     extra: Mapping[str, Any],
     offload: Offload = "none",
+    nvme_dir: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> dict[str, Any]:
     """Configuration of DeepSpeed's engine.
@@ -40,7 +42,8 @@ def plan_deepspeed_config(
         gradient_clipping: largest gradient norm; 0 does not clip.
         extra: the user's `deepspeed` section, merged over the defaults.
         offload: what is kept in host memory: `optimizer` the fp32 masters and the moments, `parameters` these and,
-            with ZeRO-3, the weights.
+            with ZeRO-3, the weights; `nvme` keeps these in files.
+        nvme_dir: folder of the files.
         device: kind of device that computes; what GPUs exchange with host memory is pinned there.
 
     Example:
@@ -49,6 +52,9 @@ def plan_deepspeed_config(
         >>> config["zero_optimization"]["stage"], config["zero_optimization"]["reduce_bucket_size"]
         (1, 1000)
     """
+    target: dict[str, Any] = {"device": "cpu", "pin_memory": device == "cuda"}
+    if offload == "nvme":
+        target = {"device": "nvme", "nvme_path": nvme_dir}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
@@ -56,7 +62,7 @@ def plan_deepspeed_config(
         "steps_per_print": None,
         "zero_optimization": {
             "stage": zero,
-            **{key: {"device": "cpu", "pin_memory": device == "cuda"} for key in _OFFLOADED[offload]},
+            **{key: target for key in _OFFLOADED[offload] if zero == 3 or key == "offload_optimizer"},
         },
     }
     if precision != "fp32":

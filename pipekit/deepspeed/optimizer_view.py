@@ -49,7 +49,7 @@ class ParameterStates:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
-def _element_states(tensor: Tensor, state: Mapping[str, Any]) -> set[str]:
+def element_states(tensor: Tensor, state: Mapping[str, Any]) -> set[str]:
     """Names of the states with one number for each element of what the optimizer updates."""
     return {
         key
@@ -72,6 +72,7 @@ class OptimizerView:
             False, the update is left out, as where the gradient is not finite. The host waits for the loss. None
             accepts every loss that is finite.
         norm: the norm of the last gradient, also where its update was left out; None before the first.
+        state_like: makes the zeros of a state of a tensor that the optimizer updates.
     """
 
     def __init__(self, optimizer: Any, mpu: ModelParallelUnit, takes_gradients: bool) -> None:
@@ -84,6 +85,7 @@ class OptimizerView:
         self._summed_along: Tensor | None = None
         self.accepts: Callable[[float], bool] | None = None
         self.norm: Tensor | None = None
+        self.state_like: Callable[[Tensor], Tensor] = torch.zeros_like
 
     @property
     def can_leave_out(self) -> bool:
@@ -198,7 +200,7 @@ class OptimizerView:
         """
         names = set[str]()
         for parameter, state in self.torch_optimizer.state.items():
-            names |= (own := _element_states(parameter, state))
+            names |= (own := element_states(parameter, state))
             tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             if uneven := sorted(key for key in tensors.keys() - own if tensors[key].numel() != 1):
                 raise CheckpointError(
@@ -213,7 +215,7 @@ class OptimizerView:
         found = {}
         for tensor, pieces in self.pieces():
             state = self.torch_optimizer.state.get(tensor, {})
-            names = _element_states(tensor, state)
+            names = element_states(tensor, state)
             others = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in names}
             numbers = {key: float(value) for key, value in others.items() if key != "step"}
             for piece in pieces:
@@ -264,7 +266,7 @@ class OptimizerView:
             if not names:
                 continue
             state = self.torch_optimizer.state[tensor]
-            state.update({name: torch.zeros_like(tensor) for name in names})
+            state.update({name: self.state_like(tensor) for name in names})
             for key, number in (pair for found in held for pair in found.numbers.items()):
                 state[key] = torch.tensor(number, dtype=torch.float32, device=tensor.device)
             if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):

@@ -21,6 +21,7 @@ from pipekit.deepspeed.cpu_adam import offloads_optimizer, with_cpu_adam
 from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.optimizers import view_optimizer
 from pipekit.deepspeed.patches import clean_globals, drop_process_groups, import_muon_uncompiled, use_joined_processes
+from pipekit.deepspeed.state_files import StateFiles, take_nvme_path
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.consistency_check import check_consistency
 from pipekit.engine.late_number import LateNumber
@@ -92,7 +93,7 @@ class BaseEngine:
         build_optimizer: OptimizerBuilder | None = None,
         **deepspeed_args: Any,
     ) -> None:
-        config = dict(deepspeed_config)
+        config, nvme_path = take_nvme_path(deepspeed_config)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         device = next(iter(parameters), torch.empty(0)).device
         if device.type == "cpu":
@@ -121,6 +122,10 @@ class BaseEngine:
         self.mpu = mpu
         mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu, takes_gradients=self._takes_gradients)
+        if nvme_path is not None and self.view.is_offloaded:
+            files = StateFiles(nvme_path)
+            files.hold(self.optimizer)
+            self.view.state_like = files.state_like
         if isinstance(self.view.torch_optimizer, SharedOptimizer):
             self.view.torch_optimizer.tensors = SharedTensors(self.view, mpu, self.logical.tensor_group)
 

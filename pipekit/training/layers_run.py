@@ -304,6 +304,7 @@ class LayersRun(Trial):
                 gradient_clipping=train.gradient_clipping,
                 extra=self.config.deepspeed,
                 offload=parallel.offload,
+                nvme_dir=parallel.nvme_dir,
                 device=plan.device,
             ),
             build_optimizer=self.hooks.build_optimizer,

@@ -40,8 +40,9 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     with pytest.raises(ConfigError, match=r"parallel.zero=2 does not go with parallel.pp=2"):
         init(path, "--zero", "2", "--pp", "2")
-    with pytest.raises(ConfigError, match=r"--offload=nvme: tensors are offloaded to host memory alone"):
-        init(path, "--offload", "nvme")
+    for options in (["--offload", "nvme"], ["--nvme-dir", "/nvme"]):
+        with pytest.raises(ConfigError, match=r"--offload=nvme and --nvme-dir=DIR go together"):
+            init(path, *options)
     path.write_text("mine")
     with pytest.raises(ConfigError, match="is there already; remove it, or give -o another name"):
         init(path)
@@ -59,8 +60,10 @@ def test_the_comments_are_the_descriptions_of_the_schema(capsys: pytest.CaptureF
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_configuration_trains(tmp_path: Path) -> None:
-    init(tmp_path / "c.yaml", "--zero", "2")
+    init(tmp_path / "c.yaml", "--zero", "2", "--offload", "nvme", "--nvme-dir", "files")
+    (tmp_path / "files").mkdir()
     small = ("train.steps=2", "train.sequence_length=16", "data.max_bytes=20000", "data.vocab_size=300")
     done = run_pipekit(["train", "c.yaml", "run.device=cpu", *small], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/c/metrics.jsonl").read_text().count('"loss"') >= 1
+    assert list((tmp_path / "files").iterdir()) == []

@@ -134,6 +134,14 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}},
         {"parallel.offload": "parameters"},
     ),
+    "zero_optimization.offload_optimizer.nvme_path": (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+        {"parallel.offload": "nvme", "parallel.nvme_dir": "/nvme"},
+    ),
+    "zero_optimization.offload_param.nvme_path": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}},
+        {"parallel.offload": "nvme", "parallel.nvme_dir": "/nvme"},
+    ),
     "tensorboard.enabled": ({"tensorboard": {"enabled": True}}, {"logging.tensorboard": True}),
     "wandb.enabled": ({"wandb": {"enabled": True}}, {"logging.wandb.project": "pipekit"}),
     "wandb.project": ({"wandb": {"enabled": True, "project": "gpt"}}, {"logging.wandb.project": "gpt"}),
@@ -216,8 +224,9 @@ def test_values_that_do_not_agree_are_one_error_with_both_places(tmp_path: Path)
         ({"gradient_accumulation_steps": 3, "train_batch_size": 8}, {"parallel.dp": 2},
          "deepspeed.gradient_accumulation_steps=3 asks for train.global_batch_size=6, and train.global_batch_size=8"),
         ({"zero_optimization": {"stage": 4}}, {}, "deepspeed.zero_optimization.stage=4: must be a whole number"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, {},
-         "offload_optimizer.device=nvme: has no effect here, since tensors are offloaded to host memory alone"),
+        ({"aio": {"block_size": 1048576}}, {},
+         "aio.block_size=1048576: has no effect here, since files are mapped into memory, without DeepSpeed's "
+         "asynchronous I/O"),
         ({"zero_optimization": {"stage": 2}}, {"parallel.pp": 2}, "parallel.zero=2 does not go with parallel.pp=2"),
         ({"optimizer": {"type": "OneBitAdam"}}, {}, "compress gradients to one bit"),
         ({"optimizer": {"params": {"max_coeff": 1}}}, {}, "deepspeed.optimizer: has no type, such as AdamW"),

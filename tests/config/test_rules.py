@@ -72,8 +72,8 @@ BROKEN = {
         "the inputs already; remove it, or set parallel.sequence_parallel=false"
     ),
     ("parallel.offload=optimizer", "parallel.zero=0"): (
-        "parallel.offload=optimizer does not go with parallel.zero=0: what ZeRO manages can be moved to host memory, "
-        "and 0 manages nothing; try parallel.zero=1"
+        "parallel.offload=optimizer does not go with parallel.zero=0: what ZeRO manages can be moved to host "
+        "memory or files, and 0 manages nothing; try parallel.zero=1"
     ),
     ("parallel.offload=parameters", "parallel.zero=0", "parallel.pp=2"): (
         "and 0 manages nothing; try parallel.offload=optimizer with parallel.zero=1"
@@ -85,6 +85,16 @@ BROKEN = {
     ("parallel.offload=parameters", "parallel.pp=2"): (
         "parallel.offload=parameters does not go with parallel.zero=1, which keeps every weight on its device; try "
         "parallel.offload=optimizer"
+    ),
+    ("parallel.offload=nvme",): (
+        "parallel.offload=nvme needs a folder for its files; set parallel.nvme_dir to one on a local disk"
+    ),
+    ("parallel.nvme_dir=/nvme", "parallel.offload=optimizer"): (
+        "parallel.nvme_dir has no effect with parallel.offload=optimizer; remove it, or set parallel.offload=nvme"
+    ),
+    ("parallel.offload=nvme", "parallel.nvme_dir=/nvme", "optimizer.type=lamb"): (
+        "parallel.offload=nvme does not go with optimizer.type=lamb, which updates whole tensors; try "
+        "parallel.offload=optimizer, or optimizer.type=adamw"
     ),
     ("parallel.offload=optimizer", "parallel.auto=true"): (
         "parallel.offload=optimizer does not go with parallel.auto=true, whose choice keeps everything on the devices; "

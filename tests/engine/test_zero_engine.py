@@ -72,10 +72,14 @@ def test_fp32_trains_as_one_process_does(gloo: GlooWorkers, case: Case) -> None:
         Case(zero=1, pp=2, offload="optimizer"),
         Case(zero=3, dp=2, offload="parameters", checkpointing=True),
         pytest.param(Case(zero=2, dp=2, offload="optimizer", optimizer="sgd"), marks=pytest.mark.slow),
+        Case(zero=1, pp=2, offload="nvme"),
+        Case(zero=3, dp=2, offload="nvme"),
+        pytest.param(Case(zero=2, dp=2, offload="nvme"), marks=pytest.mark.slow),
+        pytest.param(Case(zero=2, dp=2, offload="nvme", optimizer="sgd"), marks=pytest.mark.slow),
     ],
     ids=show,
 )
-def test_masters_and_moments_in_host_memory_change_nothing(gloo: GlooWorkers, case: Case) -> None:
+def test_masters_and_moments_in_host_memory_or_files_change_nothing(gloo: GlooWorkers, case: Case) -> None:
     check_against_reference(gloo, case)
 
 
