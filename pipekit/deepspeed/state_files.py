@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -78,7 +78,6 @@ class StateFiles:
         self.num_bytes = 0
         self._maps: dict[int, mmap.mmap] = {}
         self._reserved: dict[Tensor, list[Tensor]] = {}
-        self._numbers: dict[Tensor, dict[str, Any]] = {}
 
     def build(self, like: Tensor) -> Tensor:
         """Zeros of the shape and type of a tensor, in a file whose room on the disk is taken at once.
@@ -135,15 +134,25 @@ class StateFiles:
         else:
             assert isinstance(optimizer, DeepSpeedZeroOptimizer), type(optimizer).__name__
             updated = optimizer.single_partition_of_fp32_groups
-        for master in updated:
-            master.data = self.copy(master.detach())
-            master.grad = self.build(master.grad)
+        self.hold_states(inner, updated)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             self._hold_copies(optimizer)
-        num_states = _count_states(inner)
-        self._reserved = {master: [self.build(master.detach()) for _ in range(num_states)] for master in updated}
-        whole_step = inner.step
-        inner.step = lambda closure=None: self._step(inner, whole_step)
+
+    def hold_states(self, optimizer: Any, updated: Sequence[Tensor]) -> None:
+        """Move what a torch optimizer updates into files, with its gradients, and have its states there.
+
+        Args:
+            optimizer: treats every number by itself, and has made no update yet.
+            updated: flat tensors with gradients, the parameters of its groups.
+        """
+        for tensor in updated:
+            assert tensor.grad is not None
+            tensor.data = self.copy(tensor.detach())
+            tensor.grad = self.build(tensor.grad).copy_(tensor.grad)
+        num_states = _count_states(optimizer)
+        self._reserved = {tensor: [self.build(tensor.detach()) for _ in range(num_states)] for tensor in updated}
+        whole_step = optimizer.step
+        optimizer.step = lambda closure=None: self._step(optimizer, whole_step)
 
     def _hold_copies(self, zero: DeepSpeedZeroOptimizer) -> None:
         # Through these, updated masters go to the weights.
@@ -189,7 +198,8 @@ class StateFiles:
                 self._advise(mmap.MADV_WILLNEED, chunk.stop, tensor, tensor.grad, *held.values())
                 piece = tensor.detach()[chunk]
                 piece.grad = tensor.grad[chunk]  # type: ignore[index]
-                before = {name: state[chunk] for name, state in held.items()}
+                # Before the first update there are none, in any chunk.
+                before = {name: states[name][chunk] for name in names}
                 optimizer.state[piece] = {**before, **{name: _copy(value) for name, value in numbers.items()}}
                 optimizer.param_groups = [{**group, "params": [piece]}]
                 whole_step()

@@ -38,7 +38,7 @@ def run_compiling_adam(gloo: GlooWorkers, case: Case, **options: Any) -> list[di
 
 LAYOUTS = [
     Case(zero=1, pp=2),
-    Case(zero=2, dp=2, offload="optimizer"),
+    Case(zero=2, dp=2, offload="nvme"),
     Case(zero=3, dp=4),
     Case(zero=3, dp=2, offload="parameters"),
     Case(zero=1, pp=2, offload="optimizer"),
