@@ -141,7 +141,7 @@ def test_the_schema_accepts_a_model_that_its_folder_describes(tmp_path: Path):
         {**BASE, "data": {"source": []}},
         {**BASE, "logging": {"wandb": {"projct": "x"}}},
         {**BASE, "deepspeed": {"prescale_gradients": True}},
-        {**BASE, "deepspeed": {"zero_optimization": {"offload_param": {"nvme_path": "/nvme"}}}},
+        {**BASE, "deepspeed": {"zero_optimization": {"offload_param": {"max_in_cpu": 1}}}},
         {**BASE, "deepspeed": {"zero_optimization": {"overlap_com": True}}},
     ],
 )

@@ -154,6 +154,7 @@ def test_every_example_is_accepted():
     together = {
         "boundaries": {"parallel.partition": "manual", "parallel.pp": 2},
         "partition": {"parallel.pp": 1},
+        "nvme_dir": {"parallel.offload": "nvme"},
         "momentum": {"optimizer.type": "sgd"},
         "stages_per_rank": {"parallel.schedule": "zb-v"},
         "max_in_flight": {"parallel.schedule": "auto"},
