@@ -101,7 +101,7 @@ class TuneSession:
 
 
 def _failed(error: PipekitError) -> Measured:
-    """What a failure teaches."""
+    """Lesson of a failure for the search."""
     text = str(error)
     ran_out = isinstance(error, LayoutError) and "memory" in text
     if isinstance(error, RankError):

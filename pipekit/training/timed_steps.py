@@ -64,7 +64,7 @@ def run_timed_rank(
 
 
 def read_timed_steps(result: Path) -> TimedSteps:
-    """Return what `run_timed_rank` has written."""
+    """Step times that `run_timed_rank` has written."""
     stored = json.loads(result.read_text(encoding="utf-8"))
     return TimedSteps(tuple(stored["step_times_s"]), stored["peak_bytes"])
 

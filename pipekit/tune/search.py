@@ -152,7 +152,7 @@ class Search:
 
 
 def _alikeness(one: Candidate, other: Candidate) -> list[float]:
-    """How alike two candidates are in each property: from 0 to 1, which is equal."""
+    """Likeness of two candidates in each property: from 0 to 1, which is equal."""
     return [_alike(value, other.properties[name]) for name, value in one.properties.items()]
 
 
