@@ -200,7 +200,12 @@ class Attention(_NormedModule):
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
         if self.qkv is not None:
             num_ranks = 1 if self.group is None else self.group.size
-            q, k, v = self.qkv(x).split_with_sizes([width // num_ranks for width in self.widths], dim=-1)
+            joint = self.qkv(x)
+            if self.qk_norm is None and self.rotary is None:  # in one view, where a token of a small model waits
+                numbers = [width // (num_ranks * self.head_size) for width in self.widths]
+                q, k, v = self._split_heads(joint).split_with_sizes(numbers, dim=1)
+                return q, k, v
+            q, k, v = joint.split_with_sizes([width // num_ranks for width in self.widths], dim=-1)
         else:
             own = [(self.q.weight, self.q.bias), self.kv.own()]
             q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
