@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def ways_of(folder: Path, new_tokens: int) -> dict[str, Callable[[], int]]:
         return sum(len(result.token_ids) for result in results)
 
     def whole_text() -> int:
-        tokens, sampling, generator = list(PROMPT), Sampling(0.8, 50), torch.Generator().manual_seed(0)
+        tokens, sampling, generator = list(PROMPT), Sampling(0.8, 50), random.Random(0)
         for _ in range(new_tokens):
             context = torch.tensor([tokens[-ours.longest_sequence :]])
             tokens.append(sampling.draw(ours.logits(context)[0, -1], generator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Sampling:
                 f"top_p={self.top_p} must be above 0 and at most 1; leave it out to draw among all tokens"
             )
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+    def draw(self, logits: Tensor, generator: random.Random) -> int:
         """Draw a token from its logits `(V,)` in host memory.
 
         Raises:
@@ -77,8 +78,7 @@ class Sampling:
             weights[order[sums - weights[order] >= self.top_p * sums[-1]]] = 0.0
         sums = weights.cumsum()
         # The first token whose sum reaches a number above 0 and at most the whole: never one of weight 0.
-        share = 1 - torch.rand((), dtype=torch.float64, generator=generator).item()
-        drawn = int(sums.searchsorted(share * sums[-1]))
+        drawn = int(sums.searchsorted((1 - generator.random()) * sums[-1]))
         return drawn if tokens is None else int(tokens[drawn])
 
 
@@ -129,7 +129,7 @@ def continue_prompts(
         raise ConfigError("the prompt is empty; give one token at least, such as the one that ends a document")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [random.Random(seed) for seed in seeds]
     tokens = [list(prompt) for prompt in prompts]
     going_on = list(range(len(prompts)))
     for _ in range(max_new_tokens):
