@@ -22,7 +22,7 @@ ROOMS: dict[int, str] = {
     # 1: torch, no processes.
     1: "tensors tensor_parallel layers models optimizers config data costs checkpoint plan tune inference",
     # 2: processes.
-    2: "distributed deepspeed engine evaluation training verify",
+    2: "distributed deepspeed engine step_profile evaluation training verify",
     # 3: face.
     3: "launch doctor commands compat cli __main__",
 }

@@ -34,7 +34,7 @@ _LEFT_OUT: dict[str, Any] = {
     "checkpoint.resume": "never",
     "logging.wandb": None,
     "logging.tensorboard": False,
-    "logging.profile": False,
+    "profile.steps": 0,
 }
 
 

@@ -235,7 +235,7 @@ def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[
         "checkpoint.resume": "never",
         "logging.wandb": None,
         "logging.tensorboard": False,
-        "logging.profile": False,
+        "profile.steps": 0,
     }
     if config.train.precision not in ("fp32", "auto"):
         notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")

@@ -72,7 +72,7 @@ _REMOVED = "DeepSpeed has removed it"
 _AIO = "files are mapped into memory, without DeepSpeed's asynchronous I/O"
 _ONE_STAGE = "a plain module has neither stages nor shards"
 _COMPILE = "DeepCompile rewrites a whole module, and a pipeline runs layers; see train.compile"
-_OWN_PROFILER = "pipekit's profiler logs the operations and the TFLOP/s of a step and nothing else"
+_OWN_PROFILER = "profile.steps writes the operations of every layer and the FLOP/s of each rank"
 _OWN_TENSORS = "layers are sharded by pipekit; give parallel.tp, or a topology"
 
 _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
@@ -186,7 +186,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     (_CHECKPOINTING, "synchronize_checkpoint_boundary", bool,
      _refused("no stream needs to wait for a recomputation", False)),
     (_CHECKPOINTING, "profile", bool,
-     _refused("logging.profile times backwards together with their recomputation", False)),
+     _refused("profile.steps times backwards together with their recomputation", False)),
     ("compile.", "deepcompile autoep_non_moe", bool, _refused(_COMPILE, False)),
     ("compile.", "free_activation offload_activation offload_activation_pin_memory offload_opt_states double_buffer "
      "symmetric_memory debug_log offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather "

@@ -13,6 +13,7 @@ from pipekit.config.data_rules import DATA_RULES
 from pipekit.config.deepspeed_json import check_passed_on
 from pipekit.config.growth_rules import GROWTH_RULES, warmup_fault
 from pipekit.config.optimizer_rules import OPTIMIZER_RULES
+from pipekit.config.profile_config import PROFILE_RULES
 from pipekit.errors import ConfigError
 from pipekit.optimizers.table import OPTIMIZERS, optimizer_name
 from pipekit.schedules.catalog import check_micro_batches, check_stages_per_rank, is_file, schedule_placement
@@ -461,6 +462,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     *OPTIMIZER_RULES,
     *GROWTH_RULES,
     *DATA_RULES,
+    *PROFILE_RULES,
     (("deepspeed",), check_passed_on),
     (("parallel",), processes_are_possible),
     (("train", "parallel"), table_can_be_planned),

@@ -29,6 +29,7 @@ from pipekit.config.growth import steps_of_tokens
 from pipekit.config.growth_config import BatchWarmupConfig, CurriculumConfig, LayerDropConfig
 from pipekit.config.lora_config import LoraConfig
 from pipekit.config.optimizer_config import OptimizerConfig, SchedulerConfig
+from pipekit.config.profile_config import ProfileConfig
 from pipekit.config.rules import MOST_PROCESSES, check_rules
 from pipekit.errors import ConfigError, LayoutError
 from pipekit.layout import DEFAULT_ORDER, Order, show_order
@@ -378,16 +379,13 @@ else:
 
 
 class LoggingConfig(Section):
-    """Logging: the console, profiles, TensorBoard, Weights & Biases."""
+    """Logging: the console, TensorBoard, Weights & Biases."""
 
     interval: PositiveInt = Field(default=10, examples=[10])
     """Steps between plain console lines."""
 
     wandb: Annotated[WandbConfig | None, switch(WandbConfig)] = Field(default=None, examples=[True])
     """Log to Weights & Biases: true, false, or a mapping of settings."""
-
-    profile: bool = False
-    """Time every action of the pipeline, and draw them into the run folder beneath the simulated timeline."""
 
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
@@ -434,7 +432,10 @@ class Config(Section):
     """Saving of checkpoints, and the one to resume from."""
 
     logging: LoggingConfig = LoggingConfig()
-    """Logging: the console, profiles, TensorBoard, Weights & Biases."""
+    """Logging: the console, TensorBoard, Weights & Biases."""
+
+    profile: ProfileConfig = ProfileConfig()
+    """Profile: a window of steps whose time, operations and memory are measured, by rank."""
 
     callbacks: LayersCallbacksConfig = LayersCallbacksConfig()
     """Callbacks: early stopping, and a picture of the losses."""

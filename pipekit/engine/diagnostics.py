@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch.utils.flop_counter import FlopCounterMode
-
 from pipekit.engine.stopwatch import Stopwatch
 from pipekit.schedules.action import ACTION_NAMES
+from pipekit.tensors.flop_counter import make_flop_counter
 
 if TYPE_CHECKING:
     from pipekit.engine.training_engine import TrainingEngine
@@ -41,7 +40,7 @@ class Diagnostics:
         """Watch what runs inside, the actions of a step."""
         started_s = time.perf_counter()
         if step + 1 == self._profiled_step:
-            with FlopCounterMode(display=False) as counter:
+            with make_flop_counter() as counter:
                 yield
             flops, took_s = counter.get_total_flops(), time.perf_counter() - started_s
             self._log(step, f"{flops:.4g} floating-point operations, {flops / took_s / 1e12:.3g} TFLOP/s")

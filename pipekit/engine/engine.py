@@ -73,6 +73,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
                 )
         finally:
             self._running_engine_backward = False
+        self.mpu.activity.note("reducing the gradients")
         own_loss = self._mean_of_replicas(losses)
         loss = self._sum_loss_along(own_loss)
         if self.module.layer_drop is not None:
@@ -89,9 +90,11 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
             self.before_update()
         if self.on_gradients is not None:
             self.on_gradients(self.view.gradient)
+        self.mpu.activity.note("updating the weights")
         self.view.hand_over_gradients()
         self._update()
         self.view.clear_gradients()
+        self.mpu.activity.note("ending the step")
         if self._measure_costs:
             self._learn_costs()
         loss = self._broadcast_from_last(own_loss) if self.view.sums_along else loss

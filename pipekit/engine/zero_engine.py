@@ -96,6 +96,7 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
                 loss_weight=self.module.loss_weight,
                 dropout_step=self.global_steps,
             )
+        self.mpu.activity.note("reducing the gradients")
         if self.view.is_offloaded:
             self.optimizer.finalize_gradient_accumulation_boundary()
         self.set_gradient_accumulation_boundary(True)
@@ -105,8 +106,10 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
             self.on_gradients(safe_get_full_grad)
         own_loss = self._mean_of_replicas(losses)
         loss = self._sum_loss_along(own_loss)
+        self.mpu.activity.note("updating the weights")
         self.step()
         self.view.clear_gradients()
+        self.mpu.activity.note("ending the step")
         return own_loss if self.view.sums_along else loss
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 
 from pipekit.schedules.operations import Operation
 
@@ -20,6 +21,7 @@ class Activity:
     Attributes:
         phase: a name such as "step 12", and the time at which it began, of `time.monotonic`.
         operation: the operation, or words for it such as "updating the weights", and the time at which it began.
+        observer: called with what begins, before it does, while a step is profiled; None at all other times.
         usual_step_s: median duration of the last steps; None until there are some. The first step is left out, since it
             compiles and allocates.
     """
@@ -27,6 +29,7 @@ class Activity:
     def __init__(self) -> None:
         self.phase = "start", time.monotonic()
         self.operation: tuple[Operation | str, float] = "building the engine", time.monotonic()
+        self.observer: Callable[[Operation | str], None] | None = None
         self.usual_step_s: float | None = None
         self._durations_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
         self._step_began_s: float | None = None
@@ -53,3 +56,5 @@ class Activity:
     def note(self, operation: Operation | str) -> None:
         """Note the beginning of an operation."""
         self.operation = operation, time.monotonic()
+        if self.observer is not None:
+            self.observer(operation)

@@ -210,7 +210,9 @@ def _remove_other_start(folder: RunFolder, config: Config) -> None:
         if stored is None or not conflicting_keys(stored, config):
             return
     logs = [*folder.logs.glob("rank-*.log"), folder.logs / "hang.txt"]
-    others = [*folder.profile.glob("step-*.*"), *folder.tensorboard.glob("events.out.tfevents.*")]
+    profiled = ("step-*.*", "actions.*", "flops.json", "timeline.json", "memory-rank-*.*", "trace-rank-*.json")
+    others = [path for pattern in profiled for path in folder.profile.glob(pattern)]
+    others += [*folder.tensorboard.glob("events.out.tfevents.*")]
     for path in (folder.plan, *folder.records, *logs, *others):
         if path.is_file():
             path.unlink()

@@ -30,6 +30,7 @@ _FOREIGN_NAMES = {
     "data.workers": "num_workers dataloader_num_workers",
     "run.dir": "output_dir",
     "checkpoint.interval": "save_interval save_steps save_every",
+    "profile.steps": "profile",
     "logging.interval": "log_interval logging_steps log_every",
     "lora.rank": "r lora_rank lora_r",
     "lora.alpha": "lora_alpha",

@@ -216,6 +216,9 @@ class ConsoleProgress(TrialCallback):
     def on_warning(self, message: str) -> None:
         self._console.print(f"warning: {message}", style="yellow", markup=False)
 
+    def on_profile(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
     def on_rollback(self, batch: int) -> None:
         if self._line is not None:
             self._line.done = batch

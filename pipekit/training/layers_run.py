@@ -37,6 +37,7 @@ from pipekit.inference.base_weights import base_record
 from pipekit.layers.layer_drop import LayerDrop
 from pipekit.plan.run_folder import check_data
 from pipekit.settings.duration import parse_duration
+from pipekit.step_profile.window import ProfileWindow
 from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.evaluation import EvaluationStopped
@@ -46,7 +47,6 @@ from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import name_parameters, takes_states_of
 from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_adapters, initial_weights
-from pipekit.training.profile import save_profile
 from pipekit.training.reducers import Reducer
 from pipekit.training.run_data import RunData
 from pipekit.training.shipped import build_shipped_callbacks
@@ -59,8 +59,6 @@ from pipekit.training.trial_metrics import TrialMetrics
 
 # Under this name its state is beside those of callbacks.
 _WATCH = "numbers_watch"
-# Beside the last step, one is drawn early, when everything has run a few times.
-_PROFILED_STEP = 10
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ class LayersRun(Trial):
         base: record of the weights that adapters are added to; empty where the whole model is trained.
         watch: trains each step, and watches its numbers.
         step_times: finds slow ranks; None where there is one.
+        profile: measures the steps of a window; None where nothing is profiled.
         snapshot_memory: of checkpoints in the background; None where they are written at once.
     """
 
@@ -141,6 +140,16 @@ class LayersRun(Trial):
         self.step_times: StepTimes | None = None
         if self.run.plan.layout.world_size > 1:
             self.step_times = StepTimes(self.engine, interval=config.logging.interval, warn=self.watch.warn)
+        precision = self.run.plan.precision
+        self.profile: ProfileWindow | None = None
+        if config.profile.steps:
+            self.profile = ProfileWindow(
+                self.engine,
+                config.profile,
+                folder=self.run.folder.profile,
+                reports=mpu.should_report_metrics,
+                matmul_format="tf32" if config.train.tf32 and precision == "fp32" else precision,
+            )
         self.hosts = HostFolders.find(self.run.folder.path) if config.checkpoint.storage == "local" else None
         self.snapshot_memory = SnapshotMemory() if config.checkpoint.is_async else None
 
@@ -200,7 +209,11 @@ class LayersRun(Trial):
         if train.batch_warmup is not None and batch_size != self.engine.train_batch_size():
             self.engine.set_train_batch_size(batch_size)
         self.data.waited_s = 0.0
-        with self.step_times.timing(step) if self.step_times is not None else nullcontext():
+        with ExitStack() as stack:
+            if self.step_times is not None:
+                stack.enter_context(self.step_times.timing(step))
+            if self.profile is not None:
+                stack.enter_context(self.profile.measuring(step))
             loss = self.watch.train_batch(step, lambda: self._read(then, length), samples=range(first, following))
         launched = LaunchedStep(
             lr=lr,
@@ -217,10 +230,6 @@ class LayersRun(Trial):
         self.data.consumed_samples = following
         if train.check_replicas is not None and step % train.check_replicas == 0:
             self.engine.check_replicas()
-        if self.config.logging.profile and step in (_PROFILED_STEP, train.steps):
-            timeline = self.engine.gather_timeline()
-            if self.run.mpu.should_report_metrics:
-                save_profile(timeline, self.run.folder.profile / f"step-{step:08d}")
         return launched
 
     def _growth(self, batch_idx: int, batch_size: int, length: int) -> dict[str, float]:
@@ -310,7 +319,6 @@ class LayersRun(Trial):
             build_optimizer=self.hooks.build_optimizer,
             measure_costs=parallel.schedule == "auto",
             max_in_flight=parallel.max_in_flight,
-            profile=self.config.logging.profile,
         )
 
     def _read(self, then: int | None, length: int) -> Iterator[MicroBatch] | None:
@@ -339,6 +347,9 @@ class LayersLoop(TrialLoop):
         # Its draws are seeded by what is drawn, not by the batch.
         self._metrics.update(self._trial.train_batch(None, epoch, self._batch), 0)
         self._tell_of_numbers()
+        profile = self._trial.profile
+        if profile is not None and (text := profile.take_text()) is not None:
+            self._callbacks.call("on_profile", text)
 
     def _tell(self, *, reports: bool, validates: bool) -> bool:
         is_best = super()._tell(reports=reports, validates=validates)

@@ -70,6 +70,9 @@ class TrialCallback:
     def on_warning(self, message: str) -> None:
         """Something is not as it should be, and the training goes on; also before `on_trial_startup`."""
 
+    def on_profile(self, text: str) -> None:
+        """The steps of `profile` have been measured; `text` is their table."""
+
     def on_rollback(self, batch: int) -> None:
         """The training goes back to an earlier checkpoint, after `batch` batches; those since will be trained again."""
 

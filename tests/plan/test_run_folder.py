@@ -107,7 +107,11 @@ def test_a_start_without_a_checkpoint_gives_way_to_another_configuration(tmp_pat
     interrupted = folder.checkpoints / ".step-00000003.tmp"
     misleading = [folder.metrics, folder.spikes, folder.samples, folder.failures]
     misleading += [folder.logs / "rank-7.log", folder.logs / "hang.txt"]
-    misleading += [folder.profile / "step-00000010.svg", folder.tensorboard / "events.out.tfevents.1"]
+    misleading += [
+        folder.profile / "step-00000010.svg",
+        folder.profile / "actions.json",
+        folder.tensorboard / "events.out.tfevents.1",
+    ]
     misleading += [interrupted / "x", folder.path / ".metrics.jsonl.0123.tmp"]
     their_own = [folder.path / "notes.txt", folder.logs / "my.log", folder.profile / "mine" / "trace.json"]
     for path in misleading + their_own:

@@ -1,34 +1,19 @@
-"""Profile of a step: the measured timeline beside the simulated one, as text, as a picture and as JSON."""
+"""Pictures of a step: the measured timeline beside the simulated one, as text, as a picture and as JSON."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
-from pipekit.errors import PipekitError
-from pipekit.schedules import Timeline, median_costs, simulate
+from pipekit.schedules import Timeline
 from pipekit.schedules.draw import draw_picture, draw_text
-from pipekit.storage import storing
-
-_logger = logging.getLogger(__name__)
 
 
-def save_profile(measured: Timeline, path: Path) -> None:
+def save_timelines(measured: Timeline, simulated: Timeline, path: Path) -> None:
     """Write `path` with the endings `.txt`, `.svg` and `.json`: a measured step under the simulated one.
 
-    The simulation takes the median of what each kind of action took on each stage. Without matplotlib there is no
-    picture; where the disk is full, there is a warning in the log.
+    Without matplotlib there is no picture.
     """
-    try:
-        with storing(path):
-            _write_profile(measured, path)
-    except PipekitError as error:
-        _logger.warning("%s", error)
-
-
-def _write_profile(measured: Timeline, path: Path) -> None:
-    simulated = simulate(measured.schedule, median_costs([measured]))
     both = {"simulated": simulated, "measured": measured}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"{name}\n{draw_text(timeline)}" for name, timeline in both.items())
