@@ -14,6 +14,7 @@ from train_runs import pipekit, write_workspace
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "profiling.md"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_shows_the_table_and_writes_the_files_of_the_page(tmp_path: Path) -> None:
     page = PAGE.read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,11 @@ def test_the_kinds_of_actions_add_up_to_the_step(profiled: tuple[Path, list[dict
         assert "other" not in {row["kind"] for row in own}
         ratios = []
         for step, took_s in zip("345", result["took_s"], strict=True):
-            spans_s = [float(row["end_s"]) - float(row["start_s"]) for row in own if row["step"] == step]
-            ratios.append(sum(spans_s) / took_s)
-        assert statistics.median(ratios) == pytest.approx(1, abs=0.02)
+            bounds = [(float(row["start_s"]), float(row["end_s"])) for row in own if row["step"] == step]
+            assert [end_s for _, end_s in bounds[:-1]] == [start_s for start_s, _ in bounds[1:]], "no gap"
+            ratios.append(sum(end_s - start_s for start_s, end_s in bounds) / took_s)
+        # All that is in the step, and what a busy machine puts around it in every step, but one.
+        assert 1 - 1e-6 < min(ratios) < 1.02
         summary = read(folder, "actions.json")["ranks"][rank]
         assert sum(summary["seconds"].values()) == pytest.approx(summary["step_s"], rel=1e-6)
         assert summary["seconds"].keys() >= {
@@ -179,7 +180,9 @@ def published_flops(case: Case) -> float:
     "case",
     [
         Case(pp=2, micro_batch_size=2, schedule="zb-h1"),
-        Case("llama", pp=2, micro_batch_size=2, checkpointing=True, num_kv_heads=2),
+        pytest.param(
+            Case("llama", pp=2, micro_batch_size=2, checkpointing=True, num_kv_heads=2), marks=pytest.mark.slow
+        ),
     ],
     ids=["gpt2", "llama"],
 )
