@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
@@ -107,6 +108,7 @@ def count_waits(rank: int, case: Case, numbers: tuple[int, int]) -> list[dict[st
         states = engine.view.torch_optimizer.state.values()
         counts = [state["step"] for state in states if isinstance(state.get("step"), Tensor)]
         batches = list(islice(data, number))
+        gc.collect()  # the engine before, whose end waits for its device
         with counting_waits() as devices:
             devices.to_host([counts, batches])
             loss, norm = engine.train_batch(iter(batches)), engine.late_grad_norm
