@@ -40,6 +40,8 @@ def free_port() -> int:
 class GlooWorkers:
     """Starts the ranks of one job after another."""
 
+    _device, _max_threads = "cpu", MAX_THREADS
+
     def run(
         self,
         world_size: int,
@@ -64,7 +66,8 @@ class GlooWorkers:
         try:
             for rank in range(world_size):
                 ours, theirs = Pipe()
-                team.append((self._start(theirs, rank, world_size, port, task, nccl, timeout_s), ours))
+                arguments = (theirs, rank, world_size, port, task, nccl)
+                team.append((self._start(*arguments, self._device, self._max_threads, 0.6 * timeout_s), ours))
                 theirs.close()
             return _collect([connection for _, connection in team], timeout_s)
         finally:
@@ -75,18 +78,9 @@ class GlooWorkers:
                 process.join()
                 process.close()
 
-    def _start(
-        self,
-        connection: Connection,
-        rank: int,
-        world_size: int,
-        port: int,
-        task: bytes,
-        nccl: bool,
-        timeout_s: float,
-    ) -> BaseProcess:
-        options = ("cpu", MAX_THREADS, 0.6 * timeout_s)
-        return fork_server.fork(serve_rank, connection, rank, world_size, port, task, nccl, *options)
+    def _start(self, *arguments: Any) -> BaseProcess:
+        """Start a process that calls `serve_rank` with the arguments."""
+        return fork_server.fork(serve_rank, *arguments)
 
 
 def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 from unittest import mock
@@ -32,23 +31,13 @@ class GpuWorkers(GlooWorkers):
         backend: `nccl` gives every rank a GPU, `gloo` the first one to all.
     """
 
-    def __init__(self, backend: Literal["nccl", "gloo"] = "nccl") -> None:
-        self._backend = backend
+    _max_threads = _MAX_THREADS
 
-    def _start(
-        self,
-        connection: Connection,
-        rank: int,
-        world_size: int,
-        port: int,
-        task: bytes,
-        nccl: bool,
-        timeout_s: float,
-    ) -> BaseProcess:
-        options = ("cuda" if self._backend == "nccl" else "cpu", _MAX_THREADS, 0.6 * timeout_s)
-        process = multiprocessing.get_context("spawn").Process(
-            target=serve_rank, args=(connection, rank, world_size, port, task, nccl, *options), daemon=True
-        )
+    def __init__(self, backend: Literal["nccl", "gloo"] = "nccl") -> None:
+        self._device = "cuda" if backend == "nccl" else "cpu"
+
+    def _start(self, *arguments: Any) -> BaseProcess:
+        process = multiprocessing.get_context("spawn").Process(target=serve_rank, args=arguments, daemon=True)
         with mock.patch.dict(os.environ, _ENVIRON):
             process.start()
         return process

@@ -31,9 +31,10 @@ def command(
     """List the examples, or write one of them into a file."""
     examples = _find_examples()
     if name is None:
-        width = max(map(len, examples))
-        for own, example in examples.items():
-            typer.echo(f"{own:{width}}  {_first_sentence(example.read_text(encoding='utf-8'))}")
+        from pipekit.training.console import facts_table, make_console, print_table
+
+        rows = [(own, _first_sentence(example.read_text(encoding="utf-8"))) for own, example in examples.items()]
+        print_table(facts_table(*rows), make_console())
         return
     if name not in examples:
         from pipekit.settings.suggest import closest

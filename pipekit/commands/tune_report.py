@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pipekit.commands.number_text import bytes_text, seconds_text
 from pipekit.commands.tune_session import TuneSession
+from pipekit.training.console import print_table
 from pipekit.tune.candidates import Choice
 from pipekit.tune.search import Search
 
@@ -77,7 +78,7 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
             row["candidate"],
             row["verdict"],
         )
-    console.print(table)
+    print_table(table, console)
     if len(rows) > len(shown):
         console.print(f"  and {len(rows) - len(shown)} more, which --json lists")
     refused = f"; {report['num_refused']} are refused by rules of the configuration" if report["num_refused"] else ""

@@ -11,6 +11,7 @@ from pipekit.settings.base import Fault
 _TRUNCATING = ("seqlen", "seqlen_truncate")
 _SAMPLING = "data_efficiency.data_sampling"
 _TYPES = {"fixed_linear": "linear", "fixed_root": "root", "fixed_discrete": "discrete"}
+_SCHEDULE_KEYS = {"total_curriculum_step", "difficulty_step", "root_degree", "difficulty", "max_step"}
 _TOP_KEYS = ("min_difficulty", "max_difficulty")
 
 
@@ -23,9 +24,6 @@ def growth_settings(section: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]
     if _is_on(drop):
         given = {key: drop.get(key, default) for key, default in {"theta": 1.0, "gamma": 0.001}.items()}
         yield "train.layer_drop", given, "progressive_layer_drop"
-
-
-_SCHEDULE_KEYS = {"total_curriculum_step", "difficulty_step", "root_degree", "difficulty", "max_step"}
 
 
 def _translated(curriculum: Mapping[str, Any]) -> dict[str, Any]:

@@ -429,10 +429,8 @@ def _check_section(draft: Draft, name: str, keys: dict[str, list[str]], default_
         draft.add(fault)
     # Unknown keys are set aside, so that what is left can still be checked for everything else.
     for key in values:
-        # Files of runs that were written before `profile` was a section have it, switched off.
-        if (name, key, values[key]) == ("logging", "profile", False):
-            continue
-        if key not in section.model_fields:
+        is_retired = key in section.retired_keys and values[key] == section.retired_keys[key]
+        if key not in section.model_fields and not is_retired:
             path = (name, str(key))
             draft.add(Fault(path, f"{name}.{key}") if draft.is_full else unknown_key_fault(section, path, keys))
     values = {key: value for key, value in values.items() if key in section.model_fields}

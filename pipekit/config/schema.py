@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -380,6 +380,8 @@ else:
 
 class LoggingConfig(Section):
     """Logging: the console, TensorBoard, Weights & Biases."""
+
+    retired_keys: ClassVar = {"profile": False}
 
     interval: PositiveInt = Field(default=10, examples=[10])
     """Steps between plain console lines."""

@@ -67,23 +67,30 @@ def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Itera
     """
     prefix = ".".join(parent for parent in parents if not parent.isdecimal())  # positions in a list of sections
     own = list(sections.get(prefix, ()))
-    if parents and key in SYNONYMS and key not in own:
-        return f"here it is {SYNONYMS[key]}"
+    synonym = SYNONYMS.get(key, "")
+    ours = synonym if _is_key(synonym, sections) else None
+    if parents and ours:
+        return f"here it is {ours}"
     if parents and (meant := _find_by_words(key, sections)):
         return f"did you mean '{meant}'?"
     match = closest(key, own)
     elsewhere = [path for path, keys in sections.items() if path not in ("", prefix) and key in keys]
-    if match and (parents or not (elsewhere or key in SYNONYMS)):
+    if match and (parents or not (elsewhere or ours)):
         return f"did you mean '{'.'.join((*parents, match))}'?"
     if elsewhere:
         return "it belongs in " + " or ".join(f"{path}.{key}" for path in elsewhere)
-    if key in SYNONYMS:
-        return f"here it is {SYNONYMS[key]}"
+    if ours:
+        return f"here it is {ours}"
     everything = {k: path for path, keys in sections.items() if path not in ("", prefix) for k in keys}
     match = closest(key, everything)
     if match and parents and len(key) > 3:
         return f"did you mean '{everything[match]}.{match}'?"
     return f"{f'{prefix} has' if prefix else 'the sections are'} {', '.join(own)}"
+
+
+def _is_key(path: str, sections: Mapping[str, Iterable[str]]) -> bool:
+    section, _, key = path.rpartition(".")
+    return key in sections.get(section, ())
 
 
 def _find_by_words(key: str, sections: Mapping[str, Iterable[str]]) -> str | None:

@@ -88,12 +88,17 @@ class ProfileWindow:
         self._recorder: StepRecorder | None = None
         self._profiler: torch.profiler.profile | None = None
         self._schedules: list[Schedule] = []
+        self._next_step = 1
         self._text: str | None = None
 
     @contextmanager
     def measuring(self, step: int) -> Iterator[None]:
         """Run a step, counted from 1, inside, and measure it if it is in the window. All ranks do this together."""
         first, last = self._settings.start, self._settings.start + self._settings.steps
+        if step != self._next_step:
+            # After a return to an earlier checkpoint the window is measured anew.
+            self._forget()
+        self._next_step = step + 1
         if step == first:
             self._counter = LayerFlopCounter(self._engine)
             with self._counter.counting():
@@ -108,8 +113,6 @@ class ProfileWindow:
             if step == last:
                 self._end(self._recorder, step)
         else:
-            # After a return to an earlier checkpoint the window is measured anew.
-            self._forget()
             yield
 
     def take_text(self) -> str | None:
@@ -173,12 +176,17 @@ class ProfileWindow:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self._folder / f"trace-rank-{rank}.json"))
+            self._profiler = None
         if self._settings.memory and device.type == "cuda":
             snapshot = self._folder / f"memory-rank-{rank}.pickle"
             torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
-            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _forget(self) -> None:
+        """End what records, whether the window is whole or not."""
+        if self._profiler is not None:
+            self._profiler.stop()
+        if self._recorder is not None and self._settings.memory and self._engine.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
         self._recorder, self._profiler, self._schedules = None, None, []
 
 

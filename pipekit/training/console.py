@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from pipekit.config import Config
@@ -199,7 +198,6 @@ class ConsoleProgress(TrialCallback):
         self._first_val_loss: float | None = None
         self._val_loss: float | None = None
         self._line: StepLine | None = None
-        self._live: Live | None = None
         self._mean_step_s: float | None = None
         self._step_s = self._waited_s = self._mean_wait = 0.0
         self._sources: dict[str, dict[str, float]] = {}
@@ -210,8 +208,7 @@ class ConsoleProgress(TrialCallback):
             self._console.print(f"going on after step {first_batch_idx}")
         if self._console.is_terminal:
             self._line = StepLine("step", first_batch_idx, self._num_steps)
-            self._live = Live(self._line, console=self._console)
-            self._live.start()
+            self._line.show(self._console)
 
     def on_warning(self, message: str) -> None:
         self._console.print(f"warning: {message}", style="yellow", markup=False)
@@ -324,9 +321,9 @@ class ConsoleProgress(TrialCallback):
         print_table(next_steps, self._console)
 
     def on_trial_shutdown(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._line = self._live = None
+        if self._line is not None:
+            self._line.end()
+            self._line = None
 
 
 def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:

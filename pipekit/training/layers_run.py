@@ -259,6 +259,7 @@ class LayersRun(Trial):
         """Return the loss and the metrics over held-out samples of a source."""
         train = self.config.train
         losses, weights, sums = [], [], dict.fromkeys(metrics, 0.0)
+        num_micro_batches = self.run.plan.batch.num_micro_batches
 
         def observe(outputs: Any, labels: Any) -> None:
             for name, metric in metrics.items():
@@ -268,13 +269,12 @@ class LayersRun(Trial):
             if batch and self.context.should_stop():
                 raise EvaluationStopped
             batches = self.data.read_held_out(source, batch, is_last=batch + 1 == train.eval_batches)
-            num_micro_batches = self.run.plan.batch.num_micro_batches
             loss = self.engine.eval_batch(batches, num_micro_batches=num_micro_batches, observe=observe)
             losses.append(float(loss))
             total = self.engine.executor.total_weight
             weights.append(self.run.reduce_mean(1.0 if total is None else float(total)))
-        num_micro_batches = train.eval_batches * self.run.plan.batch.num_micro_batches
-        means = {name: self.run.reduce_mean(value / num_micro_batches) for name, value in sums.items()}
+        num_outputs = train.eval_batches * num_micro_batches
+        means = {name: self.run.reduce_mean(value / num_outputs) for name, value in sums.items()}
         # Where none counts, the mean is of nothing.
         mean = sum(map(mul, losses, weights)) / (sum(weights) or math.nan)
         return {"loss": mean, **means}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.text import Text
 
 _GAP = "  "
@@ -34,6 +35,17 @@ class StepLine:
         self.parts: Sequence[LinePart] = ()
         self.remaining_s: float | None = None
         self._started_s = time.monotonic()
+        self._live: Live | None = None
+
+    def show(self, console: Console) -> None:
+        """Keep the line below all that the console prints, until `end`."""
+        self._live = Live(self, console=console)
+        self._live.start()
+
+    def end(self) -> None:
+        """Leave the line as it is."""
+        if self._live is not None:
+            self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.fit(options.max_width), no_wrap=True, overflow="ellipsis")

@@ -15,13 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_example_is_listed_with_what_it_is_about() -> None:
-    lines = CliRunner().invoke(app, ["examples"]).output.splitlines()
+    output = CliRunner().invoke(app, ["examples"]).output
+    lines = [line for line in output.splitlines() if not line.startswith(" ")]  # what goes on does so further in
     own = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".yaml", ".py")} - {"__init__.py"}
     assert {line.split()[0] for line in lines} == own
-    assert "gpt_stdlib.yaml      Trains a small GPT, cut into two pipeline stages, on the source code of Python's" in (
-        "\n".join(lines)
-    )
-    assert all(len(line.split()) > 3 and not line.endswith((".", ":", '"')) for line in lines)
+    assert "gpt_stdlib.yaml      Trains a small GPT, cut into two pipeline stages, on the source" in output
+    assert not any(line.endswith((".", ":", '"')) for line in output.splitlines())
 
 
 def test_an_example_is_written_and_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

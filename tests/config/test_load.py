@@ -384,3 +384,9 @@ def test_loading_needs_neither_torch_nor_deepspeed(write):
 
 def test_config_is_the_type_that_loading_returns(write):
     assert isinstance(load_config(write(MODEL + TRAIN)), Config)
+
+
+def test_keys_that_were_there_once_are_read_where_they_mean_what_holds_without_them(write):
+    assert load_config(write(MODEL + TRAIN + "logging: {profile: false}\n")) == load_config(write(MODEL + TRAIN))
+    with pytest.raises(ConfigError, match=r"logging\.profile: unknown key; here it is profile\.steps"):
+        load_config(write(MODEL + TRAIN + "logging: {profile: true}\n"))

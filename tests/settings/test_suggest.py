@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pipekit.config.load import section_keys
 from pipekit.settings.base import alternatives, show
 from pipekit.settings.suggest import SYNONYMS, closest, suggest_key
@@ -24,6 +26,30 @@ def test_then_the_same_name_elsewhere():
 
 def test_then_the_name_that_others_use():
     assert suggest_key("max_grad_norm", ("train",), section_keys()) == "here it is train.gradient_clipping"
+
+
+def test_a_name_that_others_use_is_not_told_where_there_is_no_such_key():
+    assert suggest_key("max_grad_norm", ("train",), SECTIONS) == "train has steps, seed"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "suggestion"),
+    [
+        ("train", "log_interval", "here it is logging.interval"),
+        ("train", "logging_interval", "did you mean 'logging.interval'?"),
+        ("train", "checkpoint_interval", "did you mean 'checkpoint.interval'?"),
+        ("data", "weights", "here it is data.mixture"),
+        ("optimizer", "scheduler_type", "did you mean 'scheduler.type'?"),
+    ],
+)
+def test_a_name_that_means_the_same_goes_before_one_that_looks_alike(section: str, key: str, suggestion: str) -> None:
+    assert suggest_key(key, (section,), section_keys()) == suggestion
+
+
+def test_words_that_fit_several_keys_lead_to_none_of_them():
+    assert suggest_key("min_step", ("train",), {"": ["train"], "train": ["min_steps", "steps_min"]}) == (
+        "did you mean 'train.min_steps'?"
+    ), "by its letters"
 
 
 def test_then_a_similar_name_elsewhere():

@@ -39,10 +39,10 @@ def profile_job(rank: int, case: Case, folder: str, skew_s: float, options: dict
             took_s.append(time.monotonic() - started_s)
         assert engine.mpu.activity.observer is None
         texts.append(window.take_text())
-    # As in a run that goes on after step 3, within the window.
+    # As in a run that goes on after step 3, within the window, and once more from there.
     resumed = Path(folder) / "resumed"
     window = ProfileWindow(engine, settings, folder=resumed, reports=rank == 1, matmul_format="fp32")
-    for step in (4, 5):
+    for step in (4, 4, 5):
         with window.measuring(step):
             engine.train_batch(micro_batches(step, case, 0))
     texts.append(window.take_text())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.live import Live
-
 from pipekit.training.console import make_console
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 from pipekit.training.step_line import LinePart, StepLine, show_time
@@ -27,7 +25,6 @@ class Progress(ShippedCallback):
         self._console = make_console(context.terminal)
         self._shown: dict[str, str] = {}
         self._line: StepLine | None = None
-        self._live: Live | None = None
         self._first, self._started_s = 0, time.monotonic()
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
@@ -38,8 +35,7 @@ class Progress(ShippedCallback):
             self._console.print(f"going on from {checkpoint_uuid}", markup=False)
         if self._console.is_terminal:
             self._line = StepLine("batch", first_batch_idx, self.context.num_batches)
-            self._live = Live(self._line, console=self._console)
-            self._live.start()
+            self._line.show(self._console)
 
     def on_warning(self, message: str) -> None:
         if self.is_first:
@@ -68,9 +64,9 @@ class Progress(ShippedCallback):
             self._console.print(f"{self._place()}  saved {self.context.folder.checkpoints / uuid}", markup=False)
 
     def on_trial_shutdown(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._line = self._live = None
+        if self._line is not None:
+            self._line.end()
+            self._line = None
 
     def _place(self) -> str:
         total = self.context.num_batches
