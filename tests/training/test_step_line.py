@@ -69,3 +69,10 @@ def test_the_rate_is_left_out_first_and_step_loss_and_eta_never_are() -> None:
     order = [next(iter(gone)) for before, after in itertools.pairwise(left) if (gone := before - after)]
     assert order == ["12,346 tokens/s", "waited for data: 11% of the step", "lr 1.00e-03", "val loss 2.4000"]
     assert line.fit(20) == "5/10 loss 2.5000 ETA 1:15"
+
+
+def test_the_bar_is_drawn_where_the_terminal_is_wide_enough_alone() -> None:
+    line = StepLine("step", 5, 10)
+    line.parts, line.remaining_s = METRICS[:1], 75
+    assert "━" in line.fit(100)
+    assert "━" not in line.fit(99), "there is room for one, but the line of a narrower terminal stays short"
