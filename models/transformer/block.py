@@ -88,10 +88,10 @@ class _NormedModule(TensorParallelModule):
         super().__init__()
         self.norm = nn.Identity() if norm_place == "after" else NORMS[norm](hidden_size, eps=eps)
         self.post_norm = nn.Identity() if norm_place == "before" else NORMS[norm](hidden_size, eps=eps)
-        self.dropout = dropout
+        self.norms_outputs, self.dropout = norm_place != "before", dropout
 
     def _finish(self, y: Tensor) -> Tensor:
-        y = y if isinstance(self.post_norm, nn.Identity) else self.post_norm(y)
+        y = self.post_norm(y) if self.norms_outputs else y
         if not self.training:
             return y
         return sharded_dropout(y, self.dropout, True, self.group if self.sequence_parallel else None)
@@ -154,13 +154,14 @@ class Attention(_NormedModule):
         num_kv_heads = num_kv_heads or num_heads
         self.heads = AttentionHeads(num_heads, num_kv_heads, joint=joint)
         self.head_size = head_size or hidden_size // num_heads
-        self.widths = [num * self.head_size for num in (num_heads, num_kv_heads, num_kv_heads)]
+        self.own_heads = [num_heads, num_kv_heads, num_kv_heads]  # this rank's, of queries, keys and values
+        widths = [num * self.head_size for num in self.own_heads]
         build = partial(_build_linear, std=init_std, bias=bias)
         self.qkv: ColumnParallelLinear | None = None
         if joint or num_kv_heads == num_heads:
-            self.qkv = build(ColumnParallelLinear, hidden_size, sum(self.widths), blocks=self.widths)
+            self.qkv = build(ColumnParallelLinear, hidden_size, sum(widths), blocks=widths)
         else:
-            self.q = build(ColumnParallelLinear, hidden_size, self.widths[0])
+            self.q = build(ColumnParallelLinear, hidden_size, widths[0])
             self.kv = build(KeyValueLinear, hidden_size, num_kv_heads, self.head_size)
         if qk_norm == "head":
             self.q_norm, self.k_norm = (NORMS[norm](self.head_size, eps=eps) for _ in range(2))
@@ -169,7 +170,7 @@ class Attention(_NormedModule):
             self.k_norm = HeadsRMSNorm(num_kv_heads, self.head_size, eps=eps)
         self.qk_norm = qk_norm
         self.projection = _build_linear(
-            RowParallelLinear, self.widths[0], hidden_size, std=residual_std, bias=projection_bias
+            RowParallelLinear, widths[0], hidden_size, std=residual_std, bias=projection_bias
         )
         self.rotary, self.window, self.soft_cap = rotary, window, soft_cap
         self.scale = self.head_size**-0.5 if scale is None else scale
@@ -179,8 +180,9 @@ class Attention(_NormedModule):
         super().shard(group, sequence_parallel=sequence_parallel)
         if fault := self.heads.fault(group.size):
             raise LayoutError(fault.message)
+        self.own_heads = [num // group.size for num in self.own_heads]
         if self.layouts is not None:
-            own = self.heads.num_heads // group.size
+            own = self.own_heads[0]
             self.layouts = HeadLayouts(self.layouts.of_model, group.rank * own, own)
         if self.qk_norm == "head":
             # Each rank has the gradients of its own heads.
@@ -194,18 +196,18 @@ class Attention(_NormedModule):
             y = recompute_core(self._attend, *tensors, draws=self.training and self.dropout > 0)
         else:
             y = self._attend(*tensors)  # (B, H, S, E)
-        return self._finish(self.projection(y.transpose(1, 2).flatten(2)))  # (B, S, D)
+        y = y.reshape(len(y), 1, -1) if y.shape[2] == 1 else y.transpose(1, 2).flatten(2)
+        y = self.projection(y)  # (B, S, D)
+        return self._finish(y) if self.training or self.norms_outputs else y
 
     def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, heads, S, E)` of this rank's heads."""
         if self.qkv is not None:
-            num_ranks = 1 if self.group is None else self.group.size
             joint = self.qkv(x)
             if self.qk_norm is None and self.rotary is None:  # in one view, where a token of a small model waits
-                numbers = [width // (num_ranks * self.head_size) for width in self.widths]
-                q, k, v = self._split_heads(joint).split_with_sizes(numbers, dim=1)
+                q, k, v = self._split_heads(joint).split_with_sizes(self.own_heads, 1)
                 return q, k, v
-            q, k, v = joint.split_with_sizes([width // num_ranks for width in self.widths], dim=-1)
+            q, k, v = joint.split_with_sizes([num * self.head_size for num in self.own_heads], -1)
         else:
             own = [(self.q.weight, self.q.bias), self.kv.own()]
             q, kv = column_parallel_linears(x, own, self.group, sequence_parallel=self.sequence_parallel)
@@ -234,6 +236,8 @@ class Attention(_NormedModule):
         length = q.shape[2]
         if self.cache is not None:
             k, v = self.cache.extend(self, k, v, self.window)
+            if self.cache.sees_all and self.layouts is None and self.soft_cap is None and q.shape[1] == k.shape[1]:
+                return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
             if self.cache.num_slots or self.cache.padding is not None:
                 return self._weigh_masked(q, k, v, self.cache.mask(k.shape[2], self.window, self.layouts))
         window = length if self.window is None else self.window
@@ -345,8 +349,9 @@ class AttentionHalf(Attention):
     takes_documents = True
 
     def forward(self, x: Hidden) -> Hidden:  # type: ignore[override]
-        x, positions = take_positions(x)
-        y = torch.add(x, super().forward(x, positions), alpha=self.residual_scale)
+        x, positions = (x, None) if isinstance(x, Tensor) else x
+        y = Attention.forward(self, x, positions)
+        y = x + y if self.residual_scale == 1 else torch.add(x, y, alpha=self.residual_scale)
         return y if positions is None else (y, positions)
 
 
@@ -398,7 +403,8 @@ class MLP(_NormedModule):
         else:
             gate, up = self.gate_and_up(x).chunk(2, -1)  # (B, S, F) each
             y = activation(gate) * up
-        return self._finish(self.contract(y))  # (B, S, D)
+        y = self.contract(y)  # (B, S, D)
+        return self._finish(y) if self.training or self.norms_outputs else y
 
 
 class MLPHalf(MLP):
@@ -407,9 +413,11 @@ class MLPHalf(MLP):
     supports_cache = True
     takes_documents = True
 
-    @passing_positions
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, super().forward(x), alpha=self.residual_scale)
+    def forward(self, x: Hidden) -> Hidden:  # type: ignore[override]
+        x, positions = (x, None) if isinstance(x, Tensor) else x
+        y = MLP.forward(self, x)
+        y = x + y if self.residual_scale == 1 else torch.add(x, y, alpha=self.residual_scale)
+        return y if positions is None else (y, positions)
 
 
 class ParallelBlock(TensorParallelModule):

@@ -5,8 +5,7 @@ Shapes: B sequences, S new tokens, T tokens that are attended to, K heads of key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,31 +43,40 @@ class KeyValueCache:
         num_slots: tokens of each sequence that have been read, with those that pad it.
         padding: `(B)`; None where no sequence has any.
         reads: number of tokens that are being read, S; 0 outside of `reading`, where layers know of no cache.
+        sees_all: True where what is read is one token of each sequence, which sees all before it that are kept.
     """
 
     def __init__(self, padding: Sequence[int], device: torch.device | str) -> None:
-        self.num_slots, self.reads = 0, 0
+        self.num_slots, self.reads, self.sees_all = 0, 0, False
         self.padding = torch.tensor(padding, device=device) if any(padding) else None
         self._device = device
         self._layers: dict[nn.Module, _Kept] = {}
+        self._readers: Iterable[nn.Module] = ()
         # What all layers compute alike, for the tokens that are being read.
         self._shared: dict[object, Any] = {}
 
-    @contextmanager
-    def reading(self, modules: Iterable[nn.Module], num_tokens: int) -> Iterator[None]:
-        """Let the modules with a `cache` use this one while they read the next `num_tokens` tokens of all sequences."""
-        modules = list(modules)
-        self.reads = num_tokens
+    def reading(self, modules: Iterable[nn.Module], num_tokens: int) -> KeyValueCache:
+        """Let the modules with a `cache` use this one, in a `with`, while they read the next tokens of all sequences.
+
+        Args:
+            modules: those of `caching_modules`.
+            num_tokens: how many tokens of each sequence.
+        """
+        self._readers, self.reads = modules, num_tokens
+        self.sees_all = num_tokens == 1 and self.padding is None
+        return self
+
+    def __enter__(self) -> None:
         self._shared.clear()
-        for module in modules:
+        for module in self._readers:
             module.__dict__["cache"] = self
-        try:
-            yield
-        finally:
-            for module in modules:
-                del module.__dict__["cache"]
-            self.reads = 0
-        self.num_slots += num_tokens
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for module in self._readers:
+            del module.__dict__["cache"]
+        if kind is None:
+            self.num_slots += self.reads
+        self.reads = 0
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all sequences but those at the given places of the batch."""
@@ -138,7 +146,7 @@ class KeyValueCache:
 
         None where each attends to all of them. The `layouts` say to which blocks tokens attend.
         """
-        if self.reads == 1 and self.padding is None and layouts is None:
+        if self.sees_all and layouts is None:
             return None
 
         def compute() -> Tensor:

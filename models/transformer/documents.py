@@ -37,9 +37,10 @@ def passing_positions(forward: Callable[[_Layer, Tensor], Tensor]) -> Callable[[
 
     @wraps(forward)
     def pass_on(layer: _Layer, x: Hidden) -> Hidden:
-        hidden, positions = take_positions(x)
-        y = forward(layer, hidden)
-        return y if positions is None else (y, positions)
+        if isinstance(x, Tensor):
+            return forward(layer, x)
+        hidden, positions = x
+        return forward(layer, hidden), positions
 
     return pass_on
 

@@ -6,6 +6,7 @@ It reads pickled lists of parts from its standard input, and writes a pickled an
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def main() -> None:
     """Answer until the input ends."""
     tokenizer_path, *conversations = sys.argv[1:]
     encode = build_encoder(Path(tokenizer_path), cast(ConversationFormat, conversations[0]) if conversations else None)
+    gc.disable()  # of millions of token ids, none is in a cycle
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             parts = pickle.load(sys.stdin.buffer)

@@ -22,11 +22,20 @@ def call_directly(model: nn.Module) -> None:
         model: a model in evaluation mode, whose parameters stay where they are.
     """
     for module in list(model.modules()):
-        module.__dict__.update(module._parameters)
+        module.__dict__.update({name: _inference_tensor(value) for name, value in module._parameters.items()})
+    for module in list(model.modules()):
         for name, child in module._modules.items():
             module.__dict__[name] = child if child is None or _has_hooks(child) else _callable_of(child)
         if not _has_hooks(module):
             module._compiled_call_impl = module.forward
+
+
+@torch.inference_mode()
+def _inference_tensor(parameter: Tensor | None) -> Tensor | None:
+    """Tensor on the same memory, of whose views torch keeps no account."""
+    if parameter is None:
+        return None
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(parameter.detach())
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -47,5 +56,6 @@ def _callable_of(module: nn.Module) -> Any:
         call = partial(torch.rms_norm, weight=module.weight, **sizes)
     else:
         return module
-    call.__dict__.update(module._parameters)
+    # What has the module's place may be asked for its parameters too.
+    call.__dict__.update({name: module.__dict__[name] for name in module._parameters})
     return call

@@ -40,7 +40,7 @@ class Generation:
     finish_reason: FinishReason = "length"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """A piece of text as it comes: of which prompt, and why the text has ended with it, if it has."""
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,9 @@ class LanguageModel:
         link: StageLink | None = None,
     ) -> None:
         self.longest_sequence, self.device = longest_sequence, torch.device(device)
-        self.layers, self._steps, self._link = model, model.steps, link
+        self.layers, self._link = model, link
+        # Called directly, where modules are.
+        self._steps = [getattr(step, "_compiled_call_impl", None) or step for step in model.steps]
         functions = [step.func if isinstance(step, partial) else step for step in model.steps]
         own = all(map(supports_cache, functions))
         self.has_cache = own if link is None else link.all_agree(own)
@@ -112,7 +115,7 @@ class LanguageModel:
         """
         if not self.has_cache:
             rows = [self._forward(self._tensor([context]))[:, -1] for context in contexts]
-            return torch.cat(rows).float().cpu()
+            return torch.cat(rows).to("cpu", torch.float32)
         kept = self._find_kept(contexts)
         if kept is None:
             longest = max(map(len, contexts))
@@ -125,7 +128,7 @@ class LanguageModel:
                 self._cache.keep(kept)
             new = [list(context[len(self._read[row]) :]) for row, context in zip(kept, contexts, strict=True)]
         self._read = list(contexts)
-        return self._forward(self._tensor(new), cache=self._cache)[:, -1].float().cpu()
+        return self._forward(self._tensor(new), cache=self._cache)[:, -1].to("cpu", torch.float32)
 
     def forget(self) -> None:
         """Free the memory of keys and values."""
@@ -157,10 +160,11 @@ class LanguageModel:
         if link is not None and not link.is_first:
             activations = link.receive(key)
         *steps, last = self._steps
-        with nullcontext() if cache is None else cache.reading(self._modules, token_ids.shape[1]):
+        num_tokens = token_ids.shape[1]
+        with nullcontext() if cache is None else cache.reading(self._modules, num_tokens):
             for step in steps:
                 activations = step(activations)
-            if cache is not None and (link is None or link.is_last):
+            if cache is not None and num_tokens > 1 and (link is None or link.is_last):
                 activations = activations[:, -1:]
             activations = last(activations)
         if link is None:
@@ -170,4 +174,4 @@ class LanguageModel:
         return link.share(whole_outputs(activations) if link.is_last else None, key)
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return torch.from_numpy(np.array(rows, dtype=np.int64)).to(self.device)

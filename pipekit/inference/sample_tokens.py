@@ -17,6 +17,9 @@ from pipekit.errors import ConfigError, PipekitError
 NextLogits = Callable[[Sequence[Sequence[int]]], Tensor]
 """Logits `(B, V)` in host memory of the token that follows each of B contexts."""
 
+# By which no difference of fp32 numbers is divided to more than fp64 holds.
+_LEAST_TEMPERATURE = 1e-250
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -70,8 +73,7 @@ class Sampling:
             tokens = np.flatnonzero(scores >= np.partition(scores, -self.top_k)[-self.top_k])
             scores = scores[tokens]
         # In fp64 and from the largest down, so that no temperature overflows to more than a weight of zero.
-        with np.errstate(over="ignore"):
-            weights = np.exp((scores.astype(np.float64) - largest) / self.temperature)
+        weights = np.exp((scores.astype(np.float64) - largest) / max(self.temperature, _LEAST_TEMPERATURE))
         if self.top_p is not None:
             order = np.argsort(-weights, kind="stable")
             sums = weights[order].cumsum()
@@ -95,7 +97,6 @@ def context_start(num_tokens: int, max_positions: int) -> int:
     return max(0, -(-(num_tokens - max_positions) // half) * half)
 
 
-@torch.no_grad()
 def continue_prompts(
     next_logits: NextLogits,
     prompts: Sequence[Sequence[int]],
@@ -138,7 +139,7 @@ def continue_prompts(
         contexts = [tokens[index][context_start(len(tokens[index]), max_positions) :] for index in going_on]
         logits = next_logits(contexts)
         ended = set()
-        for index, own in zip(going_on, logits, strict=True):
+        for index, own in zip(going_on, logits.unbind(), strict=True):
             token = sampling.draw(own, generators[index])
             if end_token_ids is not None and token in end_token_ids[index]:
                 ended.add(index)
@@ -177,6 +178,7 @@ def sample_tokens(
         PipekitError: if the model's logits are not numbers.
     """
 
+    @torch.no_grad()
     def next_logits(contexts: Sequence[Sequence[int]]) -> Tensor:
         return model(torch.tensor(contexts, dtype=torch.int64, device=device))[:, -1].float().cpu()
 

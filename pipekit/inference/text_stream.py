@@ -45,6 +45,8 @@ class TextStream:
         if is_whole and len(self._tokens) > 2 * _DECODED_TOKENS:
             shorter = self._tokens[-_DECODED_TOKENS:]
             self._tokens, self._decoded = shorter, self._tokenizer.decode(shorter)
+        if not self._stop:
+            return self.finish()
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.has_stopped = True
@@ -56,7 +58,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return the text that was held back, now that no token follows."""
+        """Return the text that was held back."""
         piece, self._held = self._held, ""
         return piece
 
