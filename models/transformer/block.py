@@ -30,7 +30,6 @@ from pipekit.models.transformer.cache import KeyValueCache
 from pipekit.models.transformer.documents import (
     Hidden,
     number_documents,
-    passing_positions,
     take_positions,
 )
 from pipekit.models.transformer.flex import attend_flexibly

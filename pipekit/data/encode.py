@@ -56,8 +56,7 @@ def encode_in_order(
             for batch in batches:
                 yield batch, encode_here(parts_of(batch))
         return
-    # One more than there are cores, so that no core is idle while a process waits for its next batch.
-    num_processes = min(num_cores, _MAX_PROCESSES) + 1
+    num_processes = min(num_cores, _MAX_PROCESSES)
     arguments = [str(tokenizer_path), *([] if conversations is None else [conversations])]
     with _start_processes(arguments, num_processes, max(1, num_cores // _MAX_PROCESSES)) as encode:
         pending: deque[tuple[T, Future[Encoded]]] = deque()
