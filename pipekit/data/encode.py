@@ -58,7 +58,7 @@ def encode_in_order(
         return
     num_processes = min(num_cores, _MAX_PROCESSES)
     arguments = [str(tokenizer_path), *([] if conversations is None else [conversations])]
-    with _start_processes(arguments, num_processes, max(1, num_cores // _MAX_PROCESSES)) as encode:
+    with _start_processes(arguments, num_processes, -(-num_cores // _MAX_PROCESSES)) as encode:
         pending: deque[tuple[T, Future[Encoded]]] = deque()
         for batch in batches:
             pending.append((batch, encode(parts_of(batch))))

@@ -15,8 +15,9 @@ from pipekit.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 def call_directly(model: nn.Module) -> None:
     """Let modules call the functions of those in them at once, and find their parameters without a search.
 
-    A token of a small model takes as long as its calls do: this saves a third. Modules with hooks, such as linear
-    layers with adapters, are called as before. The model trains no more.
+    A token of a small model takes as long as its calls do: with the shipped example, this saves a quarter. Modules with
+    hooks, such as linear layers with adapters, are called as before. The model trains no more, and its parameters are
+    seen as inference tensors, on the same memory.
 
     Args:
         model: a model in evaluation mode, whose parameters stay where they are.
