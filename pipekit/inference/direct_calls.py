@@ -36,7 +36,9 @@ def _inference_tensor(parameter: Tensor | None) -> Tensor | None:
     """Tensor on the same memory, of whose views torch keeps no account."""
     if parameter is None:
         return None
-    return torch.empty(0, dtype=parameter.dtype, device=parameter.device).set_(parameter.detach())
+    tensor = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    place = parameter.storage_offset(), parameter.shape, parameter.stride()
+    return tensor.set_(parameter.untyped_storage(), *place)
 
 
 def _has_hooks(module: nn.Module) -> bool:
