@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -89,7 +90,7 @@ class TuneSession:
         )
         resources = replace(self.resources, world_size=self.num_devices)
         try:
-            with ending_at_once(lambda: "ended before the run began"):
+            with ending_at_once(lambda: "ended before the run began"), _without_warnings():
                 plan = decide_run(config, load_trial(config), resources, prepared=self.prepared).plan
                 plan_file = write_plan(plan).plan
             task = (TIMING_TASK, str(num_steps), str(result))
@@ -98,6 +99,18 @@ class TuneSession:
             return _failed(error)
         timed = read_timed_steps(result)
         return Measured(statistics.median(timed.step_times_s[WARM_UP_STEPS:]), peak_bytes=timed.peak_bytes)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leave out warnings of a configuration, which have been shown once when the data were prepared."""
+    logger = logging.getLogger("pipekit")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _failed(error: PipekitError) -> Measured:

@@ -75,7 +75,7 @@ class Choice:
                 "micro_batch_size": float(plan.micro_batch_size),
                 "num_micro_batches": float(plan.num_micro_batches),
                 "schedule": plan.schedule,
-                "zero": str(plan.zero),
+                "zero": 1.0 + plan.zero,
                 "checkpointing": str(plan.checkpointing),
             },
         )
@@ -132,7 +132,8 @@ def list_choices(config: Config, found: SearchResult, fixed: Mapping[str, Any]) 
     choices, refusals = [], list[str]()
     allowed = [
         (prediction, keys)
-        for prediction in found.ranked
+        # ZeRO 2 and 3 send more messages than 1, which the plan takes for hidden.
+        for prediction in sorted(found.ranked, key=lambda each: (each.step_time_s, each.plan.zero))
         for keys in [tuned_keys(prediction.plan)]
         if all(keys[key] == value for key, value in fixed.items())
     ]

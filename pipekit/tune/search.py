@@ -68,7 +68,8 @@ class Search:
     """State of a search, which can be read at any moment, also after an interruption.
 
     Attributes:
-        candidates: all that there are.
+        candidates: all that there are. Of those with the same planned time that differ in one property alone, the
+            earlier is measured first.
         margin: the search ends where no candidate is expected to be faster than the best by more than this share.
         results: what was measured, by the index of the candidate, in the order of the runs.
     """
@@ -96,7 +97,10 @@ class Search:
 
     def choose(self) -> int | None:
         """Index of the candidate to measure next; None where none is expected to be worth a run."""
-        left = [i for i in range(len(self.candidates)) if i not in self.results.keys() | self.ruled_out()]
+        left = list[int]()
+        for i in sorted(set(range(len(self.candidates))) - self.results.keys() - self.ruled_out()):
+            if not any(_is_variant(self.candidates[i], self.candidates[earlier]) for earlier in left):
+                left.append(i)
         if not left:
             return None
         mean, deviation = self._correct(left)
@@ -149,6 +153,12 @@ class Search:
         )
         combined: _Array = alike.prod(axis=2)
         return np.asarray(_COMMON**2 + _PROPERTY**2 * alike.sum(axis=2) + _COMBINATION**2 * combined)
+
+
+def _is_variant(one: Candidate, other: Candidate) -> bool:
+    """True if the plan cannot tell two candidates apart by time, and they differ in one property alone."""
+    differing = [name for name, value in one.properties.items() if value != other.properties[name]]
+    return one.planned_s == other.planned_s and len(differing) == 1
 
 
 def _alikeness(one: Candidate, other: Candidate) -> list[float]:

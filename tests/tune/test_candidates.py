@@ -38,7 +38,7 @@ def test_candidates_share_the_batch_and_differ_in_what_is_tuned(config: Config) 
         assert parallel.pp * parallel.tp * int(parallel.dp) == 2
         assert train.global_batch_size == config.train.global_batch_size
         assert parallel.zero < 2 or parallel.pp == 1
-        assert choice.candidate.properties["zero"] == str(parallel.zero)
+        assert choice.candidate.properties["zero"] == 1 + parallel.zero
     for key in ("pp", "dp", "tp", "zero", "schedule"):
         assert len({getattr(choice.config.parallel, key) for choice in choices}) > 1
 

@@ -162,3 +162,10 @@ def test_the_correction_is_that_of_an_independent_gaussian_process() -> None:
     centre = np.median(ratios[known])
     expected = planned + centre + covariance[:, known] @ inverse @ (ratios[known] - centre)
     np.testing.assert_allclose(np.log(search.corrected_s()), expected, rtol=1e-9)
+
+
+def test_of_candidates_that_the_plan_cannot_tell_apart_the_first_is_measured_first() -> None:
+    candidates = [Candidate(0.1, 1e9, {"zero": 1.0 + stage}) for stage in range(4)]
+    search = Search(candidates)
+    search.run(lambda index: Measured(0.1 if index < 2 else 0.05), most_runs=4)
+    assert list(search.results) == [0, 1, 2, 3]
