@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,43 +28,39 @@ from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
     from pipekit.config import Config
+    from pipekit.config.trial_config import TrialConfig
     from pipekit.plan.plan import Plan
 
 
 def command(config: ConfigFile, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
-    train(config, overrides or [], trust_code=trust_code)
+    from pipekit.config.sources import read_run_config
+
+    run(lambda: read_run_config(config, overrides or [], trust_code=trust_code))
 
 
-def train(path: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = False) -> None:
-    """Train the configuration at `path`: of a language model or a list of layers, or of a trial where it names one.
+def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
+    """Train the configuration that `read` returns, of layers or of a trial, and return it.
 
-    On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under
-    torchrun, deepspeed, srun or mpirun, this process is one of the ranks.
-
-    Args:
-        path: the YAML file.
-        overrides: changes such as "train.steps=20".
-        trust_code: whether code may run that a `config.yaml` in the folder of a run or a checkpoint names.
+    Under another launcher, this process is one of the ranks, and ends with the training.
 
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.
     """
-    from pipekit.config.stored_code import check_stored_code
-    from pipekit.config.trial_config import load_trial_config, names_trial
-
-    check_stored_code(path, overrides, trust_code=trust_code)
-    if names_trial(path):
-        train_trial(load_trial_config(path, overrides))
-        return
-    from pipekit.config import load_config
+    from pipekit.config.trial_config import TrialConfig
 
     ranks = detect_ranks(os.environ)
+    with nullcontext() if ranks is None else report_failure(error_file_from(os.environ)):
+        config = read()
+        if isinstance(config, TrialConfig):
+            train_trial(config)
+        elif ranks is None:
+            start(config)
+        else:
+            join(config, ranks)
     if ranks is not None:
-        with report_failure(error_file_from(os.environ)):
-            join(load_config(path, overrides), ranks)
         end_finished()
-    start(load_config(path, overrides))
+    return config
 
 
 def start(config: Config) -> None:
