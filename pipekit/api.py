@@ -173,7 +173,9 @@ def load_model(
     """
     from pipekit.inference.load_model import open_model
 
-    return open_model(Path(getattr(source, "run_dir", source)), given=config, trust_code=trust_code).build()
+    return open_model(
+        Path(source if isinstance(source, (str, Path)) else source.run_dir), given=config, trust_code=trust_code
+    ).build()
 
 
 def _name_trial(trial: type | None, *, run_alone: bool = False) -> list[str]:

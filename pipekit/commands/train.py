@@ -8,14 +8,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from pipekit.commands.shared_options import ConfigFile, Overrides, TrustCode
 from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.gpu_environment import gpu_environ
-from pipekit.launch.local import run_plan
+from pipekit.launch.local import count_processes, run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import check_degrees, check_process_count, find_resources, thread_environ
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
@@ -27,16 +29,64 @@ from pipekit.signals import ending_at_once, noting
 from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipekit.config import Config
     from pipekit.config.trial_config import TrialConfig
     from pipekit.plan.plan import Plan
 
 
-def command(config: ConfigFile, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
+def command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    trust_code: TrustCode = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, prepare the data, show the plan, and start nothing.")
+    ] = False,
+) -> None:
     """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
     from pipekit.config.sources import read_run_config
 
+    if dry_run:
+        rehearse(read_run_config(config, overrides or [], trust_code=trust_code))
+        return
     run(lambda: read_run_config(config, overrides or [], trust_code=trust_code))
+
+
+def rehearse(config: Config | TrialConfig) -> None:
+    """Do everything that comes before the start of a run, show what would start, and write nothing but prepared data.
+
+    Raises:
+        PipekitError: if something would be refused.
+    """
+    from pipekit.config.trial_config import TrialConfig
+    from pipekit.plan.run_folder import RunFolder, check_run_folder
+
+    if isinstance(config, TrialConfig):
+        from pipekit.training.trial_run import load_trial_class
+
+        trial = load_trial_class(config)
+        num_ranks = count_processes(config.run.processes, config.run.device)
+        check_process_count(num_ranks, "run.processes")
+        check_run_folder(RunFolder(config.run.dir))
+        check_writable(Path(config.run.dir), name="run.dir=")
+        sys.stdout.write(f"dry run: {_processes(num_ranks)} of {trial.__name__} would start; nothing was written\n")
+        return
+    resources = find_resources(os.environ, config)
+    num_ranks = check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
+    check_process_count(num_ranks, "parallel")
+    decided = _decide(config, resources)
+    if decided is None:
+        return
+    plan, console = decided
+    cache = Path(config.data.cache_dir or "~/.cache/pipekit").expanduser()
+    prepared = f"the prepared data in {cache}" if plan.prepared else "nothing"
+    start_step = f" from step {plan.start.step}" if plan.start is not None else ""
+    console.print(f"dry run: {_processes(plan.layout.world_size)} would start{start_step}; written is {prepared}")
+
+
+def _processes(number: int) -> str:
+    return f"{number} {'process' if number == 1 else 'processes'}"
 
 
 def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
@@ -97,10 +147,21 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
 
 def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None:
     """Plan a run, show and write the plan; None if the run has been trained already."""
-    from pipekit.plan.run_folder import find_start, write_plan
+    from pipekit.plan.run_folder import write_plan
 
-    if goes_on:
-        config = config.updated({"checkpoint.resume": "auto"})
+    decided = _decide(config.updated({"checkpoint.resume": "auto"}) if goes_on else config, resources)
+    if decided is None:
+        return None
+    plan, console = decided
+    write_plan(plan)
+    console.print(f"starting {_processes(plan.layout.world_size)} ...")
+    return plan
+
+
+def _decide(config: Config, resources: Resources) -> tuple[Plan, Console] | None:
+    """Plan a run and show the plan, and return the console with it; None if the run has been trained already."""
+    from pipekit.plan.run_folder import find_start
+
     start_point = find_start(config)
     check_writable(Path(config.run.dir), name="run.dir=")
     from pipekit.training.console import describe_finished, make_console, show_plan
@@ -120,10 +181,7 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
     show_plan(plan, console)
     if warning is not None:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    write_plan(plan)
-    world_size = plan.layout.world_size
-    console.print(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...")
-    return plan
+    return plan, console
 
 
 def join(config: Config, ranks: RankEnvironment) -> None:

@@ -51,7 +51,7 @@ def export(
     Raises:
         PipekitError: if two forms are asked for, a file cannot be read or written, or the export is not the same.
     """
-    source = Path(getattr(source, "run_dir", source))
+    source = Path(source if isinstance(source, (str, Path)) else source.run_dir)
     chosen = [option for option, given in (("--raw", raw), ("--merge", merge), ("--adapter", adapter)) if given]
     if len(chosen) > 1:
         raise ConfigError(f"{' '.join(chosen)}: write different folders; give one of them")
