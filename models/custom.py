@@ -19,6 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.models.family import ModelFamily, TensorRename, TransformerFamily, setting_error
+from pipekit.settings.script_file import read_script
 from pipekit.settings.suggest import closest
 
 if TYPE_CHECKING:
@@ -210,23 +211,30 @@ def _is_ours(file: str) -> bool:
 def load_object(path: str, *, key: str) -> Any:
     """Object that the `key` of a configuration names as `package.module:name`, also in the working directory.
 
+    In place of the module may stand the path of a Python file, such as `/home/me/script.py:name`.
+
     Raises:
         ConfigError: if the module, one that it imports, or the name in it is not there.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{key}={path}: must name a module and something in it, as package.module:name")
+    is_script = module_name.endswith(".py")
     # It stays there: what is imported later, inside the user's functions, is found too.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    if _is_of_standard_library(module_name):
+    if not is_script and _is_of_standard_library(module_name):
         raise ConfigError(
             f"{key}={path}: {module_name} is a module of Python's standard library, in which there is nothing of the "
             "kind; name a module of your own"
         )
     with _users_code(f"{key}={path}: importing {module_name}"):
         try:
-            found: Any = importlib.import_module(module_name)
+            found: Any = (
+                read_script(Path(module_name), key=f"{key}={path}")
+                if is_script
+                else importlib.import_module(module_name)
+            )
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
                 raise ConfigError(f"{key}={path}: importing {module_name} failed: {error}") from error

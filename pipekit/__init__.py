@@ -6,12 +6,17 @@ deepspeed.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipekit.commands.train import train as train
+    from pipekit.api import load_model as load_model
+    from pipekit.api import plan as plan
+    from pipekit.api import train as train
+    from pipekit.api import verify as verify
     from pipekit.config import Config as Config
     from pipekit.config import load_config as load_config
     from pipekit.config import parse_config as parse_config
@@ -24,11 +29,15 @@ if TYPE_CHECKING:
     from pipekit.engine.initialize import initialize as initialize
     from pipekit.engine.module import PipelineModule as PipelineModule
     from pipekit.errors import PipekitError as PipekitError
+    from pipekit.errors import StoppedError as StoppedError
     from pipekit.inference.export import export_checkpoint as export_checkpoint
+    from pipekit.inference.export_forms import export as export
     from pipekit.launch.trial import init as init
     from pipekit.layers.specs import LayerSpec as LayerSpec
     from pipekit.layers.specs import TiedLayerSpec as TiedLayerSpec
     from pipekit.layout import Layout as Layout
+    from pipekit.plan.train_result import Series as Series
+    from pipekit.plan.train_result import TrainResult as TrainResult
     from pipekit.schedules import Action as Action
     from pipekit.schedules import Costs as Costs
     from pipekit.schedules import Schedule as Schedule
@@ -53,7 +62,7 @@ if TYPE_CHECKING:
 _HOMES = {
     name: module
     for module, names in {
-        "pipekit.commands.train": "train",
+        "pipekit.api": "load_model plan train verify",
         "pipekit.config": "Config load_config parse_config",
         "pipekit.costs.example": "Example",
         "pipekit.data.data_loader": "DataLoader",
@@ -63,11 +72,13 @@ _HOMES = {
         "pipekit.engine.engine": "PipelineEngine",
         "pipekit.engine.initialize": "initialize",
         "pipekit.engine.module": "PipelineModule",
-        "pipekit.errors": "PipekitError",
+        "pipekit.errors": "PipekitError StoppedError",
         "pipekit.inference.export": "export_checkpoint",
+        "pipekit.inference.export_forms": "export",
         "pipekit.layers.specs": "LayerSpec TiedLayerSpec",
         "pipekit.launch.trial": "init",
         "pipekit.layout": "Layout",
+        "pipekit.plan.train_result": "Series TrainResult",
         "pipekit.schedules": "Action Costs Schedule Timeline plan_schedule simulate",
         "pipekit.settings.activations": "ActivationCheckpointing",
         "pipekit.tensors.weight_gradients": "defer_weight_gradient",
@@ -86,9 +97,33 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
+_CALLED = ("plan", "verify")
+
+
+class _CalledPackage(ModuleType):
+    """A package of the same name as a function of `pipekit.api`, which a call of it calls."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module("pipekit.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Pipekit(ModuleType):
+    """This module. An import of a subpackage sets it as an attribute, which would hide the function of its name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CALLED and type(value) is ModuleType:
+            value.__class__ = _CalledPackage
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Pipekit
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("pipekit")
+    if name in _CALLED:
+        return import_module(f"{__name__}.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'pipekit' has no attribute {name!r}")

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined]
 
 from pipekit import commands
 
@@ -24,7 +25,7 @@ app = typer.Typer(
 # The order of the help text; others follow by name.
 _FIRST = (
     *("init", "data", "plan", "train", "verify", "import", "export", "generate", "eval", "checkpoints"),
-    *("launch", "slurm", "doctor"),
+    *("launch", "slurm", "doctor", "completion"),
 )
 
 
@@ -36,6 +37,8 @@ def _add_commands() -> None:
 
 
 _add_commands()
+# What `pipekit completion` prints asks this program for completions by an environment variable.
+completion_init()
 
 
 @app.callback(invoke_without_command=True)

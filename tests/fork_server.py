@@ -92,9 +92,11 @@ def run_joining(
         return [each.wait(timeout_s) for each in started]
 
 
-def run_script(path: Path, *, cwd: Path, timeout_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+def run_script(
+    path: Path, *, cwd: Path, timeout_s: float = 180.0, fork_ranks: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a Python script in a fork, alone, as `python path` does."""
-    return _run([str(path)], cwd, None, timeout_s, fork_ranks=False)
+    return _run([str(path)], cwd, None, timeout_s, fork_ranks)
 
 
 class StartedCommand:
@@ -194,16 +196,16 @@ def _main(
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     sys.argv = list(command)
-    if command[0].endswith(".py"):
-        sys.path[0:0] = [os.path.dirname(command[0])]
-        runpy.run_path(command[0], run_name="__main__")
-        return
-    sys.path[0:0] = [cwd]
     if fork_ranks:
         from pipekit.launch import local
 
         RankForker().replace_popen_of(local)
 
+    if command[0].endswith(".py"):
+        sys.path[0:0] = [os.path.dirname(command[0])]
+        runpy.run_path(command[0], run_name="__main__")
+        return
+    sys.path[0:0] = [cwd]
     from pipekit.cli import main
 
     main()

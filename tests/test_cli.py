@@ -26,6 +26,7 @@ NAMES = [
     "launch",
     "slurm",
     "doctor",
+    "completion",
     "examples",
     "migrate",
     "presets",

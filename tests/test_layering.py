@@ -24,7 +24,7 @@ ROOMS: dict[int, str] = {
     # 2: processes.
     2: "distributed deepspeed engine step_profile evaluation training verify",
     # 3: face.
-    3: "launch doctor commands compat cli __main__",
+    3: "launch doctor commands api compat cli __main__",
 }
 """The folders and loose modules of the library by floor; `pipekit` itself stands on the highest."""
 

@@ -31,52 +31,33 @@ def command(
     ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
-    from pipekit.errors import ConfigError
+    from pipekit.inference.export_forms import export
+    from pipekit.inference.peft_adapter import AdapterExport
+    from pipekit.inference.raw_export import RawExport
     from pipekit.tensors.host_memory import return_freed_memory
 
     return_freed_memory()
-    chosen = [option for option, given in (("--raw", raw), ("--merge", merge), ("--adapter", adapter)) if given]
-    if len(chosen) > 1:
-        raise ConfigError(f"{' '.join(chosen)}: write different folders; give one of them")
-    if adapter:
-        from pipekit.inference.peft_adapter import export_adapter
-
-        for option, given in (("--dtype", dtype != "float32"), ("--config", config is not None)):
-            if given:
-                raise ConfigError(f"--adapter {option}: adapters are written as they were trained; leave {option} out")
-        written = export_adapter(source, out, overwrite=overwrite, trust_code=trust_code)
-        typer.echo(f"exported the adapters of step {written.step} of {written.checkpoint} to {out}")
-        typer.echo(f"{written.num_linears} linear layers, {written.num_parameters:,} parameters, every bit read back")
-        return
-    if raw:
-        from pipekit.inference.raw_export import export_raw
-
-        if config is not None:
-            raise ConfigError(
-                "--raw --config: tensors under their own names need no description; leave one of them out"
-            )
-        done = export_raw(source, out, dtype=dtype, overwrite=overwrite)
-        typer.echo(f"exported step {done.step} of {done.checkpoint} to {out}")
-        typer.echo(f"{done.num_tensors:,} tensors of {done.num_elements:,} elements, every bit read back")
-        return
-    from pipekit.config.stored_code import check_stored_code
-    from pipekit.inference.export import export_checkpoint
-
-    if config is not None:
-        check_stored_code(config, trust_code=trust_code)
-
-    check = export_checkpoint(
+    done = export(
         source,
         out,
         dtype=dtype,
         shard_size=shard_size,
         overwrite=overwrite,
         trust_code=trust_code,
+        raw=raw,
         config=config,
         merge=merge,
+        adapter=adapter,
     )
-    typer.echo(f"exported step {check.step} of {check.checkpoint} to {out}")
+    if isinstance(done, AdapterExport):
+        typer.echo(f"exported the adapters of step {done.step} of {done.checkpoint} to {out}")
+        typer.echo(f"{done.num_linears} linear layers, {done.num_parameters:,} parameters, every bit read back")
+        return
+    typer.echo(f"exported step {done.step} of {done.checkpoint} to {out}")
+    if isinstance(done, RawExport):
+        typer.echo(f"{done.num_tensors:,} tensors of {done.num_elements:,} elements, every bit read back")
+        return
     typer.echo(
-        f"checked against {check.reference}: {check.num_logits:,} logits, "
-        f"at most {check.max_logit_difference:.2g} apart (limit {check.tolerance:.2g})"
+        f"checked against {done.reference}: {done.num_logits:,} logits, "
+        f"at most {done.max_logit_difference:.2g} apart (limit {done.tolerance:.2g})"
     )

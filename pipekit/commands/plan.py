@@ -60,12 +60,10 @@ def command(
     ] = None,
 ) -> None:
     """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
-    from pipekit.config import load_config
-    from pipekit.config.stored_code import check_stored_code
+    from pipekit.config.sources import read_config
 
     options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure)
-    check_stored_code(config, overrides or [], trust_code=trust_code)
-    loaded = load_config(config, overrides or [])
+    loaded = read_config(config, overrides or [], trust_code=trust_code)
     report = plan_report(loaded, options)
     if html is not None:
         from pipekit.commands.plan_page import render_html

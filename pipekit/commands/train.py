@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from pipekit.commands.shared_options import ConfigFile, Overrides, TrustCode
 from pipekit.launch.compiler import compiler_environ
 from pipekit.launch.environment import RankEnvironment, detect_ranks
 from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.gpu_environment import gpu_environ
-from pipekit.launch.local import run_plan
+from pipekit.launch.local import count_processes, run_plan
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.resources import check_degrees, check_process_count, find_resources, thread_environ
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
@@ -26,44 +29,88 @@ from pipekit.signals import ending_at_once, noting
 from pipekit.storage import check_writable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipekit.config import Config
+    from pipekit.config.trial_config import TrialConfig
     from pipekit.plan.plan import Plan
 
 
-def command(config: ConfigFile, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
+def command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    trust_code: TrustCode = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, prepare the data, show the plan, and start nothing.")
+    ] = False,
+) -> None:
     """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
-    train(config, overrides or [], trust_code=trust_code)
+    from pipekit.config.sources import read_run_config
+
+    if dry_run:
+        rehearse(read_run_config(config, overrides or [], trust_code=trust_code))
+        return
+    run(lambda: read_run_config(config, overrides or [], trust_code=trust_code))
 
 
-def train(path: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = False) -> None:
-    """Train the configuration at `path`: of a language model or a list of layers, or of a trial where it names one.
+def rehearse(config: Config | TrialConfig) -> None:
+    """Do everything that comes before the start of a run, show what would start, and write nothing but prepared data.
 
-    On its own, this plans the run, shows the plan, starts a process for each rank and watches over them. Under
-    torchrun, deepspeed, srun or mpirun, this process is one of the ranks.
+    Raises:
+        PipekitError: if something would be refused.
+    """
+    from pipekit.config.trial_config import TrialConfig
+    from pipekit.plan.run_folder import RunFolder, check_run_folder
 
-    Args:
-        path: the YAML file.
-        overrides: changes such as "train.steps=20".
-        trust_code: whether code may run that a `config.yaml` in the folder of a run or a checkpoint names.
+    if isinstance(config, TrialConfig):
+        from pipekit.training.trial_run import load_trial_class
+
+        trial = load_trial_class(config)
+        num_ranks = count_processes(config.run.processes, config.run.device)
+        check_process_count(num_ranks, "run.processes")
+        check_run_folder(RunFolder(config.run.dir))
+        check_writable(Path(config.run.dir), name="run.dir=")
+        sys.stdout.write(f"dry run: {_processes(num_ranks)} of {trial.__name__} would start; nothing was written\n")
+        return
+    resources = find_resources(os.environ, config)
+    num_ranks = check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
+    check_process_count(num_ranks, "parallel")
+    decided = _decide(config, resources)
+    if decided is None:
+        return
+    plan, console = decided
+    cache = Path(config.data.cache_dir or "~/.cache/pipekit").expanduser()
+    prepared = f"the prepared data in {cache}" if plan.prepared else "nothing"
+    start_step = f" from step {plan.start.step}" if plan.start is not None else ""
+    console.print(f"dry run: {_processes(plan.layout.world_size)} would start{start_step}; written is {prepared}")
+
+
+def _processes(number: int) -> str:
+    return f"{number} {'process' if number == 1 else 'processes'}"
+
+
+def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
+    """Train the configuration that `read` returns, of layers or of a trial, and return it.
+
+    Under another launcher, this process is one of the ranks, and ends with the training.
 
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.
     """
-    from pipekit.config.stored_code import check_stored_code
-    from pipekit.config.trial_config import load_trial_config, names_trial
-
-    check_stored_code(path, overrides, trust_code=trust_code)
-    if names_trial(path):
-        train_trial(load_trial_config(path, overrides))
-        return
-    from pipekit.config import load_config
+    from pipekit.config.trial_config import TrialConfig
 
     ranks = detect_ranks(os.environ)
+    with nullcontext() if ranks is None else report_failure(error_file_from(os.environ)):
+        config = read()
+        if isinstance(config, TrialConfig):
+            train_trial(config)
+        elif ranks is None:
+            start(config)
+        else:
+            join(config, ranks)
     if ranks is not None:
-        with report_failure(error_file_from(os.environ)):
-            join(load_config(path, overrides), ranks)
         end_finished()
-    start(load_config(path, overrides))
+    return config
 
 
 def start(config: Config) -> None:
@@ -100,10 +147,21 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
 
 def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None:
     """Plan a run, show and write the plan; None if the run has been trained already."""
-    from pipekit.plan.run_folder import find_start, write_plan
+    from pipekit.plan.run_folder import write_plan
 
-    if goes_on:
-        config = config.updated({"checkpoint.resume": "auto"})
+    decided = _decide(config.updated({"checkpoint.resume": "auto"}) if goes_on else config, resources)
+    if decided is None:
+        return None
+    plan, console = decided
+    write_plan(plan)
+    console.print(f"starting {_processes(plan.layout.world_size)} ...")
+    return plan
+
+
+def _decide(config: Config, resources: Resources) -> tuple[Plan, Console] | None:
+    """Plan a run and show the plan, and return the console with it; None if the run has been trained already."""
+    from pipekit.plan.run_folder import find_start
+
     start_point = find_start(config)
     check_writable(Path(config.run.dir), name="run.dir=")
     from pipekit.training.console import describe_finished, make_console, show_plan
@@ -123,10 +181,7 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
     show_plan(plan, console)
     if warning is not None:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    write_plan(plan)
-    world_size = plan.layout.world_size
-    console.print(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...")
-    return plan
+    return plan, console
 
 
 def join(config: Config, ranks: RankEnvironment) -> None:

@@ -40,12 +40,10 @@ def command(
     """Run a few steps of a model under every layout that fits and in one process, and name the first layer that
     differs."""
     from pipekit.commands.verify_session import verify_config
-    from pipekit.config import load_config
-    from pipekit.config.stored_code import check_stored_code
+    from pipekit.config.sources import read_config
 
-    check_stored_code(config, overrides or [], trust_code=trust_code)
     found = verify_config(
-        load_config(config, overrides or []),
+        read_config(config, overrides or [], trust_code=trust_code),
         num_steps=steps,
         num_devices=devices,
         layouts=layouts,

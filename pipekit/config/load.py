@@ -140,7 +140,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return _finish(read_draft(path, overrides), default_dir=f"runs/{Path(path).stem}")
 
 
-def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+def parse_config(values: Config | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
     """Return the configuration of a nested dict with the keys of the YAML file, changed as in `load_config`.
 
     Raises:
@@ -151,6 +151,8 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
         128
     """
     draft = Draft()
+    if isinstance(values, Config):
+        values = {**values.model_dump(), "model": values.model.given()}
     draft.values = {
         name: section.model_dump() if isinstance(section, Section) else section for name, section in values.items()
     }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipekit.config.callbacks_config import CallbacksConfig
-from pipekit.config.load import Draft, read_config_text, read_draft
+from pipekit.config.load import Draft, apply_override, read_config_text, read_draft
 from pipekit.config.schema import Degree, Seed, Threads, TimeLimit
 from pipekit.errors import ConfigError
 from pipekit.settings.base import Fault, FolderText, PathText, Section, show
@@ -168,8 +168,8 @@ def load_trial_config(path: str | Path, overrides: Iterable[str] = ()) -> TrialC
     return _finish(draft)
 
 
-def parse_trial_config(values: Mapping[str, Any]) -> TrialConfig:
-    """Return the configuration of a nested dict with the keys of the YAML file.
+def parse_trial_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrialConfig:
+    """Return the configuration of a nested dict with the keys of the YAML file, changed as in `load_trial_config`.
 
     Raises:
         ConfigError: with every mistake.
@@ -180,6 +180,8 @@ def parse_trial_config(values: Mapping[str, Any]) -> TrialConfig:
     """
     draft = Draft()
     draft.values = dict(values)
+    for override in overrides:
+        apply_override(draft, override)
     return _finish(draft)
 
 

@@ -7,6 +7,7 @@ any depth takes no longer than its few kinds of layers.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,14 @@ from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, unflatten
 
 LossFn = Callable[[Any, Any], Any]
+
+# What torch says of shapes that do not fit. Other errors may be those of a layer that needs values, or its own device.
+_MISFIT = re.compile(
+    r"shapes cannot be multiplied|must match the size of tensor|is invalid for input of size|Given normalized_shape|"
+    r"have same reduction dim|Sizes of tensors must match|to have \d+ channels|must be equal to input_size|"
+    r"should be broadcastable|positional argument|Invalid channel dimensions|was expecting embedding dimension|"
+    r"Expected size for first two dimensions"
+)
 
 _REMEDY = (
     "if these are not the shapes it is for, mend {}; if it needs {}, set parallel.partition=profile, which runs it"
@@ -73,6 +82,46 @@ def describe_layers(
 
     layers, outputs = walk_layers(specs, inputs, describe, dtype=dtype, loss_fn=loss_fn)
     return ModelCosts(layers, None if loss_fn is None or is_loss(outputs) else describe_loss(loss_fn, outputs, labels))
+
+
+def check_shapes(specs: Sequence[LayerSpec], inputs: Any, *, dtype: torch.dtype) -> None:
+    """Run the forward of all layers without values, each kind once, and find one that does not fit its inputs.
+
+    A layer that cannot run without values, and those behind it, are not checked.
+
+    Args:
+        specs: the model.
+        inputs: see `describe_layers`.
+        dtype: of weights and floating-point activations.
+
+    Raises:
+        ConfigError: if a layer does not fit its inputs; it names the layer.
+
+    Example:
+        >>> specs = [LayerSpec(nn.Linear, 4, 6), LayerSpec(nn.Linear, 5, 2)]
+        >>> check_shapes(specs, torch.zeros(3, 4), dtype=torch.float32)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        pipekit.errors.ConfigError: layer 'layers.1' (Linear) does not fit its input, float32[3, 6]: ...
+    """
+    meta = NestedMeta.of(inputs, "the input of the first layer", dtype=dtype)
+    found: dict[Hashable, NestedMeta] = {}
+    for spec, name in zip(specs, layer_names(specs), strict=True):
+        key = (spec_key(spec), spec.forward_fn if isinstance(spec, TiedLayerSpec) else None, meta.key)
+        if key not in found:
+            try:
+                layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
+                with torch.no_grad(), torch.device("meta"), ShapeRules():
+                    outputs = apply_layer(layer, spec)(unflatten(meta.on_meta(), meta.structure))
+                found[key] = NestedMeta.of(outputs, f"the output of layer {name!r}", dtype=dtype)
+            except Exception as error:
+                if _MISFIT.search(str(error)) is None:
+                    return
+                raise ConfigError(
+                    f"layer {name!r} ({spec.type_name}) does not fit its input, {meta}: {first_line(error)}; mend the "
+                    "layer, or the one before it"
+                ) from error
+        meta = found[key]
 
 
 def walk_layers(

@@ -27,7 +27,8 @@ from pipekit.progress import ProgressCallback
 ExampleBuilder = Callable[[int], Example | None]
 """Returns one micro-batch of so many sequences; None where a trial does not tell."""
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of weights and activations by the name of a precision."""
 
 
 def describe_model(
@@ -63,7 +64,7 @@ def describe_model(
             )
         if time_on is None:
             return describe_layers(
-                specs, given.inputs, dtype=_DTYPES[precision], loss_fn=given.loss_fn, labels=given.labels
+                specs, given.inputs, dtype=DTYPES[precision], loss_fn=given.loss_fn, labels=given.labels
             )
         # A GPU's context and memory would stay with this process as long as it watches over the run.
         profile = profile_in_child if time_on == "cuda" else profile_layers
@@ -71,7 +72,7 @@ def describe_model(
             return profile(
                 specs,
                 given.inputs,
-                dtype=_DTYPES[precision],
+                dtype=DTYPES[precision],
                 device=time_on,
                 loss_fn=given.loss_fn,
                 labels=given.labels,

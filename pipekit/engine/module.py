@@ -24,7 +24,7 @@ from pipekit.distributed.mpu_check import check_mpu
 from pipekit.engine.layer_files import load_layers, save_layers
 from pipekit.engine.logical_model import persistent_buffers
 from pipekit.engine.tensor_group import ProcessTensorGroup
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, PipekitError
 from pipekit.layers.attention_core import recompute_attention
 from pipekit.layers.layer_drop import LayerDrop, number_blocks
 from pipekit.layers.parameters import count_layer_parameters
@@ -394,7 +394,11 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                     self._seed(fold_seed(self.seed, "layer", *dropout_path, layer_idx))
                 inputs = self._as_taken(inputs, layer_idx)
                 if self._keeps(layer_idx, dropout_path):
-                    inputs = self._layers[layer_idx](inputs)
+                    try:
+                        inputs = self._layers[layer_idx](inputs)
+                    except Exception as error:
+                        _name_layer(error, f"layer {self.layer_names[layer_idx]!r}")
+                        raise
                 else:
                     inputs = map_tensors(partial(_reaching_back, self.module_of(layer_idx)), inputs)
                 if self.observe_layer is not None:
@@ -480,6 +484,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             owned = self.layer_names.index(layer_name) in held
             for name, tensor in named(self.module_of(layer_idx)):
                 yield f"{layer_name}.{name}", tensor, owned
+
+
+def _name_layer(error: Exception, layer: str) -> None:
+    """Let the message of an error in a layer's forward begin with the layer."""
+    if not isinstance(error, PipekitError) and error.args == (str(error),):
+        error.args = (f"{layer}: {error}",)
 
 
 def _reaching_back(left_out: nn.Module, passed: Tensor) -> Tensor:

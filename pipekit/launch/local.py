@@ -106,16 +106,29 @@ def run_processes(
         ConfigError: if there are fewer GPUs than processes, or none and they are asked for.
     """
     num_gpus = count_gpus(device, os.environ)
+    world_size = count_processes(processes, device, option=option)
+    environ = process_environ(world_size, num_gpus, log_dir, threads=threads)
+    sys.stdout.write(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...\n")
+    sys.stdout.flush()
+    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, grace_s=grace_s, timeout_s=timeout_s)
+
+
+def count_processes(
+    processes: int | Literal["auto"], device: Literal["auto", "cpu", "cuda"], *, option: str = "run.processes="
+) -> int:
+    """Number of processes that `run_processes` starts.
+
+    Raises:
+        ConfigError: if there are fewer GPUs than processes, or none and they are asked for.
+    """
+    num_gpus = count_gpus(device, os.environ)
     world_size = (num_gpus or 1) if processes == "auto" else processes
     if num_gpus is not None and world_size > num_gpus:
         raise ConfigError(
             f"{option}{world_size}: there are {num_gpus} GPUs, and each process takes one; try {option}{num_gpus}, or "
             "device=cpu"
         )
-    environ = process_environ(world_size, num_gpus, log_dir, threads=threads)
-    sys.stdout.write(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...\n")
-    sys.stdout.flush()
-    run_local(command, world_size=world_size, log_dir=log_dir, env=environ, grace_s=grace_s, timeout_s=timeout_s)
+    return world_size
 
 
 def process_environ(

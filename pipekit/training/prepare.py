@@ -9,13 +9,15 @@ from pipekit.checkpoint.manifest import CONFIG_FILE
 from pipekit.checkpoint.model_config import shapes_of_layers
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config
+from pipekit.costs.describe import check_shapes
+from pipekit.costs.model import DTYPES
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.inference.base_weights import BaseWeights, check_base, open_base
 from pipekit.inference.hugging_face import HuggingFaceFolder
 from pipekit.inference.peft_adapter import AdapterFolder
 from pipekit.layers.lora import is_adapter
 from pipekit.layers.specs import LayerSpec
-from pipekit.models.custom import load_object
+from pipekit.models.custom import CustomModelConfig, load_object
 from pipekit.models.family import TransformerFamily
 from pipekit.plan.decide import Decision, decide_run
 from pipekit.plan.plan import StartPoint
@@ -63,6 +65,7 @@ def prepare_run(
         check_base(source, CheckpointReader(start.checkpoint))
     prepared = trial.prepare(config, on_progress)
     decision = decide_run(config, trial, resources, prepared=prepared, start=start, on_progress=on_progress)
+    _check_layers(decision, trial)
     if isinstance(source, CheckpointReader):
         _check_base_shapes(source, decision.specs, key=f"lora.base={config.lora.base}")
     initial_adapters(decision.plan.config, decision.specs)
@@ -71,6 +74,19 @@ def prepare_run(
     if trial.learning_rate is LayersTrial.learning_rate:
         checked_rate(bind_schedule(decision.plan.config)[0](0), 0, decision.plan.config)
     return decision
+
+
+def _check_layers(decision: Decision, trial: type[LayersTrial]) -> None:
+    """Check that the layers of the user's own fit one another; those of a built-in model do."""
+    config = decision.plan.config
+    if trial is LanguageModelTrial and not isinstance(config.model, CustomModelConfig):
+        return
+    inherits = trial.example.__func__ is LanguageModelTrial.example.__func__  # type: ignore[attr-defined]
+    if inherits and trial.build_train_dataset is not LanguageModelTrial.build_train_dataset:
+        return  # its samples may be others than the example
+    example = trial.example(config, decision.plan.batch.micro_batch_size)
+    if example is not None:
+        check_shapes(decision.specs, example.inputs, dtype=DTYPES[decision.plan.precision])
 
 
 def _check_optimizer(decision: Decision) -> None:
