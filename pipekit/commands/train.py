@@ -80,9 +80,9 @@ def rehearse(config: Config | TrialConfig) -> None:
         return
     plan, console = decided
     cache = Path(config.data.cache_dir or "~/.cache/pipekit").expanduser()
-    prepared = f"the prepared data in {cache}" if plan.prepared else "nothing"
+    written = f"nothing was written but data in {cache}" if plan.prepared else "nothing was written"
     start_step = f" from step {plan.start.step}" if plan.start is not None else ""
-    console.print(f"dry run: {_processes(plan.layout.world_size)} would start{start_step}; written is {prepared}")
+    console.print(f"dry run: {_processes(plan.layout.world_size)} would start{start_step}; {written}", soft_wrap=True)
 
 
 def _processes(number: int) -> str:

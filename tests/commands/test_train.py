@@ -45,7 +45,7 @@ def test_a_dry_run_shows_what_would_start_and_writes_prepared_data_alone(tmp_pat
     done = pipekit(workspace, "train", "c.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "pp=2 x dp=1 x tp=1, 2 processes" in done.stdout
-    assert done.stdout.splitlines()[-1] == "dry run: 2 processes would start; written is the prepared data in cache"
+    assert done.stdout.splitlines()[-1] == "dry run: 2 processes would start; nothing was written but data in cache"
     assert {path.name for path in workspace.iterdir()} == before | {"cache"}
     done = pipekit(workspace, "train", "c.yaml", "--dry-run", "parallel.pp=9")
     assert done.returncode == 2
