@@ -52,7 +52,7 @@ class TestSources:
     def test_numbers_of_numpy_are_numbers(self) -> None:
         assert read_config(VALUES, {"train.steps": np.int64(7), "optimizer.lr": np.float32(0.5)}).train.steps == 7
 
-    @pytest.mark.parametrize("changes", ["train.steps=20", {"train.steps": object()}], ids=str)
+    @pytest.mark.parametrize("changes", ["train.steps=20", {"train.steps": object()}], ids=["a text", "an object"])
     def test_other_changes_are_refused(self, changes: object) -> None:
         with pytest.raises(ConfigError, match=r"^overrides"):
             write_overrides(changes)  # type: ignore[arg-type]
