@@ -75,7 +75,7 @@ def plan(
     devices: int | None = None,
     device: str | None = None,
     device_files: Sequence[str | Path] = (),
-    max_tp: int = 1,
+    max_tp: int | None = None,
     measure: bool = False,
     trial: type[LayersTrial] | None = None,
     trust_code: bool = False,
@@ -88,7 +88,7 @@ def plan(
         devices: compare every layout over so many; None keeps the configuration's.
         device: what each rank computes on, such as "h100"; None takes what is present.
         device_files: YAML files with devices of your own.
-        max_tp: largest tensor-parallel degree to compare.
+        max_tp: largest tensor-parallel degree to compare; None compares those of a node of GPUs.
         measure: whether to time the layers on this machine.
         trial: a trial, in place of `run.trial`.
         trust_code: see `train`.

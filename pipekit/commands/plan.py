@@ -31,7 +31,7 @@ class PlanOptions:
     num_devices: int | None = None
     device: str | None = None
     device_files: Sequence[Path] = ()
-    max_tp: int = 1
+    max_tp: int | None = None
     measure: bool = False
 
 
@@ -50,7 +50,14 @@ def command(
         list[Path] | None,
         typer.Option(help="YAML file with devices of your own.", show_default=False),
     ] = None,
-    max_tp: Annotated[int, typer.Option(min=1, help="Largest tensor-parallel degree to compare.")] = 1,
+    max_tp: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest tensor-parallel degree to compare; on GPUs those of a node if left out.",
+            show_default=False,
+        ),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine.")] = False,
     as_json: AsJson = False,
     trust_code: TrustCode = False,
@@ -122,9 +129,10 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     prepared = trial.prepare(config, tell) if config.model.needs_data else None
     if compares:
         config, specs = build_specs(config, trial, prepared)
-        model, result = search(
-            config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=options.max_tp
-        )
+        # What `parallel: auto` would choose has none, and what the configuration has is always among them.
+        usual = 1 if config.parallel.auto or not is_gpu else device.devices_per_node
+        max_tp = options.max_tp or max(usual, config.parallel.tp)
+        model, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=max_tp)
         return report(result.ranked[0], device, model.layer_names, result)
     decision = decide_run(config, trial, resources, prepared=prepared, on_progress=tell)
     boundaries, stages = decision.plan.boundaries, decision.plan.schedule.num_stages
@@ -141,7 +149,7 @@ def _check_options(options: PlanOptions, *, compares: bool) -> None:
             "--measure times the layers for one layout; compare layouts without it, by --devices alone, and then "
             "measure the one that you choose"
         )
-    if options.max_tp > 1 and not compares:
+    if (options.max_tp or 1) > 1 and not compares:
         raise ConfigError(
             f"--max-tp {options.max_tp} is for comparing layouts; add --devices with the number of devices"
         )

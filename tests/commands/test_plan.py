@@ -18,6 +18,9 @@ from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
+from pipekit.predictions.devices import Device
+from pipekit.predictions.prediction import PlannedModel
+from pipekit.predictions.search import SearchResult, SearchSpace, search_layouts
 from pipekit.training.prepare import prepare_run
 
 MODEL = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "max_positions": 64, "vocab_size": 300}
@@ -91,6 +94,30 @@ def test_layouts_over_devices_are_compared(path: Path) -> None:
     assert layout["pp"] * layout["dp"] * layout["tp"] == 4
     assert any(entry["layout"]["tp"] == 2 for entry in found["layouts"])
     assert all(entry["reason"] for entry in found["rejected"])
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "degrees"),
+    [
+        (PlanOptions(num_devices=4, device="h100"), [], [1, 2, 4]),
+        (PlanOptions(num_devices=4, device="h100", max_tp=1), [], [1]),
+        (PlanOptions(num_devices=4, device="cpu"), [], [1]),
+        (PlanOptions(num_devices=4, device="cpu"), ["parallel.tp=2"], [1, 2]),
+    ],
+    ids=["a node of GPUs", "as told", "CPUs", "that of the configuration"],
+)
+def test_tensor_parallel_degrees_that_are_compared(
+    path: Path, options: PlanOptions, overrides: list[str], degrees: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def note(model: PlannedModel, space: SearchSpace, device: Device, **options: int) -> SearchResult:
+        compared.extend(space.tp)
+        return search_layouts(model, space, device, **options)
+
+    monkeypatch.setattr("pipekit.plan.search.search_layouts", note)
+    plan_report(load_config(path, overrides), options)
+    assert compared == degrees
 
 
 def test_a_device_of_ones_own(path: Path) -> None:
