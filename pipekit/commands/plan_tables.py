@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,7 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     console.print()
     if "layouts" in report:
         console.print(counts_text(report), highlight=False, markup=False)
+        console.print(f"\nthe first, in YAML:\n\n{layout_yaml(report['layout'])}", highlight=False, markup=False)
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -145,6 +147,22 @@ def checkpointing_text(setting: bool | Mapping[str, Any]) -> str:
 def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
     padding = (0, 1 if is_narrow else gap // 2)
     return Table(box=None, padding=padding, header_style="bold", pad_edge=not is_narrow, collapse_padding=is_narrow)
+
+
+def layout_yaml(layout: Mapping[str, Any]) -> str:
+    """Return the sections of a configuration that has a layout.
+
+    Example:
+        >>> layout = {"pp": 2, "dp": 4, "tp": 1, "zero": 1, "schedule": "zb-v", "micro_batch_size": 2}
+        >>> print(layout_yaml({**layout, "activation_checkpointing": False}))
+        parallel: {pp: 2, dp: 4, tp: 1, zero: 1, schedule: zb-v, partition: flops}
+        train: {micro_batch_size: 2, activation_checkpointing: false}
+    """
+    sections = {
+        "parallel": {**{key: layout[key] for key in ("pp", "dp", "tp", "zero", "schedule")}, "partition": "flops"},
+        "train": {key: layout[key] for key in ("micro_batch_size", "activation_checkpointing")},
+    }
+    return str(yaml.safe_dump(sections, default_flow_style=None, sort_keys=False, width=78)).strip()
 
 
 def counts_text(report: Mapping[str, Any]) -> str:

@@ -6,9 +6,11 @@ import io
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from pipekit.commands.plan_tables import counts_text, show_report
+from pipekit.config import parse_config
 from pipekit.partitioners import ComparedPartition
 from pipekit.predictions.report import report
 from pipekit.predictions.search import SearchSpace, search_layouts
@@ -55,6 +57,9 @@ def test_nothing_is_cut_off_at_any_width(compared: dict[str, Any], width: int) -
     assert "1.250" in text
     assert "0 2 4 6 8 10 12 14 16 18 20 22 ..." in text
     assert "layouts were simulated and fit" in text
+    written = yaml.safe_load(text.partition("the first, in YAML:\n")[2])
+    given = {"model": {"preset": "tiny"}, "train": {"steps": 1, "global_batch_size": 16, **written["train"]}}
+    assert parse_config({**given, "parallel": written["parallel"]}).parallel.pp == 4
 
 
 def test_what_does_not_fit_says_so() -> None:
