@@ -355,7 +355,7 @@ def test_a_layout_that_fails_does_not_keep_the_others_from_running(workspace: Pa
     assert done.returncode == 1
     failed = json.loads(done.stdout)["layouts"]
     assert [entry["verdict"] for entry in failed] == ["failed", "failed"]
-    assert all("ZeroDivisionError: on purpose" in entry["failure"] for entry in failed)
+    assert all("ZeroDivisionError: layer 'blocks.1.mlp': on purpose" in entry["failure"] for entry in failed)
 
 
 @pytest.mark.slow  # it fails in the end, as in the test above
