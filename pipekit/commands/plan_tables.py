@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from textwrap import shorten
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipekit.training.console import print_table
 _WIDE = 110
 _BAR = 9
 _STARTS = 36
+_FOLDED_RANKS = 3
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:
@@ -66,21 +68,24 @@ def summary_table(report: Mapping[str, Any]) -> Table:
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
-    """Return a row for each pipeline rank: its layers, and what it computes and holds. A narrow one has no bars."""
+    """Return a row for each pipeline rank: its layers, and what it computes and holds. A narrow one has no bars.
+
+    Three ranks and more, one after the other, that have as many layers and the same numbers share a row.
+    """
     limit = report["device"]["usable_bytes"]
     table = _new_table(is_narrow=is_narrow)
     for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("used" if is_narrow else "of the device", justify="right" if is_narrow else "left", no_wrap=True)
+    rows = []
     for rank in report["stages"]:
         memory = rank["memory_bytes"]
         states = memory["gradients"] + memory["optimizer_states"] + memory["masters"]
         share = memory["total"] / limit
         bar = "" if is_narrow else "█" * min(_BAR, max(1, round(share * _BAR))) + " "
         colour = "red" if share > 1 else "yellow" if share > 0.9 else "green"
-        table.add_row(
-            str(rank["rank"]),
-            " ".join(f"{first}-{last}" if last > first else f"{first}" for first, last, *_ in rank["layers"]),
+        number_of_layers = " + ".join(str(last - first + 1) for first, last, *_ in rank["layers"])
+        numbers = (
             count_text(rank["parameters"]),
             seconds_text(rank["time_s"]),
             bytes_text(memory["weights"]),
@@ -89,6 +94,15 @@ def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
             bytes_text(memory["total"]),
             f"[{colour}]{bar}[/]{100 * share:.0f} %",
         )
+        rows.append((rank, number_of_layers, numbers))
+    for (number_of_layers, numbers), alike in groupby(rows, key=lambda row: row[1:]):
+        ranks = [rank for rank, *_ in alike]
+        if len(ranks) < _FOLDED_RANKS:
+            for rank in ranks:
+                spans = (f"{first}-{last}" if last > first else f"{first}" for first, last, *_ in rank["layers"])
+                table.add_row(str(rank["rank"]), " ".join(spans), *numbers)
+        else:
+            table.add_row(f"{ranks[0]['rank']}-{ranks[-1]['rank']}", f"{number_of_layers} each", *numbers)
     return table
 
 

@@ -50,7 +50,7 @@ def test_nothing_is_cut_off_at_any_width(compared: dict[str, Any], width: int) -
     for part in (
         "16,000,000,000 parameters",
         "pp=4 x dp=1 x tp=1, ZeRO 0, zb-v x 2, 8 micro-batches of 1",
-        "0-1 14-15",
+        "2 + 2 each",
     ):
         assert part in text
     assert "4 x plain with 1.0 TB" in text
@@ -60,6 +60,14 @@ def test_nothing_is_cut_off_at_any_width(compared: dict[str, Any], width: int) -
     written = yaml.safe_load(text.partition("the first, in YAML:\n")[2])
     given = {"model": {"preset": "tiny"}, "train": {"steps": 1, "global_batch_size": 16, **written["train"]}}
     assert parse_config({**given, "parallel": written["parallel"]}).parallel.pp == 4
+
+
+def test_equal_ranks_share_a_row() -> None:
+    first = layer(10**9, parameters=2 * 10**9)
+    planned = model([first, *LAYERS[1:]])
+    text = shown(report(predict(planned, plan(pp=8, schedule="gpipe", num_micro_batches=8), BIG), BIG, planned.layer_names), 120)
+    ranks = text.partition("of the device")[2].strip().splitlines()
+    assert [line.split()[:3] for line in ranks] == [["0", "0-1", "3.0"], ["1-7", "2", "each"]]
 
 
 def test_what_does_not_fit_says_so() -> None:
