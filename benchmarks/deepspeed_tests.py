@@ -35,7 +35,7 @@ IMPORTS = (
 PICTURES = "torch.utils.data.TensorDataset(torch.randn(2048, 3, 32, 32), torch.arange(2048) % 10)"
 # What no pipeline has to do with: keys that DeepSpeed does not know, and ignores; a generator that torch lacks on CPUs;
 # pictures, which torchvision would draw; data that each rank draws otherwise, which pipekit refuses; and the names of
-# sparse gradients, which pipekit has none of.
+# sparse gradients, which DeepSpeed's own engine has no longer.
 CORRECTIONS = (
     (r'"grandient_accumulation_steps": 1,', ""),
     (r" *config\['local_rank'\] = dist\.get_rank\(\)\n", ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +367,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             chosen = range(start, min(start + (interval or len(layers)), layers.stop))
             run = partial(self._run_layers, chosen, dropout_path, split_backward)
             if interval and self._is_checkpointable(chosen):
+                if start in self._changing_inputs:
+                    run = partial(_run_on_copies, run)
                 inputs = self._kept_inputs.run(
                     run,
                     inputs,
@@ -378,6 +380,15 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             else:
                 inputs = run(inputs)
         return inputs
+
+    @cached_property
+    def _changing_inputs(self) -> frozenset[int]:
+        """Layers that may change their input in place, as `nn.ReLU(inplace=True)` does, though it is kept."""
+        return frozenset(
+            layer_idx
+            for layer_idx in self._layers
+            if any(getattr(part, "inplace", False) is True for part in self.module_of(layer_idx).modules())
+        )
 
     def _is_checkpointable(self, layers: range) -> bool:
         names = self.checkpointable_layers
@@ -484,6 +495,10 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             owned = self.layer_names.index(layer_name) in held
             for name, tensor in named(self.module_of(layer_idx)):
                 yield f"{layer_name}.{name}", tensor, owned
+
+
+def _run_on_copies(run: Callable[[Any], Any], inputs: Any) -> Any:
+    return run(map_tensors(Tensor.clone, inputs))
 
 
 def _name_layer(error: Exception, layer: str) -> None:

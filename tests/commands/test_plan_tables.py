@@ -65,7 +65,8 @@ def test_nothing_is_cut_off_at_any_width(compared: dict[str, Any], width: int) -
 def test_equal_ranks_share_a_row() -> None:
     first = layer(10**9, parameters=2 * 10**9)
     planned = model([first, *LAYERS[1:]])
-    text = shown(report(predict(planned, plan(pp=8, schedule="gpipe", num_micro_batches=8), BIG), BIG, planned.layer_names), 120)
+    prediction = predict(planned, plan(pp=8, schedule="gpipe", num_micro_batches=8), BIG)
+    text = shown(report(prediction, BIG, planned.layer_names), 120)
     ranks = text.partition("of the device")[2].strip().splitlines()
     assert [line.split()[:3] for line in ranks] == [["0", "0-1", "3.0"], ["1-7", "2", "each"]]
 

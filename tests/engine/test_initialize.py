@@ -91,6 +91,17 @@ def train_script(rank: int, num_stages: int, options: dict[str, Any]) -> list[fl
     return [float(engine.train_batch(data_iter=batches(step, engine))) for step in range(4)]
 
 
+def train_in_place(rank: int, interval: int) -> list[float]:
+    layers = [*deepspeed_layers()[:1], LayerSpec(nn.ReLU, inplace=True), *deepspeed_layers()[1:]]
+    engine, *_ = build(1, layers, config=config(pipeline={"activation_checkpoint_interval": interval}))
+    return [float(engine.train_batch(data_iter=batches(step, engine))) for step in range(2)]
+
+
+def test_layers_that_change_their_input_in_place_are_recomputed_from_what_it_was(gloo: GlooWorkers) -> None:
+    (plain,), (recomputed,) = (gloo.run(1, train_in_place, interval) for interval in (0, 1))
+    assert recomputed == plain
+
+
 @pytest.mark.parametrize(
     "options",
     [
