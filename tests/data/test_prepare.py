@@ -300,8 +300,9 @@ print(prepare_data(config, sequence_length=16, timeout_s=120, on_progress=report
 
 
 def start_process(tmp_path: Path, name: str, die_at: str = "") -> StartedCommand:
-    output, program = tmp_path / name, tmp_path / "program.py"
+    output = tmp_path / name
     output.mkdir()
+    program = output / "program.py"  # of its own, since a process that has started reads it any time
     program.write_text(PROGRAM)
     command = [str(program), str(tmp_path / "text"), str(tmp_path / "cache"), die_at]
     return StartedCommand(command, cwd=tmp_path, output=output)
