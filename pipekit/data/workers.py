@@ -57,6 +57,7 @@ class Workers:
         self._asked: deque[tuple[int, int, int]] = deque()
         self._order = loader.order
         self._next_position, self._next_worker = 0, 0
+        self._exit_codes: dict[int, int] = {}
         self._lock = Lock()
         try:
             message = pickle.dumps((loader.dataset, loader.collate))
@@ -157,9 +158,11 @@ class Workers:
 
     def _ended(self, worker: int) -> DataError:
         try:
-            code = receive(self._control)[worker]
+            while worker not in self._exit_codes:
+                self._exit_codes.update(receive(self._control))
+            code = self._exit_codes[worker]
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        except (OSError, EOFError, KeyError):
+        except (OSError, EOFError):
             how = "was killed"
         return DataError(
             f"data worker {worker} of {len(self._sockets)} {how} while it read samples; if memory was short, lower "
