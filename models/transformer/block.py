@@ -348,7 +348,7 @@ class AttentionHalf(Attention):
     takes_documents = True
 
     def forward(self, x: Hidden) -> Hidden:  # type: ignore[override]
-        x, positions = (x, None) if isinstance(x, Tensor) else x
+        x, positions = take_positions(x)
         y = Attention.forward(self, x, positions)
         y = x + y if self.residual_scale == 1 else torch.add(x, y, alpha=self.residual_scale)
         return y if positions is None else (y, positions)
@@ -413,7 +413,7 @@ class MLPHalf(MLP):
     takes_documents = True
 
     def forward(self, x: Hidden) -> Hidden:  # type: ignore[override]
-        x, positions = (x, None) if isinstance(x, Tensor) else x
+        x, positions = take_positions(x)
         y = MLP.forward(self, x)
         y = x + y if self.residual_scale == 1 else torch.add(x, y, alpha=self.residual_scale)
         return y if positions is None else (y, positions)

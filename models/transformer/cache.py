@@ -51,11 +51,11 @@ class KeyValueCache:
         self.padding = torch.tensor(padding, device=device) if any(padding) else None
         self._device = device
         self._layers: dict[nn.Module, _Kept] = {}
-        self._readers: Iterable[nn.Module] = ()
+        self._readers: Sequence[nn.Module] = ()
         # What all layers compute alike, for the tokens that are being read.
         self._shared: dict[object, Any] = {}
 
-    def reading(self, modules: Iterable[nn.Module], num_tokens: int) -> KeyValueCache:
+    def reading(self, modules: Sequence[nn.Module], num_tokens: int) -> KeyValueCache:
         """Let the modules with a `cache` use this one, in a `with`, while they read the next tokens of all sequences.
 
         Args:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipekit.commands.number_text import bytes_text, count_text, seconds_text
+from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.report import read_plan
 from pipekit.settings.activations import read_setting
 from pipekit.training.console import print_table
@@ -37,7 +38,8 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     console.print()
     if "layouts" in report:
         console.print(counts_text(report), highlight=False, markup=False)
-        console.print(f"\nthe first, in YAML:\n\n{layout_yaml(report['layout'])}", highlight=False, markup=False)
+        first = layout_yaml(read_plan(report["layout"]))
+        console.print(f"\nthe first, in YAML:\n\n{first}", highlight=False, markup=False)
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -163,19 +165,19 @@ def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
     return Table(box=None, padding=padding, header_style="bold", pad_edge=not is_narrow, collapse_padding=is_narrow)
 
 
-def layout_yaml(layout: Mapping[str, Any]) -> str:
+def layout_yaml(plan: ParallelPlan) -> str:
     """Return the sections of a configuration that has a layout.
 
     Example:
-        >>> layout = {"pp": 2, "dp": 4, "tp": 1, "zero": 1, "schedule": "zb-v", "micro_batch_size": 2}
-        >>> print(layout_yaml({**layout, "activation_checkpointing": False}))
+        >>> from pipekit.layout import Layout
+        >>> print(layout_yaml(ParallelPlan(Layout(pp=2, dp=4, tp=1), 1, "zb-v", 2, 2, 8, None)))
         parallel: {pp: 2, dp: 4, tp: 1, zero: 1, schedule: zb-v, partition: flops}
         train: {micro_batch_size: 2, activation_checkpointing: false}
     """
-    sections = {
-        "parallel": {**{key: layout[key] for key in ("pp", "dp", "tp", "zero", "schedule")}, "partition": "flops"},
-        "train": {key: layout[key] for key in ("micro_batch_size", "activation_checkpointing")},
-    }
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in {**plan.written(), "parallel.partition": "flops"}.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
     return str(yaml.safe_dump(sections, default_flow_style=None, sort_keys=False, width=78)).strip()
 
 

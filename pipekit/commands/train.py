@@ -19,7 +19,7 @@ from pipekit.launch.extensions import extensions_dir, guard_extension_builds
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.local import count_processes, run_plan
 from pipekit.launch.network import gloo_environ
-from pipekit.launch.resources import check_degrees, check_process_count, find_resources, thread_environ
+from pipekit.launch.resources import check_degrees, check_process_count, find_resources, processes_text, thread_environ
 from pipekit.launch.restarts import start_until_done, warn_of_restarts
 from pipekit.launch.trial import train_trial
 from pipekit.launch.worker import end_finished, error_file_from, report_failure, started_s
@@ -66,12 +66,14 @@ def rehearse(config: Config | TrialConfig) -> None:
         from pipekit.training.trial_run import load_trial_class
 
         trial = load_trial_class(config)
-        num_ranks = count_processes(config.run.processes, config.run.device)
+        num_ranks, _ = count_processes(config.run.processes, config.run.device)
         check_process_count(num_ranks, "run.processes")
         check_run_folder(RunFolder(config.run.dir))
         check_writable(Path(config.run.dir), name="run.dir=")
-        sys.stdout.write(f"dry run: {_processes(num_ranks)} of {trial.__name__} would start; nothing was written\n")
+        sys.stdout.write(f"dry run: {processes_text(num_ranks)} of {trial.__name__} would start; nothing was written\n")
         return
+    from pipekit.data.prepare import DEFAULT_CACHE_DIR
+
     resources = find_resources(os.environ, config)
     num_ranks = check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
     check_process_count(num_ranks, "parallel")
@@ -79,14 +81,12 @@ def rehearse(config: Config | TrialConfig) -> None:
     if decided is None:
         return
     plan, console = decided
-    cache = Path(config.data.cache_dir or "~/.cache/pipekit").expanduser()
+    cache = Path(config.data.cache_dir or DEFAULT_CACHE_DIR).expanduser()
     written = f"nothing was written but data in {cache}" if plan.prepared else "nothing was written"
     start_step = f" from step {plan.start.step}" if plan.start is not None else ""
-    console.print(f"dry run: {_processes(plan.layout.world_size)} would start{start_step}; {written}", soft_wrap=True)
-
-
-def _processes(number: int) -> str:
-    return f"{number} {'process' if number == 1 else 'processes'}"
+    console.print(
+        f"dry run: {processes_text(plan.layout.world_size)} would start{start_step}; {written}", soft_wrap=True
+    )
 
 
 def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
@@ -116,6 +116,7 @@ def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
 def start(config: Config) -> None:
     """Plan a run, show the plan, and run its ranks as processes on this machine."""
     # Whatever can be refused without torch is refused before it is imported.
+
     resources = find_resources(os.environ, config)
     num_ranks = check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
     check_process_count(num_ranks, "parallel")
@@ -154,7 +155,7 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
         return None
     plan, console = decided
     write_plan(plan)
-    console.print(f"starting {_processes(plan.layout.world_size)} ...")
+    console.print(f"starting {processes_text(plan.layout.world_size)} ...")
     return plan
 
 

@@ -49,12 +49,11 @@ def read_run_config(source: ConfigSource, changes: Changes = (), *, trust_code: 
     is_trial = any(override.startswith("trial=") for override in overrides)
     if isinstance(source, Config):
         return read_config(source, overrides)
-    if is_trial or ("trial" in source if isinstance(source, Mapping) else names_trial(source)):
-        if isinstance(source, Mapping):
-            return parse_trial_config(source, overrides)
-        check_stored_code(source, overrides, trust_code=trust_code)
-        return load_trial_config(source, overrides)
-    return read_config(source, overrides, trust_code=trust_code)
+    if isinstance(source, Mapping):
+        parse = parse_trial_config if is_trial or "trial" in source else parse_config
+        return parse(source, overrides)
+    check_stored_code(source, overrides, trust_code=trust_code)
+    return load_trial_config(source, overrides) if is_trial or names_trial(source) else load_config(source, overrides)
 
 
 def write_overrides(changes: Changes) -> list[str]:

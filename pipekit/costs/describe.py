@@ -107,12 +107,10 @@ def check_shapes(specs: Sequence[LayerSpec], inputs: Any, *, dtype: torch.dtype)
     meta = NestedMeta.of(inputs, "the input of the first layer", dtype=dtype)
     found: dict[Hashable, NestedMeta] = {}
     for spec, name in zip(specs, layer_names(specs), strict=True):
-        key = (spec_key(spec), spec.forward_fn if isinstance(spec, TiedLayerSpec) else None, meta.key)
+        key = _kind_of(spec, meta)
         if key not in found:
             try:
-                layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
-                with torch.no_grad(), torch.device("meta"), ShapeRules():
-                    outputs = apply_layer(layer, spec)(unflatten(meta.on_meta(), meta.structure))
+                outputs = _run_on_meta(spec, meta, name=name, dtype=dtype)
                 found[key] = NestedMeta.of(outputs, f"the output of layer {name!r}", dtype=dtype)
             except Exception as error:
                 if _MISFIT.search(str(error)) is None:
@@ -147,13 +145,24 @@ def walk_layers(
     for layer_idx, (spec, name) in enumerate(zip(specs, layer_names(specs), strict=True)):
         is_last = layer_idx == len(specs) - 1
         has_loss = is_last and loss_fn is not None and _gives_logits(spec, meta, name=name, dtype=dtype)
-        forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
-        key = (spec_key(spec), forward_fn, meta.key, has_loss)
+        key = (*_kind_of(spec, meta), has_loss)
         if key not in found:
             found[key] = find_costs(layer_idx, name, meta, loss_fn if has_loss else None)
         layers.append(found[key].costs)
         meta = found[key].outputs
     return layers, meta
+
+
+def _kind_of(spec: LayerSpec, inputs: NestedMeta) -> tuple[Hashable, ...]:
+    """Key that is equal for equal layers on equal inputs."""
+    return spec_key(spec), spec.forward_fn if isinstance(spec, TiedLayerSpec) else None, inputs.key
+
+
+def _run_on_meta(spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype) -> Any:
+    """Outputs of a layer, computed without values and without gradients."""
+    layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
+    with torch.no_grad(), torch.device("meta"), ShapeRules():
+        return apply_layer(layer, spec)(unflatten(inputs.on_meta(), inputs.structure))
 
 
 def describe_layer(
@@ -202,9 +211,7 @@ def apply_layer(layer: nn.Module, spec: LayerSpec, loss: Callable[[Any], Any] | 
 def _gives_logits(spec: LayerSpec, inputs: NestedMeta, *, name: str, dtype: torch.dtype) -> bool:
     """Test if a layer returns `Logits`, as far as can be told without values."""
     try:
-        layer = build_on_meta(spec, name=name).to(device="meta", dtype=dtype).train()
-        with torch.no_grad(), torch.device("meta"), ShapeRules():
-            return isinstance(apply_layer(layer, spec)(unflatten(inputs.on_meta(), inputs.structure)), Logits)
+        return isinstance(_run_on_meta(spec, inputs, name=name, dtype=dtype), Logits)
     except Exception:  # whoever describes or measures the layer says what is wrong
         return False
 

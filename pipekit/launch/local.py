@@ -31,7 +31,7 @@ from pipekit.launch.failures import (
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.launch.network import gloo_environ
 from pipekit.launch.ports import choose_port
-from pipekit.launch.resources import count_gpus, thread_environ
+from pipekit.launch.resources import count_gpus, processes_text, thread_environ
 from pipekit.launch.watcher import Watcher
 from pipekit.launch.worker import ERROR_FILE_VARIABLE, LAUNCHER_PID_VARIABLE
 from pipekit.signals import Interrupted, name_signal, signals_noted
@@ -105,18 +105,17 @@ def run_processes(
     Raises:
         ConfigError: if there are fewer GPUs than processes, or none and they are asked for.
     """
-    num_gpus = count_gpus(device, os.environ)
-    world_size = count_processes(processes, device, option=option)
+    world_size, num_gpus = count_processes(processes, device, option=option)
     environ = process_environ(world_size, num_gpus, log_dir, threads=threads)
-    sys.stdout.write(f"starting {world_size} {'process' if world_size == 1 else 'processes'} ...\n")
+    sys.stdout.write(f"starting {processes_text(world_size)} ...\n")
     sys.stdout.flush()
     run_local(command, world_size=world_size, log_dir=log_dir, env=environ, grace_s=grace_s, timeout_s=timeout_s)
 
 
 def count_processes(
     processes: int | Literal["auto"], device: Literal["auto", "cpu", "cuda"], *, option: str = "run.processes="
-) -> int:
-    """Number of processes that `run_processes` starts.
+) -> tuple[int, int | None]:
+    """Number of processes that `run_processes` starts, and that of the GPUs; None on a CPU.
 
     Raises:
         ConfigError: if there are fewer GPUs than processes, or none and they are asked for.
@@ -128,7 +127,7 @@ def count_processes(
             f"{option}{world_size}: there are {num_gpus} GPUs, and each process takes one; try {option}{num_gpus}, or "
             "device=cpu"
         )
-    return world_size
+    return world_size, num_gpus
 
 
 def process_environ(

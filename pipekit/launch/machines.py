@@ -19,7 +19,7 @@ from pipekit.launch.facts import configuration_facts, load_any_config
 from pipekit.launch.fleet import FleetRun, run_fleet
 from pipekit.launch.hosts import Host, check_address
 from pipekit.launch.node import NodeJob, NodePlace, run_node
-from pipekit.launch.resources import check_degrees
+from pipekit.launch.resources import check_degrees, processes_text
 from pipekit.launch.restarts import start_until_done
 from pipekit.launch.runners import RunnerJob, runner_command
 from pipekit.launch.ssh import SshSettings, split_arguments
@@ -58,7 +58,7 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
     if options.launcher != "ssh":
         _become(hosts, job, ssh, options)
     names = ", ".join(host.name for host in hosts)
-    sys.stdout.write(f"starting {num_processes} {'process' if num_processes == 1 else 'processes'} on {names} ...\n")
+    sys.stdout.write(f"starting {processes_text(num_processes)} on {names} ...\n")
     sys.stdout.flush()
     first = FleetRun(
         hosts=hosts,

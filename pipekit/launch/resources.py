@@ -120,6 +120,16 @@ def count_gpus(device: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str
     return num_gpus
 
 
+def processes_text(number: int) -> str:
+    """Number of processes in words.
+
+    Example:
+        >>> processes_text(1), processes_text(4)
+        ('1 process', '4 processes')
+    """
+    return f"{number} {'process' if number == 1 else 'processes'}"
+
+
 def check_process_count(number: int, key: str) -> None:
     """Check that this machine can start so many processes; `key` is what asks for them.
 

@@ -97,18 +97,7 @@ def choose_layout(
     device = present_device(resources, number)
     _, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=bool(resources.num_gpus))
     best = result.ranked[0].plan
-    resolved = config.updated(
-        {
-            "parallel.auto": False,
-            "parallel.pp": best.layout.pp,
-            "parallel.dp": best.layout.dp,
-            "parallel.zero": best.zero,
-            "parallel.schedule": best.schedule,
-            "parallel.partition": "flops",
-            "train.micro_batch_size": best.micro_batch_size,
-            "train.activation_checkpointing": best.checkpointing and best.checkpointing.written(),
-        }
-    )
+    resolved = config.updated({"parallel.auto": False, "parallel.partition": "flops", **best.written()})
     return resolved, reason_of_choice(result), result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pipekit.layout import Layout
 from pipekit.schedules import SCHEDULE_NAMES, Schedule, plan_schedule
@@ -62,6 +63,18 @@ class ParallelPlan:
             f"{self.layout}, ZeRO {self.zero}, {self.schedule}{stages}, {self.num_micro_batches:,} {batches} of "
             f"{self.micro_batch_size}{kept}"
         )
+
+    def written(self) -> dict[str, Any]:
+        """Keys of a configuration that has this layout, such as `parallel.pp`, with their values."""
+        return {
+            "parallel.pp": self.layout.pp,
+            "parallel.dp": self.layout.dp,
+            "parallel.tp": self.layout.tp,
+            "parallel.zero": self.zero,
+            "parallel.schedule": self.schedule,
+            "train.micro_batch_size": self.micro_batch_size,
+            "train.activation_checkpointing": self.checkpointing is not None and self.checkpointing.written(),
+        }
 
     def plan_schedules(self) -> tuple[Schedule, Schedule | None]:
         """Table of a step, or, where that has very many actions, those of two steps with fewer micro-batches.

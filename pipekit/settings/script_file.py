@@ -93,8 +93,8 @@ def name_class(given: type, *, argument: str) -> str:
             f"{where} is defined inside a function, where the processes of the run cannot import it; define it at the "
             "top level of a module or of the script"
         )
+    script = main_script()
     if given.__module__ == "__main__":
-        script = main_script()
         if script is None:
             raise ConfigError(
                 f"{where} is defined in a notebook or a console, where the processes of the run cannot import it; "
@@ -104,7 +104,6 @@ def name_class(given: type, *, argument: str) -> str:
         return f"{script}:{name}"
     file = getattr(sys.modules.get(given.__module__), "__file__", None)
     is_beside = file is not None and "." not in given.__module__ and Path(file).resolve().parent != Path.cwd()
-    script = main_script()
     # The folder of the script that runs is on this process's path alone.
     if is_beside and script is not None and Path(str(file)).resolve().parent == script.parent:
         return f"{Path(str(file)).resolve()}:{name}"

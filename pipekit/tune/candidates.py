@@ -10,32 +10,12 @@ import yaml
 
 from pipekit.config import Config
 from pipekit.errors import ConfigError
-from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import Prediction
 from pipekit.predictions.search import SearchResult
-from pipekit.settings.activations import ActivationCheckpointing
 from pipekit.tune.search import Candidate
 
 ZERO_STAGES = (0, 1, 2, 3)
 """ZeRO stages that are compared; a pipeline takes the first two."""
-
-
-def tuned_keys(plan: ParallelPlan) -> dict[str, Any]:
-    """Configuration keys that tuning chooses, with the values of a plan."""
-    return {
-        "parallel.pp": plan.layout.pp,
-        "parallel.dp": plan.layout.dp,
-        "parallel.tp": plan.layout.tp,
-        "parallel.zero": plan.zero,
-        "parallel.schedule": plan.schedule,
-        "train.micro_batch_size": plan.micro_batch_size,
-        "train.activation_checkpointing": _written(plan.checkpointing),
-    }
-
-
-def _written(checkpointing: ActivationCheckpointing | None) -> bool | dict[str, Any]:
-    return checkpointing.written() if checkpointing is not None else False
-
 
 # What is written for one layout, and fits no other.
 _OWN_KEYS: dict[str, Any] = {
@@ -109,7 +89,7 @@ def parse_fixed(config: Config, fixed: Sequence[str]) -> dict[str, Any]:
         else:
             values[key] = getattr(getattr(config, section), name)
             if name == "activation_checkpointing":
-                values[key] = _written(values[key])
+                values[key] = values[key] is not None and values[key].written()
             if values[key] in ("auto", None):
                 raise ConfigError(f"--fix {key}: the configuration leaves {key} open; give a value: --fix {key}=1")
     return values
@@ -132,9 +112,9 @@ def list_choices(config: Config, found: SearchResult, fixed: Mapping[str, Any]) 
     choices, refusals = [], list[str]()
     allowed = [
         (prediction, keys)
-        # ZeRO 2 and 3 send more messages than 1, which the plan takes for hidden.
+        # ZeRO 2 and 3 send more messages than 1, which the plan takes to be hidden.
         for prediction in sorted(found.ranked, key=lambda each: (each.step_time_s, each.plan.zero))
-        for keys in [tuned_keys(prediction.plan)]
+        for keys in [prediction.plan.written()]
         if all(keys[key] == value for key, value in fixed.items())
     ]
     if not allowed:

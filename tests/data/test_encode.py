@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,17 @@ def test_a_process_that_does_not_answer_is_not_waited_for_without_end(
     with pytest.raises(DataError, match=r"waited 0\.1 s for a process that encodes text"):
         list(encode_in_order(batches(), tokenizer_path, parts_of=list, num_cores=2, timeout_s=0.1))
     assert time.monotonic() - began_s < 30
+
+
+def test_cores_beyond_the_processes_are_threads_of_these(monkeypatch: pytest.MonkeyPatch, tokenizer_path: Path) -> None:
+    started: list[tuple[int, int]] = []
+
+    @contextmanager
+    def start(_: object, num_processes: int, num_threads: int) -> Iterator[None]:
+        started.append((num_processes, num_threads))
+        yield
+
+    monkeypatch.setattr(encode, "_start_processes", start)
+    for num_cores in (2, 8, 9, 64):
+        assert not list(encode_in_order([], tokenizer_path, parts_of=list, num_cores=num_cores, timeout_s=1))
+    assert started == [(2, 1), (8, 1), (8, 2), (8, 8)]
