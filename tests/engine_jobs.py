@@ -237,6 +237,17 @@ def build_engine(
     specs = specs or model_specs(case)
     placement = schedule_placement(case.schedule, pp=case.pp, stages_per_rank=default_stages_per_rank(case.schedule))
     unit = unit or ModelParallelUnit(Layout(pp=case.pp, dp=case.dp, tp=case.tp), placement=placement)
+    deepspeed_config = plan_deepspeed_config(
+        micro_batch_size=case.micro_batch_size,
+        num_micro_batches=GLOBAL_BATCH // (case.micro_batch_size * case.dp),
+        precision=case.precision,  # type: ignore[arg-type]
+        zero=case.zero,
+        gradient_clipping=case.clip,
+        extra=extra or {},
+        offload=case.offload,  # type: ignore[arg-type]
+        nvme_dir=tempfile.gettempdir(),
+        device=torch.device(device).type,  # type: ignore[arg-type]
+    )
     module = PipelineModule(
         specs,
         mpu=unit,
@@ -249,20 +260,11 @@ def build_engine(
         schedule=case.schedule,
         compile_layers=case.compile,
         loss_weight=loss_weight,
+        deepspeed_config=deepspeed_config,
     )
     return build.build_engine(
         module,
-        deepspeed_config=plan_deepspeed_config(
-            micro_batch_size=case.micro_batch_size,
-            num_micro_batches=GLOBAL_BATCH // (case.micro_batch_size * case.dp),
-            precision=case.precision,  # type: ignore[arg-type]
-            zero=case.zero,
-            gradient_clipping=case.clip,
-            extra=extra or {},
-            offload=case.offload,  # type: ignore[arg-type]
-            nvme_dir=tempfile.gettempdir(),
-            device=torch.device(device).type,  # type: ignore[arg-type]
-        ),
+        deepspeed_config=deepspeed_config,
         build_optimizer=lambda parameters: make_optimizer(case, parameters),
         measure_costs=case.schedule == "auto",
         profile=profile,

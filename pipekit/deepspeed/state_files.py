@@ -2,7 +2,9 @@
 
 DeepSpeed holds them in host memory, as under ZeRO-Offload, and each of its tensors is then given a file mapped into
 memory. The system writes pages back and drops them whenever memory is short, so that neither DeepSpeed's asynchronous
-I/O nor libaio is needed. The files have no name: the system frees their room when the process ends, however it ends.
+I/O nor libaio is needed. What DeepSpeed allocates while it is built is placed in files at once, so that no rank ever
+needs host memory for all of it. The files have no name: the system frees their room when the process ends, however it
+ends.
 
 Source: Rajbhandari et al., ZeRO-Infinity: Breaking the GPU Memory Wall for Extreme Scale Deep Learning, section 5.
 """
@@ -12,25 +14,30 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipekit.deepspeed.optimizer_view import element_states
 from pipekit.distributed.processes import run_together
-from pipekit.errors import ConfigError
+from pipekit.errors import ConfigError, StorageError
 from pipekit.optimizers.whole_tensors import SharedOptimizer
 from pipekit.storage import storing
 
 _CHUNK = 2**22
 """Elements that one call of the optimizer updates: 16 MiB of each fp32 tensor, a multiple of every page size."""
+
+_LEAST_BYTES = 2**20
+"""Bytes from which on a tensor of DeepSpeed is placed in a file as it is allocated."""
 
 
 def take_nvme_path(deepspeed_config: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
@@ -68,16 +75,29 @@ class StateFiles:
 
     Args:
         folder: where the files are; it must be there.
-
-    Attributes:
-        num_bytes: size of all files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.num_bytes = 0
-        self._maps: dict[int, mmap.mmap] = {}
+        # Each map lives as long as its tensor.
+        self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
         self._reserved: dict[Tensor, list[Tensor]] = {}
+        self._failure: StorageError | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(map(len, self._maps.values()))
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Place what is allocated in host memory inside, and is not small, in files.
+
+        A file that cannot be made is an error of `hold`, in which all ranks hear of it; until then its tensor is in
+        memory.
+        """
+        with _Placing(self):
+            yield
 
     def build(self, like: Tensor) -> Tensor:
         """Zeros of the shape and type of a tensor, in a file whose room on the disk is taken at once.
@@ -91,12 +111,25 @@ class StateFiles:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
             mapped = mmap.mmap(file.fileno(), num_bytes)
         tensor = torch.frombuffer(mapped, dtype=like.dtype, count=like.numel()) if like.numel() else like.new_empty(0)
-        self.num_bytes += num_bytes
-        self._maps[tensor.data_ptr()] = mapped
+        if like.numel():
+            self._maps[tensor.data_ptr()] = mapped
         return tensor.view(like.shape)
 
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Copy of a tensor in a file."""
+    def build_or_none(self, like: Tensor) -> Tensor | None:
+        """Zeros as of `build`; None, and an error of `hold`, if that fails."""
+        try:
+            return self.build(like)
+        except StorageError as error:
+            self._failure = self._failure or error
+            return None
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._maps
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return a tensor itself where it is in a file, and a copy in one otherwise."""
+        if tensor in self:
+            return tensor
         copied = self.build(tensor)
         copied.copy_(tensor)
         self._drop(copied)
@@ -122,6 +155,8 @@ class StateFiles:
         run_together(self._hold, optimizer)
 
     def _hold(self, optimizer: Any) -> None:
+        if self._failure is not None:
+            raise self._failure
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, SharedOptimizer):
             raise ConfigError(
@@ -147,8 +182,8 @@ class StateFiles:
         """
         for tensor in updated:
             assert tensor.grad is not None
-            tensor.data = self.copy(tensor.detach())
-            tensor.grad = self.build(tensor.grad).copy_(tensor.grad)
+            tensor.data = self.take(tensor.detach())
+            tensor.grad = self.take(tensor.grad)
         num_states = _count_states(optimizer)
         self._reserved = {tensor: [self.build(tensor.detach()) for _ in range(num_states)] for tensor in updated}
         whole_step = optimizer.step
@@ -159,12 +194,26 @@ class StateFiles:
         for master, buffer in zip(
             zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups, strict=True
         ):
-            buffer.data = master.data if buffer.dtype == master.dtype else self.build(buffer)
+            buffer.data = master.data if buffer.dtype == master.dtype else self.take(buffer)
         zero._link_all_hp_params()
+        # On CPUs these are in host memory too; every gradient passes through them.
+        for name in ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload"):
+            if (buffer := getattr(zero, name)) in self:
+                setattr(zero, name, torch.zeros_like(buffer))
+        if zero.gradient_accumulation_steps > 1:
+            self._hold_sums(zero)
+
+    def _hold_sums(self, zero: DeepSpeedZeroOptimizer) -> None:
+        """Build the sums of gradients over micro-batches, which DeepSpeed would allocate as they come."""
+        for parameters in filter(None, zero.params_in_partition):
+            sizes = [parameter.numel() for parameter in parameters]
+            sums = self.build(torch.empty(sum(sizes), dtype=parameters[0].dtype, device="meta"))
+            for parameter, piece in zip(parameters, torch.split(sums, sizes), strict=True):
+                zero.accumulated_grads_in_cpu[zero.get_param_id(parameter)] = piece
 
     def _hold_weights(self, zero: Any) -> None:
         name = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
-        accumulated = zero.grad_partitions_flat_buffer = self.build(zero.grad_partitions_flat_buffer)
+        accumulated = zero.grad_partitions_flat_buffer = self.take(zero.grad_partitions_flat_buffer)
         start = 0
         for piece in getattr(zero, name).values():
             piece.data = accumulated[start : start + piece.numel()]
@@ -172,7 +221,7 @@ class StateFiles:
         if not zero.offload_param:
             return
         for group, weights in enumerate(zero.fp16_partitioned_groups_flat):
-            zero.fp16_partitioned_groups_flat[group] = self.copy(weights)
+            zero.fp16_partitioned_groups_flat[group] = self.take(weights)
             zero._unflatten_partitioned_parameters(group)
         zero.param_groups_fp16_flat_cpu_memory = []
 
@@ -227,6 +276,41 @@ class StateFiles:
         """Let the system drop the pages of a tensor once they are written."""
         for start in range(0, tensor.numel(), _CHUNK):
             self._advise(mmap.MADV_DONTNEED, start, tensor)
+
+
+class _Placing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Has large tensors that are allocated in host memory placed in files."""
+
+    def __init__(self, files: StateFiles) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._files = files
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        fill = _ALLOCATING.get(function)
+        if fill is None:
+            return function(*args, **kwargs)
+        is_copy = isinstance(args[0], Tensor)
+        device = kwargs.get("device") or (args[0].device if is_copy else "cpu")
+        dtype = kwargs.get("dtype") or (args[0].dtype if is_copy else torch.get_default_dtype())
+        like = torch.empty(args[0].shape if is_copy else args[0], dtype=dtype, device="meta")
+        if torch.device(device).type != "cpu" or like.numel() * like.element_size() < _LEAST_BYTES:
+            return function(*args, **kwargs)
+        placed = self._files.build_or_none(like)
+        return function(*args, **kwargs) if placed is None else fill(placed, *args)
+
+
+_ATEN = torch.ops.aten
+_ALLOCATING: dict[Any, Callable[..., Tensor]] = {
+    _ATEN.empty.memory_format: lambda placed, size: placed,
+    _ATEN.zeros.default: lambda placed, size: placed,
+    _ATEN.full.default: lambda placed, size, value: placed.fill_(value),
+    _ATEN.clone.default: lambda placed, source: placed.copy_(source),
+    _ATEN._to_copy.default: lambda placed, source: placed.copy_(source),
+}
+"""Functions that fill a tensor in a file, by the function of torch that would have allocated it."""
 
 
 def _copy(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.optimizers import view_optimizer
 from pipekit.deepspeed.patches import clean_globals, drop_process_groups, import_muon_uncompiled, use_joined_processes
 from pipekit.deepspeed.state_files import StateFiles, take_nvme_path
+from pipekit.deepspeed.weight_partitioner import free_shapes
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.engine.consistency_check import check_consistency
 from pipekit.engine.late_number import LateNumber
@@ -29,7 +30,7 @@ from pipekit.engine.logical_model import LogicalModel
 from pipekit.engine.shared_tensors import SharedTensors
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.optimizers.whole_tensors import SharedOptimizer
-from pipekit.tensors.host_memory import keep_freed_memory
+from pipekit.tensors.host_memory import keep_freed_memory, return_freed_memory
 
 OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -96,7 +97,11 @@ class BaseEngine:
         config, nvme_path = take_nvme_path(deepspeed_config)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         device = next(iter(parameters), torch.empty(0)).device
-        if device.type == "cpu":
+        files = None if nvme_path is None else StateFiles(nvme_path)
+        if files is not None:
+            # What passes through memory on its way to a file must not stay this process's.
+            return_freed_memory()
+        elif device.type == "cpu":
             keep_freed_memory()
         optimizer = build_optimizer(parameters) if build_optimizer is not None else None
         if optimizer is not None and offloads_optimizer(config):
@@ -107,7 +112,8 @@ class BaseEngine:
         try:
             parsed = DeepSpeedConfig(config, self._deepspeed_mpu)
             set_optimizer_flags(parsed, module)
-            with clean_globals():
+            free_shapes(module)
+            with clean_globals(), nullcontext() if files is None else files.placing():
                 super().__init__(  # type: ignore[call-arg]
                     # Unless told, DeepSpeed takes the local rank for the number of the GPU.
                     args=SimpleNamespace(device_rank=_device_index(device)),
@@ -122,8 +128,7 @@ class BaseEngine:
         self.mpu = mpu
         mpu.register_engine()
         self.view = view_optimizer(self.optimizer, mpu, takes_gradients=self._takes_gradients)
-        if nvme_path is not None and self.view.is_offloaded:
-            files = StateFiles(nvme_path)
+        if files is not None and self.view.is_offloaded:
             files.hold(self.optimizer)
             self.view.state_like = files.state_like
         if isinstance(self.view.torch_optimizer, SharedOptimizer):

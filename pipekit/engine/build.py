@@ -28,8 +28,11 @@ def build_engine(
         **settings: the other arguments of `TrainingEngine`.
 
     Raises:
-        ConfigError: if the module has several stages, and the ZeRO stage is 2 or 3.
+        ConfigError: if the module has several stages, and the ZeRO stage is 2 or 3; or if its weights were cut for
+            another configuration.
     """
+    if module.partitioner is not None:
+        module.partitioner.check(deepspeed_config)
     stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     kind: type[TrainingEngine] = ZeroEngine if stage >= 2 else PipelineEngine
     engine = kind(module, deepspeed_config=deepspeed_config, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipekit.deepspeed.mpu import DeepSpeedMPU
 from pipekit.deepspeed.ported_scripts import adopt_layers, build_mpu
+from pipekit.deepspeed.weight_partitioner import WeightPartitioner
 from pipekit.distributed.mpu import ModelParallelUnit
 from pipekit.distributed.mpu_check import check_mpu
 from pipekit.engine.layer_files import load_layers, save_layers
@@ -92,6 +93,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         loss_weight: called on the last stage as `loss_weight(labels)`; returns what a micro-batch counts in the mean
             loss of the global batch. None counts all alike.
         layer_drop: with which probabilities blocks are left out in training; None keeps all.
+        deepspeed_config: that of the engine to come. Under ZeRO-3 each layer is cut into a piece for each replica as
+            soon as it is built, so that no rank ever holds the whole model; without it, the engine cuts them all.
 
     Raises:
         PipekitError: if layers, degrees and processes do not fit together.
@@ -122,6 +125,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         compile_layers: bool = False,
         loss_weight: Callable[[Any], Tensor | None] | None = None,
         layer_drop: LayerDrop | None = None,
+        deepspeed_config: Mapping[str, Any] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         if not seed_layers:
@@ -164,6 +168,9 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.observe_layer: LayerObserver | None = None
         self._split_linear = split_uncompiled_linear() if compile_layers else split_linear
         self._present_to_deepspeed(mpu)
+        self.partitioner: WeightPartitioner | None = None
+        if deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3:
+            self.partitioner = WeightPartitioner(deepspeed_config, mpu)
         self._build_stages()
         if compile_layers:
             self._compile_layers()
@@ -173,6 +180,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             self.idle = nn.Parameter(torch.zeros(1))
             self.idle.ds_pipe_replicated = True  # type: ignore[attr-defined]
         self.to(get_accelerator().current_device_name() if device is None else device)
+        if self.partitioner is not None:
+            self.partitioner.partition(self)
         self.tied_comms = self._build_tied_groups(mpu)
 
     def keep_inputs(self, *, partition: bool = False, offload: bool = False) -> None:
@@ -297,6 +306,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 flow_of_spec(same).works_on_shard for same in self._sharing(spec)
             )
             shard_layer(layer, self.tensor_group, sequence_parallel=works_on_shard)
+        if self.partitioner is not None:
+            self.partitioner.partition(layer)
         return layer
 
     def _sharing(self, spec: LayerSpec) -> list[LayerSpec]:

@@ -47,12 +47,13 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
         module.schedule = "1f1b"
         trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
         sum_gradients_over(mpu.tensor, filter(has_partial_gradient, trained))
-        number_from_zero()
+        if module.partitioner is None:
+            number_from_zero()
         self.data_iterator: Iterator[Any] | None = None
         self._micro_batches_done = 0
         with linear_function(F.linear):
             super().__init__(module, deepspeed_config=deepspeed_config, **settings)
-            self._own_linear = F.linear
+            self._own_linear = F.linear if module.partitioner is None else module.partitioner.linear
 
     def _build_executor(self) -> Executor:
         executor = Executor(

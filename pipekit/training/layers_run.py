@@ -287,6 +287,17 @@ class LayersRun(Trial):
 
     def _build_engine(self) -> TrainingEngine:
         plan, train, parallel = self.run.plan, self.config.train, self.config.parallel
+        deepspeed_config = plan_deepspeed_config(
+            micro_batch_size=plan.batch.micro_batch_size,
+            num_micro_batches=plan.batch.num_micro_batches,
+            precision=plan.precision,
+            zero=parallel.zero,
+            gradient_clipping=train.gradient_clipping,
+            extra=self.config.deepspeed,
+            offload=parallel.offload,
+            nvme_dir=parallel.nvme_dir,
+            device=plan.device,
+        )
         module = PipelineModule(
             self.run.specs,
             mpu=self.run.mpu,
@@ -301,21 +312,12 @@ class LayersRun(Trial):
             schedule=plan.schedule if train.batch_warmup is None else parallel.schedule,
             compile_layers=train.compile,
             layer_drop=self._layer_drop(),
+            deepspeed_config=deepspeed_config,
         )
         name_parameters((name, parameter) for name, parameter, _ in module.named_logical_parameters())
         return build_engine(
             module,
-            deepspeed_config=plan_deepspeed_config(
-                micro_batch_size=plan.batch.micro_batch_size,
-                num_micro_batches=plan.batch.num_micro_batches,
-                precision=plan.precision,
-                zero=parallel.zero,
-                gradient_clipping=train.gradient_clipping,
-                extra=self.config.deepspeed,
-                offload=parallel.offload,
-                nvme_dir=parallel.nvme_dir,
-                device=plan.device,
-            ),
+            deepspeed_config=deepspeed_config,
             build_optimizer=self.hooks.build_optimizer,
             measure_costs=parallel.schedule == "auto",
             max_in_flight=parallel.max_in_flight,
