@@ -66,6 +66,9 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     most = max(rank["memory_bytes"]["total"] for rank in report["stages"])
     fits = "" if most <= device["usable_bytes"] else ", which does not fit"
     table.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
+    for place, name in (("host", "host memory"), ("files", "files")):
+        if num_bytes := max(rank["memory_bytes"][place] for rank in report["stages"]):
+            table.add_row("offloaded", f"{bytes_text(num_bytes)} in {name} on the fullest rank")
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from typing import Literal
 
 import torch
 
@@ -37,6 +38,7 @@ def describe_model(
     example: ExampleBuilder,
     *,
     precision: Precision,
+    device: Literal["cpu", "cuda"],
     time_on: str | None = None,
     num_threads: int | None = None,
     on_progress: ProgressCallback | None = None,
@@ -48,6 +50,7 @@ def describe_model(
         specs: its layers.
         example: returns a micro-batch.
         precision: of weights and activations.
+        device: kind of device; a CPU computes in the memory that others offload to.
         time_on: kind of device on which layers are timed; None counts their operations only.
         num_threads: CPU threads with which they are timed; those of this process unless given.
         on_progress: called with the layer that is being timed, and the fraction done.
@@ -88,6 +91,7 @@ def describe_model(
         sequence_length=config.train.sequence_length,
         precision=precision,
         optimizer_states=find_optimizer_states(config),
+        offload=config.parallel.offload if device == "cuda" or config.parallel.offload == "nvme" else "none",
         frozen_shapes_of=lambda tp: shapes_of(tp)[1],
         is_timed=time_on is not None,
         tf32=config.train.tf32,

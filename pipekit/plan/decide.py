@@ -119,6 +119,7 @@ def decide_run(
         specs,
         partial(trial.example, config),
         precision=precision,
+        device=device,
         time_on=device if parallel.partition == "profile" else None,
         num_threads=num_threads,
         on_progress=on_progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipekit.config import Config
 from pipekit.costs.model import describe_model
@@ -53,8 +53,11 @@ def search(
     if config.parallel.memory_limit_gb is not None:
         limit_bytes = int(config.parallel.memory_limit_gb * 1e9)
         device = device.model_copy(update={"memory_bytes": limit_bytes, "reserve_bytes": 0})
-    precision = plan_precision(config, "cuda" if is_gpu else "cpu")
-    model = describe_model(config, specs, partial(trial.example, config), precision=precision)
+    kind: Literal["cpu", "cuda"] = "cuda" if is_gpu else "cpu"
+    precision = plan_precision(config, kind)
+    model = describe_model(config, specs, partial(trial.example, config), precision=precision, device=kind)
+    least_zero = {"none": 0, "parameters": 3}.get(config.parallel.offload, 1)
+    stages = [each for each in zero if each >= least_zero]
     degrees, heads = [1], config.model.attention_heads
     while heads is not None and 2 * degrees[-1] <= min(max_tp, device.devices_per_node):
         if heads.fault(2 * degrees[-1]):
@@ -63,7 +66,7 @@ def search(
     batch_size = config.train.global_batch_size
     given = config.train.activation_checkpointing
     checkpointing = (None, ActivationCheckpointing()) if given is None else (given,)
-    space = SearchSpace(num_devices, batch_size, tp=degrees, zero=zero, checkpointing=checkpointing)
+    space = SearchSpace(num_devices, batch_size, tp=degrees, zero=stages, checkpointing=checkpointing)
     result = search_layouts(model, space, device, num_ranked=num_ranked)
     if result.ranked:
         return model, result

@@ -114,6 +114,18 @@ class Device(Section):
     intra_node: Link = Field(examples=[{"bandwidth": "300e9", "latency_s": "12e-6"}])
     """The link to the other devices of its node."""
 
+    host_link: PositiveFloat = Field(default=25e9, examples=["25e9"])
+    """Bytes per second between the device and host memory, in each direction: about what a PCIe 4.0 x16 link of
+    31.5e9 carries."""
+
+    host_memory_bandwidth: PositiveFloat = Field(default=25e9, examples=["25e9"])
+    """Bytes per second between this device's share of the host's cores and their memory, for updates of offloaded
+    states: two sockets with 8 channels of DDR4-3200, of 205e9 each, over 8 devices, of which half is reached."""
+
+    nvme_bandwidth: PositiveFloat = Field(default=1.6e9, examples=["1.6e9"])
+    """Bytes per second between this device's share of the host and its NVMe drives, as measured for each of 16 GPUs of
+    a DGX-2 (Rajbhandari et al. 2021, ZeRO-Infinity, figure 2)."""
+
     devices_per_node: PositiveInt = Field(examples=[8])
     """Devices that share a node."""
 

@@ -103,11 +103,16 @@ class Estimator:
         parameters = max(rank_parameters)
         precision = self._model.precision
         behind_s = reduction_s(parameters, cluster, precision=precision, zero=plan.zero)
-        behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero)
+        offload = self._model.offload
+        behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero, offload=offload)
         forward_s, pattern = _pattern_of(plan, costs)
         compute_s = plan.num_micro_batches * max(rank_s) + forward_s * pattern.bubble
         per_parameter = bytes_per_parameter(
-            precision=precision, zero=plan.zero, dp=layout.dp, states=self._model.optimizer_states
+            precision=precision,
+            zero=plan.zero,
+            dp=layout.dp,
+            states=self._model.optimizer_states,
+            offload=offload,
         )
         standing = [per_parameter * number for number in rank_parameters]
         estimated, least = list(standing), list(standing)

@@ -18,6 +18,7 @@ from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, stage_activa
 from pipekit.predictions.model_states import (
     ADAM_STATES,
     ModelStates,
+    Offload,
     OptimizerStates,
     bytes_per_parameter,
     model_states,
@@ -92,6 +93,7 @@ def peak_memory(
     zero: int,
     dp: int,
     optimizer_states: OptimizerStates = ADAM_STATES,
+    offload: Offload = "none",
 ) -> list[MemoryParts]:
     """Peak memory of each pipeline rank in a step, once the optimizer has its states.
 
@@ -103,6 +105,7 @@ def peak_memory(
         zero: ZeRO stage. In 16 bits 0 is 1, as in the engine.
         dp: number of replicas.
         optimizer_states: those that the optimizer keeps.
+        offload: the states that are kept off the device.
 
     Raises:
         LayoutError: if the schedule has another number of stages.
@@ -142,6 +145,8 @@ def peak_memory(
             dp=dp,
             states=optimizer_states,
             frozen=[stage.frozen for stage in own],
+            offload=offload,
+            accumulates=schedule.num_micro_batches > 1,
         )
         found.append(
             MemoryParts(
@@ -166,14 +171,16 @@ def memory_limit(
     optimizer_states: OptimizerStates,
     limit_bytes: int,
     frozen_parameters: Sequence[int] = (),
+    offload: Offload = "none",
 ) -> MemoryLimit:
     """Upper bounds on the memory of layers and stages, which add up to one for each rank, and the limit of a rank.
 
     Options are those of `peak_memory`; costs are for one micro-batch. `frozen_parameters` are counts, one a layer.
     """
     frozen = frozen_parameters or [0] * len(costs.layers)
-    frozen_bytes = BYTES_PER_ELEMENT[precision] / (dp if zero == 3 else 1)
-    per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states)
+    is_away = zero == 3 and offload in ("parameters", "nvme")
+    frozen_bytes = 0 if is_away else BYTES_PER_ELEMENT[precision] / (dp if zero == 3 else 1)
+    per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states, offload=offload)
     in_flight = schedule.peak_of_stages()
     largest_input = max(layer.input_bytes for layer in costs.layers)
     largest_gradient = BYTES_PER_ELEMENT[precision] * max(layer.parameters for layer in costs.layers)

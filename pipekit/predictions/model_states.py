@@ -7,14 +7,19 @@ follow from a formula.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Literal
 
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision, Shape, count_elements
 
 _FP32_BYTES = 4
 # DeepSpeed fills a flat group up to a multiple of this for each replica: 4 bytes in 16-bit elements.
 _ALIGNMENT = 2
+
+
+Offload = Literal["none", "optimizer", "parameters", "nvme"]
+"""States that are kept in host memory, or in files on NVMe, as `parallel.offload` says."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,16 @@ class ModelStates:
         gradients: accumulated in fp32, and the largest gradient of one parameter until it is added to them.
         optimizer_states: moments and step counts.
         masters: fp32 weights beside those of the run.
+        host: what is offloaded to host memory, which the others leave out.
+        files: what is offloaded to files, likewise.
     """
 
     weights: int
     gradients: int
     optimizer_states: int
     masters: int
+    host: int = field(default=0, kw_only=True)
+    files: int = field(default=0, kw_only=True)
 
     @property
     def standing(self) -> int:
@@ -63,8 +72,14 @@ def model_states(
     dp: int,
     states: OptimizerStates,
     frozen: Sequence[Mapping[str, Shape]] = (),
+    offload: Offload = "none",
+    accumulates: bool = True,
 ) -> ModelStates:
-    """Exact bytes of a rank's model states.
+    """Exact bytes of a rank's model states, where nothing is offloaded.
+
+    Offloaded masters and optimizer states leave the device, with an fp32 gradient for each master and what sums the
+    gradients of micro-batches; under ZeRO 3, `parameters` and `nvme` take the weights too. The device then keeps
+    gradients in the format of the weights under ZeRO 1, and under ZeRO 2 and 3 none.
 
     Args:
         stages: the shapes of the trainable parameters of each of its stages, by logical name.
@@ -73,8 +88,10 @@ def model_states(
         dp: number of replicas.
         states: tensors of the optimizer.
         frozen: the shapes of the frozen parameters of each stage, which have no other states than their weights.
+        offload: what is kept off the device, under ZeRO 1 to 3.
+        accumulates: whether a step has several micro-batches.
 
-    Source: `runtime/zero/stage_1_and_2.py` and `runtime/bf16_optimizer.py` of DeepSpeed 0.19.8.
+    Source: `runtime/zero/stage_1_and_2.py`, `stage3.py` and `runtime/bf16_optimizer.py` of DeepSpeed 0.19.8.
     """
     shapes = {name: shape for stage in stages for name, shape in stage.items()}
     groups = _group_sizes(shapes.values())
@@ -99,15 +116,37 @@ def model_states(
         accumulated = sum(flat) if is_flat or dp > 1 else num_shard
         largest = max(map(prod, shapes.values()), default=0)
         gradients = _FP32_BYTES * accumulated + BYTES_PER_ELEMENT[precision] * largest
-    return ModelStates(
+    found = ModelStates(
         weights=BYTES_PER_ELEMENT[precision] * ((num_shard if zero == 3 else sum(flat)) + num_frozen),
         gradients=gradients,
         optimizer_states=_FP32_BYTES * (states.per_parameter * num_shard + states.per_tensor * num_tensors),
         masters=_FP32_BYTES * num_shard if is_flat else 0,
     )
+    if offload == "none":
+        return found
+    moved = _FP32_BYTES * (2 + states.per_parameter) * num_shard
+    copied = BYTES_PER_ELEMENT[precision] * num_shard
+    kept = replace(found, optimizer_states=_FP32_BYTES * states.per_tensor * num_tensors, masters=0, gradients=0)
+    if zero == 3:
+        moved += gradients
+    else:
+        # Updated weights go to the device through a copy in their own format, and so come sums over micro-batches.
+        moved += copied * ((precision != "fp32") + accumulates)
+    if zero < 2:
+        kept = replace(kept, gradients=BYTES_PER_ELEMENT[precision] * sum(flat))
+    if zero == 3 and offload != "optimizer":
+        moved, kept = moved + found.weights, replace(kept, weights=0)
+    return replace(kept, files=moved) if offload == "nvme" else replace(kept, host=moved)
 
 
-def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: OptimizerStates = ADAM_STATES) -> float:
+def bytes_per_parameter(
+    *,
+    precision: Precision,
+    zero: int,
+    dp: int,
+    states: OptimizerStates = ADAM_STATES,
+    offload: Offload = "none",
+) -> float:
     """Bytes of model states for each parameter of a rank, without padding, step counts and gradients yet to be added.
 
     Example:
@@ -116,7 +155,8 @@ def bytes_per_parameter(*, precision: Precision, zero: int, dp: int, states: Opt
     """
     number = _ALIGNMENT * dp  # which is not padded
     states = OptimizerStates(states.per_parameter, per_tensor=0)
-    found = model_states([{"weight": (number, 1)}], precision=precision, zero=zero, dp=dp, states=states)
+    shapes = [{"weight": (number, 1)}]
+    found = model_states(shapes, precision=precision, zero=zero, dp=dp, states=states, offload=offload)
     added = BYTES_PER_ELEMENT[precision] * number if zero < 2 else 0
     return (found.standing - added) / number
 

@@ -48,6 +48,7 @@ def partition_inputs(
             optimizer_states=model.optimizer_states,
             limit_bytes=limit_bytes(),
             frozen_parameters=model.frozen_parameters,
+            offload=model.offload,
         ),
         layer_names=model.layer_names,
         placement=schedule.placement,

@@ -9,7 +9,7 @@ from pipekit.predictions.devices import Device, MatmulFormat
 from pipekit.predictions.elements import Precision, Shape, count_elements
 from pipekit.predictions.layer_costs import LayerCosts, ModelCosts, recompute_layers, shard_layers
 from pipekit.predictions.memory import MemoryParts, peak_memory, stage_contents
-from pipekit.predictions.model_states import ADAM_STATES, OptimizerStates
+from pipekit.predictions.model_states import ADAM_STATES, Offload, OptimizerStates
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.timing import Cluster, StepTimes, action_costs, step_times
 
@@ -26,6 +26,7 @@ class PlannedModel:
         sequence_length: tokens of a sequence.
         precision: of weights and activations.
         optimizer_states: tensors that its optimizer keeps.
+        offload: the states that are kept off the memory in which the devices compute.
         frozen_shapes_of: like `shapes_of`, of the frozen parameters; None where there are none.
         is_timed: whether `costs_of` tells measured seconds too.
         tf32: whether matrix products of fp32 are computed in TF32, on devices that have it.
@@ -37,6 +38,7 @@ class PlannedModel:
     sequence_length: int
     precision: Precision
     optimizer_states: OptimizerStates = ADAM_STATES
+    offload: Offload = "none"
     frozen_shapes_of: Callable[[int], Sequence[Mapping[str, Shape]]] | None = None
     is_timed: bool = False
     tf32: bool = False
@@ -145,6 +147,7 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
         stage_parameters=[count_elements(stage.parameters) for stage in stages],
         precision=model.precision,
         zero=plan.zero,
+        offload=model.offload,
         shorter=shorter,
     )
     memory = peak_memory(
@@ -155,6 +158,7 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
         zero=plan.zero,
         dp=plan.layout.dp,
         optimizer_states=model.optimizer_states,
+        offload=model.offload,
     )
     ranks = [
         RankPrediction(

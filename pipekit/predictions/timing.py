@@ -10,6 +10,7 @@ from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Device, Link, MatmulFormat
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision
 from pipekit.predictions.layer_costs import ModelCosts
+from pipekit.predictions.model_states import Offload
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
 
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
@@ -28,6 +29,10 @@ all-reduce where that is little beside the transfer, at tens of gigabytes a seco
 # What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
 # written, and the weight itself written in its own format.
 _UPDATE_BYTES = 28
+
+# What it reads and writes of a parameter in files: the same without the weight, and the gradient once more, which is
+# written before.
+_FILE_BYTES = 32
 
 
 def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
@@ -84,12 +89,22 @@ def _is_shared(precision: Precision, zero: int) -> bool:
     return zero > 0 or precision != "fp32"
 
 
-def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
-    """Seconds in which a rank with so many parameters updates its shard, and gathers the others'."""
+def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int, offload: Offload = "none") -> float:
+    """Seconds in which a rank with so many parameters updates its shard, and gathers the others'.
+
+    Where its states are offloaded, the host updates them, from the gradients and into the weights of the device.
+    """
     weight_bytes = BYTES_PER_ELEMENT[precision]
     is_shared = _is_shared(precision, zero)
     shard = parameters / cluster.layout.dp if is_shared else parameters
-    moved_s = shard * (_UPDATE_BYTES + weight_bytes) / cluster.device.memory_bandwidth
+    device = cluster.device
+    if offload == "none":
+        moved_s = shard * (_UPDATE_BYTES + weight_bytes) / device.memory_bandwidth
+    else:
+        moved_s = shard * (_UPDATE_BYTES + weight_bytes) / device.host_memory_bandwidth
+        moved_s += shard * 2 * weight_bytes / device.host_link
+    if offload == "nvme":
+        moved_s += shard * _FILE_BYTES / device.nvme_bandwidth
     # An all-gather passes each link once, where an all-reduce does so twice.
     gather_s = all_reduce_s(parameters * weight_bytes, cluster.layout.dp, cluster.link("data")) / 2
     return moved_s + (gather_s if is_shared else 0)
@@ -183,6 +198,7 @@ def step_times(
     stage_parameters: Sequence[int],
     precision: Precision,
     zero: int,
+    offload: Offload = "none",
     shorter: Schedule | None = None,
 ) -> StepTimes:
     """Time of a step.
@@ -199,6 +215,7 @@ def step_times(
         stage_parameters: of each stage, on one tensor-parallel rank.
         precision: of weights and activations.
         zero: ZeRO stage.
+        offload: the states that are kept off the device.
         shorter: where `schedule` leaves micro-batches out, the table with one fewer for each pipeline rank: a step
             grows by what lies between the two.
     """
@@ -218,7 +235,8 @@ def step_times(
             free_s = max(max(free_s, span.start_s) + seconds, max(free_s, span.end_s) + last_message_s)
         done_s = max(done_s, free_s)
         parameters = sum(stage_parameters[stage] for stage in schedule.stages_of(rank))
-        longest_update_s = max(longest_update_s, update_s(parameters, cluster, precision=precision, zero=zero))
+        seconds = update_s(parameters, cluster, precision=precision, zero=zero, offload=offload)
+        longest_update_s = max(longest_update_s, seconds)
     return StepTimes(
         timeline=timeline,
         compute_s=timeline.step_time_s + longer_s,

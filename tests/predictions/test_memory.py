@@ -109,6 +109,7 @@ def predicted(case: Case, specs: list[LayerSpec] | None = None) -> list[tuple[Me
         zero=case.zero,
         dp=case.dp,
         optimizer_states=OptimizerStates(1, 0) if case.optimizer == "sgd" else ADAM_STATES,
+        offload=case.offload,  # type: ignore[arg-type]
     )
     recomputed = [recomputation_bytes(stage.layers) for stage in stages]
     return [(parts, max(recomputed[stage] for stage in schedule.stages_of(rank))) for rank, parts in enumerate(held)]
@@ -272,6 +273,38 @@ def test_running_processes_hold_what_was_predicted(gloo: GlooWorkers, case: Case
         for name in STANDING:
             assert found[name] == getattr(parts, name), name
         assert found["activations"] == pytest.approx(parts.activations - recomputation, rel=0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(pp=2, offload="nvme", precision="bf16"),
+        Case(dp=2, zero=3, offload="nvme", precision="bf16"),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (
+                Case(dp=2, zero=2, offload="nvme", micro_batch_size=4, optimizer="sgd"),
+                Case(dp=2, zero=3, offload="nvme"),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_files_take_what_was_predicted(gloo: GlooWorkers, case: Case) -> None:
+    expected = predicted(case)
+    for pipe_rank, size, on_device in gloo.run(2, measure_files, case):
+        parts, _ = expected[pipe_rank]
+        assert (size, on_device) == (parts.files, parts.weights)
+
+
+def measure_files(rank: int, case: Case) -> tuple[int, int, int]:
+    """Train a step, and return the size of the files and of the weights that are not in them."""
+    engine = build_engine(case)
+    engine.train_batch(micro_batches(0, case, engine.mpu.data_parallel_rank))
+    files = engine.view.state_like.__self__
+    weights = [getattr(each, "ds_tensor", each) for each in engine.module.parameters()]
+    return engine.mpu.pipe_rank, files.num_bytes, num_bytes(each for each in weights if each not in files)
 
 
 @pytest.mark.distributed

@@ -13,7 +13,8 @@ from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Link
 from pipekit.predictions.elements import Precision
 from pipekit.predictions.layer_costs import ModelCosts
-from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_reduce_s, step_times
+from pipekit.predictions.model_states import Offload
+from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_reduce_s, step_times, update_s
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
 from predictions.planned import device, layer, model
 
@@ -153,6 +154,17 @@ def test_shared_optimizer_states_are_updated_in_shares_and_weights_gathered(
     schedule = plan_1f1b(num_stages=1, num_micro_batches=1)
     found = times(schedule, Costs.uniform(1), parameters=[1000], dp=2, precision=precision, zero=zero)
     assert found.update_s == pytest.approx(update_s)
+
+
+@pytest.mark.parametrize(("offload", "files_s"), [("optimizer", 0), ("parameters", 0), ("nvme", 32 * 500 / 64e3)])
+def test_offloaded_states_are_updated_by_the_host(offload: Offload, files_s: float) -> None:
+    speeds = {"host_memory_bandwidth": 128e3, "host_link": 8e3, "nvme_bandwidth": 64e3}
+    cluster = Cluster(device(**speeds), Layout(dp=2))
+    plain_s = update_s(1000, cluster, precision="bf16", zero=1)
+    found_s = update_s(1000, cluster, precision="bf16", zero=1, offload=offload)
+    # Gradients come to the host, and weights go back, in 16 bits.
+    moved_s = 30 * 500 / 128e3 + 2 * 2 * 500 / 8e3 + files_s
+    assert found_s == pytest.approx(plain_s - 30 * 500 / cluster.device.memory_bandwidth + moved_s)
 
 
 STAGES = {"1f1b": 1, "zb-h1": 1, "interleaved-1f1b": 2, "zb-v": 2}
