@@ -1,13 +1,13 @@
 """Tuning against an exhaustive search: how good a configuration `pipekit tune` finds, and in how many runs.
 
-    python benchmarks/tune.py [--models deep wide vocabulary] [--devices 2 4] [--rounds 2] [--out tune.json]
+    python benchmarks/tune.py [--models deep wide vocabulary] [--devices 2 4] [--rounds 3] [--out tune.json]
 
 For each model and number of processes, all candidates are run once. Then the search runs, with measurements of its own
-and a fifth as many runs as there are candidates. What it finds and the fastest five of the exhaustive search are then
+and a fifth as many runs as there are candidates. What it finds and the fastest eight of the exhaustive search are then
 run in turns, `--rounds` times, so that what else the machine does falls on all of them alike; each one's time is the
-least of its medians, and the choice is judged by these. Ranks are forks of a process that has imported all, which train
-like new interpreters and start at once. Prints a table, writes JSON after each setting, and exits with 1 where a choice
-is more than 5 % slower than the best, or took more than a fifth of the runs.
+least that was measured, and the choice is judged by these. Ranks are forks of a process that has imported all, which
+train like new interpreters and start at once. Prints a table, writes JSON after each setting, and exits with 1 where a
+choice is more than 5 % slower than the best, or took more than a fifth of the runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "wide": {"hidden_size": 320, "num_layers": 2, "num_heads": 8},
     "vocabulary": {"hidden_size": 96, "num_layers": 4, "num_heads": 4, "vocab_size": 16384},
 }
-TOLERANCE, SHARE, FINALISTS = 0.05, 5, 5
+TOLERANCE, SHARE, FINALISTS, STEPS = 0.05, 5, 8, 24
 # It is the slower one wherever memory is not short, and would double the candidates.
 FIXED = ["train.activation_checkpointing=false"]
 
@@ -77,7 +77,7 @@ def compare(name: str, num_devices: int, rounds: int, console: Console) -> dict[
         (folder / "text.txt").write_text("\n".join(lines))
         config = configure(name, num_devices, folder)
         options: dict[str, Any] = {"num_devices": num_devices, "max_tp": num_devices, "fixed": FIXED}
-        with open_session(config, **options, num_steps=8, limit_s=120.0, tell=lambda *_: None) as session:
+        with open_session(config, **options, num_steps=STEPS, limit_s=120.0, tell=lambda *_: None) as session:
             number = len(session.choices)
             console.print(f"{name}, {num_devices} processes: {number} candidates", highlight=False)
             search = Search([choice.candidate for choice in session.choices])
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="%(default)s")
     parser.add_argument("--devices", nargs="+", type=int, default=[2, 4], help="numbers of processes; %(default)s")
-    parser.add_argument("--rounds", type=int, default=2, help="further runs of the fastest; %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="further runs of the fastest; %(default)s")
     parser.add_argument("--out", type=Path, default=Path("tune.json"), help="JSON file; %(default)s")
     arguments = parser.parse_args()
     RankForker().replace_popen_of(local)
