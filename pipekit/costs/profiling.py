@@ -235,7 +235,7 @@ class _Profiler:
             costs = layer.describe(inputs)
         except ConfigError:  # it needs values, and has just shown that it runs with these
             costs = trace_module(module, call, leaves, inputs.structure).costs
-        return TracedLayer(replace(costs, **seconds), outputs)
+        return TracedLayer(replace(costs, **seconds, work=None), outputs)
 
 
 def _remedy_of(error: Exception) -> str:

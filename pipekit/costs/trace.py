@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from types import FunctionType
 from typing import Any
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
 from pipekit.layers.shapes import ShapeRules
+from pipekit.predictions.kernels import Attention, LayerWork, Product, Work
 from pipekit.predictions.layer_costs import LayerCosts
 from pipekit.tensors.meta import NestedMeta
 from pipekit.tensors.nested import Structure, flatten, unflatten
@@ -63,12 +65,12 @@ def trace_costs(
         PipekitError: if the layer returns what cannot be passed on.
         Exception: whatever the layer raises.
     """
-    counter = _Counter()
+    counter = _Counter(sum(tensor.numel() for tensor in inputs))
     # A layer may change its input in place, which a leaf that requires a gradient does not allow.
     entered = [tensor.clone() if tensor.requires_grad else tensor for tensor in inputs]
-    with counter, _Replacements(counter), _saved() as saved:
+    with counter, _Replacements(counter), _saved(counter.mark) as saved:
         outputs, output_structure = flatten(call(unflatten(entered, structure)), "its output")
-        forward_flops = counter.flops
+    recomputed, forward = counter.marked, counter.take()
     wanted = [tensor for tensor in entered if tensor.requires_grad]
     results = [tensor for tensor in outputs if tensor.requires_grad]
 
@@ -82,14 +84,14 @@ def trace_costs(
     keeps_input = 2 * kept_of_input > sum(input_storages.values())
     keeps_output = 2 * kept_of_output > sum(output_storages.values())
 
-    input_gradient_flops = _backward_flops(counter, results, wanted, retain_graph=True)
-    backward_flops = _backward_flops(counter, results, [*wanted, *parameters], retain_graph=False)
+    input_gradient = _trace_backward(counter, results, wanted, retain_graph=True)
+    backward = _trace_backward(counter, results, [*wanted, *parameters], retain_graph=False)
     passed, left = (NestedMeta.of(value, "a layer's tensors") for value in (tuple(entered), tuple(outputs)))
     costs = LayerCosts(
         parameters=sum(parameter.numel() for parameter in parameters),
-        forward_flops=forward_flops,
-        input_gradient_flops=input_gradient_flops,
-        weight_gradient_flops=backward_flops - input_gradient_flops,
+        forward_flops=forward.flops,
+        input_gradient_flops=input_gradient.flops,
+        weight_gradient_flops=backward.flops - input_gradient.flops,
         input_bytes=passed.num_bytes,
         output_bytes=left.num_bytes,
         saved_bytes=sum(kept.values())
@@ -97,21 +99,20 @@ def trace_costs(
         + (0 if keeps_output else kept_of_output),
         keeps_input=keeps_input,
         keeps_output=keeps_output,
+        work=LayerWork(forward.work, input_gradient.work, backward.work - input_gradient.work, recomputed),
     )
     return TracedLayer(costs, NestedMeta(left.tensors, output_structure))
 
 
-def _backward_flops(
+def _trace_backward(
     counter: _Counter, results: Sequence[Tensor], wanted: Sequence[Tensor], *, retain_graph: bool
-) -> int:
-    if not results or not wanted:
-        return 0
-    before = counter.flops
-    # What is recomputed in the backward is computed as in the forward.
-    with counter, _Replacements(counter):
-        total: Tensor = _Total.apply(*results)  # type: ignore[no-untyped-call]
-        _grad(total, wanted, retain_graph=retain_graph, allow_unused=True)
-    return counter.flops - before
+) -> _Counted:
+    if results and wanted:
+        # What is recomputed in the backward is computed as in the forward.
+        with counter, _Replacements(counter):
+            total: Tensor = _Total.apply(*results)  # type: ignore[no-untyped-call]
+            _grad(total, wanted, retain_graph=retain_graph, allow_unused=True)
+    return counter.take()
 
 
 class _Total(torch.autograd.Function):
@@ -143,32 +144,118 @@ class _Saved:
 
 
 @contextmanager
-def _saved() -> Iterator[weakref.WeakSet[_Saved]]:
-    """Collect the tensors that the forward inside keeps; those of a branch without a result are gone when it ends."""
+def _saved(mark: Callable[[], None]) -> Iterator[weakref.WeakSet[_Saved]]:
+    """Collect the tensors that the forward inside keeps; those of a branch without a result are gone when it ends.
+
+    `mark` is called with each, before what keeps its input computes its output.
+    """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
         piece = _Saved(tensor)
         saved.add(piece)
+        mark()
         return piece
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda piece: piece.tensor):
         yield saved
 
 
-class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations by torch's formulas, in tensors whose shapes come from our rules."""
+@dataclass(frozen=True)
+class _Counted:
+    """Operations and kernels of one pass over a layer."""
 
-    def __init__(self) -> None:
+    flops: int
+    work: Work
+
+
+class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations by torch's formulas, in tensors whose shapes come from our rules, and kernels.
+
+    Args:
+        width: elements of the layer's input.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.flops = 0
+        self._width = width
+        self._restart()
+
+    def _restart(self) -> None:
+        self._flops = self._other_flops = 0
+        self._moved_bytes = self._whole_bytes = self._num_kernels = 0
+        self._products: list[Product] = []
+        self._attentions: list[Attention] = []
+        self.marked = Work()
+
+    def mark(self) -> None:
+        """Note the kernels so far as `marked`."""
+        products, attentions = tuple(self._products), tuple(self._attentions)
+        counted = (self._other_flops, self._moved_bytes, self._whole_bytes, self._num_kernels)
+        self.marked = Work(products, attentions, *counted)
+
+    def take(self) -> _Counted:
+        """Operations and kernels since the last call."""
+        self.mark()
+        taken = _Counted(self._flops, self.marked)
+        self._restart()
+        return taken
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         results = super().__torch_dispatch__(func, types, args, kwargs)
-        self.flops += count_flops(func, args, kwargs or {}, results)
+        flops = count_flops(func, args, kwargs or {}, results)
+        self._flops += flops
+        product = _find_product(func, args, results) if flops else None
+        if product is not None:
+            self._products.append(product)
+        else:
+            self._other_flops += flops
+            self._count_bytes(func, args, results)
         return results
+
+    def count_attention(self, flops: int, length: int, is_causal: bool) -> None:
+        """Count a fused attention."""
+        self._flops += flops
+        self._attentions.append(Attention(flops, length, is_causal))
+
+    def _count_bytes(self, func: Any, args: tuple[Any, ...], results: Any) -> None:
+        """Count the bytes that a kernel reads and writes; views and empty tensors take none."""
+        name = func.overloadpacket.__name__
+        if func.is_view or name in _FREE:
+            return
+        read, written = ([each for each in _flat(values) if isinstance(each, Tensor)] for values in (args, (results,)))
+        if name in _GATHERING:
+            read = written
+        if name in _FILLING:
+            read = []
+            if all(each.numel() == 1 for each in written):
+                return
+        sizes = [min(each.numel() * each.element_size(), each.untyped_storage().nbytes()) for each in (*read, *written)]
+        moved = sum(sizes)
+        self._num_kernels += 1
+        self._moved_bytes += moved
+        if all(each.numel() <= self._width for each in (*read, *written)):
+            self._whole_bytes += moved
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _find_product(func: Any, args: tuple[Any, ...], results: Any) -> Product | None:
+    """Shape of a matrix product; None for anything else."""
+    operands = _OPERANDS.get(func.overloadpacket)
+    if operands is None:
+        return None
+    a = args[operands]
+    batch, m, k = a.shape if a.dim() == 3 else (1, *a.shape)
+    return Product(batch, m, results.shape[-1], k)
 
 
 def count_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: Any) -> int:
@@ -194,6 +281,15 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -
 
 
 _aten = torch.ops.aten
+# The first operand of each kind of product, by its place.
+_OPERANDS = {
+    _aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten.baddbmm: 1, _aten.baddbmm_: 1
+}  # fmt: skip
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "_reshape_alias", "alias", "lift_fresh"}
+# These only write.
+_FILLING = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "zeros", "ones", "full"}
+# These read as much as they write, of tensors that may be larger.
+_GATHERING = {"embedding", "gather", "index_select", "nll_loss_forward"}
 _ALIKE = {
     _aten.addmm_: _aten.addmm,
     _aten.baddbmm_: _aten.baddbmm,
@@ -208,13 +304,16 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, counter: _Counter) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, counter: _Counter
+    ) -> Tensor:
         *batch, num_queries, size = query.shape
         num_keys, value_size = value.shape[-2:]
         pairs = prod(batch) * num_queries * num_keys  # B H S T
-        counter.flops += 2 * pairs * (size + value_size)
-        ctx.backward_flops = 2 * pairs * (3 * size + 2 * value_size)
-        ctx.counter = counter
+        counter.count_attention(2 * pairs * (size + value_size), num_keys, is_causal)
+        ctx.count_backward = partial(
+            counter.count_attention, 2 * pairs * (3 * size + 2 * value_size), num_keys, is_causal
+        )
         # As the kernels lay it out, so that joining the heads copies nothing: (B, S, H, G) seen as (B, H, S, G).
         *outer, num_heads = batch or [1]
         output = query.new_zeros((*outer, num_queries, num_heads, value_size)).transpose(-3, -2)
@@ -227,9 +326,9 @@ class _FusedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, _, mask = ctx.saved_tensors
-        ctx.counter.flops += ctx.backward_flops
+        ctx.count_backward()
         gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        return *gradients, torch.zeros_like(mask) if ctx.needs_input_grad[3] else None, None
+        return *gradients, torch.zeros_like(mask) if ctx.needs_input_grad[3] else None, None, None
 
 
 class _Replacements(TorchFunctionMode):
@@ -253,9 +352,17 @@ class _Replacements(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        return _FusedAttention.apply(query, key, value, attn_mask, self._counter)  # type: ignore[no-untyped-call]
+        apply: Any = _FusedAttention.apply
+        return apply(query, key, value, attn_mask, is_causal, self._counter)
 
 
 def _dropout(

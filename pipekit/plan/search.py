@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipekit.config import Config
 from pipekit.costs.model import describe_model
-from pipekit.errors import LayoutError
+from pipekit.errors import ConfigError, LayoutError
 from pipekit.layers.specs import LayerSpec
 from pipekit.plan.device import plan_precision, present_device
 from pipekit.plan.resources import Resources
@@ -30,7 +30,7 @@ def search(
     device: Device,
     is_gpu: bool,
     max_tp: int = 1,
-    zero: Sequence[int] = (0, 1),
+    zero: Sequence[int] | None = None,
     num_ranked: int = 10,
 ) -> tuple[PlannedModel, SearchResult]:
     """Compare every layout of a configuration's model over some devices.
@@ -43,7 +43,8 @@ def search(
         device: what each rank computes on.
         is_gpu: whether that is a GPU, which computes in bf16 where the configuration does not say.
         max_tp: largest tensor-parallel degree.
-        zero: ZeRO stages; those above 1 are for layouts without a pipeline.
+        zero: ZeRO stages; unless given 0 and 1, and on GPUs also 2 and 3, which are for layouts without a pipeline, as
+            far as the rules of the configuration let them.
         num_ranked: how many of the best to return.
 
     Raises:
@@ -57,6 +58,8 @@ def search(
     precision = plan_precision(config, kind)
     model = describe_model(config, specs, partial(trial.example, config), precision=precision, device=kind)
     least_zero = {"none": 0, "parameters": 3}.get(config.parallel.offload, 1)
+    if zero is None:
+        zero = _zero_stages(config) if is_gpu else (0, 1)
     stages = [each for each in zero if each >= least_zero]
     degrees, heads = [1], config.model.attention_heads
     while heads is not None and 2 * degrees[-1] <= min(max_tp, device.devices_per_node):
@@ -83,6 +86,20 @@ def search(
         "more devices, or a smaller train.sequence_length"
         + (", or compare tensor parallelism (pipekit plan --max-tp 8)" if plan.layout.tp == 1 else "")
     )
+
+
+def _zero_stages(config: Config) -> list[int]:
+    """ZeRO stages of layouts on GPUs: 2 and 3 too, where no rule refuses them beside the rest of the configuration."""
+    alone = {"pp": 1, "tp": 1, "schedule": "1f1b", "partition": "flops", "auto": False}
+    alone |= dict.fromkeys(("boundaries", "stages_per_rank", "max_in_flight"))
+    stages = [0, 1]
+    for stage in (2, 3):
+        try:
+            config.updated({f"parallel.{key}": value for key, value in (*alone.items(), ("zero", stage))})
+        except ConfigError:
+            continue
+        stages.append(stage)
+    return stages
 
 
 def choose_layout(

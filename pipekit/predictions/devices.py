@@ -60,11 +60,14 @@ def gpu_reserve_bytes(memory_bytes: int) -> int:
 class Link(Section):
     """Link between devices."""
 
-    bandwidth: PositiveFloat = Field(examples=["300e9"])
+    bandwidth: PositiveFloat = Field(examples=["240e9"])
     """Bytes per second that a device can send, and as many that it can receive meanwhile."""
 
-    latency_s: NonNegativeFloat = Field(examples=["12e-6"])
+    latency_s: NonNegativeFloat = Field(examples=["3.4e-6"])
     """Seconds until a message without content has arrived."""
+
+    start_s: NonNegativeFloat = Field(default=0.0, examples=["8.4e-6"])
+    """Seconds that a message, or a collective of any number of messages, takes to begin."""
 
     def transfer_s(self, num_bytes: float) -> float:
         """Return the seconds until a message has arrived.
@@ -73,7 +76,7 @@ class Link(Section):
             >>> Link(bandwidth=100.0, latency_s=0.5).transfer_s(25)
             0.75
         """
-        return self.latency_s + num_bytes / self.bandwidth
+        return self.start_s + self.latency_s + num_bytes / self.bandwidth
 
 
 class PeakFlops(Section):
@@ -111,7 +114,7 @@ class Device(Section):
     memory_bandwidth: PositiveFloat = Field(examples=["2039e9"])
     """Bytes per second between the device and its memory."""
 
-    intra_node: Link = Field(examples=[{"bandwidth": "300e9", "latency_s": "12e-6"}])
+    intra_node: Link = Field(examples=[{"bandwidth": "240e9", "latency_s": "3.4e-6"}])
     """The link to the other devices of its node."""
 
     host_link: PositiveFloat = Field(default=25e9, examples=["25e9"])
@@ -129,11 +132,18 @@ class Device(Section):
     devices_per_node: PositiveInt = Field(examples=[8])
     """Devices that share a node."""
 
-    inter_node: Link = Field(examples=[{"bandwidth": "25e9", "latency_s": "22e-6"}])
+    inter_node: Link = Field(examples=[{"bandwidth": "25e9", "latency_s": "14e-6"}])
     """The network to devices of other nodes."""
 
-    efficiency: float = Field(gt=0, le=1, examples=[0.5])
-    """Share of the peak that large transformer layers reached in published runs, pipeline bubble left out."""
+    efficiency: float = Field(gt=0, le=1, examples=[0.8])
+    """Share of the peak that large matmuls reach."""
+
+    processors: PositiveInt | None = Field(default=None, examples=[108])
+    """Processors that compute tiles of a matmul at a time, so that its time depends on its shape; None counts
+    operations alone, all at the same speed, and nothing that is no matmul."""
+
+    attention_efficiency: float = Field(default=0.35, gt=0, le=1, examples=[0.35])
+    """Share of the peak that a fused attention, forward and backward, reaches for long sequences."""
 
     launch_s: NonNegativeFloat = Field(default=100e-6, examples=[100e-6])
     """Seconds that a layer's forward, or its backward, takes at least, however small the micro-batch: about ten kernels
@@ -155,11 +165,11 @@ class Device(Section):
         return max(1, self.memory_bytes - reserve_bytes)
 
     def matmul_flops(self, precision: MatmulFormat) -> float:
-        """Return the floating-point operations per second that large transformer layers reach.
+        """Return the floating-point operations per second that large matmuls reach.
 
         Example:
-            >>> find_device("a100-80gb").matmul_flops("bf16") / 1e12
-            156.0
+            >>> round(find_device("a100-80gb").matmul_flops("bf16") / 1e12)
+            271
         """
         peak: float = getattr(self.peak_flops, precision)
         return peak * self.efficiency
@@ -243,7 +253,7 @@ def _read(path: Path) -> YamlSource:
         faults = [(None, "must be devices by name; for example my-gpu: {memory_bytes: 80e9, ...}")]
     elif not faults:
         faults = [
-            (source.lines[(name,)], f"{name}={show(keys)}: must be a mapping of keys; for example efficiency: 0.5")
+            (source.lines[(name,)], f"{name}={show(keys)}: must be a mapping of keys; for example efficiency: 0.8")
             for name, keys in source.value.items()
             if not isinstance(keys, dict)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -13,7 +13,7 @@ from pipekit.predictions.layer_costs import stage_activation_bytes
 from pipekit.predictions.model_states import bytes_per_parameter
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.prediction import PlannedModel
-from pipekit.predictions.timing import Cluster, action_costs, reduction_s, update_s
+from pipekit.predictions.timing import Cluster, action_costs, reduction_s, sharding_s, update_s
 from pipekit.schedules import Costs, plan_schedule, schedule_placement, simulate
 from pipekit.settings.activations import ActivationCheckpointing
 
@@ -21,8 +21,8 @@ from pipekit.settings.activations import ActivationCheckpointing
 _MOST_RANKS = 8
 # Where stages are cut more evenly than for an estimate, the fullest rank may hold less.
 _SURELY = 0.75
-# Messages and gradients are told apart by hundredths of a rank's forward.
-_DIGITS = 2
+# Messages are told apart by hundredths of a rank's forward, and gradients by twentieths.
+_MESSAGE, _GRADIENT = 0.01, 0.05
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Estimator:
     def __init__(self, model: PlannedModel) -> None:
         self._model = model
         self._stages: dict[tuple[int, int, int, ActivationCheckpointing | None], _Stages] = {}
-        self._costs: dict[tuple[int, int, int, ActivationCheckpointing | None, tuple[bool, bool]], Costs] = {}
+        self._costs: dict[Hashable, Costs] = {}
         self._boundaries: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
 
     def estimate(self, plan: ParallelPlan, cluster: Cluster) -> Estimate:
@@ -91,10 +91,10 @@ class Estimator:
         """
         layout = plan.layout
         stages = self._stages_of(plan)
-        costs = self._stage_costs(plan, cluster, stages)
+        placement = schedule_placement(plan.schedule, pp=layout.pp, stages_per_rank=plan.stages_per_rank)
+        costs = self._stage_costs(plan, cluster, stages, placement)
         rank_s = [0.0] * layout.pp
         rank_parameters = [0] * layout.pp
-        placement = schedule_placement(plan.schedule, pp=layout.pp, stages_per_rank=plan.stages_per_rank)
         for stage, rank in enumerate(placement):
             rank_s[rank] += costs.forward_s[stage] + costs.input_gradient_s[stage] + costs.weight_gradient_s[stage]
             rank_parameters[rank] += stages.parameters[stage]
@@ -107,6 +107,7 @@ class Estimator:
         behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero, offload=offload)
         forward_s, pattern = _pattern_of(plan, costs)
         compute_s = plan.num_micro_batches * max(rank_s) + forward_s * pattern.bubble
+        compute_s += sharding_s(parameters, costs, plan.num_micro_batches, cluster, precision=precision, zero=plan.zero)
         per_parameter = bytes_per_parameter(
             precision=precision,
             zero=plan.zero,
@@ -157,19 +158,29 @@ class Estimator:
             )
         return self._stages[key]
 
-    def _stage_costs(self, plan: ParallelPlan, cluster: Cluster, stages: _Stages) -> Costs:
+    def _stage_costs(self, plan: ParallelPlan, cluster: Cluster, stages: _Stages, placement: Sequence[int]) -> Costs:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
         far = cluster.device.inter_node
         are_far = (cluster.link("pipe") == far, cluster.link("tensor") == far)
-        key = (plan.micro_batch_size, len(stages.parameters), plan.layout.tp, plan.checkpointing, are_far)
+        splits_backwards = plan.checkpointing is not None and _splits_backwards(plan.schedule, plan.stages_per_rank)
+        key = (plan.micro_batch_size, tuple(placement), plan.layout.tp, plan.checkpointing, are_far, splits_backwards)
         if key not in self._costs:
             self._costs[key] = action_costs(
                 self._model.recomputing_costs(plan),
                 stages.boundaries,
                 cluster,
                 matmul_format=self._model.matmul_format,
+                placement=placement,
+                sequence_parallel=plan.sequence_parallel,
+                splits_backwards=splits_backwards,
             )
         return self._costs[key]
+
+
+@cache
+def _splits_backwards(schedule: str, stages_per_rank: int) -> bool:
+    """True if a schedule splits backwards where it has a pipeline to fill."""
+    return bool(plan_schedule(schedule, pp=2, num_micro_batches=4, stages_per_rank=stages_per_rank).split_backwards)
 
 
 def _pattern_of(plan: ParallelPlan, costs: Costs) -> tuple[float, _Pattern]:
@@ -189,7 +200,15 @@ def _pattern_of(plan: ParallelPlan, costs: Costs) -> tuple[float, _Pattern]:
         ranks,
         plan.stages_per_rank,
         min(num_micro_batches, 3 * ranks),
-        *(round(seconds / unit_s, _DIGITS) for seconds in (forward_s, inputs_s, weights_s, costs.transfer_s)),
+        *(
+            round(seconds / unit_s / step) * step
+            for seconds, step in (
+                (forward_s, _GRADIENT),
+                (inputs_s, _GRADIENT),
+                (weights_s, _GRADIENT),
+                (costs.transfer_s, _MESSAGE),
+            )
+        ),
     )
     longer = (pp - 1) / (ranks - 1) if ranks > 1 else 1.0
     in_flight = [

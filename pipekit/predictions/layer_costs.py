@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
+from pipekit.predictions.kernels import LayerWork
 from pipekit.settings.activations import ActivationCheckpointing
 
 
@@ -24,7 +25,7 @@ class LayerCosts:
         keeps_input: whether its backward keeps its input.
         keeps_output: whether its backward keeps its output.
         core_bytes: of tensors that its backward recomputes from others that it keeps, such as an attention core's.
-        is_recomputed: whether its backward first recomputes all of it, so that it keeps its input alone.
+        is_recomputed: whether its backward first recomputes it, so that it keeps its input alone.
         apart_bytes: of its input that the device keeps for that where it is not kept whole; None where it is.
         host_bytes: of its input that is kept for that in host memory.
         gathered_bytes: of its input, which tensor-parallel ranks gather from their shards for that.
@@ -32,6 +33,7 @@ class LayerCosts:
         forward_s: measured seconds of the forward; None where nothing was measured, as are the next two.
         input_gradient_s: of the gradient of its input.
         weight_gradient_s: of the gradients of its parameters.
+        work: its kernels; None where they are not known, as those of a layer that was measured.
     """
 
     parameters: int
@@ -52,6 +54,7 @@ class LayerCosts:
     forward_s: float | None = None
     input_gradient_s: float | None = None
     weight_gradient_s: float | None = None
+    work: LayerWork | None = None
 
     @property
     def flops(self) -> int:
@@ -60,8 +63,9 @@ class LayerCosts:
 
     @property
     def recomputed_flops(self) -> int:
-        """Operations of the recomputation of the whole layer."""
-        return self.forward_flops if self.is_recomputed else 0
+        """Operations of the recomputation of the layer, up to the last tensor that its backward keeps."""
+        whole = self.forward_flops if self.work is None else self.work.recomputed.flops
+        return whole if self.is_recomputed else 0
 
     @property
     def seconds(self) -> float:
@@ -99,7 +103,16 @@ def shard_layers(layers: Sequence[LayerCosts], tp: int, *, sequence_parallel: bo
     shared = [field.name for field in fields(LayerCosts) if field.type == "int"]
     if not sequence_parallel:
         shared = [name for name in shared if name not in ("input_bytes", "output_bytes")]
-    return [replace(layer, **{name: -(-getattr(layer, name) // tp) for name in shared}) for layer in layers]
+    return _each_once(layers, lambda layer: replace(layer, **{name: -(-getattr(layer, name) // tp) for name in shared}))
+
+
+def _each_once(layers: Sequence[LayerCosts], change: Callable[[LayerCosts], LayerCosts]) -> list[LayerCosts]:
+    """Changed costs of each layer; layers that share an object go on sharing one."""
+    changed: dict[int, LayerCosts] = {}
+    for layer in layers:
+        if id(layer) not in changed:
+            changed[id(layer)] = change(layer)
+    return [changed[id(layer)] for layer in layers]
 
 
 def recompute_layers(
@@ -118,14 +131,15 @@ def recompute_layers(
     def mark(layer: LayerCosts) -> LayerCosts:
         whole = layer.input_bytes
         kept = -(-whole // tp) if setting.partition else whole
-        marked = replace(layer, is_recomputed=True, gathered_bytes=whole if setting.partition else 0)
+        recomputed = replace(layer, is_recomputed=True, gathered_bytes=whole if setting.partition else 0)
         if setting.offload:
             # On its way to the device is also the input of the layer whose turn is next.
-            return replace(marked, apart_bytes=0, host_bytes=kept, fetched_bytes=whole + kept)
-        return replace(marked, apart_bytes=kept, fetched_bytes=whole) if setting.partition else marked
+            return replace(recomputed, apart_bytes=0, host_bytes=kept, fetched_bytes=whole + kept)
+        return replace(recomputed, apart_bytes=kept, fetched_bytes=whole) if setting.partition else recomputed
 
     chosen = setting.chosen(names)
-    return [mark(layer) if is_chosen else layer for layer, is_chosen in zip(layers, chosen, strict=True)]
+    marked = _each_once(layers, mark)
+    return [again if is_chosen else layer for layer, again, is_chosen in zip(layers, marked, chosen, strict=True)]
 
 
 def stage_activation_bytes(layers: Sequence[LayerCosts]) -> int:

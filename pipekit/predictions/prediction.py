@@ -142,7 +142,15 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
     times = step_times(
         schedule,
         plan.num_micro_batches,
-        action_costs(costs, boundaries, cluster, matmul_format=model.matmul_format),
+        action_costs(
+            costs,
+            boundaries,
+            cluster,
+            matmul_format=model.matmul_format,
+            placement=schedule.placement,
+            sequence_parallel=plan.sequence_parallel,
+            splits_backwards=bool(schedule.split_backwards),
+        ),
         cluster,
         stage_parameters=[count_elements(stage.parameters) for stage in stages],
         precision=model.precision,
@@ -170,7 +178,11 @@ def predict(model: PlannedModel, plan: ParallelPlan, device: Device, boundaries:
         for rank in range(plan.layout.pp)
     ]
     everything = [*costs.layers, *([] if costs.loss is None else [costs.loss])]
-    flops = sum(layer.flops + layer.recomputed_flops for layer in everything)
+    flops = sum(layer.flops for layer in everything)
+    flops += sum(
+        layer.forward_flops * layer.is_recomputed if schedule.split_backwards else layer.recomputed_flops
+        for layer in everything
+    )
     num_flops = flops * plan.num_micro_batches * plan.layout.dp
     return Prediction(
         plan=plan,

@@ -15,8 +15,11 @@ from pipekit.predictions.prediction import PlannedModel, Prediction, predict
 from pipekit.predictions.timing import Cluster
 from pipekit.settings.activations import ActivationCheckpointing
 
+HEADROOM = 0.05
+"""Share of the memory for tensors that a layout leaves free which is recommended."""
+
 # Actions that are simulated in all, some seconds' worth.
-_MOST_SIMULATED = 150_000
+_MOST_SIMULATED = 100_000
 
 SCHEDULES = {"1f1b": 1, "zb-h1": 1, "interleaved-1f1b": 2, "zb-v": 2}
 """Schedules to compare, with the stages that each puts on a rank."""
@@ -62,7 +65,7 @@ class SearchSpace:
         num_devices: devices to fill.
         global_batch_size: sequences of a step.
         tp: tensor-parallel degrees.
-        zero: ZeRO stages; those above 1 are for layouts without a pipeline.
+        zero: ZeRO stages; those above 1 are for layouts without a pipeline, and 3 for those without tensor parallelism.
         schedules: names, of those in `SCHEDULES`.
         micro_batch_sizes: sequences that one rank computes at a time.
         checkpointing: of activations; None keeps them.
@@ -98,7 +101,8 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
     """Compare every layout.
 
     All are estimated, and simulated in the order of the estimates: all of them if they are few and small, the fastest
-    ones otherwise. The same arguments give the same result on every machine.
+    ones otherwise. Those that leave less than `HEADROOM` of the memory free come behind all others. The same arguments
+    give the same result on every machine.
 
     Args:
         model: the model.
@@ -120,12 +124,17 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
             rejected.append((estimate.memory_bytes, plan, least))
         else:
             possible.append((estimate, plan))
+    roomy_bytes = (1 - HEADROOM) * device.usable_bytes
+
+    def fullness(memory_bytes: float) -> int:
+        return (memory_bytes > roomy_bytes) + (memory_bytes > device.usable_bytes)
+
     # Those that hardly fit come last.
-    possible.sort(key=lambda item: (item[0].memory_bytes > device.usable_bytes, item[0].step_time_s))
+    possible.sort(key=lambda item: (fullness(item[0].memory_bytes), item[0].step_time_s))
     fitting: list[Prediction] = []
-    actions = num_tried = 0
+    actions = num_tried = num_roomy = 0
     for _, plan in possible:
-        if fitting and actions > _MOST_SIMULATED:
+        if num_roomy and actions > _MOST_SIMULATED:
             break
         num_tried += 1
         actions += min(plan.num_micro_batches, 5 * plan.layout.pp) * plan.actions_per_micro_batch
@@ -135,7 +144,8 @@ def search_layouts(model: PlannedModel, space: SearchSpace, device: Device, *, n
             rejected.append((need.needed_bytes, plan, need))
         else:
             fitting.append(prediction)
-    fitting.sort(key=lambda prediction: (prediction.step_time_s, prediction.memory_bytes))
+            num_roomy += not fullness(prediction.memory_bytes)
+    fitting.sort(key=lambda each: (fullness(each.memory_bytes), each.step_time_s, each.memory_bytes))
     rejected.sort(key=lambda item: item[0])
     reasons = tuple((plan, reason) for _, plan, reason in rejected)
     return SearchResult(tuple(fitting[:num_ranked]), reasons, len(fitting), len(possible) - num_tried)
@@ -157,7 +167,7 @@ def parallel_plans(model: PlannedModel, space: SearchSpace) -> Iterator[Parallel
                 space.micro_batch_sizes, schedules, stages, space.checkpointing
             ):
                 num_micro_batches, rest = divmod(space.global_batch_size, size * layout.dp)
-                if rest or (layout.dp == 1 and zero != min(stages)) or (pp > 1 and zero > 1):
+                if rest or (layout.dp == 1 and zero != min(stages)) or (pp > 1 and zero > 1) or (tp > 1 and zero == 3):
                     continue
                 yield ParallelPlan(layout, zero, schedule, SCHEDULES[schedule], size, num_micro_batches, checkpointing)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from pipekit.layout import Axis, Layout
 from pipekit.predictions.devices import Device, Link, MatmulFormat
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision
-from pipekit.predictions.layer_costs import ModelCosts
+from pipekit.predictions.kernels import LayerWork, memory_s, work_s
+from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
 from pipekit.predictions.model_states import Offload
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
+
+Pass = Literal["forward", "input_gradient", "weight_gradient", "recomputed"]
+"""One pass over a layer."""
 
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
 _REDUCED_BYTES = 4
@@ -25,6 +30,9 @@ SHARE_ELEMENTS_PER_REPLICA = 100_000
 A reduction to one replica passes through all others in turn, at about 20 us each. It takes half the time of an
 all-reduce where that is little beside the transfer, at tens of gigabytes a second.
 """
+
+# What adding a gradient in 16 bits to those accumulated in fp32 moves.
+_ACCUMULATED_BYTES = 10
 
 # What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
 # written, and the weight itself written in its own format.
@@ -46,7 +54,7 @@ def all_reduce_s(num_bytes: float, size: int, link: Link) -> float:
     """
     if size == 1:
         return 0.0
-    return 2 * (size - 1) * (link.latency_s + num_bytes / size / link.bandwidth)
+    return link.start_s + 2 * (size - 1) * (link.latency_s + num_bytes / size / link.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,22 @@ class Cluster:
         is_near = is_one_node or per_node % self.layout.span(axis) == 0
         return self.device.intra_node if is_near else self.device.inter_node
 
+    def ring(self, axis: Axis) -> Link:
+        """Link of a ring through a group along an axis, at the mean of its latencies.
+
+        Between nodes, the rings of a group use the network cards of all its members on a node.
+
+        Source: `src/graph/search.cc` and `src/graph/tuning.cc` of NCCL 2.19.
+        """
+        link, near = self.link(axis), self.device.intra_node
+        stride = self.layout.span(axis) // self.layout.degree(axis)
+        members = min(self.layout.degree(axis), max(1, self.device.devices_per_node // stride))
+        if link == near or members == 1:
+            return link
+        bandwidth = min(near.bandwidth, members * link.bandwidth)
+        latency_s = (link.latency_s + (members - 1) * near.latency_s) / members
+        return Link(bandwidth=bandwidth, latency_s=latency_s, start_s=link.start_s)
+
 
 def reduction_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: int) -> float:
     """Seconds in which the replicas sum the gradients of so many parameters.
@@ -80,7 +104,7 @@ def reduction_s(parameters: int, cluster: Cluster, *, precision: Precision, zero
     Where each updates a share of the weights, and that is large, it receives the sums of its share alone.
     """
     dp = cluster.layout.dp
-    whole_s = all_reduce_s(_REDUCED_BYTES * parameters, dp, cluster.link("data"))
+    whole_s = all_reduce_s(_REDUCED_BYTES * parameters, dp, cluster.ring("data"))
     return whole_s / 2 if _is_shared(precision, zero) and parameters >= dp**2 * SHARE_ELEMENTS_PER_REPLICA else whole_s
 
 
@@ -105,59 +129,148 @@ def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: i
         moved_s += shard * 2 * weight_bytes / device.host_link
     if offload == "nvme":
         moved_s += shard * _FILE_BYTES / device.nvme_bandwidth
-    # An all-gather passes each link once, where an all-reduce does so twice.
-    gather_s = all_reduce_s(parameters * weight_bytes, cluster.layout.dp, cluster.link("data")) / 2
-    return moved_s + (gather_s if is_shared else 0)
+    # Under ZeRO-3 weights stay in shards.
+    return moved_s + (_gather_s(parameters * weight_bytes, cluster) if is_shared and zero < 3 else 0)
+
+
+def _gather_s(num_bytes: float, cluster: Cluster) -> float:
+    """Seconds in which replicas gather shards: each passes each link once, where an all-reduce does so twice."""
+    return all_reduce_s(num_bytes, cluster.layout.dp, cluster.ring("data")) / 2
+
+
+def sharding_s(
+    parameters: int, costs: Costs, num_micro_batches: int, cluster: Cluster, *, precision: Precision, zero: int
+) -> float:
+    """Seconds of a step in which a rank without a pipeline waits for what ZeRO 2 and 3 send in every micro-batch.
+
+    Both reduce the gradients of every micro-batch while its backward runs; the last reduction is `reduction_s`. ZeRO-3
+    also gathers the weights for the forward and again for the backward, a message at a time: it fetches those of a
+    layer when the layer is about to run, and how much of that it hides is not known, so all of it is waited for.
+    """
+    if zero < 2 or cluster.layout.dp == 1:
+        return 0.0
+    backward_s = sum(costs.input_gradient_s) + sum(costs.weight_gradient_s)
+    reduced_s = reduction_s(parameters, cluster, precision=precision, zero=zero)
+    gathered_s = 0.0
+    if zero == 3:
+        number = max(1, -(-parameters // BUCKET_ELEMENTS))
+        gathered_s = number * _gather_s(parameters * BYTES_PER_ELEMENT[precision] / number, cluster)
+    return 2 * num_micro_batches * gathered_s + (num_micro_batches - 1) * max(0.0, reduced_s - backward_s)
 
 
 def action_costs(
-    costs: ModelCosts, boundaries: Sequence[int], cluster: Cluster, *, matmul_format: MatmulFormat
+    costs: ModelCosts,
+    boundaries: Sequence[int],
+    cluster: Cluster,
+    *,
+    matmul_format: MatmulFormat,
+    placement: Sequence[int] | None = None,
+    sequence_parallel: bool = True,
+    splits_backwards: bool = False,
 ) -> Costs:
     """Seconds of each stage's actions: forward, input gradient and weight gradient.
 
-    Measured seconds are taken as they are; other layers take their operations over what the device reaches in large
-    matmuls, and no less than it takes to start their kernels. Of tensor-parallel layers each rank does its share, with
-    an all-reduce of each output in the forward, and of each input gradient in the backward.
+    Measured seconds are taken as they are. On a device that says how many processors it has, other layers take the time
+    of their kernels; elsewhere their operations over what it reaches in large matmuls. Neither takes less than it takes
+    to start their kernels. Of tensor-parallel layers each rank does its share, with an all-reduce of each output in the
+    forward, and of each input gradient in the backward.
 
     Args:
         costs: of the model for one micro-batch.
         boundaries: stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
         cluster: devices and layout.
         matmul_format: of matrix products.
+        placement: pipeline rank of each stage; each stage has one of its own unless given.
+        sequence_parallel: whether tensor-parallel ranks hold shards of what passes between layers.
+        splits_backwards: whether the schedule splits backwards: then layers keep their inputs only when they have
+            computed their outputs, and their recomputation does so too.
     """
     tp, layers = cluster.layout.tp, costs.layers
-    flops_per_s = cluster.device.matmul_flops(matmul_format) * tp
+    layer_s = _LayerTimes(cluster.device, matmul_format, tp, sequence_parallel)
+    ring, least_s = cluster.ring("tensor"), cluster.device.launch_s
     forward_s, input_gradient_s, weight_gradient_s = [], [], []
     for start, end in pairwise(boundaries):
         stage = layers[start:end]
         if costs.loss is not None and end == len(layers):
             stage = [*stage, costs.loss]
-        link, least_s = cluster.link("tensor"), cluster.device.launch_s
         messages_s = [
-            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, link) if layer.forward_flops else 0.0
+            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, ring) if layer.forward_flops else 0.0
             for layer in stage
         ]
         forwards = [
-            message_s + _seconds(layer.forward_s, layer.forward_flops, flops_per_s, least_s)
+            message_s + layer_s.of(layer, "forward", least_s)
             for layer, message_s in zip(stage, messages_s, strict=True)
         ]
-        inputs = sum(messages_s) + sum(
-            _seconds(layer.input_gradient_s, layer.input_gradient_flops, flops_per_s, least_s) for layer in stage
-        )
-        inputs += sum(seconds for layer, seconds in zip(stage, forwards, strict=True) if layer.is_recomputed)
+        inputs = sum(messages_s) + sum(layer_s.of(layer, "input_gradient", least_s) for layer in stage)
+        for layer, message_s, whole_s in zip(stage, messages_s, forwards, strict=True):
+            if layer.is_recomputed:
+                ends_early = not splits_backwards and layer.forward_s is None and _ends_early(layer)
+                # Without its output, it needs no all-reduce, or of one in two parts the gathering of its input alone.
+                part = 0.5 if sequence_parallel else 0.0
+                early_s = part * message_s + layer_s.of(layer, "recomputed", least_s) if ends_early else whole_s
+                inputs += min(whole_s, early_s)
         # An all-gather passes each link once, where an all-reduce does so twice.
-        inputs += sum(all_reduce_s(layer.gathered_bytes, tp, link) / 2 for layer in stage[1:])
-        weights = sum(_seconds(layer.weight_gradient_s, layer.weight_gradient_flops, flops_per_s) for layer in stage)
+        inputs += sum(all_reduce_s(layer.gathered_bytes, tp, ring) / 2 for layer in stage[1:])
         forward_s.append(sum(forwards))
         input_gradient_s.append(inputs)
-        weight_gradient_s.append(weights)
+        weight_gradient_s.append(sum(layer_s.of(layer, "weight_gradient") for layer in stage))
     passed_on = [layers[boundary - 1].output_bytes for boundary in boundaries[1:-1]]
     transfer_s = cluster.link("pipe").transfer_s(max(passed_on) / tp) if passed_on else 0.0
-    return Costs(forward_s, input_gradient_s, weight_gradient_s, transfer_s=transfer_s)
+    found = Costs(forward_s, input_gradient_s, weight_gradient_s, transfer_s=transfer_s)
+    if cluster.device.processors is None:
+        return found
+    return with_waiting(found, range(found.num_stages) if placement is None else placement)
 
 
-def _seconds(measured_s: float | None, flops: int, flops_per_s: float, least_s: float = 0.0) -> float:
-    return max(flops / flops_per_s, least_s) if measured_s is None else measured_s
+def with_waiting(costs: Costs, placement: Sequence[int]) -> Costs:
+    """Costs of stages whose ranks both wait for a message that passes between them, in place of its transfer.
+
+    Source: the runs of Qi et al. 2024, "Zero Bubble Pipeline Parallelism", table 4, where interleaved schedules lose by
+    their messages twice the time of these.
+    """
+    forward_s, input_gradient_s = list(costs.forward_s), list(costs.input_gradient_s)
+    for stage, (before, after) in enumerate(pairwise(placement)):
+        if before != after:
+            # An activation goes from one stage to the other, and a gradient back.
+            for seconds in (forward_s, input_gradient_s):
+                seconds[stage] += costs.transfer_s
+                seconds[stage + 1] += costs.transfer_s
+    return replace(costs, forward_s=forward_s, input_gradient_s=input_gradient_s, transfer_s=0.0)
+
+
+def _ends_early(layer: LayerCosts) -> bool:
+    return layer.work is not None and layer.work.recomputed != layer.work.forward
+
+
+class _LayerTimes:
+    """Seconds of the passes of layers on one tensor-parallel rank; those of equal layers are computed once."""
+
+    def __init__(self, device: Device, matmul_format: MatmulFormat, tp: int, sequence_parallel: bool) -> None:
+        self._device, self._format, self._tp = device, matmul_format, tp
+        self._sequence_parallel = sequence_parallel
+        self._flops_per_s = device.matmul_flops(matmul_format) * tp
+        self._found: dict[int, dict[Pass, float]] = {}
+
+    def of(self, layer: LayerCosts, name: Pass, least_s: float = 0.0) -> float:
+        """Seconds of a pass: measured, or those of its kernels or its operations, and `least_s` at the least."""
+        measured_s: float | None = getattr(layer, f"{name}_s", None)
+        if measured_s is not None:
+            return measured_s
+        if layer.work is None or self._device.processors is None:
+            flops: int = getattr(layer, f"{name}_flops")
+            return max(flops / self._flops_per_s, least_s)
+        if id(layer.work) not in self._found:
+            self._found[id(layer.work)] = self._kernels_s(layer, layer.work)
+        return max(self._found[id(layer.work)][name], least_s)
+
+    def _kernels_s(self, layer: LayerCosts, work: LayerWork) -> dict[Pass, float]:
+        own = work.shared(self._tp, sequence_parallel=self._sequence_parallel)
+        forward_s, inputs_s, weights_s, again_s = (
+            work_s(each, self._device, self._format)
+            for each in (own.forward, own.input_gradient, own.weight_gradient, own.recomputed)
+        )
+        weights_s += memory_s(_ACCUMULATED_BYTES * layer.parameters / self._tp, self._device)
+        return {"forward": forward_s, "input_gradient": inputs_s, "weight_gradient": weights_s, "recomputed": again_s}
 
 
 @dataclass(frozen=True)
@@ -224,6 +337,7 @@ def step_times(
     busy = [sum(span.end_s - span.start_s for span in spans) for spans in timeline.spans]
     per_micro_batch = [seconds / schedule.num_micro_batches for seconds in busy]
     longer_s = more * max(max(per_micro_batch), _growth_s(timeline, shorter, costs))
+    longer_s += sharding_s(sum(stage_parameters), costs, num_micro_batches, cluster, precision=precision, zero=zero)
     done_s = longest_update_s = 0.0
     for rank, spans in enumerate(timeline.spans):
         last = {span.action.stage: span for span in spans}

@@ -112,7 +112,7 @@ def list_choices(config: Config, found: SearchResult, fixed: Mapping[str, Any]) 
     choices, refusals = [], list[str]()
     allowed = [
         (prediction, keys)
-        # ZeRO 2 and 3 send more messages than 1, which the plan takes to be hidden.
+        # ZeRO 2 and 3 send more messages than 1, which the plan may take for hidden.
         for prediction in sorted(found.ranked, key=lambda each: (each.step_time_s, each.plan.zero))
         for keys in [prediction.plan.written()]
         if all(keys[key] == value for key, value in fixed.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipekit.errors import ConfigError
 from pipekit.layers.specs import LayerSpec, TiedLayerSpec
 from pipekit.models.gpt2 import GPT2Config
 from pipekit.models.transformer import language_model_loss
+from pipekit.predictions.kernels import Product, Work
 from pipekit.predictions.layer_costs import stage_activation_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,79 @@ def test_a_gpt_takes_the_operations_of_the_published_formula(num_tokens: int, ti
     # A fused attention makes the products of queries and keys again in its backward, which the formula leaves out.
     again = 2 * batch * num_tokens**2 * width * layers
     assert sum(layer.flops for layer in costs) - again == pytest.approx(3 * forward, rel=0.01)
+
+
+def test_operations_are_those_of_products_and_attentions() -> None:
+    specs = gpt(num_layers=1, hidden_size=128, num_heads=4)
+    ids = token_ids(2, 16)
+    costs = describe_layers(specs, ids, dtype=torch.bfloat16, loss_fn=language_model_loss, labels=ids).layers
+    x = torch.empty(3, 6, 10, device="meta", requires_grad=True)
+    (convolutions,) = describe_layers([LayerSpec(Convolutions)], x, dtype=torch.float32).layers
+    assert convolutions.work is not None
+    assert convolutions.work.forward.other_flops > 0
+    for layer in (*costs, convolutions):
+        assert layer.work is not None
+        for name in ("forward", "input_gradient", "weight_gradient"):
+            work = getattr(layer.work, name)
+            counted = sum(2 * each.batch * each.m * each.n * each.k for each in work.products)
+            counted += work.other_flops + sum(each.flops for each in work.attentions)
+            assert counted == getattr(layer, f"{name}_flops")
+        assert all(each.is_causal and each.length == 16 for each in layer.work.forward.attentions)
+
+
+def test_recomputation_ends_with_the_last_tensor_that_is_kept() -> None:
+    # As torch's checkpoint does: the last product of a layer keeps its input, and its output is not needed again.
+    for dropout, is_whole in ((0.0, False), (0.1, True)):
+        specs = gpt(num_layers=1, hidden_size=128, num_heads=4, dropout=dropout)
+        for layer in describe_layers(specs, token_ids(2, 16), dtype=torch.bfloat16).layers[2:4]:
+            assert layer.work is not None
+            forward, recomputed = layer.work.forward, layer.work.recomputed
+            assert recomputed.products == (forward.products if is_whole else forward.products[:-1])
+            assert recomputed.attentions == forward.attentions
+            assert replace(layer, is_recomputed=True).recomputed_flops == recomputed.flops
+
+
+def count_forwards(layer: nn.Module, x: Tensor) -> list[int]:
+    """Numbers of operations of a layer's forward, and of its recomputation."""
+    counts = []
+    with FlopCounterMode(display=False) as counter:
+        y = checkpoint(layer, x, use_reentrant=False)
+        counts.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    with FlopCounterMode(display=False) as plain:
+        layer(x).sum().backward()
+    # The backward of a plain run is that of this one without what is recomputed.
+    return [*counts, counter.get_total_flops() - (plain.get_total_flops() - counts[0])]
+
+
+def test_recomputation_is_as_long_as_that_of_torchs_checkpoint() -> None:
+    layer, x = Stack(8), torch.randn(4, 8, requires_grad=True)
+    (costs,) = describe_layers([LayerSpec(Stack, 8)], x, dtype=torch.float32).layers
+    assert [costs.forward_flops, replace(costs, is_recomputed=True).recomputed_flops] == count_forwards(layer, x)
+
+
+class Stack(nn.Sequential):
+    """Two linear layers with an activation function between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def test_kernels_that_are_no_products_move_what_they_read_and_write() -> None:
+    x = torch.empty(4, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    specs = [LayerSpec(nn.LayerNorm, 8), LayerSpec(nn.Linear, 8, 16, bias=False), LayerSpec(nn.GELU)]
+    norm, linear, gelu = (layer.work for layer in describe_layers(specs, x, dtype=torch.bfloat16).layers)
+    assert norm is not None and linear is not None and gelu is not None  # noqa: PT018
+    # Input, output, weight and bias in 2 bytes, and the mean and deviation of each row in 4.
+    assert norm.forward.moved_bytes == 2 * (32 + 32 + 8 + 8) + 4 * (4 + 4)
+    assert norm.forward.whole_bytes == norm.forward.moved_bytes
+    assert (linear.forward.moved_bytes, linear.forward.products) == (0, (Product(1, 4, 16, 8),))
+    assert linear.input_gradient.products == (Product(1, 4, 8, 16),)
+    assert linear.weight_gradient.products == (Product(1, 16, 8, 4),)
+    # The views of a transposed weight move nothing; an activation function reads one tensor and writes one.
+    assert gelu.forward == Work(moved_bytes=2 * (64 + 64), whole_bytes=2 * (64 + 64), num_kernels=1)
+    assert gelu.input_gradient.moved_bytes == 2 * 3 * 64
 
 
 def test_the_first_layer_computes_no_gradient_of_token_ids() -> None:

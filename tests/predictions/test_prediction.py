@@ -11,8 +11,6 @@ from predictions.planned import device, gpt, layer, model, plan, predict
 
 # Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", table 1.
 SIZES = [(36, 4096, 32, 7.5e9), (48, 8192, 64, 39.1e9), (96, 16384, 128, 310.1e9)]
-# Table 2, the rows of PTD-P with 174.6 billion parameters: GPUs, and operations per second of each in 10^12.
-SPEEDS = [(384, 153), (768, 149), (1536, 141)]
 
 
 @pytest.mark.parametrize(("num_layers", "hidden_size", "num_heads", "parameters"), SIZES)
@@ -27,22 +25,6 @@ def test_operations_are_those_of_the_published_formula() -> None:
     formula = 96 * length * num_layers * width**2
     formula *= 1 + length / (6 * width) + vocabulary / (16 * num_layers * width)
     assert with_recomputation == pytest.approx(formula, rel=0.01)
-
-
-def test_published_runs_slow_down_as_predicted() -> None:
-    predicted = []
-    for num_devices, _ in SPEEDS:
-        dp = num_devices // 96
-        found = predict(
-            gpt(96, 12288, 96),
-            plan(pp=12, tp=8, dp=dp, num_micro_batches=1536 // dp, checkpointing=True),
-            find_device("a100-80gb"),
-        )
-        assert found.memory_bytes < 80e9
-        predicted.append(found.tflops_per_device)
-    for speed, (_, published) in zip(predicted, SPEEDS, strict=True):
-        assert speed / predicted[0] == pytest.approx(published / SPEEDS[0][1], rel=0.02)
-    assert predicted[0] == pytest.approx(SPEEDS[0][1], rel=0.2)
 
 
 def test_one_device_computes_one_thing_after_the_other() -> None:

@@ -10,11 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipekit.layout import Axis, Layout
-from pipekit.predictions.devices import Link
+from pipekit.predictions.devices import Link, find_device
 from pipekit.predictions.elements import Precision
+from pipekit.predictions.kernels import LayerWork, Product, Work, memory_s, work_s
 from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.predictions.model_states import Offload
-from pipekit.predictions.timing import Cluster, StepTimes, action_costs, all_reduce_s, step_times, update_s
+from pipekit.predictions.timing import (
+    Cluster,
+    StepTimes,
+    action_costs,
+    all_reduce_s,
+    sharding_s,
+    step_times,
+    update_s,
+)
 from pipekit.schedules import Costs, Schedule, plan_1f1b, plan_schedule, plan_zb_v
 from predictions.planned import device, layer, model
 
@@ -38,8 +47,8 @@ def times(schedule: Schedule, costs: Costs, *, parameters: list[int], dp: int = 
 
 
 def test_an_all_reduce_sends_every_share_around_the_ring_twice() -> None:
-    link = Link(bandwidth=100.0, latency_s=0.5)
-    assert all_reduce_s(800, 4, link) == 6 * (0.5 + 200 / 100)
+    link = Link(bandwidth=100.0, latency_s=0.5, start_s=0.25)
+    assert all_reduce_s(800, 4, link) == 0.25 + 6 * (0.5 + 200 / 100)
     assert all_reduce_s(800, 1, link) == 0
 
 
@@ -78,6 +87,46 @@ def test_a_link_is_slow_where_a_group_lies_on_two_nodes(
         assert (cluster.link(axis) == cluster.device.inter_node) == is_slow
 
 
+def test_a_ring_between_nodes_has_the_network_cards_of_all_its_members_on_a_node() -> None:
+    near = {"bandwidth": 60.0, "latency_s": 1.0}
+    far = {"bandwidth": 10.0, "latency_s": 5.0, "start_s": 2.0}
+    on = device(intra_node=near, inter_node=far, devices_per_node=8)
+    # Four of 16 replicas lie on a node of pairs of tensor-parallel ranks.
+    assert Cluster(on, Layout(dp=16, tp=2)).ring("data") == Link(bandwidth=40.0, latency_s=2.0, start_s=2.0)
+    assert Cluster(on, Layout(dp=16)).ring("data").bandwidth == 60
+    assert Cluster(on, Layout(dp=16, tp=8)).ring("data") == on.inter_node
+    assert Cluster(on, Layout(dp=16, tp=8)).ring("tensor") == on.intra_node
+
+
+def test_a_device_that_knows_its_processors_takes_the_time_of_kernels_and_waits_for_messages() -> None:
+    on = find_device("h100")
+    work = LayerWork(Work((Product(1, 64, 64, 64),)), Work(moved_bytes=10**9), Work(), Work())
+    layers = [replace(layer(passed_bytes=10**6), work=work)] * 4
+    cluster = Cluster(on, Layout(pp=2))
+    costs = action_costs(ModelCosts(layers), [0, 1, 3, 4], cluster, matmul_format="bf16", placement=[0, 1, 1])
+    forward_s, message_s = work_s(work.forward, on, "bf16"), on.intra_node.transfer_s(10**6)
+    # A layer takes no less than it takes to start its kernels.
+    assert forward_s < on.launch_s
+    assert costs.forward_s == pytest.approx([on.launch_s + message_s, 2 * on.launch_s + message_s, on.launch_s])
+    inputs_s = memory_s(10**9, on)
+    assert costs.input_gradient_s == pytest.approx([inputs_s + message_s, 2 * inputs_s + message_s, inputs_s])
+    # A gradient in 16 bits is read, and a sum in 32 bits read and written.
+    assert costs.weight_gradient_s == pytest.approx([memory_s(100, on), memory_s(200, on), memory_s(100, on)])
+    assert costs.transfer_s == 0
+
+
+@pytest.mark.parametrize(
+    ("zero", "waits_s"),
+    # Two reductions last longer than the backward beside them, and six gathers are waited for.
+    [(1, 0), (2, 2 * (40 - 34)), (3, 6 * 20 + 2 * (40 - 34))],
+)
+def test_zero_2_and_3_wait_for_what_is_sent_in_every_micro_batch(zero: int, waits_s: float) -> None:
+    # Over two replicas, the gradients of 1,000 parameters are summed in 40 s, and their weights gathered in 20.
+    costs = Costs.uniform(1, forward_s=12, input_gradient_s=17, weight_gradient_s=17)
+    found = sharding_s(1000, costs, 3, Cluster(device(), Layout(dp=2)), precision="fp32", zero=zero)
+    assert found == pytest.approx(waits_s)
+
+
 def test_stages_take_their_operations_or_what_was_measured() -> None:
     layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
     cluster = Cluster(device(), Layout(pp=2))
@@ -100,6 +149,24 @@ def test_checkpointing_repeats_the_forward() -> None:
     costs = action_costs(ModelCosts([replace(layer(100), is_recomputed=True)]), [0, 1], cluster, matmul_format="fp32")
     assert (costs.forward_s, costs.input_gradient_s, costs.weight_gradient_s) == ([1.0], [2.0], [1.0])
     assert costs.transfer_s == 0
+
+
+def test_recomputation_that_ends_early_leaves_out_the_last_product_and_its_messages() -> None:
+    product = Product(1, 4096, 4096, 4096)
+    work = LayerWork(Work((product,) * 2), Work(), Work(), recomputed=Work((product,)))
+    layers = [replace(layer(passed_bytes=10**8), work=work, is_recomputed=True)]
+    cluster = Cluster(find_device("h100"), Layout(tp=2))
+
+    def inputs_s(**options: bool) -> float:
+        costs = action_costs(ModelCosts(layers), [0, 1], cluster, matmul_format="bf16", **options)
+        # The input gradient itself is a message, and the least time of a layer.
+        return costs.input_gradient_s[0] - message_s - cluster.device.launch_s
+
+    message_s = all_reduce_s(10**8, 2, cluster.device.intra_node)
+    one_s, both_s = (work_s(Work((replace(product, k=2048),) * n), cluster.device, "bf16") for n in (1, 2))
+    assert inputs_s() == pytest.approx(message_s / 2 + one_s)
+    assert inputs_s(sequence_parallel=False) == pytest.approx(one_s)
+    assert inputs_s(splits_backwards=True) == pytest.approx(message_s + both_s)
 
 
 def test_layers_that_are_recomputed_repeat_their_forward_and_gather_their_inputs() -> None:
