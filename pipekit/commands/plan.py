@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,9 @@ from pipekit.storage import storing
 if TYPE_CHECKING:
     from pipekit.config import Config
     from pipekit.predictions.devices import Device
+    from pipekit.predictions.prediction import Prediction
+
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class PlanOptions:
     device_files: Sequence[Path] = ()
     max_tp: int | None = None
     measure: bool = False
+    num_tokens: int | None = None
+    price: float | None = None
 
 
 def command(
@@ -58,6 +64,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens of a whole run, such as 300B: how many days it takes.", show_default=False),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="With --tokens: cost of a device for an hour.", show_default=False),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine.")] = False,
     as_json: AsJson = False,
     trust_code: TrustCode = False,
@@ -69,7 +83,8 @@ def command(
     """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
     from pipekit.config.sources import read_config
 
-    options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure)
+    num_tokens = None if tokens is None else parse_tokens(tokens)
+    options = PlanOptions(devices, device, tuple(device_file or ()), max_tp, measure, num_tokens, price)
     loaded = read_config(config, overrides or [], trust_code=trust_code)
     report = plan_report(loaded, options)
     if html is not None:
@@ -133,15 +148,51 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         usual = 1 if config.parallel.auto or not is_gpu else device.devices_per_node
         max_tp = options.max_tp or max(usual, config.parallel.tp)
         model, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=max_tp)
-        return report(result.ranked[0], device, model.layer_names, result)
+        found = report(result.ranked[0], device, model.layer_names, result)
+        return {**found, **_whole_run(result.ranked[0], options)}
     decision = decide_run(config, trial, resources, prepared=prepared, on_progress=tell)
     boundaries, stages = decision.plan.boundaries, decision.plan.schedule.num_stages
     prediction = predict(decision.model, decision.parallel_plan, device, boundaries)
     partitions = compare_partitions(decision.partition_inputs, stages) if stages > 1 else ()
-    return report(prediction, device, decision.plan.layer_names, partitions=partitions)
+    found = report(prediction, device, decision.plan.layer_names, partitions=partitions)
+    return {**found, **_whole_run(prediction, options)}
+
+
+def parse_tokens(text: str) -> int:
+    """Return a number of tokens as it is typed.
+
+    Raises:
+        ConfigError: if it is no number of tokens.
+
+    Example:
+        >>> parse_tokens("300B"), parse_tokens("1.4T"), parse_tokens("5_000")
+        (300000000000, 1400000000000, 5000)
+    """
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
+    try:
+        found = float(number) * _UNITS.get(unit, 1)
+    except ValueError:
+        found = 0.0
+    if not 1 <= found < inf:
+        raise ConfigError(
+            f"--tokens {text}: must be a number of tokens, with K, M, B or T behind it; try --tokens 300B"
+        )
+    return round(found)
+
+
+def _whole_run(prediction: Prediction, options: PlanOptions) -> dict[str, Any]:
+    """Days, device hours and cost of a run over so many tokens, where these are given."""
+    if options.num_tokens is None:
+        return {}
+    hours = options.num_tokens / prediction.tokens_per_s / 3600
+    device_hours = hours * prediction.plan.layout.world_size
+    run = {"tokens": options.num_tokens, "days": hours / 24, "device_hours": device_hours}
+    return {"run": run if options.price is None else {**run, "cost": device_hours * options.price}}
 
 
 def _check_options(options: PlanOptions, *, compares: bool) -> None:
+    if options.price is not None and options.num_tokens is None:
+        raise ConfigError(f"--price {options.price:g} is for a whole run; add --tokens with its number, such as 300B")
     if options.measure and options.device is not None:
         raise ConfigError(f"--measure times layers on this machine, not on --device {options.device}; drop one")
     if options.measure and compares:

@@ -63,6 +63,8 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table.add_row(
         "speed", f"{report['tokens_per_s']:,.0f} tokens/s, {report['tflops_per_device']:,.3g} TFLOP/s on each device"
     )
+    if "run" in report:
+        table.add_row("run", run_text(report["run"]))
     most = max(rank["memory_bytes"]["total"] for rank in report["stages"])
     fits = "" if most <= device["usable_bytes"] else ", which does not fit"
     table.add_row("memory", f"{bytes_text(most)} on the fullest rank{fits}", style="red" if fits else None)
@@ -70,6 +72,18 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         if num_bytes := max(rank["memory_bytes"][place] for rank in report["stages"]):
             table.add_row("offloaded", f"{bytes_text(num_bytes)} in {name} on the fullest rank")
     return table
+
+
+def run_text(run: Mapping[str, float]) -> str:
+    """Days, device hours and cost of a whole run.
+
+    Example:
+        >>> run_text({"tokens": 300_000_000_000, "days": 12.34, "device_hours": 303_350.6, "cost": 758_376.5})
+        '300.0 B tokens in 12.3 days: 303,351 hours of a device, which cost 758,376'
+    """
+    days = f"{run['days']:,.1f} days" if run["days"] >= 1 else f"{24 * run['days']:.1f} hours"
+    cost = f", which cost {run['cost']:,.0f}" if "cost" in run else ""
+    return f"{count_text(run['tokens'])} tokens in {days}: {run['device_hours']:,.0f} hours of a device{cost}"
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:

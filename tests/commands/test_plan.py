@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pipekit.commands.plan import PlanOptions, command, plan_report
+from pipekit.commands.plan import PlanOptions, command, parse_tokens, plan_report
 from pipekit.config import Config, load_config
 from pipekit.errors import ConfigError, PipekitError
 from pipekit.plan.plan import Plan
@@ -96,6 +97,44 @@ def test_layouts_over_devices_are_compared(path: Path) -> None:
     assert all(entry["reason"] for entry in found["rejected"])
 
 
+def test_a_whole_run_takes_so_many_days_and_costs_so_much(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_report(load_config(path), PlanOptions(device="h100", num_tokens=10**12, price=2.5))
+    hours = 10**12 / found["tokens_per_s"] / 3600
+    assert found["run"]["days"] == pytest.approx(hours / 24)
+    assert (found["run"]["device_hours"], found["run"]["cost"]) == pytest.approx((2 * hours, 5 * hours))
+    assert "cost" not in plan_report(load_config(path), PlanOptions(num_devices=2, device="h100", num_tokens=9))["run"]
+    command(path, device="h100", tokens="1T", price=2.5)
+    assert f"1.0 T tokens in {hours / 24:,.1f} days: {2 * hours:,.0f} hours of a device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-3B", "B", "", "infT"])
+def test_tokens_that_are_no_number_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--tokens {text}: must be a number of tokens"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "stages"),
+    [
+        (PlanOptions(num_devices=4, device="h100"), [], [0, 1, 2, 3]),
+        (PlanOptions(num_devices=4, device="h100"), ["train.loss_chunk_tokens=64"], [0, 1, 2]),
+        (PlanOptions(num_devices=4, device="cpu"), [], [0, 1]),
+    ],
+)
+def test_zero_stages_that_are_compared(
+    path: Path, options: PlanOptions, overrides: list[str], stages: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[SearchSpace] = []
+
+    def note(model: PlannedModel, space: SearchSpace, device: Device, **options: int) -> SearchResult:
+        compared.append(space)
+        return search_layouts(model, replace(space, zero=(0, 1)), device, **options)
+
+    monkeypatch.setattr("pipekit.plan.search.search_layouts", note)
+    plan_report(load_config(path, overrides), options)
+    assert [list(space.zero) for space in compared] == [stages]
+
+
 @pytest.mark.parametrize(
     ("options", "overrides", "degrees"),
     [
@@ -156,6 +195,7 @@ def test_what_is_for_a_device_that_is_named_is_not_measured_here(
         (PlanOptions(device="h100", measure=True), [], ["--measure", "--device h100", "drop one"]),
         (PlanOptions(num_devices=4, measure=True), [], ["--measure", "--devices"]),
         (PlanOptions(device="h100", max_tp=8), [], ["--max-tp 8", "add --devices"]),
+        (PlanOptions(device="h100", price=2.5), [], ["--price 2.5", "add --tokens"]),
         (
             PlanOptions(num_devices=4, device="h100"),
             ["parallel.memory_limit_gb=0.0001"],
