@@ -45,6 +45,7 @@ from torch import Tensor
 from pipekit.config import Config
 from pipekit.config.load import parse_config
 from pipekit.costs.example import Example, language_model_example
+from pipekit.costs.sequence_flops import model_flops
 from pipekit.distributed.processes import join_processes, leave_processes
 from pipekit.launch.gpu_environment import gpu_environ
 from pipekit.layers.specs import LayerSpec, build_layer
@@ -165,7 +166,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     decision = decide_run(setting.config(folder), RandomTrial, resources, prepared={})
     planned = predict(decision.model, decision.parallel_plan, table_device, decision.plan.boundaries)
     costs = decision.model.costs_of(setting.micro_batch_size)
-    flops = NUM_MICRO_BATCHES * sum(layer.flops for layer in (*costs.layers, *([costs.loss] if costs.loss else [])))
+    flops = NUM_MICRO_BATCHES * model_flops(costs)
 
     if is_gpu:
         # What the layers were timed with.

@@ -8,9 +8,10 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,11 @@ from train_runs import losses, metrics, pipekit, ranks_of, wait_for, write_works
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[1]
-METRIC_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "step_time_s", "data_wait"}
+METRIC_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "step_time_s", "data_wait", "data_wait_s"}
+METRIC_KEYS |= {"samples", "tokens", "flops", "flops_per_s"}
+# Not in every line.
+FURTHER_KEYS = {"val_loss", "eval_time_s", "save_time_s", "peak_memory_bytes"}
+FURTHER_KEYS |= {f"peak_memory_bytes_rank{rank}" for rank in range(2)}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,19 @@ def test_a_run_leaves_what_it_promises(workspace: Path, base_run: str) -> None:
     folder = workspace / "runs/base"
     records = metrics(workspace, "runs/base")
     assert [record["step"] for record in records] == list(range(13))
-    assert all(set(record) - {"val_loss"} == METRIC_KEYS for record in records[1:])
-    assert [record["step"] for record in records if "val_loss" in record] == [0, 6, 12]
+    assert all(set(record) - FURTHER_KEYS == METRIC_KEYS for record in records[1:])
+    assert [(record["samples"], record["tokens"]) for record in records[1:]] == [
+        (8 * step, 8 * 32 * step) for step in range(1, 13)
+    ]
+    assert [record["flops"] / records[1]["flops"] for record in records[1:]] == pytest.approx([*range(1, 13)])
+    assert [record["step"] for record in records if "eval_time_s" in record] == [0, 6, 12]
+    assert [record["step"] for record in records if "save_time_s" in record] == [5, 9]
+    peaks = [record["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record]
+    assert peaks == sorted(peaks)
+    # The ranks meet before each save.
+    told = [[each[key] for each in records if (key := f"peak_memory_bytes_rank{rank}") in each] for rank in (0, 1)]
+    assert peaks[-1] == max(map(max, told))
+    assert all(2e7 < peak < 2e10 for each in told for peak in each)
     assert records[12]["val_loss"] < records[0]["val_loss"]
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == [
         "step-00000004",
@@ -57,8 +73,30 @@ def test_a_run_leaves_what_it_promises(workspace: Path, base_run: str) -> None:
     ]
     assert list((folder / "tensorboard").glob("events*"))
     assert list((folder / "wandb").glob("offline-run-*"))
+    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    tracked = b"".join(wandb_records(path.read_bytes()))
+    plan = re.search(rb'\{[^{}]*"stage_parameters"[^{}]*\}', tracked)
+    assert plan is not None
+    assert json.loads(plan[0])["pp"] == 2
+    assert re.search(rb'"global_batch_size": ?8', tracked)
+    assert b"runs/base/checkpoints/step-00000012" in tracked
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["vocab_size"] == 300
     assert ranks_of("runs/base") == []
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Records of a file of Weights & Biases, which is a log of LevelDB behind 7 bytes of its own."""
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768  # no header fits into the rest of the block
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
 
 
 def test_the_console_shows_the_plan_progress_and_what_next(base_run: str) -> None:
@@ -68,7 +106,8 @@ def test_the_console_shows_the_plan_progress_and_what_next(base_run: str) -> Non
         "cpu, fp32",
         "embed, position, blocks.0",
         "step 12/12  loss",
-        "tokens/s  val loss",
+        "tokens/s  ",
+        "FLOP/s  3.07k tokens  ",
         "checkpoint  runs/base/checkpoints/step-00000012",
         "pipekit generate runs/base",
         "pipekit export runs/base",
@@ -86,6 +125,10 @@ def test_the_saved_configuration_trains_and_goes_on(workspace: Path, base_run: s
     assert done.returncode == 0, done.stderr
     assert "going on after step 12" in done.stdout
     assert [record["step"] for record in metrics(workspace, "runs/longer")] == list(range(15))
+    # It has gone on in its run of Weights & Biases too.
+    ids = [path.name.rpartition("-")[2] for path in (workspace / "runs/longer/wandb").glob("offline-run-*")]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
     again = pipekit(workspace, "train", "runs/base/config.yaml", "run.dir=runs/longer", "train.steps=14")
     assert again.returncode == 0
     assert "has trained 14 of 14 steps already" in again.stdout

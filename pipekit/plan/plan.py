@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pipekit.config import BatchPlan, Config, parse_config
 from pipekit.errors import ConfigError
 from pipekit.layout import Layout
+from pipekit.predictions.devices import MatmulFormat
 from pipekit.predictions.elements import Precision
 from pipekit.schedules import Action, Schedule
 
@@ -54,6 +55,8 @@ class Plan:
         start: the checkpoint to go on from; None where the run starts anew.
         chosen: under `parallel: auto`, the layout and by how much it is ahead of the next.
         prepared: plain data that the trial's `prepare` returned.
+        sequence_flops: floating-point operations of a sequence, see `pipekit.costs.sequence_flops`; None where they are
+            not known.
     """
 
     config: Config
@@ -71,6 +74,12 @@ class Plan:
     start: StartPoint | None = None
     chosen: str | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
+    sequence_flops: tuple[float, float] | None = None
+
+    @property
+    def matmul_format(self) -> MatmulFormat:
+        """Number format of its matrix products on GPUs."""
+        return "tf32" if self.config.train.tf32 and self.precision == "fp32" else self.precision
 
     @property
     def placement(self) -> tuple[int, ...]:

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from pipekit.config.profile_config import ProfileConfig
+from pipekit.costs.sequence_flops import device_peak_flops, show_flops_per_s
 from pipekit.distributed.processes import gather_objects
 from pipekit.engine.training_engine import TrainingEngine
-from pipekit.errors import ConfigError, PipekitError
-from pipekit.predictions.devices import MatmulFormat, find_device
+from pipekit.errors import PipekitError
+from pipekit.predictions.devices import MatmulFormat
 from pipekit.schedules import Schedule, Timeline, median_costs, simulate
 from pipekit.schedules.operations import Operation
 from pipekit.step_profile.chrome_trace import chrome_trace
@@ -78,7 +79,7 @@ class ProfileWindow:
         matmul_format: MatmulFormat,
     ) -> None:
         self._engine, self._settings, self._folder, self._reports = engine, settings, folder, reports
-        self._peak_flops = _peak_flops(engine.device, matmul_format)
+        self._peak_flops = device_peak_flops(engine.device, matmul_format)
         self._group: dist.ProcessGroup | None = None
         if dist.get_backend() != "gloo":
             group = engine.mpu.build_group([range(engine.mpu.layout.world_size)], "gloo", purpose="headers")
@@ -190,21 +191,9 @@ class ProfileWindow:
         self._recorder, self._profiler, self._schedules = None, None, []
 
 
-def _peak_flops(device: torch.device, matmul_format: MatmulFormat) -> float | None:
-    """Peak of a device of the table, in floating-point operations per second; None for others and for CPUs."""
-    if device.type != "cuda":
-        return None
-    try:
-        peak: float = getattr(find_device(torch.cuda.get_device_name(device)).peak_flops, matmul_format)
-    except ConfigError:
-        return None
-    return peak
-
-
 def _speed(profile: RankProfile, peak_flops: float | None) -> str:
     per_s = profile.model_flops / profile.steps.step_s
-    share = "" if peak_flops is None else f" (MFU {per_s / peak_flops:.1%})"
-    return f"{per_s / 1e12:.3g} TFLOP/s{share}" if per_s >= 1e11 else f"{per_s / 1e9:.3g} GFLOP/s{share}"
+    return show_flops_per_s(per_s) + ("" if peak_flops is None else f" (MFU {per_s / peak_flops:.1%})")
 
 
 def _write_files(

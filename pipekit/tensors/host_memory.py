@@ -37,6 +37,21 @@ def resident_bytes() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def peak_resident_bytes() -> int:
+    """Largest resident memory that this process has had, in bytes; 0 on Windows."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            # Not that of getrusage, in which Linux counts the program that has started this one.
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return 0
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def keep_freed_memory() -> bool:
     """Keep the memory of freed tensors for the next ones, as the caching allocators of GPUs do.
 

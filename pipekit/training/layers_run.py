@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import deque
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -41,62 +40,24 @@ from pipekit.step_profile.window import ProfileWindow
 from pipekit.training.context import TrialContext
 from pipekit.training.ema import ema_weights, track_ema
 from pipekit.training.evaluation import EvaluationStopped
+from pipekit.training.late_metrics import LateMetrics, LaunchedStep
 from pipekit.training.layers_trial import LayersTrial, Metric
 from pipekit.training.loggers import MetricsFile, TensorBoardLogger, json_line
 from pipekit.training.numbers_watch import NumbersWatch
 from pipekit.training.optimizer import name_parameters, takes_states_of
 from pipekit.training.periods import Batch
 from pipekit.training.prepare import initial_adapters, initial_weights
-from pipekit.training.reducers import Reducer
 from pipekit.training.run_data import RunData
+from pipekit.training.run_totals import PeakMemory, RunTotals
 from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.slow_ranks import StepTimes
 from pipekit.training.trial import Trial
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_checkpoint import TrialState
 from pipekit.training.trial_loop import TrialLoop, TrialResult, TrialSchedule
-from pipekit.training.trial_metrics import TrialMetrics
 
 # Under this name its state is beside those of callbacks.
 _WATCH = "numbers_watch"
-
-
-@dataclass(frozen=True)
-class LaunchedStep:
-    """A step whose results may still be on their way from the device."""
-
-    lr: float
-    num_tokens: int
-    loss: LateNumber
-    grad_norm: LateNumber
-    started: Moment
-    ended: Moment
-    waited_s: float
-    others: Mapping[str, float]
-
-    @property
-    def has_ended(self) -> bool:
-        """True if `read` need not wait."""
-        return self.loss.is_here and self.grad_norm.is_here
-
-    def read(self) -> dict[str, float]:
-        """Return the step's metrics.
-
-        They are the mean loss over the global batch, before the update; the learning rate of the update; the 2-norm of
-        the whole gradient before clipping, infinite where the update was skipped; the step's speed and wall time, and
-        the fraction of it that this rank has waited for data; the samples of each source of a mixture so far; and a
-        rank that is slow, where one has just been found.
-        """
-        step_time_s = self.ended.since(self.started)
-        return {
-            "loss": self.loss.read(),
-            "lr": self.lr,
-            "grad_norm": self.grad_norm.read(),
-            "tokens_per_s": self.num_tokens / step_time_s,
-            "step_time_s": step_time_s,
-            "data_wait": min(1.0, self.waited_s / step_time_s),
-            **self.others,
-        }
 
 
 class LayersRun(Trial):
@@ -115,6 +76,8 @@ class LayersRun(Trial):
         base: record of the weights that adapters are added to; empty where the whole model is trained.
         watch: trains each step, and watches its numbers.
         step_times: finds slow ranks; None where there is one.
+        totals: of what has been trained on.
+        memory: peak memory of this rank.
         profile: measures the steps of a window; None where nothing is profiled.
         snapshot_memory: of checkpoints in the background; None where they are written at once.
     """
@@ -140,7 +103,8 @@ class LayersRun(Trial):
         self.step_times: StepTimes | None = None
         if self.run.plan.layout.world_size > 1:
             self.step_times = StepTimes(self.engine, interval=config.logging.interval, warn=self.watch.warn)
-        precision = self.run.plan.precision
+        self.totals = RunTotals(self.run.plan, self.run.device)
+        self.memory = PeakMemory(self.run.device)
         self.profile: ProfileWindow | None = None
         if config.profile.steps:
             self.profile = ProfileWindow(
@@ -148,7 +112,7 @@ class LayersRun(Trial):
                 config.profile,
                 folder=self.run.folder.profile,
                 reports=mpu.should_report_metrics,
-                matmul_format="tf32" if config.train.tf32 and precision == "fp32" else precision,
+                matmul_format=self.run.plan.matmul_format,
             )
         self.hosts = HostFolders.find(self.run.folder.path) if config.checkpoint.storage == "local" else None
         self.snapshot_memory = SnapshotMemory() if config.checkpoint.is_async else None
@@ -168,7 +132,8 @@ class LayersRun(Trial):
         if self._keeps_metrics():
             here = [MetricsFile(self.run.folder, self.context.warn), self.watch]
         if mpu.should_report_metrics:
-            here = [*callbacks, TensorBoardLogger(self.context), *self.hooks.build_callbacks(), self.watch]
+            tensorboard = TensorBoardLogger(self.context, self.config.model_dump(mode="json"))
+            here = [*callbacks, tensorboard, *self.hooks.build_callbacks(), self.watch]
         schedule = TrialSchedule(
             max_length=Batch(train.steps),
             reporting_period=Batch(1),
@@ -223,7 +188,9 @@ class LayersRun(Trial):
             grad_norm=self.engine.late_grad_norm,
             started=started,
             waited_s=self.data.waited_s,
+            totals=self.totals.add(batch_size, length),
             others=self.data.metrics(following)
+            | self._group_rates(lr)
             | self._growth(batch_idx, batch_size, length)
             | ({} if self.step_times is None else self.step_times.metrics),
         )
@@ -231,6 +198,17 @@ class LayersRun(Trial):
         if train.check_replicas is not None and step % train.check_replicas == 0:
             self.engine.check_replicas()
         return launched
+
+    def _group_rates(self, lr: float) -> dict[str, float]:
+        """Learning rate of each of the optimizer's groups, where there are any."""
+        if type(self.hooks).build_optimizer is LayersTrial.build_optimizer:
+            # Groups of parameters that other ranks hold are told too.
+            groups = self.config.optimizer.groups
+            rates = {index: lr * (group.lr_scale or 1.0) for index, group in enumerate(groups) if not group.frozen}
+        else:
+            held = self.engine.view.param_groups
+            rates = {index: float(group["lr"]) for index, group in enumerate(held)} if len(held) > 1 else {}
+        return {f"lr_group{index}": rate for index, rate in rates.items()}
 
     def _growth(self, batch_idx: int, batch_size: int, length: int) -> dict[str, float]:
         """Sizes and probabilities that differ between steps, of the step after `batch_idx` others."""
@@ -334,6 +312,8 @@ class LayersLoop(TrialLoop):
 
     _trial: LayersRun
     _unit = "step"
+    _peaks: Sequence[int] = ()
+    _save_s = 0.0
 
     def _how_to_go_on(self) -> str:
         return f"to go on: pipekit train {shlex.quote(str(self._trial.run.folder.config))}"
@@ -342,8 +322,39 @@ class LayersLoop(TrialLoop):
         background = "" if self._trial.config.checkpoint.is_async else "set checkpoint.async=true, or "
         return f"{background}give a longer checkpoint.interval or a run.dir on a faster disk"
 
-    def _build_metrics(self) -> _LateMetrics:
-        return _LateMetrics(self._context, self._trial.watch)
+    def _build_metrics(self) -> LateMetrics:
+        return LateMetrics(self._context, self._trial.watch, self._facts)
+
+    def _measure(self) -> int:
+        return self._trial.memory.measure()
+
+    def _facts(self) -> dict[str, float]:
+        """Metrics of what is known by now beside the step: peak memory, and the time of a save since the last step."""
+        peaks, self._peaks = self._peaks, ()
+        largest = max((self._requests.largest, *peaks))
+        stood_s, self._save_s = self._save_s, 0.0
+        return {
+            **({"peak_memory_bytes": largest} if largest else {}),
+            **(self._trial.memory.metrics(peaks) if peaks else {}),
+            **({"save_time_s": stood_s} if stood_s else {}),
+        }
+
+    def _meet(self) -> bool:
+        everyones = gather_objects((self._context.get_stop_requested(), self._measure()))
+        self._peaks = [peak for _, peak in everyones]
+        return any(stops for stops, _ in everyones)
+
+    def _validate(self) -> bool:
+        started_s = time.perf_counter()
+        is_best = super()._validate()
+        self._told["eval_time_s"] = time.perf_counter() - started_s
+        return is_best
+
+    def _save(self, *, by_time: bool, is_final: bool) -> bool:
+        started_s = time.perf_counter()
+        is_saved = super()._save(by_time=by_time, is_final=is_final)
+        self._save_s += time.perf_counter() - started_s
+        return is_saved
 
     def _train_batch(self, epoch: int) -> None:
         # Its draws are seeded by what is drawn, not by the batch.
@@ -435,28 +446,6 @@ class LayersLoop(TrialLoop):
         )
         self._callbacks.load_state_dict(training.callbacks)
         trial.data.go_on(training.step, training.consumed_samples, training.mixture)
+        trial.totals.go_on(training.step, training.metrics)
         trial.watch.load_state_dict(training.callbacks.get(_WATCH, {}), training.step)
         return TrialState("", training.step, metrics=dict(training.metrics))
-
-
-class _LateMetrics(TrialMetrics):
-    """Metrics of steps, the same on every rank, the last of which may still be on their way from the device."""
-
-    gathers = False
-
-    def __init__(self, context: TrialContext, watch: NumbersWatch) -> None:
-        super().__init__(context, "train_batch", Reducer.AVG, for_training=True)
-        self._watch = watch
-        self._launched: deque[LaunchedStep] = deque()
-
-    @property
-    def are_here(self) -> bool:
-        # From the first skipped step on, each is read at once, so that the run ends with the step that is named.
-        return self._launched[0].has_ended or self._watch.num_skipped > 0
-
-    def update(self, metrics: Any, num_samples: int) -> None:
-        self._launched.append(metrics)
-
-    def report(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        metrics = self._launched.popleft().read()
-        return metrics, [metrics]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipekit.config import Config, WandbConfig
 from pipekit.errors import StorageError
 from pipekit.line_files import LineFile
+from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder, trim_records
 from pipekit.storage import storing
 from pipekit.training.trial_callbacks import TrialCallback
@@ -74,10 +75,12 @@ class TrialLog(TrialCallback):
 class WandbLogger(TrialCallback):
     """Logs to Weights & Biases: online where an account is logged in, otherwise into the run folder.
 
+    A training that goes on from a checkpoint goes on in the same run there, whose id is in the names of its files.
+
     Args:
         config: the project, and whether to go online.
         folder: the run's files.
-        settings: the configuration to show there.
+        settings: the configuration and the plan to show there.
     """
 
     def __init__(self, config: WandbConfig, folder: RunFolder, settings: dict[str, Any]) -> None:
@@ -85,7 +88,10 @@ class WandbLogger(TrialCallback):
         self._run: Any = None
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
-        self._run = _start_wandb(self._config, self._folder, config=self._settings)
+        run_id = _wandb_id(self._folder) if first_batch_idx else None
+        same = {} if run_id is None else {"id": run_id, "resume": "allow"}
+        # What a run that goes on has changed, such as its number of steps, takes the place of what it had.
+        self._run = _start_wandb(self._config, self._folder, config=self._settings, allow_val_change=True, **same)
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         if self._run is not None:
@@ -93,7 +99,10 @@ class WandbLogger(TrialCallback):
 
     def on_training_end(self, result: TrialResult) -> None:
         if self._run is not None:
-            self._run.summary["checkpoint"] = str(result.checkpoint)
+            found = {f"val_{name}": value for name, value in (result.validation_metrics or {}).items()}
+            self._run.summary.update(
+                {"checkpoint": str(result.checkpoint), "steps": result.batch, "time_s": result.time_s, **found}
+            )
 
     def on_trial_shutdown(self) -> None:
         if self._run is not None:
@@ -103,28 +112,80 @@ class WandbLogger(TrialCallback):
 class TensorBoardLogger(TrialCallback):
     """Writes metrics to TensorBoard, where the training's context asks for it; those without room are lost.
 
+    The configuration becomes the hyperparameters of the run, beside the losses.
+
     Args:
         context: the training's.
+        settings: the configuration.
     """
 
-    def __init__(self, context: TrialContext) -> None:
-        self._context = context
+    def __init__(self, context: TrialContext, settings: Mapping[str, Any]) -> None:
+        self._context, self._settings = context, settings
         self._has_warned = False
 
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        self._write(first_batch_idx, self._write_settings)
+
+    def _write_settings(self, writer: Any) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        experiment, start, _ = hparams(_flat(self._settings), dict.fromkeys(("loss", "val_loss"), 0.0))
+        for summary in (experiment, start):
+            writer.file_writer.add_summary(summary)
+
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        def write(writer: Any) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        self._write(step, write)
+
+    def _write(self, step: int, write: Callable[[Any], None]) -> None:
         if not self._context.get_enable_tensorboard_logging():
             return
-        path = self._context.get_tensorboard_path()
         try:
-            with storing(path):
-                for name, value in metrics.items():
-                    self._context.get_tensorboard_writer().add_scalar(name, value, step)
+            with storing(self._context.get_tensorboard_path()):
+                write(self._context.get_tensorboard_writer())
         except StorageError as error:
             # A writer that has failed once writes nothing more, and the next one begins another file.
             self._context.close()
             if not self._has_warned:
                 self._context.warn(f"{error}; training goes on, and TensorBoard lacks metrics from step {step} on")
             self._has_warned = True
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Return the decisions of a plan for a tracker: the layout, the stages, and the model's size."""
+    layout = plan.layout
+    return {
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "tp": layout.tp,
+        "processes": layout.world_size,
+        "device": plan.device,
+        "precision": plan.precision,
+        "schedule": plan.schedule.name,
+        "num_micro_batches": plan.batch.num_micro_batches,
+        "num_parameters": plan.num_parameters,
+        "boundaries": list(plan.boundaries),
+        "stage_parameters": list(plan.stage_parameters),
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names, as numbers, switches and texts.
+
+    Example:
+        >>> _flat({"train": {"steps": 3, "ema": None}, "data": {"source": ["a", "b"]}})
+        {'train.steps': 3, 'train.ema': 'None', 'data.source': "['a', 'b']"}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
 
 
 def log_evaluation(folder: RunFolder, config: Config, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pipekit.checkpoint.manifest import CONFIG_FILE
 from pipekit.checkpoint.model_config import shapes_of_layers
 from pipekit.checkpoint.reader import CheckpointReader
 from pipekit.config import Config
+from pipekit.config.growth import sequence_length_at
 from pipekit.costs.describe import check_shapes
-from pipekit.costs.model import DTYPES
+from pipekit.costs.model import DTYPES, describe_model
+from pipekit.costs.sequence_flops import SequenceFlops, fit_sequence_flops
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.inference.base_weights import BaseWeights, check_base, open_base
 from pipekit.inference.hugging_face import HuggingFaceFolder
@@ -22,7 +26,9 @@ from pipekit.models.family import TransformerFamily
 from pipekit.plan.decide import Decision, decide_run
 from pipekit.plan.plan import StartPoint
 from pipekit.plan.resources import Resources
+from pipekit.predictions.layer_costs import ModelCosts
 from pipekit.progress import ProgressCallback
+from pipekit.training.extras import check_extras
 from pipekit.training.language_model import LanguageModelTrial
 from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.optimizer import check_optimizer
@@ -54,6 +60,7 @@ def prepare_run(
     Raises:
         PipekitError: if something does not fit; it says what to type instead.
     """
+    check_extras({"logging": config.logging, "callbacks": config.callbacks})
     trial = load_trial(config)
     adapts = config.lora.rank is not None
     source = initial_weights(config) if start is None or adapts else None
@@ -73,7 +80,27 @@ def prepare_run(
         _check_optimizer(decision)
     if trial.learning_rate is LayersTrial.learning_rate:
         checked_rate(bind_schedule(decision.plan.config)[0](0), 0, decision.plan.config)
-    return decision
+    return replace(decision, plan=replace(decision.plan, sequence_flops=_sequence_flops(decision, trial)))
+
+
+def _sequence_flops(decision: Decision, trial: type[LayersTrial]) -> SequenceFlops | None:
+    """Operations of a sequence; None where the trial or its layers do not tell, or layers are left out at random."""
+    plan = decision.plan
+    train, num_sequences = plan.config.train, plan.batch.micro_batch_size
+    if train.layer_drop is not None:
+        return None
+
+    def costs_of(length: int) -> ModelCosts:
+        if length == train.sequence_length:
+            return decision.model.costs_of(num_sequences)
+        shorter = plan.config.model_copy(update={"train": train.model_copy(update={"sequence_length": length})})
+        model = describe_model(shorter, decision.specs, partial(trial.example, shorter), precision=plan.precision)
+        return model.costs_of(num_sequences)
+
+    try:
+        return fit_sequence_flops(costs_of, {sequence_length_at(train, 1), train.sequence_length}, num_sequences)
+    except ConfigError:
+        return None
 
 
 def _check_layers(decision: Decision, trial: type[LayersTrial]) -> None:

@@ -29,9 +29,11 @@ class Requests:
         save_every_s: seconds between checkpoints; None makes none by time.
         max_time_s: seconds after `started_s` by which the run has saved and ended; None sets no limit.
         started_s: when the run was started, by `clock`.
+        measure: a number of this rank, at least 0, which travels along.
         clock: a monotonic clock, in seconds.
 
     Attributes:
+        largest: the largest number that `measure` has returned on any rank, as far as it is known.
         reason: why the training stops, the same on all ranks: a signal, or that its time is up; 0 as long as it goes
             on.
     """
@@ -45,9 +47,10 @@ class Requests:
         save_every_s: float | None = None,
         max_time_s: float | None = None,
         started_s: float = 0.0,
+        measure: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._agreement, self._signals, self._clock = agreement, signals, clock
+        self._agreement, self._signals, self._measure, self._clock = agreement, signals, measure, clock
         self._save_every_s = save_every_s if has_clock and save_every_s is not None else math.inf
         self._max_time_s = max_time_s if has_clock and max_time_s is not None else math.inf
         self._ends_s = started_s + self._max_time_s
@@ -56,7 +59,7 @@ class Requests:
         self._longest_gap_s = 0.0
         self._longest_save_s: float | None = None
         self._asks_save = False
-        self.reason = 0
+        self.reason = self.largest = 0
 
     def exchange(self, *, at_once: bool = False) -> int:
         """Tell the other ranks what this one was asked for, hear the same of them, and return `reason`.
@@ -72,7 +75,8 @@ class Requests:
         if is_save_due:
             self._save_due_s = now_s + self._save_every_s
         mine = self._signals.number or (_MAX_TIME if now_s + self._needed_s() >= self._ends_s else 0)
-        reason, asks_save = self._agreement.exchange(mine, int(is_save_due), at_once=at_once)
+        reason, asks_save, largest = self._agreement.exchange(mine, int(is_save_due), self._measure(), at_once=at_once)
+        self.largest = max(self.largest, largest)
         self.reason = self.reason or reason
         self._asks_save = self._asks_save or bool(asks_save)
         return self.reason

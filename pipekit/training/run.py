@@ -35,7 +35,7 @@ from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial
-from pipekit.training.loggers import MetricsFile, WandbLogger
+from pipekit.training.loggers import MetricsFile, WandbLogger, plan_facts
 from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.run_context import RunContext
 from pipekit.training.trial_callbacks import TrialCallback
@@ -204,7 +204,8 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
             _check_tokenizer(trial)
             callbacks += [MetricsFile(folder, progress.on_warning)]
             if config.logging.wandb is not None:
-                callbacks.append(WandbLogger(config.logging.wandb, folder, config.model_dump(mode="json")))
+                settings = {**config.model_dump(mode="json"), "plan": plan_facts(plan)}
+                callbacks.append(WandbLogger(config.logging.wandb, folder, settings))
         except PipekitError as failure:
             error = failure
         if not is_watched:

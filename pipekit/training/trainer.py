@@ -127,7 +127,11 @@ class Trainer:
                 ),
                 folder.checkpoints,
                 shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
-                here=[MetricsFile(folder, self.context.warn), TrialLog(), TensorBoardLogger(self.context)]
+                here=[
+                    MetricsFile(folder, self.context.warn),
+                    TrialLog(),
+                    TensorBoardLogger(self.context, self.context.get_experiment_config()),
+                ]
                 if is_first
                 else [],
             )

@@ -131,6 +131,7 @@ class TrialLoop:
             save_every_s=schedule.save_every_s,
             max_time_s=self._context.max_time_s,
             started_s=self._context.started_s,
+            measure=self._measure,
         )
         self._saves = TrialSaves(
             self._context,
@@ -161,6 +162,10 @@ class TrialLoop:
 
     def _how_to_save_faster(self) -> str:
         return "give longer periods between checkpoints, or a run.dir on a faster disk"
+
+    def _measure(self) -> int:
+        """Number of this rank, the largest of which over all ranks is known a batch later."""
+        return 0
 
     def _build_metrics(self) -> TrialMetrics:
         return TrialMetrics(self._context, "train_batch", Reducer.AVG, for_training=True)

@@ -55,6 +55,15 @@ def test_the_first_the_last_and_every_interval_have_a_line(progress: ConsoleProg
     assert lines[-1].endswith("ETA 0:00")
 
 
+def test_speed_totals_and_memory_are_told_where_they_are_known(progress: ConsoleProgress, stream: io.StringIO) -> None:
+    known = {"tokens": 1_500_000, "flops_per_s": 6.28e9, "peak_memory_bytes": 28.4e9}
+    progress.on_metrics(4, metrics(**known))
+    progress.on_metrics(8, metrics(**known, mfu=0.4278))
+    on_cpu, on_gpu = stream.getvalue().splitlines()
+    assert "12,346 tokens/s  6.28 GFLOP/s  1.5M tokens  28.4 GB  ETA" in on_cpu
+    assert "12,346 tokens/s  MFU 42.8%  1.5M tokens  28.4 GB  ETA" in on_gpu
+
+
 def test_an_evaluated_step_has_a_line_and_the_others_keep_its_loss(
     progress: ConsoleProgress, stream: io.StringIO
 ) -> None:

@@ -46,7 +46,7 @@ class Context:
 
 def test_tensorboard_lacks_what_did_not_fit_and_goes_on_with_a_new_file(tmp_path: Path) -> None:
     context: Any = Context(tmp_path)
-    logger = TensorBoardLogger(context)
+    logger = TensorBoardLogger(context, {})
     for step in range(1, 6):
         context.is_full = step in (2, 3)
         logger.on_metrics(step, {"loss": 1.0})

@@ -13,12 +13,12 @@ class Echo:
     """Agreement of one rank whose answers come one exchange late, as between ranks."""
 
     def __init__(self) -> None:
-        self._late = [0, 0]
+        self._late = [0, 0, 0]
 
     def exchange(self, *mine: int, at_once: bool = False) -> list[int]:
         known, self._late = self._late, list(mine)
         if at_once:
-            known, self._late = [max(pair) for pair in zip(known, mine, strict=True)], [0, 0]
+            known, self._late = [max(pair) for pair in zip(known, mine, strict=True)], [0, 0, 0]
         return known
 
 

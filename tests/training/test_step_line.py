@@ -22,6 +22,9 @@ METRICS = [
     LinePart("loss 2.5000"),
     LinePart("lr 1.00e-03", 3),
     LinePart("12,346 tokens/s", 8),
+    LinePart("MFU 42.8%", 9),
+    LinePart("1.5M tokens", 11),
+    LinePart("28.4 GB", 10),
     LinePart("val loss 2.4000", 2),
     LinePart("waited for data: 11% of the step", 5),
 ]
@@ -43,7 +46,7 @@ def terminal(width: int) -> Iterator[tuple[Console, int]]:
 def test_a_terminal_of_any_width_shows_one_line_with_step_loss_and_eta(width: int) -> None:
     line = StepLine("step", 0, 100_000)
     with terminal(width) as (console, shown):
-        line.done, line.parts, line.remaining_s = 99_999, METRICS[:4], 3_700.0
+        line.done, line.parts, line.remaining_s = 99_999, METRICS[:7], 3_700.0
         line.show(console)
         line.end()
         console.print("the end")
@@ -60,14 +63,17 @@ def test_a_terminal_of_any_width_shows_one_line_with_step_loss_and_eta(width: in
     assert not frames[-1].endswith("…")
 
 
-def test_the_rate_is_left_out_first_and_step_loss_and_eta_never_are() -> None:
+def test_totals_and_rates_are_left_out_first_and_step_loss_and_eta_never_are() -> None:
     line = StepLine("step", 5, 10)
     line.parts, line.remaining_s = METRICS, 75
     texts = [part.text for part in METRICS]
-    left = [{text for text in texts if text in line.fit(width)} for width in range(120, 20, -1)]
+    left = [{text for text in texts if text in line.fit(width)} for width in range(160, 20, -1)]
     assert all(later <= earlier for earlier, later in itertools.pairwise(left)), "narrower never shows more"
     order = [next(iter(gone)) for before, after in itertools.pairwise(left) if (gone := before - after)]
-    assert order == ["12,346 tokens/s", "waited for data: 11% of the step", "lr 1.00e-03", "val loss 2.4000"]
+    assert order == [
+        *("1.5M tokens", "28.4 GB", "MFU 42.8%", "12,346 tokens/s"),
+        *("waited for data: 11% of the step", "lr 1.00e-03", "val loss 2.4000"),
+    ]
     assert line.fit(20) == "5/10 loss 2.5000 ETA 1:15"
 
 

@@ -10,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipekit.config.callbacks_config import ThroughputConfig
+from pipekit.costs.sequence_flops import device_peak_flops
 from pipekit.costs.trace import count_flops
 from pipekit.distributed.processes import gather_objects
-from pipekit.errors import ConfigError
 from pipekit.hangs.activity import Activity
-from pipekit.predictions.devices import find_device
+from pipekit.predictions.devices import MatmulFormat
 from pipekit.schedules.operations import Operation
 from pipekit.training.shipped.shipped_callback import ShippedCallback
 
@@ -97,16 +97,10 @@ class Throughput(ShippedCallback):
         self._began_s, self._paused_s = time.perf_counter(), 0.0
 
     def _published_peak_flops(self) -> float | None:
-        if self.context.device.type != "cuda":
-            return None
         dtype = next(iter(self.context.models[0].module.parameters())).dtype
-        kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-        kind = kind or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
-        try:
-            peak: float = getattr(find_device(torch.cuda.get_device_name(self.context.device)).peak_flops, kind)
-        except ConfigError:
-            return None
-        return peak
+        kinds: dict[torch.dtype, MatmulFormat] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        kind = kinds.get(dtype) or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
+        return device_peak_flops(self.context.device, kind)
 
 
 class _ForwardCounter(TorchDispatchMode):

@@ -123,7 +123,9 @@ def test_all_of_them_switched_on_together(gloo: GlooWorkers, tmp_path: Path) -> 
 
     assert first["opened"] == [("mine", "offline", "mine")]
     assert first["logged"] == records
-    assert first["summary"] == {"checkpoint": str(tmp_path / "checkpoints" / "step-00000004")}
+    summary = first["summary"]
+    assert (summary["checkpoint"], summary["steps"]) == (str(tmp_path / "checkpoints" / "step-00000004"), 4)
+    assert summary["val_error"] == records[-1]["val_error"]
     assert first["finished"]
     assert second["opened"] == second["logged"] == []
 
@@ -133,6 +135,9 @@ def test_all_of_them_switched_on_together(gloo: GlooWorkers, tmp_path: Path) -> 
         (record["step"], pytest.approx(record["val_error"])) for record in validated
     ]
     assert [event.step for event in events.Scalars("samples_per_s")] == [2, 3, 4]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.Tags()["tensors"]) | set(
+        events.summary_metadata
+    )
 
     assert "</svg>" in (tmp_path / "curves.svg").read_text()
     assert read_curves(tmp_path / "metrics.jsonl", ["loss"]) == {
