@@ -52,6 +52,27 @@ def test_the_learning_rate_is_that_of_the_step(run: Any) -> None:
     assert [metrics["lr"] for metrics in made.events.metrics] == pytest.approx(made.engine.rates)
 
 
+def test_groups_have_learning_rates_of_their_own_and_evaluations_and_saves_their_times(run: Any) -> None:
+    groups = [{"match": "embed*", "lr_scale": 0.5}, {"match": "*.bias"}, {"match": "*norm*", "frozen": True}]
+    optimizer = {"lr": 0.4, "groups": groups}
+    made = run(
+        train={"steps": 4, "eval_interval": 2},
+        optimizer=optimizer,
+        scheduler={"type": "constant", "warmup_steps": 4},
+        checkpoint={"interval": 2, "keep": None},
+    )
+    made.fit()
+    steps = [each for each in made.events.metrics if "loss" in each]
+    assert [each["lr_group0"] for each in steps] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert [each["lr_group1"] for each in steps] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert not any("lr_group2" in each for each in steps)
+    assert [each["step"] for each in made.events.metrics if "eval_time_s" in each] == [0, 2, 4]
+    assert [each["step"] for each in steps if "save_time_s" in each] == [3]
+    assert all(each["peak_memory_bytes"] >= steps[0]["peak_memory_bytes"] > 0 for each in steps)
+    assert [(each["samples"], each["tokens"]) for each in steps] == [(4 * n, 4 * 128 * n) for n in (1, 2, 3, 4)]
+    assert made.saved[0].metrics["tokens"] == 2 * 4 * 128
+
+
 def test_evaluations_come_before_the_first_step_at_their_interval_and_at_the_end(run: Any) -> None:
     made = run(train={"steps": 5, "eval_interval": 2})
     result = made.fit()
