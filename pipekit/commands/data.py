@@ -153,8 +153,10 @@ def _inspect(config: Config, prepared: PreparedData, num_samples: int, *, is_run
 
 def _inspect_run(config: Config, prepared: PreparedData) -> dict[str, Any]:
     from pipekit.config.growth import describe_batch, tokens_of_steps
-    from pipekit.training.language_model import count_epochs
+    from pipekit.training.language_model import LanguageModelTrial, count_epochs
 
+    if not config.train.has_steps:
+        config = LanguageModelTrial.resolve(config, prepared.model_dump(mode="json"))
     steps = config.train.steps
     return {
         "num_tokens": tokens_of_steps(config.train, steps),

@@ -141,7 +141,8 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         config = config.updated({"parallel.partition": "flops"})
     trial = load_trial(config)
     tell = ProgressLines.on_stderr()
-    prepared = trial.prepare(config, tell) if config.model.needs_data else None
+    needs_data = config.model.needs_data or not config.train.has_steps
+    prepared = trial.prepare(config, tell) if needs_data else None
     if compares:
         config, specs = build_specs(config, trial, prepared)
         # What `parallel: auto` would choose has none, and what the configuration has is always among them.
@@ -149,13 +150,13 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         max_tp = options.max_tp or max(usual, config.parallel.tp)
         model, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=max_tp)
         found = report(result.ranked[0], device, model.layer_names, result)
-        return {**found, **_whole_run(result.ranked[0], options)}
+        return {**found, "steps": config.train.steps, **_whole_run(result.ranked[0], options)}
     decision = decide_run(config, trial, resources, prepared=prepared, on_progress=tell)
     boundaries, stages = decision.plan.boundaries, decision.plan.schedule.num_stages
     prediction = predict(decision.model, decision.parallel_plan, device, boundaries)
     partitions = compare_partitions(decision.partition_inputs, stages) if stages > 1 else ()
     found = report(prediction, device, decision.plan.layer_names, partitions=partitions)
-    return {**found, **_whole_run(prediction, options)}
+    return {**found, "steps": decision.plan.config.train.steps, **_whole_run(prediction, options)}
 
 
 def parse_tokens(text: str) -> int:

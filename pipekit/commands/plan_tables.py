@@ -50,6 +50,8 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_row("model", f"{report['parameters']:,} parameters")
     table.add_row("layout", str(read_plan(layout)))
+    if "steps" in report:
+        table.add_row("steps", f"{report['steps']:,}")
     number = layout["pp"] * layout["dp"] * layout["tp"]
     reserve_bytes = device["memory_bytes"] - device["usable_bytes"]
     reserved = f", of which {bytes_text(reserve_bytes)} are reserved" if reserve_bytes else ""

@@ -90,7 +90,11 @@ class TuneSession:
         num_steps = WARM_UP_STEPS + self.num_steps
         result = place / "times.json"
         config = config.updated(
-            {**_LEFT_OUT, "run.dir": str(place / "run"), "train.steps": max(config.train.steps, num_steps)}
+            {
+                **_LEFT_OUT,
+                "run.dir": str(place / "run"),
+                "train.steps": max(config.train.steps, num_steps) if config.train.has_steps else num_steps,
+            }
         )
         resources = replace(self.resources, world_size=self.num_devices)
         try:

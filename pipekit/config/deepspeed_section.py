@@ -252,7 +252,8 @@ def _with_rates(draft: Draft, section: Mapping[str, Any], given: Mapping[str, An
             own = draft.get(tuple(ours.split(".")))
             if own is None and ours == "optimizer.lr":
                 own = _value(section, "optimizer.params.lr")
-            filled[key] = _default(ours) if own is None else own
+            value = _default(ours) if own is None else own
+            filled |= {} if value is None else {key: value}
     scheduler = dict(section.get("scheduler") or {})
     return {**section, "scheduler": {**scheduler, "params": {**(scheduler.get("params") or {}), **filled}}}
 

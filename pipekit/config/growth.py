@@ -70,6 +70,18 @@ def steps_of_tokens(num_tokens: int | None, train: TrainConfig) -> int | None:
     raise AssertionError("the last stretch has no end")
 
 
+def steps_of_samples(num_samples: int, train: TrainConfig) -> int:
+    """Steps that so many samples take, the last of which may read some more."""
+    steps = position = 0
+    while position < num_samples:
+        size, end = batch_size_at(train, position), num_samples
+        if train.batch_warmup is not None and size < train.global_batch_size:
+            end = min(end, train.batch_warmup.end_of_size(position, train.global_batch_size))
+        count = -(-(end - position) // size)
+        steps, position = steps + count, position + count * size
+    return steps
+
+
 def _stretches(train: TrainConfig) -> Iterator[tuple[int, float, int]]:
     """Yield the steps before each stretch of equal steps, their number, and the tokens of each; the last is endless."""
     step = position = 0

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from pipekit.config.deepspeed_json import read_deepspeed_json
 from pipekit.config.deepspeed_section import take_over_deepspeed
+from pipekit.config.length_rules import LENGTH_KEYS
 from pipekit.config.rules import check_rules
 from pipekit.config.schema import Config
 from pipekit.errors import ConfigError, printable
@@ -108,6 +109,11 @@ class Draft:
                 self.places[key[:depth]] = place
             node[at] = below = below.copy()
             node = below
+        if key[0] == "train" and key[-1] in LENGTH_KEYS and len(key) == 2 and value is not None:
+            # It takes the place of what the file, or the configuration before, says in another unit.
+            for other in LENGTH_KEYS:
+                if other != key[-1] and self.place_of(("train", other)).override is None:
+                    node.pop(other, None)
         node[_position(node, key[-1])] = value
         self.places = {known: at for known, at in self.places.items() if known[: len(key)] != key}
         self.places[key] = place

@@ -32,7 +32,7 @@ class ProfileConfig(Section):
 def profile_fits_steps(profile: ProfileConfig, train: TrainConfig) -> Iterator[Fault]:
     """The window of a profile ends with the training at the latest."""
     last = profile.start + profile.steps
-    if profile.steps and last > train.steps:
+    if profile.steps and train.has_steps and last > train.steps:
         start = train.steps - profile.steps
         advice = f"profile.start={start}, or " if start > 0 else ""
         yield rule_fault(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipekit.config.data_rules import DATA_RULES
 from pipekit.config.deepspeed_json import check_passed_on
 from pipekit.config.growth_rules import GROWTH_RULES, warmup_fault
+from pipekit.config.length_rules import LENGTH_RULES
 from pipekit.config.optimizer_rules import OPTIMIZER_RULES
 from pipekit.config.profile_config import PROFILE_RULES
 from pipekit.errors import ConfigError
@@ -461,6 +462,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Fault]]], ...] = (
     (("train", "callbacks"), tasks_have_evaluations),
     *OPTIMIZER_RULES,
     *GROWTH_RULES,
+    *LENGTH_RULES,
     *DATA_RULES,
     *PROFILE_RULES,
     (("deepspeed",), check_passed_on),

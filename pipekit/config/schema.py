@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
+    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -27,6 +28,8 @@ from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
 from pipekit.config.data_config import DataConfig
 from pipekit.config.growth import steps_of_tokens
 from pipekit.config.growth_config import BatchWarmupConfig, CurriculumConfig, LayerDropConfig
+from pipekit.config.growth_rules import growth_is_sound
+from pipekit.config.length_rules import LENGTH_KEYS
 from pipekit.config.lora_config import LoraConfig
 from pipekit.config.optimizer_config import OptimizerConfig, SchedulerConfig
 from pipekit.config.profile_config import ProfileConfig
@@ -217,10 +220,22 @@ class ParallelConfig(Section):
 class TrainConfig(Section):
     """Length of the training, batch sizes and precision."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [key]} for key in LENGTH_KEYS]})
+
     steps: Annotated[PositiveInt, at_most(10**12, "at a step a millisecond they take 30 years")] = Field(
-        default=..., examples=[300]
+        default=None, examples=[300]
     )
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. One of `steps`, `tokens` and `epochs` is needed."""
+
+    tokens: Annotated[PositiveInt, at_most(10**18, "no model has seen so many")] | None = Field(
+        default=None, examples=[1_000_000_000]
+    )
+    """Tokens of the whole run, in place of `steps`; the last step may have more than are left."""
+
+    epochs: Annotated[PositiveFloat, at_most(10**6, "nothing is left to learn")] | None = Field(
+        default=None, examples=[3.0]
+    )
+    """Passes through the training samples, in place of `steps`, which follow from it once the data are prepared."""
 
     global_batch_size: Annotated[
         PositiveInt, at_most(10**8, "batches of some millions of sequences are the largest in use")
@@ -316,6 +331,26 @@ class TrainConfig(Section):
         default=None, examples=[{"theta": 0.5, "gamma": 0.001}]
     )
     """Progressive layer drop: true, or a mapping of settings; null trains every block in every step."""
+
+    @property
+    def has_steps(self) -> bool:
+        """True if the number of steps is known: that of `epochs` is known once the data are prepared."""
+        return vars(self)["steps"] is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_unknown_steps_out(cls, values: Any) -> Any:
+        """Leave out steps that are null, as a configuration in epochs writes them before its data are prepared."""
+        if isinstance(values, dict) and "steps" in values and values["steps"] is None and values.get("epochs"):
+            return {key: value for key, value in values.items() if key != "steps"}
+        return values
+
+    @model_validator(mode="after")
+    def _turn_tokens_into_steps(self) -> TrainConfig:
+        if self.tokens is not None and not self.has_steps and self.epochs is None and growth_is_sound(self):
+            # From here on there is one number; the section is frozen for all others.
+            self.__dict__.update(steps=steps_of_tokens(self.tokens, self), tokens=None)
+        return self
 
 
 class _CheckpointFields(Section):

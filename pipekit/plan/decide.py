@@ -171,10 +171,16 @@ def build_specs(config: Config, trial: TrialType, prepared: Mapping[str, Any] | 
 
     Raises:
         PipekitError: if the sizes do not fit what was prepared, the model is no list of layer specs, or `train.freeze`
-            does not fit it.
+            does not fit it, or nothing tells how many steps `train.epochs` are.
     """
     if prepared is not None:
         config = trial.resolve(config, prepared)
+        if not config.train.has_steps:
+            raise ConfigError(
+                f"train.epochs={config.train.epochs:g}: {getattr(trial, '__name__', 'the trial')} does not tell how "
+                "many samples an epoch has; give train.steps or train.tokens, or return a configuration with "
+                "train.steps from its resolve"
+            )
     return config, build_trained_layers(config, trial)
 
 

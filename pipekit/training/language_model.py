@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from pipekit.config import Config
-from pipekit.config.growth import samples_of_steps
+from pipekit.config.growth import samples_of_steps, steps_of_samples
 from pipekit.costs.example import Example, language_model_example
 from pipekit.data.collate import MapDataset
 from pipekit.data.mixture import MixedSource, Mixture, whole_weights
@@ -52,7 +53,7 @@ class LanguageModelTrial(LayersTrial):
 
     @classmethod
     def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
-        """Return the configuration with the size of the vocabulary."""
+        """Return the configuration with the size of the vocabulary, and the steps of `train.epochs`."""
         data = PreparedData.model_validate(prepared)
         changes = config.model.fit_vocabulary(data.vocab_size, tokenizer=data.tokenizer_path)
         given = getattr(config.model, "vocab_size", None)
@@ -64,6 +65,10 @@ class LanguageModelTrial(LayersTrial):
                 f"{given - data.vocab_size:,}",
                 f"{data.vocab_size:,}",
             )
+        if not config.train.has_steps and cls.build_train_dataset is LanguageModelTrial.build_train_dataset:
+            assert config.train.epochs is not None
+            num_samples = len(_build_samples(config, data.sources[0], held_out=False))
+            changes["train.steps"] = steps_of_samples(math.ceil(config.train.epochs * num_samples), config.train)
         return config.updated(changes) if changes else config
 
     @classmethod

@@ -129,7 +129,8 @@ class TensorBoardLogger(TrialCallback):
     def _write_settings(self, writer: Any) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        experiment, start, _ = hparams(_flat(self._settings), dict.fromkeys(("loss", "val_loss"), 0.0))
+        measured = dict.fromkeys(("loss", "val_loss"), 0.0)
+        experiment, start, _ = hparams(_flat(self._settings), measured)  # type: ignore[no-untyped-call]
         for summary in (experiment, start):
             writer.file_writer.add_summary(summary)
 

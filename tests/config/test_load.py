@@ -158,7 +158,8 @@ REFUSED = {
     ),
     "required key missing": (
         MODEL + "train:\n  seed: 3\n",
-        "c.yaml:2: train.steps: missing, and it has no default; for example steps: 300",
+        "c.yaml:2: train.steps: missing, and it has no default; for example steps: 300, or in its place tokens or "
+        "epochs",
     ),
     "required section missing": (
         TRAIN,

@@ -99,7 +99,7 @@ class Throughput(ShippedCallback):
     def _published_peak_flops(self) -> float | None:
         dtype = next(iter(self.context.models[0].module.parameters())).dtype
         kinds: dict[torch.dtype, MatmulFormat] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        kind = kinds.get(dtype) or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
+        kind: MatmulFormat = kinds.get(dtype) or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32")
         return device_peak_flops(self.context.device, kind)
 
 
