@@ -30,6 +30,14 @@ def command(
         str | None, typer.Option(help="Folder of the files of `--offload nvme`.", show_default=False)
     ] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree.")] = 1,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder of a Hugging Face model to train further.", show_default=False),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank of adapters to train in place of its weights.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write; stdout if left out.", show_default=False)
     ] = None,
@@ -37,7 +45,8 @@ def command(
     """Write a configuration that trains, with a comment on every key."""
     from pipekit.config.template import config_template
 
-    text = config_template(zero=zero, offload=offload.value, nvme_dir=nvme_dir, pp=pp)
+    source = None if folder is None else str(folder)
+    text = config_template(zero=zero, offload=offload.value, nvme_dir=nvme_dir, pp=pp, folder=source, lora=lora)
     if out is None:
         sys.stdout.write(text)
         return

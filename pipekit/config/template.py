@@ -18,7 +18,15 @@ _HEAD = """\
 """
 
 
-def config_template(*, zero: int = 1, offload: Offload = "none", nvme_dir: str | None = None, pp: int = 1) -> str:
+def config_template(
+    *,
+    zero: int = 1,
+    offload: Offload = "none",
+    nvme_dir: str | None = None,
+    pp: int = 1,
+    folder: str | None = None,
+    lora: int | None = None,
+) -> str:
     """Text of a YAML file that trains, with the description of each key from the schema above it.
 
     Args:
@@ -27,9 +35,11 @@ def config_template(*, zero: int = 1, offload: Offload = "none", nvme_dir: str |
             `cpu` keeps them in host memory, `nvme` in files.
         nvme_dir: folder of these files.
         pp: the pipeline-parallel degree.
+        folder: of a Hugging Face model that is trained further; None trains a small one from scratch.
+        lora: rank of adapters that are trained in place of its weights; None trains the weights.
 
     Raises:
-        ConfigError: if these do not go together.
+        ConfigError: if these do not go together, or the folder holds no model that pipekit knows.
 
     Example:
         >>> print(config_template(zero=2, offload="cpu").split("parallel:\\n")[1].split("\\n\\n")[0])
@@ -38,7 +48,11 @@ def config_template(*, zero: int = 1, offload: Offload = "none", nvme_dir: str |
     """
     if (offload == "nvme") != (nvme_dir is not None):
         raise ConfigError("--offload=nvme and --nvme-dir=DIR go together: the folder is that of its files")
+    if lora is not None and folder is None:
+        raise ConfigError(f"--lora={lora} needs a model to adapt; add --from FOLDER")
     values = _values(zero, offload, pp)
+    if folder is not None:
+        values = _from_folder(values, folder, lora)
     if nvme_dir is not None:
         values["parallel"]["nvme_dir"] = nvme_dir
     parse_config(values)
@@ -74,6 +88,23 @@ def _values(zero: int, offload: Offload, pp: int) -> dict[str, dict[str, Any]]:
         "checkpoint": {"interval": "15m", "keep": 2},
         "logging": {"interval": 10, "tensorboard": False},
     }
+
+
+def _from_folder(values: dict[str, dict[str, Any]], folder: str, lora: int | None) -> dict[str, dict[str, Any]]:
+    """Values that train the model of a folder further, at a rate that leaves it what it knows."""
+    model: dict[str, Any] = {"family": "auto", "init_from": folder}
+    longest = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 1}}).model.longest_sequence
+    adapters: dict[str, dict[str, Any]] = {} if lora is None else {"lora": {"rank": lora, "alpha": 2.0 * lora}}
+    found = {"model": model, **adapters, **values}
+    found["model"] = model
+    found["train"] = {**values["train"], "sequence_length": min(512, longest or 512)}
+    found["optimizer"] = {
+        "type": "adamw",
+        "lr": 1e-4 if lora is None else 2e-4,
+        "weight_decay": 0.1 if lora is None else 0.0,
+    }
+    found["data"] = {"source": "my_text"}
+    return found
 
 
 def _comment(description: str | None, indent: str) -> list[str]:
