@@ -246,7 +246,7 @@ def _with_rates(draft: Draft, section: Mapping[str, Any], given: Mapping[str, An
     params = _value(given, "scheduler.params")
     if not isinstance(params, Mapping):
         return dict(section)
-    filled = {}
+    filled: dict[str, Any] = {}
     for key, ours in _AUTO_OF_SCHEDULES.items():
         if params.get(key) == AUTO:
             own = draft.get(tuple(ours.split(".")))

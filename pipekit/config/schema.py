@@ -223,7 +223,8 @@ class TrainConfig(Section):
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [key]} for key in LENGTH_KEYS]})
 
     steps: Annotated[PositiveInt, at_most(10**12, "at a step a millisecond they take 30 years")] = Field(
-        default=None, examples=[300]
+        default=None,  # type: ignore[assignment]  # until they are known; see has_steps
+        examples=[300],
     )
     """Optimizer steps of the whole run. One of `steps`, `tokens` and `epochs` is needed."""
 

@@ -94,7 +94,8 @@ def _sequence_flops(decision: Decision, trial: type[LayersTrial]) -> SequenceFlo
         if length == train.sequence_length:
             return decision.model.costs_of(num_sequences)
         shorter = plan.config.model_copy(update={"train": train.model_copy(update={"sequence_length": length})})
-        model = describe_model(shorter, decision.specs, partial(trial.example, shorter), precision=plan.precision)
+        example = partial(trial.example, shorter)
+        model = describe_model(shorter, decision.specs, example, precision=plan.precision, device=plan.device)
         return model.costs_of(num_sequences)
 
     try:

@@ -13,6 +13,7 @@ from pipekit.errors import ConfigError
 from pipekit.plan.resources import Resources
 from pipekit.training.language_model import LanguageModelTrial
 from pipekit.training.prepare import prepare_run
+from pipekit.training.rates import bind_schedule
 from train_runs import pipekit, write_workspace
 
 GROWING = {
@@ -72,6 +73,18 @@ def test_a_change_takes_the_place_of_what_was_given_in_another_unit(tmp_path: Pa
     assert load_config(path).updated({"train.epochs": 2.0}).updated({"train.steps": 7}).train.epochs is None
     with pytest.raises(ConfigError, match=r"train.steps=3 and train.epochs=2.0 each say how long the training is"):
         load_config(path, ["train.steps=3", "train.epochs=2"])
+
+
+def test_a_schedule_of_deepspeed_that_is_left_to_pipekit_decays_over_the_steps_that_tokens_are() -> None:
+    params = {"total_num_steps": "auto", "warmup_num_steps": 2, "warmup_max_lr": "auto"}
+    section = {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+    by_steps, by_tokens = (
+        parse_config({"model": {"preset": "tiny"}, "train": length, "deepspeed": section})
+        for length in ({"steps": 30}, {"tokens": 30 * 8 * 128})
+    )
+    assert by_tokens.train.steps == 30
+    rates, expected = (bind_schedule(each)[0] for each in (by_tokens, by_steps))
+    assert [rates(step) for step in range(30)] == [expected(step) for step in range(30)]
 
 
 def test_epochs_become_steps_when_the_data_are_prepared(tmp_path: Path) -> None:
