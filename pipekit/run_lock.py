@@ -142,6 +142,15 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
+def seems_held(folder: Path) -> bool:
+    """True if the owner of a run's folder has touched its lock a short time ago, by the clock of this machine.
+
+    Nothing is locked for it, so that no start is disturbed.
+    """
+    touched = _touched(folder / LOCK_FILE)
+    return touched is not None and time.time() - touched / 1e9 < _STALE_S
+
+
 class _ClosesInChild:
     def __init__(self, descriptor: int) -> None:
         self.descriptor: int | None = descriptor

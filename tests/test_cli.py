@@ -30,6 +30,7 @@ NAMES = [
     "examples",
     "migrate",
     "presets",
+    "report",
     "schedule",
     "schema",
     "tune",

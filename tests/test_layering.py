@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS: dict[int, str] = {
     # 0: pure.
-    0: "errors storage line_files files run_lock progress rng signals layout settings schedules hangs partitioners "
-    "predictions",
+    0: "errors number_text storage line_files files run_lock progress rng signals layout settings schedules hangs "
+    "partitioners predictions",
     # 1: torch, no processes.
-    1: "tensors tensor_parallel layers models optimizers config data costs checkpoint plan tune inference",
+    1: "tensors tensor_parallel layers models optimizers config data costs checkpoint plan pages tune inference",
     # 2: processes.
     2: "distributed deepspeed engine step_profile evaluation training verify",
     # 3: face.

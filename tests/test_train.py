@@ -80,6 +80,18 @@ def test_a_run_leaves_what_it_promises(workspace: Path, base_run: str) -> None:
     assert json.loads(plan[0])["pp"] == 2
     assert re.search(rb'"global_batch_size": ?8', tracked)
     assert b"runs/base/checkpoints/step-00000012" in tracked
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [
+        ("start", 0),
+        ("checkpoint", 4),
+        ("checkpoint", 8),
+        ("checkpoint", 12),
+        ("end", 12),
+    ]
+    assert events[0]["text"] == "pp 2, tp 1, dp 1 on 2 ranks (cpu); 1f1b, 4 micro-batches; fp32"
+    page = (folder / "report.html").read_text()
+    assert "finished</span>, step 12 of 12" in page
+    assert all(f"{records[12][name]:.4g}" in page for name in ("loss", "val_loss"))
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["vocab_size"] == 300
     assert ranks_of("runs/base") == []
 
@@ -109,6 +121,7 @@ def test_the_console_shows_the_plan_progress_and_what_next(base_run: str) -> Non
         "tokens/s  ",
         "FLOP/s  3.07k tokens  ",
         "checkpoint  runs/base/checkpoints/step-00000012",
+        "page        runs/base/report.html",
         "pipekit generate runs/base",
         "pipekit export runs/base",
     ):
@@ -227,6 +240,9 @@ def test_a_rank_that_dies_once_leaves_no_trace_in_the_losses(workspace: Path, ba
     assert losses(workspace, "runs/dying") == losses(workspace, "runs/base")
     (record,) = [json.loads(line) for line in (workspace / "runs/dying/failures.jsonl").read_text().splitlines()]
     assert (record["rank"], record["checkpoint"]) == (1, "step-00000004")
+    events = [json.loads(line) for line in (workspace / "runs/dying/events.jsonl").read_text().splitlines()]
+    starts = [event["text"].partition("; going on from ")[2] for event in events if event["event"] == "start"]
+    assert starts == ["", "step-00000004"]
     # Nobody on another machine reaches the ranks of a run on one.
     for rank in range(2):
         addresses = (workspace / f"runs/dying/listening-{rank}").read_text().split()

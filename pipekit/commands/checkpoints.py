@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipekit.commands.number_text import bytes_text
 from pipekit.commands.shared_options import AsJson
+from pipekit.number_text import bytes_text
 
 if TYPE_CHECKING:
     from pipekit.checkpoint.combine import TensorDifference

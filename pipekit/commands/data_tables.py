@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipekit.commands.number_text import count_text
+from pipekit.number_text import count_text
 
 _BAR_WIDTH = 32
 

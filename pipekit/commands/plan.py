@@ -88,7 +88,7 @@ def command(
     loaded = read_config(config, overrides or [], trust_code=trust_code)
     report = plan_report(loaded, options)
     if html is not None:
-        from pipekit.commands.plan_page import render_html
+        from pipekit.pages.plan_page import render_html
 
         with storing(f"--html {html}"):
             html.write_text(render_html(report), encoding="utf-8")

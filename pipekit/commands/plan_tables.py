@@ -12,10 +12,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipekit.commands.number_text import bytes_text, count_text, seconds_text
+from pipekit.number_text import bytes_text, count_text, seconds_text
+from pipekit.pages.plan_page import checkpointing_text
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.report import read_plan
-from pipekit.settings.activations import read_setting
 from pipekit.training.console import print_table
 
 _WIDE = 110
@@ -165,18 +165,6 @@ def layouts_table(layouts: Sequence[Mapping[str, Any]], *, is_narrow: bool = Fal
             checkpointing_text(layout["activation_checkpointing"]),
         )
     return table
-
-
-def checkpointing_text(setting: bool | Mapping[str, Any]) -> str:
-    """Setting of activation checkpointing in a cell: yes, no, or its keys.
-
-    Example:
-        >>> checkpointing_text(False), checkpointing_text({"every": 2, "offload": True})
-        ('no', 'every=2 offload')
-    """
-    if isinstance(setting, bool):
-        return "yes" if setting else "no"
-    return str(read_setting(setting)).partition(" ")[2]
 
 
 def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:

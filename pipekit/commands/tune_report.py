@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipekit.commands.number_text import bytes_text, seconds_text
 from pipekit.commands.tune_session import TuneSession
+from pipekit.number_text import bytes_text, seconds_text
 from pipekit.training.console import print_table
 from pipekit.tune.candidates import Choice
 from pipekit.tune.search import Search

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipekit.commands.number_text import seconds_text
+from pipekit.number_text import seconds_text
 from pipekit.training.console import facts_table, print_table
 from pipekit.verify.explain import show_names
 from pipekit.verify.layouts import show_degrees

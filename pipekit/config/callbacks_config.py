@@ -147,5 +147,8 @@ class CallbacksConfig(LayersCallbacksConfig):
     tensorboard: bool = False
     """Write all metrics as TensorBoard's event files into the run folder."""
 
+    report: bool = False
+    """Keep `report.html` in the run folder up to date, the page that `pipekit report` writes."""
+
     wandb: Annotated[WandbConfig | None, switch(WandbConfig)] = Field(default=None, examples=[True])
     """Log all metrics to Weights & Biases: true, or a mapping of settings."""

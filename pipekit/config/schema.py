@@ -415,7 +415,7 @@ else:
 
 
 class LoggingConfig(Section):
-    """Logging: the console, TensorBoard, Weights & Biases."""
+    """Logging: the console, the run's page, TensorBoard, Weights & Biases."""
 
     retired_keys: ClassVar = {"profile": False}
 
@@ -427,6 +427,9 @@ class LoggingConfig(Section):
 
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
+
+    report: bool = True
+    """Keep `report.html` in the run folder up to date, the page that `pipekit report` writes."""
 
 
 if TYPE_CHECKING:
@@ -470,7 +473,7 @@ class Config(Section):
     """Saving of checkpoints, and the one to resume from."""
 
     logging: LoggingConfig = LoggingConfig()
-    """Logging: the console, TensorBoard, Weights & Biases."""
+    """Logging: the console, the run's page, TensorBoard, Weights & Biases."""
 
     profile: ProfileConfig = ProfileConfig()
     """Profile: a window of steps whose time, operations and memory are measured, by rank."""

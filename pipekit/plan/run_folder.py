@@ -40,8 +40,10 @@ class RunFolder:
         spikes: one JSON object a line for each spike of the loss.
         samples: one JSON object a line for each text that a model has generated while it was trained.
         evaluations: one JSON object a line for each evaluation on other texts and on tasks.
+        events: one JSON object a line for each start, checkpoint, warning, return to a checkpoint, and end.
         failures: one JSON object a line for each rank that was lost or hung.
         records: all of these files of JSON lines.
+        report: the run's page.
         logs: logs of the ranks, `rank-<rank>.log`.
         profile: pictures of what each rank of the pipeline does when.
         schedule: the pipeline's table, as a CSV file.
@@ -57,8 +59,10 @@ class RunFolder:
         self.spikes = self.path / "spikes.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.events = self.path / "events.jsonl"
         self.failures = self.path / "failures.jsonl"
-        self.records = (self.metrics, self.spikes, self.samples, self.evaluations, self.failures)
+        self.records = (self.metrics, self.spikes, self.samples, self.evaluations, self.events, self.failures)
+        self.report = self.path / "report.html"
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"
@@ -119,7 +123,7 @@ def check_run_folder(folder: RunFolder) -> None:
             raise ConfigError(
                 f"{what} is a file, and a run needs a folder of that name; remove it, or give another run.dir"
             )
-    for path in (folder.config, folder.plan, folder.schedule, *folder.records):
+    for path in (folder.config, folder.plan, folder.schedule, folder.report, *folder.records):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(
                 f"{path} is no file, and a run writes one of that name; remove it, or give another run.dir"
@@ -213,7 +217,7 @@ def _remove_other_start(folder: RunFolder, config: Config) -> None:
     profiled = ("step-*.*", "actions.*", "flops.json", "timeline.json", "memory-rank-*.*", "trace-rank-*.json")
     others = [path for pattern in profiled for path in folder.profile.glob(pattern)]
     others += [*folder.tensorboard.glob("events.out.tfevents.*")]
-    for path in (folder.plan, *folder.records, *logs, *others):
+    for path in (folder.plan, folder.report, *folder.records, *logs, *others):
         if path.is_file():
             path.unlink()
 

@@ -192,6 +192,7 @@ class ConsoleProgress(TrialCallback):
         self._console = console
         self._interval = interval
         self._folder = RunFolder(plan.config.run.dir)
+        self._has_page = plan.config.logging.report
         self._num_steps = plan.config.train.steps
         self._model, self._adapts = plan.config.model, plan.config.lora.rank is not None
         self._has_tokenizer = "tokenizer_path" in plan.prepared
@@ -306,6 +307,7 @@ class ConsoleProgress(TrialCallback):
             *((f"source {name}", _show_source(values)) for name, values in self._sources.items()),
             ("checkpoint", str(result.checkpoint)),
             ("metrics", str(self._folder.metrics)),
+            *([("page", str(self._folder.report))] if self._has_page else []),
             ("logs", str(self._folder.logs)),
         )
         print_table(files, self._console)

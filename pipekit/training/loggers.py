@@ -1,10 +1,11 @@
-"""Loggers: callbacks that write metrics into `metrics.jsonl`, to Weights & Biases, TensorBoard, and the log."""
+"""Loggers: callbacks that write metrics and events into the run folder, to trackers, and to the log."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config import Config, WandbConfig
@@ -60,6 +61,58 @@ class MetricsFile(TrialCallback):
     def on_trial_shutdown(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class EventsFile(TrialCallback):
+    """Writes `events.jsonl`: one object a line for each start, checkpoint, warning, return to a checkpoint, and end.
+
+    Unlike metrics, the events of earlier starts stay, whatever step a run goes on from.
+
+    Args:
+        folder: the run's files.
+        warn: called with a message where lines cannot be written.
+        about_start: layout and precision of this start, in words.
+    """
+
+    def __init__(self, folder: RunFolder, warn: Callable[[str], None], about_start: str) -> None:
+        self._path, self._warn, self._about_start = folder.events, warn, about_start
+        self._file: LineFile | None = None
+        self._step = 0
+        self._is_training = False
+
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        self._step, self._is_training = first_batch_idx, True
+        origin = "" if checkpoint_uuid is None else f"; going on from {checkpoint_uuid}"
+        self._note("start", f"{self._about_start}{origin}")
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self._step = step
+
+    def on_warning(self, message: str) -> None:
+        self._note("warning", message)
+
+    def on_rollback(self, batch: int) -> None:
+        self._note("rollback", f"back to step {batch}")
+        self._step = batch
+
+    def on_checkpoint_upload_end(self, uuid: str) -> None:
+        self._note("checkpoint", uuid)
+
+    def on_training_end(self, result: TrialResult) -> None:
+        self._is_training = False
+        self._note("end", "")
+
+    def on_trial_shutdown(self) -> None:
+        if self._is_training:
+            self._note("stop", "")
+        if self._file is not None:
+            self._file.close()
+
+    def _note(self, event: str, text: str) -> None:
+        if self._file is None:
+            self._file = LineFile(self._path, self._warn)
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._file.write(json.dumps({"time": time, "step": self._step, "event": event, "text": text}) + "\n")
 
 
 class TrialLog(TrialCallback):

@@ -35,9 +35,10 @@ from pipekit.tensors.fp32_products import fp32_products
 from pipekit.training.console import ConsoleProgress, chatter_to, make_console, show_plan
 from pipekit.training.layers_run import LayersRun
 from pipekit.training.layers_trial import LayersTrial
-from pipekit.training.loggers import MetricsFile, WandbLogger, plan_facts
+from pipekit.training.loggers import EventsFile, MetricsFile, WandbLogger, plan_facts
 from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.run_context import RunContext
+from pipekit.training.shipped.report import ReportFile
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_loop import TrialResult
 
@@ -202,7 +203,10 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
         progress = ConsoleProgress(console, plan, interval=config.logging.interval)
         try:
             _check_tokenizer(trial)
-            callbacks += [MetricsFile(folder, progress.on_warning)]
+            callbacks += [
+                MetricsFile(folder, progress.on_warning),
+                EventsFile(folder, progress.on_warning, _about(plan)),
+            ]
             if config.logging.wandb is not None:
                 settings = {**config.model_dump(mode="json"), "plan": plan_facts(plan)}
                 callbacks.append(WandbLogger(config.logging.wandb, folder, settings))
@@ -211,6 +215,8 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
         if not is_watched:
             show_plan(plan, console)
         callbacks.append(progress)
+        if config.logging.report:
+            callbacks.append(ReportFile(folder, progress.on_warning))
     raise_together(error)
     heartbeat = HeartbeatThread(
         mpu.activity,
@@ -227,6 +233,14 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
         run = LayersRun(trial)
         run.context.terminal, run.context.started_s = terminal, started_s
         return run.fit(callbacks)
+
+
+def _about(plan: Plan) -> str:
+    """Layout, schedule and precision of a start, in words."""
+    layout, schedule = plan.layout, plan.schedule
+    ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''} ({plan.device})"
+    table = f"; {schedule.name}, {schedule.num_micro_batches} micro-batches" if layout.pp > 1 else ""
+    return f"pp {layout.pp}, tp {layout.tp}, dp {layout.dp} on {ranks}{table}; {plan.precision}"
 
 
 def _check_tokenizer(trial: LayersTrial) -> None:

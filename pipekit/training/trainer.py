@@ -20,7 +20,7 @@ from pipekit.plan.run_folder import RunFolder, check_run_folder
 from pipekit.run_lock import hold_run
 from pipekit.settings.duration import parse_duration
 from pipekit.training.context import TrialContext
-from pipekit.training.loggers import MetricsFile, TensorBoardLogger, TrialLog
+from pipekit.training.loggers import EventsFile, MetricsFile, TensorBoardLogger, TrialLog
 from pipekit.training.periods import Batch, Period
 from pipekit.training.shipped import build_shipped_callbacks
 from pipekit.training.trial import Trial, check_trial, has_evaluation
@@ -129,6 +129,7 @@ class Trainer:
                 shipped=run_together(lambda: build_shipped_callbacks(self.trial, evaluates=evaluates)),
                 here=[
                     MetricsFile(folder, self.context.warn),
+                    EventsFile(folder, self.context.warn, self._about()),
                     TrialLog(),
                     TensorBoardLogger(self.context, self.context.get_experiment_config()),
                 ]
@@ -151,6 +152,11 @@ class Trainer:
         held.enter_context(hold_run(folder.path))
         check_run_folder(folder)
         remove_leftovers(folder.checkpoints)
+
+    def _about(self) -> str:
+        """Layout of this start, in words."""
+        layout = self.context.models[0].mpu.layout
+        return f"pp {layout.pp}, tp {layout.tp}, dp {layout.dp} on {self.context.distributed.size} ranks"
 
     def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:
         """Heartbeat of this rank, written to the log folder for hang reports; none if there is only one rank."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gloo_workers import GlooWorkers
+from html_pages import Page
 from pipekit.errors import PipekitError
 from pipekit.tensors.host_memory import resident_bytes
 from pipekit.training.context import TrialContext
@@ -34,6 +35,7 @@ ALL = {
     "text_samples": {"prompts": ["a", "ü"]},
     "loss_curve": {"file": "curves.svg", "metrics": ["loss", "val_error"]},
     "tensorboard": True,
+    "report": True,
     "wandb": {"project": "mine"},
 }
 
@@ -140,6 +142,11 @@ def test_all_of_them_switched_on_together(gloo: GlooWorkers, tmp_path: Path) -> 
     )
 
     assert "</svg>" in (tmp_path / "curves.svg").read_text()
+    page = Page((tmp_path / "report.html").read_text())
+    assert [each["title"] for each in page.charts][:2] == ["Loss", "Learning rate"]
+    assert [record["text"] for record in samples[-2:]] == [text for text in page.texts if text in ("a!", "ü!")][:2][
+        ::-1
+    ]
     assert read_curves(tmp_path / "metrics.jsonl", ["loss"]) == {
         "loss": ([1, 2, 3, 4], [record["loss"] for record in trained])
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipekit.commands.number_text import bytes_text, count_text, seconds_text
+from pipekit.number_text import bytes_text, count_text, seconds_text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Pages of HTML about plans and runs, which open offline in any browser."""
