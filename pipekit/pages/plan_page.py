@@ -47,8 +47,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         >>> device = {"name": "h100", "memory_bytes": 80e9, "usable_bytes": 74.5e9}
         >>> page = render_html({"parameters": 124e6, "layout": {"pp": 1}, "device": device, "step_time_s": 0.5,
         ...     "tokens_per_s": 1e5, "tflops_per_device": 300.0, "bubble_fraction": 0.0, "stages": []})
-        >>> "<dd>124.0 M</dd>" in page, "https:" in page.replace("https://www.chartjs.org", "")
-        (True, False)
+        >>> "<dd>124.0 M</dd>" in page
+        True
     """
     timeline = timeline_chart(_rows(report), title="timeline of a step") if any(_rows(report)) else None
     memory = _memory(report) if report["stages"] else None

@@ -39,7 +39,8 @@ def _environment() -> Environment:
     forms |= {"figure": "{:.4g}".format, "percent": lambda share: f"{100 * share:.3g} %"}
     for name, form in forms.items():
         environment.filters[name] = lambda number, form=form: "-" if number is None else form(number)
-    scripts = [files("pipekit.pages").joinpath("templates", name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    templates = files("pipekit.pages") / "templates"
+    scripts = [(templates / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     environment.globals["scripts"] = scripts
     environment.globals["checksums"] = [
         base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
