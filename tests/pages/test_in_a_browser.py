@@ -34,7 +34,8 @@ def test_nothing_is_cut_or_overlaps_at_any_width_in_light_and_dark(tmp_path: Pat
     assert done.returncode in (0, 1), done.stderr
     results = json.loads(out.read_text())
     assert {(each["width"], each["scheme"]) for each in results} == {
-        (width, scheme) for width in (360, 800, 1280) for scheme in ("light", "dark")
+        *((width, scheme) for width in (360, 800, 1280) for scheme in ("light", "dark")),
+        (720, "paper"),
     }
     assert [each for each in results if each["faults"]] == []
     assert max(each["bytes"] for each in results) < 2e6
