@@ -1,4 +1,4 @@
-"""`pipekit schedule`: a pipeline schedule, proved, simulated and drawn."""
+"""`pipekit schedule`: pipeline schedules, proved, simulated and drawn."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import typer
 
 
 def command(
-    name: Annotated[
-        str, typer.Argument(help="gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-v, auto, or a CSV file.", show_default=False)
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-v, auto, or a CSV file; several are drawn together.",
+            show_default=False,
+        ),
     ],
     pp: Annotated[int, typer.Option(min=1, max=1024, help="Pipeline ranks.")] = 4,
     micro_batches: Annotated[int, typer.Option(min=1, max=65536, help="Micro-batches of a step.")] = 8,
@@ -35,20 +39,21 @@ def command(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw the timeline into this .svg or .png file.", show_default=False),
+        typer.Option(help="Draw the timelines into this .svg or .png file.", show_default=False),
     ] = None,
 ) -> None:
-    """Show who does what when: plan a pipeline schedule, prove that it runs, and simulate a step."""
+    """Show who does what when: plan pipeline schedules, prove that they run, and simulate a step."""
     from pipekit.errors import ConfigError
     from pipekit.schedules import draw
     from pipekit.schedules.catalog import default_stages_per_rank, plan_schedule
     from pipekit.schedules.csv_file import write_csv
-    from pipekit.schedules.simulate import Costs, simulate
+    from pipekit.schedules.simulate import Costs, Timeline, simulate
     from pipekit.schedules.validate import validate
 
-    per_rank = stages_per_rank or default_stages_per_rank(name)
+    if csv is not None and len(names) > 1:
+        raise ConfigError(f"--csv {csv} holds one table, and {len(names)} schedules are given; name one of them")
     try:
-        forward_s, inputs_s, weights_s = (float(cost) / 1000 / per_rank for cost in costs.split(","))
+        forward_s, inputs_s, weights_s = (float(cost) / 1000 for cost in costs.split(","))
         if not all(0 <= cost < math.inf for cost in (forward_s, inputs_s, weights_s)):
             raise ValueError
     except ValueError:
@@ -56,27 +61,31 @@ def command(
             f"--costs {costs} must be three numbers, the milliseconds of a forward, an input gradient and a weight "
             "gradient; for example 10,12,8"
         ) from None
-    stage_costs = Costs.uniform(
-        pp * per_rank,
-        forward_s=forward_s,
-        input_gradient_s=inputs_s,
-        weight_gradient_s=weights_s,
-        transfer_s=transfer / 1000,
-    )
-    schedule = plan_schedule(
-        name,
-        pp=pp,
-        num_micro_batches=micro_batches,
-        stages_per_rank=stages_per_rank,
-        costs=stage_costs,
-        max_in_flight=max_in_flight,
-    )
-    validate(schedule)
-    timeline = simulate(schedule, stage_costs)
-    if csv is not None:
-        write_csv(schedule, csv)
+    timelines: dict[str, Timeline] = {}
+    for name in dict.fromkeys(names):
+        per_rank = stages_per_rank or default_stages_per_rank(name)
+        stage_costs = Costs.uniform(
+            pp * per_rank,
+            forward_s=forward_s / per_rank,
+            input_gradient_s=inputs_s / per_rank,
+            weight_gradient_s=weights_s / per_rank,
+            transfer_s=transfer / 1000,
+        )
+        schedule = plan_schedule(
+            name,
+            pp=pp,
+            num_micro_batches=micro_batches,
+            stages_per_rank=stages_per_rank,
+            costs=stage_costs,
+            max_in_flight=max_in_flight,
+        )
+        validate(schedule)
+        timelines[schedule.name] = timeline = simulate(schedule, stage_costs)
+        if csv is not None:
+            write_csv(schedule, csv)
+        peaks = ", ".join(str(schedule.peak_in_flight(rank)) for rank in range(pp))
+        unit = "micro-batches" if per_rank == 1 else f"micro-batches of one stage, of {per_rank} on each rank"
+        title = f"{schedule.name}\n" if len(names) > 1 else ""
+        typer.echo(f"{title}{draw.draw_text(timeline)}\nin flight at most, rank by rank: {peaks} ({unit})")
     if picture is not None:
-        draw.draw_picture(picture, {schedule.name: timeline})
-    peaks = ", ".join(str(schedule.peak_in_flight(rank)) for rank in range(pp))
-    unit = "micro-batches" if per_rank == 1 else f"micro-batches of one stage, of {per_rank} on each rank"
-    typer.echo(f"{draw.draw_text(timeline)}\nin flight at most, rank by rank: {peaks} ({unit})")
+        draw.draw_picture(picture, timelines)

@@ -78,6 +78,7 @@ def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
     if path.suffix not in (".svg", ".png"):
         raise PipekitError(f"{path}: a picture ends in .svg or .png")
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -103,7 +104,8 @@ def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
     # A fixed date and fixed names: the same timelines give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=110, metadata=metadata)
+    with rc_context({"svg.hashsalt": "pipekit"}):
+        figure.savefig(path, dpi=110, metadata=metadata)
 
 
 def _draw_rows(axes: Axes, timeline: Timeline, scale: float, *, inches_per_s: float) -> None:

@@ -52,6 +52,12 @@ def test_an_svg_holds_every_micro_batch(tmp_path: Path, monkeypatch: pytest.Monk
     assert {"rank 0", "rank 1"} <= set(texts)
 
 
+def test_the_same_timelines_give_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        draw_picture(tmp_path / f"{name}.svg", {"simulated": TIMELINE})
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
 def test_numbers_stand_out_on_their_boxes() -> None:
     assert [ink_on(colour) for colour in ("#56B4E9", "#009E73", "#3C7EA3", "#006F50")] == ["#1A1A1A"] * 2 + [
         "white"
