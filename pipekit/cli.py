@@ -47,6 +47,7 @@ def version(
     # DeepSpeed's launcher adds this to the command; the environment says the same.
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
+    """Version of pipekit, printed where `--version` asks for it."""
     if show:
         from importlib.metadata import version as installed_version
 

@@ -92,6 +92,7 @@ class LossyOutput(RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
+        """Write bytes, or count those that cannot be written; return their number either way."""
         content = bytes(data)
         if self._num_lost:
             content = f"({self._num_lost} bytes of output are lost: they could not be written)\n".encode() + content

@@ -1,0 +1,1 @@
+"""Checkpoints: the manifest and tensor files, reading, averaging, repairing and converting them."""

@@ -1,0 +1,1 @@
+"""The names of other frameworks for what pipekit does."""

@@ -280,6 +280,7 @@ class OptimizerView:
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
+        """Optimizer of torch's that updates the weights or their masters."""
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 

@@ -24,13 +24,17 @@ _READ_S = 10.0
 class Store(Protocol):
     """Keys and values that all ranks share, such as torch's `TCPStore`."""
 
-    def set(self, key: str, value: str) -> None: ...
+    def set(self, key: str, value: str) -> None:
+        """Set the value of a key."""
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str) -> bytes:
+        """Return the value of a key, and wait for one that is not there yet."""
 
-    def add(self, key: str, amount: int) -> int: ...
+    def add(self, key: str, amount: int) -> int:
+        """Add to the number of a key, and return the sum."""
 
-    def check(self, keys: list[str]) -> bool: ...
+    def check(self, keys: list[str]) -> bool:
+        """Return True if all of the keys have values."""
 
 
 def tell_from_first_rank(

@@ -1,0 +1,1 @@
+"""Pipeline module, schedule executor and engines, with saving and loading of their states."""

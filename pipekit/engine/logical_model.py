@@ -45,14 +45,17 @@ class WholeModel:
         self.seed = torch.initial_seed()
 
     def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Yield `(name, parameter, True)` for each parameter of the module."""
         for name, parameter in self._module.named_parameters():
             yield name, parameter, True
 
     def named_logical_buffers(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield `(name, buffer, True)` for each persistent buffer of the module."""
         for name, buffer in persistent_buffers(self._module):
             yield name, buffer, True
 
     def description(self) -> dict[str, Any]:
+        """Return the name of the module's class."""
         return {"module": type(self._module).__name__}
 
 

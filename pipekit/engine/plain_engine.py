@@ -76,6 +76,7 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
             return super().deepspeed_io(dataset, *args, **options)
 
     def allreduce_gradients(self, *args: Any, **options: Any) -> None:
+        """Sum the gradients over the replicas, as DeepSpeed's engine asks for it."""
         with self._asked_by_deepspeed():
             super().allreduce_gradients(*args, **options)
 
@@ -84,6 +85,7 @@ class PlainEngine(BaseEngine, DeepSpeedEngine):  # type: ignore[misc]
             return super().forward(*inputs, **options)
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> Any:
+        """Do the backward of a loss; the last one of a step also reduces the gradients."""
         if not self.view.param_groups:
             raise PipekitError(
                 "this engine has no optimizer and only evaluates; give initialize(optimizer=...), or an optimizer in "

@@ -77,9 +77,11 @@ class ZeroEngine(TrainingEngine, DeepSpeedEngine):  # type: ignore[misc]
     # `Diagnostics` does what these ask for, under both engines; DeepSpeed would do it a second time.
 
     def wall_clock_breakdown(self) -> bool:
+        """False: timing is the affair of `Diagnostics`."""
         return False
 
     def flops_profiler_enabled(self) -> bool:
+        """False: counting operations is the affair of `Diagnostics`."""
         return False
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:

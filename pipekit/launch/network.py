@@ -48,6 +48,7 @@ def own_address(host: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
+    """Name of this machine's network interface that has an IPv4 address; None where there is none, or it is unknown."""
     if sys.platform != "linux":
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

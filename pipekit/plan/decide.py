@@ -36,11 +36,14 @@ from pipekit.schedules import plan_schedule, validate
 class TrialType(Protocol):
     """The class of a trial, as far as planning needs it; see `pipekit.LayersTrial`."""
 
-    def resolve(self, config: Config, prepared: Mapping[str, Any]) -> Config: ...
+    def resolve(self, config: Config, prepared: Mapping[str, Any]) -> Config:
+        """Return the configuration with the sizes that follow from the data."""
 
-    def build_layers(self, config: Config) -> list[LayerSpec]: ...
+    def build_layers(self, config: Config) -> list[LayerSpec]:
+        """Return the model."""
 
-    def example(self, config: Config, micro_batch_size: int) -> Example | None: ...
+    def example(self, config: Config, micro_batch_size: int) -> Example | None:
+        """Example inputs and labels of one micro-batch; None where there are none."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Done:
         self._result = result
 
     def wait(self) -> Tensor:
+        """Return the result."""
         return self._result
 
 

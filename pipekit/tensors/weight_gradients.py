@@ -144,6 +144,7 @@ class OuterProduct:
         return torch.mm(*self._factors())
 
     def add_to(self, gradient: Tensor) -> None:
+        """Add the product to a gradient `(O, I)` in place."""
         gradient.addmm_(*self._factors())
 
 

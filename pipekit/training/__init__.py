@@ -1,0 +1,1 @@
+"""Trials, the training loop, callbacks and loggers."""
