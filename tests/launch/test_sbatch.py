@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -10,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from fork_server import run_pipekit
+from pipekit.cli import app
 from pipekit.errors import LaunchError
 from pipekit.launch.sbatch import BatchJob, batch_script
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Starts as many tasks as the batch script says, each with its place, and ends with their highest exit code.
 SRUN = """#!/bin/bash
@@ -176,3 +182,43 @@ def test_a_submitted_script_trains(cluster: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps" in (cluster / "job.out").read_text()
     assert "job ended: 0" in (cluster / "job.out").read_text()
+
+
+def page_scripts() -> tuple[str, str, str]:
+    """The command of the page on several machines, the script that it writes, and a script of one's own."""
+    page = (ROOT / "docs/multi-node.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^pipekit slurm .*$", page, flags=re.MULTILINE)
+    written, own = re.findall(r"```bash\n(#!.*?)```", page, flags=re.DOTALL)
+    return command, written, own
+
+
+def test_the_page_shows_the_script_that_its_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, written, _ = page_scripts()
+    planning = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    (tmp_path / "gpt2-xl.yaml").write_text(planning.partition("```yaml\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    _, slurm, *options = (word for word in shlex.split(command) if word != "--submit")
+    assert CliRunner().invoke(app, [slurm, "--python", "/home/me/venv/bin/python", *options]).exit_code == 0
+    script = (tmp_path / "runs/gpt2-xl/job.sbatch").read_text()
+    assert script.replace(str(tmp_path), "/home/me/project") == written
+
+
+def test_the_script_of_ones_own_starts_torchrun_as_torch_reads_it(cluster: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
+    stand_ins = {"srun": 'exec "$@"', "scontrol": "printf 'node01\\nnode02\\n'", "torchrun": "printf '%s\\n' \"$@\""}
+    for name, text in stand_ins.items():
+        (cluster / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (cluster / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[01-02]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", "-eu"],
+        input=page_scripts()[2],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **slurm},
+        check=True,
+    )
+    read = get_args_parser().parse_args(done.stdout.splitlines())
+    assert (read.nnodes, read.nproc_per_node, read.rdzv_endpoint) == ("2", "8", "node01:29500")
+    assert (read.module, read.training_script, read.training_script_args[0]) == (True, "pipekit", "train")
