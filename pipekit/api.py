@@ -88,7 +88,8 @@ def plan(
         devices: compare every layout over so many; None keeps the configuration's.
         device: what each rank computes on, such as "h100"; None takes what is present.
         device_files: YAML files with devices of your own.
-        max_tp: largest tensor-parallel degree to compare; None compares those of a node of GPUs.
+        max_tp: largest tensor-parallel degree to compare; None keeps one of the configuration above 1, and otherwise
+            compares those of a node of GPUs.
         measure: whether to time the layers on this machine.
         trial: a trial, in place of `run.trial`.
         trust_code: see `train`.

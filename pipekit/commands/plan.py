@@ -60,7 +60,8 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Largest tensor-parallel degree to compare; on GPUs those of a node if left out.",
+            help="Largest tensor-parallel degree to compare. If left out, one above 1 in the configuration is kept, or "
+            "those of a node of GPUs are compared.",
             show_default=False,
         ),
     ] = None,
@@ -113,7 +114,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     """
     from pipekit.partitioners import compare_partitions
     from pipekit.plan.decide import build_specs, decide_run
-    from pipekit.plan.search import search
+    from pipekit.plan.search import search, tp_degrees
     from pipekit.predictions.prediction import predict
     from pipekit.predictions.report import report
     from pipekit.training.prepare import load_trial
@@ -145,10 +146,12 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     prepared = trial.prepare(config, tell) if needs_data else None
     if compares:
         config, specs = build_specs(config, trial, prepared)
-        # What `parallel: auto` would choose has none, and what the configuration has is always among them.
-        usual = 1 if config.parallel.auto or not is_gpu else device.devices_per_node
-        max_tp = options.max_tp or max(usual, config.parallel.tp)
-        model, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, max_tp=max_tp)
+        if options.max_tp is None and config.parallel.tp > 1:
+            tp = [config.parallel.tp]  # which the user has chosen
+        else:
+            # What `parallel: auto` would choose has none.
+            tp = tp_degrees(options.max_tp or (1 if config.parallel.auto or not is_gpu else number), device)
+        model, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, tp=tp)
         found = report(result.ranked[0], device, model.layer_names, result)
         return {**found, "steps": config.train.steps, **_whole_run(result.ranked[0], options)}
     decision = decide_run(config, trial, resources, prepared=prepared, on_progress=tell)

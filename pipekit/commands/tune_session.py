@@ -181,7 +181,7 @@ def open_session(
     with ending_at_once(lambda: "nothing was measured yet"):
         from pipekit.plan.decide import build_specs
         from pipekit.plan.device import present_device
-        from pipekit.plan.search import search
+        from pipekit.plan.search import search, tp_degrees
         from pipekit.training.prepare import load_trial
 
         trial = load_trial(config)
@@ -195,7 +195,7 @@ def open_session(
             num_devices=number,
             device=device,
             is_gpu=bool(resources.num_gpus),
-            max_tp=max(max_tp, values.get("parallel.tp", 1)),
+            tp=tp_degrees(max(max_tp, values.get("parallel.tp", 1)), device),
             zero=ZERO_STAGES,
             num_ranked=10_000,
         )

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from pipekit.plan.decide import TrialType
 
 
+def tp_degrees(largest: int, device: Device) -> list[int]:
+    """Tensor-parallel degrees to compare: powers of 2 up to a largest one, within a node.
+
+    Example:
+        >>> from pipekit.predictions.devices import find_device
+        >>> tp_degrees(16, find_device("h100")), tp_degrees(3, find_device("h100"))
+        ([1, 2, 4, 8], [1, 2])
+    """
+    return [2**power for power in range(min(largest, device.devices_per_node).bit_length())]
+
+
 def search(
     config: Config,
     specs: Sequence[LayerSpec],
@@ -29,7 +40,7 @@ def search(
     num_devices: int,
     device: Device,
     is_gpu: bool,
-    max_tp: int = 1,
+    tp: Sequence[int] = (1,),
     zero: Sequence[int] | None = None,
     num_ranked: int = 10,
 ) -> tuple[PlannedModel, SearchResult]:
@@ -42,7 +53,7 @@ def search(
         num_devices: devices to fill.
         device: what each rank computes on.
         is_gpu: whether that is a GPU, which computes in bf16 where the configuration does not say.
-        max_tp: largest tensor-parallel degree.
+        tp: tensor-parallel degrees; those that cannot share out the heads are left out.
         zero: ZeRO stages; unless given 0 and 1, and on GPUs also 2 and 3, which are for layouts without a pipeline, as
             far as the rules of the configuration let them.
         num_ranked: how many of the best to return.
@@ -61,11 +72,8 @@ def search(
     if zero is None:
         zero = _zero_stages(config) if is_gpu else (0, 1)
     stages = [each for each in zero if each >= least_zero]
-    degrees, heads = [1], config.model.attention_heads
-    while heads is not None and 2 * degrees[-1] <= min(max_tp, device.devices_per_node):
-        if heads.fault(2 * degrees[-1]):
-            break
-        degrees.append(2 * degrees[-1])
+    heads = config.model.attention_heads
+    degrees = [each for each in tp if each == 1 or (heads is not None and not heads.fault(each))] or [1]
     batch_size = config.train.global_batch_size
     given = config.train.activation_checkpointing
     checkpointing = (None, ActivationCheckpointing()) if given is None else (given,)

@@ -141,9 +141,10 @@ def test_zero_stages_that_are_compared(
         (PlanOptions(num_devices=4, device="h100"), [], [1, 2, 4]),
         (PlanOptions(num_devices=4, device="h100", max_tp=1), [], [1]),
         (PlanOptions(num_devices=4, device="cpu"), [], [1]),
-        (PlanOptions(num_devices=4, device="cpu"), ["parallel.tp=2"], [1, 2]),
+        (PlanOptions(num_devices=4, device="cpu"), ["parallel.tp=2"], [2]),
+        (PlanOptions(num_devices=4, device="h100", max_tp=4), ["parallel.tp=2"], [1, 2, 4]),
     ],
-    ids=["a node of GPUs", "as told", "CPUs", "that of the configuration"],
+    ids=["a node of GPUs", "as told", "CPUs", "that of the configuration", "more than it"],
 )
 def test_tensor_parallel_degrees_that_are_compared(
     path: Path, options: PlanOptions, overrides: list[str], degrees: list[int], monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> Config:
 def plan(config: Config) -> SearchResult:
     specs = LanguageModelTrial.build_layers(config)
     options: dict[str, Any] = {"num_devices": 2, "device": find_device("cpu"), "is_gpu": False}
-    return search(config, specs, LanguageModelTrial, **options, max_tp=2, zero=ZERO_STAGES, num_ranked=10_000)[1]
+    return search(config, specs, LanguageModelTrial, **options, tp=[1, 2], zero=ZERO_STAGES, num_ranked=10_000)[1]
 
 
 def test_candidates_share_the_batch_and_differ_in_what_is_tuned(config: Config) -> None:
