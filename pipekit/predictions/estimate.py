@@ -107,7 +107,15 @@ class Estimator:
         behind_s += update_s(parameters, cluster, precision=precision, zero=plan.zero, offload=offload)
         forward_s, pattern = _pattern_of(plan, costs)
         compute_s = plan.num_micro_batches * max(rank_s) + forward_s * pattern.bubble
-        compute_s += sharding_s(parameters, costs, plan.num_micro_batches, cluster, precision=precision, zero=plan.zero)
+        compute_s += sharding_s(
+            parameters,
+            costs,
+            plan.num_micro_batches,
+            cluster,
+            precision=precision,
+            zero=plan.zero,
+            offload=offload,
+        )
         per_parameter = bytes_per_parameter(
             precision=precision,
             zero=plan.zero,

@@ -139,15 +139,23 @@ def _gather_s(num_bytes: float, cluster: Cluster) -> float:
 
 
 def sharding_s(
-    parameters: int, costs: Costs, num_micro_batches: int, cluster: Cluster, *, precision: Precision, zero: int
+    parameters: int,
+    costs: Costs,
+    num_micro_batches: int,
+    cluster: Cluster,
+    *,
+    precision: Precision,
+    zero: int,
+    offload: Offload = "none",
 ) -> float:
     """Seconds of a step in which a rank without a pipeline waits for what ZeRO 2 and 3 send in every micro-batch.
 
     Both reduce the gradients of every micro-batch while its backward runs; the last reduction is `reduction_s`. ZeRO-3
     also gathers the weights for the forward and again for the backward, a message at a time: it fetches those of a
     layer when the layer is about to run, and how much of that it hides is not known, so all of it is waited for.
+    Offloaded weights come from the host, or from files, before that.
     """
-    if zero < 2 or cluster.layout.dp == 1:
+    if zero < 2:
         return 0.0
     backward_s = sum(costs.input_gradient_s) + sum(costs.weight_gradient_s)
     reduced_s = reduction_s(parameters, cluster, precision=precision, zero=zero)
@@ -155,6 +163,11 @@ def sharding_s(
     if zero == 3:
         number = max(1, -(-parameters // BUCKET_ELEMENTS))
         gathered_s = number * _gather_s(parameters * BYTES_PER_ELEMENT[precision] / number, cluster)
+        shard_bytes = parameters * BYTES_PER_ELEMENT[precision] / cluster.layout.dp
+        if offload in ("parameters", "nvme"):
+            gathered_s += shard_bytes / cluster.device.host_link
+        if offload == "nvme":
+            gathered_s += shard_bytes / cluster.device.nvme_bandwidth
     return 2 * num_micro_batches * gathered_s + (num_micro_batches - 1) * max(0.0, reduced_s - backward_s)
 
 
@@ -337,7 +350,9 @@ def step_times(
     busy = [sum(span.end_s - span.start_s for span in spans) for spans in timeline.spans]
     per_micro_batch = [seconds / schedule.num_micro_batches for seconds in busy]
     longer_s = more * max(max(per_micro_batch), _growth_s(timeline, shorter, costs))
-    longer_s += sharding_s(sum(stage_parameters), costs, num_micro_batches, cluster, precision=precision, zero=zero)
+    longer_s += sharding_s(
+        sum(stage_parameters), costs, num_micro_batches, cluster, precision=precision, zero=zero, offload=offload
+    )
     done_s = longest_update_s = 0.0
     for rank, spans in enumerate(timeline.spans):
         last = {span.action.stage: span for span in spans}

@@ -127,6 +127,18 @@ def test_zero_2_and_3_wait_for_what_is_sent_in_every_micro_batch(zero: int, wait
     assert found == pytest.approx(waits_s)
 
 
+@pytest.mark.parametrize(
+    ("offload", "each_s"), [("optimizer", 0), ("parameters", 2000 / 500), ("nvme", 2000 / 500 + 2000 / 250)]
+)
+def test_offloaded_weights_are_fetched_for_every_forward_and_backward(offload: Offload, each_s: float) -> None:
+    costs = Costs.uniform(1, forward_s=12, input_gradient_s=17, weight_gradient_s=17)
+    cluster = Cluster(device(host_link=500, nvme_bandwidth=250), Layout(dp=2))
+    kept, fetched = (
+        sharding_s(1000, costs, 3, cluster, precision="fp32", zero=3, offload=place) for place in ("none", offload)
+    )
+    assert fetched - kept == pytest.approx(6 * each_s)
+
+
 def test_stages_take_their_operations_or_what_was_measured() -> None:
     layers = [layer(100), layer(300, passed_bytes=40), replace(layer(), forward_s=5.0)]
     cluster = Cluster(device(), Layout(pp=2))
