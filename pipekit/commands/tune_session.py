@@ -37,6 +37,7 @@ _LEFT_OUT: dict[str, Any] = {
     "checkpoint.resume": "never",
     "logging.wandb": None,
     "logging.tensorboard": False,
+    "logging.trackio": None,
     "profile.steps": 0,
 }
 

@@ -235,6 +235,7 @@ def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[
         "checkpoint.resume": "never",
         "logging.wandb": None,
         "logging.tensorboard": False,
+        "logging.trackio": None,
         "profile.steps": 0,
     }
     if config.train.precision not in ("fp32", "auto"):

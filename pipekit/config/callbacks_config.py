@@ -103,6 +103,19 @@ class WandbConfig(Section):
     """`auto` is online where an account is logged in, and offline otherwise."""
 
 
+class TrackioConfig(Section):
+    """Logging to trackio."""
+
+    project: str = Field(default="pipekit", min_length=1, examples=["pipekit"])
+    """Project of the run."""
+
+    name: str | None = Field(default=None, examples=["my-run"])
+    """Name of the run; null takes that of the run folder."""
+
+    space: str | None = Field(default=None, examples=["my-name/my-runs"])
+    """Space of the Hugging Face Hub; null keeps the metrics on this machine."""
+
+
 class LayersCallbacksConfig(Section):
     """Callbacks of a run of layers that ship with pipekit, beside those of `logging`; `key: true` switches one on."""
 
@@ -146,6 +159,9 @@ class CallbacksConfig(LayersCallbacksConfig):
 
     tensorboard: bool = False
     """Write all metrics as TensorBoard's event files into the run folder."""
+
+    trackio: Annotated[TrackioConfig | None, switch(TrackioConfig)] = Field(default=None, examples=[True])
+    """Log all metrics to trackio: true, or a mapping of settings."""
 
     report: bool = False
     """Keep `report.html` in the run folder up to date, the page that `pipekit report` writes."""

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipekit.config.callbacks_config import LayersCallbacksConfig, WandbConfig
+from pipekit.config.callbacks_config import LayersCallbacksConfig, TrackioConfig, WandbConfig
 from pipekit.config.data_config import DataConfig
 from pipekit.config.growth import steps_of_tokens
 from pipekit.config.growth_config import BatchWarmupConfig, CurriculumConfig, LayerDropConfig
@@ -415,7 +415,7 @@ else:
 
 
 class LoggingConfig(Section):
-    """Logging: the console, the run's page, TensorBoard, Weights & Biases."""
+    """Logging: the console, the run's page, TensorBoard, trackio, Weights & Biases."""
 
     retired_keys: ClassVar = {"profile": False}
 
@@ -427,6 +427,9 @@ class LoggingConfig(Section):
 
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
+
+    trackio: Annotated[TrackioConfig | None, switch(TrackioConfig)] = Field(default=None, examples=[True])
+    """Log to trackio: true, false, or a mapping of settings."""
 
     report: bool = True
     """Keep `report.html` in the run folder up to date, the page that `pipekit report` writes."""
@@ -473,7 +476,7 @@ class Config(Section):
     """Saving of checkpoints, and the one to resume from."""
 
     logging: LoggingConfig = LoggingConfig()
-    """Logging: the console, the run's page, TensorBoard, Weights & Biases."""
+    """Logging: the console, the run's page, TensorBoard, trackio, Weights & Biases."""
 
     profile: ProfileConfig = ProfileConfig()
     """Profile: a window of steps whose time, operations and memory are measured, by rank."""

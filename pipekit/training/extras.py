@@ -10,6 +10,8 @@ from pipekit.errors import ConfigError
 _EXTRAS = {
     "logging.tensorboard": ("tensorboard", "tensorboard"),
     "callbacks.tensorboard": ("tensorboard", "tensorboard"),
+    "logging.trackio": ("trackio", "trackio"),
+    "callbacks.trackio": ("trackio", "trackio"),
     "callbacks.loss_curve": ("matplotlib", "plot"),
     "callbacks.lm_eval": ("lm_eval", "eval"),
 }

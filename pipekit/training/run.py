@@ -39,6 +39,7 @@ from pipekit.training.loggers import EventsFile, MetricsFile, WandbLogger, plan_
 from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.run_context import RunContext
 from pipekit.training.shipped.report import ReportFile
+from pipekit.training.shipped.trackio import TrackioLogger
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_loop import TrialResult
 
@@ -207,9 +208,11 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
                 MetricsFile(folder, progress.on_warning),
                 EventsFile(folder, progress.on_warning, _about(plan)),
             ]
+            settings = {**config.model_dump(mode="json"), "plan": plan_facts(plan)}
             if config.logging.wandb is not None:
-                settings = {**config.model_dump(mode="json"), "plan": plan_facts(plan)}
                 callbacks.append(WandbLogger(config.logging.wandb, folder, settings))
+            if config.logging.trackio is not None:
+                callbacks.append(TrackioLogger(config.logging.trackio, folder, settings))
         except PipekitError as failure:
             error = failure
         if not is_watched:

@@ -37,6 +37,7 @@ ALL = {
     "tensorboard": True,
     "report": True,
     "wandb": {"project": "mine"},
+    "trackio": {"project": "ours"},
 }
 
 
@@ -80,6 +81,8 @@ def switch_all_on(rank: int, folder: str) -> dict[str, Any]:
         Settings=dict,
         api=SimpleNamespace(api_key=None),
     )
+    tracked = Recorder()
+    sys.modules["trackio"] = SimpleNamespace(init=lambda **options: runs.append(options) or tracked)  # type: ignore[assignment, func-returns-value]
     trial = configured(folder, Telling, ALL)
     terminal = trial.context.terminal = io.StringIO()
     own_bytes = resident_bytes()
@@ -90,7 +93,8 @@ def switch_all_on(rank: int, folder: str) -> dict[str, Any]:
         "logged": recorder.logged,
         "summary": recorder.summary,
         "finished": recorder.has_finished,
-        "opened": [(run["project"], run["mode"], run["config"]["callbacks"]["wandb"]["project"]) for run in runs],
+        "opened": [(run["project"], run.get("mode"), run["config"]["callbacks"]["wandb"]["project"]) for run in runs],
+        "tracked": (tracked.logged, tracked.has_finished, [run.get("resume") for run in runs]),
     }
 
 
@@ -123,8 +127,10 @@ def test_all_of_them_switched_on_together(gloo: GlooWorkers, tmp_path: Path) -> 
         {"step": step, "prompt": prompt, "text": f"{prompt}!"} for step in (0, 2, 4) for prompt in ("a", "ü")
     ]
 
-    assert first["opened"] == [("mine", "offline", "mine")]
+    assert sorted(first["opened"]) == [("mine", "offline", "mine"), ("ours", None, "mine")]
     assert first["logged"] == records
+    assert first["tracked"][:2] == (records, True)
+    assert "never" in first["tracked"][2]
     summary = first["summary"]
     assert (summary["checkpoint"], summary["steps"]) == (str(tmp_path / "checkpoints" / "step-00000004"), 4)
     assert summary["val_error"] == records[-1]["val_error"]

@@ -1,0 +1,86 @@
+"""Trackio: all metrics of a training, in a file of this machine or in a Space of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from pipekit.config.callbacks_config import TrackioConfig
+from pipekit.plan.run_folder import RunFolder
+from pipekit.training.shipped.shipped_callback import ShippedCallback
+from pipekit.training.trial_callbacks import TrialCallback
+
+if TYPE_CHECKING:
+    from pipekit.training.context import TrialContext
+
+
+class TrackioLogger(TrialCallback):
+    """Logs to trackio, which keeps a run by its project and its name; `trackio show` opens its dashboard.
+
+    A training that goes on from a checkpoint goes on in the run of that name.
+
+    Args:
+        config: the project, the name and the Space.
+        folder: the run's files.
+        settings: the configuration and the plan to show there.
+    """
+
+    def __init__(self, config: TrackioConfig, folder: RunFolder, settings: dict[str, Any]) -> None:
+        self._config, self._folder, self._settings = config, folder, settings
+        self._run: Any = None
+
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        self._run = start_trackio(
+            self._config, self._folder, config=self._settings, resume="allow" if first_batch_idx else "never"
+        )
+
+    def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log(metrics, step=step)
+
+    def on_trial_shutdown(self) -> None:
+        if self._run is not None:
+            with _silence():
+                self._run.finish()
+
+
+class Trackio(ShippedCallback, TrackioLogger):
+    """Logs all metrics by their batch, from the first rank.
+
+    Args:
+        context: the trial's.
+        settings: the project, the name and the Space.
+    """
+
+    def __init__(self, context: TrialContext, settings: TrackioConfig | None = None) -> None:
+        ShippedCallback.__init__(self, context)
+        TrackioLogger.__init__(self, settings or TrackioConfig(), context.folder, context.get_experiment_config())
+
+    def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
+        if self.is_first:
+            super().on_trial_startup(first_batch_idx, checkpoint_uuid)
+
+
+def start_trackio(place: TrackioConfig, folder: RunFolder, **options: Any) -> Any:
+    """Return the run of trackio that belongs to a run folder."""
+    import trackio
+
+    with _silence():
+        return trackio.init(
+            project=place.project,
+            name=place.name or folder.path.absolute().name,
+            space_id=place.space,
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+            **options,
+        )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    # It greets on stdout, where the progress line is.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
