@@ -99,7 +99,7 @@ def test_every_dependency_is_used_and_every_import_is_a_dependency() -> None:
                     imported.add((node.module or "").partition(".")[0])
     distributions = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
     # Of the optional ones, TensorBoard is imported through torch.
-    optional = {"matplotlib", "lm_eval"}
+    optional = {"matplotlib", "lm_eval", "trackio"}
     assert optional <= imported
     third_party = imported - set(sys.stdlib_module_names) - {"pipekit"} - optional
     assert {distributions.get(name, name) for name in third_party} == names
