@@ -294,7 +294,8 @@ def documented_sections() -> Iterator[tuple[str, dict[str, Any]]]:
             shared = TransformerFamily.model_fields.keys()
             yield name, {key: facts for key, facts in keys.items() if key in shared and key != "family"}
             yield keys["family"]["default"], {key: facts for key, facts in keys.items() if key not in shared}
-    yield "logging", schema["$defs"]["WandbConfig"]["properties"]
+    for tracker in ("WandbConfig", "TrackioConfig"):
+        yield "logging", schema["$defs"][tracker]["properties"]
 
 
 @pytest.mark.parametrize(
