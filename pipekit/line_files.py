@@ -6,11 +6,17 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
+from datetime import datetime, timezone
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from pipekit.storage import find_storage_error, storage_error, storing
+
+
+def utc_now() -> str:
+    """The present second in UTC, in ISO format, as records of a run have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class LineFile:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipekit.errors import PathError, PipekitError, StorageError
+from pipekit.number_text import bytes_text
 
 _FAULTS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", "make room there, or use another folder"),
@@ -40,19 +41,6 @@ _NEED_A_PATH = {errno.EACCES, errno.EPERM, errno.EIO}
 
 # safetensors tells the system's error in its text ("... (os error 28)"), and so does torch ("... (28)").
 _CODE_IN_TEXT = re.compile(r"\b(?:code: |os error )(\d+)|\((\d+)\)$")
-
-
-def show_bytes(num_bytes: float) -> str:
-    """Return a size for people.
-
-    Example:
-        >>> show_bytes(1_234_567), show_bytes(12)
-        ('1.2 MB', '12 bytes')
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes:.0f} bytes"
 
 
 def existing_folder(path: Path) -> Path:
@@ -107,9 +95,9 @@ def find_storage_error(
     what, remedy = _FAULTS[number]
     room = ""
     if path is not None and number in (errno.ENOSPC, errno.EDQUOT):
-        needed = f"{show_bytes(needed_bytes)} to be written, " if needed_bytes else ""
+        needed = f"{bytes_text(needed_bytes)} to be written, " if needed_bytes else ""
         with contextlib.suppress(OSError):
-            room = f" ({needed}{show_bytes(free_bytes(Path(path)))} free)"
+            room = f" ({needed}{bytes_text(free_bytes(Path(path)))} free)"
     return StorageError(f"{path or 'a file'}: cannot be {doing}: {what}{room}; {remedy}")
 
 

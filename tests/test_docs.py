@@ -383,7 +383,7 @@ def test_docstring_examples(name: str) -> None:
 
 
 def undocumented(module: ModuleType) -> list[str]:
-    """Return what is public in a module and has no docstring; methods may have that of the class they override."""
+    """Public names of a module without a docstring; methods may have that of the class they override."""
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     named = {name: value for name, value in own.items() if getattr(value, "__name__", None) == name and name[0] != "_"}
     missing = [name for name, value in named.items() if not value.__doc__]

@@ -44,6 +44,7 @@ MAY_ALSO_IMPORT = {
     "pipekit.data.tokenizer_conversion": {"huggingface_hub"},
     "pipekit.schedules.draw": {"matplotlib"},
     "pipekit.training.shipped.loss_curve": {"matplotlib"},
+    "pipekit.training.shipped.trackio": {"trackio"},
     "pipekit.tune.lr_range": {"matplotlib"},
     # An extra, which nothing else needs.
     "pipekit.evaluation.harness": {"lm_eval"},

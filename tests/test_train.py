@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_promises(workspace: Path, base_run: str) -> None:
         ("checkpoint", 12),
         ("end", 12),
     ]
-    assert events[0]["text"] == "pp 2, tp 1, dp 1 on 2 ranks (cpu); 1f1b, 4 micro-batches; fp32"
+    assert events[0]["text"] == "pp=2 x dp=1 x tp=1 on cpu; 1f1b, 4 micro-batches; fp32"
     page = (folder / "report.html").read_text()
     assert "finished</span>, step 12 of 12" in page
     assert all(f"{records[12][name]:.4g}" in page for name in ("loss", "val_loss"))
@@ -119,7 +119,7 @@ def test_the_console_shows_the_plan_progress_and_what_next(base_run: str) -> Non
         "embed, position, blocks.0",
         "step 12/12  loss",
         "tokens/s  ",
-        "FLOP/s  3.07k tokens  ",
+        "FLOP/s  3.1 k tokens  ",
         "checkpoint  runs/base/checkpoints/step-00000012",
         "page        runs/base/report.html",
         "pipekit generate runs/base",

@@ -163,7 +163,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
 
 
 def parse_tokens(text: str) -> int:
-    """Return a number of tokens as it is typed.
+    """Number of tokens from text such as 300B.
 
     Raises:
         ConfigError: if it is no number of tokens.

@@ -30,26 +30,13 @@ class WeightPartitioner:
     """
 
     def __init__(self, deepspeed_config: Mapping[str, Any], mpu: ModelParallelUnit) -> None:
-        self._config, _ = take_nvme_path(deepspeed_config)
+        self.config, _ = take_nvme_path(deepspeed_config)
         self._mpu = DeepSpeedMPU(mpu)
-        self._dtype = _weight_dtype(self._config)
+        self._dtype = _weight_dtype(self.config)
         self._first: Any = None  # a parameter that knows how to cut others
         self.linear = F.linear
         use_joined_processes()
         number_from_zero()
-
-    def check(self, deepspeed_config: Mapping[str, Any]) -> None:
-        """Check that an engine's configuration cuts weights in the same way.
-
-        Raises:
-            ConfigError: if it has another ZeRO stage, another type of weights, or keeps them elsewhere.
-        """
-        cut, given = _describe(self._config), _describe(take_nvme_path(deepspeed_config)[0])
-        if cut != given:
-            raise ConfigError(
-                f"PipelineModule(deepspeed_config=...) has cut the weights for {cut}, and the engine's configuration "
-                f"asks for {given}; give both the same configuration"
-            )
 
     def partition(self, module: nn.Module) -> None:
         """Cut the weights of a module that are still whole."""
@@ -66,7 +53,7 @@ class WeightPartitioner:
                     module=module,
                     data_parallel_group=self._mpu.get_data_parallel_group(),  # type: ignore[attr-defined]
                     dtype=self._dtype,
-                    config_dict_or_path=self._config,
+                    config_dict_or_path=self.config,
                     mpu=self._mpu,
                 )
                 # A function of DeepSpeed's own, which keeps no whole weight for the backward.
@@ -74,6 +61,20 @@ class WeightPartitioner:
             self._first = whole[0]
         for parameter in whole:
             parameter.data = parameter.data.new_empty(1).expand(whole_shape(parameter))
+
+
+def check_same_partition(cut: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Check that an engine's configuration cuts weights as the one with which they were cut.
+
+    Raises:
+        ConfigError: if it has another ZeRO stage, another type of weights, or keeps them elsewhere.
+    """
+    before, now = (_describe(take_nvme_path(config)[0]) for config in (cut, given))
+    if before != now:
+        raise ConfigError(
+            f"PipelineModule(deepspeed_config=...) has cut the weights for {before}, and the engine's configuration "
+            f"asks for {now}; give both the same configuration"
+        )
 
 
 def free_shapes(module: nn.Module) -> None:

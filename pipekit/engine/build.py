@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipekit.deepspeed.weight_partitioner import check_same_partition
 from pipekit.engine.base_engine import GradientObserver
 from pipekit.engine.engine import PipelineEngine
 from pipekit.engine.module import PipelineModule
@@ -32,7 +33,7 @@ def build_engine(
             another configuration.
     """
     if module.partitioner is not None:
-        module.partitioner.check(deepspeed_config)
+        check_same_partition(module.partitioner.config, deepspeed_config)
     stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     kind: type[TrainingEngine] = ZeroEngine if stage >= 2 else PipelineEngine
     engine = kind(module, deepspeed_config=deepspeed_config, **settings)

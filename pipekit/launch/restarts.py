@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipekit.errors import CheckpointError, ExitCode, PipekitError
 from pipekit.launch.environment import RankEnvironment
 from pipekit.launch.failures import RankError
 from pipekit.launch.worker import error_file_from
+from pipekit.line_files import utc_now
 from pipekit.signals import ending_at_once
 
 # Mistakes, numbers and full disks would be the same again.
@@ -111,7 +111,7 @@ def _phase(error: PipekitError) -> str:
 def _record(error: PipekitError, file: Path, number: int, checkpoint: str | None, outcome: str) -> None:
     failure = error.failure if isinstance(error, RankError) else None
     record = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": utc_now(),
         "failure": number,
         "kind": error.exit_code.name.lower(),
         "rank": None if failure is None else failure.rank,

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from pipekit.files import write_atomically
+from pipekit.line_files import utc_now
 from pipekit.number_text import seconds_text
 from pipekit.pages.charts import bars_height, line, rank_names, timeline_chart
 from pipekit.pages.render import render
-from pipekit.pages.run_record import Event, RunRecord, now
+from pipekit.pages.run_record import Event, RunRecord
 from pipekit.pages.thin import thin, trend
 from pipekit.plan.train_result import Series
+from pipekit.settings.dotted import dotted_items
 from pipekit.storage import storing
 
 _KNOWN: dict[str, tuple[str, str]] = {
@@ -67,7 +69,7 @@ def render_run_page(records: Sequence[RunRecord]) -> str:
         "run.html",
         records=records,
         title=", ".join(record.name for record in records),
-        written=_when(now()),
+        written=_when(utc_now()),
         facts=[_facts(record) for record in records],
         curves=charts,
         timelines=timelines,
@@ -289,15 +291,10 @@ def _numbers(values: Any) -> str:
 
 def _differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Keys whose values are not the same in the configurations of all runs, with the values."""
-    flat = [dict(_leaves(record.config)) for record in records]
+    flat = [
+        {key: "null" if value is None else str(value) for key, value in dotted_items(record.config)}
+        for record in records
+    ]
     keys = {key: None for each in flat for key in each}
     rows = [(key, [each.get(key, "-") for each in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and key != "run.dir"]
-
-
-def _leaves(section: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{place}{key}.")
-        else:
-            yield f"{place}{key}", "null" if value is None else str(value)

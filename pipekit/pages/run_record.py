@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 from pipekit.checkpoint.manifest import list_checkpoints
 from pipekit.errors import ConfigError
 from pipekit.pages.charts import TimedAction
-from pipekit.plan.run_folder import RunFolder
+from pipekit.plan.run_folder import RunFolder, read_objects
 from pipekit.plan.train_result import TrainResult
 from pipekit.run_lock import seems_held
 from pipekit.storage import storing
@@ -155,16 +154,7 @@ def _mapping(text: str, parse: Any) -> Mapping[str, Any]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; other lines, such as a last one that was cut short, are passed over."""
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, RecursionError):
-            record = json.loads(text)
-            if isinstance(record, dict):
-                found.append(record)
-    return found
+    return [record for _, record in read_objects(path)] if path.is_file() else []
 
 
 def _events(folder: RunFolder) -> list[Event]:
@@ -224,8 +214,3 @@ def _memory_peaks(folder: RunFolder) -> dict[int, int]:
                 yield int(path.stem.rpartition("-")[2]), max(num_bytes for _, num_bytes in pairs)
 
     return dict(sorted(peaks()))
-
-
-def now() -> str:
-    """The present second in UTC, in ISO format."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

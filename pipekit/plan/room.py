@@ -7,9 +7,10 @@ from pathlib import Path
 from pipekit.checkpoint.manifest import list_checkpoints
 from pipekit.costs.model import find_optimizer_states
 from pipekit.errors import StorageError
+from pipekit.number_text import bytes_text
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
-from pipekit.storage import free_bytes, show_bytes, storing
+from pipekit.storage import free_bytes, storing
 
 _FP32_BYTES = 4
 
@@ -35,7 +36,7 @@ def check_room(plan: Plan) -> str | None:
     one = checkpoint_bytes(plan)
     if one > free:
         raise StorageError(
-            f"{where}: has no room for a checkpoint, which takes {show_bytes(one)}, and {show_bytes(free)} are free; "
+            f"{where}: has no room for a checkpoint, which takes {bytes_text(one)}, and {bytes_text(free)} are free; "
             "make room there, or use another folder"
         )
     # An older one goes when the new one is whole.
@@ -43,7 +44,7 @@ def check_room(plan: Plan) -> str | None:
     if needed * one <= free:
         return None
     return (
-        f"{where}: has room for {free // one} of the {needed} checkpoints of {show_bytes(one)} that "
+        f"{where}: has room for {free // one} of the {needed} checkpoints of {bytes_text(one)} that "
         f"checkpoint.keep={'null' if keep is None else keep} asks for, one that is being written included "
-        f"({show_bytes(free)} free); make room there, or set checkpoint.keep lower"
+        f"({bytes_text(free)} free); make room there, or set checkpoint.keep lower"
     )

@@ -236,13 +236,13 @@ def read_plan(path: Path) -> Plan:
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Lines of a file of JSON lines that are records with a step, and the records; other lines are passed over."""
+    return [(line, record) for line, record in read_objects(path) if isinstance(record.get("step"), int)]
+
+
+def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines of a file of JSON lines that are objects, and the objects; other lines are passed over."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = _read_json(lines)
-    return [
-        (line, record)
-        for line, record in zip(lines, records, strict=True)
-        if isinstance(record, dict) and isinstance(record.get("step"), int)
-    ]
+    return [(line, value) for line, value in zip(lines, _read_json(lines), strict=True) if isinstance(value, dict)]
 
 
 def _read_json(lines: Sequence[str]) -> list[Any]:

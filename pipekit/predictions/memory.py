@@ -22,6 +22,7 @@ from pipekit.predictions.model_states import (
     OptimizerStates,
     bytes_per_parameter,
     model_states,
+    offloads_weights,
 )
 from pipekit.schedules import Action, Costs, Schedule, Timeline
 from pipekit.schedules.operations import POSTED_AHEAD, Operation, most_posted, plan_operations
@@ -178,7 +179,7 @@ def memory_limit(
     Options are those of `peak_memory`; costs are for one micro-batch. `frozen_parameters` are counts, one a layer.
     """
     frozen = frozen_parameters or [0] * len(costs.layers)
-    is_away = zero == 3 and offload in ("parameters", "nvme")
+    is_away = offloads_weights(offload, zero)
     frozen_bytes = 0 if is_away else BYTES_PER_ELEMENT[precision] / (dp if zero == 3 else 1)
     per_parameter = bytes_per_parameter(precision=precision, zero=zero, dp=dp, states=optimizer_states, offload=offload)
     in_flight = schedule.peak_of_stages()

@@ -134,9 +134,14 @@ def model_states(
         moved += copied * ((precision != "fp32") + accumulates)
     if zero < 2:
         kept = replace(kept, gradients=BYTES_PER_ELEMENT[precision] * sum(flat))
-    if zero == 3 and offload != "optimizer":
+    if offloads_weights(offload, zero):
         moved, kept = moved + found.weights, replace(kept, weights=0)
     return replace(kept, files=moved) if offload == "nvme" else replace(kept, host=moved)
+
+
+def offloads_weights(offload: Offload, zero: int) -> bool:
+    """True if the weights are offloaded too, which ZeRO 3 alone allows."""
+    return zero == 3 and offload in ("parameters", "nvme")
 
 
 def bytes_per_parameter(

@@ -12,7 +12,7 @@ from pipekit.predictions.devices import Device, Link, MatmulFormat
 from pipekit.predictions.elements import BYTES_PER_ELEMENT, Precision
 from pipekit.predictions.kernels import LayerWork, memory_s, work_s
 from pipekit.predictions.layer_costs import LayerCosts, ModelCosts
-from pipekit.predictions.model_states import Offload
+from pipekit.predictions.model_states import Offload, offloads_weights
 from pipekit.schedules import Costs, Schedule, Timeline, simulate
 
 Pass = Literal["forward", "input_gradient", "weight_gradient", "recomputed"]
@@ -164,7 +164,7 @@ def sharding_s(
         number = max(1, -(-parameters // BUCKET_ELEMENTS))
         gathered_s = number * _gather_s(parameters * BYTES_PER_ELEMENT[precision] / number, cluster)
         shard_bytes = parameters * BYTES_PER_ELEMENT[precision] / cluster.layout.dp
-        if offload in ("parameters", "nvme"):
+        if offloads_weights(offload, zero):
             gathered_s += shard_bytes / cluster.device.host_link
         if offload == "nvme":
             gathered_s += shard_bytes / cluster.device.nvme_bandwidth

@@ -20,9 +20,9 @@ from pipekit.config.growth import describe_batch
 from pipekit.costs.sequence_flops import show_flops_per_s
 from pipekit.line_files import LossyOutput
 from pipekit.models.custom import CustomModelConfig
+from pipekit.number_text import bytes_text, count_text
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder
-from pipekit.storage import show_bytes
 from pipekit.training.step_line import LinePart, StepLine, show_time
 from pipekit.training.trial_callbacks import TrialCallback
 
@@ -267,9 +267,9 @@ class ConsoleProgress(TrialCallback):
             elif "flops_per_s" in metrics:
                 parts.append(LinePart(show_flops_per_s(metrics["flops_per_s"]), 9))
             if "tokens" in metrics:
-                parts.append(LinePart(f"{show_count(metrics['tokens'])} tokens", 11))
+                parts.append(LinePart(f"{count_text(metrics['tokens'])} tokens", 11))
             if "peak_memory_bytes" in metrics:
-                parts.append(LinePart(show_bytes(metrics["peak_memory_bytes"]), 10))
+                parts.append(LinePart(bytes_text(metrics["peak_memory_bytes"]), 10))
         if self._val_loss is not None:
             parts.append(LinePart(f"val loss {self._val_loss:.4f}", _KEPT_LEAVE_OUT))
         if self._mean_wait >= _TOLD_WAIT:
@@ -344,19 +344,6 @@ def describe_finished(run_dir: Path, step: int, num_steps: int) -> str:
         f"{run_dir} has trained {step} of {num_steps} steps already; set train.steps higher to go on, or run.dir to "
         "start another run"
     )
-
-
-def show_count(number: float) -> str:
-    """Return a large number for people.
-
-    Example:
-        >>> [show_count(number) for number in (512, 81_920, 1_500_000, 2.25e12)]
-        ['512', '81.9k', '1.5M', '2.25T']
-    """
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def _show_source(metrics: Mapping[str, float]) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config import Config, WandbConfig
 from pipekit.errors import StorageError
-from pipekit.line_files import LineFile
+from pipekit.line_files import LineFile, utc_now
 from pipekit.plan.plan import Plan
 from pipekit.plan.run_folder import RunFolder, trim_records
+from pipekit.settings.dotted import dotted_items
 from pipekit.storage import storing
 from pipekit.training.trial_callbacks import TrialCallback
 
@@ -111,8 +111,7 @@ class EventsFile(TrialCallback):
     def _note(self, event: str, text: str) -> None:
         if self._file is None:
             self._file = LineFile(self._path, self._warn)
-        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._file.write(json.dumps({"time": time, "step": self._step, "event": event, "text": text}) + "\n")
+        self._file.write(json.dumps({"time": utc_now(), "step": self._step, "event": event, "text": text}) + "\n")
 
 
 class TrialLog(TrialCallback):
@@ -183,7 +182,7 @@ class TensorBoardLogger(TrialCallback):
         from torch.utils.tensorboard.summary import hparams
 
         measured = dict.fromkeys(("loss", "val_loss"), 0.0)
-        experiment, start, _ = hparams(_flat(self._settings), measured)  # type: ignore[no-untyped-call]
+        experiment, start, _ = hparams(_hyperparameters(self._settings), measured)  # type: ignore[no-untyped-call]
         for summary in (experiment, start):
             writer.file_writer.add_summary(summary)
 
@@ -226,20 +225,15 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names, as numbers, switches and texts.
+def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by dotted keys, as numbers, switches and texts.
 
     Example:
-        >>> _flat({"train": {"steps": 3, "ema": None}, "data": {"source": ["a", "b"]}})
+        >>> _hyperparameters({"train": {"steps": 3, "ema": None}, "data": {"source": ["a", "b"]}})
         {'train.steps': 3, 'train.ema': 'None', 'data.source': "['a', 'b']"}
     """
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
+    kept = (bool, int, float, str)
+    return {key: value if isinstance(value, kept) else str(value) for key, value in dotted_items(settings)}
 
 
 def log_evaluation(folder: RunFolder, config: Config, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

@@ -38,7 +38,6 @@ from pipekit.training.layers_trial import LayersTrial
 from pipekit.training.loggers import EventsFile, MetricsFile, WandbLogger, plan_facts
 from pipekit.training.prepare import load_trial, prepare_run
 from pipekit.training.run_context import RunContext
-from pipekit.training.shipped.report import ReportFile
 from pipekit.training.shipped.trackio import TrackioLogger
 from pipekit.training.trial_callbacks import TrialCallback
 from pipekit.training.trial_loop import TrialResult
@@ -219,6 +218,9 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
             show_plan(plan, console)
         callbacks.append(progress)
         if config.logging.report:
+            # Other ranks need no templates.
+            from pipekit.training.shipped.report import ReportFile
+
             callbacks.append(ReportFile(folder, progress.on_warning))
     raise_together(error)
     heartbeat = HeartbeatThread(
@@ -241,9 +243,8 @@ def _train(trial: LayersTrial, terminal: TextIO, started_s: float, *, is_watched
 def _about(plan: Plan) -> str:
     """Layout, schedule and precision of a start, in words."""
     layout, schedule = plan.layout, plan.schedule
-    ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''} ({plan.device})"
     table = f"; {schedule.name}, {schedule.num_micro_batches} micro-batches" if layout.pp > 1 else ""
-    return f"pp {layout.pp}, tp {layout.tp}, dp {layout.dp} on {ranks}{table}; {plan.precision}"
+    return f"{layout} on {plan.device}{table}; {plan.precision}"
 
 
 def _check_tokenizer(trial: LayersTrial) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipekit.storage import show_bytes
+from pipekit.number_text import bytes_text
 
 # What is shorter, and what takes a smaller share of the time between saves, is no trouble.
 _LEAST_S, _LARGEST_SHARE = 3.0, 0.1
@@ -48,7 +48,7 @@ class SlowSaves:
         if stood_s < _LEAST_S or stood_s <= _LARGEST_SHARE * passed_s:
             return None
         num_bytes = count_bytes()
-        what = show_bytes(num_bytes) if num_bytes else "a checkpoint"
+        what = bytes_text(num_bytes) if num_bytes else "a checkpoint"
         speed = f" ({num_bytes / 1e6 / self.write_s:,.0f} MB/s)" if num_bytes and self.write_s else ""
         times = f"{stood_s:.1f} of the last {passed_s:.1f} s"
         return f"training stood still for {times} to save {what}{speed}; {remedy}"

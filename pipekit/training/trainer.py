@@ -155,8 +155,7 @@ class Trainer:
 
     def _about(self) -> str:
         """Layout of this start, in words."""
-        layout = self.context.models[0].mpu.layout
-        return f"pp {layout.pp}, tp {layout.tp}, dp {layout.dp} on {self.context.distributed.size} ranks"
+        return f"{self.context.models[0].mpu.layout} on {self.context.device.type}"
 
     def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:
         """Heartbeat of this rank, written to the log folder for hang reports; none if there is only one rank."""

@@ -60,8 +60,8 @@ def test_speed_totals_and_memory_are_told_where_they_are_known(progress: Console
     progress.on_metrics(4, metrics(**known))
     progress.on_metrics(8, metrics(**known, mfu=0.4278))
     on_cpu, on_gpu = stream.getvalue().splitlines()
-    assert "12,346 tokens/s  6.28 GFLOP/s  1.5M tokens  28.4 GB  ETA" in on_cpu
-    assert "12,346 tokens/s  MFU 42.8%  1.5M tokens  28.4 GB  ETA" in on_gpu
+    assert "12,346 tokens/s  6.28 GFLOP/s  1.5 M tokens  28.4 GB  ETA" in on_cpu
+    assert "12,346 tokens/s  MFU 42.8%  1.5 M tokens  28.4 GB  ETA" in on_gpu
 
 
 def test_an_evaluated_step_has_a_line_and_the_others_keep_its_loss(

@@ -23,7 +23,7 @@ METRICS = [
     LinePart("lr 1.00e-03", 3),
     LinePart("12,346 tokens/s", 8),
     LinePart("MFU 42.8%", 9),
-    LinePart("1.5M tokens", 11),
+    LinePart("1.5 M tokens", 11),
     LinePart("28.4 GB", 10),
     LinePart("val loss 2.4000", 2),
     LinePart("waited for data: 11% of the step", 5),
@@ -71,7 +71,7 @@ def test_totals_and_rates_are_left_out_first_and_step_loss_and_eta_never_are() -
     assert all(later <= earlier for earlier, later in itertools.pairwise(left)), "narrower never shows more"
     order = [next(iter(gone)) for before, after in itertools.pairwise(left) if (gone := before - after)]
     assert order == [
-        *("1.5M tokens", "28.4 GB", "MFU 42.8%", "12,346 tokens/s"),
+        *("1.5 M tokens", "28.4 GB", "MFU 42.8%", "12,346 tokens/s"),
         *("waited for data: 11% of the step", "lr 1.00e-03", "val loss 2.4000"),
     ]
     assert line.fit(20) == "5/10 loss 2.5000 ETA 1:15"
