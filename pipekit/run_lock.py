@@ -166,7 +166,12 @@ def _acquire(folder: Path, stale_s: float) -> int:
     """Return the descriptor of the folder's lock, which is held."""
     path = folder / LOCK_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if any(os.path.lexists(each) and not each.is_dir() for each in (folder, *folder.parents)):
+                raise
+            continue  # it was there, and another owner's end has removed it
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # another owner's end has removed the folder

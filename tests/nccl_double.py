@@ -112,6 +112,7 @@ class LateWork:
         self.what = f"operation {len(group.works)} of the ranks {group.ranks}, {what},"
         self.rank = dist.get_rank()
         self.outputs = list(outputs)
+        self.poisoned = [(output, _copy(output)) for output, _ in outputs]
         self.ended = threading.Event()
         self.error: Exception | None = None
 
@@ -133,10 +134,12 @@ class LateWork:
             raise RuntimeError(f"{self} has not ended in time, behind {current.what}")
         if self.error is not None:
             raise RuntimeError(f"{self} failed: {self.error}") from self.error
+        for output, before in self.poisoned:
+            self.group.check(self, output, before)
         with torch.no_grad():
             for output, result in self.outputs:
                 output.detach().copy_(result)
-        self.outputs = []
+        self.outputs, self.poisoned = [], []
         return True
 
 
@@ -188,18 +191,22 @@ class LateGroup(dist.ProcessGroup):
               inputs: Sequence[Tensor] = ()) -> LateWork:  # fmt: skip
         for output, _ in outputs:
             poison(output)
-        posted = [(tensor, _copy(tensor)) for tensor in (*(output for output, _ in outputs), *inputs)]
+        posted = [(tensor, _copy(tensor)) for tensor in inputs]
 
         def check_and_run(work: LateWork) -> None:
             for tensor, before in posted:
-                if not _same(tensor, before):
-                    self._report(work, f"had its {_shape(tensor)} written to before it had ended")
+                self.check(work, tensor, before)
             run(work)
 
         work = LateWork(self, what, outputs)
         self.works.append(work)
         self._tasks.put((work, check_and_run))
         return work
+
+    def check(self, work: LateWork, tensor: Tensor, before: Tensor) -> None:
+        """Report a tensor that is not as it was."""
+        if not _same(tensor, before):
+            self._report(work, f"had its {_shape(tensor)} written to before it had ended")
 
     def _report(self, work: LateWork, fault: str | None) -> None:
         if fault is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,6 +51,8 @@ def misuse(rank: int, how: str) -> None:
     if how == "size":
         work = dist.isend(buffer, 1) if rank == 0 else dist.irecv(torch.zeros(3), 0)
     elif how == "early":
+        # A send waits for its receive, which comes when the buffer has been written to.
+        time.sleep(0.2 * rank)
         work = dist.isend(buffer, 1) if rank == 0 else dist.irecv(buffer, 0)
         buffer.zero_()
     else:

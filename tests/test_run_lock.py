@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,25 @@ def test_a_file_in_its_way_and_a_folder_that_cannot_be_written(tmp_path: Path, m
     with pytest.raises(StorageError, match="the file system is read-only"), hold_run(tmp_path / "run"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, left = Path.mkdir, [2]
+
+    def make_late(path: Path, *arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:  # another owner's end has removed it between mkdir and the look at what was in its way
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", make_late)
+    with hold_run(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_FILE).is_file()
+    monkeypatch.undo()
+    for name, path in (("lost", tmp_path / "lost"), ("parent", tmp_path / "parent" / "run")):
+        (tmp_path / name).symlink_to("nowhere")
+        with pytest.raises(ConfigError, match="is a file, or leads through one"), hold_run(path):
+            pass
 
 
 def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,20 +169,20 @@ def _decide(config: Config, resources: Resources) -> tuple[Plan, Console] | None
 
     console = make_console()
 
-    def has_finished(config: Config) -> bool:
+    def tell_if_finished(config: Config) -> bool:
         if start_point is None or not config.train.has_steps or start_point.step < config.train.steps:
             return False
         console.print(describe_finished(Path(config.run.dir), start_point.step, config.train.steps))
         return True
 
-    if has_finished(config):
+    if tell_if_finished(config):
         return None
     from pipekit.training.prepare import prepare_run
     from pipekit.training.progress_bar import ProgressBar
 
     with ProgressBar(console) as report:
         plan = prepare_run(config, resources, start=start_point, on_progress=report).plan
-    if not config.train.has_steps and has_finished(plan.config):
+    if not config.train.has_steps and tell_if_finished(plan.config):
         return None
     from pipekit.plan.room import check_room
 

@@ -29,7 +29,6 @@ from pipekit.tune.candidates import ZERO_STAGES, Choice, list_choices, parse_fix
 from pipekit.tune.search import Measured
 
 WARM_UP_STEPS = 3
-_QUANTILE = 0.25
 _OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "bad_alloc")
 # What a run does beside its steps, and what it would write elsewhere than in its folder.
 _LEFT_OUT: dict[str, Any] = {
@@ -69,9 +68,7 @@ class TuneSession:
     device: str
 
     def measure(self, index: int) -> Measured:
-        """Train some steps under a candidate, and return the first quartile of their times, or why there is none.
-
-        A step is never faster than the candidate allows; what else the machine does makes some slower.
+        """Train some steps under a candidate, and return their typical time, or why there is none.
 
         Raises:
             Interrupted: if a signal has ended the processes.
@@ -107,8 +104,19 @@ class TuneSession:
         except PipekitError as error:
             return _failed(error)
         timed = read_timed_steps(result)
-        step_time_s = float(np.quantile(timed.step_times_s[WARM_UP_STEPS:], _QUANTILE))
-        return Measured(step_time_s, peak_bytes=timed.peak_bytes)
+        return Measured(typical_step_s(timed.step_times_s), peak_bytes=timed.peak_bytes)
+
+
+def typical_step_s(step_times_s: Sequence[float]) -> float:
+    """First quartile of the times of steps, without those that warm up.
+
+    A step is never faster than the candidate allows; what else the machine does makes some slower.
+
+    Example:
+        >>> typical_step_s([9.0, 9.0, 9.0, 1.1, 1.0, 7.0, 8.0, 1.2])
+        1.1
+    """
+    return float(np.quantile(step_times_s[WARM_UP_STEPS:], 0.25))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from pipekit.predictions import search
 from pipekit.predictions.devices import Device, find_device
 from pipekit.predictions.prediction import PlannedModel, Prediction
 from pipekit.predictions.search import (
-    HEADROOM,
     OutOfMemory,
     SearchSpace,
     parallel_plans,
@@ -54,10 +53,10 @@ def test_the_best_that_fits_is_found_and_nothing_that_fits_is_rejected(
     assert found.num_open == 0
     assert {prediction.plan for prediction in found.ranked} == {other.plan for other in fitting}
     assert found.num_fitting == len(fitting)
-    roomy = [other for other in fitting if other.memory_bytes <= (1 - HEADROOM) * limit]
+    roomy = [other for other in fitting if other.memory_bytes <= 0.95 * limit]
     assert found.ranked[0].step_time_s == pytest.approx((roomy or fitting)[0].step_time_s)
     # Those that leave no room come last.
-    assert [prediction.memory_bytes <= (1 - HEADROOM) * limit for prediction in found.ranked] == [
+    assert [prediction.memory_bytes <= 0.95 * limit for prediction in found.ranked] == [
         position < len(roomy) for position in range(len(fitting))
     ]
     assert len(found.rejected) + len(found.ranked) == len(list(parallel_plans(small, SPACE)))

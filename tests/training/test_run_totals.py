@@ -11,10 +11,12 @@ import torch
 
 from pipekit.config import parse_config
 from pipekit.config.growth import batch_size_at, sequence_length_at
+from pipekit.layout import Layout
 from pipekit.plan.decide import decide_run
 from pipekit.plan.plan import Plan
 from pipekit.plan.resources import Resources
 from pipekit.tensors.host_memory import resident_bytes
+from pipekit.training import run_totals
 from pipekit.training.language_model import LanguageModelTrial
 from pipekit.training.run_totals import PeakMemory, RunTotals
 
@@ -68,10 +70,22 @@ def test_a_run_that_goes_on_counts_on_from_its_checkpoint() -> None:
     second = RunTotals(plan, CPU)
     second.go_on(5, stored)
     assert [second.add(*each).metrics(1.0) for each in sizes[5:]] == expected[5:]
+    # What the checkpoint tells is counted on from, whatever the configuration says of the steps before.
+    second.go_on(5, {"samples": 7, "tokens": 99, "flops": 1.0})
+    number, length = sizes[5]
+    told = second.add(number, length).metrics(1.0)
+    assert (told["samples"], told["tokens"]) == (7 + number, 99 + number * length)
+    assert told["flops"] == pytest.approx(1.0 + number * (100 * length + 2 * length**2))
     # A checkpoint of an older version has none.
     second.go_on(5, {"loss": 1.0})
     later = second.add(*sizes[5]).metrics(1.0)
     assert (later["samples"], later["tokens"]) == (expected[5]["samples"], expected[5]["tokens"])
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_totals, "device_peak_flops", lambda device, matmul_format: 1e4)
+    found = RunTotals(growing(layout=Layout(pp=2, dp=3)), CPU).add(4, 16).metrics(0.5)
+    assert found["mfu"] == pytest.approx(4 * (100 * 16 + 2 * 16**2) / 0.5 / 6e4)
 
 
 def test_operations_that_are_not_known_are_left_out() -> None:

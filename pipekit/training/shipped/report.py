@@ -23,8 +23,8 @@ _SHORTEST_PAUSE_S = 5.0
 class ReportFile(TrialCallback):
     """Writes the page of a run after validations and checkpoints, now and then, and at its end.
 
-    The next page waits 200 times as long as the last one took, so that a page of a long run costs little. What goes
-    wrong with it, such as a full disk, is told once, and the training goes on.
+    The next page waits 200 times as long as the last one took, so that a page of a long run costs little. If one cannot
+    be written, for example because the disk is full, one warning says so, and the training goes on.
 
     Args:
         folder: the run's files.

@@ -46,6 +46,23 @@ def test_pages_come_after_validations_and_checkpoints_now_and_then_and_at_the_en
     assert is_written()
 
 
+def test_a_page_that_takes_long_is_written_seldom(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = [100.0], list[float]()
+
+    def write(*_: object) -> None:
+        written.append(clock[0])
+        clock[0] += 1
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(report, "write_run_page", write)
+    page = ReportFile(folder, pytest.fail)
+    page.on_trial_startup(0, None)
+    for _ in range(3):
+        page.on_checkpoint_upload_end("step-00000001")
+        clock[0] += 101
+    assert written == [100.0, 303.0]
+
+
 def test_a_page_that_cannot_be_written_is_told_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a fault of the page")
