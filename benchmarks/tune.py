@@ -32,6 +32,7 @@ from forked_ranks import RankForker
 from pipekit.commands.tune_session import TuneSession, open_session
 from pipekit.config import Config, parse_config
 from pipekit.launch import local
+from pipekit.tune.candidates import list_candidates
 from pipekit.tune.search import Search
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def compare(name: str, num_devices: int, rounds: int, console: Console) -> dict[
         with open_session(config, **options, num_steps=STEPS, limit_s=120.0, tell=lambda *_: None) as session:
             number = len(session.choices)
             console.print(f"{name}, {num_devices} processes: {number} candidates", highlight=False)
-            search = Search([choice.candidate for choice in session.choices])
+            search = Search(list_candidates(session.choices))
             started_s = time.perf_counter()
             exhaustive = [session.measure(index) for index in range(number)]
             exhaustive_s, started_s = time.perf_counter() - started_s, time.perf_counter()

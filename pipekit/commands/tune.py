@@ -106,6 +106,7 @@ def _tune_layout(path: Path, overrides: Sequence[str], options: TuneOptions) -> 
     from pipekit.signals import Interrupted
     from pipekit.storage import check_writable, storing
     from pipekit.training.console import make_console
+    from pipekit.tune.candidates import list_candidates
     from pipekit.tune.search import Measured, Search
 
     config = load_config(path, overrides)
@@ -120,7 +121,7 @@ def _tune_layout(path: Path, overrides: Sequence[str], options: TuneOptions) -> 
         num_steps=options.num_steps,
         limit_s=options.limit_s,
     ) as session:
-        search = Search([choice.candidate for choice in session.choices])
+        search = Search(list_candidates(session.choices))
 
         def measure(index: int) -> Measured:
             sys.stderr.write(f"run {len(search.results) + 1}: {session.choices[index].prediction.plan} ...\n")

@@ -31,6 +31,8 @@ def tune_report(session: TuneSession, search: Search, *, verdict: str) -> dict[s
             judged = result.text if measured_s is None else "slower"
         elif index in ruled_out:
             judged = "needs as much memory as one that ran out of it"
+        elif search.candidates[index].stands_in_for is not None:
+            judged = "not run: it only saves memory"
         else:
             judged = "not run"
         rows.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -41,13 +41,20 @@ class Choice:
     changes: Mapping[str, Any]
     prediction: Prediction
 
-    @property
-    def candidate(self) -> Candidate:
-        """The choice as the search takes it."""
-        plan = self.prediction.plan
+
+def list_candidates(choices: Sequence[Choice]) -> list[Candidate]:
+    """Choices as the search takes them.
+
+    ZeRO 2 sends gradients in every micro-batch where ZeRO 1 does so once a step, and ZeRO 3 sends weights besides: they
+    stand in for the stage below where memory is short.
+    """
+    index_of = {choice.prediction.plan: index for index, choice in enumerate(choices)}
+
+    def candidate(prediction: Prediction) -> Candidate:
+        plan = prediction.plan
         return Candidate(
-            planned_s=self.prediction.step_time_s,
-            memory_bytes=self.prediction.memory_bytes,
+            planned_s=prediction.step_time_s,
+            memory_bytes=prediction.memory_bytes,
             properties={
                 "pp": float(plan.layout.pp),
                 "dp": float(plan.layout.dp),
@@ -58,7 +65,10 @@ class Choice:
                 "zero": 1.0 + plan.zero,
                 "checkpointing": str(plan.checkpointing),
             },
+            stands_in_for=index_of.get(replace(plan, zero=plan.zero - 1)) if plan.zero > 1 else None,
         )
+
+    return [candidate(choice.prediction) for choice in choices]
 
 
 def parse_fixed(config: Config, fixed: Sequence[str]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _COMMON, _PROPERTY, _COMBINATION, _NOISE = 1.0, 0.25, 0.15, 0.03
 _OCTAVES = 2.0
 # A candidate that fails, or takes too long, is learnt from as one that is slower by this factor than the slowest.
 _FAILED_FACTOR = 2.0
+# The last runs go to the candidates that are expected to be fastest, however sure that is.
+_LAST_RUNS = 2
 MARGIN = 0.01
 
 
@@ -39,11 +41,14 @@ class Candidate:
         planned_s: planned seconds of a step.
         memory_bytes: planned memory of the fullest rank.
         properties: what candidates are told apart by: numbers, compared by their ratios, and names.
+        stands_in_for: index of the candidate that this one differs from only in that it takes less memory and sends
+            more messages. It is measured only if that one did not get its memory.
     """
 
     planned_s: float
     memory_bytes: float
     properties: Mapping[str, float | str]
+    stands_in_for: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Search:
     Attributes:
         candidates: all that there are. Of those with the same planned time that differ in one property alone, the
             earlier is measured first.
-        margin: the search ends where no candidate is expected to be faster than the best by more than this share.
+        margin: the search ends soon after no candidate is expected to be faster than the best by more than this share.
         results: what was measured, by the index of the candidate, in the order of the runs.
     """
 
@@ -96,11 +101,8 @@ class Search:
         return [float(value) for value in np.exp(mean)]
 
     def choose(self) -> int | None:
-        """Index of the candidate to measure next; None where none is expected to be worth a run."""
-        left = list[int]()
-        for i in sorted(set(range(len(self.candidates))) - self.results.keys() - self.ruled_out()):
-            if not any(_is_variant(self.candidates[i], self.candidates[earlier]) for earlier in left):
-                left.append(i)
+        """Index of the candidate from which the most is to be gained; None where none is expected to be worth a run."""
+        left = self._left()
         if not left:
             return None
         mean, deviation = self._correct(left)
@@ -113,9 +115,33 @@ class Search:
         return left[chosen] if gains[chosen] > self.margin else None
 
     def run(self, measure: Callable[[int], Measured], *, most_runs: int) -> None:
-        """Measure candidates until none is worth a run, or so many were measured."""
-        while len(self.results) < most_runs and (chosen := self.choose()) is not None:
+        """Measure candidates until none is worth a run, and then those that are expected to be the fastest two.
+
+        Args:
+            measure: called with the index of a candidate.
+            most_runs: limit on the number of candidates that are measured.
+        """
+        while len(self.results) < most_runs - _LAST_RUNS and (chosen := self.choose()) is not None:
             self.results[chosen] = measure(chosen)
+        most_runs = min(most_runs, len(self.results) + _LAST_RUNS)
+        while len(self.results) < most_runs and (left := self._left()):
+            mean, _ = self._correct(left)
+            chosen = left[int(np.argmin(mean))]
+            self.results[chosen] = measure(chosen)
+
+    def _left(self) -> list[int]:
+        """Indices of the candidates to choose from."""
+        ruled_out, left = self.ruled_out(), list[int]()
+        for i in sorted(set(range(len(self.candidates))) - self.results.keys() - ruled_out):
+            original = self.candidates[i].stands_in_for
+            if original is not None and original not in ruled_out and not self._lacked_memory(original):
+                continue
+            if not any(_is_variant(self.candidates[i], self.candidates[earlier]) for earlier in left):
+                left.append(i)
+        return left
+
+    def _lacked_memory(self, index: int) -> bool:
+        return index in self.results and self.results[index].failure == "memory"
 
     def _correct(self, indices: Sequence[int]) -> tuple[_Array, _Array]:
         """Mean and standard deviation of the logarithm of each candidate's seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipekit.plan.search import search
 from pipekit.predictions.devices import find_device
 from pipekit.predictions.search import SearchResult
 from pipekit.training.language_model import LanguageModelTrial
-from pipekit.tune.candidates import ZERO_STAGES, list_choices, parse_fixed
+from pipekit.tune.candidates import ZERO_STAGES, list_candidates, list_choices, parse_fixed
 from train_runs import write_workspace
 
 
@@ -33,14 +34,31 @@ def test_candidates_share_the_batch_and_differ_in_what_is_tuned(config: Config) 
     planned = [choice.prediction.step_time_s for choice in choices]
     assert planned == sorted(planned)
     assert len({tuple(choice.changes.values()) for choice in choices}) == len(choices)
-    for choice in choices:
+    for choice, candidate in zip(choices, list_candidates(choices), strict=True):
         parallel, train = choice.config.parallel, choice.config.train
         assert parallel.pp * parallel.tp * int(parallel.dp) == 2
         assert train.global_batch_size == config.train.global_batch_size
         assert parallel.zero < 2 or parallel.pp == 1
-        assert choice.candidate.properties["zero"] == 1 + parallel.zero
+        assert candidate.properties["zero"] == 1 + parallel.zero
     for key in ("pp", "dp", "tp", "zero", "schedule"):
         assert len({getattr(choice.config.parallel, key) for choice in choices}) > 1
+
+
+def test_zero_2_and_3_stand_in_for_the_stage_below_in_the_same_layout(config: Config) -> None:
+    choices, _ = list_choices(config, plan(config), {})
+    found = set()
+    for choice, candidate in zip(choices, list_candidates(choices), strict=True):
+        chosen = choice.prediction.plan
+        assert (candidate.stands_in_for is not None) == (chosen.zero > 1)
+        if candidate.stands_in_for is not None:
+            below = choices[candidate.stands_in_for].prediction.plan
+            assert below == replace(chosen, zero=chosen.zero - 1)
+            found.add(chosen.zero)
+    assert found == {2, 3}
+    # Where the stage below is no candidate, nothing stands in for it.
+    only_two, _ = list_choices(config, plan(config), {"parallel.zero": 2})
+    assert only_two
+    assert all(candidate.stands_in_for is None for candidate in list_candidates(only_two))
 
 
 def test_what_is_fixed_stays(config: Config) -> None:

@@ -115,6 +115,44 @@ def test_what_ran_out_of_memory_rules_out_what_needs_more_and_nothing_else() -> 
     assert all(candidates[i].memory_bytes > limit for i in search.ruled_out())
 
 
+def test_what_only_saves_memory_is_measured_where_memory_is_short() -> None:
+    def names(limit: float) -> list[float]:
+        candidates = [
+            Candidate(0.1, 4e9 - 1e9 * stage, {"zero": 1.0 + stage}, stands_in_for=stage - 1 if stage > 1 else None)
+            for stage in range(4)
+        ]
+
+        def measure(index: int) -> Measured:
+            fits = candidates[index].memory_bytes <= limit
+            return Measured(0.1 * (1 + index)) if fits else Measured(None, "memory", "out of memory")
+
+        search = Search(candidates)
+        search.run(measure, most_runs=4)
+        return list(search.results)
+
+    assert names(limit=4e9) == [0, 1]
+    assert names(limit=2e9) == [0, 1, 2]
+    assert names(limit=1e9) == [0, 1, 2, 3]
+
+
+def test_the_last_runs_go_to_what_is_expected_to_be_fastest() -> None:
+    """Nothing is known of the second kind but that it is planned to be slow: that is learnt before, not at the end."""
+    kinds = [("known", 0.100), ("known", 0.101), ("known", 0.102), ("new", 0.11), ("new", 0.12)]
+    candidates = [
+        Candidate(planned_s, 1e9, {"kind": kind, "size": float(1 + index)})
+        for index, (kind, planned_s) in enumerate(kinds)
+    ]
+
+    def order(most_runs: int) -> list[int]:
+        search = Search(candidates)
+        search.run(lambda index: Measured(candidates[index].planned_s), most_runs=most_runs)
+        return list(search.results)
+
+    assert order(most_runs=2) == [0, 1]
+    assert order(most_runs=4)[1] == 3
+    assert order(most_runs=4)[2:] == [1, 2]
+
+
 def test_a_family_that_crashes_is_left_alone() -> None:
     candidates, truth = table_of(few_cores, noise=0.0, seed=0)
 
