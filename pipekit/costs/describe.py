@@ -238,7 +238,7 @@ def describe_loss(loss_fn: LossFn, outputs: NestedMeta, labels: Any) -> LayerCos
     given = f"described from {outputs} and the labels {NestedMeta.of(labels, 'the labels')}"
     remedy = _REMEDY.format("the last layer or the labels", "values")
     with failures(name_of_loss(loss_fn), given, lambda error: remedy), torch.device("meta"):
-        return trace_costs(take_loss(loss_fn, labels), outputs.on_meta(), outputs.structure).costs
+        return trace_costs(take_loss(loss_fn, labels), outputs.on_meta(), outputs.structure, is_sharded=True).costs
 
 
 def name_of_loss(loss_fn: LossFn) -> str:

@@ -47,6 +47,7 @@ def trace_costs(
     *,
     parameters: Sequence[Tensor] = (),
     held: Sequence[Tensor] = (),
+    is_sharded: bool = False,
 ) -> TracedLayer:
     """Trace the costs of a layer's forward and backward.
 
@@ -60,12 +61,13 @@ def trace_costs(
         structure: their nesting.
         parameters: the trainable ones of the layer.
         held: tensors that exist whether or not the layer runs: its buffers, and parameters that are not trained.
+        is_sharded: whether tensor-parallel ranks hold shards of its inputs in any case, as of the scores of a loss.
 
     Raises:
         PipekitError: if the layer returns what cannot be passed on.
         Exception: whatever the layer raises.
     """
-    counter = _Counter(sum(tensor.numel() for tensor in inputs))
+    counter = _Counter(0 if is_sharded else sum(tensor.numel() for tensor in inputs))
     # A layer may change its input in place, which a leaf that requires a gradient does not allow.
     entered = [tensor.clone() if tensor.requires_grad else tensor for tensor in inputs]
     with counter, _Replacements(counter), _saved(counter.mark) as saved:
@@ -173,7 +175,9 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
     """Counts floating-point operations by torch's formulas, in tensors whose shapes come from our rules, and kernels.
 
     Args:
-        width: elements of the layer's input.
+        width: elements of the layer's input, which without sequence parallelism is whole on all tensor-parallel ranks. So
+            are tensors no larger than it, before the first product of a pass and behind the last; between the products
+            ranks have shards.
     """
 
     def __init__(self, width: int) -> None:
@@ -183,7 +187,9 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
 
     def _restart(self) -> None:
         self._flops = self._other_flops = 0
-        self._moved_bytes = self._whole_bytes = self._num_kernels = 0
+        self._moved_bytes = self._num_kernels = 0
+        # Before the first product, and behind the last so far.
+        self._first_bytes = self._last_bytes = 0
         self._products: list[Product] = []
         self._attentions: list[Attention] = []
         self.marked = Work()
@@ -191,7 +197,7 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
     def mark(self) -> None:
         """Note the kernels so far as `marked`."""
         products, attentions = tuple(self._products), tuple(self._attentions)
-        counted = (self._other_flops, self._moved_bytes, self._whole_bytes, self._num_kernels)
+        counted = (self._other_flops, self._moved_bytes, self._first_bytes + self._last_bytes, self._num_kernels)
         self.marked = Work(products, attentions, *counted)
 
     def take(self) -> _Counted:
@@ -210,6 +216,7 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         product = _find_product(func, args, results) if flops else None
         if product is not None:
             self._products.append(product)
+            self._last_bytes = 0
         else:
             self._other_flops += flops
             self._count_bytes(func, args, results)
@@ -219,6 +226,7 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         """Count a fused attention."""
         self._flops += flops
         self._attentions.append(Attention(flops, length, is_causal))
+        self._last_bytes = 0
 
     def _count_bytes(self, func: Any, args: tuple[Any, ...], results: Any) -> None:
         """Count the bytes that a kernel reads and writes; views and empty tensors take none."""
@@ -237,7 +245,10 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         self._num_kernels += 1
         self._moved_bytes += moved
         if all(each.numel() <= self._width for each in (*read, *written)):
-            self._whole_bytes += moved
+            if self._products or self._attentions:
+                self._last_bytes += moved
+            else:
+                self._first_bytes += moved
 
 
 def _flat(values: Sequence[Any]) -> Iterator[Any]:

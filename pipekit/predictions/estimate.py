@@ -170,7 +170,7 @@ class Estimator:
         # Of the layout, only the links matter beside the number of stages: between nodes, or within one.
         far = cluster.device.inter_node
         are_far = (cluster.link("pipe") == far, cluster.link("tensor") == far)
-        splits_backwards = plan.checkpointing is not None and _splits_backwards(plan.schedule, plan.stages_per_rank)
+        splits_backwards = _splits_backwards(plan.schedule, plan.stages_per_rank)
         key = (plan.micro_batch_size, tuple(placement), plan.layout.tp, plan.checkpointing, are_far, splits_backwards)
         if key not in self._costs:
             self._costs[key] = action_costs(

@@ -12,7 +12,7 @@ from math import ceil
 from pipekit.predictions.devices import Device, MatmulFormat
 from pipekit.predictions.elements import BYTES_PER_ELEMENT
 
-SUSTAINED = 0.875
+SUSTAINED = 0.86
 """Share of the speed of a kernel on its own that a device keeps through steps of many, within its limits of power and
 heat. It is fitted on the ten runs of Narayanan et al. 2021, table 1."""
 
@@ -67,8 +67,8 @@ class Work:
         attentions: fused attentions.
         other_flops: operations of other products, such as convolutions.
         moved_bytes: bytes that the other kernels read and write.
-        whole_bytes: those of them that move tensors no larger than the layer's input, which tensor-parallel ranks
-            without sequence parallelism each move whole.
+        whole_bytes: those of them that move tensors that pass between layers, or are computed from these token by token,
+            which tensor-parallel ranks without sequence parallelism each move whole.
         num_kernels: number of the other kernels.
     """
 

@@ -18,6 +18,17 @@ from pipekit.schedules import Costs, Schedule, Timeline, simulate
 Pass = Literal["forward", "input_gradient", "weight_gradient", "recomputed"]
 """One pass over a layer."""
 
+# The first product of a layer has about half of its weights: three quarters in attention, and half or two thirds in a
+# feed-forward.
+_BESIDE = 0.5
+
+# Of the time of a message between pipeline stages, the part for which each of both ranks waits.
+_WAITING = 0.75
+
+# A reduce-scatter and an all-gather take longer than the all-reduce that they take the place of. Source: Korthikanti et
+# al. 2022, section 6.1, which says so, and its table 5, on which the factor is fitted.
+_HALVES = 1.2
+
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
 _REDUCED_BYTES = 4
 
@@ -34,12 +45,12 @@ all-reduce where that is little beside the transfer, at tens of gigabytes a seco
 # What adding a gradient in 16 bits to those accumulated in fp32 moves.
 _ACCUMULATED_BYTES = 10
 
-# What AdamW moves to and from memory for a parameter: gradient, master weight and both moments read, the last three
-# written, and the weight itself written in its own format.
-_UPDATE_BYTES = 28
+# What an update by AdamW moves to and from memory for a parameter: the gradient is read for the norm, read and written
+# when it is clipped, and cleared; gradient, master weight and both moments are read, the last three written, and the
+# weight itself is written in its own format.
+_UPDATE_BYTES = 4 + 8 + 4 + 28
 
-# What it reads and writes of a parameter in files: the same without the weight, and the gradient once more, which is
-# written before.
+# What it reads and writes of a parameter in files: gradient, master weight and both moments, each of them both ways.
 _FILE_BYTES = 32
 
 
@@ -123,7 +134,7 @@ def update_s(parameters: int, cluster: Cluster, *, precision: Precision, zero: i
     shard = parameters / cluster.layout.dp if is_shared else parameters
     device = cluster.device
     if offload == "none":
-        moved_s = shard * (_UPDATE_BYTES + weight_bytes) / device.memory_bandwidth
+        moved_s = memory_s(shard * (_UPDATE_BYTES + weight_bytes), device)
     else:
         moved_s = shard * (_UPDATE_BYTES + weight_bytes) / device.host_memory_bandwidth
         moved_s += shard * 2 * weight_bytes / device.host_link
@@ -185,8 +196,8 @@ def action_costs(
 
     Measured seconds are taken as they are. On a device that says how many processors it has, other layers take the time
     of their kernels; elsewhere their operations over what it reaches in large matmuls. Neither takes less than it takes
-    to start their kernels. Of tensor-parallel layers each rank does its share, with an all-reduce of each output in the
-    forward, and of each input gradient in the backward.
+    to start their kernels. Of tensor-parallel layers each rank does its share, and waits for an all-reduce of each output
+    in the forward, and in the backward for the part of one that it does not hide.
 
     Args:
         costs: of the model for one micro-batch.
@@ -201,20 +212,27 @@ def action_costs(
     tp, layers = cluster.layout.tp, costs.layers
     layer_s = _LayerTimes(cluster.device, matmul_format, tp, sequence_parallel)
     ring, least_s = cluster.ring("tensor"), cluster.device.launch_s
+    halves = _HALVES if sequence_parallel else 1.0
     forward_s, input_gradient_s, weight_gradient_s = [], [], []
     for start, end in pairwise(boundaries):
         stage = layers[start:end]
         if costs.loss is not None and end == len(layers):
             stage = [*stage, costs.loss]
         messages_s = [
-            all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, ring) if layer.forward_flops else 0.0
+            halves * all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, ring) if layer.forward_flops else 0.0
             for layer in stage
         ]
         forwards = [
             message_s + layer_s.of(layer, "forward", least_s)
             for layer, message_s in zip(stage, messages_s, strict=True)
         ]
-        inputs = sum(messages_s) + sum(layer_s.of(layer, "input_gradient", least_s) for layer in stage)
+        weights = [layer_s.of(layer, "weight_gradient") for layer in stage]
+        inputs = sum(layer_s.of(layer, "input_gradient", least_s) for layer in stage)
+        for message_s, gradient_s in zip(messages_s, weights, strict=True):
+            # A schedule that splits backwards computes the weight gradient later, and CPUs have no time besides.
+            is_alone = splits_backwards or cluster.device.processors is None
+            beside_s = 0.0 if is_alone else _BESIDE * gradient_s
+            inputs += backward_waits_s(message_s, beside_s, sequence_parallel=sequence_parallel)
         for layer, message_s, whole_s in zip(stage, messages_s, forwards, strict=True):
             if layer.is_recomputed:
                 ends_early = not splits_backwards and layer.forward_s is None and _ends_early(layer)
@@ -226,7 +244,7 @@ def action_costs(
         inputs += sum(all_reduce_s(layer.gathered_bytes, tp, ring) / 2 for layer in stage[1:])
         forward_s.append(sum(forwards))
         input_gradient_s.append(inputs)
-        weight_gradient_s.append(sum(layer_s.of(layer, "weight_gradient") for layer in stage))
+        weight_gradient_s.append(sum(weights))
     passed_on = [layers[boundary - 1].output_bytes for boundary in boundaries[1:-1]]
     transfer_s = cluster.link("pipe").transfer_s(max(passed_on) / tp) if passed_on else 0.0
     found = Costs(forward_s, input_gradient_s, weight_gradient_s, transfer_s=transfer_s)
@@ -235,19 +253,37 @@ def action_costs(
     return with_waiting(found, range(found.num_stages) if placement is None else placement)
 
 
-def with_waiting(costs: Costs, placement: Sequence[int]) -> Costs:
-    """Costs of stages whose ranks both wait for a message that passes between them, in place of its transfer.
+def backward_waits_s(message_s: float, beside_s: float, *, sequence_parallel: bool) -> float:
+    """Seconds for which the backward of a tensor-parallel layer waits for messages.
 
-    Source: the runs of Qi et al. 2024, "Zero Bubble Pipeline Parallelism", table 4, where interleaved schedules lose by
-    their messages twice the time of these.
+    The gradient of its input is summed while that of a weight is computed. With sequence parallelism that sum is half of
+    a message, a reduce-scatter, and the gradient of its output is gathered before, by the other half.
+
+    Args:
+        message_s: seconds of an all-reduce of its input.
+        beside_s: seconds of what is computed while the sum is under way.
+        sequence_parallel: whether ranks hold shards of what passes between layers.
+
+    Example:
+        >>> backward_waits_s(4.0, 3.0, sequence_parallel=False), backward_waits_s(4.0, 3.0, sequence_parallel=True)
+        (1.0, 2.0)
+    """
+    gathered_s = message_s / 2 if sequence_parallel else 0.0
+    return gathered_s + max(0.0, message_s - gathered_s - beside_s)
+
+
+def with_waiting(costs: Costs, placement: Sequence[int]) -> Costs:
+    """Costs of stages whose ranks both wait for a part of each message that passes between them, instead of its transfer.
+
+    Source: the runs of Qi et al. 2024, "Zero Bubble Pipeline Parallelism", table 4, on which that part is fitted.
     """
     forward_s, input_gradient_s = list(costs.forward_s), list(costs.input_gradient_s)
     for stage, (before, after) in enumerate(pairwise(placement)):
         if before != after:
             # An activation goes from one stage to the other, and a gradient back.
             for seconds in (forward_s, input_gradient_s):
-                seconds[stage] += costs.transfer_s
-                seconds[stage + 1] += costs.transfer_s
+                seconds[stage] += _WAITING * costs.transfer_s
+                seconds[stage + 1] += _WAITING * costs.transfer_s
     return replace(costs, forward_s=forward_s, input_gradient_s=input_gradient_s, transfer_s=0.0)
 
 

@@ -136,6 +136,38 @@ def test_kernels_that_are_no_products_move_what_they_read_and_write() -> None:
     assert gelu.input_gradient.moved_bytes == 2 * 3 * 64
 
 
+class Mixing(nn.Module):
+    """A norm, a product, a copy as large as the input, a product, and an addition: a feed-forward in short."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width, bias=False)
+        self.down = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).clone())
+
+
+def test_between_two_products_tensor_parallel_ranks_have_shards_and_the_whole_around_them() -> None:
+    x = torch.empty(4, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    (mixing,) = (layer.work for layer in describe_layers([LayerSpec(Mixing, 8)], x, dtype=torch.bfloat16).layers)
+    (norm,) = (layer.work for layer in describe_layers([LayerSpec(nn.LayerNorm, 8)], x, dtype=torch.bfloat16).layers)
+    assert mixing is not None and norm is not None  # noqa: PT018
+    copied, added = 2 * 2 * 32, 2 * 3 * 32
+    assert mixing.forward.moved_bytes == norm.forward.moved_bytes + copied + added
+    assert mixing.forward.whole_bytes == norm.forward.moved_bytes + added
+
+
+def test_the_scores_that_a_loss_is_given_are_shards() -> None:
+    x = torch.empty(4, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    costs = describe_layers([LayerSpec(nn.GELU)], x, dtype=torch.bfloat16, loss_fn=nn.functional.mse_loss, labels=x)
+    assert costs.loss is not None
+    assert costs.loss.work is not None
+    assert costs.loss.work.forward.moved_bytes > 0
+    assert costs.loss.work.forward.whole_bytes == 0
+
+
 def test_the_first_layer_computes_no_gradient_of_token_ids() -> None:
     costs = describe_layers(gpt(), token_ids(2, 8), dtype=torch.float32).layers
     assert costs[0].input_gradient_flops == 0
