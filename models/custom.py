@@ -44,7 +44,7 @@ class CustomModelConfig(ModelFamily):
     """`package.module:function`; called as `function(config)`, it returns the content of `config.json`."""
 
     args: dict[str, Any] = Field(default={}, examples=[{"width": 64}])
-    """Anything that the function wants to read, as `config.model.args`."""
+    """Anything else that your function needs; it reads this as `config.model.args`."""
 
     @property
     def description(self) -> str:

@@ -190,10 +190,10 @@ class TransformerFamily(ModelFamily):
     """Architecture of the blocks."""
 
     preset: str | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     vocab_size: Width | Literal["auto"] = Field(default="auto", examples=[50257])
-    """Number of token ids that the model knows; `auto` takes that of the tokenizer."""
+    """Number of token ids that the model knows; `auto` takes the tokenizer's number."""
 
     hidden_size: Width = Field(default=..., examples=[128])
     """Width of the residual stream; a multiple of `num_heads`."""
@@ -207,7 +207,7 @@ class TransformerFamily(ModelFamily):
     """Attention heads per block; divides `hidden_size`."""
 
     ffn_size: Width = Field(default=..., examples=[512], json_schema_extra={"type": ["integer", "null"]})
-    """Width inside the feed-forward half of a block; 4 x `hidden_size` where it is not given."""
+    """Width inside the feed-forward half of a block; 4 x `hidden_size` unless given."""
 
     max_positions: Annotated[PositiveInt, at_most(10**8, LONGEST_SEQUENCE)] = Field(default=..., examples=[256])
     """Longest sequence in tokens; `train.sequence_length` may not exceed it."""
@@ -216,13 +216,14 @@ class TransformerFamily(ModelFamily):
     """Probability of zeroing an activation during training."""
 
     sparse_attention: SparseAttention | None = Field(default=None, examples=[{"mode": "fixed", "block": 64}])
-    """A token attends to some of those before it alone: `mode`, and the parameters of that; null is all of them."""
+    """Let each token attend to only some of those before it: a `mode` and its parameters; null attends to all of
+    them."""
 
     init_from: PathText | None = Field(default=None, min_length=1, examples=["downloads/gpt2"])
-    """Folder of a Hugging Face model whose weights the training begins with; `family: auto` takes its sizes, too."""
+    """Folder of a Hugging Face model whose weights the training starts from; `family: auto` takes its sizes, too."""
 
     export_vocab_size: PositiveInt | None = Field(default=None, examples=[50257])
-    """Token ids that an export keeps, where `vocab_size` has been padded; null keeps all."""
+    """Number of token ids to keep in an export, if `vocab_size` has been padded; null keeps all."""
 
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
         """List of layer specs of the model; a ConfigError if the vocabulary's size is not known yet."""

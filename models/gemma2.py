@@ -102,7 +102,7 @@ class Gemma2Config(GemmaFamily):
     """Architecture of the blocks."""
 
     preset: Literal["gemma-2-2b", "gemma-2-9b", "gemma-2-27b"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     sliding_window: PositiveInt = Field(default=4096, examples=[4096])
     """Tokens that a token attends to in every other block, the first among them, its own included."""

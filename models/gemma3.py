@@ -52,7 +52,7 @@ class Gemma3Config(GemmaFamily):
     """Architecture of the blocks."""
 
     preset: Literal["gemma-3-270m", "gemma-3-1b"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     rotary_base: PositiveFloat = Field(default=1_000_000.0, examples=[500_000.0])
     """Base of the wavelengths of the rotary positions where blocks attend to the whole sequence."""

@@ -70,7 +70,7 @@ class GPT2Config(TransformerFamily):
     """Architecture of the blocks."""
 
     preset: Literal["tiny", "mini", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     num_kv_heads: PositiveInt | None = Field(default=None, examples=[2])
     """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head

@@ -86,7 +86,7 @@ class GPTNeoXConfig(TransformerFamily):
         ]
         | None
     ) = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Fraction of each head's size whose queries and keys are rotated with their position."""

@@ -70,7 +70,7 @@ class LlamaConfig(DecoderFamily):
         ]
         | None
     ) = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     attention_bias: bool = False
     """The linear layers of attention have biases."""

@@ -37,7 +37,7 @@ class MistralConfig(DecoderFamily):
     """Architecture of the blocks."""
 
     preset: Literal["mistral-7b-v0.1", "mistral-7b-v0.3", "mistral-nemo"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     sliding_window: PositiveInt | None = Field(default=None, examples=[4096])
     """Tokens that a token attends to, its own included; null is all before it."""

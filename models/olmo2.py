@@ -35,7 +35,7 @@ class OLMo2Config(DecoderFamily):
     """Architecture of the blocks."""
 
     preset: Literal["olmo-2-1b", "olmo-2-7b", "olmo-2-13b", "olmo-2-32b"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     rms_norm_eps: Epsilon = 1e-5
     """Added to the mean square in every norm."""

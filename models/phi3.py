@@ -38,7 +38,7 @@ class Phi3Config(DecoderFamily):
     """Architecture of the blocks."""
 
     preset: Literal["phi-3-mini-4k", "phi-4"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     rms_norm_eps: Epsilon = 1e-5
     """Added to the mean square in every norm."""

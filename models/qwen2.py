@@ -78,7 +78,7 @@ class Qwen2Config(WindowedFamily):
     """Architecture of the blocks."""
 
     preset: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -40,7 +40,7 @@ class Qwen3Config(WindowedFamily):
     """Architecture of the blocks."""
 
     preset: Literal["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"] | None = None
-    """Named sizes; any size given beside it takes precedence."""
+    """Named sizes; any size that you also give overrides it."""
 
     attention_bias: bool = False
     """The linear layers of attention have biases."""

@@ -97,10 +97,10 @@ class WandbConfig(Section):
     """Team or user; null takes the account's default."""
 
     name: str | None = Field(default=None, examples=["my-run"])
-    """Name of the run; null takes that of the run folder."""
+    """Name of the run; null takes the name of the run folder."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` is online where an account is logged in, and offline otherwise."""
+    """`auto` is online if an account is logged in, and offline otherwise."""
 
 
 class TrackioConfig(Section):
@@ -110,7 +110,7 @@ class TrackioConfig(Section):
     """Project of the run."""
 
     name: str | None = Field(default=None, examples=["my-run"])
-    """Name of the run; null takes that of the run folder."""
+    """Name of the run; null takes the name of the run folder."""
 
     space: str | None = Field(default=None, examples=["my-name/my-runs"])
     """Space of the Hugging Face Hub; null keeps the metrics on this machine."""
@@ -122,7 +122,7 @@ class LayersCallbacksConfig(Section):
     early_stopping: Annotated[EarlyStoppingConfig | None, switch(EarlyStoppingConfig)] = Field(
         default=None, examples=[{"metric": "loss", "patience": 3}]
     )
-    """End the training when a metric of the validation has stopped getting better: true, or a mapping of settings."""
+    """End the training when a validation metric has stopped improving: true, or a mapping of settings."""
 
     loss_curve: Annotated[LossCurveConfig | None, switch(LossCurveConfig)] = Field(
         default=None, examples=[{"file": "loss.svg"}]
@@ -130,7 +130,7 @@ class LayersCallbacksConfig(Section):
     """Draw metrics over the batches into the run folder: true, or a mapping of settings."""
 
     lm_eval: LmEvalConfig | None = Field(default=None, examples=[{"tasks": ["arc_easy"], "every": 1000}])
-    """Run tasks of lm-eval on the language model at validations."""
+    """Run lm-eval tasks on the language model at validations."""
 
 
 class CallbacksConfig(LayersCallbacksConfig):

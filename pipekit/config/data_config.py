@@ -85,7 +85,7 @@ class DataConfig(Section):
     """The text to train on, and how it becomes tokens."""
 
     source: SourceText = Field(default="python-stdlib", examples=["data/my-text.txt"])
-    """A file of text, JSON lines, Parquet or Arrow, a folder, `hf://OWNER/NAME`, or a list of these; see
+    """Training text: a file of text, JSON lines, Parquet or Arrow, a folder, `hf://OWNER/NAME`, or a list of these; see
     [sources](data.md#sources). `data/web#500` reads the first 500 documents. `python-stdlib` is the source code of
     Python's standard library, which every machine has."""
 
@@ -97,49 +97,49 @@ class DataConfig(Section):
     stages: Annotated[tuple[MixtureStage, ...], Field(strict=False)] = Field(
         default=(), examples=[[{"after_step": 1000, "weights": {"web": 0.3, "code": 0.7}}]]
     )
-    """Steps after which the sources of `mixture` have other weights."""
+    """Changes of the weights of `mixture`'s sources, each after a given step."""
 
     tokenizer: PathText | None = Field(default=None, min_length=1, examples=["tokenizer.json"])
-    """Path of a `tokenizer.json`, of its folder, or of a SentencePiece model, or `hf://OWNER/NAME`; null trains a
-    byte-pair tokenizer on the source."""
+    """Path of a `tokenizer.json`, its folder or a SentencePiece model, or `hf://OWNER/NAME`; null trains a byte-pair
+    tokenizer on the source."""
 
     vocab_size: Annotated[PositiveInt, at_most(10**6, "the largest in use have a quarter of that")] = Field(
         default=4096, examples=[4096]
     )
-    """Size of the tokenizer that is trained where `tokenizer` is null."""
+    """Vocabulary size of the tokenizer to train if `tokenizer` is null."""
 
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, examples=[0.05])
-    """Fraction of the text that is held out for evaluation."""
+    """Fraction of the text to hold out for evaluation."""
 
     validation: PathText | None = Field(default=None, min_length=1, examples=["data/held-out.txt"])
     """Text to evaluate on; null holds out `validation_fraction` of `source`."""
 
     text_key: str = Field(default="text", min_length=1, examples=["text"])
-    """Field or column that holds the text, where documents are records."""
+    """Field or column that holds the text, if documents are records."""
 
     format: Literal["auto", "text", "chat", "completion"] = "auto"
-    """`chat` has records with `messages`, and `completion` with `prompt` and `completion`: what the assistant says, or
-    the completion, alone counts in the loss. `auto` tells it by the first record."""
+    """`chat` expects records with `messages`, and `completion` records with `prompt` and `completion`. Only what the
+    assistant says, or the completion, counts in the loss. `auto` decides by the first record."""
 
     packing: Literal["concat", "best-fit", "none"] | None = Field(default=None, examples=["best-fit"])
-    """`concat` cuts the tokens of all documents into sequences, `best-fit` packs whole documents into sequences and
-    fills these up, `none` gives each document a sequence of its own. null is `concat` for text; for conversations it is
+    """`concat` joins all documents and cuts them into sequences, `best-fit` packs whole documents into sequences and
+    pads these, `none` gives each document a sequence of its own. null is `concat` for text; for conversations it is
     `best-fit` with `document_mask`, and `none` without."""
 
     document_mask: bool = False
-    """Attention, positions and loss stay within a document."""
+    """Keep attention, positions and loss within a document."""
 
     shuffle: bool = True
     """Draw a new order of the sequences in every epoch."""
 
     workers: Annotated[NonNegativeInt, at_most(1000, "no machine has so many cores")] = Field(default=0, examples=[2])
-    """Processes of each rank that read samples ahead; 0 reads them on a thread, one step ahead."""
+    """Processes with which each rank reads samples ahead; 0 reads them on a thread, one step ahead."""
 
     cache_dir: PathText | None = Field(default=None, min_length=1, examples=["~/.cache/pipekit"])
-    """Folder of the prepared tokens; null means `~/.cache/pipekit`."""
+    """Folder of the prepared tokens; null takes `~/.cache/pipekit`."""
 
     max_bytes: PositiveInt | None = Field(default=None, examples=[10_000_000])
-    """Number of bytes of text to read at most, of each source; null reads all of it."""
+    """Largest number of bytes of text to read from each source; null reads all of it."""
 
     @property
     def entries(self) -> tuple[SourceEntry, ...]:

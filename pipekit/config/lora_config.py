@@ -18,7 +18,7 @@ class LoraConfig(Section):
     """Rank of the adapters; null trains the parameters of the model itself."""
 
     alpha: PositiveFloat | None = Field(default=None, examples=[32.0])
-    """Numerator of the factor `alpha / rank` of what adapters add; null is `rank`, a factor of 1."""
+    """Numerator of the factor `alpha / rank` on the output of adapters; null takes `rank`, a factor of 1."""
 
     rslora: bool = False
     """Multiply by `alpha / sqrt(rank)` instead."""
@@ -30,14 +30,14 @@ class LoraConfig(Section):
         default=("*",), examples=[["q_proj", "v_proj"]]
     )
     """Linear layers that get an adapter: their names in checkpoints or in `transformers`, or the ends of these after a
-    dot, in which `*` stands for any text. By default all, but for the head of a built-in model."""
+    dot, where `*` stands for any text. By default all, except the head of a built-in model."""
 
     base: PathText | None = Field(default=None, min_length=1, examples=["runs/my-run"])
-    """Run, or checkpoint, whose weights stay as they are; null takes those of `model.init_from`."""
+    """Run or checkpoint whose weights to adapt; they stay as they are. null takes those of `model.init_from`."""
 
     init_from: PathText | None = Field(default=None, min_length=1, examples=["downloads/my-adapter"])
-    """Folder of an adapter in the format of `peft` that the training begins with; null draws a new one, which adds
-    nothing at first."""
+    """Folder of an adapter in `peft`'s format to start from; null initializes a new one, which adds nothing at
+    first."""
 
     @property
     def scale(self) -> float:

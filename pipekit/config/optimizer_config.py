@@ -116,13 +116,13 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
 
     betas: Betas | None = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
-    """Decay of the averages of the gradient and of its square."""
+    """Decay of the moving averages of the gradient and of its square."""
 
     eps: Eps | None = Field(default=1e-8, examples=[1e-8])
     """Added to the denominator of an update."""
 
     weight_decay: WeightDecay | None = Field(default=0.1, examples=[0.1])
-    """Strength of the decay towards zero of weight matrices."""
+    """Strength of the decay of weight matrices towards zero."""
 
     momentum: Fraction = Field(default=0.0, examples=[0.9])
     """Momentum of `sgd`, `rmsprop` and `muon`."""
@@ -157,7 +157,7 @@ class SchedulerConfig(Section):
     """Schedule of the learning rate over the steps."""
 
     type: Annotated[str, _known_name(SCHEDULES, schedule_name, {})] = Field(default="cosine", examples=["wsd"])
-    """Shape of the learning rate, or `package.module:function` of your own."""
+    """Curve of the learning rate, or `package.module:function` of your own."""
 
     warmup_steps: NonNegativeInt = Field(default=0, examples=[20])
     """Steps over which the rate rises linearly to its peak."""
@@ -169,7 +169,7 @@ class SchedulerConfig(Section):
     """Rate at the end of the decay, as a fraction of the peak."""
 
     decay_steps: PositiveInt | None = Field(default=None, examples=[300])
-    """Step, counted from the start, at which the decay ends; null means `train.steps`."""
+    """Step, counted from the start, at which the decay ends; null takes `train.steps`."""
 
     decay_tokens: PositiveInt | None = Field(default=None, examples=[1_000_000_000])
     """The same in tokens, in place of `decay_steps`."""

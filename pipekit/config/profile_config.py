@@ -17,13 +17,13 @@ class ProfileConfig(Section):
     """Profile: a window of steps whose time, operations and memory are measured, by rank."""
 
     start: PositiveInt = 10
-    """Step whose floating-point operations are counted; those after it are timed."""
+    """Step whose floating-point operations are counted; the steps after it are timed."""
 
     steps: NonNegativeInt = 0
-    """Steps that are timed; 0 measures nothing."""
+    """Number of steps to time; 0 measures nothing."""
 
     trace: bool = False
-    """Write a trace of `torch.profiler` for each rank, which opens in Perfetto. The timed steps take longer with it."""
+    """Write a `torch.profiler` trace for each rank, to open in Perfetto. It makes the timed steps slower."""
 
     memory: bool = False
     """Write the memory of each rank at every action, and on GPUs torch's record of allocations."""

@@ -66,20 +66,20 @@ class RunConfig(Section):
     `load_config` names it after the YAML file where it is not given: `runs/<name of the file>`."""
 
     timeout_s: TimeLimit = Field(default=600.0, examples=[600])
-    """No wait for another rank lasts longer than this many seconds."""
+    """Longest wait for another rank, in seconds."""
 
     restarts: NonNegativeInt = Field(default=0, examples=[3])
-    """The most times that `pipekit train` starts the ranks again after one was lost or hung, from the newest
-    checkpoint; twice without a newer one is the end."""
+    """How often `pipekit train` may restart the ranks from the newest checkpoint after one was lost or hung. It gives
+    up after two failures without a newer one."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; `auto` takes the GPUs where there are any."""
+    """Device to compute on; `auto` uses GPUs if there are any."""
 
     threads_per_process: Threads | Literal["auto"] = Field(default="auto", examples=[4])
     """CPU threads of each process; `auto` divides the cores among them."""
 
     max_time: Duration | None = Field(default=None, examples=["11h30m"])
-    """Time such as `11h30m`, counted from the start of the command, before the end of which the run saves and stops,
+    """Time limit such as `11h30m`, counted from the start of the command. The run saves and stops before it is over,
     with exit code 75; null sets no limit."""
 
     trial: str | None = Field(default=None, min_length=1, examples=["my_package.my_trial:MyTrial"])
@@ -90,7 +90,7 @@ class ParallelConfig(Section):
     """Layout of the ranks: `pp * dp * tp` is the number of processes."""
 
     auto: bool = False
-    """Take the best plan for the devices present: `parallel: auto` for short. It chooses `pp`, `dp`, `zero`,
+    """Choose the best plan for the devices present: `parallel: auto` for short. It chooses `pp`, `dp`, `zero`,
     `schedule`, `stages_per_rank` and `partition`, `train.micro_batch_size` and `train.activation_checkpointing`."""
 
     pp: Degree = Field(default=1, examples=[2])
@@ -100,37 +100,37 @@ class ParallelConfig(Section):
     """Tensor-parallel degree: the number of ranks that each layer is sharded over."""
 
     sequence_parallel: bool = True
-    """For `tp` > 1: each tensor-parallel rank keeps only its shard of the sequence of activations between layers that
-    can work on shards. It takes less memory, and computes the same."""
+    """For `tp` > 1: between layers that can work on shards, each tensor-parallel rank keeps only its shard of the
+    sequence. This takes less memory and computes the same."""
 
     dp: Degree | Literal["auto"] = Field(default="auto", examples=[2])
-    """Data-parallel degree; `auto` fills the processes, or the GPUs, that there are, and is 1 on a CPU."""
+    """Data-parallel degree; `auto` uses all processes of a launcher, or all GPUs, and is 1 on a CPU."""
 
     order: Annotated[Order, Field(strict=False)] = Field(default=DEFAULT_ORDER, examples=[["pipe", "data", "tensor"]])
-    """The axes along which ranks are counted, the outermost first: `tensor` last gives tensor-parallel peers
-    neighbouring ranks, so that they share a node."""
+    """The axes along which ranks are counted, outermost first. With `tensor` last, tensor-parallel peers have
+    neighbouring ranks, and so share a node."""
 
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=1, examples=[1])
-    """ZeRO stage, which says what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer states, 2 the
-    gradients too, 3 the weights too. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
+    """ZeRO stage. Data-parallel ranks shard nothing with 0, the optimizer states with 1, the gradients too with 2, the
+    weights too with 3. 2 and 3 need `pp: 1` and `schedule: 1f1b`."""
 
     offload: Literal["none", "optimizer", "parameters", "nvme"] = Field(default="none", examples=["optimizer"])
-    """Tensors kept in host memory: `optimizer` the fp32 masters and the optimizer states, which are updated there
-    (needs `zero` of 1 or more), `parameters` these and the weights (needs `zero: 3`). `nvme` keeps them in files in
-    `nvme_dir`, and under `zero: 3` the weights too."""
+    """Tensors to keep in host memory: `optimizer` keeps the fp32 masters and the optimizer states there, and updates
+    them there (needs `zero` of 1 or more); `parameters` keeps the weights there as well (needs `zero: 3`). `nvme` keeps
+    masters and states in files in `nvme_dir`, and under `zero: 3` the weights too."""
 
     nvme_dir: FolderText | None = Field(default=None, min_length=1, examples=["/local/nvme"])
-    """For `offload: nvme`: existing folder on a local disk of every machine, which is empty again when the run ends,
-    however it ends."""
+    """For `offload: nvme`: an existing folder on a local disk of every machine. The run leaves no files in it, however
+    it ends."""
 
     partition: str = Field(
         default="parameters",
         examples=["parameters", "uniform", "flops", "profile", "memory", "type:Attention", "manual"],
     )
     """Partition of the layers into stages: `parameters` balances their parameters, `uniform` their number, `flops`
-    their counted operations, `profile` their measured seconds, `memory` their seconds or operations among the
-    partitions that fit into the devices, `type:<regex>` the number of layers whose class name matches, `manual` takes
-    `boundaries`; or the name of a partitioner that another package installs."""
+    their counted operations, `profile` their measured seconds. `memory` balances seconds or operations within the
+    memory of the devices, `type:<regex>` the number of layers whose class name matches. `manual` takes `boundaries`. Or
+    name a partitioner that another package installs."""
 
     boundaries: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | str | None = Field(
         default=None, examples=[[0, 6, 12], "Et*2|t*2L"]
@@ -141,22 +141,22 @@ class ParallelConfig(Section):
     behind the last block, and `|` ends a stage; `*3` repeats what is before it, a letter or a group in parentheses."""
 
     memory_limit_gb: PositiveFloat | None = Field(default=None, examples=[80.0])
-    """For `partition: memory` and `parallel: auto`: memory limit of a rank, in 10^9 bytes; null is the memory of its
-    GPU less a reserve, or on a CPU an equal fraction of the machine's."""
+    """For `partition: memory` and `parallel: auto`: memory limit of a rank, in 10^9 bytes; null takes the memory of its
+    GPU less a reserve, or on a CPU an equal share of the machine's."""
 
     schedule: str = Field(default="1f1b", examples=[*SCHEDULE_NAMES])
-    """Pipeline schedule: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, `auto`, which times the first
-    steps and plans the best for them, or a CSV file with a table of your own."""
+    """Pipeline schedule: `gpipe`, `1f1b`, `interleaved-1f1b`, `zb-h1`, `zb-v`, or a CSV file with a table of your own.
+    `auto` times the first steps and plans the best schedule for these times."""
 
     stages_per_rank: Annotated[PositiveInt, at_most(1000, "more stages only add messages")] | None = Field(
         default=None, examples=[2]
     )
-    """Stages on each pipeline rank; null is the number that the schedule is made for: 2 under `interleaved-1f1b` and
-    `zb-v`, and 1 under the others."""
+    """Stages on each pipeline rank; null takes the schedule's usual number: 2 under `interleaved-1f1b` and `zb-v`, 1
+    under the others."""
 
     max_in_flight: PositiveInt | None = Field(default=None, examples=[8])
-    """For `schedule: auto`: of how many micro-batches a rank may hold activations, each stage counted by itself; null
-    is as many as there are stages, which is what 1F1B's first rank holds."""
+    """For `schedule: auto`: the number of micro-batches whose activations a rank may hold, each stage counted
+    separately; null takes the number of stages, as 1F1B's first rank holds."""
 
     @field_validator("order")
     @classmethod
@@ -226,17 +226,18 @@ class TrainConfig(Section):
         default=None,  # type: ignore[assignment]  # until they are known; see has_steps
         examples=[300],
     )
-    """Optimizer steps of the whole run. One of `steps`, `tokens` and `epochs` is needed."""
+    """Optimizer steps of the whole run. Give one of `steps`, `tokens` and `epochs`."""
 
     tokens: Annotated[PositiveInt, at_most(10**18, "no model has seen so many")] | None = Field(
         default=None, examples=[1_000_000_000]
     )
-    """Tokens of the whole run, in place of `steps`; the last step may have more than are left."""
+    """Tokens of the whole run, in place of `steps`; the last step may go beyond them."""
 
     epochs: Annotated[PositiveFloat, at_most(10**6, "nothing is left to learn")] | None = Field(
         default=None, examples=[3.0]
     )
-    """Passes through the training samples, in place of `steps`, which follow from it once the data are prepared."""
+    """Passes through the training samples, in place of `steps`; pipekit converts them into steps once the data are
+    prepared."""
 
     global_batch_size: Annotated[
         PositiveInt, at_most(10**8, "batches of some millions of sequences are the largest in use")
@@ -252,10 +253,10 @@ class TrainConfig(Section):
     """Tokens per sequence."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the computation; `auto` is bf16 on GPUs, and fp32 on CPUs."""
+    """Number format of the computation; `auto` is bf16 on GPUs and fp32 on CPUs."""
 
     seed: Seed = Field(default=1234, examples=[1234])
-    """Seeds the initial weights, dropout and the order of the data."""
+    """Seed of the initial weights, dropout and the order of the data."""
 
     gradient_clipping: Annotated[NonNegativeFloat, at_least(1e-12, "no weight would change", allows_zero=True)] = Field(
         default=1.0, examples=[1.0]
@@ -265,21 +266,20 @@ class TrainConfig(Section):
     activation_checkpointing: Annotated[ActivationCheckpointing | None, switch(ActivationCheckpointing)] = Field(
         default=None, examples=[True]
     )
-    """Recompute activations in the backward pass instead of storing them: those of every layer with true, or as a
-    mapping of settings says."""
+    """Recompute activations in the backward pass instead of storing them: true does so in every layer, and a mapping of
+    settings chooses."""
 
     compile: bool = False
-    """Compile the layers whose class occurs more than once, each class once, with `torch.compile`: the first step takes
-    up to minutes longer. Needs a C++ compiler, on GPUs Triton and a C compiler, and `parallel.zero`
-    below 3."""
+    """Compile the layers whose class occurs more than once with `torch.compile`, each class once. The first step can
+    take minutes longer. Needs a C++ compiler, on GPUs also Triton and a C compiler, and `parallel.zero` below 3."""
 
     tf32: bool = True
-    """On GPUs, round the factors of fp32 matrix products to TF32, 10 bits of mantissa, which is several times
+    """On GPUs, round the factors of fp32 matrix products to TF32, with 10 bits of mantissa. This is several times
     faster."""
 
     loss_chunk_tokens: PositiveInt | Literal["auto"] | None = Field(default="auto", examples=[1024])
-    """Tokens for which the loss of a built-in model computes the scores of the vocabulary at a time, and again in the
-    backward pass; `auto` takes all at once where they need little memory, null always."""
+    """Number of tokens for which the loss of a built-in model computes logits at a time, and again in the backward
+    pass; `auto` takes all tokens at once if they need little memory, null always does."""
 
     eval_interval: PositiveInt | None = Field(default=None, examples=[100])
     """Steps between evaluations; null never evaluates."""
@@ -290,43 +290,42 @@ class TrainConfig(Section):
     freeze: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = Field(
         default=(), examples=[["embed.*", "blocks.0.*"]]
     )
-    """Parameters that are not trained: their names in checkpoints, in which `*` stands for any text. They keep their
-    weights, and have neither gradient nor optimizer states."""
+    """Parameters not to train: their names in checkpoints, where `*` stands for any text. They keep their weights, and
+    have neither gradients nor optimizer states."""
 
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, examples=[0.999])
-    """Decay, for each step, of an exponential moving average of the weights, which is saved with them; null keeps
-    none."""
+    """Decay per step of an exponential moving average of the weights, which is saved with them; null keeps none."""
 
     eval_ema: bool = False
     """Evaluate the moving average in place of the weights."""
 
     on_spike: Literal["warn", "skip", "rollback"] = "warn"
-    """Reaction to a loss that stands far above the last ones: `warn` only tells of it, `skip` leaves its update out,
-    `rollback` goes back to the last checkpoint and passes the data up to it by."""
+    """Reaction to a loss far above the last ones: `warn` only reports it, `skip` leaves out its update, `rollback`
+    returns to the last checkpoint and skips the data up to the spike."""
 
     spike_threshold: Annotated[float, Field(gt=0)] | None = Field(default=12.0, examples=[12.0])
-    """Distance from the median of the last losses, in units of their spread, above which a loss is a spike; null looks
-    for none."""
+    """Distance above the median of the last losses, in units of their spread, beyond which a loss is a spike; null
+    looks for none."""
 
     spike_window: Annotated[int, Field(ge=5)] = Field(default=100, examples=[100])
-    """Number of the last losses that a loss is compared with."""
+    """Number of last losses to compare a loss with."""
 
     check_replicas: PositiveInt | None = Field(default=None, examples=[100])
-    """Steps between checks that ranks which hold the same tensor hold the same bits; null never checks."""
+    """Steps between checks that ranks hold the same tensor with the same bits; null never checks."""
 
     check_computation: PositiveInt | None = Field(default=None, examples=[1000])
-    """Steps between those that are computed twice and compared bit for bit, to find a rank that computes wrongly; null
-    never does."""
+    """Steps between checks that compute a step twice and compare the results bit for bit, to find a rank that computes
+    wrongly; null never checks."""
 
     curriculum: CurriculumConfig | None = Field(
         default=None, examples=[{"min_difficulty": 64, "total_curriculum_step": 15_000}]
     )
-    """Curriculum by sequence length: the lengths with which training begins; null trains on whole sequences."""
+    """Curriculum by sequence length: the lengths at the start of the training; null trains on whole sequences."""
 
     batch_warmup: BatchWarmupConfig | None = Field(
         default=None, examples=[{"start": 2, "increment": 2, "samples": 10_000}]
     )
-    """Batch-size warm-up: the sizes with which training begins; null has `global_batch_size` in every step."""
+    """Batch-size warm-up: the sizes at the start of the training; null uses `global_batch_size` in every step."""
 
     layer_drop: Annotated[LayerDropConfig | None, switch(LayerDropConfig)] = Field(
         default=None, examples=[{"theta": 0.5, "gamma": 0.001}]
@@ -358,34 +357,34 @@ class _CheckpointFields(Section):
     """Saving of checkpoints, and the one to resume from."""
 
     interval: PositiveInt | Duration | None = Field(default="15m", examples=[100])
-    """Between checkpoints: steps, such as 100, or time, such as `15m`; null saves only at the end."""
+    """Steps, such as 100, or time, such as `15m`, between checkpoints; null saves only at the end."""
 
     resume: FolderText = Field(
         default="auto", min_length=1, examples=["auto", "never", "runs/my-run/checkpoints/step-100"]
     )
-    """`auto` goes on from the newest checkpoint of the run folder, `never` starts anew, and anything else is
-    the path of a checkpoint folder."""
+    """`auto` resumes from the newest checkpoint of the run folder, `never` starts over, and anything else is the path
+    of a checkpoint folder."""
 
     keep: PositiveInt | None = Field(default=2, examples=[2])
     """Number of the newest checkpoints to keep; null keeps all."""
 
     keep_every: PositiveInt | None = Field(default=None, examples=[1000])
-    """Checkpoints of multiples of so many steps are kept too."""
+    """Also keep the checkpoints of steps that are a multiple of this number."""
 
     keep_best: str | None = Field(default=None, min_length=1, examples=["val_loss"])
-    """Name of a metric of `metrics.jsonl`: the checkpoint with the best value of it is kept too. Those saved after
-    steps that do not measure it do not count."""
+    """Metric of `metrics.jsonl`: also keep the checkpoint with its best value. Checkpoints of steps that do not measure
+    it do not count."""
 
     best_is: Literal["lowest", "highest"] = "lowest"
     """The best value of `keep_best`."""
 
     on_error: Literal["stop", "warn"] = "stop"
-    """Reaction where the disk does not take a checkpoint: `stop` ends the run, `warn` tells of it and tries again
-    when the next is due. The last one is needed in any case."""
+    """Reaction if a checkpoint cannot be written: `stop` ends the run, `warn` reports it and tries again when the next
+    one is due. If the last one fails, the run ends in any case."""
 
     storage: Literal["shared", "local"] = "shared"
-    """`shared`: the run folder is one that all hosts see. `local`: each host of several has its own, and a second copy
-    of the checkpoint files of its neighbour."""
+    """`shared`: all hosts see the same run folder. `local`: each host has its own, with a second copy of its
+    neighbour's checkpoint files."""
 
     @property
     def is_async(self) -> bool:

@@ -54,7 +54,7 @@ class TrialRunConfig(Section):
     after the YAML file where it is not given."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; `auto` takes the GPUs where there are any."""
+    """Device to compute on; `auto` uses GPUs if there are any."""
 
     processes: Degree | Literal["auto"] = Field(default="auto", examples=[2])
     """Number of processes that `pipekit train` starts; `auto` is the number of GPUs, or 1 on a CPU."""
@@ -63,14 +63,14 @@ class TrialRunConfig(Section):
     """CPU threads of each process; `auto` divides the cores among them."""
 
     timeout_s: TimeLimit = Field(default=600.0, examples=[600])
-    """No wait for another rank lasts longer than this many seconds."""
+    """Longest wait for another rank, in seconds."""
 
     restarts: NonNegativeInt = Field(default=0, examples=[3])
-    """The most times that `pipekit train` starts the ranks again after one was lost or hung, from the newest
-    checkpoint; twice without a newer one is the end."""
+    """How often `pipekit train` may restart the ranks from the newest checkpoint after one was lost or hung. It gives
+    up after two failures without a newer one."""
 
     max_time: Duration | None = Field(default=None, examples=["11h30m"])
-    """Time such as `11h30m`, counted from the start of the command, before the end of which the run saves and stops,
+    """Time limit such as `11h30m`, counted from the start of the command. The run saves and stops before it is over,
     with exit code 75; null sets no limit."""
 
 

@@ -21,21 +21,21 @@ class ActivationCheckpointing(Section):
     """Layers that are recomputed in the backward from their inputs, and where these inputs are kept."""
 
     every: PositiveInt = Field(default=1, examples=[2])
-    """Recompute one layer in so many: those whose index it divides, where the first layer of the model has index 0."""
+    """Recompute only the layers whose index is a multiple of this number; the first layer of the model has index 0."""
 
     layers: _Patterns | None = Field(default=None, examples=[["blocks.*.mlp"]])
-    """Recompute the layers with these names, in which `*` stands for any text."""
+    """Recompute the layers with these names, where `*` stands for any text."""
 
     only: Literal["attention"] | None = None
-    """`attention` recomputes the attention core alone, from queries, keys and values to weighted sums, and keeps
+    """`attention` recomputes only the attention core, from queries, keys and values to weighted sums, and keeps
     everything else."""
 
     partition: bool = False
-    """Each tensor-parallel rank keeps its shard of an input, and gathers the others' before the recomputation. For
-    `parallel.tp` > 1 without `parallel.sequence_parallel`, which shards inputs already."""
+    """Each tensor-parallel rank keeps its shard of an input, and gathers the other shards before the recomputation. For
+    `parallel.tp` > 1 without `parallel.sequence_parallel`, which already shards inputs."""
 
     offload: bool = False
-    """Keep inputs in host memory. On GPUs they are copied there and back beside the computation."""
+    """Keep inputs in host memory. On GPUs the copies there and back overlap with the computation."""
 
     @model_validator(mode="before")
     @classmethod
