@@ -71,9 +71,9 @@ _AVERAGED = "the gradients of replicas are summed in fp32 and averaged"
 _REMOVED = "DeepSpeed has removed it"
 _AIO = "files are mapped into memory, without DeepSpeed's asynchronous I/O"
 _ONE_STAGE = "a plain module has neither stages nor shards"
-_COMPILE = "DeepCompile rewrites a whole module, and a pipeline runs layers; see train.compile"
+_COMPILE = "DeepCompile rewrites a whole module, but a pipeline runs single layers; see train.compile"
 _OWN_PROFILER = "profile.steps writes the operations of every layer and the FLOP/s of each rank"
-_OWN_TENSORS = "layers are sharded by pipekit; give parallel.tp, or a topology"
+_OWN_TENSORS = "pipekit shards the layers itself; set parallel.tp, or give a topology"
 
 _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     # Batch.
@@ -82,7 +82,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     ("", "gradient_accumulation_steps", _COUNT,
      _ours("train.global_batch_size / (train.micro_batch_size * parallel.dp)")),
     ("", "managed_gradient_accumulation", bool, _refused("the engine counts the micro-batches of a step", True)),
-    ("", "dataloader_drop_last", bool, _refused("the data section reads the data", False, callers=("run",))),
+    ("", "dataloader_drop_last", bool, _refused("the data section decides how data are read", False, callers=("run",))),
     ("", "data_efficiency", Any, _refused(
         "pipekit reads the data of a pipeline itself", callers=("pipeline",), ours="train.curriculum")),
     ("", "curriculum_learning", Any, _refused(_REMOVED, callers=("pipeline", "module"), ours="train.curriculum")),
@@ -103,7 +103,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     ("pipeline.", "pipe_partitioned grad_partitioned", bool, _refused(
         "messages between stages are sharded where parallel.sequence_parallel shards the activations", callers=_ALL)),
     ("pipeline.", "use_reentrant", bool,
-     _refused("torch.utils.checkpoint runs without reentrance", False, callers=_ALL)),
+     _refused("torch.utils.checkpoint runs in its non-reentrant form", False, callers=_ALL)),
     ("tensor_parallel.", "autotp_size", _SIZE, _refused(_ONE_STAGE, 0, 1, callers=("module",), ours="parallel.tp")),
     ("tensor_parallel.", "dtype tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp "
      "injection_policy_tuple partition_config preset_model keep_module_on_host kernel_inject", Any,
@@ -114,7 +114,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     # Precision.
     ("", "bfloat16", dict, _ours("the section bf16")),
     ("fp16.", "enabled", bool, _ours("train.precision=fp16")),
-    ("fp16.", "auto_cast", bool, _refused("the first layer gets its inputs as they are", False)),
+    ("fp16.", "auto_cast", bool, _refused("the first layer gets its inputs unconverted", False)),
     ("fp16.", "consecutive_hysteresis fp16_master_weights_and_grads", bool, PASSED),
     ("fp16.", "loss_scale", Annotated[float, _NO_SWITCH, Field(ge=0)], PASSED),
     ("fp16.", "loss_scale_window min_loss_scale", Annotated[int, _NO_SWITCH], PASSED),
@@ -166,7 +166,7 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     (f"{_ZERO}offload_optimizer.", "pin_memory", bool, PASSED),
     (f"{_ZERO}offload_optimizer.", "cpuadam_cores_perc", Annotated[float, Field(ge=0, le=1)], PASSED),
     (f"{_ZERO}offload_optimizer.", "ratio", Annotated[float, Field(ge=0, le=1)],
-     _refused("all of the optimizer is offloaded, or nothing", 1)),
+     _refused("the optimizer is offloaded as a whole, or not at all", 1)),
     (f"{_ZERO}offload_optimizer.", "super_offload", bool,
      _refused("SuperOffload brings an optimizer of its own", False)),
     (f"{_ZERO}offload_param.", "device", _DEVICE, _ours("parallel.offload=parameters")),
@@ -182,11 +182,11 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     (_CHECKPOINTING, "number_checkpoints", _COUNT | None,
      _refused("it follows from the layers; see train.activation_checkpointing.every")),
     (_CHECKPOINTING, "contiguous_memory_optimization", bool,
-     _refused("torch's allocator gives every input that is kept memory of its own", False)),
+     _refused("torch's allocator gives each stored input its own memory", False)),
     (_CHECKPOINTING, "synchronize_checkpoint_boundary", bool,
      _refused("no stream needs to wait for a recomputation", False)),
     (_CHECKPOINTING, "profile", bool,
-     _refused("profile.steps times backwards together with their recomputation", False)),
+     _refused("profile.steps times each backward with its recomputation", False)),
     ("compile.", "deepcompile autoep_non_moe", bool, _refused(_COMPILE, False)),
     ("compile.", "free_activation offload_activation offload_activation_pin_memory offload_opt_states double_buffer "
      "symmetric_memory debug_log offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather "
@@ -217,8 +217,8 @@ _ROWS: tuple[tuple[str, str, Any, Treatment], ...] = (
     ("flops_profiler.", "top_modules", _SIZE, _refused(_OWN_PROFILER, 1)),
     ("flops_profiler.", "detailed", bool, _refused(_OWN_PROFILER, True)),
     ("flops_profiler.", "output_file", str | None, _refused(_OWN_PROFILER)),
-    ("timers.", "throughput.enabled", bool, _refused("metrics have the samples of each second", False)),
-    ("timers.", "throughput.synchronized", bool, _refused("metrics have the samples of each second")),
+    ("timers.", "throughput.enabled", bool, _refused("metrics.jsonl has the throughput", False)),
+    ("timers.", "throughput.synchronized", bool, _refused("metrics.jsonl has the throughput")),
     # Checkpoints.
     ("checkpoint.", "use_node_local_storage", bool, _refused(
         _OWN_CHECKPOINTS, False, callers=("pipeline", "module"), ours="checkpoint.storage=local")),
@@ -291,4 +291,4 @@ def _cell(treatment: Treatment, callers: tuple[Caller, ...]) -> str:
         return ours or "passed on"
     kept = " or ".join(f"`{str(value).lower()}`" for value in treatment.unless)
     whom = {"pipeline": " for a pipeline", "module": " for a plain module"}.get(" ".join(refused), "")
-    return f"{ours}{'; ' if ours else ''}refused{whom}{f', but for {kept}' if kept else ''}: {treatment.refusal}"
+    return f"{ours}{'; ' if ours else ''}refused{whom}{f' unless {kept}' if kept else ''}: {treatment.refusal}"
