@@ -69,8 +69,8 @@ class RunConfig(Section):
     """Longest wait for another rank, in seconds."""
 
     restarts: NonNegativeInt = Field(default=0, examples=[3])
-    """How often `pipekit train` may restart the ranks from the newest checkpoint after one was lost or hung. It gives
-    up after two failures without a newer one."""
+    """Largest number of restarts from the newest checkpoint, by `pipekit train`, after a rank was lost or hung. Two
+    failures without a newer checkpoint in between end the run at once."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; `auto` uses GPUs if there are any."""

@@ -66,8 +66,8 @@ class TrialRunConfig(Section):
     """Longest wait for another rank, in seconds."""
 
     restarts: NonNegativeInt = Field(default=0, examples=[3])
-    """How often `pipekit train` may restart the ranks from the newest checkpoint after one was lost or hung. It gives
-    up after two failures without a newer one."""
+    """Largest number of restarts from the newest checkpoint, by `pipekit train`, after a rank was lost or hung. Two
+    failures without a newer checkpoint in between end the run at once."""
 
     max_time: Duration | None = Field(default=None, examples=["11h30m"])
     """Time limit such as `11h30m`, counted from the start of the command. The run saves and stops before it is over,
