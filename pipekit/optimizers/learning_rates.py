@@ -28,12 +28,12 @@ SECTION_KEYS = ("warmup_steps", "decay_steps", "min_lr_ratio")
 
 
 def constant(step: int, *, peak: float, warmup_steps: int, decay_steps: int = 0, min_lr_ratio: float = 0.0) -> float:
-    """Rate that stays at its peak after the warm-up; the settings of a decay have no effect."""
+    """Rate that stays at its peak after the warm-up; decay settings have no effect."""
     return _warm_up(step, peak, warmup_steps) or peak
 
 
 def linear(step: int, *, peak: float, warmup_steps: int, decay_steps: int, min_lr_ratio: float) -> float:
-    """Rate that falls along a line after the warm-up."""
+    """Rate that falls linearly after the warm-up."""
     return polynomial(
         step, peak=peak, warmup_steps=warmup_steps, decay_steps=decay_steps, min_lr_ratio=min_lr_ratio, power=1.0
     )
@@ -42,7 +42,7 @@ def linear(step: int, *, peak: float, warmup_steps: int, decay_steps: int, min_l
 def polynomial(
     step: int, *, peak: float, warmup_steps: int, decay_steps: int, min_lr_ratio: float, power: PositiveFloat = 2.0
 ) -> float:
-    """Rate that falls with a power of the steps that remain, after the warm-up."""
+    """Rate that falls with a power of the remaining steps after the warm-up."""
     remaining = 1.0 - _progress(step, warmup_steps, decay_steps)
     return _warm_up(step, peak, warmup_steps) or _between(peak, min_lr_ratio, remaining**power)
 
@@ -65,7 +65,7 @@ def cosine(step: int, *, peak: float, warmup_steps: int, decay_steps: int, min_l
 
 
 def inverse_sqrt(step: int, *, peak: float, warmup_steps: int, timescale_steps: PositiveInt | None = None) -> float:
-    """Rate that falls with the inverse square root of the step after the warm-up, and needs no end.
+    """Rate that falls with the inverse square root of the step after the warm-up, without an end.
 
     `timescale_steps` after the warm-up has begun to count, the rate has fallen to `1 / sqrt(2)`; by default these are
     the warm-up's, or 10,000 where there is none.
@@ -86,7 +86,7 @@ def wsd(
     cooldown_steps: PositiveInt | None = None,
     cooldown: Literal["linear", "cosine", "1-sqrt"] = "linear",
 ) -> float:
-    """Rate of warm-up, stable phase and cool-down (WSD): it stays at its peak, and falls in the last steps alone.
+    """Rate of warm-up, stable phase and cool-down (WSD): it stays at its peak, and falls only in the last steps.
 
     The cool-down takes `cooldown_steps`, a tenth of `decay_steps` by default, and ends at `decay_steps`.
 
@@ -101,7 +101,7 @@ def wsd(
 
 
 def exponential(step: int, *, peak: float, min_lr: PositiveFloat, rise_steps: PositiveInt) -> float:
-    """Rate that rises from `min_lr` to its peak by the same factor at each step, for a range test over decades."""
+    """Rate that rises exponentially from `min_lr` to its peak, for a range test over orders of magnitude."""
     return float(min_lr * (peak / min_lr) ** (min(step, rise_steps) / rise_steps))
 
 
@@ -114,7 +114,7 @@ def lr_range_test(
     lr_range_test_step_rate: Rate = 1.0,
     lr_range_test_staircase: bool = False,
 ) -> float:
-    """Rate that rises along a line, or in stairs, without end: DeepSpeed's `LRRangeTest`.
+    """Rate that rises linearly, or in stairs, without an end: DeepSpeed's `LRRangeTest`.
 
     It begins at `lr_range_test_min_lr`, by default `optimizer.lr`.
 
@@ -143,7 +143,7 @@ def one_cycle(
     cycle_max_mom: Ratio = 0.9,
     decay_mom_rate: Rate = 0.0,
 ) -> float:
-    """Rate of DeepSpeed's `OneCycle`: up along a line, down again, and then a decay that has no end.
+    """Rate of DeepSpeed's `OneCycle`: it rises linearly, falls again, and then decays without an end.
 
     `cycle_max_lr` is `optimizer.lr` by default. `one_cycle_momentum` is the momentum at the same time.
 
@@ -220,7 +220,7 @@ def warmup_decay_lr(
     warmup_num_steps: PositiveInt = 1000,
     warmup_type: WarmUp = "log",
 ) -> float:
-    """Rate of `warmup_lr` that falls along a line after it, to `warmup_min_lr` at `total_num_steps`.
+    """Rate of `warmup_lr` that then falls linearly, to `warmup_min_lr` at `total_num_steps`.
 
     `total_num_steps` is `scheduler.decay_steps` by default.
     """
@@ -243,7 +243,7 @@ def warmup_cosine_lr(
     cos_min_ratio: Ratio = 0.0001,
     warmup_type: WarmUp = "log",
 ) -> float:
-    """Rate of DeepSpeed's `WarmupCosineLR`, in fractions of `optimizer.lr`; that of the first update is 0."""
+    """Rate of DeepSpeed's `WarmupCosineLR`, in fractions of `optimizer.lr`; it is 0 for the first update."""
     total, warm_up = total_num_steps or decay_steps, max(2, warmup_num_steps)
     if step == 0:
         return 0.0

@@ -152,19 +152,19 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "adafactor": OptimizerKind(
         "torch.optim:Adafactor",
         "Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
-        refusal="it keeps sums over rows and columns of whole matrices, of which ranks and checkpoints hold parts; "
+        refusal="it keeps sums over rows and columns of whole matrices, but ranks and checkpoints hold parts; "
         "try optimizer.type=lion, which keeps one number for each weight",
     ),
     "lbfgs": OptimizerKind(
         "torch.optim:LBFGS",
         "Nocedal and Wright, Numerical Optimization, chapter 7",
-        refusal="it computes the loss again within an update, by a closure that a pipeline does not have; "
+        refusal="it computes the loss again within an update, by a closure, which a pipeline does not have; "
         "try optimizer.type=adamw",
     ),
     "sparseadam": OptimizerKind(
         "torch.optim:SparseAdam",
         "torch.optim.SparseAdam",
-        refusal="it takes sparse gradients, and gradients here are dense; try optimizer.type=adam",
+        refusal="it takes sparse gradients, but gradients here are dense; try optimizer.type=adam",
     ),
 }
 """Every optimizer by its name in a configuration."""

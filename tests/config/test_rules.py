@@ -180,7 +180,7 @@ BROKEN = {
         "optimizer.eps=1e-06 is no setting of optimizer.type=lion; it takes betas and weight_decay"
     ),
     ("optimizer.type=torch.optim.LBFGS",): (
-        "optimizer.type=lbfgs: it computes the loss again within an update, by a closure that a pipeline does not "
+        "optimizer.type=lbfgs: it computes the loss again within an update, by a closure, which a pipeline does not "
         "have; try optimizer.type=adamw"
     ),
     ("optimizer.groups=[{match: 'embed*', algorithm: adamw}]",): (
