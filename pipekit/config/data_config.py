@@ -50,14 +50,14 @@ class SourceEntry(Section):
     """The text, as for `data.source`; `data/web#500` reads its first 500 documents."""
 
     weight: Weight = Field(default="auto", examples=[0.7])
-    """Share of the samples that come from this source, in proportion to the other weights; `auto` shares what the
-    numbers leave of 1 by size. 0 leaves the source to `data.stages`."""
+    """Share of the samples that come from this source, in proportion to the other weights. `auto` sources divide
+    the rest, up to 1, by their sizes. 0 reads the source only in `data.stages`."""
 
     epochs: PositiveFloat | None = Field(default=None, examples=[4])
-    """The most times that the source is read; then the others share its place. null sets no limit."""
+    """Maximum number of times to read the source; then the others share its place. null sets no limit."""
 
     limit: PositiveInt | None = Field(default=None, examples=[500])
-    """Number of documents to read at most; null reads all."""
+    """Maximum number of documents to read; null reads all."""
 
     validation: PathText | None = Field(default=None, min_length=1, examples=["data/web-held-out.jsonl"])
     """Text to evaluate on; null holds out `data.validation_fraction` of the source."""
