@@ -58,17 +58,17 @@ class DecoderFamily(TransformerFamily):
     other_layers: ClassVar = 3
 
     num_kv_heads: PositiveInt | None = Field(default=None, examples=[2])
-    """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head
+    """Number of key and value heads, each shared by `num_heads / num_kv_heads` query heads; null gives every query head
     its own."""
 
     head_size: Width | None = Field(default=None, examples=[64])
-    """Width of a head; null is `hidden_size / num_heads`."""
+    """Width of a head; null means `hidden_size / num_heads`."""
 
     rotary_base: PositiveFloat = Field(default=10_000.0, examples=[500_000.0])
-    """Base of the wavelengths of the rotary positions."""
+    """Base of the rotary wavelengths (RoPE theta)."""
 
     rotary_scaling: RotaryScaling | None = Field(default=None, examples=["{type: linear, factor: 2.0}"])
-    """Longer wavelengths of the rotary positions: `type`, `factor` and what the type needs beside; null leaves them."""
+    """Longer rotary wavelengths: `type`, `factor` and the parameters of that type; null leaves them as they are."""
 
     tied_embedding: bool = False
     """The head shares the weight of the token embedding."""

@@ -20,10 +20,10 @@ class GemmaFamily(DecoderFamily):
     """A decoder with a scaled embedding, weights of norms that are added to 1, and blocks of two kinds."""
 
     head_size: Width | None = Field(default=256, examples=[64])
-    """Width of a head; null is `hidden_size / num_heads`."""
+    """Width of a head; null means `hidden_size / num_heads`."""
 
     query_size: Width = Field(default=256, examples=[256])
-    """Scores of attention are divided by the square root of this."""
+    """Attention scores are divided by the square root of this."""
 
     tied_embedding: bool = True
     """The head shares the weight of the token embedding."""
@@ -105,16 +105,17 @@ class Gemma2Config(GemmaFamily):
     """Named sizes; any size that you also give overrides it."""
 
     sliding_window: PositiveInt = Field(default=4096, examples=[4096])
-    """Tokens that a token attends to in every other block, the first among them, its own included."""
+    """Size of the attention window in tokens, including the token itself, in every other block, starting with the
+    first."""
 
     attention_bias: bool = False
     """The linear layers of attention have biases."""
 
     attention_soft_cap: PositiveFloat | None = 50.0
-    """Limit that the scores of attention approach; null is none."""
+    """Limit that attention scores approach; null sets no limit."""
 
     final_soft_cap: PositiveFloat | None = 30.0
-    """Limit that the scores of the vocabulary approach; null is none."""
+    """Limit that logits approach; null sets no limit."""
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -55,16 +55,16 @@ class Gemma3Config(GemmaFamily):
     """Named sizes; any size that you also give overrides it."""
 
     rotary_base: PositiveFloat = Field(default=1_000_000.0, examples=[500_000.0])
-    """Base of the wavelengths of the rotary positions where blocks attend to the whole sequence."""
+    """Base of the rotary wavelengths in blocks that attend to the whole sequence."""
 
     local_rotary_base: PositiveFloat = Field(default=10_000.0, examples=[10_000.0])
-    """Base of the wavelengths of the rotary positions where blocks have a window; they are never scaled."""
+    """Base of the rotary wavelengths in blocks with a window, which are never scaled."""
 
     sliding_window: PositiveInt = Field(default=1024, examples=[512])
-    """Tokens that a token attends to in blocks with a window, its own included."""
+    """Size of the attention window in tokens, including the token itself, in blocks that have one."""
 
     global_every: PositiveInt = Field(default=6, examples=[6])
-    """Every so many blocks, the last attends to the whole sequence, and the others have a window."""
+    """Of every `global_every` blocks, the last attends to the whole sequence, and the others have a window."""
 
     @property
     def qk_norm(self) -> Literal["head", "width"] | None:

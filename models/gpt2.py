@@ -73,7 +73,7 @@ class GPT2Config(TransformerFamily):
     """Named sizes; any size that you also give overrides it."""
 
     num_kv_heads: PositiveInt | None = Field(default=None, examples=[2])
-    """Heads of keys and values, each of which `num_heads / num_kv_heads` heads of queries share; null gives every head
+    """Number of key and value heads, each shared by `num_heads / num_kv_heads` query heads; null gives every query head
     its own."""
 
     tied_embedding: bool = True

@@ -89,17 +89,17 @@ class GPTNeoXConfig(TransformerFamily):
     """Named sizes; any size that you also give overrides it."""
 
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Fraction of each head's size whose queries and keys are rotated with their position."""
+    """Fraction of each head's dimensions that have rotary positions."""
 
     rotary_base: PositiveFloat = Field(default=10_000.0, examples=[10_000.0])
-    """Base of the wavelengths of the rotation."""
+    """Base of the rotary wavelengths (RoPE theta)."""
 
     use_parallel_residual: bool = True
-    """Attention and MLP of a block both read its input, and make one layer; otherwise the MLP reads what
-    attention has added to."""
+    """Attention and MLP of a block both read its input, and form one layer; otherwise the MLP reads the input plus the
+    output of attention."""
 
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """Function between the two linear layers of an MLP: GELU, or its tanh approximation."""
+    """Activation function of an MLP: GELU, or its tanh approximation."""
 
     tied_embedding: bool = False
     """The head shares the weight of the token embedding."""
@@ -108,8 +108,8 @@ class GPTNeoXConfig(TransformerFamily):
     """Added to the variance in every layer norm."""
 
     init_std: InitStd | None = Field(default=None, examples=[0.02])
-    """Standard deviation of the initial weights; null takes those of the paper, which follow from the width and, for
-    the last projection of attention and MLP, the number of blocks."""
+    """Standard deviation of the initial weights; null uses the paper's, which depend on the width and, for the last
+    projections of attention and MLP, on the number of blocks."""
 
     @property
     def layers_per_block(self) -> int:

@@ -40,7 +40,7 @@ class MistralConfig(DecoderFamily):
     """Named sizes; any size that you also give overrides it."""
 
     sliding_window: PositiveInt | None = Field(default=None, examples=[4096])
-    """Tokens that a token attends to, its own included; null is all before it."""
+    """Size of the attention window in tokens, including the token itself; null attends to all earlier tokens."""
 
     def window_of(self, block: int) -> int | None:
         return self.sliding_window

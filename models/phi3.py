@@ -44,10 +44,10 @@ class Phi3Config(DecoderFamily):
     """Added to the mean square in every norm."""
 
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of each head's size whose queries and keys are rotated with their position."""
+    """Fraction of each head's dimensions that have rotary positions."""
 
     sliding_window: PositiveInt | None = Field(default=None, examples=[2047])
-    """Tokens that a token attends to, its own included; null is all before it."""
+    """Size of the attention window in tokens, including the token itself; null attends to all earlier tokens."""
 
     @property
     def has_joint_projections(self) -> bool:

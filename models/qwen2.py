@@ -20,8 +20,8 @@ class WindowedFamily(DecoderFamily):
     """A decoder whose later blocks may attend to a window alone."""
 
     sliding_window: PositiveInt | None = Field(default=None, examples=[4096])
-    """Tokens that a token attends to in the blocks from `first_window_layer` on, its own included; null is all before
-    it."""
+    """Size of the attention window in tokens, including the token itself, in blocks from `first_window_layer` on; null
+    attends to all earlier tokens."""
 
     first_window_layer: NonNegativeInt = Field(default=28, examples=[28])
     """The first block with a `sliding_window`."""
