@@ -64,7 +64,7 @@ class SparseAttention(Section):
     which all later ones attend."""
 
     window: PositiveInt | None = Field(default=None, examples=[256])
-    """`sliding_window`: tokens that a token attends to, its own included."""
+    """`sliding_window`: size of the attention window in tokens, including the token itself."""
 
     attention: Literal["unidirectional"] = "unidirectional"
     """A token attends to no later one, as a language model must."""
