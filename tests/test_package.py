@@ -70,7 +70,7 @@ def test_the_version_is_one() -> None:
     )
     assert done.stdout.strip() == version[1]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    known = rf"^## \[{re.escape(version[1])}\]|^What {re.escape(version[1])} will hold"
+    known = rf"^## \[{re.escape(version[1])}\]|^These changes will be in {re.escape(version[1])}\."
     assert re.search(known, changelog, flags=re.MULTILINE)
 
 
