@@ -175,9 +175,9 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
     """Counts floating-point operations by torch's formulas, in tensors whose shapes come from our rules, and kernels.
 
     Args:
-        width: elements of the layer's input, which without sequence parallelism is whole on all tensor-parallel ranks. So
-            are tensors no larger than it, before the first product of a pass and behind the last; between the products
-            ranks have shards.
+        width: elements of the layer's input, which without sequence parallelism is whole on all tensor-parallel ranks.
+            So are tensors no larger than it before the first product of a pass and behind the last; between the
+            products ranks have shards.
     """
 
     def __init__(self, width: int) -> None:

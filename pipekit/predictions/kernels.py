@@ -67,8 +67,8 @@ class Work:
         attentions: fused attentions.
         other_flops: operations of other products, such as convolutions.
         moved_bytes: bytes that the other kernels read and write.
-        whole_bytes: those of them that move tensors that pass between layers, or are computed from these token by token,
-            which tensor-parallel ranks without sequence parallelism each move whole.
+        whole_bytes: those of them that move tensors that pass between layers, or are computed from these token by
+            token, which tensor-parallel ranks without sequence parallelism each move whole.
         num_kernels: number of the other kernels.
     """
 
@@ -165,7 +165,7 @@ def product_s(product: Product, device: Device, matmul_format: MatmulFormat) -> 
         >>> from pipekit.predictions.devices import find_device
         >>> seconds = product_s(Product(1, 4096, 4096, 4096), find_device("h100"), "bf16")
         >>> round(2 * 4096**3 / seconds / 1e12)
-        636
+        625
     """
     batch, m, n, k = product.batch, product.m, product.n, product.k
     processors = device.processors or 1

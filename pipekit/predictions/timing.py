@@ -196,8 +196,8 @@ def action_costs(
 
     Measured seconds are taken as they are. On a device that says how many processors it has, other layers take the time
     of their kernels; elsewhere their operations over what it reaches in large matmuls. Neither takes less than it takes
-    to start their kernels. Of tensor-parallel layers each rank does its share, and waits for an all-reduce of each output
-    in the forward, and in the backward for the part of one that it does not hide.
+    to start their kernels. Of tensor-parallel layers each rank does its share, and waits for an all-reduce of each
+    output in the forward, and in the backward for the part of one that it does not hide.
 
     Args:
         costs: of the model for one micro-batch.
@@ -256,8 +256,8 @@ def action_costs(
 def backward_waits_s(message_s: float, beside_s: float, *, sequence_parallel: bool) -> float:
     """Seconds for which the backward of a tensor-parallel layer waits for messages.
 
-    The gradient of its input is summed while that of a weight is computed. With sequence parallelism that sum is half of
-    a message, a reduce-scatter, and the gradient of its output is gathered before, by the other half.
+    The gradient of its input is summed while that of a weight is computed. With sequence parallelism that sum is half
+    of a message, a reduce-scatter, and the gradient of its output is gathered before, by the other half.
 
     Args:
         message_s: seconds of an all-reduce of its input.
@@ -273,7 +273,7 @@ def backward_waits_s(message_s: float, beside_s: float, *, sequence_parallel: bo
 
 
 def with_waiting(costs: Costs, placement: Sequence[int]) -> Costs:
-    """Costs of stages whose ranks both wait for a part of each message that passes between them, instead of its transfer.
+    """Costs of stages whose ranks both wait for a part of each message between them, in place of its transfer.
 
     Source: the runs of Qi et al. 2024, "Zero Bubble Pipeline Parallelism", table 4, on which that part is fitted.
     """
