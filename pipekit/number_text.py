@@ -39,6 +39,18 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
+def days_text(days: float) -> str:
+    """Return the time of a long run.
+
+    Example:
+        >>> days_text(12.34), days_text(0.34), days_text(0.0001)
+        ('12.3 days', '8.2 hours', '8.64 s')
+    """
+    if days >= 1:
+        return f"{days:,.1f} days"
+    return f"{24 * days:.1f} hours" if 24 * days >= 1 else seconds_text(86_400 * days)
+
+
 def _scaled(number: float, units: dict[str, float]) -> str | None:
     """Return a number in the largest of its units that it reaches when it is rounded; None where it reaches none."""
     return next((f"{number / size:,.1f} {unit}" for unit, size in units.items() if number >= 0.99995 * size), None)

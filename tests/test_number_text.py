@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipekit.number_text import bytes_text, count_text, seconds_text
+from pipekit.number_text import bytes_text, count_text, days_text, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,10 @@ from pipekit.number_text import bytes_text, count_text, seconds_text
         (seconds_text(99.96), "100 s"),
         (seconds_text(3600), "3,600 s"),
         (seconds_text(3.2e-9), "3.2e-09 s"),
+        (days_text(1234.5), "1,234.5 days"),
+        (days_text(1), "1.0 days"),
+        (days_text(0.5), "12.0 hours"),
+        (days_text(1 / 48), "1,800 s"),
     ],
 )
 def test_figures_are_short(said: str, expected: str) -> None:

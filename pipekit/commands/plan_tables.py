@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipekit.number_text import bytes_text, count_text, seconds_text
+from pipekit.number_text import bytes_text, count_text, days_text, seconds_text
 from pipekit.pages.plan_page import checkpointing_text
 from pipekit.predictions.parallel_plan import ParallelPlan
 from pipekit.predictions.report import read_plan
@@ -83,9 +83,9 @@ def run_text(run: Mapping[str, float]) -> str:
         >>> run_text({"tokens": 300_000_000_000, "days": 12.34, "device_hours": 303_350.6, "cost": 758_376.5})
         '300.0 B tokens in 12.3 days: 303,351 hours of a device, which cost 758,376'
     """
-    days = f"{run['days']:,.1f} days" if run["days"] >= 1 else f"{24 * run['days']:.1f} hours"
     cost = f", which cost {run['cost']:,.0f}" if "cost" in run else ""
-    return f"{count_text(run['tokens'])} tokens in {days}: {run['device_hours']:,.0f} hours of a device{cost}"
+    hours = f"{run['device_hours']:,.0f} hours of a device"
+    return f"{count_text(run['tokens'])} tokens in {days_text(run['days'])}: {hours}{cost}"
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:

@@ -1,4 +1,4 @@
-"""Page of a predicted run: its stages, the memory of ranks, a step's timeline, and the layouts that were compared."""
+"""Page of a predicted run: figures, stages, memory of ranks, a step's timeline, and the layouts that were compared."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def render_html(report: Mapping[str, Any]) -> str:
 
     Args:
         report: the report of `--json`: `parameters`, `layout`, `device`, `step_time_s`, `tokens_per_s`,
-            `tflops_per_device`, `bubble_fraction` and `stages`; `timeline`, `layouts` and `rejected` where they are
-            there. None is shown as a dash.
+            `tflops_per_device`, `bubble_fraction` and `stages`; `run`, `timeline`, `layouts` and `rejected` where they
+            are there. None is shown as a dash.
 
     Example:
         >>> device = {"name": "h100", "memory_bytes": 80e9, "usable_bytes": 74.5e9}

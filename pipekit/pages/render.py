@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from pipekit.number_text import bytes_text, count_text, seconds_text
+from pipekit.number_text import bytes_text, count_text, days_text, seconds_text
 
 _SCRIPTS = ("chart.umd.min.js", "charts.js")
 
@@ -36,7 +36,8 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     forms: dict[str, Callable[[Any], str]] = {"count": count_text, "bytes": bytes_text, "seconds": seconds_text}
-    forms |= {"figure": "{:.4g}".format, "percent": lambda share: f"{100 * share:.3g} %"}
+    forms |= {"days": days_text, "whole": "{:,.0f}".format, "figure": "{:.4g}".format}
+    forms |= {"percent": lambda share: f"{100 * share:.3g} %"}
     for name, form in forms.items():
         environment.filters[name] = lambda number, form=form: "-" if number is None else form(number)
     templates = files("pipekit.pages") / "templates"

@@ -103,8 +103,11 @@ def test_a_whole_run_takes_so_many_days_and_costs_so_much(path: Path, capsys: py
     assert found["run"]["days"] == pytest.approx(hours / 24)
     assert (found["run"]["device_hours"], found["run"]["cost"]) == pytest.approx((2 * hours, 5 * hours))
     assert "cost" not in plan_report(load_config(path), PlanOptions(num_devices=2, device="h100", num_tokens=9))["run"]
-    command(path, device="h100", tokens="1T", price=2.5)
+    page = path.with_name("plan.html")
+    command(path, device="h100", tokens="1T", price=2.5, html=page)
     assert f"1.0 T tokens in {hours / 24:,.1f} days: {2 * hours:,.0f} hours of a device" in capsys.readouterr().out
+    for said in (f"{hours / 24:,.1f} days", f"{2 * hours:,.0f}", f"{5 * hours:,.0f}"):
+        assert f"<dd>{said}</dd>" in page.read_text()
 
 
 @pytest.mark.parametrize("text", ["many", "0", "-3B", "B", "", "infT"])

@@ -93,6 +93,19 @@ def test_a_page_is_well_formed_and_says_everything() -> None:
     assert [tag for tag, _ in page.tags].count("h1") == 1
 
 
+def test_a_whole_run_has_its_days_hours_and_cost() -> None:
+    run = {"tokens": 300_000_000_000, "days": 12.34, "device_hours": 303_350.6, "cost": 758_376.5}
+    texts = Page(render_html(changed(run=run))).texts
+    first = texts.index("time for 300.0 B tokens")
+    shown = [text for text in texts[first:] if text.strip()][:6]
+    assert shown == ["time for 300.0 B tokens", "12.3 days", "device hours", "303,351", "cost", "758,376"]
+    del run["cost"]
+    without = Page(render_html(changed(run={**run, "days": 0.34}))).texts
+    assert "8.2 hours" in without
+    assert "cost" not in without
+    assert "device hours" not in Page(render_html(REPORT)).texts
+
+
 def test_a_page_loads_nothing() -> None:
     check_is_closed(render_html(REPORT))
 
