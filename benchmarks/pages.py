@@ -104,6 +104,11 @@ def write_run(folder: Path, *, steps: int, seed: int = 0, changes: Mapping[str, 
         for step, kind, text in sorted(events, key=lambda event: event[0])
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    fault = "rank 2 (stage 2) has not been heard from for 14 s, and was last seen in step 132, computing 2F3"
+    stall = f"step 132 has lasted 14 s (10 usual steps take 14 s): {fault}; rank 1 and rank 3 wait for it"
+    (folder / "logs").mkdir()
+    record = {"time": "2026-11-01T08:45:05+00:00", "text": stall}
+    (folder / "logs" / "stalls.jsonl").write_text(json.dumps(record) + "\n")
     (folder / "spikes.jsonl").write_text(json.dumps({"step": steps * 2 // 3, "loss": 9.0, "score": 41.2}) + "\n")
     sample = {
         "step": steps,
@@ -133,9 +138,10 @@ def write_plans(folder: Path) -> dict[str, Path]:
     }
     parallel = {"pp": 4, "dp": 2, "schedule": "interleaved-1f1b", "stages_per_rank": 2}
     one = parse_config({**model, "parallel": parallel, "data": {"source": str(folder)}})
+    whole = {"num_tokens": 3 * 10**11, "price": 2.5}
     found = {
         "plan": plan_report(one, PlanOptions(device="a100-80gb")),
-        "plan of 64 devices": plan_report(one, PlanOptions(num_devices=64, device="a100-80gb")),
+        "plan of 64 devices": plan_report(one, PlanOptions(num_devices=64, device="a100-80gb", **whole)),
     }
     paths = {name: folder / f"{name.replace(' ', '-')}.html" for name in found}
     for name, report in found.items():

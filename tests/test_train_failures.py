@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from html_pages import Page
 from train_runs import metrics, pipekit, ranks_of, write_workspace
 
 pytestmark = pytest.mark.distributed
@@ -124,6 +125,10 @@ def test_a_rank_that_hangs_in_step_9_is_named_early_and_ends_all_at_the_limit(
     assert (workspace / run / "logs" / "hang.txt").read_text().startswith("the run hangs: rank 1 (stage 1)")
     assert not ranks_of(run)
     assert not list((workspace / run / "logs").glob("*.heartbeat.json"))
+    assert pipekit(workspace, "report", run).returncode == 0
+    page = Page((workspace / run / "report.html").read_text())
+    assert warning.removeprefix("warning: ") in page.texts
+    assert page.texts.index("stall") > page.texts.index("failure")  # the newest stands first
 
 
 DRIFTING_TRIAL = """

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from pipekit.files import write_atomically
 from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
+from pipekit.line_files import utc_now
 from pipekit.storage import storage_error
 
 STALL_STEPS = 10
@@ -17,6 +20,9 @@ STALL_STEPS = 10
 
 REPORT_FILE = "hang.txt"
 """Name of the report of a hang in the folder of the logs."""
+
+STALLS_FILE = "stalls.jsonl"
+"""Name of the file of stalls in the folder of the logs: one JSON object a line, with its `time` and `text`."""
 
 # No stall is shorter. Until the usual step is known, only a silent rank is a stall, and after a longer time.
 _SHORTEST_STALL_S = 5.0
@@ -56,6 +62,7 @@ class HangMonitor:
     """
 
     def __init__(self, folder: Path, ranks: Iterable[int], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stalls = folder / STALLS_FILE
         self._files = {rank: heartbeat_file(folder, rank) for rank in ranks}
         self._clock = clock
         self._heard: dict[int, _Heard] = {}
@@ -88,6 +95,19 @@ class HangMonitor:
     def longest_wait_s(self) -> float:
         """Seconds of the longest operation that a rank is in; 0 before the first heartbeat."""
         return max((heard.doing_s(self._now_s) for heard in self._heard.values()), default=0.0)
+
+    def warn(self, terminal: TextIO) -> None:
+        """Write a warning, if there is one, to the terminal and into the file of stalls, to which launchers of several
+        hosts may append."""
+        warning = self.warning()
+        if warning is None:
+            return
+        terminal.write(f"warning: {warning}\n")
+        terminal.flush()
+        line = json.dumps({"time": utc_now(), "text": warning}) + "\n"
+        # The run goes on where the disk is full. One write keeps a line whole beside those of others.
+        with suppress(OSError), self._stalls.open("ab", buffering=0) as file:
+            file.write(line.encode())
 
     def warning(self) -> str | None:
         """One line about a stall; None if there is none, or there was a warning about it before."""
@@ -188,15 +208,11 @@ class HangReporter:
         self._num_beats += 1
         if self._num_beats <= _MISSED_BEATS + 1 or self._monitor.first_speaker() != beat.rank:
             return
-        if warning := self._monitor.warning():
-            self._tell(f"warning: {warning}")
+        self._monitor.warn(self._terminal)
         if beat.is_waiting and beat.doing_s > self._report_s and not self._has_reported:
             self._has_reported = True
-            self._tell(save_report(self._monitor.report(), self._folder))
-
-    def _tell(self, text: str) -> None:
-        self._terminal.write(f"{text}\n")
-        self._terminal.flush()
+            self._terminal.write(f"{save_report(self._monitor.report(), self._folder)}\n")
+            self._terminal.flush()
 
 
 def save_report(report: str, folder: Path) -> str:

@@ -171,8 +171,9 @@ def run_local(
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the ranks, which end as they like: those that train stop after
     the step, with a checkpoint. A second signal ends all at once.
 
-    A rank whose heartbeat stops causes a warning, and after `timeout_s` the end of the run. If ranks have waited too
-    long for one another, the report of the hang stays in `log_dir/hang.txt`.
+    A rank whose heartbeat stops causes a warning, and after `timeout_s` the end of the run. The warnings stay in
+    `log_dir/stalls.jsonl`. If ranks have waited too long for one another, the report of the hang stays in
+    `log_dir/hang.txt`.
 
     Where no port is given, and another program takes the chosen one before rank 0 listens on it, another is chosen and
     the ranks are started again.
@@ -418,8 +419,7 @@ def _wait(
             raise TimeLimitError(f"not finished within {limit_s:g} s")
         if not failures:
             monitor.listen()
-            if warning := monitor.warning():
-                sys.stderr.write(f"warning: {warning}\n")
+            monitor.warn(sys.stderr)
             if monitor.longest_silence_s() > timeout_s:
                 return monitor.report()
         elif not all(map(_gave_up_waiting, failures)):

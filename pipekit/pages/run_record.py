@@ -28,7 +28,8 @@ class Event:
     Attributes:
         time: in UTC, in ISO format; empty where it is not known.
         step: the step after which it happened; None where it is not known.
-        kind: `start`, `checkpoint`, `evaluation`, `warning`, `spike`, `rollback`, `failure`, `stop` or `end`.
+        kind: `start`, `checkpoint`, `evaluation`, `warning`, `spike`, `rollback`, `stall`, `failure`, `stop` or
+            `end`.
         text: what happened.
     """
 
@@ -169,6 +170,8 @@ def _events(folder: RunFolder) -> list[Event]:
             score = each.get("score")
             text = f"loss {each.get('loss')}" + (f", {score:.1f} spreads above the last ones" if score else "")
             found.append(Event("", each.get("step"), "spike", text))
+    for each in _records(folder.stalls):
+        found.append(Event(str(each.get("time", "")), None, "stall", str(each.get("text", ""))))
     for each in _records(folder.failures):
         where = [f"rank {each['rank']}"] if each.get("rank") is not None else []
         where += [f"on {each['host']}"] if each.get("host") else []

@@ -24,6 +24,7 @@ from pipekit.checkpoint.retention import remove_leftovers
 from pipekit.config import Config, conflicting_keys, load_stored_config
 from pipekit.errors import CheckpointError, ConfigError
 from pipekit.files import write_atomically
+from pipekit.hangs.monitor import REPORT_FILE, STALLS_FILE
 from pipekit.plan.plan import Plan, StartPoint
 from pipekit.schedules import write_csv
 from pipekit.storage import storing
@@ -43,6 +44,7 @@ class RunFolder:
         evaluations: one JSON object a line for each evaluation on other texts and on tasks.
         events: one JSON object a line for each start, checkpoint, warning, return to a checkpoint, and end.
         failures: one JSON object a line for each rank that was lost or hung.
+        stalls: one JSON object a line for each time that a step stalled, or a rank did not answer.
         records: all of these files of JSON lines.
         report: the run's page.
         logs: logs of the ranks, `rank-<rank>.log`.
@@ -62,9 +64,11 @@ class RunFolder:
         self.evaluations = self.path / "evaluations.jsonl"
         self.events = self.path / "events.jsonl"
         self.failures = self.path / "failures.jsonl"
-        self.records = (self.metrics, self.spikes, self.samples, self.evaluations, self.events, self.failures)
-        self.report = self.path / "report.html"
         self.logs = self.path / "logs"
+        self.stalls = self.logs / STALLS_FILE
+        kept = (self.metrics, self.spikes, self.samples, self.evaluations, self.events, self.failures, self.stalls)
+        self.records = kept
+        self.report = self.path / "report.html"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"
         self.tensorboard = self.path / "tensorboard"
@@ -214,7 +218,7 @@ def _remove_other_start(folder: RunFolder, config: Config) -> None:
         stored = load_stored_config(folder.config)
         if stored is None or not conflicting_keys(stored, config):
             return
-    logs = [*folder.logs.glob("rank-*.log"), folder.logs / "hang.txt"]
+    logs = [*folder.logs.glob("rank-*.log"), folder.logs / REPORT_FILE]
     profiled = ("step-*.*", "actions.*", "flops.json", "timeline.json", "memory-rank-*.*", "trace-rank-*.json")
     others = [path for pattern in profiled for path in folder.profile.glob(pattern)]
     others += [*folder.tensorboard.glob("events.out.tfevents.*")]

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ class Ranks:
     def wait(self, rank: int, *others: int) -> None:
         self.change(rank, doing="receiving the output of 1F2", is_waiting=True, waits_for=others)
 
+    def write(self, rank: int) -> None:
+        heartbeat_file(self.folder, rank).write_text(json.dumps(asdict(self.beats[rank])))
+
     def pass_s(self, seconds: float) -> list[str]:
         """Let time pass; return the warnings."""
         warnings = []
@@ -46,10 +50,9 @@ class Ranks:
             self.now_s += step_s
             for rank, beat in self.beats.items():
                 if rank not in self.silent:
-                    beat = self.beats[rank] = replace(
-                        beat, number=beat.number + 1, phase_s=beat.phase_s + step_s, doing_s=beat.doing_s + step_s
-                    )
-                    heartbeat_file(self.folder, rank).write_text(json.dumps(asdict(beat)))
+                    phase_s, doing_s = beat.phase_s + step_s, beat.doing_s + step_s
+                    self.change(rank, number=beat.number + 1, phase_s=phase_s, doing_s=doing_s)
+                    self.write(rank)
             self.monitor.listen()
             warnings += [text for text in [self.monitor.warning()] if text]
         return warnings
@@ -104,6 +107,36 @@ def test_there_is_one_warning_about_each_stall(ranks: Ranks) -> None:
         ranks.change(rank, phase="step 8", phase_s=0.0)
     assert ranks.pass_s(5) == []
     assert len(ranks.pass_s(10)) == 1
+
+
+def test_warnings_of_all_launchers_are_kept_in_whole_lines(ranks: Ranks) -> None:
+    other = HangMonitor(ranks.folder, range(4), clock=lambda: ranks.now_s)
+    terminals = [io.StringIO(), io.StringIO()]
+    for phase_s in (0.0, 99.0, 0.0, 99.0):
+        ranks.now_s += 1
+        for rank, beat in ranks.beats.items():
+            ranks.change(rank, number=beat.number + 1, phase_s=phase_s)
+            ranks.write(rank)
+        for monitor, terminal in zip((ranks.monitor, other), terminals, strict=True):
+            monitor.listen()
+            monitor.warn(terminal)
+            monitor.warn(terminal)
+    lines = (ranks.folder / "stalls.jsonl").read_text().splitlines()
+    stalls = [json.loads(line) for line in lines]
+    assert len(stalls) == 4
+    said = [f"warning: {stall['text']}\n" for stall in stalls]
+    assert ["".join(said[0::2]), "".join(said[1::2])] == [terminal.getvalue() for terminal in terminals]
+    assert datetime.fromisoformat(stalls[0]["time"]).utcoffset() == timedelta(0)
+
+
+def test_a_warning_that_cannot_be_kept_is_still_given(ranks: Ranks) -> None:
+    (ranks.folder / "stalls.jsonl").mkdir()
+    ranks.silent = {1}
+    ranks.now_s += 60
+    ranks.monitor.listen()
+    terminal = io.StringIO()
+    ranks.monitor.warn(terminal)
+    assert terminal.getvalue().startswith("warning: step 7 has lasted 60 s")
 
 
 @pytest.mark.parametrize(
@@ -199,4 +232,6 @@ def test_without_a_launcher_the_lowest_rank_that_is_heard_from_reports(
     assert text.count("warning: step 7 has lasted") == 1
     assert text.count("the run hangs: rank 0 (stage 0) has not been heard from") == 1
     assert "the run hangs: rank 0" in (tmp_path / "hang.txt").read_text()
+    (stall,) = (tmp_path / "stalls.jsonl").read_text().splitlines()
+    assert f"warning: {json.loads(stall)['text']}\n" in text
     assert not any(terminals[rank].getvalue() for rank in (0, 2, 3))

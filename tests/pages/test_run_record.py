@@ -65,9 +65,12 @@ def test_events_of_all_files_stand_in_the_order_of_time(run: Path) -> None:
         "message": "rank 1 died",
     }
     write_lines(run / "failures.jsonl", {**failure, "then": "restart 1 of 2, from step-00000002"})
+    (run / "logs").mkdir()
+    write_lines(run / "logs/stalls.jsonl", {"time": "2026-11-27T08:00:04+00:00", "text": "step 2 has lasted 9 s"})
     record = RunRecord.read(run)
-    assert [each.kind for each in record.events] == ["start", "failure", "spike", "end"]
-    assert record.events[1].text == "rank_lost rank 1 on a: rank 1 died; then restart 1 of 2, from step-00000002"
+    assert [each.kind for each in record.events] == ["start", "stall", "failure", "spike", "end"]
+    assert record.events[1].text == "step 2 has lasted 9 s"
+    assert record.events[2].text == "rank_lost rank 1 on a: rank 1 died; then restart 1 of 2, from step-00000002"
     assert record.spikes == [(2, 9.0)]
     write_lines(run / "events.jsonl", event(0, 0, "start"), event(1, 2, "warning", "step 2: the loss of 9 is a spike"))
     assert "spike" not in [each.kind for each in RunRecord.read(run).events], "it is told once"

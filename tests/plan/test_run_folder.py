@@ -106,7 +106,7 @@ def test_a_start_without_a_checkpoint_gives_way_to_another_configuration(tmp_pat
     folder = write_plan(make_plan(config_in(tmp_path, "parallel.pp=2")))
     interrupted = folder.checkpoints / ".step-00000003.tmp"
     misleading = [folder.metrics, folder.spikes, folder.samples, folder.failures]
-    misleading += [folder.logs / "rank-7.log", folder.logs / "hang.txt"]
+    misleading += [folder.logs / "rank-7.log", folder.logs / "hang.txt", folder.logs / "stalls.jsonl"]
     misleading += [
         folder.profile / "step-00000010.svg",
         folder.profile / "actions.json",
