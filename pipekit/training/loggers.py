@@ -261,11 +261,11 @@ def log_evaluation(folder: RunFolder, config: Config, record: Mapping[str, Any],
             for name, value in shown.items():
                 writer.add_scalar(name, value, step)
     if config.logging.trackio is not None:
-        from pipekit.training.shipped.trackio import start_trackio
+        from pipekit.training.shipped.trackio import finish_trackio, start_trackio
 
         run = start_trackio(config.logging.trackio, folder, resume="allow")
         run.log(shown, step=step)
-        run.finish()
+        finish_trackio(run)
     tracked = config.logging.wandb
     if tracked is not None and tracked.mode != "disabled":
         # A run that has ended takes no earlier step of its own, so that the evaluations have an axis of theirs.

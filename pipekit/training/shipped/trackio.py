@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from pipekit.config.callbacks_config import TrackioConfig
@@ -42,8 +43,7 @@ class TrackioLogger(TrialCallback):
 
     def on_trial_shutdown(self) -> None:
         if self._run is not None:
-            with _silence():
-                self._run.finish()
+            finish_trackio(self._run)
 
 
 class Trackio(ShippedCallback, TrackioLogger):
@@ -68,7 +68,9 @@ def start_trackio(place: TrackioConfig, folder: RunFolder, **options: Any) -> An
     import trackio
 
     with _silence():
-        return trackio.init(
+        # In a context of its own it is not trackio's current run, of which trackio tells when the process exits.
+        return copy_context().run(
+            trackio.init,
             project=place.project,
             name=place.name or folder.path.absolute().name,
             space_id=place.space,
@@ -77,6 +79,12 @@ def start_trackio(place: TrackioConfig, folder: RunFolder, **options: Any) -> An
             auto_log_cpu=False,
             **options,
         )
+
+
+def finish_trackio(run: Any) -> None:
+    """End a run of trackio, once its metrics are stored."""
+    with _silence():
+        run.finish()
 
 
 @contextmanager
