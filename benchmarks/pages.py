@@ -91,9 +91,11 @@ def write_run(folder: Path, *, steps: int, seed: int = 0, changes: Mapping[str, 
             loss += 6 * (step == steps * 2 // 3)
             record = {"step": step, "loss": loss, "lr": 6e-4 * min(1, step / (steps * 0.02)) * (1 - 0.9 * step / steps)}
             record |= {"grad_norm": abs(random.normal()) + 0.4, "tokens_per_s": 152e3 * (1 + random.normal() * 0.02)}
-            record |= {"step_time_s": 3.4, "data_wait": abs(random.normal()) * 0.01, "host_memory_bytes": 6.1e9}
+            record |= {"step_time_s": 3.4, "data_wait": abs(random.normal()) * 0.01, "peak_memory_bytes": 6.1e9}
+            record |= {"samples": 512 * step, "tokens": 524288 * step, "flops": 4e14 * step, "flops_per_s": 1.2e14}
             if step % every == 0:
                 record |= {"val_loss": loss + 0.1, "val_loss/code": loss - 0.2, "val_loss/books": loss + 0.4}
+                record |= {"eval_time_s": 12.0, "save_time_s": 3.0}
             file.write(json.dumps(record) + "\n")
     events = [(0, "start", "pp 4, dp 2, tp 1 on 8 ranks; 1f1b, 8 micro-batches; bf16")]
     events += [(step, "checkpoint", f"step-{step:08d}") for step in range(every, steps + 1, every * 10)]

@@ -82,7 +82,7 @@ def timeline_chart(rows: Sequence[Sequence[TimedAction]], *, title: str, end_s: 
         "rows": rank_names(range(len(rows))),
         "end_s": step_s,
         "series": [series[key] for key in sorted(series)],
-        "width": round(min(6000.0, max(320.0, need / max(widths[len(widths) // 2], 1e-9)))) + _LEFT,
+        "width": round(min(6000.0, max(260.0, need / max(widths[len(widths) // 2], 1e-9)))) + _LEFT,
         "height": bars_height(len(rows)),
         "num_micro_batches": last + 1,
         "has_later_stages": any(len({action.stage for action, _, _ in row}) > 1 for row in parsed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,24 @@ _KNOWN: dict[str, tuple[str, str]] = {
     "samples_per_s": ("Samples per second", "count"),
     "step_time_s": ("Time of a step", "seconds"),
     "mfu": ("Model FLOPs utilization", "percent"),
+    "flops_per_s": ("Floating-point operations per second", "count"),
     "data_wait": ("Share of a step spent waiting for data", "percent"),
+    "data_wait_s": ("Time of a step spent waiting for data", "seconds"),
+    "peak_memory_bytes": ("Peak memory of the fullest rank", "bytes"),
     "host_memory_bytes": ("Host memory of a process", "bytes"),
     "device_peak_bytes": ("Device memory at its peak", "bytes"),
+    "eval_time_s": ("Time of an evaluation", "seconds"),
+    "save_time_s": ("Pause for a checkpoint", "seconds"),
+    "samples": ("Samples so far", "count"),
+    "tokens": ("Tokens so far", "count"),
+    "flops": ("Floating-point operations so far", "number"),
 }
 """Metrics with the titles and the units of their charts, in the order of the page; others follow under their names."""
 
 _MAY_BE_LOGARITHMIC = ("loss", "grad_norm")
 _VALIDATION = "val_"
+# Bars of all ranks say more than a chart of each.
+_PEAK_OF_RANK = re.compile(r"peak_memory_bytes_rank(\d+)")
 # All curves of a page have so many points together, which take some 20 bytes each.
 _MOST_POINTS = 40_000
 _FEWEST_POINTS, _USUAL_POINTS = 60, 1200
@@ -152,7 +163,7 @@ def _curve_charts(records: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:
     several = len(records) > 1
     names: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for record in records for name in record.result.metrics):
-        if any(_is_finite(record, name) for record in records):
+        if not _PEAK_OF_RANK.fullmatch(name) and any(_is_finite(record, name) for record in records):
             key = name.removeprefix(_VALIDATION) if several else name.removeprefix(_VALIDATION).partition("/")[0]
             names.setdefault(key, []).append(name)
     keys = [key for key in _KNOWN if key in names] + sorted(key for key in names if key not in _KNOWN)
@@ -232,17 +243,22 @@ def _timelines(record: RunRecord) -> dict[str, Any] | None:
 
 
 def _memory_chart(record: RunRecord) -> dict[str, Any] | None:
-    """Bars of the ranks' memory in a profiled step, at its peak."""
-    if not record.memory_peaks:
+    """Bars of the ranks' memory at its peak, in a profiled step, or in all steps if none was profiled for it."""
+    peaks: Mapping[int, float] = record.memory_peaks or {
+        int(found[1]): float(np.nanmax(series.values))
+        for name, series in record.result.metrics.items()
+        if (found := _PEAK_OF_RANK.fullmatch(name)) and _is_finite(record, name)
+    }
+    if not peaks:
         return None
-    ranks = list(record.memory_peaks)[:64]
+    ranks = sorted(peaks)[:64]
     return {
         "kind": "bars",
-        "title": f"{record.name}: memory of the ranks in a profiled step, at its peak",
+        "title": f"{record.name}: memory of the ranks at its peak",
         "unit": "bytes",
         "rows": rank_names(ranks),
         "height": bars_height(len(ranks)),
-        "series": [{"label": "peak", "colour": "#3D8FC4", "values": [record.memory_peaks[rank] for rank in ranks]}],
+        "series": [{"label": "peak", "colour": "#3D8FC4", "values": [peaks[rank] for rank in ranks]}],
     }
 
 

@@ -146,6 +146,20 @@ def test_a_profiled_step_is_drawn_as_measured_and_as_planned_with_the_memory_of_
     assert (memory["rows"], memory["series"][0]["values"]) == (["rank 1"], [8e6])
 
 
+def test_every_metric_of_a_run_has_its_title_and_unit_and_the_peaks_of_ranks_share_a_chart(tmp_path: Path) -> None:
+    peaks = {f"peak_memory_bytes_rank{rank}": (20 - rank) * 1e6 for rank in range(12)}
+    totals = {"samples": 8, "tokens": 256, "flops": 7e7, "flops_per_s": 1e9, "mfu": 0.5}
+    times = {"data_wait": 0.1, "data_wait_s": 0.01, "eval_time_s": 0.2, "save_time_s": 0.3}
+    first = {**RECORDS[0], **totals, **times, **peaks, "peak_memory_bytes": 20e6}
+    page = page_of(write_run(tmp_path / "a", [first, {"step": 2, "peak_memory_bytes_rank3": 30e6}]))
+    curves = [each for each in page.charts if each["kind"] == "lines"]
+    assert [each["title"] for each in curves if not each["title"][0].isupper() or "_" in each["title"]] == []
+    assert {each["title"]: each["unit"] for each in curves}["Peak memory of the fullest rank"] == "bytes"
+    (memory,) = (each for each in page.charts if each["kind"] == "bars")
+    assert memory["rows"] == [f"rank {rank}" for rank in range(12)]
+    assert memory["series"][0]["values"][:5] == [20e6, 19e6, 18e6, 30e6, 16e6]
+
+
 @pytest.mark.parametrize("steps", [5000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_page_of_many_steps_keeps_their_spikes_and_stays_small(tmp_path: Path, steps: int) -> None:
     losses = 2 + np.random.default_rng(0).normal(size=steps) / 10
