@@ -117,7 +117,9 @@ def assert_nothing_left(folder: Path, *, num_pids: int) -> None:
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
     assert len(pids) == num_pids
     assert eventually(lambda: not any(is_running(pid) for pid in pids))
-    assert all(re.fullmatch(r"rank-\d+\.log", path.name) for path in (folder / "logs").iterdir())
+    # On a busy machine a rank may fall silent.
+    kept = re.compile(r"rank-\d+\.log|stalls\.jsonl")
+    assert all(kept.fullmatch(path.name) for path in (folder / "logs").iterdir())
 
 
 def test_success(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
