@@ -129,6 +129,7 @@ def start(config: Config) -> None:
             restarts=config.run.restarts,
             failures=folder.failures,
             checkpoints=folder.checkpoints,
+            page=folder.report,
         )
 
 

@@ -98,6 +98,7 @@ def launch_on_hosts(command: str, arguments: Sequence[str], hosts: Sequence[Host
             restarts=options.restarts or config.run.restarts,
             failures=folder.failures,
             checkpoints=folder.checkpoints,
+            page=folder.report,
         )
 
 

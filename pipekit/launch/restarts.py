@@ -31,6 +31,7 @@ def start_until_done(
     restarts: int,
     failures: Path,
     checkpoints: Path | None,
+    page: Path | None = None,
     pause_s: float = _PAUSE_S,
 ) -> None:
     """Start the ranks of a run, and again when a rank is lost or hangs, `restarts` times at most.
@@ -44,6 +45,7 @@ def start_until_done(
         restarts: the most starts beside the first.
         failures: the file to which a line of JSON is appended for each failure.
         checkpoints: the folder of the checkpoints; None where it is not known, and `restarts` alone is the limit.
+        page: the run's page, which is written again after a failure if there is one.
         pause_s: seconds between the end of one start and the next.
 
     Raises:
@@ -69,6 +71,8 @@ def start_until_done(
                 reason = f"failed twice {where} without a newer checkpoint, and is not started again"
             outcome = f"restart {number} of {restarts}, from {place}" if reason is None else "the end"
             _record(error, failures, number, None if newest is None else newest[0], outcome)
+            if page is not None and page.exists():
+                _write_again(page)
             if reason is not None:
                 if reason:
                     error.args = (f"{error}\n{reason}",)
@@ -106,6 +110,15 @@ def _newest(checkpoints: Path | None) -> tuple[str, int] | None:
 def _phase(error: PipekitError) -> str:
     phase = error.failure.phase if isinstance(error, RankError) else ""
     return f", last seen in {phase}" if phase else ""
+
+
+def _write_again(page: Path) -> None:
+    from pipekit.pages.run_page import write_run_page
+    from pipekit.pages.run_record import RunRecord
+
+    # Whatever is wrong with a page, the failure counts for more.
+    with suppress(Exception):
+        write_run_page([RunRecord.read(page.parent)], page)
 
 
 def _record(error: PipekitError, file: Path, number: int, checkpoint: str | None, outcome: str) -> None:

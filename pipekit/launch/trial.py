@@ -137,7 +137,13 @@ def train_trial(config: TrialConfig) -> None:
     with hold_run(folder.path), noting(describe):
         check_run_folder(folder)
         check_writable(folder.path, name="run.dir=")
-        start_until_done(start, restarts=config.run.restarts, failures=folder.failures, checkpoints=folder.checkpoints)
+        start_until_done(
+            start,
+            restarts=config.run.restarts,
+            failures=folder.failures,
+            checkpoints=folder.checkpoints,
+            page=folder.report,
+        )
 
 
 def run_trial_rank(config: TrialConfig, ranks: RankEnvironment) -> None:

@@ -103,7 +103,7 @@ class RunRecord:
         last = next((each.kind for each in reversed(self.events) if each.kind in _ENDS), "")
         if last == "end" or (self.num_steps is not None and self.result.step >= self.num_steps):
             return "finished"
-        if self.is_held and last != "stop":
+        if self.is_held and last not in ("stop", "failure"):
             return "going on"
         return _ENDS.get(last, "interrupted")
 
@@ -143,7 +143,7 @@ class RunRecord:
             )
 
 
-_ENDS = {"start": "interrupted", "stop": "stopped", "failure": "failed", "end": "finished"}
+_ENDS = {"start": "interrupted", "stop": "stopped", "failure": "failed", "restart": "failed", "end": "finished"}
 
 
 def _mapping(text: str, parse: Any) -> Mapping[str, Any]:
@@ -176,7 +176,8 @@ def _events(folder: RunFolder) -> list[Event]:
         where = [f"rank {each['rank']}"] if each.get("rank") is not None else []
         where += [f"on {each['host']}"] if each.get("host") else []
         text = f"{each.get('kind', '')} {' '.join(where)}: {each.get('message', '')}; then {each.get('then', '')}"
-        found.append(Event(str(each.get("time", "")), None, "failure", text))
+        kind = "restart" if str(each.get("then", "")).startswith("restart") else "failure"
+        found.append(Event(str(each.get("time", "")), None, kind, text))
     # What has no time stands where its step does.
     timed = sorted((event for event in found if event.time), key=lambda event: event.time)
     for event in (event for event in found if not event.time):

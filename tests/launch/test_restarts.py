@@ -117,6 +117,30 @@ def test_the_number_of_starts(
     assert len(records(tmp_path)) == num_starts - (error is None)
 
 
+def test_the_page_that_a_run_keeps_tells_of_its_failure(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {steps: 9}\n")
+    page = tmp_path / "report.html"
+
+    def start(goes_on: bool) -> None:
+        raise killed()
+
+    def fail() -> None:
+        with pytest.raises(RankError):
+            start_until_done(
+                start, restarts=0, failures=tmp_path / "failures.jsonl", checkpoints=None, page=page, pause_s=0
+            )
+
+    fail()
+    assert not page.exists()
+    page.write_text("old")
+    fail()
+    assert page.read_text().count("rank 1 was killed by SIGKILL; out of memory?; then the end") == 2
+    # The error that is told is that of the run, whatever is wrong with its page.
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "config.yaml").mkdir()
+    fail()
+
+
 def test_a_checkpoint_from_before_the_first_start_is_no_progress(tmp_path: Path) -> None:
     """A run may have been told to begin at another checkpoint than the newest."""
     save(tmp_path, 8)

@@ -53,6 +53,18 @@ def test_a_run_whose_folder_is_held_goes_on_until_it_says_that_it_stops(run: Pat
         assert RunRecord.read(run).state == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("then", "held", "free"), [("the end", "failed", "failed"), ("restart 1 of 2", "going on", "failed")]
+)
+def test_a_failure_is_the_end_unless_the_run_is_started_again(run: Path, then: str, held: str, free: str) -> None:
+    failure = {"time": "2026-11-27T08:00:05+00:00", "kind": "rank_lost", "message": "rank 1 died", "then": then}
+    write_lines(run / "events.jsonl", event(0, 0, "start"))
+    write_lines(run / "failures.jsonl", failure)
+    with hold_run(run):
+        assert RunRecord.read(run).state == held
+    assert RunRecord.read(run).state == free
+
+
 def test_events_of_all_files_stand_in_the_order_of_time(run: Path) -> None:
     spike = {"step": 2, "loss": 9.0, "score": 41.0, "first_sample": 0, "end": 8}
     write_lines(run / "events.jsonl", event(0, 0, "start"), event(9, 3, "end"))
@@ -68,7 +80,7 @@ def test_events_of_all_files_stand_in_the_order_of_time(run: Path) -> None:
     (run / "logs").mkdir()
     write_lines(run / "logs/stalls.jsonl", {"time": "2026-11-27T08:00:04+00:00", "text": "step 2 has lasted 9 s"})
     record = RunRecord.read(run)
-    assert [each.kind for each in record.events] == ["start", "stall", "failure", "spike", "end"]
+    assert [each.kind for each in record.events] == ["start", "stall", "restart", "spike", "end"]
     assert record.events[1].text == "step 2 has lasted 9 s"
     assert record.events[2].text == "rank_lost rank 1 on a: rank 1 died; then restart 1 of 2, from step-00000002"
     assert record.spikes == [(2, 9.0)]
