@@ -226,7 +226,6 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         """Count a fused attention."""
         self._flops += flops
         self._attentions.append(Attention(flops, length, is_causal))
-        self._last_bytes = 0
 
     def _count_bytes(self, func: Any, args: tuple[Any, ...], results: Any) -> None:
         """Count the bytes that a kernel reads and writes; views and empty tensors take none."""
@@ -245,7 +244,7 @@ class _Counter(ShapeRules):  # type: ignore[no-untyped-call]
         self._num_kernels += 1
         self._moved_bytes += moved
         if all(each.numel() <= self._width for each in (*read, *written)):
-            if self._products or self._attentions:
+            if self._products:
                 self._last_bytes += moved
             else:
                 self._first_bytes += moved

@@ -136,8 +136,8 @@ def test_the_page_that_a_run_keeps_tells_of_its_failure(tmp_path: Path) -> None:
     fail()
     assert page.read_text().count("rank 1 was killed by SIGKILL; out of memory?; then the end") == 2
     # The error that is told is that of the run, whatever is wrong with its page.
-    (tmp_path / "config.yaml").unlink()
-    (tmp_path / "config.yaml").mkdir()
+    page.unlink()
+    page.mkdir()
     fail()
 
 

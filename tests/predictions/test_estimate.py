@@ -31,6 +31,15 @@ def test_balanced_stages_are_estimated_within_a_tenth(
     assert estimate.step_time_s == pytest.approx(predict(planned, given, device()).step_time_s, rel=0.1)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_tensor_parallel_ranks_hide_as_much_in_an_estimate_as_in_a_prediction(schedule: str) -> None:
+    # A schedule that splits backwards hides nothing, and one that does not half of what these ranks send.
+    planned, h100 = gpt(24, 2048, 16, "bf16"), find_device("h100")
+    given = plan(pp=2, tp=8, schedule=schedule, num_micro_batches=32, sequence_parallel=False)
+    estimate = Estimator(planned).estimate(given, Cluster(h100, given.layout))
+    assert estimate.step_time_s == pytest.approx(predict(planned, given, h100).step_time_s, rel=0.02)
+
+
 @pytest.mark.parametrize(("precision", "num_devices", "tp"), [("fp32", 4, (1,)), ("bf16", 8, (1, 2))])
 def test_what_is_held_at_least_is_never_more_than_what_is_held(
     precision: str, num_devices: int, tp: tuple[int, ...]
