@@ -1,4 +1,4 @@
-"""The command line: the commands of `pipekit.commands`, and how errors end them."""
+"""Command line: the commands of `pipekit.commands`, and the exit codes of their errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipekit import commands
 
 app = typer.Typer(
     name="pipekit",
-    help="Build GPT-style models as lists of layer specs, and train them across pipeline, tensor and ZeRO data "
+    help="Build GPT-style models from lists of layer specs, and train them with pipeline, tensor and ZeRO data "
     "parallelism.",
     no_args_is_help=True,
     add_completion=False,
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# The order of the help text; others follow by name.
+# Order in the help text; the other commands follow by name.
 _FIRST = (
     *("init", "data", "plan", "train", "verify", "import", "export", "generate", "eval", "checkpoints"),
     *("launch", "slurm", "doctor", "completion"),
@@ -37,17 +37,17 @@ def _add_commands() -> None:
 
 
 _add_commands()
-# What `pipekit completion` prints asks this program for completions by an environment variable.
+# The script that `pipekit completion` prints requests completions through an environment variable.
 completion_init()
 
 
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-    # DeepSpeed's launcher adds this to the command; the environment says the same.
+    # DeepSpeed's launcher adds this option; the environment has the same value.
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
-    """Version of pipekit, printed where `--version` asks for it."""
+    """Version of pipekit, which `--version` prints."""
     if show:
         from importlib.metadata import version as installed_version
 
@@ -56,7 +56,7 @@ def version(
 
 
 def main() -> None:
-    """Run the command line. An error is one message, and ends with the exit code of its class."""
+    """Run the command line. An error prints one message, and its class determines the exit code."""
     from pipekit.errors import PipekitError, StoppedError, printable
     from pipekit.launch.worker import note_start
     from pipekit.signals import Interrupted
@@ -78,7 +78,7 @@ def main() -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read the output has gone.
+        # The reader of the output has closed it.
         sys.stderr.close()
         sys.exit(141)
     except OSError as failure:

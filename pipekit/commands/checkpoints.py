@@ -23,43 +23,48 @@ def command(
         list[str],
         typer.Argument(
             metavar="[average|ema|prune|gather] RUN",
-            help="The folder of a run, to list its checkpoints; `average`, `ema`, `prune` or `gather` before it does "
-            "that.",
+            help="Folder of a run. Lists its checkpoints, unless `average`, `ema`, `prune` or `gather` comes before "
+            "it. `gather` also takes one checkpoint.",
             show_default=False,
         ),
     ],
-    verify: Annotated[bool, typer.Option("--verify", help="Read all of them, and check every checksum.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every checkpoint and check all checksums.")] = False,
     diff: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="Show which tensors differ between two, given by step, name or path.", show_default=False),
+        typer.Option(help="Compare the tensors of two checkpoints, given by step, name or path.", show_default=False),
     ] = None,
-    last: Annotated[int, typer.Option(min=1, help="Of average: the number of the newest to average.")] = 5,
+    last: Annotated[int, typer.Option(min=1, help="With average: number of newest checkpoints to average.")] = 5,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Of prune: the number of the newest to keep.", show_default=False)
+        int | None, typer.Option(min=1, help="With prune: number of newest checkpoints to keep.", show_default=False)
     ] = None,
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Of prune: keep multiples of so many steps too.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="With prune: also keep every step that is a multiple of this.", show_default=False),
     ] = None,
     keep_best: Annotated[
-        str | None, typer.Option(help="Of prune: keep the one with the best value of this metric too.")
+        str | None, typer.Option(help="With prune: also keep the checkpoint with the best value of this metric.")
     ] = None,
-    best_is: Annotated[Literal["lowest", "highest"], typer.Option(help="Of prune: the best value.")] = "lowest",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of prune: say what it would remove.")] = False,
+    best_is: Annotated[
+        Literal["lowest", "highest"],
+        typer.Option(help="With --keep-best: whether the lowest or highest value is best."),
+    ] = "lowest",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With prune: only list the surplus checkpoints.")] = False,
     hostfile: Annotated[
         Path | None,
-        typer.Option("--hostfile", "-H", help="Of gather: the hosts that have the files which are missing here."),
+        typer.Option("--hostfile", "-H", help="With gather: file that lists the hosts with the missing files."),
     ] = None,
     ssh_port: Annotated[
-        int | None, typer.Option("--ssh_port", "--ssh-port", min=1, max=65535, help="Of gather: port of ssh.")
+        int | None, typer.Option("--ssh_port", "--ssh-port", min=1, max=65535, help="With gather: port of ssh.")
     ] = None,
     ssh_args: Annotated[
-        str, typer.Option("--ssh_args", "--ssh-args", help="Of gather: more arguments of ssh, in one string.")
+        str, typer.Option("--ssh_args", "--ssh-args", help="With gather: more arguments for ssh, in one string.")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List the checkpoints of a run, verify, compare, average or prune them, or make a model of a moving average.
+    """List, verify, compare, average or prune a run's checkpoints.
 
-    Where each host of a run keeps a part, gather copies the rest of the newest checkpoint to this machine.
+    `ema` makes a model of the newest checkpoint's moving average. If each host has only a part of the checkpoints,
+    `gather` copies the missing files of the newest one to this machine.
     """
     from pipekit.checkpoint.combine import average_checkpoints, compare_checkpoints
     from pipekit.checkpoint.manifest import EMA, list_checkpoints
@@ -84,7 +89,7 @@ def command(
         typer.echo(f"moving average of {newest.name}: {average_checkpoints([newest], folder, kind=EMA)}")
     elif action == ["prune"]:
         if keep is None:
-            raise CheckpointError("prune removes checkpoints; say how many of the newest to keep, such as --keep 2")
+            raise CheckpointError("prune removes checkpoints; give the number of newest ones to keep, such as --keep 2")
         for path in list_surplus(folder, Retention(keep, keep_every, keep_best, best_is)):
             typer.echo(f"{'would remove' if dry_run else 'removed'} {path}")
             if not dry_run:
@@ -185,7 +190,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _finite(number: float | None) -> float | None:
-    """A number that JSON knows."""
+    """The number, or None if JSON cannot express it."""
     return number if number is not None and math.isfinite(number) else None
 
 

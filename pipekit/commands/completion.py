@@ -1,4 +1,4 @@
-"""`pipekit completion`: a script with which a shell completes commands and options."""
+"""`pipekit completion`: a script for tab completion of commands and options."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import typer
 
 def command(
     context: typer.Context,
-    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell.", show_default=False)],
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Your shell.", show_default=False)],
 ) -> None:
-    """Print a script with which a shell completes commands, options and files."""
+    """Print a script for tab completion of commands and options.
+
+    It also completes file names.
+    """
     from typer.completion import shell_complete
 
     script = io.StringIO()

@@ -1,4 +1,4 @@
-"""`pipekit data`: prepare the data of a run, look at them, and convert them."""
+"""`pipekit data`: prepare, inspect and convert the data of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipekit.progress import ProgressCallback
 
 _ACTIONS = ("prepare", "inspect", "convert")
-# Of the text of a sample.
+# Tokens of a sample that are shown.
 _SHOWN_TOKENS = 64
 
 
@@ -27,20 +27,25 @@ def command(
         list[str],
         typer.Argument(
             metavar="prepare|inspect|convert DATA [OUT] [KEY=VALUE]...",
-            help="What to do; the YAML file of a run, or a source of text or tokens; for convert the file to write; "
-            "changes, such as data.tokenizer=tokenizer.json.",
+            help="The action; the YAML file of a run, or a source of text or tokens; with convert, the file to write; "
+            "keys to change, such as data.tokenizer=tokenizer.json.",
             show_default=False,
         ),
     ],
-    samples: Annotated[int, typer.Option(min=0, help="Of inspect: the number of documents of a source to show.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="With inspect: number of documents to show of each source.")] = 3,
     cores: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Cores to encode text on; all if left out.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=1024, help="Number of cores that tokenize text; all by default.", show_default=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Of convert: replace a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With convert: replace an existing file.")] = False,
     as_json: AsJson = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Prepare the tokens of a run ahead of it, show what they are, or write them into files of your own."""
+    """Prepare, inspect or convert the data of a run.
+
+    `prepare` tokenizes the text before the run, `inspect` shows statistics and samples, and `convert` writes the data to
+    your own files.
+    """
     from pipekit.data.convert import check_out
     from pipekit.errors import ConfigError
     from pipekit.training.console import make_console
@@ -50,8 +55,8 @@ def command(
     num_given = 2 if action == "convert" else 1
     if action not in _ACTIONS or len(given) != num_given:
         raise ConfigError(
-            f"{' '.join(words)}: give prepare or inspect and a YAML file or a source, or convert, one of these and the "
-            "file to write"
+            f"{' '.join(words)}: give prepare or inspect, and a YAML file or a source; or convert, one of these, and "
+            "the file to write"
         )
     changes = [word for word in words[1:] if "=" in word]
     is_run = given[0].endswith((".yaml", ".yml"))
@@ -92,7 +97,7 @@ def _load_run(path: str, changes: list[str], *, trust_code: bool) -> Config:
 
 
 def _source_config(source: str, changes: list[str], action: str) -> Config:
-    """The configuration of a source that no run has; to convert it, nothing is held out unless that is asked for."""
+    """Configuration of a source without a run; by default, a conversion holds nothing out."""
     from pipekit.config import parse_config
 
     data: dict[str, Any] = {"source": source}
@@ -109,7 +114,7 @@ def _prepare(config: Config, cores: int | None, report: ProgressCallback, *, is_
     from pipekit.training.prepare import load_trial
 
     if not issubclass(load_trial(config), LanguageModelTrial):
-        raise ConfigError(f"run.trial={config.run.trial}: prepares data of its own, and these are of no `data` section")
+        raise ConfigError(f"run.trial={config.run.trial}: prepares its own data, not those of a `data` section")
     return prepare_data(
         config.data,
         sequence_length=config.train.sequence_length if is_run else 1,

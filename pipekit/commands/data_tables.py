@@ -1,4 +1,4 @@
-"""Tables and bars of `pipekit data inspect` on a console."""
+"""Tables and histograms of `pipekit data inspect` on a console."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BAR_WIDTH = 32
 
 
 def show_inspection(found: Mapping[str, Any], console: Console) -> None:
-    """Print the sources, and the run where there is one."""
+    """Print the sources, and the run if there is one."""
     for source in found["sources"]:
         console.print()
         console.print(Text(source["name"], "bold cyan"))
         console.print(_summary_table(source))
         if source["lengths"] is not None:
             console.print()
-            console.print("Tokens of a training document:")
+            console.print("Tokens in each training document:")
             console.print(_histogram_table(source["lengths"]["histogram"]))
         for sample in source["samples"]:
             console.print()
@@ -59,13 +59,15 @@ def _summary_table(source: Mapping[str, Any]) -> Table:
         table.add_row(
             "duplicates",
             f"{duplicates['num_documents']:,} training documents repeat an earlier one, with "
-            f"{count_text(duplicates['num_tokens'])} tokens; document {duplicates['most_repeated_document']:,} stands "
-            f"there {duplicates['most_repeated']:,} times",
+            f"{count_text(duplicates['num_tokens'])} tokens; document {duplicates['most_repeated_document']:,} occurs "
+            f"{duplicates['most_repeated']:,} times",
         )
     else:
         table.add_row("duplicates", "none among the training documents")
     if duplicates["num_held_out_in_training"]:
-        table.add_row("", f"{duplicates['num_held_out_in_training']:,} documents that are held out are trained on, too")
+        table.add_row(
+            "", f"{duplicates['num_held_out_in_training']:,} held-out documents are also in the training data"
+        )
     return table
 
 

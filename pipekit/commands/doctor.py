@@ -1,4 +1,4 @@
-"""`pipekit doctor`: examination of this machine, or of several, with a verdict on each finding and what to do."""
+"""`pipekit doctor`: checks of this machine, or of several, with a verdict and a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ _NAME_WIDTH = 20
 
 
 def command(
-    run_dir: Annotated[Path, typer.Option("--dir", help="Folder of the runs, whose disk is tried.")] = Path("runs"),
+    run_dir: Annotated[Path, typer.Option("--dir", help="Folder of the runs, whose disk is checked.")] = Path("runs"),
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of prepared tokens; data.cache_dir, and ~/.cache/pipekit by default.")
+        Path | None,
+        typer.Option(
+            help="Folder of prepared tokens (data.cache_dir); ~/.cache/pipekit by default.", show_default=False
+        ),
     ] = None,
-    ranks: Annotated[bool, typer.Option(help="Start ranks, and measure messages among them.")] = True,
+    ranks: Annotated[bool, typer.Option(help="Start ranks and measure the speed of messages between them.")] = True,
     hostfile: Hostfile = None,
     include: Include = "",
     exclude: Exclude = "",
@@ -50,14 +53,14 @@ def command(
     python: HostPython = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine what a run needs of this machine, or of those in a hostfile, with verdicts and what to do.
+    """Check that this machine, or hosts in a hostfile, can train.
 
-    The exit code is 1 if something is bad, and 0 otherwise.
+    Each finding has a verdict, and a remedy if there is a problem. The exit code is 1 if a verdict is bad, else 0.
     """
     if hostfile is None:
         for option, value in {"--include": include, "--exclude": exclude, "--master_addr": master_addr}.items():
             if value:
-                raise LaunchError(f"{option} is about the hosts of --hostfile; give that as well")
+                raise LaunchError(f"{option} applies to the hosts of --hostfile; give that as well")
         rows = _examine_here(run_dir, cache_dir, ranks=ranks, as_json=as_json)
     else:
         from pipekit.launch.hosts import check_address, read_hostfile, select_hosts
@@ -75,10 +78,10 @@ def command(
 
 
 def row_lines(row: Row) -> list[str]:
-    """Lines of a row, of at most 80 columns."""
+    """Lines of a row, at most 80 columns wide."""
     first = f"  {row.verdict:<8} {printable(row.check):<{_NAME_WIDTH}} "
     indent = " " * len(f"  {'':<8} {'':<{_NAME_WIDTH}} ")
-    if len(first) > len(indent):  # a long name has a line of its own
+    if len(first) > len(indent):  # a long name gets its own line
         lines = [first.rstrip(), *_wrap(row.found, indent, indent)]
     else:
         lines = _wrap(row.found, first, indent)
@@ -93,7 +96,7 @@ def _wrap(text: str, first: str, indent: str) -> list[str]:
 
 
 def summary_line(rows: Sequence[Row]) -> str:
-    """Count of the rows with each verdict."""
+    """Number of rows with each verdict."""
     counts = Counter(row.verdict for row in rows)
     warnings = f"{counts['warning']} {'warning' if counts['warning'] == 1 else 'warnings'}"
     return f"{counts['ok']} ok, {warnings}, {counts['bad']} bad"
@@ -152,7 +155,7 @@ def _examine_hosts(
             typer.echo(f"{ALL_HOSTS}: {summary_line(by_host[ALL_HOSTS])}")
             _show(by_host[ALL_HOSTS])
     elif ranks and not as_json:
-        typer.echo(f"{ALL_HOSTS}: no messages were tried, since not every host was reached")
+        typer.echo(f"{ALL_HOSTS}: messages were not measured because a host was not reached")
     if as_json:
         _print_json([{"host": host, **row.to_record()} for host, rows in by_host.items() for row in rows])
     return [row for rows in by_host.values() for row in rows]

@@ -1,4 +1,4 @@
-"""`pipekit eval`: perplexity on any text, and tasks of lm-eval, for a run, a checkpoint or an export."""
+"""`pipekit eval`: perplexity on any text and lm-eval tasks, for a run, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 
 def command(
     source: Annotated[
-        Path, typer.Argument(help="A run's folder, one of its checkpoints, or an export.", show_default=False)
+        Path, typer.Argument(help="Folder of a run, one of its checkpoints, or an export.", show_default=False)
     ],
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text for the perplexity, such as data.source=other.txt; the run's held-out text if left out.",
+            help="Text for the perplexity, such as data.source=other.txt; by default the run's held-out text.",
             show_default=False,
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, such as arc_easy,mmlu_*; needs the extra eval.")
+        str | None, typer.Option(help="lm-eval tasks, such as arc_easy,mmlu_*; needs the extra `eval`.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of your own tasks.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples in front of each question; as the task has it if left out.")
+        int | None, typer.Option(min=0, help="Examples before each question; by default as the task defines.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of questions per task.")] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put questions as messages of a chat.")
+        bool, typer.Option("--apply-chat-template", help="Ask the questions as chat messages.")
     ] = False,
     samples: Annotated[
-        Path | None, typer.Option(help="File for every question and its answers, as lines of JSON.")
+        Path | None, typer.Option(help="Write every question and its answers to this file, as JSON lines.")
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that the model sees at once for the perplexity; as in training if left out."),
+        typer.Option(min=1, help="Tokens that the model sees at once for the perplexity; by default as in training."),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from one window to the next; all of a window if left out.")
+        int | None, typer.Option(min=1, help="Tokens between the starts of windows; by default a whole window.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of sequences to compute together.")] = 8,
     pp: Stages = 1,
     tp: TensorRanks = 1,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on.")] = "auto",
     as_json: AsJson = False,
     trust_code: TrustCode = False,
     config: ModelConfigFile = None,
 ) -> None:
-    """Measure how good a model is: perplexity and bits per byte on a text, and tasks of lm-eval."""
+    """Evaluate a model: perplexity, bits per byte, lm-eval tasks."""
     from dataclasses import asdict
 
     from pipekit.config.stored_code import check_stored_code
@@ -73,9 +73,11 @@ def command(
     of_tasks = {"--include-path": include_path, "--num-fewshot": num_fewshot, "--limit": limit, "--samples": samples}
     given = [name for name, value in of_tasks.items() if value is not None]
     if tasks is None and (given or apply_chat_template):
-        raise ConfigError(f"{(given or ['--apply-chat-template'])[0]}: is for tasks, and there are none; add --tasks")
+        raise ConfigError(
+            f"{(given or ['--apply-chat-template'])[0]} applies to tasks, and none are given; add --tasks"
+        )
     if samples is not None and not samples.absolute().parent.is_dir():
-        raise ConfigError(f"--samples {samples}: no such folder; make it, or give another path")
+        raise ConfigError(f"--samples {samples}: no such folder; create it, or give another path")
     if config is not None:
         check_stored_code(config, trust_code=trust_code)
     read = EvaluatedSource.read(source, config)
@@ -105,9 +107,7 @@ def command(
     if has_texts and window > stored.longest_sequence:
         raise ConfigError(f"--window {window}: the model sees at most {stored.longest_sequence} tokens; give fewer")
     if stride > window:
-        raise ConfigError(
-            f"--stride {stride}: must be at most the window, {window} tokens, or tokens would be left out"
-        )
+        raise ConfigError(f"--stride {stride}: must be at most the window, {window} tokens, or tokens would be skipped")
     texts = find_texts(read, data or (), on_progress=say) if has_texts else []
     settings = EvaluationSettings(window, stride, batch_size, asked)
     if pp * tp == 1:
@@ -128,7 +128,7 @@ def command(
 
 
 def _tell(found: Evaluation, source: EvaluatedSource, as_json: bool, samples: Path | None) -> None:
-    """Write an evaluation into the run folder and to its trackers, and show it."""
+    """Write an evaluation to the run folder and its trackers, and show it."""
     record = found.as_record()
     if samples is not None and found.tasks is not None:
         lines = [

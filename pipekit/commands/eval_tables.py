@@ -1,4 +1,4 @@
-"""An evaluation on a terminal: a row for each text and for each metric of each task."""
+"""Evaluation on a terminal: one row per text, and one per metric of each task."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipekit.training.console import facts_table, print_table
 
 
 def show_evaluation(found: Evaluation, console: Console) -> None:
-    """Print an evaluation, in 80 columns."""
+    """Print an evaluation in 80 columns."""
     step = "" if found.step is None else f", step {found.step}"
     facts = facts_table(("model", escape(f"{found.source}{step}")))
     if found.texts:
-        overlap = f", each {found.stride} further" if found.stride < found.window else ""
+        overlap = f", {found.stride} tokens apart" if found.stride < found.window else ""
         facts.add_row("text", f"in windows of {found.window} tokens{overlap}")
     print_table(facts, console)
     if found.texts:
@@ -29,8 +29,8 @@ def show_evaluation(found: Evaluation, console: Console) -> None:
         if found.tasks.num_truncated:
             count = found.tasks.num_truncated
             console.print(
-                f"{count:,} {'request was' if count == 1 else 'requests were'} longer than the model sees at once; "
-                f"the beginning of {'its' if count == 1 else 'their'} context was left out"
+                f"{count:,} {'request was' if count == 1 else 'requests were'} longer than the model can see at once; "
+                f"the beginning of {'its' if count == 1 else 'their'} context was cut off"
             )
 
 

@@ -1,4 +1,4 @@
-"""`pipekit examples`: the examples that come with the package."""
+"""`pipekit examples`: examples that are installed with the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipekit.storage import storing
 
 
 class _File(Protocol):
-    """A file of the package, which need not lie on a disk."""
+    """File of the package, which may not be on a disk."""
 
     def read_text(self, encoding: str) -> str: ...
 
@@ -22,13 +22,14 @@ class _File(Protocol):
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(help="Example to write; a list of all if left out.", show_default=False)
+        str | None, typer.Argument(help="Example to write; by default all are listed.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write; its own name if left out.", show_default=False)
+        Path | None,
+        typer.Option("--out", "-o", help="File to write; by default the example's name.", show_default=False),
     ] = None,
 ) -> None:
-    """List the examples, or write one of them into a file."""
+    """List the examples, or write one of them to a file."""
     examples = _find_examples()
     if name is None:
         from pipekit.training.console import facts_table, make_console, print_table
@@ -44,7 +45,7 @@ def command(
         raise ConfigError(f"{name}: no such example; {remedy}")
     path = out or Path(name)
     if path.exists():
-        raise ConfigError(f"{path}: is there already; remove it, or give -o another name")
+        raise ConfigError(f"{path}: already exists; remove it, or give another name with -o")
     with storing(path):
         path.write_bytes(examples[name].read_bytes())
     typer.echo(f"wrote {path}")
@@ -58,7 +59,7 @@ def _find_examples() -> dict[str, _File]:
 
 
 def _first_sentence(text: str) -> str:
-    """Subject of an example: the beginning of its first comment or docstring, up to a full stop or a colon.
+    """Summary of an example: the beginning of its first comment or docstring, up to a full stop or a colon.
 
     Example:
         >>> _first_sentence('# Trains a model,\\n# a small one: try it.\\n\\nmodel: {}')

@@ -1,4 +1,4 @@
-"""`pipekit export`: a checkpoint as a folder in Hugging Face's format."""
+"""`pipekit export`: a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from pipekit.commands.shared_options import ModelConfigFile, TrustCode
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the exported tensors.")
     ] = "float32",
-    shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, such as 500MB.")] = "5GB",
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file, such as 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     trust_code: TrustCode = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Write one file of tensors under their own names, and a loader beside it.")
+        bool, typer.Option("--raw", help="Write one file of tensors under their own names, and a loader for it.")
     ] = False,
     config: ModelConfigFile = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapters of a LoRA run into the weights they are added to.")
+        bool, typer.Option("--merge", help="Merge the adapters of a LoRA run into the model's weights.")
     ] = False,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Write the adapters of a LoRA run alone, in the format of peft.")
+        bool, typer.Option("--adapter", help="Write only the adapters of a LoRA run, in peft's format.")
     ] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, and prove that its logits are the same."""
+    """Export a checkpoint in Hugging Face's format.
+
+    Loads the export with transformers, which must compute the same logits.
+    """
     from pipekit.inference.export_forms import export
     from pipekit.inference.peft_adapter import AdapterExport
     from pipekit.inference.raw_export import RawExport

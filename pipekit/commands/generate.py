@@ -1,4 +1,4 @@
-"""`pipekit generate`: text from a trained model, for a prompt, a file of prompts, or in a chat."""
+"""`pipekit generate`: text from a trained model, for a prompt, a file of prompts, or a chat."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ from pipekit.commands.shared_options import ModelConfigFile, Stages, TensorRanks
 
 def command(
     source: Annotated[
-        Path, typer.Argument(help="A run's folder, one of its checkpoints, or an export.", show_default=False)
+        Path, typer.Argument(help="Folder of a run, one of its checkpoints, or an export.", show_default=False)
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Text to go on from; without it, a document begins.", show_default=False)
+        str | None, typer.Option(help="Text to continue; by default, begin a new document.", show_default=False)
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A prompt on each line, text or JSON; results are lines of JSON.", show_default=False
+            metavar="FILE",
+            help="File with a prompt per line, text or JSON; prints results as JSON lines.",
+            show_default=False,
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Answer what you type, by the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Chat in the terminal, using the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among so many of the likeliest; 0 among all.")] = 50,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0 for all.")] = 50,
     top_p: Annotated[
-        float, typer.Option(help="Draw among the likeliest whose probabilities add up to this; 1 among all.")
+        float, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this; 1 for all.")
     ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.", show_default=False)
+        list[str] | None, typer.Option(help="Stop before this text; repeatable.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the draws; further prompts have the next seeds.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts to compute together.")] = 16,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Seed of the first prompt; each further prompt has the next seed.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts to compute together.")] = 16,
     pp: Stages = 1,
     tp: TensorRanks = 1,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What to compute on.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on.")] = "auto",
     trust_code: TrustCode = False,
     config: ModelConfigFile = None,
 ) -> None:
@@ -64,9 +70,7 @@ def command(
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: give one of them")
     if system is not None and not chat:
-        raise ConfigError(
-            "--system is the first message of a chat; add --chat, or write messages into a file of prompts"
-        )
+        raise ConfigError("--system is the first message of a chat; add --chat, or write messages in a file of prompts")
     settings = GenerationSettings(
         max_new_tokens, temperature, top_k or None, None if top_p == 1 else top_p, stop or (), batch_size
     )
@@ -93,7 +97,7 @@ def command(
     generator = Generator.build(stored, device=device)
     if not generator.has_cache:
         sys.stderr.write(
-            "note: a layer of the model knows no key-value cache: each token computes the whole text again\n"
+            "note: a layer of this model has no key-value cache, so each token recomputes the whole text\n"
         )
     if chat:
         read = partial(read_message, sys.stdin, sys.stderr)

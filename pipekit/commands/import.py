@@ -1,4 +1,4 @@
-"""`pipekit import`: a Hugging Face model as the beginning of a run."""
+"""`pipekit import`: a Hugging Face model as the first checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def command(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run to write.", show_default=False)] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a Hugging Face model as the first checkpoint of a run; without RUN, print its configuration."""
+    """Import a Hugging Face model as the first checkpoint of a run.
+
+    Without RUN, print the model's configuration.
+    """
     from pipekit.inference.import_model import import_config, import_model
     from pipekit.tensors.host_memory import return_freed_memory
 

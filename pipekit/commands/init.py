@@ -14,7 +14,7 @@ from pipekit.storage import storing
 
 
 class OffloadTarget(str, Enum):
-    """Memory that `--offload` names."""
+    """Memory that `--offload` can name."""
 
     none = "none"
     cpu = "cpu"
@@ -24,25 +24,25 @@ class OffloadTarget(str, Enum):
 def command(
     zero: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage.")] = 1,
     offload: Annotated[
-        OffloadTarget, typer.Option(help="Memory of the optimizer's states, and under ZeRO-3 of the weights.")
+        OffloadTarget, typer.Option(help="Memory for optimizer states, and with ZeRO-3 for weights too.")
     ] = OffloadTarget.none,
     nvme_dir: Annotated[
-        str | None, typer.Option(help="Folder of the files of `--offload nvme`.", show_default=False)
+        str | None, typer.Option(help="Folder for the files of `--offload nvme`.", show_default=False)
     ] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel degree.")] = 1,
     folder: Annotated[
         Path | None,
-        typer.Option("--from", help="Folder of a Hugging Face model to train further.", show_default=False),
+        typer.Option("--from", help="Folder of a Hugging Face model to fine-tune.", show_default=False),
     ] = None,
     lora: Annotated[
         int | None,
-        typer.Option(min=1, help="Rank of adapters to train in place of its weights.", show_default=False),
+        typer.Option(min=1, help="Rank of LoRA adapters to train instead of its weights.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write; stdout if left out.", show_default=False)
+        Path | None, typer.Option("--out", "-o", help="File to write; stdout by default.", show_default=False)
     ] = None,
 ) -> None:
-    """Write a configuration that trains, with a comment on every key."""
+    """Write a working configuration with a comment on every key."""
     from pipekit.config.template import config_template
 
     source = None if folder is None else str(folder)
@@ -51,6 +51,6 @@ def command(
         sys.stdout.write(text)
         return
     if out.exists():
-        raise ConfigError(f"{out}: is there already; remove it, or give -o another name")
+        raise ConfigError(f"{out}: already exists; remove it, or give another name with -o")
     with storing(out):
         out.write_text(text, encoding="utf-8")

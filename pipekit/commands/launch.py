@@ -1,4 +1,4 @@
-"""`pipekit launch`: the processes of a script of one's own on this machine, or of a run on several machines."""
+"""`pipekit launch`: a training script in several processes, or a run on several machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipekit.commands.shared_options import (
 )
 from pipekit.errors import LaunchError
 
-# What follows the script is the script's.
+# Options after the script belong to the script.
 CONTEXT_SETTINGS = {"allow_interspersed_args": False}
 
 
@@ -29,60 +29,65 @@ def command(
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="The script's arguments, or those of pipekit train.", show_default=False),
+        typer.Argument(help="Arguments of the script, or of pipekit train.", show_default=False),
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option("--processes", "-n", min=1, help="Number of processes; by default that of the GPUs, or 1."),
+        typer.Option("--processes", "-n", min=1, help="Number of processes; by default one per GPU, or 1."),
     ] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on; for train, run.device says it.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on; train uses run.device instead.")
     ] = "auto",
     log_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the logs; by default runs/<name of the script>/logs.")
+        Path | None, typer.Option(help="Folder for logs; by default runs/SCRIPT/logs, or logs in the run folder.")
     ] = None,
     restarts: Annotated[
         int,
-        typer.Option(min=0, help="The most times that all are started again after one was lost; run.restarts, too."),
+        typer.Option(min=0, help="Maximum number of restarts after a failure; for train, by default run.restarts."),
     ] = 0,
     hostfile: Hostfile = None,
     include: Include = "",
     exclude: Exclude = "",
     num_nodes: Annotated[
-        int | None, typer.Option("--num_nodes", "--num-nodes", help="Use the first so many hosts.")
+        int | None, typer.Option("--num_nodes", "--num-nodes", help="Use only this many hosts, the first ones.")
     ] = None,
     num_gpus: Annotated[
-        int | None, typer.Option("--num_gpus", "--num-gpus", help="Use the first so many slots of each host.")
+        int | None,
+        typer.Option("--num_gpus", "--num-gpus", help="Use only this many slots of each host, the first ones."),
     ] = None,
     master_addr: MasterAddress = None,
     master_port: Annotated[
-        int | None, typer.Option("--master_port", "--master-port", help="Port of rank 0; a free one if not given.")
+        int | None,
+        typer.Option(
+            "--master_port", "--master-port", help="Port of rank 0; by default a free one over ssh, else 29500."
+        ),
     ] = None,
     launcher: Annotated[
-        Literal["ssh", "pdsh", "openmpi", "mpich", "slurm"], typer.Option(help="What starts processes on the hosts.")
+        Literal["ssh", "pdsh", "openmpi", "mpich", "slurm"],
+        typer.Option(help="Program that starts processes on the hosts."),
     ] = "ssh",
     launcher_args: Annotated[
-        str, typer.Option("--launcher_args", "--launcher-args", help="More arguments of that launcher, in one string.")
+        str, typer.Option("--launcher_args", "--launcher-args", help="More arguments for this launcher, in one string.")
     ] = "",
     ssh_port: SshPort = None,
     ssh_args: SshArguments = "",
     python: HostPython = None,
     export: Exports = None,
     nnodes: Annotated[
-        int | None, typer.Option(min=1, help="Without ssh: the number of machines, on each of which this is started.")
+        int | None, typer.Option(min=1, help="Without ssh: number of machines; start this command on each.")
     ] = None,
     node_rank: Annotated[
-        int, typer.Option("--node_rank", "--node-rank", help="With --nnodes: the number of this machine, from 0.")
+        int, typer.Option("--node_rank", "--node-rank", help="With --nnodes: index of this machine, from 0.")
     ] = 0,
 ) -> None:
-    """Run a training script in several processes on this machine, as torchrun does, and end them together.
+    """Run a training script in several processes, as torchrun does.
 
-    With --hostfile, the processes run on several machines, of a script or of pipekit train.
+    If one process fails, all are ended. With --hostfile or --nnodes, run a script or pipekit train on several machines.
     """
     if hostfile is None and nnodes is None:
         for option, value in {"--include": include, "--exclude": exclude, "--num_nodes": num_nodes}.items():
             if value:
-                raise LaunchError(f"{option} chooses among the hosts of --hostfile; give that, too")
+                raise LaunchError(f"{option} selects among the hosts of --hostfile; give that as well")
         if script == "train" and not Path(script).is_file():
             raise LaunchError(
                 "pipekit launch train runs on several machines; give --hostfile FILE, or type pipekit train to run here"
@@ -99,10 +104,12 @@ def command(
         )
         return
     if hostfile is not None and nnodes is not None:
-        raise LaunchError("--hostfile starts all machines, and --nnodes is for one alone; give one of them")
+        raise LaunchError(
+            "--hostfile starts processes on all machines, and --nnodes only on this one; give only one of them"
+        )
     if hostfile is not None and processes is not None:
         raise LaunchError(
-            f"--processes {processes}: the slots in the hostfile say how many start on each host; use "
+            f"--processes {processes}: the slots in the hostfile set how many processes each host starts; use "
             f"--num_gpus {processes}"
         )
     from pipekit.launch.hosts import read_hostfile, select_hosts

@@ -1,4 +1,4 @@
-"""`pipekit migrate`: a checkpoint that DeepSpeed wrote becomes one of pipekit's."""
+"""`pipekit migrate`: conversion of a DeepSpeed checkpoint to pipekit's format."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from pipekit.commands.shared_options import ModelConfigFile
 
 def command(
     source: Annotated[
-        Path, typer.Argument(help="The folder that DeepSpeed saved into, or that of a tag.", show_default=False)
+        Path, typer.Argument(help="Folder that DeepSpeed saved to, or the folder of a tag in it.", show_default=False)
     ],
-    run: Annotated[Path, typer.Argument(help="The folder of the run to write.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Folder of the run to write.", show_default=False)],
     rename: Annotated[
         list[str] | None,
-        typer.Option(metavar="OLD=NEW", help="Another name of a layer or module, such as layers.0=embed; repeatable."),
+        typer.Option(metavar="OLD=NEW", help="New name for a layer or module, such as layers.0=embed; repeatable."),
     ] = None,
     config: ModelConfigFile = None,
 ) -> None:
-    """Write a checkpoint of DeepSpeed's as one of pipekit's, without running code that it holds."""
+    """Convert a DeepSpeed checkpoint to pipekit's format.
+
+    Code that the checkpoint contains is never run.
+    """
     from pipekit.checkpoint.migrate import migrate
     from pipekit.errors import CheckpointError
 

@@ -1,4 +1,4 @@
-"""`pipekit plan`: what a run will take, without starting it."""
+"""`pipekit plan`: stages, memory and time of a run, without starting it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of `pipekit plan`, as its help describes them; without `num_devices` the configuration's layout holds."""
+    """Options of `pipekit plan`, described in its help; without `num_devices`, the configuration sets the layout."""
 
     num_devices: int | None = None
     device: str | None = None
@@ -46,42 +46,45 @@ def command(
     overrides: Overrides = None,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, max=100_000, help="Compare every layout over so many devices.", show_default=False),
+        typer.Option(min=1, max=100_000, help="Compare all layouts over this many devices.", show_default=False),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="What each rank computes on, such as h100; what is present if left out.", show_default=False),
+        typer.Option(help="Device of each rank, such as h100; by default that of this machine.", show_default=False),
     ] = None,
     device_file: Annotated[
         list[Path] | None,
-        typer.Option(help="YAML file with devices of your own.", show_default=False),
+        typer.Option(help="YAML file that describes your own devices; repeatable.", show_default=False),
     ] = None,
     max_tp: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Largest tensor-parallel degree to compare. If left out, one above 1 in the configuration is kept, or "
-            "those of a node of GPUs are compared.",
+            help="Largest tensor-parallel degree to compare. By default, keep a parallel.tp above 1, or else compare "
+            "all degrees within a node of GPUs.",
             show_default=False,
         ),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Tokens of a whole run, such as 300B: how many days it takes.", show_default=False),
+        typer.Option(help="Tokens of a whole run, such as 300B, to show how many days it takes.", show_default=False),
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(min=0.0, help="With --tokens: cost of a device for an hour.", show_default=False),
+        typer.Option(min=0.0, help="With --tokens: price of a device per hour.", show_default=False),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine.")] = False,
     as_json: AsJson = False,
     trust_code: TrustCode = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a page that opens offline.", show_default=False),
+        typer.Option(help="HTML page to write; it opens offline.", show_default=False),
     ] = None,
 ) -> None:
-    """Show what a run will take before it starts: stages, memory, time, and which layout to choose."""
+    """Show the stages, memory and time of a run before it starts.
+
+    With --devices or `parallel: auto`, compare layouts and recommend the fastest.
+    """
     from pipekit.config.sources import read_config
 
     num_tokens = None if tokens is None else parse_tokens(tokens)
@@ -103,7 +106,7 @@ def command(
     show_report(report, console)
     show_export_limit(loaded, console)
     if html is not None:
-        sys.stdout.write(f"{html} has it as a page\n")
+        sys.stdout.write(f"wrote {html}\n")
 
 
 def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         number = _num_devices(config, resources.num_gpus if options.device is None else None)
     device = _device(options, resources, number)
     is_gpu = device.name != "cpu"
-    # The devices that are planned for need not be here.
+    # The planned devices may not be on this machine.
     config = config.updated({"run.device": "cuda" if is_gpu else "cpu"})
     resources = replace(
         resources,
@@ -138,7 +141,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
     if options.measure:
         config = config.updated({"parallel.partition": "profile"})
     elif options.device is not None and config.parallel.partition == "profile":
-        # Layers are timed on what is present, which a device that is named need not be.
+        # Layers can only be timed on this machine, which may not have the named device.
         config = config.updated({"parallel.partition": "flops"})
     trial = load_trial(config)
     tell = ProgressLines.on_stderr()
@@ -149,7 +152,7 @@ def plan_report(config: Config, options: PlanOptions) -> dict[str, Any]:
         if options.max_tp is None and config.parallel.tp > 1:
             tp = [config.parallel.tp]  # which the user has chosen
         else:
-            # What `parallel: auto` would choose has none.
+            # `parallel: auto` never chooses tensor parallelism.
             tp = tp_degrees(options.max_tp or (1 if config.parallel.auto or not is_gpu else number), device)
         model, result = search(config, specs, trial, num_devices=number, device=device, is_gpu=is_gpu, tp=tp)
         found = report(result.ranked[0], device, model.layer_names, result)
@@ -166,7 +169,7 @@ def parse_tokens(text: str) -> int:
     """Number of tokens from text such as 300B.
 
     Raises:
-        ConfigError: if it is no number of tokens.
+        ConfigError: if it is not a number of tokens.
 
     Example:
         >>> parse_tokens("300B"), parse_tokens("1.4T"), parse_tokens("5_000")
@@ -179,13 +182,13 @@ def parse_tokens(text: str) -> int:
         found = 0.0
     if not 1 <= found < inf:
         raise ConfigError(
-            f"--tokens {text}: must be a number of tokens, with K, M, B or T behind it; try --tokens 300B"
+            f"--tokens {text}: must be a number of tokens, which may end in K, M, B or T; try --tokens 300B"
         )
     return round(found)
 
 
 def _whole_run(prediction: Prediction, options: PlanOptions) -> dict[str, Any]:
-    """Days, device hours and cost of a run over so many tokens, where these are given."""
+    """Days, device hours and cost of a run over --tokens, if given."""
     if options.num_tokens is None:
         return {}
     hours = options.num_tokens / prediction.tokens_per_s / 3600
@@ -196,22 +199,24 @@ def _whole_run(prediction: Prediction, options: PlanOptions) -> dict[str, Any]:
 
 def _check_options(options: PlanOptions, *, compares: bool) -> None:
     if options.price is not None and options.num_tokens is None:
-        raise ConfigError(f"--price {options.price:g} is for a whole run; add --tokens with its number, such as 300B")
+        raise ConfigError(f"--price {options.price:g} is for a whole run; add --tokens, such as --tokens 300B")
     if options.measure and options.device is not None:
-        raise ConfigError(f"--measure times layers on this machine, not on --device {options.device}; drop one")
+        raise ConfigError(
+            f"--measure times layers on this machine, not on --device {options.device}; give only one of them"
+        )
     if options.measure and compares:
         raise ConfigError(
-            "--measure times the layers for one layout; compare layouts without it, by --devices alone, and then "
-            "measure the one that you choose"
+            "--measure times the layers for one layout; compare layouts with --devices only, and then measure the one "
+            "that you choose"
         )
     if (options.max_tp or 1) > 1 and not compares:
         raise ConfigError(
-            f"--max-tp {options.max_tp} is for comparing layouts; add --devices with the number of devices"
+            f"--max-tp {options.max_tp} is for comparing layouts; add --devices and the number of devices"
         )
 
 
 def _num_devices(config: Config, present: int | None) -> int:
-    """Return the devices of the configuration's layout; `dp: auto` fills those present."""
+    """Number of devices of the configuration's layout; `dp: auto` fills those present."""
     parallel = config.parallel
     one = parallel.pp * parallel.tp
     if parallel.dp == "auto":

@@ -1,4 +1,4 @@
-"""A report as tables on a terminal."""
+"""Tables of a plan on a terminal."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     if "layouts" in report:
         console.print(counts_text(report), highlight=False, markup=False)
         first = layout_yaml(read_plan(report["layout"]))
-        console.print(f"\nthe first, in YAML:\n\n{first}", highlight=False, markup=False)
+        console.print(f"\nthe fastest in YAML:\n\n{first}", highlight=False, markup=False)
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
-    """Return the run in a few rows."""
+    """Summary of a run in a few rows."""
     layout, device = report["layout"], report["device"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
@@ -81,23 +81,23 @@ def run_text(run: Mapping[str, float]) -> str:
 
     Example:
         >>> run_text({"tokens": 300_000_000_000, "days": 12.34, "device_hours": 303_350.6, "cost": 758_376.5})
-        '300.0 B tokens in 12.3 days: 303,351 hours of a device, which cost 758,376'
+        '300.0 B tokens in 12.3 days: 303,351 device hours, which cost 758,376'
     """
     cost = f", which cost {run['cost']:,.0f}" if "cost" in run else ""
-    hours = f"{run['device_hours']:,.0f} hours of a device"
+    hours = f"{run['device_hours']:,.0f} device hours"
     return f"{count_text(run['tokens'])} tokens in {days_text(run['days'])}: {hours}{cost}"
 
 
 def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
-    """Return a row for each pipeline rank: its layers, and what it computes and holds. A narrow one has no bars.
+    """Table with a row for each pipeline rank: its layers, computation and memory. A narrow one has no bars.
 
-    Three ranks and more, one after the other, that have as many layers and the same numbers share a row.
+    Three or more consecutive ranks with the same number of layers and the same numbers share a row.
     """
     limit = report["device"]["usable_bytes"]
     table = _new_table(is_narrow=is_narrow)
     for name in ("rank", "layers", "parameters", "busy", "weights", "states", "activations", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("used" if is_narrow else "of the device", justify="right" if is_narrow else "left", no_wrap=True)
+    table.add_column("used", justify="right" if is_narrow else "left", no_wrap=True)
     rows = []
     for rank in report["stages"]:
         memory = rank["memory_bytes"]
@@ -128,11 +128,11 @@ def ranks_table(report: Mapping[str, Any], *, is_narrow: bool = False) -> Table:
 
 
 def partitions_table(partitions: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a row for each way to cut the model, the most even first."""
+    """Table with a row for each partition of the model, the most even first."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("partition", no_wrap=True)
-    table.add_column("busiest over mean", justify="right", no_wrap=True)
-    table.add_column("stages begin with layer", no_wrap=True)
+    table.add_column("busiest / mean", justify="right", no_wrap=True)
+    table.add_column("first layer of each stage", no_wrap=True)
     for other in partitions:
         starts = shorten(" ".join(map(str, other["boundaries"][:-1])), _STARTS, placeholder=" ...")
         table.add_row(other["method"], f"{other['imbalance']:.3f}", starts)
@@ -140,7 +140,7 @@ def partitions_table(partitions: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def layouts_table(layouts: Sequence[Mapping[str, Any]], *, is_narrow: bool = False) -> Table:
-    """Return a row for each layout, the fastest first. A narrow one leaves out what other columns tell."""
+    """Table with a row for each layout, the fastest first. A narrow one has fewer columns."""
     table = _new_table(is_narrow=is_narrow, gap=2)
     left_out = {"step", "ZeRO"} if is_narrow else set()
     for name in ("", "tokens/s", "step", "bubble", "memory", "pp", "dp", "tp", "ZeRO"):
@@ -173,7 +173,7 @@ def _new_table(*, is_narrow: bool, gap: int = 4) -> Table:
 
 
 def layout_yaml(plan: ParallelPlan) -> str:
-    """Return the sections of a configuration that has a layout.
+    """Sections of a configuration that select a layout.
 
     Example:
         >>> from pipekit.layout import Layout
@@ -189,22 +189,22 @@ def layout_yaml(plan: ParallelPlan) -> str:
 
 
 def counts_text(report: Mapping[str, Any]) -> str:
-    """Numbers of layouts that can run and that cannot, by the kind of reason, with an example of each."""
+    """Numbers of layouts that fit and of those that do not, by kind of reason, with an example of each."""
     num_fitting, num_open = report["num_fitting"], report["num_open"]
     lines = [
         "1 layout was simulated and fits" if num_fitting == 1 else f"{num_fitting:,} layouts were simulated and fit"
     ]
     if num_open:
         which = (
-            "1 more is slower by an estimate, and was"
+            "1 more is estimated to be slower and was"
             if num_open == 1
-            else f"{num_open:,} more are slower by an estimate, and were"
+            else f"{num_open:,} more are estimated to be slower and were"
         )
         lines.append(f"{which} not simulated")
     kinds: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for layout in report["rejected"]:
-        kind = "do not fit into the memory" if "lacking_bytes" in layout else "cannot be built"
+        kind = "do not fit in memory" if "lacking_bytes" in layout else "cannot be built"
         kinds[kind] += 1
         examples.setdefault(kind, f"{read_plan(layout['layout'])}, which {layout['reason']}")
     lines += [f"{number:,} {kind}, such as {examples[kind]}" for kind, number in kinds.most_common()]

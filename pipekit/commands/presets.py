@@ -1,4 +1,4 @@
-"""`pipekit presets`: the named sizes of the built-in model families."""
+"""`pipekit presets`: named sizes of the built-in model families."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import typer
 
 
 def command() -> None:
-    """List the presets of the built-in families, for `model.preset`, with their sizes."""
+    """List the presets of the built-in families with their sizes.
+
+    Select one with `model.preset`.
+    """
     from rich.table import Table
 
     from pipekit.models import preset_families
@@ -23,4 +26,4 @@ def command() -> None:
         cells = ["" if size is None else f"{size:,}" if isinstance(size, int) else str(size) for size in shown]
         table.add_row(name, family.model_fields["family"].default, *cells)
     print_table(table, make_console())
-    typer.echo("\n`auto` is the size of the tokenizer's vocabulary")
+    typer.echo("\n`auto` means the vocabulary size of the tokenizer")

@@ -1,4 +1,4 @@
-"""`pipekit report`: the page of a run, or of several side by side."""
+"""`pipekit report`: a page about one run, or several side by side."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ def command(
     html: Annotated[
         Path | None,
         typer.Option(
-            help="The page to write; report.html in the folder of a single run if left out, or else here.",
+            help="Page to write; by default report.html, in the folder of a single run, or here for several.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write a page about a run: curves, timelines, events, samples; several runs are shown side by side.
+    """Write a page about one run, or several side by side.
 
-    The page opens offline in any browser. It is written in the same way while `pipekit train` trains.
+    It shows curves, timelines, events and samples, and opens offline in any browser. `pipekit train` writes the same
+    page during training.
     """
     from pipekit.errors import ConfigError
     from pipekit.pages.run_page import describe, write_run_page
@@ -38,4 +39,4 @@ def command(
     write_run_page(records, page)
     for run, record in zip(runs, records, strict=True):
         sys.stdout.write(f"{run}: {describe(record)}\n")
-    sys.stdout.write(f"{page} shows {'it' if len(runs) == 1 else 'them'}\n")
+    sys.stdout.write(f"wrote {page}\n")

@@ -1,4 +1,4 @@
-"""`pipekit schedule`: pipeline schedules, proved, simulated and drawn."""
+"""`pipekit schedule`: pipeline schedules, validated, simulated and drawn."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ def command(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-v, auto, or a CSV file; several are drawn together.",
+            help="gpipe, 1f1b, interleaved-1f1b, zb-h1, zb-v, auto, or a CSV file; several share a picture.",
             show_default=False,
         ),
     ],
-    pp: Annotated[int, typer.Option(min=1, max=1024, help="Pipeline ranks.")] = 4,
-    micro_batches: Annotated[int, typer.Option(min=1, max=65536, help="Micro-batches of a step.")] = 8,
+    pp: Annotated[int, typer.Option(min=1, max=1024, help="Number of pipeline ranks.")] = 4,
+    micro_batches: Annotated[int, typer.Option(min=1, max=65536, help="Micro-batches per step.")] = 8,
     stages_per_rank: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1000, help="Stages on each rank; what the schedule is made for unless given.", show_default=False
+            min=1, max=1000, help="Stages per rank; by default the number that the schedule needs.", show_default=False
         ),
     ] = None,
     costs: Annotated[
-        str, typer.Option(help="Milliseconds of a rank's forward, input gradient and weight gradient.")
+        str, typer.Option(help="Milliseconds that a rank's forward, input gradient and weight gradient take.")
     ] = "10,10,10",
-    transfer: Annotated[float, typer.Option(min=0.0, help="Milliseconds of a message between ranks.")] = 0.0,
+    transfer: Annotated[float, typer.Option(min=0.0, help="Milliseconds that a message between ranks takes.")] = 0.0,
     max_in_flight: Annotated[
         int | None,
-        typer.Option(min=1, help="For auto: stage activations that a rank may hold.", show_default=False),
+        typer.Option(min=1, help="With auto: maximum number of stage activations on a rank.", show_default=False),
     ] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write the table to this file.", show_default=False),
+        typer.Option(help="Write the schedule to this CSV file.", show_default=False),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw the timelines into this .svg or .png file.", show_default=False),
+        typer.Option(help="Draw the timelines in this .svg or .png file.", show_default=False),
     ] = None,
 ) -> None:
-    """Show who does what when: plan pipeline schedules, prove that they run, and simulate a step."""
+    """Plan, validate, simulate and draw pipeline schedules."""
     from pipekit.errors import ConfigError
     from pipekit.schedules import draw
     from pipekit.schedules.catalog import default_stages_per_rank, plan_schedule
@@ -51,7 +51,7 @@ def command(
     from pipekit.schedules.validate import validate
 
     if csv is not None and len(names) > 1:
-        raise ConfigError(f"--csv {csv} holds one table, and {len(names)} schedules are given; name one of them")
+        raise ConfigError(f"--csv {csv} holds one schedule, but {len(names)} are given; name only one")
     try:
         forward_s, inputs_s, weights_s = (float(cost) / 1000 for cost in costs.split(","))
         if not all(0 <= cost < math.inf for cost in (forward_s, inputs_s, weights_s)):
@@ -84,7 +84,7 @@ def command(
         if csv is not None:
             write_csv(schedule, csv)
         peaks = ", ".join(str(schedule.peak_in_flight(rank)) for rank in range(pp))
-        unit = "micro-batches" if per_rank == 1 else f"micro-batches of one stage, of {per_rank} on each rank"
+        unit = "micro-batches" if per_rank == 1 else f"micro-batches of one stage; each rank has {per_rank}"
         title = f"{schedule.name}\n" if len(names) > 1 else ""
         typer.echo(f"{title}{draw.draw_text(timeline)}\nin flight at most, rank by rank: {peaks} ({unit})")
     if picture is not None:

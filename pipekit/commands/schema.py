@@ -13,9 +13,12 @@ from pipekit.storage import storing
 
 
 def command(
-    out: Annotated[Path | None, typer.Argument(help="File to write; stdout if left out.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Argument(help="File to write; stdout by default.", show_default=False)] = None,
 ) -> None:
-    """Print the JSON schema of a configuration, with which editors complete and check it."""
+    """Print the JSON schema of a configuration.
+
+    Editors use it to complete and check YAML files.
+    """
     from pipekit.config import config_json_schema
 
     text = json.dumps(config_json_schema(), indent=2) + "\n"

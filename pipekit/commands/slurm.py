@@ -1,4 +1,4 @@
-"""`pipekit slurm`: a batch script of SLURM that trains a configuration."""
+"""`pipekit slurm`: a SLURM batch script that trains a configuration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def command(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each node, with a process each.", show_default=False)
+        int | None, typer.Option(min=1, help="GPUs per node, each with a process.", show_default=False)
     ] = None,
     tasks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes on each node, on CPUs.", show_default=False)
+        int | None, typer.Option(min=1, help="Processes per node, on CPUs.", show_default=False)
     ] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores of each process.", show_default=False)] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Cores per process.", show_default=False)] = None,
     time: Annotated[str | None, typer.Option(help="Time limit, such as 12:00:00.", show_default=False)] = None,
     partition: Annotated[str | None, typer.Option(help="Partition of the cluster.", show_default=False)] = None,
     account: Annotated[str | None, typer.Option(help="Account to charge.", show_default=False)] = None,
@@ -35,16 +35,16 @@ def command(
     notice: Annotated[
         int, typer.Option(min=10, max=65535, help="Seconds before the time limit at which to save and stop.")
     ] = 120,
-    requeue: Annotated[bool, typer.Option(help="Go back into the queue after that, and go on from there.")] = True,
+    requeue: Annotated[bool, typer.Option(help="Requeue the job after that, and resume training.")] = True,
     python: HostPython = None,
     export: Exports = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Another option of sbatch, such as --sbatch=--constraint=a100.")
+        list[str] | None, typer.Option(help="Additional sbatch option, such as --sbatch=--constraint=a100; repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; by default job.sbatch in the run folder.")] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit it.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the script.")] = False,
 ) -> None:
-    """Write a batch script of SLURM that trains a configuration on its nodes, and submit it if asked."""
+    """Write a SLURM batch script that trains a configuration."""
     from pipekit.files import write_atomically
     from pipekit.launch.exports import exported_environ
     from pipekit.launch.facts import load_any_config
@@ -52,7 +52,7 @@ def command(
     from pipekit.launch.sbatch import BatchJob, batch_script
 
     if gpus_per_node is not None and tasks_per_node is not None:
-        raise LaunchError("--gpus-per-node starts a process for each GPU; leave --tasks-per-node out")
+        raise LaunchError("--gpus-per-node starts a process for each GPU; remove --tasks-per-node")
     arguments = [str(config), *(overrides or [])]
     loaded = load_any_config(arguments)
     per_node = gpus_per_node or tasks_per_node or 1
@@ -80,7 +80,7 @@ def command(
     if submit and shutil.which("sbatch") is None:
         raise LaunchError("--submit: sbatch is not in PATH; submit the script on a machine of the cluster")
     try:
-        # SLURM does not make the folder of a log.
+        # SLURM does not create the folder of a log.
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
@@ -94,10 +94,10 @@ def command(
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"sbatch: {error}") from None
     if done.returncode:
-        raise LaunchError(f"sbatch ended with exit code {done.returncode}, and said:\n{done.stderr.strip()}")
+        raise LaunchError(f"sbatch failed with exit code {done.returncode}:\n{done.stderr.strip()}")
     typer.echo(done.stdout.strip())
 
 
 def _with_values(asked: list[str]) -> list[str]:
-    """Variables that are asked for, with the values of here: the job starts in an environment of its own."""
+    """Requested variables with their values here, since the job starts in a different environment."""
     return [text if "=" in text or text not in os.environ else f"{text}={os.environ[text]}" for text in asked]

@@ -1,4 +1,4 @@
-"""`pipekit train`: start the ranks of a run on this machine, or join those that another launcher has started."""
+"""`pipekit train`: start the ranks of a run on this machine, or become one of those that another launcher started."""
 
 from __future__ import annotations
 
@@ -41,10 +41,13 @@ def command(
     overrides: Overrides = None,
     trust_code: TrustCode = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, prepare the data, show the plan, and start nothing.")
+        bool, typer.Option("--dry-run", help="Only check everything, prepare the data and show the plan.")
     ] = False,
 ) -> None:
-    """Train a model: start the run's processes here, or join them under torchrun, deepspeed, srun or mpirun."""
+    """Train a model, on this machine or under another launcher.
+
+    Starts the processes of the run, unless torchrun, deepspeed, srun or mpirun has already started them.
+    """
     from pipekit.config.sources import read_run_config
 
     if dry_run:
@@ -54,10 +57,10 @@ def command(
 
 
 def rehearse(config: Config | TrialConfig) -> None:
-    """Do everything that comes before the start of a run, show what would start, and write nothing but prepared data.
+    """Dry run: do everything up to the start of the processes, and write only prepared data.
 
     Raises:
-        PipekitError: if something would be refused.
+        PipekitError: if the run would be refused.
     """
     from pipekit.config.trial_config import TrialConfig
     from pipekit.plan.run_folder import RunFolder, check_run_folder
@@ -92,7 +95,7 @@ def rehearse(config: Config | TrialConfig) -> None:
 def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
     """Train the configuration that `read` returns, of layers or of a trial, and return it.
 
-    Under another launcher, this process is one of the ranks, and ends with the training.
+    Under another launcher, this process is one of the ranks, and exits after training.
 
     Raises:
         PipekitError: if the configuration is wrong, or a rank fails.
@@ -115,8 +118,7 @@ def run(read: Callable[[], Config | TrialConfig]) -> Config | TrialConfig:
 
 def start(config: Config) -> None:
     """Plan a run, show the plan, and run its ranks as processes on this machine."""
-    # Whatever can be refused without torch is refused before it is imported.
-
+    # Refuse whatever can be refused without torch before importing it.
     resources = find_resources(os.environ, config)
     num_ranks = check_degrees(config, world_size=resources.world_size, num_devices=resources.num_gpus)
     check_process_count(num_ranks, "parallel")
@@ -148,7 +150,7 @@ def _start(config: Config, resources: Resources, goes_on: bool) -> None:
 
 
 def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None:
-    """Plan a run, show and write the plan; None if the run has been trained already."""
+    """Plan a run, show and write the plan; None if the run has already finished."""
     from pipekit.plan.run_folder import write_plan
 
     decided = _decide(config.updated({"checkpoint.resume": "auto"}) if goes_on else config, resources)
@@ -161,7 +163,7 @@ def _prepare(config: Config, resources: Resources, goes_on: bool) -> Plan | None
 
 
 def _decide(config: Config, resources: Resources) -> tuple[Plan, Console] | None:
-    """Plan a run and show the plan, and return the console with it; None if the run has been trained already."""
+    """Plan a run, show the plan, and return it with the console; None if the run has already finished."""
     from pipekit.plan.run_folder import find_start
 
     start_point = find_start(config)
@@ -195,7 +197,7 @@ def _decide(config: Config, resources: Resources) -> tuple[Plan, Console] | None
 
 
 def join(config: Config, ranks: RankEnvironment) -> None:
-    """Be one rank of a run that another launcher has started."""
+    """Run one rank of a run that another launcher has started."""
     warn_of_restarts(config.run.restarts, ranks)
     local_world_size = ranks.local_world_size or ranks.world_size
     os.environ.update({**ranks.as_environ(), **gloo_environ(ranks, os.environ)})

@@ -1,4 +1,4 @@
-"""`pipekit tune`: settings found by short runs."""
+"""`pipekit tune`: search for the fastest configuration, or a learning rate, with short runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LR_STEPS, _TIMED_STEPS = 100, 8
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Options of `pipekit tune config.yaml`, as its help describes them."""
+    """Options of `pipekit tune config.yaml`, described in its help."""
 
     out: Path
     most_runs: int
@@ -37,37 +37,35 @@ def command(
         list[str],
         typer.Argument(
             metavar="[lr] CONFIG [KEY=VALUE]...",
-            help="The YAML file of the run, and changes such as train.global_batch_size=64. With `lr` before it, the "
-            "learning rate is tuned, and nothing else.",
+            help="YAML file of the run, and keys to change, such as train.global_batch_size=64. With `lr` before it, "
+            "only the learning rate is tuned.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File for the configuration that is found.")] = Path(
-        "tuned.yaml"
-    ),
-    runs: Annotated[int, typer.Option(min=1, help="Most candidates to run.")] = 10,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the best configuration.")] = Path("tuned.yaml"),
+    runs: Annotated[int, typer.Option(min=1, help="Maximum number of candidates to run.")] = 10,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes; the GPUs present, or one for each core, if left out.", show_default=False),
+        typer.Option(min=1, help="Number of processes; by default one per GPU, or else per core.", show_default=False),
     ] = None,
     max_tp: Annotated[int, typer.Option(min=1, help="Largest tensor-parallel degree to try.")] = 1,
     fix: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY[=VALUE]",
-            help="Key that is not tuned, such as parallel.zero=1; without a value it stays as it is. May be repeated.",
+            help="Key not to tune, such as parallel.zero=1; without a value, keep the configuration's. Repeatable.",
             show_default=False,
         ),
     ] = None,
-    time_limit: Annotated[float, typer.Option(min=1.0, help="Seconds after which a run is ended.")] = 300.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates, and run none.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="Time limit of each run in seconds.")] = 300.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the candidates.")] = False,
     as_json: AsJson = False,
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help=f"Steps of each run that are timed, {_TIMED_STEPS} if left out; with `lr` steps of the test, "
-            f"{_LR_STEPS} if left out.",
+            help=f"Timed steps of each run, {_TIMED_STEPS} by default; with `lr`, steps of the test, {_LR_STEPS} by "
+            "default.",
             show_default=False,
         ),
     ] = None,
@@ -75,10 +73,11 @@ def command(
     highest: Annotated[float, typer.Option("--to", help="With `lr`: learning rate of the last step.")] = 1.0,
     trust_code: TrustCode = False,
 ) -> None:
-    """Find the fastest layout, schedule, micro-batch size and ZeRO stage of a run by short runs; or a learning rate.
+    """Find the fastest settings, or a learning rate, with short runs.
 
-    The plan says which candidates there are and how fast they should be; the most promising are run for a few steps
-    each, and what they take corrects the plan for the others. The global batch, the model and the data stay the same.
+    It tunes the layout, schedule, micro-batch size, ZeRO stage and activation checkpointing. The plan lists candidates
+    and predicts their speed; the most promising run for a few steps each, and their times correct the predictions for
+    the others. The global batch, model and data stay the same.
     """
     from pipekit.config.stored_code import check_stored_code
 
@@ -86,7 +85,7 @@ def command(
     path, *overrides = words[1:] if tunes_rate and len(words) > 1 else words
     if (tunes_rate and len(words) == 1) or "=" in path:
         raise ConfigError(
-            f"tune {' '.join(words)}: name the file: pipekit tune config.yaml, or pipekit tune lr config.yaml"
+            f"tune {' '.join(words)}: give the file: pipekit tune config.yaml, or pipekit tune lr config.yaml"
         )
     check_stored_code(Path(path), overrides, trust_code=trust_code)
     if tunes_rate:
@@ -99,7 +98,7 @@ def command(
 
 
 def _tune_layout(path: Path, overrides: Sequence[str], options: TuneOptions) -> None:
-    """Measure candidates, show what was found, and write the best configuration."""
+    """Measure candidates, show the results, and write the best configuration."""
     from pipekit.commands.tune_report import show_report, tune_report, tuned_yaml
     from pipekit.commands.tune_session import open_session
     from pipekit.config import load_config
@@ -137,7 +136,7 @@ def _tune_layout(path: Path, overrides: Sequence[str], options: TuneOptions) -> 
         verdict = "nothing was run, because of --dry-run"
     elif best is None:
         verdict = (
-            "no candidate that was run has trained; the last column says why" if search.results else "none was run"
+            "no candidate finished its run; the last column says why" if search.results else "no candidate was run"
         )
     else:
         measured_s = search.results[best].step_time_s
@@ -152,11 +151,11 @@ def _tune_layout(path: Path, overrides: Sequence[str], options: TuneOptions) -> 
         with storing(f"--out {options.out}"):
             options.out.write_text(text, encoding="utf-8")
         left = (
-            "it was interrupted"
+            "interrupted"
             if interruption is not None
-            else f"none of the others is expected to be faster by {search.margin:.0%}"
+            else f"no other is expected to be more than {search.margin:.0%} faster"
             if search.choose() is None
-            else f"it ended after --runs {options.most_runs}"
+            else f"stopped after --runs {options.most_runs}"
         )
         verdict = f"best: {session.choices[best].prediction.plan}; {left}; written to {options.out}"
     report = tune_report(session, search, verdict=verdict)
@@ -171,9 +170,9 @@ def _tune_layout(path: Path, overrides: Sequence[str], options: TuneOptions) -> 
 
 
 def _tune_rate(path: Path, overrides: Sequence[str], *, lowest: float, highest: float, steps: int) -> None:
-    """Train a few steps, at each of which the rate rises by the same factor, and suggest a learning rate.
+    """Train a few steps, multiplying the learning rate by the same factor at each, and suggest a learning rate.
 
-    The run has the layout, the batch and the data of the configuration, and a folder of its own, `lr-range` in run.dir.
+    The run has the layout, batch and data of the configuration, and its own folder, `lr-range` in run.dir.
     """
     import shutil
     from importlib.util import find_spec
@@ -190,10 +189,10 @@ def _tune_rate(path: Path, overrides: Sequence[str], *, lowest: float, highest: 
     try:
         start(config)
     except PipekitError as error:
-        # High rates may well end a run; the steps before are what counts.
+        # High rates may well end a run; the steps before that are enough.
         if not folder.metrics.is_file():
             raise
-        typer.echo(f"the run has ended early: {error}")
+        typer.echo(f"the run ended early: {error}")
     if folder.checkpoints.is_dir():
         shutil.rmtree(folder.checkpoints)
     result = read_range_test(folder.metrics)
@@ -201,7 +200,7 @@ def _tune_rate(path: Path, overrides: Sequence[str], *, lowest: float, highest: 
     for row in rows:
         typer.echo(f"{row[0]:>13}  {row[1]:>8}  {row[2]:>8}  {row[3]}".rstrip())
     if find_spec("matplotlib") is None:
-        typer.echo("no picture, since matplotlib is not installed: pip install 'pipekit[plot]'")
+        typer.echo("no picture, because matplotlib is not installed; type: pip install 'pipekit[plot]'")
     else:
         picture = folder.path / "lr-range.png"
         draw_range_test(picture, result)

@@ -1,4 +1,4 @@
-"""Report of a tuning run: as plain data, as a table, and as the configuration that it has found."""
+"""Report of a tuning run: plain data, a table, and the best configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 12
 
 
 def tune_report(session: TuneSession, search: Search, *, verdict: str) -> dict[str, Any]:
-    """Candidates with what was planned and measured of each, those that were measured first, as plain data."""
+    """Predictions and measurements of the candidates as plain data, the measured ones first."""
     corrected, ruled_out, best = search.corrected_s(), search.ruled_out(), search.best
     order = [*search.results, *(i for i in range(len(session.choices)) if i not in search.results)]
     rows = []
@@ -30,9 +30,9 @@ def tune_report(session: TuneSession, search: Search, *, verdict: str) -> dict[s
         elif result is not None:
             judged = result.text if measured_s is None else "slower"
         elif index in ruled_out:
-            judged = "needs as much memory as one that ran out of it"
+            judged = "needs as much memory as one that ran out"
         elif search.candidates[index].stands_in_for is not None:
-            judged = "not run: it only saves memory"
+            judged = "not run: only saves memory"
         else:
             judged = "not run"
         rows.append(
@@ -61,7 +61,7 @@ def tune_report(session: TuneSession, search: Search, *, verdict: str) -> dict[s
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print what was measured, or, where nothing was, the first candidates."""
+    """Print the measured candidates and, up to 12 in all, the first of the others."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for name in ("planned", "corrected", "measured", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -82,8 +82,8 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
         )
     print_table(table, console)
     if len(rows) > len(shown):
-        console.print(f"  and {len(rows) - len(shown)} more, which --json lists")
-    refused = f"; {report['num_refused']} are refused by rules of the configuration" if report["num_refused"] else ""
+        console.print(f"  and {len(rows) - len(shown)} more; --json lists all")
+    refused = f"; rules of the configuration refuse {report['num_refused']} more" if report["num_refused"] else ""
     console.print(
         f"\n{report['num_runs']} of {report['num_candidates']} candidates were run on {report['num_devices']} x "
         f"{report['device']}{refused}"
@@ -92,12 +92,12 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def tuned_yaml(choice: Choice, *, measured_s: float, num_runs: int, num_candidates: int, num_devices: int) -> str:
-    """The whole configuration of a candidate as YAML, with what was chosen and why in comments above."""
+    """Whole configuration of a candidate as YAML, under comments with the tuned keys and the times of a step."""
     lines = [
-        "# Found by pipekit tune: the fastest of",
-        f"# {num_runs} measured configurations, of {num_candidates} candidates over {num_devices} devices.",
-        f"# A step took {seconds_text(measured_s)}, and {seconds_text(choice.prediction.step_time_s)} by the plan.",
-        "# Chosen were",
+        "# pipekit tune found this configuration. It is the fastest of",
+        f"# {num_runs} that were measured, of {num_candidates} candidates over {num_devices} devices.",
+        f"# A step took {seconds_text(measured_s)}; the plan predicted {seconds_text(choice.prediction.step_time_s)}.",
+        "# Tuned keys:",
         *(f"#   {key}: {str(value).lower()}" for key, value in choice.changes.items()),
     ]
     return "\n".join(lines) + "\n" + choice.config.to_yaml()

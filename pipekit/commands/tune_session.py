@@ -1,4 +1,4 @@
-"""A tuning run: candidates of a configuration, and the processes of each that is measured, one after the other."""
+"""Tuning run: the candidates of a configuration, measured one after the other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipekit.tune.search import Measured
 
 WARM_UP_STEPS = 3
 _OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "bad_alloc")
-# What a run does beside its steps, and what it would write elsewhere than in its folder.
+# Anything that a run does besides its steps, or would write outside its folder.
 _LEFT_OUT: dict[str, Any] = {
     "train.eval_interval": None,
     "checkpoint.resume": "never",
@@ -43,18 +43,18 @@ _LEFT_OUT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TuneSession:
-    """Candidates of a configuration, and how each is measured.
+    """Candidates of a configuration, and settings for measuring them.
 
     Attributes:
-        choices: the candidates, the one that is planned to be fastest first.
-        num_refused: layouts that a rule of the configuration refuses.
-        num_steps: steps that are timed, after `WARM_UP_STEPS` more.
-        limit_s: seconds after which a run is ended.
-        resources: what the processes run on.
-        prepared: what the trial has prepared.
+        choices: the candidates, the one with the fastest prediction first.
+        num_refused: number of layouts that a rule of the configuration refuses.
+        num_steps: timed steps, after `WARM_UP_STEPS` more.
+        limit_s: time limit of a run in seconds.
+        resources: cores, memory and GPUs of the processes.
+        prepared: the data that the trial has prepared.
         folder: folder for plans and logs.
-        num_devices: processes of each run.
-        device: name of what each computes on.
+        num_devices: number of processes of each run.
+        device: name of the device of each.
     """
 
     choices: Sequence[Choice]
@@ -68,7 +68,7 @@ class TuneSession:
     device: str
 
     def measure(self, index: int) -> Measured:
-        """Train some steps under a candidate, and return their typical time, or why there is none.
+        """Train some steps with a candidate, and return their typical time, or the reason why there is none.
 
         Raises:
             Interrupted: if a signal has ended the processes.
@@ -108,9 +108,9 @@ class TuneSession:
 
 
 def typical_step_s(step_times_s: Sequence[float]) -> float:
-    """First quartile of the times of steps, without those that warm up.
+    """First quartile of the step times after the warm-up.
 
-    A step is never faster than the candidate allows; what else the machine does makes some slower.
+    A step is never faster than the candidate allows, but other work on the machine slows some of them down.
 
     Example:
         >>> typical_step_s([9.0, 9.0, 9.0, 1.1, 1.0, 7.0, 8.0, 1.2])
@@ -121,7 +121,7 @@ def typical_step_s(step_times_s: Sequence[float]) -> float:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Leave out warnings of a configuration, which have been shown once when the data were prepared."""
+    """Suppress warnings of a configuration, which were already shown when the data were prepared."""
     logger = logging.getLogger("pipekit")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -132,18 +132,18 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _failed(error: PipekitError) -> Measured:
-    """Lesson of a failure for the search."""
+    """Result of a failed run for the search."""
     text = str(error)
     ran_out = isinstance(error, LayoutError) and "memory" in text
     if isinstance(error, RankError):
         failure = error.failure
         text = describe_failure(failure, names_log=False)
         said = text if failure.report is None else failure.report.traceback
-        # Linux kills the process that takes too much.
+        # Linux kills a process that takes too much memory.
         killed = failure.report is None and failure.returncode == -signal.SIGKILL
         ran_out = killed or any(words in said for words in _OUT_OF_MEMORY)
     elif isinstance(error, HangError):
-        text = f"ranks have waited too long for one another: {text}"
+        text = f"ranks waited too long for each other: {text}"
     return Measured(None, "memory" if ran_out else "other", text.splitlines()[0])
 
 
@@ -158,16 +158,16 @@ def open_session(
     limit_s: float,
     tell: ProgressCallback | None = None,
 ) -> Iterator[TuneSession]:
-    """Prepare the data, plan the candidates, and yield them; what the runs write is removed in the end.
+    """Prepare the data, plan the candidates, and yield them; the files of their runs are removed in the end.
 
     Args:
         config: the user's configuration.
-        num_devices: processes; None takes the GPUs present, or on a CPU a process for each core.
+        num_devices: number of processes; None starts one per GPU, or on a CPU one per core.
         max_tp: largest tensor-parallel degree.
         fixed: keys that are not tuned, see `parse_fixed`.
-        num_steps: steps that are timed in each run.
-        limit_s: seconds after which a run is ended.
-        tell: told what is being done, in place of stderr.
+        num_steps: timed steps in each run.
+        limit_s: time limit of a run in seconds.
+        tell: function that receives progress messages; None writes them to stderr.
 
     Raises:
         LaunchError: if another launcher has started this process.
@@ -175,19 +175,19 @@ def open_session(
     """
     if (ranks := detect_ranks(os.environ)) is not None:
         raise LaunchError(
-            f"pipekit tune starts the processes itself, and is already one that {ranks.launcher} has started; start it "
-            "alone"
+            f"pipekit tune starts the processes itself, but {ranks.launcher} has started this one; run pipekit tune "
+            "without another launcher"
         )
     values = parse_fixed(config, fixed)
     resources = find_resources(os.environ, config, asks_gpu=True)
     number = num_devices or resources.num_devices
     if resources.num_gpus is not None and number > resources.num_gpus:
         raise LayoutError(
-            f"--devices {number}: there are {resources.num_gpus} GPUs, and runs are measured on them; try --devices "
+            f"--devices {number}: runs are measured on GPUs, and there are {resources.num_gpus}; try --devices "
             f"{resources.num_gpus}"
         )
     check_process_count(number, "--devices")
-    with ending_at_once(lambda: "nothing was measured yet"):
+    with ending_at_once(lambda: "nothing has been measured yet"):
         from pipekit.plan.decide import build_specs
         from pipekit.plan.device import present_device
         from pipekit.plan.search import search, tp_degrees

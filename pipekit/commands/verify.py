@@ -1,4 +1,4 @@
-"""`pipekit verify`: a model under every layout that fits, compared with one process that uses torch alone."""
+"""`pipekit verify`: comparison of a model under every layout that fits with one process in plain torch."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from pipekit.commands.shared_options import AsJson, ConfigFile, Overrides, Trust
 def command(
     config: ConfigFile,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates under each layout.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train with each layout.")] = 3,
     devices: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that may run at once; the GPUs present, or 4, if left out.", show_default=False
+            min=1,
+            help="Maximum number of processes; by default the GPUs, or on CPUs as many as the configuration needs and "
+            "at least 4.",
+            show_default=False,
         ),
     ] = None,
     layouts: Annotated[
         str | None,
         typer.Option(
-            help="Layouts to run, such as pp2,dp2xzero0,pp2xtp2; the configuration's own and small ones if left out.",
+            help="Layouts to run, such as pp2,dp2xzero0,pp2xtp2; by default the configuration's and small ones.",
             show_default=False,
         ),
     ] = None,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative difference.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest relative difference to accept.")] = 1e-4,
     as_json: AsJson = False,
     trust_code: TrustCode = False,
     keep: Annotated[
         Path | None,
-        typer.Option(help="Keep what was recorded, and the logs, in this folder.", show_default=False),
+        typer.Option(help="Keep the recordings and logs in this folder.", show_default=False),
     ] = None,
 ) -> None:
-    """Run a few steps of a model under every layout that fits and in one process, and name the first layer that
-    differs."""
+    """Check that a model trains the same under every layout.
+
+    Trains a few steps under each layout that fits and in one process, and names the first layer that differs.
+    """
     from pipekit.commands.verify_session import verify_config
     from pipekit.config.sources import read_config
 

@@ -1,4 +1,4 @@
-"""A verification: the processes of each layout, one layout after the other."""
+"""Verification of one layout after the other against a reference in one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_CPU_DEVICES = 4
 _TRACEBACK_LINES = 6
-# What belongs to the configuration's own layout, and to no other.
+# Keys that apply only to the configuration's own layout.
 _OWN_KEYS: dict[str, Any] = {
     "parallel.partition": "parameters",
     "parallel.boundaries": None,
@@ -54,11 +54,11 @@ def verify_config(
 
     Args:
         config: the configuration.
-        num_steps: updates under each layout.
-        num_devices: processes that may run at once; None takes the GPUs present, or on a CPU as many as the
-            configuration needs, and four at least.
-        layouts: the layouts to run, such as `pp2,pp2xdp2`; None takes the configuration's own and small ones.
-        tolerance: the largest relative difference that is allowed.
+        num_steps: steps to train with each layout.
+        num_devices: maximum number of processes; None takes the number of GPUs, or on CPUs as many as the
+            configuration needs and at least four.
+        layouts: the layouts to run, such as `pp2,pp2xdp2`; None takes the configuration's and small ones.
+        tolerance: the largest relative difference to accept.
         keep: folder to keep recordings and logs in; None keeps nothing.
 
     Raises:
@@ -77,7 +77,7 @@ def verify_config(
     fitting, rejected = _choose(config, specs, own, num_devices, layouts)
     if not fitting:
         reasons = "\n  ".join(f"{candidate}: {reason}" for candidate, reason in rejected)
-        raise LayoutError(f"no layout fits {num_devices} devices, so that there is nothing to verify:\n  {reasons}")
+        raise LayoutError(f"no layout fits {num_devices} devices, so there is nothing to verify:\n  {reasons}")
     config, notes = _comparable(config, fitting)
     names = layer_names(specs)
     tied = frozenset(name for name, spec in zip(names, specs, strict=True) if isinstance(spec, TiedLayerSpec))
@@ -87,8 +87,8 @@ def verify_config(
         random_layers = session.run_reference(_config_of(config, LayoutCandidate(Layout(), 0)))
         if random_layers and any(candidate.layout.tp > 1 for candidate in fitting):
             notes.append(
-                f"random numbers are drawn by {show_names(random_layers)}; those that are drawn for a tensor-parallel "
-                "rank's part of an activation (sharded_randomness) differ from those of one process by design: verify "
+                f"these layers draw random numbers: {show_names(random_layers)}; numbers for a tensor-parallel rank's "
+                "part of an activation (sharded_randomness) differ by design from those in one process, so verify "
                 "without dropout"
             )
         for candidate in fitting:
@@ -116,7 +116,7 @@ def verify_config(
 
 @dataclass(frozen=True)
 class _Session:
-    """Starts the processes of a verification, one layout after the other."""
+    """Runs of a verification, one layout after the other."""
 
     folder: Path
     prepared: Mapping[str, Any]
@@ -130,22 +130,22 @@ class _Session:
         return self.folder / "reference"
 
     def run_reference(self, config: Config) -> list[str]:
-        """Record what every layout is held to, and return the layers that draw random numbers."""
+        """Record the reference for every layout, and return the layers that draw random numbers."""
         from pipekit.verify.recording import Recording
 
-        self.tell("running one process without pipekit's engine")
+        self.tell("running the reference, one process without pipekit's engine")
         try:
             self._run(config, 1, self.reference, reference=None)
         except PipekitError as error:
             text = _failure_text(error, names_rank=False)
-            raise LaunchError(f"one process, without pipekit's engine, does not get through: {text}") from None
+            raise LaunchError(f"the reference, one process without pipekit's engine, failed: {text}") from None
         names: list[str] = Recording(self.reference).summaries[0]["random_layers"]
         return names
 
     def run_candidate(
         self, candidate: LayoutCandidate, config: Config, names: Sequence[str], tied: frozenset[str], *, keeps: bool
     ) -> Result:
-        """Run a layout, and return what was found."""
+        """Run a layout, and return the result."""
         self.tell(f"running {candidate}")
         place = self.folder / str(candidate).replace(" x ", "-").replace("=", "") / f"zero{candidate.zero}"
         started_s = time.perf_counter()
@@ -174,14 +174,14 @@ class _Session:
 
 
 def _failure_text(error: PipekitError, *, names_rank: bool = True) -> str:
-    """Return the message of a failure, without the path of a log that is gone when it is read."""
+    """Message of a failure, without the path of its log, which is removed."""
     if isinstance(error, RankError):
         return describe_failure(error.failure, names_rank=names_rank, names_log=False)
     return str(error)
 
 
 def _prepare_model(config: Config, tell: ProgressLines) -> tuple[Config, Sequence[LayerSpec], Mapping[str, Any]]:
-    """Prepare the data, and return the configuration with its sizes known, the model, and what was prepared."""
+    """Prepare the data, and return the configuration with all sizes, the model, and the prepared data."""
     from pipekit.plan.decide import build_specs
     from pipekit.training.prepare import load_trial
 
@@ -219,7 +219,7 @@ def _choose(
 
 
 def _own_layout(config: Config, num_gpus: int | None) -> Layout:
-    """Return the configuration's layout, also where there are too few GPUs for it; `dp: auto` fills those there are."""
+    """Layout of the configuration, even if there are too few GPUs for it; `dp: auto` fills the GPUs."""
     parallel = config.parallel
     filled = max(1, (num_gpus or 0) // (parallel.pp * parallel.tp))
     dp = filled if parallel.dp == "auto" else parallel.dp
@@ -227,7 +227,7 @@ def _own_layout(config: Config, num_gpus: int | None) -> Layout:
 
 
 def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[Config, list[str]]:
-    """Return the configuration as every layout runs it, and what was changed for that."""
+    """Configuration that every layout runs, and notes on its changes."""
     notes = []
     changes: dict[str, Any] = {
         "train.precision": "fp32",
@@ -239,23 +239,25 @@ def _comparable(config: Config, candidates: Sequence[LayoutCandidate]) -> tuple[
         "profile.steps": 0,
     }
     if config.train.precision not in ("fp32", "auto"):
-        notes.append(f"train.precision={config.train.precision} was taken as fp32, in which layouts can be told apart")
+        notes.append(
+            f"train.precision={config.train.precision} was replaced by fp32, in which rounding hides no differences"
+        )
     for key in ("curriculum", "batch_warmup", "layer_drop"):
         if getattr(config.train, key) is not None:
             changes[f"train.{key}"] = None
-            notes.append(f"train.{key} was left out: layouts are compared by whole batches through every block")
+            notes.append(f"train.{key} was turned off: layouts are compared on whole batches through every block")
     shares_layers = any(candidate.layout.tp > 1 for candidate in candidates)
     for key, dropout in config.model.dropouts.items() if shares_layers else ():
         changes[key] = 0.0
         notes.append(
-            f"{key}={dropout:g} was taken as 0: tensor-parallel ranks draw masks of their own for their parts, so that "
-            "a run with tp > 1 draws others than one process"
+            f"{key}={dropout:g} was set to 0: each tensor-parallel rank draws its own dropout masks, so runs with "
+            "tp > 1 draw different masks than one process"
         )
     return config.updated(changes), notes
 
 
 def _config_of(config: Config, candidate: LayoutCandidate) -> Config:
-    """Return the configuration with a layout, and with its schedule, where that can run.
+    """Configuration with a layout; it keeps its schedule if that runs with the layout.
 
     Raises:
         ConfigError: if the layout cannot run.
@@ -276,12 +278,12 @@ def _config_of(config: Config, candidate: LayoutCandidate) -> Config:
 
 @contextmanager
 def _working_folder(keep: Path | None) -> Iterator[Path]:
-    """Make a folder for recordings, which is removed at the end unless it is to be kept."""
+    """Create a folder for recordings, and remove it at the end unless `keep` names one."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="pipekit-verify-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)
         return
     if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise ConfigError(f"--keep {keep}: is there already; name a folder that is not, or is empty")
+        raise ConfigError(f"--keep {keep}: already exists; give a new or empty folder")
     keep.mkdir(parents=True, exist_ok=True)
     yield keep.absolute()

@@ -1,4 +1,4 @@
-"""A verification on a terminal: a row for each layout, and the first difference of each that differs."""
+"""Verification on a terminal: a row for each layout, and the first difference of each that differs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def settings_table(report: Mapping[str, Any]) -> Table:
         (
             "compared",
             f"{report['steps']} {steps} of {report['global_batch_size']} sequences in fp32 on {report['device']}, with "
-            "one process that uses torch alone",
+            "one process in plain torch",
         ),
         ("tolerance", f"{report['tolerance']:g}, relative to the norm of each tensor"),
     )
 
 
 def layouts_table(layouts: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a row for each layout, with its largest relative differences."""
+    """Table with a row for each layout and its largest relative differences."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("layout", no_wrap=True)
     for name in ("ZeRO", "processes", *COLUMNS, "time"):
@@ -101,7 +101,7 @@ def remarks_table(report: Mapping[str, Any]) -> Table:
 
 
 def summary(layouts: Sequence[Mapping[str, Any]]) -> str:
-    """Return the verdict on one line."""
+    """Verdict on one line."""
     names: dict[str, list[str]] = {"agrees": [], "differs": [], "failed": []}
     for found in layouts:
         names[found["verdict"]].append(show_degrees(found["layout"]))

@@ -1,4 +1,4 @@
-"""Text of a new configuration file: the keys that a first run decides on, each with its description as a comment."""
+"""Template of a new configuration file: the keys that a first run needs, each with its description as a comment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Offload = Literal["none", "cpu", "nvme"]
 
 _HEAD = """\
 # Configuration of a pipekit run. Check it with `pipekit plan`, then start it with `pipekit train`.
-# Every other key and its default: docs/configuration.md, or `pipekit schema`.
+# docs/configuration.md and `pipekit schema` describe all other keys and their defaults.
 """
 
 
@@ -27,19 +27,19 @@ def config_template(
     folder: str | None = None,
     lora: int | None = None,
 ) -> str:
-    """Text of a YAML file that trains, with the description of each key from the schema above it.
+    """Text of a working YAML file, with the description of each key as a comment above it.
 
     Args:
         zero: ZeRO stage, 0 to 3.
-        offload: where the optimizer's states go, and under ZeRO-3 the weights too: `none` leaves them on the device,
-            `cpu` keeps them in host memory, `nvme` in files.
-        nvme_dir: folder of these files.
-        pp: the pipeline-parallel degree.
-        folder: of a Hugging Face model that is trained further; None trains a small one from scratch.
-        lora: rank of adapters that are trained in place of its weights; None trains the weights.
+        offload: memory for optimizer states, and with ZeRO-3 for weights too: `none` keeps them on the device, `cpu`
+            in host memory, `nvme` in files.
+        nvme_dir: folder for these files.
+        pp: pipeline-parallel degree.
+        folder: folder of a Hugging Face model to fine-tune; None trains a small model from scratch.
+        lora: rank of LoRA adapters to train instead of its weights; None trains the weights.
 
     Raises:
-        ConfigError: if these do not go together, or the folder holds no model that pipekit knows.
+        ConfigError: if the arguments are incompatible, or pipekit does not support the model in the folder.
 
     Example:
         >>> print(config_template(zero=2, offload="cpu").split("parallel:\\n")[1].split("\\n\\n")[0])
@@ -47,7 +47,7 @@ def config_template(
           pp: 1
     """
     if (offload == "nvme") != (nvme_dir is not None):
-        raise ConfigError("--offload=nvme and --nvme-dir=DIR go together: the folder is that of its files")
+        raise ConfigError("--offload=nvme and --nvme-dir=DIR need each other: the folder is for the offloaded files")
     if lora is not None and folder is None:
         raise ConfigError(f"--lora={lora} needs a model to adapt; add --from FOLDER")
     values = _values(zero, offload, pp)
@@ -91,7 +91,7 @@ def _values(zero: int, offload: Offload, pp: int) -> dict[str, dict[str, Any]]:
 
 
 def _from_folder(values: dict[str, dict[str, Any]], folder: str, lora: int | None) -> dict[str, dict[str, Any]]:
-    """Values that train the model of a folder further, at a rate that leaves it what it knows."""
+    """Values that fine-tune the model of a folder, at a low learning rate."""
     model: dict[str, Any] = {"family": "auto", "init_from": folder}
     longest = parse_config({"model": model, "train": {"steps": 1, "sequence_length": 1}}).model.longest_sequence
     adapters: dict[str, dict[str, Any]] = {} if lora is None else {"lora": {"rank": lora, "alpha": 2.0 * lora}}

@@ -1,1 +1,1 @@
-"""Examination of machines: what a run needs of them, measured, with a verdict and what to do."""
+"""Checks of machines before a run: measurements with a verdict and a remedy."""

@@ -1,4 +1,4 @@
-"""Verdicts on messages among ranks. Pure."""
+"""Verdicts on the speed of messages between ranks. Pure."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pipekit.doctor.rows import Row
 from pipekit.launch.collective_rank import read_speed
 
 LIMIT_S = 30
-"""No rank waits longer for another."""
+"""Longest time in seconds that a rank waits for another."""
 
-# By backend, and whether all ranks are on one machine: bytes a second that are few, and seconds that are many.
+# Limits below which bytes per second, and above which seconds, count as slow: by backend, and by whether all ranks are
+# on one machine.
 _FEW_BYTES_PER_S = {("gloo", True): 0.1e9, ("nccl", True): 2e9, ("gloo", False): 0.05e9, ("nccl", False): 1e9}
 _LONG_S = {True: 0.01, False: 0.02}
 
 
 @dataclass(frozen=True)
 class CollectiveSpeed:
-    """Speed of messages among ranks, as `pipekit.distributed.collective_speed` measures it.
+    """Speed of messages between ranks, as `pipekit.distributed.collective_speed` measures it.
 
     Attributes:
         backend: "gloo" or "nccl".
         world_size: number of ranks.
         is_right: whether all ranks received the right numbers.
-        hosts: the host names of the ranks.
+        hosts: host name of each rank.
         times: for each operation, "all-reduce" and "send", pairs of bytes and the seconds of the slowest rank.
     """
 
@@ -35,9 +36,9 @@ class CollectiveSpeed:
     times: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def bytes_per_s(self, operation: str) -> float:
-        """Bytes that a rank sends in a second, at the size at which they are the most.
+        """Bytes that a rank sends per second, at the fastest message size.
 
-        In an all-reduce of n bytes among p ranks, each has to send 2 (p - 1) / p * n.
+        In an all-reduce of n bytes among p ranks, each rank sends 2 (p - 1) / p * n bytes.
 
         Example:
             >>> CollectiveSpeed("gloo", 2, True, times={"all-reduce": [(1000, 0.5)]}).bytes_per_s("all-reduce")
@@ -48,20 +49,20 @@ class CollectiveSpeed:
 
 
 def judge_output(title: str, output: str, *, on_one_machine: bool) -> list[Row]:
-    """Rows of the speed that ranks have measured, or of its absence, from what rank 0 has written."""
+    """Rows of the speed that rank 0 reports in its output, or one row if it reports none."""
     speed = read_speed(output)
     if speed is None:
-        return [judge_failure(title, "the ranks have ended without a result", on_one_machine=on_one_machine)]
+        return [judge_failure(title, "the ranks ended without a result", on_one_machine=on_one_machine)]
     return judge_speed(title, CollectiveSpeed(**speed), on_one_machine=on_one_machine)
 
 
 def judge_speed(title: str, speed: CollectiveSpeed, *, on_one_machine: bool) -> list[Row]:
-    """Rows of the speed of messages: one for each operation, with its times by size."""
+    """Rows of the speed of messages: one per operation, with its times by message size."""
     if not speed.is_right:
-        advice = "Faulty memory, a network adapter or a driver changes data: find the cause before you train here."
+        advice = "Faulty memory, a network adapter or a driver corrupts data; find the cause before you train here."
         return [Row(title, "bad", "ranks received wrong numbers", advice, asdict(speed))]
     if speed.world_size == 1:
-        return [Row(title, "ok", "starts; there is no other rank to send to", measured=asdict(speed))]
+        return [Row(title, "ok", "starts, but there is no other rank to send to", measured=asdict(speed))]
     rows = []
     for operation, times in speed.times.items():
         by_size = ", ".join(f"{_size_text(size)} in {1000 * seconds:.2g} ms" for size, seconds in times)
@@ -78,13 +79,13 @@ def judge_speed(title: str, speed: CollectiveSpeed, *, on_one_machine: bool) -> 
 
 
 def judge_failure(title: str, message: str, *, on_one_machine: bool) -> Row:
-    """Row of ranks that could not exchange messages at all."""
+    """Row of ranks that could not exchange messages."""
     if on_one_machine:
-        advice = "The rows above may tell why; NCCL_DEBUG=INFO or TORCH_CPP_LOG_LEVEL=INFO says more."
+        advice = "The rows above may show why; set NCCL_DEBUG=INFO or TORCH_CPP_LOG_LEVEL=INFO for details."
     else:
         advice = (
-            "See that hosts reach each other on all ports, not by ssh alone, and give --master_addr if the first one "
-            "has several addresses."
+            "Make sure that the hosts reach each other on all ports, not only by ssh, and give --master_addr if the "
+            "first host has several addresses."
         )
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return Row(title, "bad", " ".join(lines[:2]), advice)
@@ -93,12 +94,12 @@ def judge_failure(title: str, message: str, *, on_one_machine: bool) -> Row:
 def _advice_if_slow(backend: str, *, on_one_machine: bool) -> str:
     if not on_one_machine:
         return (
-            "See that the fast network is in use: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names its interface. "
-            "Between hosts, pipeline stages send least."
+            "Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface of the fast network. Pipeline parallelism "
+            "sends the least between hosts."
         )
     if backend == "nccl":
-        return "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO says what NCCL chooses."
-    return "Other programs may use the machine's cores: see top, and the limits of the container."
+        return "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO shows what NCCL uses."
+    return "Other programs may use the machine's cores; check top and the limits of the container."
 
 
 def _size_text(size: int) -> str:

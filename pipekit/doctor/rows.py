@@ -1,4 +1,4 @@
-"""Findings of an examination: rows with a verdict, and what they are about."""
+"""Findings of an examination: rows with a verdict, and the machine that they describe."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LIBRARIES_S = 90.0
 
 @dataclass(frozen=True)
 class Row:
-    """One finding.
+    """Finding of a check, with a verdict and a remedy.
 
     Attributes:
-        check: what was looked at, in a few words.
-        verdict: whether a run can do with it.
-        found: what was found.
-        advice: what to do about it; empty where all is well.
-        measured: numbers, for programs.
-        family: the file of the check, which the examination fills in.
+        check: name of the checked item, in a few words.
+        verdict: "ok", "warning" or "bad", which means that a run would likely fail.
+        found: the finding.
+        advice: remedy; empty if there is no problem.
+        measured: measurements for programs.
+        family: file of the check, which the examination fills in.
     """
 
     check: str
@@ -37,12 +37,12 @@ class Row:
     family: str = ""
 
     def to_record(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
+        """Row as a JSON record."""
         return asdict(self)
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Row:
-        """The row of a record; a TypeError or ValueError if it is none."""
+        """Row from a JSON record; raises TypeError or ValueError if it is not a row."""
         row = Row(**record)
         if row.verdict not in ("ok", "warning", "bad") or not all(
             isinstance(text, str) for text in (row.check, row.found, row.advice, row.family)
@@ -53,14 +53,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Site:
-    """Subject of the examination: this machine, as runs with this environment and these folders would find it.
+    """Machine to examine, with the environment and folders that runs would use.
 
     Attributes:
-        environ: the environment variables.
-        run_dir: folder of the runs; it need not exist.
-        cache_dir: folder of the cache; it need not exist.
-        num_gpus: number of GPUs; None where there are none.
-        uses_ranks: whether ranks are started, to measure what passes between them.
+        environ: environment variables.
+        run_dir: folder of the runs; it may be missing.
+        cache_dir: folder of the cache; it may be missing.
+        num_gpus: number of GPUs; None if there are none.
+        uses_ranks: whether to start ranks and measure the messages between them.
     """
 
     environ: Mapping[str, str]
@@ -71,7 +71,7 @@ class Site:
 
     @cached_property
     def libraries(self) -> dict[str, Any]:
-        """Facts of torch and DeepSpeed about themselves and the GPUs, from a process of their own, which may crash."""
+        """Facts about torch, DeepSpeed and the GPUs, from a separate process, because importing them may crash."""
         on_cpu = {} if self.num_gpus else {"DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "pipekit.deepspeed.library_facts"]
         try:
@@ -82,12 +82,12 @@ class Site:
             return {"error": f"importing torch and DeepSpeed takes more than {_LIBRARIES_S:.0f} s"}
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            return {"error": f"importing torch and DeepSpeed ends the process: {said[-1]}"}
+            return {"error": f"importing torch and DeepSpeed crashes: {said[-1]}"}
         facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return facts
 
 
 def existing_parent(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """Folder itself, or its nearest existing parent."""
     absolute = path.expanduser().absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())

@@ -86,7 +86,7 @@ def test_inspect_shows_them_as_text() -> None:
     output = invoke("inspect", "run.yaml", *SETTINGS, "--samples", "1")
     assert "the same text again<|endoftext|>" in output
     assert "The run reads 640 tokens (10 steps of 4 sequences of 16 tokens), " in output
-    assert "Tokens of a training document:" in output
+    assert "Tokens in each training document:" in output
     assert "\u2588" in output, "bars"
     without_run = invoke("inspect", "text.jsonl", *SETTINGS[1:3], "--samples", "0")
     assert "The run" not in without_run

@@ -55,8 +55,8 @@ def test_everything_is_told_within_80_columns() -> None:
     assert "training 1,234,567 documents, 9,876,543,210 tokens" in text
     assert "held out 3 documents, 40 tokens validation.bin" in text
     assert "lengths 1 to 1,234,567 tokens; median 3, mean 4, 90 % at most 6" in text
-    assert "5 training documents repeat an earlier one, with 1.2 M tokens; document 7 stands there 4 times" in text
-    assert "2 documents that are held out are trained on, too" in text
+    assert "5 training documents repeat an earlier one, with 1.2 M tokens; document 7 occurs 4 times" in text
+    assert "2 held-out documents are also in the training data" in text
     assert "document 9, 100 tokens words [bold] words" in text, "markup is text"
     assert "... and 36 more tokens" in text
     assert "The run reads 640 tokens (10 steps of 4 sequences of 16 tokens), 1.23 epochs of the training text." in text

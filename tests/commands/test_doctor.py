@@ -55,7 +55,7 @@ def test_the_exit_code_says_whether_something_is_bad(
 
 def test_options_about_hosts_need_a_hostfile() -> None:
     done = CliRunner().invoke(app, ["doctor", "--include", "worker-1"])
-    assert str(done.exception) == "--include is about the hosts of --hostfile; give that as well"
+    assert str(done.exception) == "--include applies to the hosts of --hostfile; give that as well"
 
 
 def test_rows_fit_into_80_columns_and_move_no_cursor() -> None:

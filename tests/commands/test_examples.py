@@ -29,7 +29,7 @@ def test_an_example_is_written_and_nothing_is_overwritten(tmp_path: Path, monkey
     assert load_config(tmp_path / "gpt_stdlib.yaml") == load_config(ROOT / "examples/gpt_stdlib.yaml")
     again = CliRunner().invoke(app, ["examples", "gpt_stdlib.yaml"])
     assert isinstance(again.exception, ConfigError)
-    assert "is there already; remove it, or give -o another name" in str(again.exception)
+    assert "already exists; remove it, or give another name with -o" in str(again.exception)
     assert CliRunner().invoke(app, ["examples", "gpt_stdlib.yaml", "-o", "own.yaml"]).output == "wrote own.yaml\n"
 
 

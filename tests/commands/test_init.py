@@ -47,10 +47,10 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"parallel.zero=2 does not go with parallel.pp=2"):
         init(path, "--zero", "2", "--pp", "2")
     for options in (["--offload", "nvme"], ["--nvme-dir", "/nvme"]):
-        with pytest.raises(ConfigError, match=r"--offload=nvme and --nvme-dir=DIR go together"):
+        with pytest.raises(ConfigError, match=r"--offload=nvme and --nvme-dir=DIR need each other"):
             init(path, *options)
     path.write_text("mine")
-    with pytest.raises(ConfigError, match="is there already; remove it, or give -o another name"):
+    with pytest.raises(ConfigError, match="already exists; remove it, or give another name with -o"):
         init(path)
     assert path.read_text() == "mine"
 

@@ -105,7 +105,7 @@ def test_a_whole_run_takes_so_many_days_and_costs_so_much(path: Path, capsys: py
     assert "cost" not in plan_report(load_config(path), PlanOptions(num_devices=2, device="h100", num_tokens=9))["run"]
     page = path.with_name("plan.html")
     command(path, device="h100", tokens="1T", price=2.5, html=page)
-    assert f"1.0 T tokens in {hours / 24:,.1f} days: {2 * hours:,.0f} hours of a device" in capsys.readouterr().out
+    assert f"1.0 T tokens in {hours / 24:,.1f} days: {2 * hours:,.0f} device hours" in capsys.readouterr().out
     for said in (f"{hours / 24:,.1f} days", f"{2 * hours:,.0f}", f"{5 * hours:,.0f}"):
         assert f"<dd>{said}</dd>" in page.read_text()
 

@@ -33,18 +33,18 @@ def report(*arguments: object) -> str:
 
 
 def test_one_run_gets_a_page_in_its_folder(runs: list[Path]) -> None:
-    assert report(runs[0]) == ("runs/a: finished, step 1 of 1, loss 2.5, val_loss 3.5\nruns/a/report.html shows it\n")
+    assert report(runs[0]) == ("runs/a: finished, step 1 of 1, loss 2.5, val_loss 3.5\nwrote runs/a/report.html\n")
     assert "2.5" in Page((runs[0] / "report.html").read_text()).texts
 
 
 def test_several_runs_get_a_page_here_or_where_one_wants_it(runs: list[Path]) -> None:
     assert report(*runs).splitlines()[1:] == [
         "runs/b: finished, step 1 of 1, loss 1.5, val_loss 2.5",
-        "report.html shows them",
+        "wrote report.html",
     ]
     assert {"2.5", "1.5"} <= set(Page(Path("report.html").read_text()).texts)
     assert not (runs[0] / "report.html").exists()
-    assert report(*runs, "--html", "both.html").splitlines()[-1] == "both.html shows them"
+    assert report(*runs, "--html", "both.html").splitlines()[-1] == "wrote both.html"
     assert Path("both.html").exists()
 
 

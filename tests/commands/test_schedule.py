@@ -29,7 +29,7 @@ def test_the_command_draws_a_step_and_says_what_it_holds() -> None:
 def test_table_and_picture_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, picture = tmp_path / "t.csv", tmp_path / "p.svg"
     command(["zb-v"], pp=2, micro_batches=4, transfer=1.0, csv=table, picture=picture)
-    assert "micro-batches of one stage, of 2 on each rank" in capsys.readouterr().out
+    assert "micro-batches of one stage; each rank has 2" in capsys.readouterr().out
     assert read_csv(table).placement == (0, 1, 1, 0)
     assert picture.read_text().startswith("<?xml")
     command([str(table)], pp=2, micro_batches=4)
@@ -49,7 +49,7 @@ def test_several_schedules_are_shown_one_after_the_other_and_drawn_into_one_pict
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if " " not in line] == ["1f1b", "zb-v"]
     assert boxes(tmp_path / "both.svg").keys() == {"1f1b", "zb-v"}
-    with pytest.raises(ConfigError, match=r"t.csv holds one table, and 2 schedules are given"):
+    with pytest.raises(ConfigError, match=r"t.csv holds one schedule, but 2 are given"):
         command(["1f1b", "zb-v"], csv=tmp_path / "t.csv")
 
 

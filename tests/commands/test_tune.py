@@ -19,7 +19,7 @@ from train_runs import write_workspace
 def test_what_is_no_part_of_the_command_says_what_to_type(tmp_path: Path) -> None:
     done = run_pipekit(["tune", "lr"], cwd=tmp_path)
     assert done.returncode != 0
-    assert "name the file: pipekit tune config.yaml, or pipekit tune lr config.yaml" in done.stderr
+    assert "give the file: pipekit tune config.yaml, or pipekit tune lr config.yaml" in done.stderr
 
 
 @pytest.mark.distributed
@@ -61,7 +61,7 @@ def test_an_interrupted_search_shows_what_it_knows_and_leaves_nothing(tmp_path: 
     os.kill(started.pid, signal.SIGINT)
     done = started.wait(30)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
-    assert "it was interrupted; written to tuned.yaml" in done.stdout
+    assert "interrupted; written to tuned.yaml" in done.stdout
     assert "best" in done.stdout
     assert not list(own.glob("pipekit-tune-*"))
     load_config(folder / "tuned.yaml")

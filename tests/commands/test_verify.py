@@ -243,7 +243,7 @@ def test_tensor_parallel_layouts_and_every_zero_stage(workspace: Path) -> None:
     for entry in found["layouts"]:
         assert 0 <= max(entry[column] for column in ("loss", "outputs", "gradients", "weights")) < 1e-5
         assert entry["gradients"] > 0
-    assert any("model.dropout=0.1 was taken as 0" in note for note in found["notes"])
+    assert any("model.dropout=0.1 was set to 0" in note for note in found["notes"])
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_what_was_recorded_can_be_kept(workspace: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (kept / "reference" / "rank-0" / "index.jsonl").is_file()
     assert (kept / "pp2" / "zero1" / "logs" / "rank-1.log").is_file()
-    assert "is there already" in verify(workspace, "c.yaml", "--layouts", "pp2", "--keep", str(kept)).stderr
+    assert "already exists" in verify(workspace, "c.yaml", "--layouts", "pp2", "--keep", str(kept)).stderr
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def verification(*results: Result) -> dict[str, Any]:
     return report(
         results,
         rejected=[(LayoutCandidate(Layout(tp=3), 1), "3 does not divide the 4 attention heads")],
-        notes=["model.dropout=0.1 was taken as 0"],
+        notes=["model.dropout=0.1 was set to 0"],
         model="tiny, 3 layers",
         device="cpu",
         precision="fp32",
@@ -56,7 +56,7 @@ def test_layouts_that_agree() -> None:
     text = shown(found)
     assert "all 2 layouts train the same model as one process" in text
     assert "tp=3: 3 does not divide the 4 attention heads" in text
-    assert "model.dropout=0.1 was taken as 0" in text
+    assert "model.dropout=0.1 was set to 0" in text
     assert "1.0e-07" in text
     assert "because" not in text
 

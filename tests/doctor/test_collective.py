@@ -48,7 +48,7 @@ def test_wrong_numbers_are_bad() -> None:
 
 def test_ranks_that_end_without_a_result_are_bad() -> None:
     (row,) = judge_output("gloo", "Killed\n", on_one_machine=True)
-    assert (row.check, row.verdict, row.found) == ("gloo", "bad", "the ranks have ended without a result")
+    assert (row.check, row.verdict, row.found) == ("gloo", "bad", "the ranks ended without a result")
 
 
 def test_one_rank_has_nobody_to_send_to() -> None:

@@ -57,5 +57,5 @@ def test_a_folder_that_is_not_there_is_examined_by_the_one_above(tmp_path: Path)
 
 def test_libraries_that_end_their_process_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert SITE.libraries == {"error": "importing torch and DeepSpeed ends the process: exit code 1"}
+    assert SITE.libraries == {"error": "importing torch and DeepSpeed crashes: exit code 1"}
     vars(SITE).pop("libraries")

@@ -1,5 +1,5 @@
-"""Checks of a machine, a file for each family.
+"""Checks of a machine, one file per family.
 
-Every function `check_*` of a file here is called with the `Site` and returns rows; nothing else lists it. What it
-measures and what it thinks of that are apart: functions `judge_*` are pure.
+Every function `check_*` in these files is found by its name, takes the `Site` and returns rows. Measurements and
+verdicts are separate: functions `judge_*` are pure.
 """

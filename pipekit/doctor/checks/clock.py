@@ -1,4 +1,4 @@
-"""The clock: whether it can be right, and what sets it."""
+"""Clock: plausible time, and time synchronization."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def judge_clock(now_s: float, newest_file_s: float, is_set: bool | None) -> list
 
     Args:
         now_s: seconds since 1970.
-        newest_file_s: when a file of pipekit's was written, which cannot be in the future.
-        is_set: whether a time service sets it; None where that is not known.
+        newest_file_s: modification time of one of pipekit's files, which cannot be in the future.
+        is_set: whether the clock is synchronized; None if unknown.
     """
     shown = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now_s))
-    advice = "Start a time service: sudo timedatectl set-ntp true"
+    advice = "Turn on time synchronization: sudo timedatectl set-ntp true"
     if now_s < newest_file_s - 86400:
         return [Row("clock", "bad", f"{shown}, which is before pipekit's files were written", advice)]
-    # Those of several hosts are compared with one another, which is what matters.
-    notes = {True: ", set by a time service", False: ", which no time service sets", None: ""}
+    # Hosts need clocks that agree, and are compared with each other.
+    notes = {True: ", synchronized", False: ", not synchronized", None: ""}
     return [Row("clock", "ok", f"{shown}{notes[is_set]}")]
 
 
 def has_time_service() -> bool | None:
-    """True if the kernel's clock is kept in step with others; None where that is not known.
+    """True if the kernel's clock is synchronized; None if unknown.
 
     Source: adjtimex(2).
     """
     if sys.platform != "linux":
         return None
-    request = ctypes.create_string_buffer(512)  # a struct timex, with modes=0: read alone
+    request = ctypes.create_string_buffer(512)  # a struct timex, with modes=0: read only
     if ctypes.CDLL(None, use_errno=True).adjtimex(request) < 0:
         return None
     status = ctypes.c_int.from_buffer(request, _STATUS_OFFSET).value

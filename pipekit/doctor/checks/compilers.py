@@ -1,4 +1,4 @@
-"""Compilers: of DeepSpeed's C++ operators, and of `train.compile`."""
+"""Compilers for DeepSpeed's C++ operators and for `train.compile`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class CompilerFacts:
     """Facts about a C++ compiler.
 
     Attributes:
-        command: what was called.
+        command: command of the compiler.
         is_there: whether it is in PATH.
-        error: what it said, where it could not make a library with OpenMP and Python's headers.
+        error: its error, if it could not build a library with OpenMP and Python's headers.
         has_ninja: whether ninja is in PATH.
     """
 
@@ -45,17 +45,17 @@ class CompilerFacts:
 
 
 def check_operators(site: Site) -> list[Row]:
-    """Tools with which DeepSpeed's operators are built, such as the Adam of `parallel.offload`."""
+    """Tools that build DeepSpeed's operators, such as the Adam of `parallel.offload`."""
     return judge_operators(measure_compiler(site.environ))
 
 
 def check_torch_compile(site: Site) -> list[Row]:
-    """Tools with which `train.compile` compiles."""
+    """Tools that `train.compile` needs."""
     return judge_torch_compile(missing_for_compile(site.environ, "cuda" if site.num_gpus else "cpu"))
 
 
 def measure_compiler(environ: Mapping[str, str]) -> CompilerFacts:
-    """Compile a library of a few lines."""
+    """Compile a small library."""
     command, path = environ.get("CXX") or "c++", environ.get("PATH")
     program = shutil.which(command, path=path)
     error = None
@@ -69,27 +69,27 @@ def measure_compiler(environ: Mapping[str, str]) -> CompilerFacts:
 
 
 def judge_operators(facts: CompilerFacts) -> list[Row]:
-    """Rows of the C++ compiler and of ninja. Both can be done without, for torch's Adam takes DeepSpeed's place."""
-    slower = "parallel.offload then takes torch's Adam, which is slower."
+    """Rows of the C++ compiler and ninja. Both are optional, because torch's Adam can replace DeepSpeed's."""
+    slower = "parallel.offload uses torch's Adam, which is slower."
     if not facts.is_there:
-        advice = f"Install one, such as the package g++ ({facts.command} is not in PATH). Without it, {slower}"
+        advice = f"Install a compiler, such as the package g++ ({facts.command} is not in PATH). Without it, {slower}"
         compiler = Row("C++ compiler", "warning", "missing", advice)
     elif facts.error is not None:
-        needed = "Install the compiler with OpenMP, and Python's headers (a package such as python3-dev)."
+        needed = "Install OpenMP for the compiler, and Python's headers (a package such as python3-dev)."
         advice = f"{needed} Without it, {slower}"
-        compiler = Row("C++ compiler", "warning", f"{facts.command} makes no library: {facts.error}", advice)
+        compiler = Row("C++ compiler", "warning", f"{facts.command} cannot build a library: {facts.error}", advice)
     else:
-        compiler = Row("C++ compiler", "ok", f"{facts.command} makes libraries with OpenMP and Python's headers")
+        compiler = Row("C++ compiler", "ok", f"{facts.command} builds libraries with OpenMP and Python's headers")
     if facts.has_ninja:
         return [compiler, Row("ninja", "ok", "present")]
-    advice = f"Type: pip install ninja, and have its folder in PATH. Without it, {slower}"
-    return [compiler, Row("ninja", "warning", "is not in PATH, and DeepSpeed builds its operators with it", advice)]
+    advice = f"Type: pip install ninja, and add its folder to PATH. Without it, {slower}"
+    return [compiler, Row("ninja", "warning", "is not in PATH; DeepSpeed needs it to build operators", advice)]
 
 
 def judge_torch_compile(missing: str | None) -> list[Row]:
-    """Row of what `train.compile` would miss."""
+    """Row of the tools that `train.compile` needs."""
     if missing is None:
-        return [Row("torch.compile", "ok", "has what it compiles with")]
+        return [Row("torch.compile", "ok", "has all tools that it needs")]
     return [Row("torch.compile", "warning", missing, "Install it before you set train.compile=true.")]
 
 
@@ -97,7 +97,7 @@ def _error_of(command: list[str], environ: Mapping[str, str]) -> str | None:
     try:
         done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=_COMPILE_S)
     except subprocess.TimeoutExpired:
-        return f"it takes more than {_COMPILE_S:.0f} s"
+        return f"compiling takes more than {_COMPILE_S:.0f} s"
     except OSError as error:
         return str(error.strerror)
     if done.returncode == 0:

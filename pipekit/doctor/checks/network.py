@@ -1,4 +1,4 @@
-"""The network: the machine's own name, addresses to listen on, and ports."""
+"""Network: hostname, addresses to listen on, and ports."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LISTEN_S = 2.0
 
 @dataclass(frozen=True)
 class NameFacts:
-    """Addresses to which a name resolves.
+    """Resolution of a host name.
 
     Attributes:
         name: the name.
-        addresses: its addresses; None where it has not been answered in time.
-        seconds: how long that took.
-        is_own: whether this machine has one of them.
+        addresses: its addresses; None if there was no answer in time.
+        seconds: duration of the resolution.
+        is_own: whether this machine has one of the addresses.
     """
 
     name: str
@@ -39,12 +39,12 @@ class NameFacts:
 
 
 def check_own_name(site: Site) -> list[Row]:
-    """Resolution of the machine's own name, which fails on many laptops."""
+    """Resolution of this machine's hostname, which fails on many laptops."""
     return judge_own_name(measure_name(socket.gethostname()))
 
 
 def check_localhost(site: Site) -> list[Row]:
-    """Resolution of `localhost`, which should be the loopback."""
+    """Resolution of `localhost`, which should be a loopback address."""
     return judge_localhost(measure_name("localhost"))
 
 
@@ -55,12 +55,12 @@ def check_address(site: Site) -> list[Row]:
 
 
 def check_listening(site: Site) -> list[Row]:
-    """Listening of a process on the loopback and on all addresses, and reaching it there."""
+    """Listening on the loopback address and on all addresses, and connecting there."""
     return judge_listening(_error_of_listening("127.0.0.1"), _error_of_listening("0.0.0.0"))
 
 
 def check_ports(site: Site) -> list[Row]:
-    """The usual port of rank 0, and the ports for outgoing connections."""
+    """Default port of rank 0, and ports for outgoing connections."""
     num_outgoing = None
     with suppress(OSError, ValueError):
         first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
@@ -76,7 +76,7 @@ def check_ports(site: Site) -> list[Row]:
 
 
 def measure_name(name: str) -> NameFacts:
-    """Resolve a name, which may wait long for a server that does not answer."""
+    """Resolve a name within a time limit, since a name server may not answer."""
     found: list[list[str]] = []
 
     def resolve() -> None:
@@ -94,22 +94,22 @@ def measure_name(name: str) -> NameFacts:
 
 
 def judge_own_name(facts: NameFacts) -> list[Row]:
-    """Row of the machine's own name. pipekit does without it, other programs may not."""
+    """Row of the hostname. pipekit does not need it to resolve, but other programs may."""
     in_hosts = f'Type: echo "127.0.1.1 {facts.name}" | sudo tee -a /etc/hosts'
-    server = "The name server that /etc/resolv.conf names may not answer."
+    server = "The name server in /etc/resolv.conf may not answer."
     if facts.addresses is None:
-        text = f"{facts.name} has not been resolved within {_RESOLVE_S:.0f} s"
-        return [Row("own name", "warning", text, f"{server} {in_hosts}")]
+        text = f"{facts.name} did not resolve within {_RESOLVE_S:.0f} s"
+        return [Row("hostname", "warning", text, f"{server} {in_hosts}")]
     if not facts.addresses:
-        text = f"{facts.name} does not resolve; torch's own launcher would not find this machine"
-        return [Row("own name", "warning", text, in_hosts)]
+        text = f"{facts.name} does not resolve; torchrun would not find this machine"
+        return [Row("hostname", "warning", text, in_hosts)]
     text = f"{facts.name} is {', '.join(facts.addresses[:3])}"
     if not facts.is_own:
         advice = f"Correct its line in /etc/hosts, or the name server. {in_hosts}"
-        return [Row("own name", "warning", f"{text}, which is not this machine", advice)]
+        return [Row("hostname", "warning", f"{text}, which is not this machine", advice)]
     if facts.seconds > _SLOW_S:
-        return [Row("own name", "warning", f"{text}, found after {facts.seconds:.1f} s", f"{server} {in_hosts}")]
-    return [Row("own name", "ok", text)]
+        return [Row("hostname", "warning", f"{text}, resolved in {facts.seconds:.1f} s", f"{server} {in_hosts}")]
+    return [Row("hostname", "ok", text)]
 
 
 def judge_localhost(facts: NameFacts) -> list[Row]:
@@ -121,37 +121,37 @@ def judge_localhost(facts: NameFacts) -> list[Row]:
 
 
 def judge_address(address: str | None, interface: str | None) -> list[Row]:
-    """Row of the address of this machine; None where it has no network."""
+    """Row of this machine's address; None if it has no network."""
     if address is None:
-        return [Row("address", "ok", "none; runs stay on this machine")]
+        return [Row("address", "ok", "none; runs can only use this machine")]
     return [Row("address", "ok", address if interface is None else f"{address} on {interface}")]
 
 
 def judge_listening(loopback_error: str | None, all_error: str | None) -> list[Row]:
-    """Row of listening, with what went wrong on the loopback and on all addresses."""
-    advice = "A firewall or a sandbox forbids it; ranks reach one another that way, also on one machine."
+    """Row of listening, with the errors on the loopback address and on all addresses."""
+    advice = "A firewall or sandbox forbids it, but ranks need it to reach each other, even on one machine."
     if loopback_error is not None:
         return [Row("listening", "bad", f"on 127.0.0.1: {loopback_error}", advice)]
     if all_error is not None:
         text = f"on all addresses: {all_error}"
-        return [Row("listening", "warning", text, "Runs on several machines cannot have rank 0 here.")]
-    return [Row("listening", "ok", "on the loopback, and on all addresses")]
+        return [Row("listening", "warning", text, "Runs on several machines cannot put rank 0 here.")]
+    return [Row("listening", "ok", "works on the loopback address and on all addresses")]
 
 
 def judge_ports(is_taken: bool, num_outgoing: int | None) -> list[Row]:
-    """Row of ports: whether rank 0's usual one is taken, and how many there are for outgoing connections."""
+    """Row of ports: whether rank 0's default port is taken, and the number for outgoing connections."""
     if num_outgoing is not None and num_outgoing < _FEW_PORTS:
         advice = 'Type: sudo sysctl -w net.ipv4.ip_local_port_range="32768 60999"'
-        return [Row("ports", "warning", f"{num_outgoing:,} for outgoing connections, which is few", advice)]
+        return [Row("ports", "warning", f"only {num_outgoing:,} for outgoing connections", advice)]
     if is_taken:
-        text = f"{DEFAULT_PORT}, the usual one of rank 0, is taken"
-        advice = "pipekit takes a free one by itself; torchrun, MPI and --nnodes need --master_port or MASTER_PORT."
+        text = f"{DEFAULT_PORT}, the default port of rank 0, is taken"
+        advice = "pipekit finds a free one by itself; torchrun, MPI and --nnodes need --master_port or MASTER_PORT."
         return [Row("ports", "warning", text, advice)]
-    return [Row("ports", "ok", f"{DEFAULT_PORT}, the usual one of rank 0, is free")]
+    return [Row("ports", "ok", f"{DEFAULT_PORT}, the default port of rank 0, is free")]
 
 
 def _is_own(address: str) -> bool:
-    """True if this machine has an address: one can listen there."""
+    """True if the address is this machine's, so a socket can bind to it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as server:
         server.bind((address, 0))

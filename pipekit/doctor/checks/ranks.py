@@ -1,4 +1,4 @@
-"""Messages among ranks on this machine, which are started as those of a run are."""
+"""Messages between ranks on this machine, which start as in a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_gloo(site: Site) -> list[Row]:
 
 
 def check_nccl(site: Site) -> list[Row]:
-    """Messages among ranks on the GPUs."""
+    """Messages between ranks on the GPUs."""
     return _measure("NCCL", site, min(site.num_gpus, _MOST_RANKS), on_gpus=True) if site.num_gpus else []
 
 
@@ -37,7 +37,7 @@ def _measure(title: str, site: Site, num_ranks: int, *, on_gpus: bool) -> list[R
         environ |= gpu_environ(log_dir, site.environ) if on_gpus else on_cpu
         command = [sys.executable, *COMMAND.split(), str(LIMIT_S)]
         try:
-            # The terminal shows rows alone; all that ranks write goes to their logs.
+            # The terminal shows only rows; the output of ranks goes to their logs.
             run_local(
                 command, world_size=num_ranks, log_dir=log_dir, env=environ, stdout_rank=-1, timeout_s=2 * LIMIT_S
             )

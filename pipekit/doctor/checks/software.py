@@ -1,4 +1,4 @@
-"""Python, pipekit, torch, DeepSpeed, and what ranks communicate with."""
+"""Python, pipekit, torch, DeepSpeed, and communication backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = ("torch", "deepspeed")
 
 
 def check_versions(site: Site) -> list[Row]:
-    """Versions of Python and of the packages that pipekit stands on."""
+    """Versions of Python, pipekit, torch and DeepSpeed."""
     versions: dict[str, str | None] = {}
     for name in ("pipekit", *_NAMES):
         try:
@@ -29,7 +29,7 @@ def check_versions(site: Site) -> list[Row]:
 
 
 def check_backends(site: Site) -> list[Row]:
-    """Libraries with which ranks communicate."""
+    """Backends for communication between ranks."""
     return judge_backends(site.libraries, site.num_gpus)
 
 
@@ -40,9 +40,9 @@ def judge_versions(
 
     Args:
         python: version of Python.
-        versions: of packages by name; None where it is not installed.
-        required: what pipekit requires, such as "torch<2.14,>=2.6".
-        libraries: what `pipekit.deepspeed.library_facts` has told.
+        versions: versions of packages by name; None if a package is not installed.
+        required: requirements of pipekit, such as "torch<2.14,>=2.6".
+        libraries: output of `pipekit.deepspeed.library_facts`.
     """
     rows = [
         Row("Python", "ok", python)
@@ -50,7 +50,7 @@ def judge_versions(
         else Row("Python", "bad", f"{python} is too old", "Install Python 3.10 or later.")
     ]
     if versions.get("pipekit") is None:
-        rows.append(Row("pipekit", "warning", "is used from its source, not installed", "Type: pip install -e ."))
+        rows.append(Row("pipekit", "warning", "runs from its source without being installed", "Type: pip install -e ."))
     else:
         rows.append(Row("pipekit", "ok", f"{versions['pipekit']}"))
     for name in _NAMES:
@@ -64,18 +64,20 @@ def judge_versions(
                 Row(name, "bad", f"{version}; {libraries['error']}", f"Type: pip install --force-reinstall {name}")
             )
         elif error is not None:
-            advice = f"Type: python -c 'import {name}' to see all of it; install it again with pip install '{wanted}'."
+            advice = (
+                f"Type: python -c 'import {name}' to see the whole error. Reinstall it with pip install '{wanted}'."
+            )
             rows.append(Row(name, "bad", f"{version} cannot be imported: {error}", advice))
         elif not _satisfies(version, wanted):
             advice = f"Type: pip install '{wanted}'"
-            rows.append(Row(name, "warning", f"{version} is not a version that pipekit is tested with", advice))
+            rows.append(Row(name, "warning", f"pipekit is not tested with version {version}", advice))
         else:
             rows.append(Row(name, "ok", version))
     return rows
 
 
 def judge_backends(libraries: Mapping[str, Any], num_gpus: int | None) -> list[Row]:
-    """Rows of gloo, and of NCCL where there are GPUs."""
+    """Rows of gloo, and of NCCL if there are GPUs."""
     if "backends" not in libraries:
         return []
     rows = []

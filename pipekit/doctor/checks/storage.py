@@ -1,4 +1,4 @@
-"""Folders of the runs and of the cache: room, speed, locks, renames, and the clock of the file system."""
+"""Folders of runs and of the cache: free space, speed, locks, renames, and the file system's clock."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class StorageFacts:
-    """Facts about a folder.
+    """Measurements of a folder.
 
     Attributes:
-        folder: the folder, or the nearest one above it that exists.
-        file_system: the kind of its file system; empty where that is not known.
-        free_bytes: room for this user.
-        free_inodes: files that can still be made; None where there is no limit.
-        error: why it cannot be written; None if it can.
-        bytes_per_s: speed of writes that are on the disk.
-        small_file_s: time to write a small file, rename it, and have it on the disk.
-        locks: whether a second lock of a file is refused.
-        renames: whether files and folders are replaced by renames.
-        clock_ahead_s: how far the file system's clock is ahead of the machine's.
+        folder: the folder, or its nearest existing parent.
+        file_system: type of its file system; empty if unknown.
+        free_bytes: free space for this user.
+        free_inodes: number of files that can still be created; None without a limit.
+        error: reason why it is not writable; None if it is.
+        bytes_per_s: write speed to the disk.
+        small_file_s: time to write a small file to the disk and rename it.
+        locks: whether a second lock on a file is refused.
+        renames: whether renames replace files and folders.
+        clock_ahead_s: seconds by which the file system's clock is ahead of the machine's.
     """
 
     folder: str
@@ -56,20 +56,20 @@ class StorageFacts:
 
 
 def check_run_folder(site: Site) -> list[Row]:
-    """The disk of checkpoints and logs."""
+    """Disk of checkpoints and logs."""
     return judge_storage("runs", measure_storage(existing_parent(site.run_dir)), keeps=True)
 
 
 def check_cache_folder(site: Site) -> list[Row]:
-    """The disk of prepared tokens and compiled extensions."""
+    """Disk of prepared tokens and compiled extensions."""
     folder, run_folder = existing_parent(site.cache_dir), existing_parent(site.run_dir)
     if os.stat(folder).st_dev == os.stat(run_folder).st_dev and os.access(folder, os.W_OK):
-        return [Row("cache", "ok", f"{folder}, on the disk of the runs")]
+        return [Row("cache", "ok", f"{folder}, on the same disk as the runs")]
     return judge_storage("cache", measure_storage(folder), keeps=False)
 
 
 def measure_storage(folder: Path) -> StorageFacts:
-    """Write into a folder of its own there, which is removed in the end."""
+    """Measure writes in a temporary folder, which is removed at the end."""
     usage = os.statvfs(folder)
     facts = StorageFacts(
         folder=str(folder),
@@ -88,9 +88,9 @@ def judge_storage(name: str, facts: StorageFacts, *, keeps: bool) -> list[Row]:
     """Rows of a folder.
 
     Args:
-        name: what it is for, as the beginning of each row's name.
-        facts: what was found of it.
-        keeps: whether what it holds must outlive the machine's next start.
+        name: purpose of the folder, with which each row's name begins.
+        facts: measurements of the folder.
+        keeps: whether its files must survive a reboot.
     """
     measured: Mapping[str, object] = asdict(facts)
     where = facts.folder if not facts.file_system else f"{facts.folder} ({facts.file_system})"
@@ -101,19 +101,19 @@ def judge_storage(name: str, facts: StorageFacts, *, keeps: bool) -> list[Row]:
         return [Row(name, "bad", f"{where} cannot be written: {facts.error}", advice, measured)]
     text = f"{where}, {facts.free_bytes / 1e9:,.1f} GB free"
     if facts.free_bytes < _FULL_BYTES:
-        room = Row(name, "bad", text, f"Make room, or {other[0].lower()}{other[1:]}.", measured)
+        room = Row(name, "bad", text, f"Free some space, or {other[0].lower()}{other[1:]}.", measured)
     elif facts.free_inodes is not None and facts.free_inodes < _FEW_INODES:
-        text += f", but room for {facts.free_inodes:,} more files only"
+        text += f", but only {facts.free_inodes:,} more files fit"
         room = Row(name, "bad", text, f"Remove files, or {other[0].lower()}{other[1:]}.", measured)
     elif facts.free_bytes < _LITTLE_BYTES:
-        advice = "A checkpoint takes 12 to 16 bytes for each parameter; checkpoint.keep says how many stay."
+        advice = "A checkpoint takes 12 to 16 bytes per parameter; checkpoint.keep limits their number."
         room = Row(name, "warning", text, advice, measured)
     elif keeps and facts.file_system in _IN_MEMORY:
-        room = Row(name, "warning", f"{text}, in memory", f"Checkpoints are lost with the machine. {other}.", measured)
+        room = Row(name, "warning", f"{text}, in memory", f"A reboot deletes checkpoints. {other}.", measured)
     else:
         room = Row(name, "ok", text, measured=measured)
     speed = f"{facts.bytes_per_s / 1e6:,.0f} MB/s; a small file in {1000 * facts.small_file_s:.1f} ms"
-    advice = "Checkpoints take long here: a longer checkpoint.interval and checkpoint.async=true help."
+    advice = "Checkpoints take long here; set a longer checkpoint.interval and checkpoint.async=true."
     if facts.bytes_per_s < _SLOW_BYTES_PER_S or facts.small_file_s > _SLOW_FILE_S:
         rows = [room, Row(f"{name}: speed", "warning", speed, advice)]
     else:
@@ -124,18 +124,16 @@ def judge_storage(name: str, facts: StorageFacts, *, keeps: bool) -> list[Row]:
 def _judge_promises(name: str, facts: StorageFacts, other: str) -> Row:
     check = f"{name}: locks"
     if not facts.renames:
-        advice = f"Checkpoints could be left in parts. {other}."
+        advice = f"Checkpoints could be incomplete. {other}."
         return Row(check, "bad", "renames do not replace files and folders", advice)
     if not facts.locks:
-        advice = (
-            f"Two starts of one run tell each other apart by their signs of life alone, which takes longer. {other}."
-        )
+        advice = f"Without locks, pipekit takes longer to detect that a run is already running. {other}."
         return Row(check, "warning", "files cannot be locked", advice)
     if abs(facts.clock_ahead_s) > CLOCK_LIMIT_S:
         which = "ahead of" if facts.clock_ahead_s > 0 else "behind"
-        text = f"the file system's clock is {abs(facts.clock_ahead_s):.0f} s {which} this machine's"
-        return Row(check, "warning", text, "Start a time service on both: sudo timedatectl set-ntp true")
-    return Row(check, "ok", "files can be locked, renames replace them")
+        text = f"the file system's clock is {abs(facts.clock_ahead_s):.0f} s {which} this machine's clock"
+        return Row(check, "warning", text, "Turn on time synchronization on both: sudo timedatectl set-ntp true")
+    return Row(check, "ok", "files can be locked, and renames replace them")
 
 
 def _measure_in(work: Path) -> dict[str, Any]:

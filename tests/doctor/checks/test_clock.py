@@ -16,7 +16,7 @@ NOW_S = 1_800_000_000.0
 def test_a_clock_before_the_files_of_pipekit_is_bad() -> None:
     assert judge_clock(0.0, NOW_S, None)[0].verdict == "bad"
     (row,) = judge_clock(NOW_S, NOW_S - 1000, True)
-    assert (row.verdict, row.found) == ("ok", "2027-01-15 08:00:00 UTC, set by a time service")
+    assert (row.verdict, row.found) == ("ok", "2027-01-15 08:00:00 UTC, synchronized")
     # A file that was written on another machine a little ahead.
     assert judge_clock(NOW_S, NOW_S + 3600, False)[0].verdict == "ok"
 

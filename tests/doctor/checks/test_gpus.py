@@ -37,7 +37,7 @@ def test_gpus_that_are_hidden_are_a_warning() -> None:
 
 def test_a_torch_for_cpus_is_bad_where_there_are_gpus() -> None:
     (row,) = judge_gpus(1, None, "570.1", libraries(cuda=None))
-    assert (row.verdict, row.found) == ("bad", "1, driver 570.1, but torch is a build for CPUs")
+    assert (row.verdict, row.found) == ("bad", "1, driver 570.1, but this build of torch is for CPUs")
 
 
 def test_gpus_that_torch_does_not_see_are_bad() -> None:

@@ -25,8 +25,8 @@ def test_few_open_files() -> None:
         "warning",
         "bad",
     ]
-    assert judge_open_files(1024.0, 524288.0)[0].advice == "Type before the start: ulimit -n 65536"
-    assert judge_open_files(1024.0, 8192.0)[0].advice == "Type before the start: ulimit -n 8192"
+    assert judge_open_files(1024.0, 524288.0)[0].advice == "Before a run, type: ulimit -n 65536"
+    assert judge_open_files(1024.0, 8192.0)[0].advice == "Before a run, type: ulimit -n 8192"
     assert "limits.conf" in judge_open_files(1024.0, 1024.0)[0].advice
 
 

@@ -46,7 +46,7 @@ def test_a_library_that_cannot_be_imported_is_bad_with_its_error() -> None:
     row = rows(libraries=LIBRARIES | {"torch_error": "ImportError: libcudart.so.12: cannot open"})["torch"]
     assert row.verdict == "bad"
     assert "libcudart.so.12" in row.found
-    crashed = rows(libraries={"error": "importing torch and DeepSpeed ends the process: Illegal instruction"})
+    crashed = rows(libraries={"error": "importing torch and DeepSpeed crashes: Illegal instruction"})
     assert [crashed[name].verdict for name in ("torch", "deepspeed")] == ["bad", "bad"]
 
 

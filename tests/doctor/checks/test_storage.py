@@ -25,7 +25,7 @@ def test_a_good_disk() -> None:
     assert [row.found for row in judge_storage("runs", GOOD, keeps=True)] == [
         "/data (ext4), 500.0 GB free",
         "500 MB/s; a small file in 2.0 ms",
-        "files can be locked, renames replace them",
+        "files can be locked, and renames replace them",
     ]
 
 
@@ -81,7 +81,7 @@ def test_a_write_that_fails_is_the_error_of_the_folder(tmp_path: Path, monkeypat
 
 def test_a_cache_on_the_disk_of_the_runs_is_measured_once(tmp_path: Path) -> None:
     (row,) = check_cache_folder(Site({}, tmp_path / "runs", tmp_path / "cache"))
-    assert (row.verdict, row.found) == ("ok", f"{tmp_path}, on the disk of the runs")
+    assert (row.verdict, row.found) == ("ok", f"{tmp_path}, on the same disk as the runs")
 
 
 def test_a_cache_that_cannot_be_written_is_a_finding_of_its_own(
