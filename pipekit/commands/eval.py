@@ -74,10 +74,10 @@ def command(
     given = [name for name, value in of_tasks.items() if value is not None]
     if tasks is None and (given or apply_chat_template):
         raise ConfigError(
-            f"{(given or ['--apply-chat-template'])[0]} applies to tasks, and none are given; add --tasks"
+            f"{(given or ['--apply-chat-template'])[0]}: applies to tasks, and none are given; add --tasks"
         )
     if samples is not None and not samples.absolute().parent.is_dir():
-        raise ConfigError(f"--samples {samples}: no such folder; create it, or give another path")
+        raise ConfigError(f"--samples {samples}: no such folder; make it, or give another path")
     if config is not None:
         check_stored_code(config, trust_code=trust_code)
     read = EvaluatedSource.read(source, config)

@@ -150,12 +150,12 @@ def test_convert_carries_what_is_held_out_and_the_loss_masks(folder: Path) -> No
     ids=" ".join,
 )
 def test_other_words_are_refused(words: list[str]) -> None:
-    with pytest.raises(PipekitError, match="give prepare or inspect and a YAML file or a source, or convert"):
+    with pytest.raises(PipekitError, match="give prepare or inspect, and a YAML file or a source; or convert"):
         invoke(*words)
 
 
 def test_data_of_a_trial_of_ones_own_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "own_data_trial.py").write_text("import pipekit\nclass Own(pipekit.LayersTrial):\n    pass\n")
     monkeypatch.syspath_prepend(str(folder))
-    with pytest.raises(PipekitError, match=r"run\.trial=own_data_trial:Own: prepares data of its own"):
+    with pytest.raises(PipekitError, match=r"run\.trial=own_data_trial:Own: prepares its own data"):
         invoke("prepare", "run.yaml", "run.trial=own_data_trial:Own", *SETTINGS)

@@ -109,9 +109,9 @@ def test_what_does_not_fit_is_one_error(show: Show, work: Path) -> None:
 
 def test_what_is_for_tasks_is_refused_before_anything_is_read(show: Show) -> None:
     for name, value in {"num_fewshot": 0, "limit": 3, "include_path": Path("x"), "samples": Path("x")}.items():
-        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: is for tasks, and there are none; add --t"):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: applies to tasks, and none are given; add --t"):
             show("nowhere", **{name: value})
-    with pytest.raises(ConfigError, match="--apply-chat-template: is for tasks"):
+    with pytest.raises(ConfigError, match="--apply-chat-template: applies to tasks"):
         show("nowhere", apply_chat_template=True)
     with pytest.raises(ConfigError, match=r"--samples none/a\.jsonl: no such folder; make it"):
         show("nowhere", tasks="animals", samples=Path("none/a.jsonl"))

@@ -196,7 +196,7 @@ def test_what_is_for_a_device_that_is_named_is_not_measured_here(
     ("options", "overrides", "parts"),
     [
         (PlanOptions(device="h10"), [], ["device=h10", "did you mean h100"]),
-        (PlanOptions(device="h100", measure=True), [], ["--measure", "--device h100", "drop one"]),
+        (PlanOptions(device="h100", measure=True), [], ["--measure", "--device h100", "give only one"]),
         (PlanOptions(num_devices=4, measure=True), [], ["--measure", "--devices"]),
         (PlanOptions(device="h100", max_tp=8), [], ["--max-tp 8", "add --devices"]),
         (PlanOptions(device="h100", price=2.5), [], ["--price 2.5", "add --tokens"]),

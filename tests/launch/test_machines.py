@@ -47,7 +47,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("train", ["c.yaml"], {}, "give --hostfile FILE, or type pipekit train to run here"),
         ("own.py", [], {"include": "alpha"}, "--include chooses among the hosts of --hostfile"),
-        ("own.py", [], {"hostfile": Path("hosts"), "nnodes": 2}, "--hostfile starts all machines"),
+        ("own.py", [], {"hostfile": Path("hosts"), "nnodes": 2}, "--hostfile starts processes on all machines"),
         ("own.py", [], {"hostfile": Path("hosts"), "processes": 2}, "use --num_gpus 2"),
         ("own.py", [], {"hostfile": Path("hosts"), "include": "gamma"}, "the hostfile has no host 'gamma'"),
         ("trian", ["c.yaml"], {"hostfile": Path("hosts")}, "trian: no such file; give train and a configuration"),
