@@ -43,8 +43,8 @@ def command(
 ) -> None:
     """Prepare, inspect or convert the data of a run.
 
-    `prepare` tokenizes the text before the run, `inspect` shows statistics and samples, and `convert` writes the data to
-    your own files.
+    `prepare` tokenizes the text before the run, `inspect` shows statistics and samples, and `convert` writes the data
+    to your own files.
     """
     from pipekit.data.convert import check_out
     from pipekit.errors import ConfigError

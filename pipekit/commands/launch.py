@@ -87,7 +87,7 @@ def command(
     if hostfile is None and nnodes is None:
         for option, value in {"--include": include, "--exclude": exclude, "--num_nodes": num_nodes}.items():
             if value:
-                raise LaunchError(f"{option} selects among the hosts of --hostfile; give that as well")
+                raise LaunchError(f"{option} chooses among the hosts of --hostfile; give that as well")
         if script == "train" and not Path(script).is_file():
             raise LaunchError(
                 "pipekit launch train runs on several machines; give --hostfile FILE, or type pipekit train to run here"

@@ -60,7 +60,7 @@ def config_template(
     for name, section in values.items():
         field = Config.model_fields[name]
         lines = [*_comment(field.description, ""), f"{name}:"]
-        # The family of a model is a union; its base class describes what all of them have.
+        # The model is a union of families; the parsed one has the fields of its family.
         fields = type(getattr(parse_config(values), name)).model_fields
         for key, value in section.items():
             lines += _comment(fields[key].description, "  ")

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_one_error(show: Show, work: Path) -> None:
 
 def test_what_is_for_tasks_is_refused_before_anything_is_read(show: Show) -> None:
     for name, value in {"num_fewshot": 0, "limit": 3, "include_path": Path("x"), "samples": Path("x")}.items():
-        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: applies to tasks, and none are given; add --t"):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: applies to tasks, and none are given; a"):
             show("nowhere", **{name: value})
     with pytest.raises(ConfigError, match="--apply-chat-template: applies to tasks"):
         show("nowhere", apply_chat_template=True)

@@ -103,7 +103,7 @@ def judge_own_name(facts: NameFacts) -> list[Row]:
     if not facts.addresses:
         text = f"{facts.name} does not resolve; torchrun would not find this machine"
         return [Row("hostname", "warning", text, in_hosts)]
-    text = f"{facts.name} is {', '.join(facts.addresses[:3])}"
+    text = f"{facts.name} resolves to {', '.join(facts.addresses[:3])}"
     if not facts.is_own:
         advice = f"Correct its line in /etc/hosts, or the name server. {in_hosts}"
         return [Row("hostname", "warning", f"{text}, which is not this machine", advice)]
@@ -116,7 +116,7 @@ def judge_localhost(facts: NameFacts) -> list[Row]:
     """Row of `localhost`."""
     if facts.addresses and all(ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in facts.addresses):
         return [Row("localhost", "ok", ", ".join(facts.addresses))]
-    found = "does not resolve" if not facts.addresses else f"is {', '.join(facts.addresses)}"
+    found = "does not resolve" if not facts.addresses else f"resolves to {', '.join(facts.addresses)}"
     return [Row("localhost", "bad", found, 'Type: echo "127.0.0.1 localhost" | sudo tee -a /etc/hosts')]
 
 
