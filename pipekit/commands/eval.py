@@ -33,7 +33,7 @@ def command(
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question; by default as the task defines.")
+        int | None, typer.Option(min=0, help="Examples before each question; by default as the task sets it.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of questions per task.")] = None,
     apply_chat_template: Annotated[
