@@ -101,14 +101,14 @@ _CALLED = ("plan", "verify")
 
 
 class _CalledPackage(ModuleType):
-    """A package of the same name as a function of `pipekit.api`, which a call of it calls."""
+    """A package with the name of a function in `pipekit.api`; calling the package calls that function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(import_module("pipekit.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 class _Pipekit(ModuleType):
-    """This module. An import of a subpackage sets it as an attribute, which would hide the function of its name."""
+    """This module. Importing a subpackage sets it as an attribute, which would hide the function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CALLED and type(value) is ModuleType:

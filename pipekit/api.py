@@ -1,4 +1,4 @@
-"""The commands as functions: train, plan and verify a configuration, and load what was trained, from Python."""
+"""Commands as Python functions: train, plan and verify a configuration, and load a trained model."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ def train(
     trial: type[LayersTrial] | type[Trial] | None = None,
     trust_code: bool = False,
 ) -> TrainResult:
-    """Train a configuration on this machine, in processes of its own, and return losses, metrics and the checkpoint.
+    """Train a configuration on this machine, in new processes, and return losses, metrics and the newest checkpoint.
 
-    This is `pipekit train`: the plan and the progress are shown on stdout, and a run that was stopped goes on from its
+    This is `pipekit train` as a function: it prints the plan and the progress, and resumes a stopped run from its
     newest checkpoint. No process is left when it returns or raises.
 
-    The processes import the class of a trial by its module, or from the script that is running by its file. They run
-    the script up to this call, and nothing behind it, so that it needs no `if __name__ == "__main__"`.
+    The processes import a trial's class from its module, or from the file of the running script. They run the script
+    only up to this call, so the script needs no `if __name__ == "__main__"`.
 
-    Under torchrun, deepspeed, srun or mpirun, this process is one of the ranks: it ends with the training, and nothing
-    that stands behind the call is run.
+    Under torchrun, deepspeed, srun or mpirun, this process is one of the ranks: it exits when the training ends, and
+    the code after the call does not run.
 
     Args:
         config: a YAML file's path, a nested dict with its keys, or a `Config`.
         overrides: changes of single keys, such as `["train.steps=20"]` or `{"train.steps": 20}`.
-        trial: a trial, in place of one that the configuration names: `run.trial`, or `trial` of a `pipekit.Trial`.
-        trust_code: whether code may run that a `config.yaml` in the folder of a run or a checkpoint names.
+        trial: a trial class, in place of the one that the configuration names as `run.trial` (a `LayersTrial`) or as
+            `trial` (a `Trial`).
+        trust_code: whether to run code that a `config.yaml` in the folder of a run or a checkpoint names.
 
-    Raises:
-        PipekitError: if the configuration is wrong or a rank fails, with the message of the command.
-        StoppedError: if the run was asked to stop, by a signal or `run.max_time`, and has saved a checkpoint.
-        KeyboardInterrupt: if it was interrupted before there was anything to save.
+        Raises:
+            PipekitError: if the configuration is wrong or a rank fails; the message is that of the command.
+            StoppedError: if a signal or `run.max_time` stopped the run after it saved a checkpoint.
+            KeyboardInterrupt: if it was interrupted before there was anything to save.
     """
     end_reading()
     from pipekit.commands.train import run
@@ -80,25 +81,26 @@ def plan(
     trial: type[LayersTrial] | None = None,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Predict what a run will take before it starts: stages, memory, seconds, and the layouts compared.
+    """Predict the stages, memory and step time of a run, and compare layouts, before anything starts.
 
     Args:
         config: a YAML file's path, a nested dict with its keys, or a `Config`.
         overrides: changes of single keys, such as `["train.steps=20"]` or `{"train.steps": 20}`.
-        devices: compare every layout over so many; None keeps the configuration's.
-        device: what each rank computes on, such as "h100"; None takes what is present.
-        device_files: YAML files with devices of your own.
-        max_tp: largest tensor-parallel degree to compare; None keeps one of the configuration above 1, and otherwise
-            compares those of a node of GPUs.
+        devices: number of devices for which to compare all layouts; None predicts the configuration's layout, and
+            compares layouts only for `parallel: auto`.
+        device: type of device that each rank computes on, such as "h100"; None takes the devices of this machine.
+        device_files: YAML files that describe further types of device.
+        max_tp: largest tensor-parallel degree to compare; None keeps the configuration's degree if that is above 1, and
+            otherwise compares the degrees that fit a node of GPUs.
         measure: whether to time the layers on this machine.
-        trial: a trial, in place of `run.trial`.
+        trial: a trial class, in place of `run.trial`.
         trust_code: see `train`.
 
-    Returns:
-        What `pipekit plan --json` prints, as plain data.
+        Returns:
+            The data that `pipekit plan --json` prints.
 
-    Raises:
-        PipekitError: if the configuration is wrong, or nothing fits.
+        Raises:
+            PipekitError: if the configuration is wrong, or no layout fits.
     """
     from pipekit.commands.plan import PlanOptions, plan_report
 
@@ -119,24 +121,25 @@ def verify(
     trial: type[LayersTrial] | None = None,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Run a few steps of a model under every layout that fits and in one process, and compare them.
+    """Compare a few training steps of a model under every layout that fits with the same steps in one process.
 
     Args:
         config: a YAML file's path, a nested dict with its keys, or a `Config`.
         overrides: changes of single keys, such as `["train.steps=20"]` or `{"train.steps": 20}`.
-        steps: updates under each layout.
-        devices: processes that may run at once; None takes the GPUs present, or four.
-        layouts: layouts to run, such as "pp2,dp2xzero0"; None takes the configuration's own and small ones.
-        tolerance: largest relative difference.
-        keep: folder for what was recorded, and the logs; None keeps nothing.
-        trial: a trial, in place of `run.trial`.
+        steps: number of updates under each layout.
+        devices: largest number of processes at once; None takes the number of GPUs present, or on a CPU the number that
+            the configuration's layout needs, at least four.
+        layouts: layouts to run, such as "pp2,dp2xzero0"; None runs the configuration's layout and small ones.
+        tolerance: largest relative difference that counts as equal.
+        keep: folder for the recorded values and the logs; None keeps nothing.
+        trial: a trial class, in place of `run.trial`.
         trust_code: see `train`.
 
-    Returns:
-        What `pipekit verify --json` prints, as plain data: `agrees` is True where no layout differs.
+        Returns:
+            The data that `pipekit verify --json` prints; `agrees` is True if no layout differs.
 
-    Raises:
-        PipekitError: if the configuration is wrong, or nothing fits.
+        Raises:
+            PipekitError: if the configuration is wrong, or no layout fits.
         KeyboardInterrupt: if it was interrupted.
     """
     end_reading()
@@ -159,18 +162,18 @@ def verify(
 def load_model(
     source: str | Path | TrainResult, *, config: ModelConfigSource | None = None, trust_code: bool = False
 ) -> SequentialModel:
-    """Load a trained model, whole and in evaluation mode, from a run, a checkpoint or an export, on the CPU.
+    """Load a whole trained model on the CPU, in evaluation mode, from a run, a checkpoint or an export.
 
-    It is a torch module: of a language model it takes token ids `(B, S)`, int64, and returns logits `(B, S, V)`.
-    Adapters are merged into the weights that they are added to.
+    The model is a torch module: a language model takes token ids `(B, S)`, int64, and returns logits `(B, S, V)`.
+    Adapters are merged into the weights that they adapt.
 
     Args:
-        source: what `train` returned, a run's folder, one of its checkpoints, or an exported folder.
-        config: configuration of the model, of a checkpoint that does not tell it.
-        trust_code: whether code that a checkpoint names as `model.builder` may run.
+        source: the result of `train`, a run's folder, one of its checkpoints, or an exported folder.
+        config: configuration of the model, for a checkpoint that does not hold one.
+        trust_code: whether to run code that a checkpoint names as `model.builder`.
 
     Raises:
-        PipekitError: if there is no model, a file cannot be read, or code is not trusted.
+        PipekitError: if there is no model, a file cannot be read, or the model needs code that is not trusted.
     """
     from pipekit.inference.load_model import open_model
 
@@ -180,7 +183,7 @@ def load_model(
 
 
 def _name_trial(trial: type | None, *, run_alone: bool = False) -> list[str]:
-    """The class of a trial as changes of a configuration; `run_alone` takes a `pipekit.Trial` as well."""
+    """A trial class as changes to a configuration; with `run_alone` it may be a `pipekit.Trial` too."""
     if trial is None:
         return []
     from pipekit.training.layers_trial import LayersTrial

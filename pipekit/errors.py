@@ -49,11 +49,11 @@ class ExitCode(IntEnum):
 
 
 class PipekitError(Exception):
-    """A mistake of the user's, or a failure outside pipekit, that has one clear message.
+    """Error with one clear message for the user: a mistake to correct, or a failure outside pipekit.
 
     Attributes:
-        exit_code: of the command that it ends.
-        is_everyones: True where all ranks raise it at the same point, so that all may do something about it.
+        exit_code: exit code of a command that this error ends.
+        is_everyones: True if all ranks raise the error at the same point, so that they can handle it together.
     """
 
     exit_code: ExitCode = ExitCode.MISTAKE
@@ -119,7 +119,7 @@ class InUseError(PipekitError):
 
 
 class StoppedError(PipekitError):
-    """A run has stopped because it was asked to, and has lost nothing."""
+    """A run stopped on request, after saving its last finished step."""
 
     exit_code = ExitCode.STOPPED
 

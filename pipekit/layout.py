@@ -1,7 +1,7 @@
-"""Layout arithmetic: which rank stands where in pipeline x data x tensor parallelism.
+"""Layout arithmetic: the coordinates and groups of ranks in pipeline x data x tensor parallelism.
 
-Everything here is computed from three numbers and the order of the axes, without a process group, so that a layout can
-be printed and tested anywhere.
+Everything here is computed from three degrees and the order of the axes, without a process group, so a layout can be
+printed and tested anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Axis = Literal["pipe", "data", "tensor"]
 Order = tuple[Axis, Axis, Axis]
 
 DEFAULT_ORDER: Order = ("pipe", "data", "tensor")
-"""The axes, outermost first, unless a layout says otherwise."""
+"""Default order of the axes, outermost first."""
 
 
 @dataclass(frozen=True, order=True)
@@ -33,8 +33,8 @@ class Coordinate:
 class Layout:
     """A grid of `pp * dp * tp` ranks.
 
-    Ranks count the places along the innermost axis first. By default that is tensor, and pipe is outermost, so that
-    ranks that talk most stand closest: tensor-parallel peers have neighbouring ranks, and so share a node.
+    Consecutive ranks run along the innermost axis first. By default that is tensor, and pipe is outermost, so the ranks
+    that communicate most are closest: tensor-parallel peers have neighbouring ranks, and so share a node.
 
     Attributes:
         pp: pipeline-parallel degree.
@@ -77,11 +77,11 @@ class Layout:
         return self.pp * self.dp * self.tp
 
     def degree(self, axis: Axis) -> int:
-        """The number of places along an axis."""
+        """Degree of parallelism along an axis."""
         return {"pipe": self.pp, "data": self.dp, "tensor": self.tp}[axis]
 
     def span(self, axis: Axis) -> int:
-        """The number of consecutive ranks, from a multiple of it on, that hold whole groups along an axis.
+        """Number of consecutive ranks, from any multiple of it on, that hold whole groups along an axis.
 
         Example:
             >>> layout = Layout(pp=2, dp=3, tp=4)
@@ -104,10 +104,10 @@ class Layout:
         return Coordinate(**place)
 
     def rank(self, *, pipe: int = 0, data: int = 0, tensor: int = 0) -> int:
-        """Return the rank that stands at a coordinate.
+        """Return the rank at a coordinate.
 
         Raises:
-            LayoutError: if the layout has no such place.
+            LayoutError: if the coordinate is outside the layout.
         """
         if not (0 <= pipe < self.pp and 0 <= data < self.dp and 0 <= tensor < self.tp):
             raise LayoutError(f"{Coordinate(pipe, data, tensor)} is outside the layout {self}")
@@ -118,11 +118,11 @@ class Layout:
         return rank
 
     def groups(self, *axes: Axis) -> list[list[int]]:
-        """Return the rank lists whose members differ only along `axes`, in order of their first rank.
+        """Return lists of ranks that differ only in their coordinates along `axes`, ordered by their first rank.
 
-        `groups("pipe")` are the pipelines, `groups("data")` the replicas of each stage,
-        `groups("pipe", "tensor")` the ranks that together hold one copy of the model. Along one axis the index in a
-        list is the coordinate; the first of any list stands at 0 along all of `axes`.
+        `groups("pipe")` are the pipelines, `groups("data")` the replicas of each stage, and `groups("pipe", "tensor")`
+        the ranks that together hold one copy of the model. In a group along one axis, a rank's index is its coordinate.
+        The first rank of every group has coordinate 0 along all of `axes`.
         """
         fixed = [axis for axis in DEFAULT_ORDER if axis not in axes]
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -137,7 +137,7 @@ class Layout:
 
 
 def show_order(order: Sequence[str]) -> str:
-    """Return an order of axes as it is typed in a configuration.
+    """Return an order of axes as one would type it in a configuration.
 
     Example:
         >>> show_order(("data", "pipe", "tensor"))
@@ -155,16 +155,16 @@ def plan_layout(
     num_devices: int | None = None,
     order: Order = DEFAULT_ORDER,
 ) -> Layout:
-    """Return the layout for `world_size` ranks, or, where that is not given, for the devices present.
+    """Return the layout for `world_size` ranks, or for the devices present if `world_size` is None.
 
     Args:
         pp, tp, order: as in `Layout`.
-        dp: data-parallel degree; `auto` fills the ranks, or the devices, that there are.
-        world_size: the number of processes, where a launcher has already started them.
-        num_devices: the number of accelerators present; None on a machine without, where `auto` means 1.
+        dp: data-parallel degree; `auto` uses all ranks, or all devices.
+        world_size: number of processes that a launcher has already started, if any.
+        num_devices: number of accelerators present; None on a machine without any, where `auto` means 1.
 
-    Raises:
-        LayoutError: if `pp * dp * tp` is not the world size, or the order is none of the three axes.
+        Raises:
+            LayoutError: if `pp * dp * tp` does not fit the ranks or devices, or `order` does not name each axis once.
 
     Example:
         >>> print(plan_layout(pp=2, tp=1, dp="auto", world_size=8))
