@@ -1,1 +1,1 @@
-"""Layer specs: a model as a list of them, its names, shapes and parameters."""
+"""Layer specs: a model as a list of specs, with its layer names, shapes and parameters."""

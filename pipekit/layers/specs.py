@@ -1,6 +1,6 @@
 """Layer specs: a model as plain data.
 
-A model is a list of specs. A spec names a module class and its arguments; nothing is allocated until the rank
+A model is a list of specs. Each spec names a module class and its arguments; no weight is allocated until the rank
 that owns the layer calls `build`. Listing a trillion-parameter model costs nothing.
 """
 
@@ -25,13 +25,13 @@ from pipekit.tensor_parallel.lora import LowRank, attach_adapters
 
 @dataclass(frozen=True)
 class LinearAdapter:
-    """The low-rank adapters of a linear layer inside a layer, not yet built.
+    """Low-rank adapters of a linear layer inside a layer, not yet built.
 
     Attributes:
-        module: path of the linear layer in the layer.
-        parts: name and number of outputs of each part of it, in order.
-        adapted: the parts that have an adapter each.
-        low_rank: the settings of all.
+        module: path of the linear layer inside the layer.
+        parts: name and number of outputs of each part of the linear layer, in order.
+        adapted: names of the parts that have an adapter.
+        low_rank: settings of all adapters.
     """
 
     module: str
@@ -51,9 +51,9 @@ class LayerSpec:
         **kwargs: keyword arguments of `typename`.
 
     Attributes:
-        frozen: parameters of the layer that are not trained, by their names in it.
-        adapters: low-rank adapters of linear layers in it.
-        recomputes_attention: whether attention cores in it are recomputed in the backward.
+        frozen: names, inside the layer, of parameters that are not trained.
+        adapters: low-rank adapters of linear layers inside the layer.
+        recomputes_attention: whether the layer's attention cores are recomputed in the backward.
 
     Example:
         >>> from torch import nn
@@ -87,19 +87,19 @@ class LayerSpec:
         return self.typename(*self.module_args, **self.module_kwargs)
 
     def with_frozen(self, names: Iterable[str]) -> LayerSpec:
-        """Copy of the spec with parameters of the layer frozen beside those that are already."""
+        """Copy of the spec with further parameters of the layer frozen."""
         changed = copy.copy(self)
         changed.frozen = self.frozen | frozenset(names)
         return changed
 
     def with_adapters(self, adapters: Iterable[LinearAdapter]) -> LayerSpec:
-        """Copy of the spec with low-rank adapters of linear layers in it."""
+        """Copy of the spec with low-rank adapters for linear layers inside the layer."""
         changed = copy.copy(self)
         changed.adapters = tuple(adapters)
         return changed
 
     def with_recomputed_attention(self, recomputed: bool) -> LayerSpec:
-        """Copy of the spec whose attention cores are recomputed in the backward, or are not."""
+        """Copy of the spec whose attention cores are recomputed in the backward, or not if `recomputed` is False."""
         changed = copy.copy(self)
         changed.recomputes_attention = recomputed
         return changed
@@ -115,15 +115,16 @@ class LayerSpec:
 class TiedLayerSpec(LayerSpec):
     """A layer that shares its module with every other spec of the same `key`.
 
-    Stages that hold the same key keep one copy each, with equal weights: their gradients are summed before every step.
+    Each stage that holds the key keeps one copy. The weights of the copies stay equal, because their gradients are
+    summed before every step.
 
     Args:
-        key: names the shared module.
+        key: identifies the shared module.
         typename: an `nn.Module` class, or any callable that returns one; `*args` and `**kwargs` are its arguments.
         forward_fn: called as `forward_fn(module, inputs)` in place of `module(inputs)`.
-        tied_weight_attr: the shared parameters, as attribute paths; everything else of the module must not be
-            trained by more than one stage.
-        name: logical name of the shared module; defaults to the one that another spec of the key gives, or `key`.
+        tied_weight_attr: attribute paths of the shared parameters; at most one stage may train the module's other
+            parameters.
+        name: logical name of the shared module; defaults to the name given by another spec with the key, or else `key`.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class TiedLayerSpec(LayerSpec):
 def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
     """Allocate a layer on the CPU, with initial weights that depend on `seed` and `name` alone.
 
-    Torch's generators are left as they were.
+    The state of torch's generators is unchanged.
 
     Raises:
         ConfigError: if the spec's arguments do not fit its class, or it builds something that is not a module.
@@ -157,9 +158,9 @@ def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
 
 
 def build_on_meta(spec: LayerSpec, *, name: str) -> nn.Module:
-    """Return a layer that has shapes and no storage, to be counted or described.
+    """Build a layer on the meta device, with shapes but no storage, to count or describe it.
 
-    A layer that cannot be built so, because its constructor reads tensor values, is built on the CPU.
+    A layer whose constructor reads tensor values cannot be built there, and is built on the CPU.
 
     Raises:
         ConfigError: if the spec's arguments do not fit its class, or it builds something that is not a module.
@@ -199,7 +200,7 @@ def attention_cores(layer: nn.Module) -> list[nn.Module]:
 
 
 def _accepts(spec: LayerSpec) -> bool:
-    """True if the arguments fit the signature, so that a TypeError comes from further inside."""
+    """True if the arguments fit the signature, so a TypeError comes from inside the constructor."""
     try:
         with suppress(ValueError):  # a class of an extension module, which has no signature
             inspect.signature(spec.typename).bind(*spec.module_args, **spec.module_kwargs)
@@ -216,7 +217,7 @@ def flow_of_spec(spec: LayerSpec) -> SequenceFlow:
 
 
 def spec_key(spec: LayerSpec) -> Hashable:
-    """Key that is equal for specs which build equal layers, apart from their weights.
+    """Key that is equal for specs that build equal layers, apart from their weights.
 
     Example:
         >>> from torch import nn
@@ -228,7 +229,7 @@ def spec_key(spec: LayerSpec) -> Hashable:
 
 
 def _hashable(value: object) -> Hashable:
-    """Hashable form of an argument, equal for equal arguments; an unhashable value equals itself alone."""
+    """Hashable form of an argument, equal for equal arguments; an unhashable value equals only itself."""
     if isinstance(value, dict):
         return (dict, tuple((key, _hashable(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
@@ -254,10 +255,10 @@ class _ById:
 
 
 def layer_names(specs: Sequence[LayerSpec]) -> list[str]:
-    """Return the logical name of each layer: its own, a tied layer's key, or `layers.<index>`.
+    """Return the logical name of each layer: its given name, a tied layer's key, or `layers.<index>`.
 
     Raises:
-        ConfigError: if two layers that are not tied share a name, or two of one tied key differ.
+        ConfigError: if two untied layers share a name, or two layers of one tied key differ.
 
     Example:
         >>> layer_names([LayerSpec(nn.Linear, 4, 4), LayerSpec(nn.Linear, 4, 2, name="head")])
@@ -313,7 +314,7 @@ def _tied_names(specs: Sequence[LayerSpec]) -> dict[str, str]:
 
 
 def _comparable(value: object) -> object:
-    """Form of an argument for comparing: numbers, text and containers of them as they are, anything else as equal."""
+    """Comparable form of an argument: numbers, text and containers of them unchanged; all other values are equal."""
     if isinstance(value, dict):
         return {key: _comparable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
