@@ -1,4 +1,4 @@
-"""The context of a trial: its settings, its engines, its ranks, and where the training stands."""
+"""Trial contexts: a rank's view of the settings, engines, ranks and progress of a trial."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipekit.training.reducers import MetricReducer, WrappedReducer, wrap_reduce
 
 @dataclass(frozen=True)
 class RankNumbers:
-    """Numbers of this process among those of the run.
+    """Rank, number of processes, and local rank of this process.
 
     Attributes:
         rank: the global rank.
@@ -59,24 +59,24 @@ class RankNumbers:
 
 
 class TrialContext:
-    """One rank's view of a trial: settings to read, and calls that tell the trainer about engines, ranks and metrics.
+    """One rank's view of a trial: settings to read, and methods that register engines, ranks and metrics.
 
-    Generators of torch, numpy and `random` are seeded with the trial's seed, so that a model which the trial's
+    The constructor seeds the generators of torch, numpy and `random` with the trial's seed, so a model that the trial's
     constructor builds is the same on every rank.
 
     Args:
-        config: the settings.
-        device: what this rank computes on.
+        config: settings of the trial.
+        device: device of this rank.
         local_rank: rank among the processes of this machine.
 
     Attributes:
-        config: the settings.
-        device: what this rank computes on.
-        folder: the run's files.
-        distributed: this process's numbers.
-        models: the engines that the trial has wrapped, in that order.
-        reducers: the reducers that the trial has wrapped.
-        profiler: torch's profiler, once `set_profiler` has made one.
+        config: settings of the trial.
+        device: device of this rank.
+        folder: files of the run.
+        distributed: rank, number of processes and local rank of this process.
+        models: engines that the trial has wrapped, in the order of the calls.
+        reducers: reducers that the trial has wrapped.
+        profiler: torch's profiler, after a call of `set_profiler`.
     """
 
     def __init__(self, config: TrialConfig, device: torch.device, *, local_rank: int = 0) -> None:
@@ -96,18 +96,18 @@ class TrialContext:
         self._pace: Pace | None = None
         self._batch = self._initial_batch = 0
         self.num_trained_batches = 0
-        """Batches trained so far, those of earlier starts included."""
+        """Batches trained so far, including those of earlier starts."""
         self.num_batches = 0
         """Batches of the whole training, once a trainer knows its length."""
         self.terminal: TextIO = sys.stdout
         """The stream that the user sees."""
         self.is_watched = False
-        """True where a launcher of pipekit's listens to heartbeats in the run folder's logs."""
+        """True if a launcher of pipekit reads the heartbeats in the run folder's logs."""
         self.should_stop: Callable[[], bool] = lambda: False
-        """True, on all ranks at the same call, once a signal or the clock of any rank asks for a stop; all call this
-        together, between batches."""
+        """True, on all ranks at the same call, once a signal or the clock of any rank asks for a stop. All ranks call
+        this together, between batches."""
         self.started_s = time.monotonic()
-        """When the run was started, by `time.monotonic`, which `run.max_time` counts from."""
+        """Start time of the run, by `time.monotonic`; `run.max_time` counts from it."""
         self._stops = False
         self._logs_to_tensorboard = False
         self._writer: Any = None
@@ -115,21 +115,21 @@ class TrialContext:
 
     @property
     def max_time_s(self) -> float | None:
-        """Seconds after `started_s` by which the run has saved and stopped; None sets no limit."""
+        """Seconds after `started_s` by which the run must have saved and stopped; None sets no limit."""
         max_time = self.config.run.max_time
         return None if max_time is None else parse_duration(max_time)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialContext:
-        """Make a context in this one process, without a launcher, as in a notebook or under a debugger.
+        """Make a context in a single process without a launcher, as in a notebook or under a debugger.
 
-        Processes that have been joined before stay joined, and each makes its own.
+        If processes have already joined, they stay joined, and each makes a context.
 
         Args:
             config: settings as in a YAML file, such as `{"hyperparameters": {"lr": 0.1}, "run": {"device": "cpu"}}`.
 
         Raises:
-            ConfigError: with every mistake in the settings.
+            ConfigError: if the settings are wrong; it lists every mistake.
         """
         parsed = parse_trial_config(config)
         is_cpu = parsed.run.device == "cpu" or (parsed.run.device == "auto" and not torch.cuda.is_available())
@@ -147,14 +147,14 @@ class TrialContext:
     # Engines and ranks.
 
     def wrap_model_engine(self, engine: Any) -> Any:
-        """Tell the trainer of an engine, which checkpoints will hold, and return it.
+        """Register an engine with the trainer, so that checkpoints hold it, and return it.
 
         Args:
-            engine: what `pipekit.initialize` returned first. Several must have the same micro-batch size and number of
-                micro-batches, unless the trial accumulates by hand, and either all are pipelines or none.
+            engine: the first result of `pipekit.initialize`. The engines of a trial must all be pipelines or all plain.
+                Their micro-batch sizes and numbers must agree, unless the trial accumulates gradients by hand.
 
         Raises:
-            PipekitError: if it is something else.
+            PipekitError: if it is not an engine of pipekit, is wrapped already, or does not match the others.
         """
         if not isinstance(engine, BaseEngine):
             kind = f"{type(engine).__module__}.{type(engine).__name__}"
@@ -181,12 +181,13 @@ class TrialContext:
         return engine
 
     def set_mpu(self, mpu: Any) -> None:
-        """Tell the trainer this rank's role: a `ModelParallelUnit`, or a `RankRole` or other object with four answers.
+        """Set this rank's role: a `ModelParallelUnit`, a `RankRole`, or an object with the attributes of `RankRole`.
 
-        Without it, an engine of a `PipelineModule` answers, and with a plain module every rank is a replica.
+        Without this call, the role is that of the first engine if it is a pipeline; with a plain module every rank is a
+        replica.
 
         Raises:
-            PipekitError: if it is called twice, or an answer is missing.
+            PipekitError: if it is called twice, or an attribute is missing or has the wrong type.
         """
         if self._role is not None:
             raise PipekitError("set_mpu: called twice; call it once, with the unit that all engines share")
@@ -194,7 +195,7 @@ class TrialContext:
 
     @property
     def role(self) -> RankRole:
-        """This rank's role."""
+        """Role of this rank."""
         if self._role is not None:
             return self._role
         if self.use_pipeline_parallel:
@@ -203,22 +204,22 @@ class TrialContext:
 
     @property
     def activity(self) -> Activity:
-        """Activity of this rank, which its first engine and the trainer note, for the report of a hang."""
+        """Current activity of this rank, noted by its first engine and the trainer, for reports of hangs."""
         return self._first_engine().mpu.activity
 
     @property
     def use_pipeline_parallel(self) -> bool:
-        """True where the engines have pipeline modules, whose `train_batch` trains on a whole batch."""
+        """True if the engines have pipeline modules, whose `train_batch` trains on a whole batch."""
         return bool(self.models) and isinstance(self.models[0], TrainingEngine)
 
     def disable_auto_grad_accumulation(self) -> None:
-        """Let the trial accumulate gradients by hand: `train_batch` is called once a batch, also without a pipeline."""
+        """Let the trial accumulate gradients by hand: `train_batch` is always called once per batch."""
         self.accumulates_by_hand = True
 
     def disable_dataset_reproducibility_checks(self) -> None:
-        """Take loaders of any kind, such as torch's, which the trial has to shard and shuffle itself.
+        """Accept data loaders of any type, such as torch's, which the trial must shard and shuffle itself.
 
-        A resumed run reads such a loader again, from its beginning to where it goes on.
+        A resumed run reads such a loader again from its beginning, up to the position where it resumes.
         """
         self.checks_loaders = False
 
@@ -229,40 +230,40 @@ class TrialContext:
         for_training: bool = True,
         for_validation: bool = True,
     ) -> Any:
-        """Report the metric of a reducer, or of a function of all values of all ranks, beside those of each batch.
+        """Register a metric that a reducer, or a function, computes from the values of all ranks.
 
         Args:
             reducer: a `MetricReducer`, or a function of a flat list of all values, in rank order.
-            name: of its one metric; None where it returns a dict of metrics.
-            for_training: whether it is reported with training metrics.
-            for_validation: whether it is reported with validation metrics.
+            name: name of the metric; None if the reducer returns a dict of metrics.
+            for_training: whether to report it with the training metrics.
+            for_validation: whether to report it with the validation metrics.
 
         Returns:
-            The reducer, or the one that was made of the function, to whose `update(value)` the trial gives values.
+            The reducer. For a function it is a new reducer, whose `update(value)` adds a value.
         """
         wrapped = wrap_reducer(reducer, name, for_training, for_validation)
         self.reducers.append(wrapped)
         return wrapped.reducer
 
     def reset_reducers(self) -> None:
-        """Let all wrapped reducers forget what they have seen."""
+        """Reset all wrapped reducers."""
         for wrapped in self.reducers:
             wrapped.reducer.reset()
 
     def reduce_metrics(self, for_training: bool) -> dict[str, float]:
-        """Return the metrics of the wrapped reducers of training, or of validation. All ranks call this together."""
+        """Return the metrics of the wrapped reducers for training or for validation. All ranks call this together."""
         chosen = [each for each in self.reducers if (each.for_training if for_training else each.for_validation)]
         return gather_metrics(chosen, reports=self.role.should_report_metrics)
 
     def to_device(self, data: Any) -> Any:
-        """Return tensors, and tuples, lists and dicts of them, on this rank's device."""
+        """Move tensors, or tuples, lists and dicts of them, to this rank's device."""
         return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), data)
 
     # Sizes.
 
     @property
     def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of a micro-batch of the first engine."""
+        """Samples in a micro-batch of the first engine."""
         return _micro_batches(self._first_engine())[0]
 
     def get_train_micro_batch_size_per_gpu(self) -> int:
@@ -271,7 +272,7 @@ class TrialContext:
 
     @property
     def num_micro_batches_per_slot(self) -> int:
-        """Micro-batches of each replica in a batch of the first engine."""
+        """Micro-batches per replica in a batch of the first engine."""
         return _micro_batches(self._first_engine())[1]
 
     def get_num_micro_batches_per_slot(self) -> int:
@@ -279,11 +280,11 @@ class TrialContext:
         return self.num_micro_batches_per_slot
 
     def get_per_slot_batch_size(self) -> int:
-        """Return the samples of each replica in a batch."""
+        """Return the number of samples per replica in a batch."""
         return self.train_micro_batch_size_per_gpu * self.num_micro_batches_per_slot
 
     def get_global_batch_size(self) -> int:
-        """Return the samples of a batch, those of all replicas."""
+        """Return the number of samples in a batch, over all replicas."""
         return self.get_per_slot_batch_size() * self.role.data_parallel_world_size
 
     def _first_engine(self) -> BaseEngine:
@@ -294,15 +295,15 @@ class TrialContext:
     # Where the training stands.
 
     def begin_batch(self, batch: int, pace: Pace) -> None:
-        """Note that the batch with this number is the current one."""
+        """Set the number of the current batch."""
         self._batch, self._pace = batch, pace
 
     def end_batch(self) -> None:
-        """Note that the current batch has been trained."""
+        """Count the current batch as trained."""
         self.num_trained_batches = self._batch + 1
 
     def note_length(self, initial_batch: int, num_batches: int) -> None:
-        """Note the number of batches that earlier starts of the run have trained, and that of the whole training."""
+        """Set the number of batches that earlier starts of the run have trained, and that of the whole training."""
         self._initial_batch = self._batch = self.num_trained_batches = initial_batch
         self.num_batches = num_batches
 
@@ -331,11 +332,11 @@ class TrialContext:
         return pace is not None and pace.epoch_of(batch) > pace.epoch_of(batch - 1)
 
     def set_stop_requested(self, stop_requested: bool = True) -> None:
-        """Ask for the end of the training, on any rank; it comes with the next report, validation or checkpoint."""
+        """Ask on any rank to stop the training; it stops at the next report, validation or checkpoint."""
         self._stops = stop_requested
 
     def get_stop_requested(self) -> bool:
-        """True if this rank has asked for the end of the training."""
+        """True if this rank has asked to stop the training."""
         return self._stops
 
     # Settings.
@@ -345,10 +346,10 @@ class TrialContext:
         return dict(self.config.hyperparameters)
 
     def get_hparam(self, name: str) -> Any:
-        """Return a hyperparameter.
+        """Return a hyperparameter by name.
 
         Raises:
-            ConfigError: if there is none of this name.
+            ConfigError: if there is no hyperparameter of this name.
         """
         hparams = self.config.hyperparameters
         if name not in hparams:
@@ -358,7 +359,7 @@ class TrialContext:
         return hparams[name]
 
     def get_data_config(self) -> dict[str, Any]:
-        """Return the `data` section."""
+        """Return the `data` section of the configuration."""
         return dict(self.config.data)
 
     def get_experiment_config(self) -> dict[str, Any]:
@@ -370,20 +371,20 @@ class TrialContext:
         return self.config.seed
 
     def get_experiment_id(self) -> str:
-        """Return the name of the folder above the run's, such as `runs`."""
+        """Return the name of the run folder's parent, such as `runs`."""
         return self._path.parent.name
 
     def get_trial_id(self) -> str:
-        """Return the name of the run's folder."""
+        """Return the name of the run folder."""
         return self._path.name
 
     # Profiles and TensorBoard.
 
     def set_profiler(self, *args: Any, **options: Any) -> None:
-        """Profile with `torch.profiler.profile`, which takes these arguments; traces go to the run's `profile` folder.
+        """Profile the training with `torch.profiler.profile`, which takes the arguments given here.
 
-        The trainer starts it and calls its `step` after every batch. Each trace, `rank-<rank>-<step>.json`, opens in
-        Perfetto (ui.perfetto.dev) and in chrome://tracing.
+        The trainer starts the profiler and calls its `step` after every batch. Traces go to the run's `profile` folder;
+        each, `rank-<rank>-<step>.json`, opens in Perfetto (ui.perfetto.dev) and in chrome://tracing.
         """
         options.setdefault("on_trace_ready", self._save_trace)
         self.profiler = torch.profiler.profile(*args, **options)
@@ -394,7 +395,7 @@ class TrialContext:
         profiler.export_chrome_trace(str(self.folder.profile / name))
 
     def set_enable_tensorboard_logging(self, enable_tensorboard_logging: bool) -> None:
-        """Switch TensorBoard on or off; where it is on, the trainer writes all metrics to it. It is off by default."""
+        """Turn TensorBoard on or off. If it is on, the trainer writes all metrics to it. It is off by default."""
         self._logs_to_tensorboard = enable_tensorboard_logging
 
     def get_enable_tensorboard_logging(self) -> bool:
@@ -402,12 +403,12 @@ class TrialContext:
         return self._logs_to_tensorboard
 
     def get_tensorboard_path(self) -> Path:
-        """Return the folder of this rank's event files: the run's for rank 0, and one of its own for each other."""
+        """Return the folder of this rank's event files: the run's for rank 0, a subfolder of it for other ranks."""
         rank = self.distributed.rank
         return self.folder.tensorboard / f"rank-{rank}" if rank else self.folder.tensorboard
 
     def get_tensorboard_writer(self) -> Any:
-        """Return a `SummaryWriter` for this rank, the same at every call.
+        """Return this rank's TensorBoard `SummaryWriter`, the same one at every call.
 
         Raises:
             ConfigError: if tensorboard is not installed.

@@ -1,4 +1,4 @@
-"""The shipped trial: a language model on text."""
+"""The default trial: a language model trained on text."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _LARGE_VOCABULARY, _PADDING = 1.25, 1024
 
 
 class LanguageModelTrial(LayersTrial):
-    """Trains the configuration's model to predict the next token of the configuration's text."""
+    """Trial of a language model: the configuration's model learns to predict the next token of its text."""
 
     @classmethod
     def prepare(cls, config: Config, on_progress: ProgressCallback | None = None) -> dict[str, Any]:
-        """Train or load the tokenizer, and turn the text into tokens."""
+        """Train or load the tokenizer, and tokenize the text."""
         data = _prepare(config, on_progress)
         counts = {
             source.name: str(_build_samples(config, source, held_out=False).counts)
@@ -53,7 +53,7 @@ class LanguageModelTrial(LayersTrial):
 
     @classmethod
     def resolve(cls, config: Config, prepared: Mapping[str, Any]) -> Config:
-        """Return the configuration with the size of the vocabulary, and the steps of `train.epochs`."""
+        """Return the configuration with the vocabulary size, and with the number of steps for `train.epochs`."""
         data = PreparedData.model_validate(prepared)
         changes = config.model.fit_vocabulary(data.vocab_size, tokenizer=data.tokenizer_path)
         given = getattr(config.model, "vocab_size", None)
@@ -125,7 +125,7 @@ class LanguageModelTrial(LayersTrial):
 
     @cached_property
     def data(self) -> PreparedData:
-        """The prepared text. A machine that does not see the files of the one that planned prepares it anew."""
+        """The prepared text. A machine that does not see the planning machine's files prepares the text again."""
         planned = PreparedData.model_validate(self.context.plan.prepared)
         if planned.is_here(limit_s=late_limit_s(self.context.config.run.timeout_s)):
             return planned
@@ -149,7 +149,7 @@ class LanguageModelTrial(LayersTrial):
 
 
 def count_epochs(config: Config, data: PreparedData) -> dict[str, float]:
-    """Epochs of each source that all steps of a run read, by its name.
+    """Epochs of each source that all steps of a run read, by the source's name.
 
     Raises:
         DataError: if a source does not hold even one sample.
@@ -164,7 +164,7 @@ def count_epochs(config: Config, data: PreparedData) -> dict[str, float]:
 
 
 def _plan_mixture(config: Config, data: PreparedData, sizes: Sequence[int]) -> Mixture | None:
-    """The mixture of sources with so many samples each; None where there is one `data.source`."""
+    """Mixture of sources of the given sizes, in samples; None if there is only `data.source`."""
     if config.data.mixture is None:
         return None
     sources = tuple(
@@ -179,7 +179,7 @@ def _plan_mixture(config: Config, data: PreparedData, sizes: Sequence[int]) -> M
 
 
 def _has_positions(config: Config) -> bool:
-    """True if the positions of tokens in their documents stand beside the token ids."""
+    """True if samples hold each token's position in its document besides the token ids."""
     return config.data.document_mask and config.data.packing != "none"
 
 

@@ -1,4 +1,4 @@
-"""Periods of training in batches, epochs, samples or tokens, which end exactly where they say."""
+"""Periods of training in exact numbers of batches, epochs, samples or tokens."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipekit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pace:
-    """Progress that one batch of training makes.
+    """Samples and epochs per batch of training.
 
     Attributes:
-        samples: samples of a batch, those of all replicas.
-        epochs: the part of an epoch that a batch is; None where the length of an epoch is not known.
+        samples: samples in a batch, over all replicas.
+        epochs: fraction of an epoch that one batch makes up; None if the length of an epoch is unknown.
     """
 
     samples: int
     epochs: Fraction | None = None
 
     def epoch_of(self, batch: int) -> int:
-        """Epoch in which the batch with this number begins; 0 where the length of an epoch is not known.
+        """Epoch in which the batch with this number begins; 0 if the length of an epoch is unknown.
 
         Example:
             >>> [Pace(4, epochs=Fraction(2, 5)).epoch_of(batch) for batch in range(6)]
@@ -34,15 +34,15 @@ class Pace:
 
 @dataclass(frozen=True)
 class Period:
-    """Period of training: something is done after every `number` of a unit, or after those that a container holds.
+    """Base class of periods: `Period(100)` ends after every 100 units, `Period({10, 50})` after units 10 and 50.
 
-    A period that ends within a batch ends with that batch. Use one of the subclasses.
+    A period that ends within a batch takes effect at the end of that batch. Use one of the subclasses.
 
     Args:
-        number: how many, or a container of the moments, such as `{10, 100, 1000}`.
+        number: number of units, or a container of the units after which to act, such as `{10, 100, 1000}`.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if `number` is neither a positive whole number nor a container.
     """
 
     number: int | Container[int]
@@ -56,11 +56,11 @@ class Period:
             )
 
     def units_of(self, pace: Pace) -> Fraction:
-        """Number of the unit in one batch. A ConfigError where it is not known."""
+        """Number of units in one batch. Raises a ConfigError if it is unknown."""
         raise NotImplementedError
 
     def is_due(self, batch: int, pace: Pace) -> bool:
-        """True if the period ends with the batch before the one with this number: after `batch` batches.
+        """True if a period ends with the last of the first `batch` batches.
 
         Example:
             >>> [batch for batch in range(1, 11) if Samples(10).is_due(batch, Pace(samples=4))]
@@ -75,10 +75,10 @@ class Period:
         return any(moment in self.number for moment in range(before + 1, now + 1))
 
     def in_batches(self, pace: Pace) -> int:
-        """Number of batches in which so much is trained.
+        """Length of the period in batches, rounded up.
 
         Raises:
-            ConfigError: if the period is a container of moments.
+            ConfigError: if the period is a container.
 
         Example:
             >>> Epoch(3).in_batches(Pace(samples=4, epochs=Fraction(2, 5)))
@@ -98,14 +98,14 @@ class Period:
 
 
 class Batch(Period):
-    """Period in global batches, each of which makes one update of the weights."""
+    """Period in global batches; each global batch is one update of the weights."""
 
     def units_of(self, pace: Pace) -> Fraction:
         return Fraction(1)
 
 
 class Epoch(Period):
-    """Period in epochs, each of which goes once through the training data."""
+    """Period in epochs; each epoch is one pass over the training data."""
 
     def units_of(self, pace: Pace) -> Fraction:
         if pace.epochs is None:
@@ -114,7 +114,7 @@ class Epoch(Period):
 
 
 class Samples(Period):
-    """Period in samples, those of all replicas."""
+    """Period in samples, counted over all replicas."""
 
     def units_of(self, pace: Pace) -> Fraction:
         return Fraction(pace.samples)
@@ -122,11 +122,11 @@ class Samples(Period):
 
 @dataclass(frozen=True)
 class Tokens(Period):
-    """Period in tokens, of samples that have the same number each.
+    """Period in tokens, for samples of equal length.
 
     Args:
-        number: how many, or a container of the moments.
-        per_sample: the tokens of a sample.
+        number: number of tokens, or a container of the token counts after which to act.
+        per_sample: number of tokens in a sample.
     """
 
     per_sample: int
@@ -139,5 +139,5 @@ class Tokens(Period):
 
 
 def _floor(batches: int, units: Fraction) -> int:
-    """Whole units of so many batches; fractions are slow to multiply, and this is asked several times a batch."""
+    """Whole units in a number of batches; without `Fraction`, which is slow, since this runs several times a batch."""
     return batches * units.numerator // units.denominator

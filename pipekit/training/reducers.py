@@ -1,8 +1,8 @@
-"""Reducers: metrics over all batches and ranks: means, sums, extremes, and functions of every value that a rank saw.
+"""Reducers: metrics over all batches and ranks, as means, sums, extremes, or functions of all values.
 
-A slot is a rank that reports. Every slot reduces what it saw (`per_slot_reduce`), the results are gathered once where
-metrics are reported (`pipekit.training.gather_metrics`), and one rank reduces them to metrics (`cross_slot_reduce`).
-Nothing here talks to a process.
+A slot is a rank that reports. Every slot reduces the values that it saw (`per_slot_reduce`). When metrics are reported,
+the results are gathered once (`pipekit.training.gather_metrics`), and one rank reduces them to metrics
+(`cross_slot_reduce`). Nothing here communicates between processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipekit.tensors.nested import map_tensors
 
 
 class Reducer(Enum):
-    """Reducer of a metric that is one number for each batch: its mean, sum, maximum or minimum over all batches."""
+    """Reducer of a metric with one number per batch: its mean, sum, maximum or minimum over all batches."""
 
     AVG = "avg"
     SUM = "sum"
@@ -34,29 +34,29 @@ class Reducer(Enum):
 
 
 class MetricReducer(ABC):
-    """Base class of reducers of one's own: state that batches add to, reduced on each slot and then over all slots.
+    """Base class of user-defined reducers: state that batches add to, reduced on each slot and then over all slots.
 
-    A subclass has a method of its own by which the trial's batches add to the state.
+    A subclass defines a further method, which the trial calls to add a batch's values to the state.
     """
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all batches; called before training or validation that is to be reported by itself."""
+        """Clear the state; called before each training or validation period that is reported separately."""
 
     @abstractmethod
     def per_slot_reduce(self) -> Any:
-        """Return this rank's values, or what they reduce to, as numbers, text, lists, dicts, arrays or tensors."""
+        """Return this rank's values, or a reduction of them, as numbers, text, lists, dicts, arrays or tensors."""
 
     @abstractmethod
     def cross_slot_reduce(self, per_slot_metrics: list[Any]) -> Any:
-        """Return the metric, or a dict of metrics, of what `per_slot_reduce` returned on each slot, in rank order."""
+        """Return the metric, or a dict of metrics, from the slots' results of `per_slot_reduce`, in rank order."""
 
 
 class FunctionReducer(MetricReducer):
-    """A reducer made of a function, which is called with a flat list of the values of all ranks, in rank order.
+    """Reducer that calls a function with a flat list of the values of all ranks, in rank order.
 
     Args:
-        function: returns the metric, or a dict of metrics. It is not called where no rank has a value.
+        function: returns the metric, or a dict of metrics. It is not called if no rank has a value.
     """
 
     def __init__(self, function: Callable[[list[Any]], Any]) -> None:
@@ -81,11 +81,11 @@ class FunctionReducer(MetricReducer):
 class BatchMetrics(MetricReducer):
     """Metrics of single batches, each reduced over all batches of all slots at once.
 
-    So a mean weighs every batch the same wherever it was computed, or by its `weight`, also where slots have different
-    numbers of batches, and a maximum is the largest of all. Sums are in 64 bits.
+    A mean weighs every batch equally, or by its `weight`, even if slots have different numbers of batches. Sums are in
+    64 bits.
 
     Args:
-        reducer: of all metrics, or of each by its name.
+        reducer: one reducer for all metrics, or a dict of reducers by metric name.
         source: the method that returns the metrics, for messages.
 
     Raises:
@@ -112,10 +112,10 @@ class BatchMetrics(MetricReducer):
 
         Args:
             metrics: a number, or a tensor of one element, for each name; the same names in every batch.
-            weight: of the batch in means, such as its number of samples.
+            weight: weight of the batch in means, such as its number of samples.
 
-        Raises:
-            PipekitError: if they are something else, or have other names than in the batch before.
+            Raises:
+                PipekitError: if the metrics have other types, or other names than in the batch before.
         """
         if not isinstance(metrics, Mapping):
             raise PipekitError(
@@ -141,7 +141,7 @@ class BatchMetrics(MetricReducer):
         self._values, self._weights = {}, []
 
     def batches(self) -> list[dict[str, float]]:
-        """Return the metrics of each batch that was added, in their order."""
+        """Return the metrics of each added batch, in order."""
         columns = {name: _on_host(values).tolist() for name, values in self._values.items()}
         return [{name: column[batch] for name, column in columns.items()} for batch in range(len(self._weights))]
 
@@ -193,11 +193,11 @@ class BatchMetrics(MetricReducer):
 
 @dataclass(frozen=True)
 class WrappedReducer:
-    """A reducer of a trial, and where its metrics are reported.
+    """Reducer of a trial, with the name of its metric and the reports that include it.
 
     Attributes:
-        reducer: the reducer, to which the trial's batches give values.
-        name: of its one metric; None where it returns a dict of metrics.
+        reducer: the reducer, to which the trial's batches add values.
+        name: name of its metric; None if it returns a dict of metrics.
         for_training: whether it is reported with training metrics.
         for_validation: whether it is reported with validation metrics.
     """
@@ -221,10 +221,10 @@ def wrap_reducer(
     for_training: bool = True,
     for_validation: bool = True,
 ) -> WrappedReducer:
-    """Wrap a reducer, or a function of a flat list of all values, under the name of its metric.
+    """Wrap a reducer, or a function of a flat list of all values, with the name of its metric.
 
     Raises:
-        PipekitError: if it is neither, or would never be reported.
+        PipekitError: if `reducer` is neither, or its metric would never be reported.
     """
     if isinstance(reducer, type):
         raise PipekitError(f"wrap_reducer: {reducer.__name__} is a class; give an instance, {reducer.__name__}()")
@@ -246,7 +246,7 @@ def reduce_per_slot(reducers: Sequence[WrappedReducer]) -> list[Any]:
     """Return the result of each reducer's `per_slot_reduce`, with all tensors detached and in host memory.
 
     Raises:
-        PipekitError: if one raises; it names the reducer.
+        PipekitError: if a reducer raises; the message names the reducer.
     """
     return [
         map_tensors(lambda tensor: tensor.detach().cpu(), _call(wrapped, wrapped.reducer.per_slot_reduce))
@@ -262,8 +262,8 @@ def combine_slots(reducers: Sequence[WrappedReducer], slots: Sequence[Sequence[A
         slots: for each slot, in rank order, the values of `reduce_per_slot`.
 
     Raises:
-        PipekitError: if a reducer raises, returns something other than its metric or a dict of metrics, or two return
-            the same metric; it names the reducer.
+        PipekitError: if a reducer raises or returns neither its metric nor a dict of metrics, or if two return the same
+            metric; the message names the reducer.
     """
     metrics: dict[str, float] = {}
     sources: dict[str, WrappedReducer] = {}

@@ -1,4 +1,4 @@
-"""The trainer of a trial: what is checked before it trains, and when it reports, validates and saves."""
+"""Trainer of a trial: checks before training, and the periods of reports, validations and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _TEST_BATCHES = 2
 
 
 class Trainer:
-    """Trains a trial. Every rank builds one and calls `fit`.
+    """Trainer of a trial. Every rank builds one and calls `fit`.
 
     Args:
-        trial: what to train.
-        context: its context.
+        trial: the trial to train.
+        context: the context that the trial was built with.
     """
 
     def __init__(self, trial: Trial, context: TrialContext) -> None:
@@ -61,32 +61,32 @@ class Trainer:
         checkpoint_interval: str | None = "15m",
         checkpoint_on_error: Literal["stop", "warn"] = "stop",
     ) -> TrialResult:
-        """Train until `max_length`, from the checkpoint to go on from, if there is one. All ranks call this together.
+        """Train until `max_length`, resuming from a checkpoint if there is one. All ranks call this together.
 
-        At the end, the training is reported, validated and saved, unless that has just been done.
+        At the end, the trainer reports, validates and saves a checkpoint, unless it has just done so.
 
         Args:
-            checkpoint_period: between checkpoints beside those of the policy; None makes none.
-            validation_period: between validations; None validates only at the end.
-            max_length: the length of the training, those of earlier starts included.
-            reporting_period: between reports of training metrics.
-            checkpoint_policy: checkpoints after validations: "all", "best" for those better than all before, "none".
-            latest_checkpoint: the checkpoint to go on from, a path or "never"; None takes the newest in the run's
-                folder.
+            checkpoint_period: period of checkpoints, in addition to those of the policy; None adds none.
+            validation_period: period of validations; None validates only at the end.
+            max_length: length of the training, including earlier starts.
+            reporting_period: period of reports of training metrics.
+            checkpoint_policy: validations after which to save a checkpoint: "all", "best" for those better than all
+                before, or "none".
+            latest_checkpoint: path of the checkpoint to resume from, or "never"; None takes the run's newest.
             step_zero_validation: whether to validate before the first batch.
-            test_mode: whether to do all of this with two batches, in a folder that is removed, and to ignore the
-                arguments above.
-            profiling_enabled: whether to profile a few batches where the trial has not called `set_profiler`.
-            best_metric: metric of the validation by which checkpoints are compared; the first one unless given.
+            test_mode: whether to run only two batches, with all of the above, in a folder that is removed; the
+                arguments above are then ignored.
+            profiling_enabled: whether to profile a few batches if the trial has not called `set_profiler`.
+            best_metric: validation metric by which to compare checkpoints; by default the first.
             best_is: whether its lowest or its highest value is the best.
-            retention: the checkpoints that are kept; by default two, and the best, under "best", and otherwise all.
-            checkpoint_interval: longest time without a checkpoint, such as "1h"; None makes none by time. Where all are
-                kept, one that came by time is removed once there is a newer one.
-            checkpoint_on_error: what follows where the disk does not take a checkpoint: "stop" ends the training,
-                "warn" tells of it and tries again when the next is due. The last one is needed in any case.
+            retention: checkpoints to keep; by default the newest two and the best under "best", and otherwise all.
+            checkpoint_interval: longest time without a checkpoint, such as "1h"; None sets no limit. If `retention` is
+                None and all checkpoints are kept, those saved by time are removed once there is a newer one.
+            checkpoint_on_error: reaction to a checkpoint that the disk refuses: "stop" ends the training, "warn" prints
+                a warning and tries again when the next checkpoint is due. The last checkpoint must always succeed.
 
         Raises:
-            PipekitError: on every rank, if the trial breaks a rule, or cannot go on.
+            PipekitError: on every rank, if the trial breaks a rule or cannot continue.
         """
         periods: dict[str, Any] = {
             "max_length": max_length,
@@ -154,7 +154,7 @@ class Trainer:
         remove_leftovers(folder.checkpoints)
 
     def _about(self) -> str:
-        """Layout of this start, in words."""
+        """Description of this start's layout."""
         return f"{self.context.models[0].mpu.layout} on {self.context.device.type}"
 
     def _heartbeat(self, logs: Path) -> AbstractContextManager[object]:

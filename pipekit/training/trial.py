@@ -1,4 +1,4 @@
-"""A trial: the engines, steps and data of a training, written by the user; pipekit takes care of the rest."""
+"""Trials with user-defined engines, training steps and data; pipekit does everything else."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _ALIKE = 0.9
 
 
 class Trial:
-    """Trial: engines, a step of training, an evaluation, and data, all of the user's own.
+    """Base class of a user-defined trial: its engines, training step, evaluation and data.
 
-    A subclass makes its engines in `__init__` with `pipekit.initialize`, and hands each to `context.wrap_model_engine`.
-    A `Trainer` calls the other methods, on every rank alike.
+    A subclass builds its engines in `__init__` with `pipekit.initialize`, and passes each to
+    `context.wrap_model_engine`. A `Trainer` calls the other methods on every rank.
 
     Args:
         context: this rank's view of the trial, which a subclass keeps as `self.context`.
@@ -40,76 +40,78 @@ class Trial:
         self.context = context
 
     def train_batch(self, dataloader_iter: Iterator[Any] | None, epoch_idx: int, batch_idx: int) -> Any:
-        """Train on what the iterator yields next, and return metrics.
+        """Train on the next batch or micro-batch of the iterator, and return metrics.
 
-        With plain modules it is called for each micro-batch, takes one from the iterator, and calls the engine's
-        forward, `backward` and `step`. With a pipeline it is called for each batch and hands the iterator to the
-        engine's `train_batch`; so it is where gradients are accumulated by hand.
+        With plain modules it is called once per micro-batch: it takes one from the iterator, and calls the engine's
+        forward, `backward` and `step`. With a pipeline it is called once per batch, and passes the iterator to the
+        engine's `train_batch`. It is also called once per batch if the trial accumulates gradients by hand.
 
-        Draws from the global generators of torch, numpy and `random` are seeded by the batch, the micro-batch and the
-        replica, so that a resumed training draws what an uninterrupted one does.
+        The global generators of torch, numpy and `random` are seeded by the batch, the micro-batch and the replica, so
+        a resumed run draws the same random numbers as an uninterrupted one.
 
         Args:
-            dataloader_iter: yields the micro-batches of this rank's replica endlessly; None on ranks that read none.
+            dataloader_iter: yields this replica's micro-batches without end; None on ranks that read no data.
             epoch_idx: epoch in which the batch begins, counted from 0.
             batch_idx: number of batches trained before, over all epochs.
 
         Returns:
-            The loss, or a dict of metrics that are numbers or tensors of one element, the same in every batch. They are
-            looked at on ranks that report.
+            The loss, or a dict of metrics with the same names in every batch; each is a number or a tensor of one
+            element. Only ranks that report use them.
         """
         raise NotImplementedError
 
     def evaluate_batch(self, dataloader_iter: Iterator[Any] | None, batch_idx: int) -> dict[str, Any]:
-        """Return the metrics of one batch of the validation data, as `train_batch` does, without gradients.
+        """Return the metrics of one batch of the validation data, as `train_batch` does, but without gradients.
 
-        With plain modules it takes one micro-batch from the iterator; with a pipeline it hands the iterator to the
-        engine's `eval_batch`, which takes as many as a batch of training has. Override this or `evaluate_full_dataset`.
+        With plain modules it takes one micro-batch from the iterator. With a pipeline it passes the iterator to the
+        engine's `eval_batch`, which takes as many micro-batches as a training batch has. Override either this or
+        `evaluate_full_dataset`.
         """
         raise NotImplementedError
 
     def evaluate_full_dataset(self, data_loader: Any) -> dict[str, Any]:
         """Return the metrics of the whole validation data, without gradients.
 
-        Each rank has a loader of all of them, and computes the same; the means over ranks that report are the metrics.
+        Each rank has a loader of the whole data, and computes the same. The metrics are averaged over the ranks that
+        report.
         """
         raise NotImplementedError
 
     def evaluation_reducer(self) -> Reducer | dict[str, Reducer]:
-        """Return the reducer of the metrics of `evaluate_batch` over batches and ranks, of all or of each by its name.
+        """Return the reducer of the metrics of `evaluate_batch` over batches and ranks, or a dict of one per metric.
 
-        Means weigh a batch by its number of samples.
+        In a mean, each batch is weighted by its number of samples.
         """
         return Reducer.AVG
 
     def build_training_data_loader(self) -> Any:
-        """Return the loader of micro-batches for training: a `pipekit.data.DataLoader` of the whole dataset.
+        """Build the data loader for training: a `pipekit.data.DataLoader` of the whole dataset.
 
-        It is called on ranks that read batches. The trainer shards the loader, repeats it, and resumes it.
+        It yields micro-batches, and is called on ranks that read batches. The trainer shards, repeats and resumes it.
         """
         raise NotImplementedError
 
     def build_validation_data_loader(self) -> Any:
-        """Return the loader of the validation data, of the same kind; called on ranks that read batches."""
+        """Build the data loader for validation, of the same type; called on ranks that read batches."""
         raise NotImplementedError
 
     def build_callbacks(self) -> dict[str, TrialCallback]:
-        """Return callbacks by name, the same on all ranks."""
+        """Build the trial's callbacks: a dict by name, the same on all ranks."""
         return {}
 
     def generate_text(self, prompt: str) -> str:
-        """Return a prompt with the text that a language model continues it with, for `callbacks.text_samples`.
+        """Generate text with a language model, for `callbacks.text_samples`; return the prompt and its continuation.
 
-        Every rank calls it together, in evaluation mode and without gradients.
+        All ranks call it together, in evaluation mode and without gradients.
         """
         raise NotImplementedError
 
     def get_batch_length(self, batch: Any) -> int:
-        """Return the number of samples of what a loader yielded: the first dimension of its first tensor."""
+        """Return the number of samples in a batch from a loader: the first dimension of its first tensor."""
         return data_length(batch)
 
     def save(self, context: TrialContext, path: Path) -> None:
-        """Write all that is trained into a folder; every rank calls this. By default, every wrapped engine.
+        """Save the trained state to a folder; every rank calls this. By default it saves every wrapped engine.
 
         Args:
             context: the context of the trial.
@@ -119,7 +121,7 @@ class Trial:
             engine.save_checkpoint(path, tag=f"model{index}", save_latest=False)
 
     def load(self, context: TrialContext, path: Path) -> None:
-        """Read what `save` has written; every rank calls this."""
+        """Load the state that `save` wrote; every rank calls this."""
         for index, engine in enumerate(context.models):
             found, _ = engine.load_checkpoint(path, tag=f"model{index}")
             if found is None:
@@ -137,10 +139,10 @@ _PURPOSES = {
 
 
 def check_trial(kind: type) -> None:
-    """Check a trial's class: that it has the methods which a trainer needs, and none that nothing would call.
+    """Check that a trial's class has the methods that a trainer needs, and no public method that nothing would call.
 
     Raises:
-        PipekitError: if it is no trial, a method is missing, takes other arguments, or would never be called.
+        PipekitError: if it is not a trial, or if a method is missing, takes other arguments, or would never be called.
 
     Example:
         >>> class Mine(Trial):
@@ -187,7 +189,7 @@ def has_evaluation(trial: Trial) -> bool:
 
 
 def evaluates_whole(trial: Trial) -> bool:
-    """True if a trial evaluates the whole validation data at once."""
+    """True if a trial evaluates the whole validation data in one call."""
     return "evaluate_full_dataset" in _own_methods(type(trial), Trial)
 
 
@@ -217,7 +219,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _check_arguments(kind: type, base: type, method: str) -> None:
-    """Check that a method takes the arguments that the base class's takes; pass over what is no plain function."""
+    """Check that a method takes the base class's arguments; skip anything that is not a plain function."""
     function, original = inspect.getattr_static(kind, method), inspect.getattr_static(base, method)
     if not (inspect.isfunction(function) and inspect.isfunction(original)):
         return

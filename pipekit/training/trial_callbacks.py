@@ -1,4 +1,4 @@
-"""Callbacks: what happens beside a training at each event, and how their exceptions stop all ranks."""
+"""Callbacks: methods called at each event of a training, whose exceptions stop all ranks."""
 
 from __future__ import annotations
 
@@ -16,99 +16,105 @@ if TYPE_CHECKING:
 
 
 class TrialCallback:
-    """The events of a training. Override those that matter.
+    """Base class of callbacks: a method for each event of a training. Override the ones that you need.
 
-    Those of a `Trial` are called on every rank, and an exception in one of them ends the training on all, with a
-    message that names the callback and the event. Those of a `LayersTrial` are called on the rank that reports.
+    The callbacks of a `Trial` are called on every rank; an exception in one of them ends the training on all ranks,
+    with a message that names the callback and the event. The callbacks of a `LayersTrial` are called on the rank that
+    reports.
     """
 
     def on_trial_startup(self, first_batch_idx: int, checkpoint_uuid: str | None) -> None:
-        """The trial is set up; `first_batch_idx` batches were trained by the checkpoint of that name, if any."""
-
-    def on_trial_shutdown(self) -> None:
-        """The training has ended, or failed: let go of files and connections."""
-
-    def on_training_start(self) -> None:
-        """The first batch of this start is about to be trained."""
-
-    def on_training_epoch_start(self, epoch_idx: int) -> None:
-        """An epoch begins with the next batch; also called after a resume within an epoch."""
-
-    def on_training_epoch_end(self, epoch_idx: int) -> None:
-        """An epoch has ended."""
-
-    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list[dict[str, float]]) -> None:
-        """Training metrics are reported.
+        """Called when the trial is set up.
 
         Args:
-            avg_metrics: over the batches and ranks since the last report.
-            batch_metrics: this rank's metrics of each call of `train_batch` since then; none where it does not report.
+            first_batch_idx: batches that were trained up to the checkpoint that the run resumes from; 0 without one.
+            checkpoint_uuid: name of that checkpoint, if any.
+        """
+
+    def on_trial_shutdown(self) -> None:
+        """Called when the training has ended or failed: close files and connections."""
+
+    def on_training_start(self) -> None:
+        """Called before the first batch of this start is trained."""
+
+    def on_training_epoch_start(self, epoch_idx: int) -> None:
+        """Called when the next batch begins an epoch, and after a resume within an epoch."""
+
+    def on_training_epoch_end(self, epoch_idx: int) -> None:
+        """Called when an epoch has ended."""
+
+    def on_training_workload_end(self, avg_metrics: dict[str, Any], batch_metrics: list[dict[str, float]]) -> None:
+        """Called when training metrics are reported.
+
+        Args:
+            avg_metrics: metrics over the batches since the last report and over ranks.
+            batch_metrics: this rank's metrics of each call of `train_batch` since then; empty if it does not report.
         """
 
     def training_metrics(self) -> dict[str, float]:
-        """Return numbers to report with the metrics of training, the same on all ranks, which call this together."""
+        """Return numbers to report with the training metrics, the same on all ranks; all ranks call this together."""
         return {}
 
     def validation_metrics(self) -> dict[str, float]:
-        """Return numbers to report with the metrics of a validation, the same on all ranks, which call this together.
+        """Return numbers to report with the validation metrics, the same on all ranks; all ranks call this together.
 
-        It is called after the batches of the validation, where plain modules are in evaluation mode.
+        It is called after the last batch of the validation, while plain modules are still in evaluation mode.
         """
         return {}
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """All metrics of a batch are known: reported ones of training, and those of validations as `val_*`.
+        """Called when all metrics of a batch are known: those of training, and those of validations as `val_*`.
 
-        Where every batch of layers on a GPU is reported, the next one may have been trained by now, weights included,
-        unless a checkpoint follows.
+        If a `LayersTrial` on a GPU reports every batch, the next batch may already have been trained and the weights
+        updated, unless a checkpoint follows.
 
         Args:
-            step: batches trained, this one included; 0 for a validation before the first.
+            step: batches trained, including this one; 0 for a validation before the first.
             metrics: the metrics by name.
         """
 
     def on_warning(self, message: str) -> None:
-        """Something is not as it should be, and the training goes on; also before `on_trial_startup`."""
+        """Called with a warning about a training that continues; it may come before `on_trial_startup`."""
 
     def on_profile(self, text: str) -> None:
-        """The steps of `profile` have been measured; `text` is their table."""
+        """Called when the steps of `profile` have been measured; `text` is their table."""
 
     def on_rollback(self, batch: int) -> None:
-        """The training goes back to an earlier checkpoint, after `batch` batches; those since will be trained again."""
+        """Called when the training returns to the checkpoint after `batch` batches; later batches are trained again."""
 
     def on_training_end(self, result: TrialResult) -> None:
-        """The training has ended as planned."""
+        """Called when the training has ended; not when an error, a signal or `run.max_time` has cut it short."""
 
     def on_validation_start(self) -> None:
-        """The validation is about to begin."""
+        """Called before a validation."""
 
     def on_validation_epoch_start(self) -> None:
-        """The batches of the validation are about to be evaluated."""
+        """Called before the batches of a validation are evaluated."""
 
     def on_validation_epoch_end(self, outputs: list[dict[str, float]]) -> None:
-        """All batches have been evaluated; `outputs` are this rank's metrics of each call of `evaluate_batch`."""
+        """Called after all batches are evaluated; `outputs` are this rank's metrics of each `evaluate_batch` call."""
 
     def on_validation_end(self, metrics: dict[str, Any]) -> None:
-        """The validation has ended with these metrics."""
+        """Called with the metrics of a validation that has ended."""
 
     def on_checkpoint_load_start(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint is about to be loaded; `checkpoint` is what it holds beside the engines."""
+        """Called before a checkpoint is loaded; `checkpoint` holds its content other than the engines' states."""
 
     def on_checkpoint_save_start(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint is about to be saved; what is put into `checkpoint` is saved along, where JSON can hold it."""
+        """Called before a checkpoint is saved; it also saves values added to `checkpoint`, if JSON can hold them."""
 
     def on_checkpoint_write_end(self, checkpoint_dir: str) -> None:
-        """A checkpoint has been written into a folder, which has not got its final name yet."""
+        """Called when a checkpoint has been written to a folder that does not have its final name yet."""
 
     def on_checkpoint_upload_end(self, uuid: str) -> None:
-        """A checkpoint is whole, under its final name."""
+        """Called when a checkpoint is complete and has its final name."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that checkpoints hold of the callback: numbers, texts, lists and dicts."""
+        """Return the callback's state for checkpoints: numbers, texts, lists and dicts."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint held of the callback."""
+        """Restore the callback's state from a checkpoint."""
 
 
 class Callbacks:
@@ -116,15 +122,15 @@ class Callbacks:
 
     Args:
         callbacks: what the trial's `build_callbacks` returned.
-        shipped: those that the configuration switches on; one of the trial's with the same name takes its place.
-        here: callbacks of this rank alone, which are called first, and whose exceptions are raised here alone.
-        activity: where this rank notes that it calls them.
+        shipped: callbacks that the configuration switches on; a callback of the trial with the same name replaces one.
+        here: callbacks of this rank only, which are called first, and whose exceptions are raised only here.
+        activity: where this rank notes that it is calling callbacks.
 
-    Attributes:
-        batch: batches trained so far.
+        Attributes:
+            batch: batches trained so far.
 
-    Raises:
-        PipekitError: on every rank, if that is no dict of callbacks, or ranks have different ones.
+        Raises:
+            PipekitError: on every rank, if `callbacks` is not a dict of callbacks, or ranks have different ones.
     """
 
     def __init__(
@@ -154,10 +160,10 @@ class Callbacks:
                 )
 
     def call(self, event: str, *args: Any) -> None:
-        """Call an event of every callback that has it. All ranks call this together.
+        """Call an event of every callback that handles it. All ranks call this together.
 
         Raises:
-            PipekitError: on every rank, if one of the trial's raises on any.
+            PipekitError: on every rank, if a callback of the trial raises on any rank.
         """
         base = getattr(TrialCallback, event)
         here = [each for each in self._here if getattr(type(each), event) is not base]
@@ -178,11 +184,11 @@ class Callbacks:
             raise_together(error)
 
     def training_metrics(self) -> dict[str, float]:
-        """Return the numbers that callbacks report with the metrics of training. All ranks call this together."""
+        """Return the numbers that callbacks report with the training metrics. All ranks call this together."""
         return self._gather("training_metrics")
 
     def validation_metrics(self) -> dict[str, float]:
-        """Return the numbers that callbacks report with those of a validation. All ranks call this together."""
+        """Return the numbers that callbacks report with the validation metrics. All ranks call this together."""
         return self._gather("validation_metrics")
 
     def _gather(self, method: str) -> dict[str, float]:
@@ -213,7 +219,7 @@ class Callbacks:
                     callback.on_trial_shutdown()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all callbacks. All ranks call this together; those of rank 0 are to be stored."""
+        """Return the states of all callbacks. All ranks call this together; the caller stores those of rank 0."""
         states: dict[str, Any] = {}
         error: PipekitError | None = None
         for name, callback in self._callbacks.items():
@@ -226,7 +232,7 @@ class Callbacks:
         return states
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Give each callback its own state. All ranks call this together."""
+        """Restore the state of each callback. All ranks call this together."""
         error = None
         for name, callback in self._callbacks.items():
             if name not in states:
