@@ -1,7 +1,7 @@
-"""Data: from text to the micro-batches of an optimizer step: corpus, tokenizer, tokens, order, samplers, loaders.
+"""Data: corpora, tokenizers, tokenized text, sample order, samplers and data loaders.
 
-Nothing here starts or talks to a rank: where ranks matter, they are plain numbers. The names below are imported when
-they are first used, since they need torch.
+Nothing here starts a rank or communicates with one: ranks are plain numbers. The names below are imported when they are
+first used, because they need torch.
 """
 
 from __future__ import annotations

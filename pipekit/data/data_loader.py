@@ -1,4 +1,4 @@
-"""A reproducible data loader: torch's, with a seeded order, sharding over replicas, and exact resumption."""
+"""Reproducible data loaders: torch's, with a seeded order, sharding over replicas, and exact resumption."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ from pipekit.rng import fold_seed
 
 
 class DataLoader:
-    """A data loader with the arguments of `torch.utils.data.DataLoader`, whose batches are the same in every run.
+    """Data loader with the arguments of `torch.utils.data.DataLoader`, whose batches are the same in every run.
 
-    The batches of all epochs are numbered, in one order that depends on the seed alone. `get_data_loader` returns
-    torch's loader for any replica and from any batch on: replica `r` of `n` reads the batches `r`, `r + n`, `r + 2n`
-    and so on. However many replicas and worker processes there are, and wherever a run is resumed, together they read
-    what one uninterrupted replica reads.
+    The batches of all epochs are numbered in one order, which depends only on the seed. `get_data_loader` returns
+    torch's loader for any replica, starting at any batch: replica `r` of `n` reads the batches `r`, `r + n`, `r + 2n`
+    and so on. Whatever the number of replicas and workers, and wherever a run is resumed, all replicas together read
+    the same batches as one uninterrupted replica.
 
-    What the dataset and `collate_fn` draw from the global generators of torch (CPU), numpy and `random` is seeded by
-    the number of the batch, and does not disturb the model's draws. What a sampler of your own draws from them is
-    seeded by the epoch; so is a `generator` of its own.
+    Random numbers that the dataset and `collate_fn` draw from the global generators of torch (CPU), numpy and `random`
+    are seeded by the number of the batch, and do not affect the model's. Those that your own sampler draws are seeded
+    by the epoch, and so is the sampler's `generator`, if it has one.
 
-    An iterable dataset must yield its whole stream, the same each time, on every replica and in every worker; its draws
-    are seeded by the epoch, and `get_worker_info` returns None while it is read. Each worker reads the whole stream and
-    collates only its own batches, so expensive work, such as decoding, belongs in `collate_fn`. A resumed run reads
-    the stream up to where it goes on.
+    An iterable dataset must yield its whole stream, the same each time, on every replica and in every worker. Its
+    random numbers are seeded by the epoch, and `get_worker_info` returns None while it is read. Each worker reads the
+    whole stream and collates only its own batches, so expensive work, such as decoding, belongs in `collate_fn`. A
+    resumed run reads the stream from the beginning up to the position where it resumes.
 
     Args:
-        dataset: map-style, or an `IterableDataset`.
-        batch_size: samples of a batch of one replica; None where each item of the dataset is a batch already.
-        shuffle: whether every epoch has an order of its own.
+        dataset: a map-style dataset or an `IterableDataset`.
+        batch_size: samples in a batch of one replica; None if each item of the dataset is already a batch.
+        shuffle: whether to shuffle the samples anew in every epoch.
         sampler: yields the indices of samples, in place of `shuffle`: of the whole dataset, the same on all replicas.
         batch_sampler: yields lists of indices, in place of `batch_size`, `shuffle`, `sampler` and `drop_last`.
-        num_workers: processes that read batches; 0 reads them where they are used.
-        collate_fn: makes a batch of a list of samples; `default_collate` unless given.
-        pin_memory: whether to put batches into pinned memory, where there is a GPU.
-        drop_last: whether to leave out the last batch of an epoch where it is smaller.
-        timeout: most seconds to wait for a worker's batch; 0 waits for ever.
+        num_workers: worker processes that read batches; 0 reads them in the process that uses them.
+        collate_fn: makes a batch from a list of samples; `default_collate` by default.
+        pin_memory: whether to put batches into pinned memory; has no effect without a GPU.
+        drop_last: whether to leave out the last batch of an epoch if it is smaller.
+        timeout: longest wait for a worker's batch in seconds; 0 sets no limit.
         worker_init_fn: called in each worker with its index.
-        multiprocessing_context: how workers are started.
-        generator: gives the seed, its `initial_seed()`, where `seed` does not.
-        seed: of the order and of all draws.
+        multiprocessing_context: start method of the workers.
+        generator: its `initial_seed()` is the seed if `seed` is None.
+        seed: seed of the order and of all random numbers.
         prefetch_factor: batches that each worker reads ahead.
         persistent_workers: whether workers outlive an iterator.
-        pin_memory_device: for `pin_memory`; the present accelerator unless given.
-        in_order: not taken as False, since batches would come in another order in every run.
+        pin_memory_device: device for `pin_memory`; by default the accelerator present.
+        in_order: must be True: otherwise the order of batches would differ in every run.
 
     Raises:
-        DataError: if torch refuses the arguments, or the order would not be the same in every run.
+        DataError: if torch refuses the arguments, or the order would differ from run to run.
 
     Example:
         >>> loader = DataLoader(range(10), batch_size=2)
@@ -129,14 +129,14 @@ class DataLoader:
             self._collate = _CollateItem(self._collate)
 
     def __len__(self) -> int:
-        """Batches of one epoch, those of all replicas together."""
+        """Number of batches in one epoch, over all replicas."""
         if not self._is_iterable:
             return len(self._batches(0))  # type: ignore[arg-type]
         size = self.batch_size or 1
         return (len(self.dataset) + (0 if self._drop_last else size - 1)) // size
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the batches of the first epoch, those of all replicas."""
+        """Iterate over all replicas' batches of the first epoch."""
         return iter(self.get_data_loader())
 
     def get_data_loader(
@@ -149,19 +149,19 @@ class DataLoader:
         num_micro_batches: int = 1,
         seed: int = 0,
     ) -> torch.utils.data.DataLoader[Any]:
-        """Return torch's loader of one replica's batches.
+        """Return torch's data loader for the batches of one replica.
 
         Args:
-            repeat: whether to go on with the next epoch at the end of each, without end.
-            skip: batches that this replica has read before.
+            repeat: whether to continue with the next epoch after each, without end.
+            skip: number of batches that this replica has already read.
             num_replicas: the data-parallel degree.
-            rank: index of this replica among them.
-            num_micro_batches: what the loader yields are micro-batches, so many of which are one batch of `skip`.
-            seed: where the loader was given neither a seed nor a generator.
+            rank: index of this replica.
+            num_micro_batches: number of micro-batches, which the loader yields, in one batch that `skip` counts.
+            seed: seed to use if the loader has neither a seed nor a generator.
 
         Raises:
             DataError: if `rank` is not in `[0, num_replicas)`, if `skip` is negative or beyond the data, or if an
-                iterable dataset cannot be read anew; where only reading shows it, from the iterator.
+                iterable dataset can be read only once. If only reading shows this, the iterator raises it.
         """
         seed = self.seed if self.seed is not None else seed
         skip *= num_micro_batches
@@ -199,7 +199,7 @@ class DataLoader:
         )
 
     def _batches(self, seed: int) -> Iterable[list[int]]:
-        """The batch sampler of one epoch, all replicas' batches."""
+        """Batch sampler of one epoch, with the batches of all replicas."""
         sampler, batch_sampler = self._samplers
         if self._is_iterable:
             return []
@@ -216,10 +216,10 @@ def data_length(batch: Any) -> int:
     """Count the samples of a batch: the first dimension of its first tensor or array.
 
     Args:
-        batch: tensors and arrays `(B, ...)` in tuples, lists and dicts; what else is in them is passed over.
+        batch: tensors and arrays `(B, ...)` in tuples, lists and dicts; other values are ignored.
 
-    Raises:
-        DataError: if there is none that has a dimension.
+        Raises:
+            DataError: if no tensor or array has a dimension.
 
     Example:
         >>> data_length({"name": "x", "images": (torch.zeros(3, 8, 8), torch.zeros(3))})
@@ -268,7 +268,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _CollateItem:
-    """Makes a batch of the only item in a list, for datasets of whole batches."""
+    """Converts the only item of a list to a batch, for datasets whose items are batches."""
 
     def __init__(self, convert: Callable[[Any], Any]) -> None:
         self._convert = convert
@@ -311,7 +311,7 @@ class _Numbered:
 
 
 class _Reader:
-    """A map-style dataset that returns collated batches of numbered indices, and is the user's in all else."""
+    """A map-style dataset that returns collated batches of numbered indices, and is otherwise the user's dataset."""
 
     def __init__(self, dataset: Any, *, collate: Callable[[list[Any]], Any], seed: int) -> None:
         self.dataset = dataset

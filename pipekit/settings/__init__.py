@@ -1,1 +1,1 @@
-"""Typed sections of settings, read from YAML with file and line, and suggestions for misspelt keys."""
+"""Typed sections of settings, read from YAML with the file and line of each key, and suggestions for misspelt keys."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the layers that are recomputed in the backward, and what is kept for that."""
+"""Activation checkpointing: which layers to recompute in the backward, and where to keep their inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(str
 
 
 class ActivationCheckpointing(Section):
-    """Layers that are recomputed in the backward from their inputs, and where these inputs are kept."""
+    """Activation checkpointing: layers to recompute in the backward from their inputs, and where to keep the inputs."""
 
     every: PositiveInt = Field(default=1, examples=[2])
     """Recompute only the layers whose index is a multiple of this number; the first layer of the model has index 0."""
@@ -60,7 +60,7 @@ class ActivationCheckpointing(Section):
         return self
 
     def chosen(self, names: Sequence[str]) -> list[bool]:
-        """True for each layer that is recomputed, whole or in part, by the names of all layers of the model.
+        """True for each layer that is recomputed, whole or in part, given the names of all layers of the model.
 
         Raises:
             ConfigError: if a pattern matches no layer.
@@ -81,7 +81,7 @@ class ActivationCheckpointing(Section):
         return [any(fnmatchcase(name, pattern) for pattern in self.layers) for name in names]
 
     def written(self) -> bool | dict[str, Any]:
-        """The shortest form of the setting in a configuration: true, or the keys that are not the defaults."""
+        """Shortest form of the setting in a configuration: true, or the keys whose values are not the defaults."""
         return self.model_dump(mode="json", exclude_defaults=True) or True
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class ActivationCheckpointing(Section):
 
 
 def read_setting(value: bool | Mapping[str, Any]) -> ActivationCheckpointing | None:
-    """Setting from the form of `ActivationCheckpointing.written`, or false.
+    """Read a setting in the form that `ActivationCheckpointing.written` returns, or false.
 
     Example:
         >>> read_setting({"every": 2}).written(), read_setting(False)
