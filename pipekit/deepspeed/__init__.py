@@ -1,1 +1,1 @@
-"""The adapter to DeepSpeed: all that renames for it, configures it or mends it."""
+"""The adapter to DeepSpeed: translates settings and states for it, configures it and fixes its faults."""

@@ -16,19 +16,19 @@ from pipekit.settings.suggest import closest
 def overwrite_deepspeed_config(
     base: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], *, allow_new: bool = False
 ) -> dict[str, Any]:
-    """Return a DeepSpeed configuration with some values overwritten, as a new dict.
+    """Overwrite values of a DeepSpeed configuration, and return the result as a new dict.
 
-    Sections of `overrides` go into the sections of `base`, to any depth; what is no section takes the place of what
-    stands in `base`, lists as a whole. None may take the place of a section, and a section that of None.
+    Sections are merged at any depth; any other value, such as a list, replaces the value in `base`. None may replace a
+    section, and a section may replace None.
 
     Args:
         base: the configuration, or the path of its JSON file.
-        overrides: nested as `base` is.
+        overrides: values to overwrite, nested as in `base`.
         allow_new: whether `overrides` may have keys that are not in `base`.
 
     Raises:
-        ConfigError: if the file cannot be read or gives a key twice, or with every key that is not in `base`, and every
-            section that would become a value or the other way round.
+        ConfigError: if the file cannot be read or has a duplicate key; or if `overrides` has keys that are not in
+            `base`, or would turn a section into a value or the other way round. It lists every mistake.
 
     Example:
         >>> base = {"train_batch_size": 8, "zero_optimization": {"stage": 1, "overlap_comm": True}}
@@ -51,7 +51,7 @@ def overwrite_deepspeed_config(
 
 
 def merge_sections(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested sections with the values of others in the place of theirs.
+    """Merge nested sections; the values of `over` replace those of `base`.
 
     Example:
         >>> merge_sections({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": 4})
@@ -93,7 +93,7 @@ def _find_faults(
 
 
 def _path_of(key: str, section: Mapping[str, Any]) -> str | None:
-    """Return the dotted path at which a key stands anywhere below, or None."""
+    """Return the dotted path of a key in any nested section, or None."""
     for name, below in section.items():
         if isinstance(below, Mapping):
             rest = key if key in below else _path_of(key, below)

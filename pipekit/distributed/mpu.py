@@ -44,7 +44,7 @@ class RankGroup:
         return self._process_group
 
     def free(self) -> None:
-        """End the group's threads and connections. Its ranks call this together, when nothing is under way in it."""
+        """End the group's threads and connections. Its ranks call this together, when no operation is running in it."""
         if self._process_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._process_group)
         self._process_group = None
@@ -61,21 +61,19 @@ class RankGroup:
 
 
 class ModelParallelUnit:
-    """The process groups of a layout, and the place of this rank in each.
+    """Process groups of a layout, with this rank's place in each.
 
-    It answers what a training loop asks, such as `data_parallel_rank`, `should_report_metrics` and
-    `should_build_data_loader`.
-
-    A subclass may answer otherwise, such as with metrics on another rank; the answers of all ranks are compared before
-    anything is trained (`pipekit.distributed.mpu_check`).
+    It has the properties that a training loop needs, such as `data_parallel_rank`, `should_report_metrics` and
+    `should_build_data_loader`. A subclass may override them, for example to report metrics on another rank; the values
+    on all ranks are compared before training starts (`pipekit.distributed.mpu_check`).
 
     Args:
-        layout: the layout of the world; its world size is that of the default process group.
-        placement: the pipeline rank of each stage; one stage a rank unless given.
-        timeout_s: no wait in one of its groups lasts longer; that of the default process group unless given.
+        layout: layout of all ranks; its world size must be that of the default process group.
+        placement: the pipeline rank of each stage; by default one stage per rank.
+        timeout_s: longest wait in any of the groups; by default that of the default process group.
 
     Attributes:
-        activity: current phase and operation of this rank, for the report of a hang.
+        activity: current phase and operation of this rank, for reports of hangs.
     """
 
     def __init__(
@@ -107,16 +105,16 @@ class ModelParallelUnit:
         purpose: str = "",
         timeout: timedelta | None = None,
     ) -> RankGroup | None:
-        """Build a process group for each rank list, and return the one that this rank is in, if any.
+        """Build a process group for each rank list, and return the one that contains this rank, if any.
 
-        Every rank of the world calls this with the same lists. The same ranks with the same backend and purpose share a
-        group: under gloo every group costs threads that wake a hundred times a second.
+        All ranks of the world call this with the same lists. Calls with the same ranks, backend and purpose share a
+        group, because under gloo every group costs threads that wake a hundred times a second.
 
         Args:
-            rank_lists: global ranks of each group; no rank is in two.
-            backend: of the groups; that of the world unless given.
-            purpose: of messages that must not mix with others between the same ranks.
-            timeout: the longest wait in the groups; that of the unit unless given.
+            rank_lists: global ranks of each group; no rank may be in two groups.
+            backend: backend of the groups; by default that of the world.
+            purpose: keeps messages apart from others between the same ranks.
+            timeout: longest wait in the groups; by default that of the unit.
         """
         keys = [(tuple(ranks), backend, purpose) for ranks in rank_lists]
         new = [list(key[0]) for key in keys if key not in self._groups]
@@ -137,11 +135,11 @@ class ModelParallelUnit:
         return RankGroup(ranks, group)
 
     def register_engine(self) -> None:
-        """Count an engine that uses the groups; `release_engine` is its end."""
+        """Count an engine as a user of the groups, until `release_engine`."""
         self._num_engines += 1
 
     def release_engine(self) -> None:
-        """Free the groups where no other engine uses them. All ranks of the world call this together."""
+        """Free the groups if no other engine uses them. All ranks of the world call this together."""
         self._num_engines -= 1
         if self._num_engines > 0:
             return
@@ -158,7 +156,7 @@ class ModelParallelUnit:
 
     @property
     def num_stages(self) -> int:
-        """The number of stages that the model is cut into."""
+        """Number of stages of the model."""
         return len(self.placement)
 
     @property
@@ -193,7 +191,7 @@ class ModelParallelUnit:
 
     @property
     def should_report_metrics(self) -> bool:
-        """True on the rank that writes metrics and the console: rank 0, and no other."""
+        """True on the only rank that writes metrics and console output: rank 0."""
         return self.global_rank == 0
 
     def stage_rank(self, stage: int) -> int:

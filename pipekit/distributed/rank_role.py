@@ -12,13 +12,13 @@ from pipekit.errors import LayoutError
 
 @dataclass(frozen=True)
 class RankRole:
-    """Four answers of a rank, which are all that training needs to know of how a model is parallelized.
+    """Role of a rank: everything that training needs to know about the parallelization of a model.
 
     Attributes:
-        data_parallel_rank: index of the replica that the rank belongs to.
+        data_parallel_rank: index of the rank's replica.
         data_parallel_world_size: number of replicas.
-        should_report_metrics: whether the metrics of its batches count; true on one rank of each replica.
-        should_build_data_loader: whether it reads batches; true on one rank of each replica at least.
+        should_report_metrics: whether the metrics of the rank's batches count; usually true on one rank per replica.
+        should_build_data_loader: whether the rank reads batches; true on at least one rank per replica.
     """
 
     data_parallel_rank: int
@@ -28,12 +28,13 @@ class RankRole:
 
 
 def role_of(mpu: Any) -> RankRole:
-    """Return this rank's role by a `ModelParallelUnit`, or by any object that has the four answers.
+    """Return this rank's role from a `ModelParallelUnit`, or from any object with the attributes of `RankRole`.
 
-    Of a unit the last stage's first tensor-parallel rank reports: its peers see the same outputs, other stages none.
+    With a unit, the first tensor-parallel rank of the last stage reports: its peers see the same outputs, and other
+    stages see none.
 
     Raises:
-        LayoutError: if an answer is missing, or of another type.
+        LayoutError: if an attribute is missing or has the wrong type.
     """
     if isinstance(mpu, ModelParallelUnit):
         reports = mpu.is_last_stage and mpu.coordinate.tensor == 0
@@ -53,10 +54,10 @@ def role_of(mpu: Any) -> RankRole:
 
 
 def check_roles(roles: Sequence[RankRole]) -> None:
-    """Check that the roles of all ranks, in their order, fit together.
+    """Check that the roles of all ranks, in rank order, fit together.
 
     Raises:
-        LayoutError: if ranks name different numbers of replicas, or a replica has no rank that reads batches, or none
+        LayoutError: if ranks give different numbers of replicas, or a replica has no rank that reads batches or none
             that reports.
 
     Example:

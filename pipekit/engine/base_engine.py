@@ -1,4 +1,4 @@
-"""Base of all engines: construction on one of DeepSpeed's, gradient norms, skipped steps, checkpoints, and the end."""
+"""Base class of all engines: construction on DeepSpeed's, gradient norms, skipped steps, checkpoints and `destroy`."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from pipekit.tensors.host_memory import keep_freed_memory, return_freed_memory
 OptimizerBuilder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
-"""Returns the gradient of a parameter; None where it has none. All data-parallel ranks call it together."""
+"""Returns the gradient of a parameter, or None. All data-parallel ranks call it together."""
 
 GradientObserver = Callable[[GradientOf], None]
 
 
 class BaseEngine:
-    """The part of an engine that does not depend on what a training step is.
+    """The part of an engine that does not depend on the form of a training step.
 
-    It stands before one of DeepSpeed's engines among the bases of a class.
+    It comes before one of DeepSpeed's engines in the bases of a class.
 
     Args:
         module: the model, or this rank's stages of it.
         mpu: the process groups.
         deepspeed_config: DeepSpeed's configuration.
-        build_optimizer: called with the trainable parameters; returns a torch optimizer. None where the configuration
-            or `deepspeed_args` name one.
+        build_optimizer: called with the trainable parameters; returns a torch optimizer. None if the configuration or
+            `deepspeed_args` name one.
         **deepspeed_args: further arguments of DeepSpeed's engine.
 
     Raises:
@@ -75,15 +75,15 @@ class BaseEngine:
     _is_destroyed = False
 
     _takes_gradients = True
-    """False where hooks of DeepSpeed's accumulate and reduce the gradients, and not pipekit."""
+    """False if DeepSpeed's hooks accumulate and reduce the gradients, rather than pipekit."""
 
     model_config: Config | None = None
-    """Configuration of the model, which checkpoints hold beside DeepSpeed's."""
+    """Configuration of the model, which checkpoints hold besides DeepSpeed's configuration."""
 
     on_gradients: GradientObserver | None = None
-    """Called before every update, when the gradients are those of the step and of all replicas, with a function of a
-    parameter that returns its gradient in fp32 or the parameter's own type; of a tensor that tensor-parallel ranks
-    shard, this rank's shard. In fp16 the gradients are multiplied by `view.loss_scale`."""
+    """Called before every update, when the gradients of the step are reduced over all replicas. Its argument is a
+    function that returns a parameter's gradient in fp32 or the parameter's type; for a tensor that is sharded over
+    tensor-parallel ranks, this rank's shard. In fp16 the gradients are multiplied by `view.loss_scale`."""
 
     def __init__(
         self,
@@ -143,22 +143,22 @@ class BaseEngine:
 
     @property
     def logical(self) -> LogicalModel:
-        """The model as checkpoints know it."""
+        """Logical model: the tensors under the names that checkpoints use."""
         raise NotImplementedError
 
     @property
     def grad_norm(self) -> float:
-        """The 2-norm of the last step's gradient, before clipping; infinite where the step was skipped."""
+        """The 2-norm of the last step's gradient, before clipping; infinite if the step was skipped."""
         return self.late_grad_norm.read()
 
     @property
     def late_grad_norm(self) -> LateNumber:
-        """`grad_norm`, to be read without waiting for what is launched meanwhile."""
+        """`grad_norm` as a number that can be read without waiting for later work on the device."""
         norm = self._global_grad_norm
         return LateNumber(float("nan") if norm is None else norm)
 
     def set_lr(self, lr: float, momentum: float | None = None) -> None:
-        """Set the learning rate of the next step, and the momentum where one is given."""
+        """Set the learning rate of the next step, and the momentum if given."""
         self.view.set_lr(lr, momentum)
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
@@ -177,7 +177,7 @@ class BaseEngine:
         self.global_samples += self.train_batch_size()
 
     def clip_fp32_gradients(self) -> None:
-        """Clip by the norm of the whole model's gradient; DeepSpeed's counts only the first stage's."""
+        """Clip by the norm of the whole model's gradient; DeepSpeed would use only that of the first stage."""
         if self.torch_autocast_z0_gradscaler is not None:
             self._global_grad_norm = self.view.global_norm(self.module.parameters())
         coefficient = (self.gradient_clipping() / (self._global_grad_norm + 1e-6)).clamp(max=1.0)
@@ -188,7 +188,7 @@ class BaseEngine:
     def destroy(self) -> None:
         """Free the engine's process groups, unless another engine uses them. All ranks call this together.
 
-        The module communicates through them, and cannot be used any more.
+        The module communicates through these groups, so it cannot be used afterwards.
         """
         if self._is_destroyed:
             return
@@ -205,10 +205,10 @@ class BaseEngine:
                 super().destroy()  # type: ignore[misc]
 
     def check_replicas(self) -> None:
-        """Check that all ranks that hold the same tensor hold the same bits of it. All ranks call this together.
+        """Check that all ranks that hold the same tensor hold the same bits. All ranks call this together.
 
         Raises:
-            ReplicaError: on every rank, with the tensors that differ and the ranks on which they do.
+            ReplicaError: on every rank, with the tensors that differ and the ranks on which they differ.
         """
         check_consistency(self.logical, self.mpu, step=self.global_steps)
 
@@ -220,14 +220,14 @@ class BaseEngine:
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Write a checkpoint into a folder; every rank calls this together. Any layout reads it.
+        """Save a checkpoint to a folder; any layout can read it. All ranks call this together.
 
         Args:
-            save_dir: the folder, which every rank sees.
-            tag: name of the checkpoint; made from the step unless given.
+            save_dir: the folder, which every rank can see.
+            tag: name of the checkpoint; by default it is made from the step.
             client_state: further values to keep: numbers, texts, lists and dicts.
-            save_latest: whether `latest` names it from now on.
-            exclude_frozen_parameters: not taken.
+            save_latest: whether to point `latest` to the checkpoint.
+            exclude_frozen_parameters: not supported.
         """
         from pipekit.engine.engine_state import save_engine
 
@@ -246,19 +246,19 @@ class BaseEngine:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Read a checkpoint that `save_checkpoint` or a run wrote, whatever layout wrote it.
+        """Load a checkpoint that `save_checkpoint` or a run wrote under any layout.
 
         Args:
-            load_dir: the folder that it was saved into.
-            tag: name of the checkpoint; the newest unless given.
-            load_module_strict: not taken as False.
-            load_optimizer_states: whether to read the optimizer's states.
-            load_lr_scheduler_states: whether to read the learning-rate scheduler's state.
-            load_module_only: whether to read weights alone.
-            custom_load_fn: not taken.
+            load_dir: the folder that the checkpoint was saved to.
+            tag: name of the checkpoint; by default the newest.
+            load_module_strict: must not be False.
+            load_optimizer_states: whether to load the optimizer's states.
+            load_lr_scheduler_states: whether to load the learning-rate scheduler's state.
+            load_module_only: whether to load only the weights.
+            custom_load_fn: not supported.
 
         Returns:
-            The checkpoint's path and the `client_state` it holds; None and None where the folder holds no checkpoint.
+            The checkpoint's path and the `client_state` it holds; None and None if the folder holds no checkpoint.
         """
         from pipekit.engine.engine_state import load_engine
 

@@ -1,4 +1,4 @@
-"""The pipeline engine: one training step across stages and replicas, on DeepSpeed's optimizers."""
+"""Pipeline engine: training steps across stages and replicas, with DeepSpeed's optimizers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _MEASURED_STEPS = 3
 
 
 class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[misc]
-    """Trains a `PipelineModule`.
+    """Engine that trains a `PipelineModule`.
 
-    It is DeepSpeed's engine with another execution: actions come from a schedule's table, messages are asynchronous,
-    tied and replicated gradients are reduced and counted once under every optimizer, and a step whose gradients are not
-    finite is skipped and counted.
+    It is DeepSpeed's engine with a different executor: actions follow a schedule's table, messages are asynchronous,
+    tied and replicated gradients are reduced and counted once under every optimizer, and a step with gradients that are
+    not finite is skipped and counted.
 
     Its arguments are those of `TrainingEngine`.
     """
@@ -103,12 +103,12 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         return loss
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Set the sequences of a micro-batch; their number in a step stays."""
+        """Set the number of sequences in a micro-batch; the number of micro-batches in a step does not change."""
         super().set_train_micro_batch_size(micro_batch_size)
         self.micro_batch_size = micro_batch_size
 
     def _learn_costs(self) -> None:
-        """Time the step that has just ended; after the last to be timed, plan the table for what the actions cost."""
+        """Time the step that has just ended; after the last timed step, plan the table for the measured costs."""
         self._timelines.append(self.gather_timeline())
         if len(self._timelines) < _MEASURED_STEPS:
             return
@@ -120,7 +120,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         self._schedules = {key: schedule for key, schedule in self._schedules.items() if key[0] == "eval"}
 
     def _shared_parameters(self) -> list[nn.Parameter]:
-        """Parameters that ranks of other stages or tensor-parallel ranks hold, too."""
+        """Parameters that ranks of other stages or tensor-parallel ranks hold too."""
         tied = [weight for weight, _ in self.module.get_tied_weights_and_groups()]
         return [*tied, *self._tensor_replicas()]
 
@@ -130,7 +130,7 @@ class PipelineEngine(TrainingEngine, DeepSpeedPipelineEngine):  # type: ignore[m
         return [each for each in self.module.parameters() if each.requires_grad and shard_of(each) is None]
 
     def _reducing_gradients_of(self, stage: int, weights: list[Tensor] | None) -> AbstractContextManager[None]:
-        """Reduce the gradients of a stage as its last ones come, except what a stage yet to come shares with it."""
+        """Reduce the gradients of a stage as its last ones arrive, except those that a later stage shares with it."""
         self._stages_left.discard(stage)
         awaited = {parameter for other in self._stages_left for parameter in self.module.stage_parameters(other)}
         parameters = [each for each in self.module.stage_parameters(stage) if each not in awaited]

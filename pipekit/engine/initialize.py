@@ -1,4 +1,4 @@
-"""`initialize`: the counterpart of `deepspeed.initialize`, for pipeline modules and for any other."""
+"""`initialize`: the counterpart of `deepspeed.initialize`, for pipeline modules and plain modules."""
 
 from __future__ import annotations
 
@@ -57,32 +57,31 @@ def initialize(
     model_config: ModelConfigSource | None = None,
     profile: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
-    """Return an engine for a `pipekit.PipelineModule`, or for any `nn.Module`, as `deepspeed.initialize` does.
+    """Build an engine for a `pipekit.PipelineModule` or any `nn.Module`, as `deepspeed.initialize` does.
 
     All ranks call this together, with the same arguments.
 
     Args:
-        args: has `deepspeed_config`, the path of a configuration, where `config` is not given.
+        args: object with an attribute `deepspeed_config`, the path of a configuration, in place of `config`.
         model: the module.
-        optimizer: a torch optimizer, or a function of the parameters that returns one; DeepSpeed's configuration names
-            one otherwise. A plain module without one can only be evaluated.
-        model_parameters: what to train; all parameters of the module that need a gradient, unless given.
-        training_data: a dataset, read in DeepSpeed's order. That of a pipeline module is map-style, its samples are
-            pairs of inputs and labels, and they come as they stand there, again and again; checkpoints hold the
-            position. That of a plain module is read by DeepSpeed's loader, which shuffles it.
+        optimizer: a torch optimizer, or a function of the parameters that returns one; otherwise DeepSpeed's
+            configuration names one. A plain module without an optimizer can only be evaluated.
+        model_parameters: parameters to train; by default all parameters of the module that require a gradient.
+        training_data: a dataset, read in DeepSpeed's order. For a pipeline module it is map-style with pairs of inputs
+            and labels, and is read in order, again and again; checkpoints hold the position. For a plain module,
+            DeepSpeed's loader reads and shuffles it.
         lr_scheduler: a scheduler of the given optimizer, or a function of the optimizer that returns one; it steps
-            after every update. DeepSpeed's configuration may name one otherwise.
-        distributed_port: the port of rank 0, where the processes have not been joined.
-        mpu: the process groups of a plain module, a `ModelParallelUnit`, which several engines may share; a pipeline
+            after every update. Otherwise DeepSpeed's configuration may name one.
+        distributed_port: the port of rank 0, to use if the processes have not joined yet.
+        mpu: a `ModelParallelUnit`, the process groups of a plain module; several engines may share it. A pipeline
             module has its own.
-        dist_init_required: False refuses processes that have not been joined; otherwise they are joined then.
-        collate_fn: makes a micro-batch of a list of samples.
-        mesh_param: not taken: a pipeline module has a topology, and the ranks of a plain module are replicas.
+        dist_init_required: False raises an error if the processes have not joined yet; otherwise they join now.
+        collate_fn: makes a micro-batch from a list of samples.
+        mesh_param: not supported: a pipeline module has a topology, and the ranks of a plain module are replicas.
         config: DeepSpeed's configuration, or the path of its JSON file.
-        config_params: another name of `config`.
-        model_config: a description of the model, which checkpoints then hold: the settings of a family such as
-            `GPT2Config(...)`, or the path of a YAML file with a `model` section, and perhaps `data.tokenizer`, or its
-            content.
+        config_params: another name for `config`.
+        model_config: a description of the model for checkpoints to hold: the settings of a family such as
+            `GPT2Config(...)`, or a YAML file's path or content with a `model` section and optionally `data.tokenizer`.
         profile: whether to time every action of a pipeline module; see `PipelineEngine.gather_timeline`.
 
     Returns:
@@ -169,7 +168,7 @@ def initialize(
 def _only_config(
     args: Any, config: str | Mapping[str, Any] | None, config_params: str | Mapping[str, Any] | None
 ) -> str | Mapping[str, Any] | None:
-    """Return the configuration, which may be given in one of three ways."""
+    """Return the configuration from the one argument of three that gives it."""
     ways = {
         "config=": config,
         "config_params=": config_params,
@@ -202,7 +201,7 @@ def _describe_model(model: nn.Module, given: ModelConfigSource) -> Config:
 
 
 def _check_zero_stage(model: PipelineModule, zero: int) -> None:
-    """Raise a ConfigError where a module cannot run under ZeRO-2 or 3."""
+    """Raise a ConfigError if a module cannot run under ZeRO-2 or ZeRO-3."""
     if zero < 2:
         return
     num_stages = model.mpu().num_stages
@@ -221,7 +220,7 @@ def _check_zero_stage(model: PipelineModule, zero: int) -> None:
 
 
 def _check_layout(model: PipelineModule, settings: Mapping[str, Any]) -> None:
-    """Raise a ConfigError where a module and the configuration disagree on what both may say."""
+    """Raise a ConfigError if a module and the configuration disagree on a setting that both may have."""
     layout = model.mpu().layout
     pipeline = settings.get("pipeline", {})
     stages, interval = pipeline.get("stages"), pipeline.get("activation_checkpoint_interval")
@@ -253,7 +252,7 @@ def _kept_inputs(section: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _read_config(config: str | Mapping[str, Any] | None, caller: Caller) -> dict[str, Any]:
-    """Return DeepSpeed's configuration with pipekit's values in the place of `auto`, after checking all of it."""
+    """Return DeepSpeed's configuration, checked, with pipekit's values in place of `auto`."""
     if config is None:
         raise ConfigError("no configuration: give config=, a dict or the path of a JSON file")
     where = "config"

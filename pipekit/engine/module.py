@@ -1,4 +1,4 @@
-"""The layers of a rank's stages: built from their specs, seeded by name, run one after the other."""
+"""Pipeline modules: the layers of a rank's stages, built from their specs, seeded by name and run in order."""
 
 from __future__ import annotations
 
@@ -46,58 +46,59 @@ Activations = Any
 LossFunction = Callable[[Any, Any], Tensor]
 
 LayerObserver = Callable[[int, Activations, tuple[int, int] | None], None]
-"""Called with a layer's index, what it has returned, and the `dropout_path` of its micro-batch. Where activations are
-checkpointed it is called again as they are recomputed."""
+"""Called with a layer's index, its output, and the `dropout_path` of its micro-batch. Under activation checkpointing it
+is called again when the layer is recomputed."""
 
 
 class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
-    """The stages of a model that this rank holds.
+    """Pipeline module: the stages of a model that this rank holds.
 
-    Only the layers of these stages are built. Each starts from weights that depend on the seed and the layer's name
-    alone, so they are the same under every layout.
+    Only the layers of these stages are built. Initial weights depend only on the seed and the layer's name, so they are
+    the same under every layout.
 
-    It is a DeepSpeed `PipelineModule` to DeepSpeed's engine, but does not run that class's constructor, which would
-    make groups, partition, build every layer on every rank to count it, and move, all in one.
+    To DeepSpeed's engine it is a DeepSpeed `PipelineModule`, but it does not run that class's constructor, which would
+    make groups, partition, build every layer on every rank to count it, and move the layers, all at once.
 
-    It takes what DeepSpeed's takes: without `mpu` it makes the layout from `num_stages`, or `topology`, and the number
-    of processes, and cuts the model by `partition_method`.
+    It takes the arguments of DeepSpeed's module: without `mpu` it makes the layout from `num_stages` or `topology` and
+    the number of processes, and partitions the model by `partition_method`.
 
     Args:
         layers: the whole model: specs of pipekit or DeepSpeed, modules, or functions.
-        num_stages: the pipeline-parallel degree, where there is neither `topology` nor `mpu`.
+        num_stages: the pipeline-parallel degree, if neither `topology` nor `mpu` is given.
         topology: DeepSpeed's process topology.
-        loss_fn: called on the last stage as `loss_fn(outputs, labels)`; returns a scalar. None where the last layer
+        loss_fn: called on the last stage as `loss_fn(outputs, labels)`; returns a scalar. None if the last layer
             returns the loss.
-        seed_layers: not taken as False: what a layer starts from, and what it draws, follows from the seed and the
-            layer alone.
+        seed_layers: must not be False: a layer's initial weights and random numbers always depend only on the seed and
+            the layer.
         seed_fn: called with a layer's seed before each layer is built and run, in place of `torch.manual_seed`.
-        base_seed: of the initial weights and of dropout.
+        base_seed: seed of the initial weights and of dropout.
         partition_method: `parameters`, `uniform` or `type:<regex>`.
-        activation_checkpoint_interval: keep only the input of every so many layers, and recompute the rest in the
-            backward; 0 keeps everything.
-        activation_checkpoint_func: torch's or DeepSpeed's own; torch's is used, which takes any inputs and outputs.
-        checkpointable_layers: class names of layers to checkpoint; all unless given.
-        dynamic_shape: whether shapes will change from step to step; they always may.
-        schedule: what the engine runs: a name, the path of a CSV file, or a table.
-        stages_per_rank: stages on each rank; as many as the schedule is made for, unless given.
-        mpu: the process groups. The answers of a subclass of `ModelParallelUnit` are compared over all ranks first.
+        activation_checkpoint_interval: number of layers in a group. Only the input of each group is kept, and its
+            layers are recomputed in the backward; 0 keeps all activations.
+        activation_checkpoint_func: torch's or DeepSpeed's function; torch's is used, with any inputs and outputs.
+        checkpointable_layers: class names of layers to checkpoint; all layers by default.
+        dynamic_shape: whether shapes change from step to step; they always may.
+        schedule: schedule that the engine runs: a name, the path of a CSV file, or a table.
+        stages_per_rank: number of stages on each rank; the default depends on the schedule.
+        mpu: the process groups. The values of a subclass of `ModelParallelUnit` are first compared over all ranks.
         boundaries: one more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
-            Cut by `partition_method` unless given.
-        device: where the layers live; the accelerator of this process unless given.
-        sequence_parallel: whether tensor-parallel ranks keep their part of the sequence of what passes between layers
-            that can work on parts.
+            By default the model is partitioned by `partition_method`.
+        device: device of the layers; by default the accelerator of this process.
+        sequence_parallel: whether tensor-parallel ranks each keep a shard of the sequence between layers that can work
+            on shards.
         checkpointing: layers that are recomputed one by one in the backward, and where their inputs are kept; in place
             of `activation_checkpoint_interval`.
         compile_layers: whether torch compiles the layers whose class occurs more than once in the model, each class
-            once. Random numbers stay those of uncompiled layers.
-        loss_weight: called on the last stage as `loss_weight(labels)`; returns what a micro-batch counts in the mean
-            loss of the global batch. None counts all alike.
-        layer_drop: with which probabilities blocks are left out in training; None keeps all.
-        deepspeed_config: that of the engine to come. Under ZeRO-3 each layer is cut into a piece for each replica as
-            soon as it is built, so that no rank ever holds the whole model; without it, the engine cuts them all.
+            once. Random numbers are the same as in uncompiled layers.
+        loss_weight: called on the last stage as `loss_weight(labels)`; returns the weight of a micro-batch in the mean
+            loss of the global batch. None gives all the same weight.
+        layer_drop: probabilities of dropping blocks in training; None keeps all blocks.
+        deepspeed_config: configuration of the engine that will be built. With it, under ZeRO-3, each layer is sharded
+            over the replicas as soon as it is built, so no rank ever holds the whole model; otherwise the engine shards
+            all layers at once.
 
-    Raises:
-        PipekitError: if layers, degrees and processes do not fit together.
+        Raises:
+            PipekitError: if layers, degrees and processes do not fit together.
     """
 
     def __init__(
@@ -185,13 +186,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         self.tied_comms = self._build_tied_groups(mpu)
 
     def keep_inputs(self, *, partition: bool = False, offload: bool = False) -> None:
-        """Keep the inputs of layers that are recomputed as each tensor-parallel rank's shard, or in host memory, too.
+        """Keep the inputs of recomputed layers as shards over the tensor-parallel ranks, in host memory, or both.
 
-        Inputs that are shards of the sequence already stay as they are, and so do those of stages, which have to be
-        there whole.
+        Inputs that are already shards of the sequence stay unchanged, and so do inputs of stages, which must be whole.
 
         Raises:
-            ConfigError: if there is one tensor-parallel rank, which has nothing to share out.
+            ConfigError: if inputs are to be sharded with only one tensor-parallel rank.
         """
         if partition and self.tensor_group is None:
             raise ConfigError(
@@ -235,12 +235,12 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         return self._mpu
 
     def layers_of(self, stage: int) -> range:
-        """The indices of the layers that a stage holds."""
+        """Indices of a stage's layers."""
         return range(self.boundaries[stage], self.boundaries[stage + 1])
 
     @property
     def layer_indices(self) -> list[int]:
-        """The indices of the layers that this rank holds."""
+        """Indices of the layers that this rank holds."""
         return [layer_idx for stage in self.stages for layer_idx in self.layers_of(stage)]
 
     def _build_stages(self) -> None:
@@ -280,7 +280,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
                 layer.compile(dynamic=False, options={"fallback_random": True})
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile every layer of this rank by itself; the arguments are those of `torch.compile`."""
+        """Compile each layer of this rank separately; the arguments are those of `torch.compile`."""
         self._split_linear = split_uncompiled_linear()
         for layer_idx, layer in self._layers.items():
             if isinstance(layer, nn.Module):
@@ -351,7 +351,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         return comms
 
     def forward(self, inputs: Activations, *, stage: int = 0, **options: Any) -> Activations:
-        """Run one stage's layers; see `forward_stage`. ZeRO-3 hangs its hooks on the call of a module."""
+        """Run the layers of a stage; see `forward_stage`. ZeRO-3 attaches its hooks to the call of a module."""
         return self.forward_stage(stage, inputs, **options)
 
     def forward_stage(
@@ -362,14 +362,14 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         dropout_path: tuple[int, int] | None = None,
         split_backward: bool = False,
     ) -> Activations:
-        """Run one stage's layers on one micro-batch.
+        """Run the layers of a stage on one micro-batch.
 
         Args:
-            stage: one of this rank's.
-            inputs: what the previous stage returned, or the micro-batch's inputs on the first.
-            dropout_path: the step and the index of the micro-batch in the global batch, which together with a layer's
-                index seed what that layer draws; None draws from the current generator state.
-            split_backward: whether the backward may hand the weight gradients of linear layers over.
+            stage: a stage of this rank.
+            inputs: outputs of the previous stage, or on the first stage the inputs of the micro-batch.
+            dropout_path: the step and the index of the micro-batch in the global batch; together with a layer's index
+                they seed the layer's random numbers. None uses the current state of the generators.
+            split_backward: whether the backward may defer the weight gradients of linear layers.
         """
         layers = self.layers_of(stage)
         interval = self.activation_checkpointing if torch.is_grad_enabled() else 0
@@ -447,7 +447,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         return scale is not None
 
     def returns_shard(self, layer_idx: int) -> bool:
-        """True if one of this rank's layers returns a shard of the sequence."""
+        """True if a layer of this rank returns a shard of the sequence."""
         return self._flows[layer_idx].returns_shard
 
     def _as_taken(self, inputs: Activations, layer_idx: int) -> Activations:
@@ -457,13 +457,13 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         return convert(inputs, is_shard=is_shard, wants_shard=wants_shard, group=self.tensor_group)
 
     def stage_parameters(self, stage: int) -> list[nn.Parameter]:
-        """Return the trainable parameters of one of this rank's stages."""
+        """Return the trainable parameters of a stage of this rank."""
         modules = (self.module_of(layer_idx) for layer_idx in self.layers_of(stage))
         parameters = (parameter for module in modules for parameter in module.parameters() if parameter.requires_grad)
         return list(dict.fromkeys(parameters))
 
     def module_of(self, layer_idx: int) -> nn.Module:
-        """Return the module of one of this rank's layers."""
+        """Return the module of a layer of this rank."""
         spec = self.layer_specs[layer_idx]
         if isinstance(spec, TiedLayerSpec):
             return self.tied_modules[spec.key]
@@ -478,7 +478,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
     def named_logical_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Yield `(logical name, parameter, owned)` for each parameter of this rank.
 
-        A tied parameter lives on several ranks under one name; the one with its first layer owns it.
+        Several ranks may hold a tied parameter under one name; the rank with its first layer owns it.
         """
         for name, tensor, owned in self._named_logical(nn.Module.named_parameters):
             assert isinstance(tensor, nn.Parameter)
@@ -489,7 +489,7 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
         yield from self._named_logical(persistent_buffers)
 
     def description(self) -> dict[str, Any]:
-        """The name and the type of each layer, for the configuration in a checkpoint."""
+        """Name and type of each layer, for the configuration in a checkpoint."""
         names = zip(self.layer_names, self.layer_specs, strict=True)
         return {"layers": [{"name": name, "type": spec.type_name} for name, spec in names]}
 

@@ -32,14 +32,14 @@ _STEP_STATE = ("global_steps", "global_samples", "micro_steps", "skipped_steps",
 class TrainingEngine(BaseEngine):
     """The part of an engine of a `PipelineModule` that does not depend on how gradients are reduced.
 
-    It stands before one of DeepSpeed's engines among the bases of a class.
+    It comes before one of DeepSpeed's engines in the bases of a class.
 
     Args:
         module: this rank's stages, and the schedule to run.
         deepspeed_config: DeepSpeed's configuration.
-        measure_costs: whether to time the actions of the first steps, and then to plan the table anew for them.
-        max_in_flight: the stage activations that a rank may hold under the table that is planned anew.
-        profile: whether to time every step's actions, for `gather_timeline`.
+        measure_costs: whether to time the actions of the first steps and then plan a new table for the measured costs.
+        max_in_flight: largest number of stage activations that a rank may hold under the new table.
+        profile: whether to time the actions of every step, for `gather_timeline`.
         **settings: the other arguments of `BaseEngine`.
     """
 
@@ -59,7 +59,7 @@ class TrainingEngine(BaseEngine):
     _config: Any
 
     before_update: Callable[[], None] | None = None
-    """Called in every training step when all gradients are there, and nothing has been updated."""
+    """Called in every training step when all gradients are complete, before the update."""
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class TrainingEngine(BaseEngine):
         """Train on one global batch.
 
         Args:
-            data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage. The
-                training data that the engine was built with, unless given.
+            data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage. By
+                default it reads the training data that the engine was built with.
 
         Returns:
             The mean loss over the global batch before the update, in fp32, on every rank.
@@ -113,10 +113,10 @@ class TrainingEngine(BaseEngine):
 
     @contextmanager
     def computing_again(self, step: int) -> Iterator[None]:
-        """Let `train_batch` inside compute a step without its update, and leave everything as it was.
+        """Context manager in which `train_batch` computes a step without an update, and changes no state.
 
-        Weights, optimizer, loss scale and counters stay, and `on_gradients` is not called. Random numbers are those of
-        the step. All ranks do this together.
+        Weights, optimizer, loss scale and counters do not change, and `on_gradients` is not called. Random numbers are
+        those of the step. All ranks do this together.
 
         Args:
             step: number of the step, from 0.
@@ -149,10 +149,10 @@ class TrainingEngine(BaseEngine):
 
     @property
     def schedule(self) -> Schedule:
-        """The table of a training step.
+        """Schedule table of a training step.
 
         Raises:
-            ConfigError: if the module's schedule cannot run with so many micro-batches.
+            ConfigError: if the module's schedule cannot run with this number of micro-batches.
         """
         key = ("train", self.micro_batches)
         if key not in self._schedules:
@@ -186,18 +186,18 @@ class TrainingEngine(BaseEngine):
         return self._schedules[key]
 
     def set_batch_fn(self, fn: BatchFunction) -> None:
-        """Set the function that makes a pair of inputs and labels from what a data iterator yields."""
+        """Set the function that converts each item of a data iterator to a pair of inputs and labels."""
         self.executor.reader.batch_fn = fn
 
     def set_training_data(self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None = None) -> None:
-        """Train on a dataset where `train_batch` is given no iterator, in the order of DeepSpeed's pipeline engine.
+        """Set the dataset that `train_batch` reads without an iterator, in the order of DeepSpeed's pipeline engine.
 
-        Samples come as they stand in the dataset, and again from the first; see `ReplicaLoader`. The position follows
-        from `global_samples`, which checkpoints hold.
+        Samples are read in order, and then again from the first; see `ReplicaLoader`. The position follows from
+        `global_samples`, which checkpoints hold.
 
         Args:
-            dataset: map-style; its samples are pairs of inputs and labels.
-            collate: makes a micro-batch of a list of samples; stacks pairs of inputs and labels unless given.
+            dataset: a map-style dataset of pairs of inputs and labels.
+            collate: makes a micro-batch from a list of samples; by default it stacks pairs of inputs and labels.
         """
         loader = ReplicaLoader(
             dataset,
@@ -219,10 +219,10 @@ class TrainingEngine(BaseEngine):
         )
 
     def set_dataloader(self, loader: Iterable[Any]) -> None:
-        """Train on the micro-batches of a loader where `train_batch` is given no iterator; it should not end.
+        """Set the loader of micro-batches that `train_batch` reads without an iterator.
 
         Args:
-            loader: yields pairs of inputs and labels; read on the first and the last stage.
+            loader: yields pairs of inputs and labels, without end; read on the first and the last stage.
         """
         self.set_dataiterator(iter(loader) if self.mpu.should_build_data_loader else None)
         self.training_dataloader = loader
@@ -234,13 +234,13 @@ class TrainingEngine(BaseEngine):
         schedule: Any = None,
         compiled_autograd_enabled: bool = False,
     ) -> None:
-        """Compile the layers of this rank, each by itself, with `torch.compile`; a second call does nothing.
+        """Compile each layer of this rank separately with `torch.compile`; a second call does nothing.
 
         Args:
-            backend: torch's name of a compiler, or a function.
+            backend: a compiler, by its name in torch or as a function.
             compile_kwargs: further arguments of `torch.compile`.
-            schedule: not taken: passes of DeepCompile.
-            compiled_autograd_enabled: not taken.
+            schedule: not supported: passes of DeepCompile.
+            compiled_autograd_enabled: not supported.
 
         Raises:
             ConfigError: under ZeRO-3, or if one of the last two is given.
@@ -282,16 +282,16 @@ class TrainingEngine(BaseEngine):
 
         Args:
             data_iter: yields `num_micro_batches` pairs of inputs and labels; read on the first and the last stage.
-            return_logits: whether to return a pair: the above, and the last layer's outputs for the whole batch on this
+            return_logits: whether to return a pair: the loss, and the last layer's outputs for the whole batch on this
                 pipeline, joined along their first dimension (None on ranks without the last stage).
-            compute_loss: False takes the last layer's outputs in place of losses.
-            reduce_output: `avg`; None returns a list, one entry a micro-batch of this pipeline, in place of the mean.
+            compute_loss: whether to compute losses; False returns the last layer's outputs in place of losses.
+            reduce_output: `avg`; None returns a list of one entry per micro-batch of this pipeline, not the mean.
             bcast_loss: whether ranks without the last stage return the losses too, rather than None.
-            num_micro_batches: as many as in training, unless given.
+            num_micro_batches: number of micro-batches; by default that of training.
             observe: called on the last stage with each micro-batch's outputs and labels.
 
-        Raises:
-            ConfigError: if `reduce_output` or `num_micro_batches` is none of these.
+            Raises:
+                ConfigError: if `reduce_output` or `num_micro_batches` has another value.
         """
         if reduce_output is not None and str(reduce_output).lower() != "avg":
             raise ConfigError(f"reduce_output={reduce_output}: must be 'avg', or None for a list")
@@ -336,12 +336,12 @@ class TrainingEngine(BaseEngine):
             self.monitor.write_events(events)
 
     def observe_batch(self, data_iter: Iterator[Any] | None, observe: Observer, *, num_micro_batches: int) -> None:
-        """Forward a batch in evaluation mode, without losses, and show its outputs. All ranks call this together.
+        """Forward a batch in evaluation mode without losses, and pass on its outputs. All ranks call this together.
 
         Args:
-            data_iter: as `eval_batch` takes it.
+            data_iter: as in `eval_batch`.
             observe: called on the last stage with each micro-batch's outputs and labels, in order.
-            num_micro_batches: of this pipeline.
+            num_micro_batches: number of micro-batches of this pipeline.
         """
         self.module.eval()
         with torch.no_grad():

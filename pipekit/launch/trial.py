@@ -1,4 +1,4 @@
-"""Processes of a trial of one's own: started on this machine, or joined where another launcher has started them."""
+"""Processes of a user-defined trial: started on this machine, or joined if another launcher has started them."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def init(
     exp_conf: Mapping[str, Any] | None = None,
     enable_tensorboard_logging: bool = False,
 ) -> Iterator[TrialContext]:
-    """Join the processes of this script's launcher, and yield the context of its trial.
+    """Join the processes that this script's launcher started, and yield the trial's context.
 
-    Under torchrun, deepspeed, srun or mpirun, this process is one of the ranks, and an error ends it at once, so that
-    the others do not wait. Without a launcher it is alone.
+    Under torchrun, deepspeed, srun or mpirun, this process is one of the ranks, and an error ends it at once, so the
+    other ranks do not wait for it. Without a launcher it is the only process.
 
     Args:
-        hparams: the hyperparameters, in place of those of `exp_conf`.
+        hparams: hyperparameters, in place of those in `exp_conf`.
         exp_conf: the configuration, with the keys of a YAML file.
         enable_tensorboard_logging: whether the trainer writes all metrics to TensorBoard.
 
     Raises:
-        PipekitError: if the configuration is wrong, or the processes do not find each other.
+        PipekitError: if the configuration is wrong, or the processes cannot connect to each other.
 
     Example:
         with pipekit.init(hparams={"lr": 0.1}) as context:
@@ -63,7 +63,7 @@ def init(
 
 @contextmanager
 def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterator[TrialContext]:
-    """Join the ranks, or be alone where there are none, yield the trial's context, and leave them in the end."""
+    """Join the ranks, or run alone if there are none, yield the trial's context, and leave the ranks at the end."""
     device: Literal["cpu", "cuda"] = "cuda" if count_gpus(config.run.device, os.environ) else "cpu"
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -95,7 +95,7 @@ def joined_context(config: TrialConfig, ranks: RankEnvironment | None) -> Iterat
 
 
 def train_trial(config: TrialConfig) -> None:
-    """Train the trial that a configuration names: start its processes here, or be one of those that are started.
+    """Train the trial that a configuration names: start its processes, or be one that a launcher has started.
 
     Raises:
         PipekitError: if the trial breaks a rule, or a rank fails.
