@@ -1,4 +1,4 @@
-"""The configuration of a run: its typed sections, and how it is read from YAML."""
+"""The configuration of a run: typed sections, read from YAML."""
 
 from pipekit.config.batch import BatchPlan, plan_batch
 from pipekit.config.callbacks_config import WandbConfig

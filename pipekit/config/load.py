@@ -1,7 +1,6 @@
 """Reading a configuration: a YAML file, changes from the command line, or a dict.
 
-Every mistake is found before the first is reported, and each is shown with the file and line, or the argument
-of the command line, that it comes from.
+All mistakes are found before any is reported. Each is shown with its file and line, or with its command-line argument.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pipekit.settings.yaml_source import read_yaml
 KeyPath = tuple[str, ...]
 
 ModelConfigSource = Config | ModelFamily | Mapping[str, Any] | str | Path
-"""Description of a model that there is already; see `load_model_config`."""
+"""Description of an existing model; see `load_model_config`."""
 
 _EXAMPLES = {"model": "{preset: tiny}", "train": "{steps: 300}", "deepspeed": "{wall_clock_breakdown: true}"}
 _MAX_BYTES = 2_000_000  # every key written out takes some thousands
@@ -49,7 +48,7 @@ class _Place:
 
 
 class Draft:
-    """A configuration that has not been checked yet: plain values, and the place of each key."""
+    """A configuration that is not checked yet: plain values, and the place of each key."""
 
     def __init__(self, label: str = "") -> None:
         self.label = label
@@ -60,16 +59,16 @@ class Draft:
 
     @property
     def is_full(self) -> bool:
-        """True if there are more faults than are shown; no remedies are looked for any more."""
+        """True if there are more faults than can be shown; then no more remedies are searched for."""
         return len(self.faults) > 100
 
     def place_of(self, key: KeyPath) -> _Place:
-        """Return the place of a key, or else of the nearest key above it."""
+        """Return the place of a key, or of the nearest key above it."""
         above = (key[:length] for length in range(len(key), 0, -1))
         return next((self.places[known] for known in above if known in self.places), _Place(self.label))
 
     def get(self, key: KeyPath) -> Any:
-        """Return the value of a key; None where there is none."""
+        """Return the value of a key, or None."""
         node: Any = self.values
         for part in key:
             if node is self.values:
@@ -79,11 +78,11 @@ class Draft:
         return node
 
     def label_as(self, section: str, label: str) -> None:
-        """Show the faults of a section, whose values stand in a file of their own, under that file."""
+        """Show the faults of a section under the separate file that holds its values."""
         self.places[(section,)] = _Place(label)
 
     def add(self, fault: Fault) -> None:
-        """Note a fault at the place of its key."""
+        """Add a fault at the place of its key."""
         given = [key for key in (fault.key, *fault.partners) if key in self.places]
         place = self.place_of(given[0] if given else fault.key)
         if place.override is None and place.line in self.unread_lines:
@@ -95,7 +94,7 @@ class Draft:
         self.faults.append((place, message))
 
     def set(self, key: KeyPath, value: Any, place: _Place) -> None:
-        """Give a key a value, in place of whatever stood there; a number is a position in a list."""
+        """Set the value of a key; a number in the key is a position in a list."""
         node: Any = self.values
         for depth, part in enumerate(key[:-1], start=1):
             at = _position(node, part)
@@ -119,7 +118,7 @@ class Draft:
         self.places[key] = place
 
     def error(self) -> ConfigError:
-        """Return one error that shows every fault, in the order of the file."""
+        """Return one error that shows all faults, in the order of the file."""
         ordered = sorted(self.faults, key=lambda fault: (fault[0].override is not None, fault[0].line))
         lines = (f"{place.label}: {message}" if place.label else message for place, message in ordered)
         return config_error(dict.fromkeys(lines))
@@ -133,24 +132,24 @@ def _position(node: dict[str, Any] | list[Any], part: str) -> Any:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Return the configuration of a YAML file.
+    """Load a configuration from a YAML file.
 
-    Paths inside it are relative to the working directory, not to the file. `run.dir` is
-    `runs/<name of the file>` where neither the file nor an override gives it.
+    Paths in the file are relative to the working directory, not to the file. `run.dir` defaults to
+    `runs/<name of the file>`.
 
-    `overrides` are changes such as `"train.steps=20"`, read as YAML and applied in order.
+    `overrides` are changes such as `"train.steps=20"`; their values are read as YAML and applied in order.
 
     Raises:
-        ConfigError: with every mistake, each where it was made.
+        ConfigError: if there are mistakes; it lists all of them, each with its place.
     """
     return _finish(read_draft(path, overrides), default_dir=f"runs/{Path(path).stem}")
 
 
 def parse_config(values: Config | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Return the configuration of a nested dict with the keys of the YAML file, changed as in `load_config`.
+    """Parse a configuration from a nested dict with the keys of a YAML file; `overrides` are as in `load_config`.
 
     Raises:
-        ConfigError: with every mistake.
+        ConfigError: if there are mistakes; it lists all of them.
 
     Example:
         >>> parse_config({"model": {"preset": "tiny"}, "train": {"steps": 300}}).model.hidden_size
@@ -168,17 +167,17 @@ def parse_config(values: Config | Mapping[str, Any], overrides: Iterable[str] = 
 
 
 def load_model_config(source: ModelConfigSource) -> Config:
-    """Return the configuration whose `model` section describes a model that there is already.
+    """Load a configuration whose `model` section describes an existing model.
 
-    Beside that section nothing has to be given, but for `train.sequence_length` of a model of your own: that of a
-    family is the longest that the model takes.
+    No other section is needed, except `train.sequence_length` for a model of your own; for a family, the default is the
+    model's longest sequence.
 
     Args:
         source: the path of a YAML file, its content as a nested dict, the settings of a family such as
             `GPT2Config(preset="gpt2")`, or a whole configuration.
 
     Raises:
-        ConfigError: with every mistake, each where it was made.
+        ConfigError: if there are mistakes; it lists all of them, each with its place.
 
     Example:
         >>> load_model_config({"model": {"preset": "tiny"}}).train.sequence_length
@@ -212,10 +211,10 @@ def load_model_config(source: ModelConfigSource) -> Config:
 
 
 def load_stored_config(path: Path) -> Config | None:
-    """Return the configuration that a checkpoint holds; None where none describes its model.
+    """Return the configuration that a checkpoint holds, or None if none describes its model.
 
-    A training loop of the user's own leaves there its `layers` or its `module`, its settings for DeepSpeed, and the
-    sections that describe its model, if it has been given any.
+    A user's training loop stores there its `layers` or its `module`, its DeepSpeed settings, and the sections that
+    describe its model, if it was given any.
 
     Raises:
         ConfigError: if it cannot be read.
@@ -231,7 +230,7 @@ def load_stored_config(path: Path) -> Config | None:
 
 
 def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Return `config.updated(changes)`, which says more."""
+    """Return `config.updated(changes)`; see there."""
     draft = Draft()
     draft.values = {**config.model_dump(), "model": config.model.given()}
     for key, value in changes.items():
@@ -240,7 +239,7 @@ def update_config(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def section_keys() -> dict[str, list[str]]:
-    """Return the keys of every section by its dotted path; under the empty path, the sections themselves."""
+    """Return the keys of every section, by the section's dotted path; the empty path holds the sections."""
     models: list[type[Section]] = [*find_families().values(), CustomModelConfig]
     keys = {"": list(Config.model_fields)}
     for name, field in Config.model_fields.items():
@@ -251,7 +250,7 @@ def section_keys() -> dict[str, list[str]]:
 
 
 def read_draft(path: str | Path, overrides: Iterable[str]) -> Draft:
-    """Return the values of a YAML file, changed by overrides, before they are checked."""
+    """Return the unchecked values of a YAML file, changed by overrides."""
     draft = Draft(str(path))
     read_file(draft, Path(path))
     for override in overrides:
@@ -260,7 +259,7 @@ def read_draft(path: str | Path, overrides: Iterable[str]) -> Draft:
 
 
 def read_file(draft: Draft, path: Path) -> None:
-    """Put the values of a YAML file into a draft. A ConfigError where there is no mapping."""
+    """Read the values of a YAML file into a draft. Raises a ConfigError if the file does not hold a mapping."""
     source = read_yaml(read_config_text(path))
     for line, message in source.faults:
         label = f"{path}:{line}" if line else str(path)
@@ -294,7 +293,7 @@ def _find_controls(value: Any, key: KeyPath = ()) -> Iterator[Fault]:
 
 
 def read_config_text(path: Path) -> str:
-    """Return the text of a YAML file. A ConfigError where there is none, or more than a configuration can be."""
+    """Return the text of a YAML file. Raises a ConfigError if it is missing or too large for a configuration."""
     try:
         return read_regular(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The configuration of a run from whatever tells it: a YAML file, a dict, or one that is there already, and a trial."""
+"""Sources of a run's configuration: a YAML file, a dict, or a `Config`, with changes to single keys."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ ConfigSource = str | Path | Mapping[str, Any] | Config
 """A YAML file's path, a nested dict with its keys, or a configuration."""
 
 Changes = Iterable[str] | Mapping[str, Any]
-"""Changes of single keys: texts such as "train.steps=20", or a dict such as `{"train.steps": 20}`."""
+"""Changes to single keys: texts such as "train.steps=20", or a dict such as `{"train.steps": 20}`."""
 
 
 def read_config(source: ConfigSource, changes: Changes = (), *, trust_code: bool = False) -> Config:
-    """Return the configuration of a run of layers.
+    """Read the configuration of a run of layers.
 
     Args:
-        source: where it is.
-        changes: keys to change.
-        trust_code: whether code may run that a `config.yaml` in the folder of a run or a checkpoint names.
+        source: the source of the configuration.
+        changes: changes to single keys.
+        trust_code: whether to run code that a `config.yaml` in the folder of a run or a checkpoint names.
 
     Raises:
-        ConfigError: with every mistake.
+        ConfigError: if there are mistakes; it lists all of them.
 
     Example:
         >>> values = {"model": {"preset": "tiny"}, "train": {"steps": 300}}
@@ -44,7 +44,7 @@ def read_config(source: ConfigSource, changes: Changes = (), *, trust_code: bool
 
 
 def read_run_config(source: ConfigSource, changes: Changes = (), *, trust_code: bool = False) -> Config | TrialConfig:
-    """Return the configuration of a run: a `TrialConfig` where it has the key `trial`; see `read_config`."""
+    """Read the configuration of a run: a `TrialConfig` if it has the key `trial`; see `read_config`."""
     overrides = write_overrides(changes)
     is_trial = any(override.startswith("trial=") for override in overrides)
     if isinstance(source, Config):
@@ -57,10 +57,10 @@ def read_run_config(source: ConfigSource, changes: Changes = (), *, trust_code: 
 
 
 def write_overrides(changes: Changes) -> list[str]:
-    """Return changes as texts of the command line.
+    """Return changes as command-line texts.
 
     Raises:
-        ConfigError: if they are one text, or hold a value that YAML cannot.
+        ConfigError: if `changes` is a single text, or has a value that YAML cannot hold.
 
     Example:
         >>> write_overrides({"optimizer.lr": 1e-5, "run.dir": Path("runs/a"), "train.freeze": ("embed.*",)})

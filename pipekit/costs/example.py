@@ -1,4 +1,4 @@
-"""One micro-batch as a model is given it: shapes and types, without values."""
+"""Example micro-batches: the shapes and types of a model's inputs and labels, without values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Example:
     """Example inputs and labels of one micro-batch.
 
     Attributes:
-        inputs: nested tensors, of which shapes and types count alone; on torch's meta device they take no memory.
-        labels: likewise.
-        loss_fn: called as `loss_fn(outputs, labels)` behind the last layer; None where it cannot be told before a
-            trial is built, or the last layer returns the loss.
+        inputs: nested tensors, of which only shapes and types matter; on torch's meta device they take no memory.
+        labels: nested tensors, likewise.
+        loss_fn: called as `loss_fn(outputs, labels)` after the last layer; None if it is not known before the trial is
+            built, or if the last layer returns the loss.
     """
 
     inputs: Any
@@ -28,6 +28,6 @@ class Example:
 
 
 def language_model_example(micro_batch_size: int, sequence_length: int, *, has_positions: bool = False) -> Example:
-    """Return token ids `(B, S)`, beside them positions if asked for, as many labels, and their cross-entropy."""
+    """Example of a language model: token ids `(B, S)`, positions if asked for, labels `(B, S)`, and cross-entropy."""
     tokens = torch.empty(micro_batch_size, sequence_length, dtype=torch.int64, device="meta")
     return Example((tokens, tokens) if has_positions else tokens, tokens, language_model_loss)

@@ -1,1 +1,1 @@
-"""Trained models outside of a run: export and sampling."""
+"""Export and text generation with trained models."""

@@ -1,4 +1,4 @@
-"""Exporting a checkpoint as a Hugging Face folder, and proving that it says what the checkpoint says."""
+"""Export of a checkpoint as a Hugging Face folder, and proof that it computes the same logits as the checkpoint."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class ExportCheck:
     """Comparison of an export with its checkpoint, by the largest absolute difference of a logit.
 
     Attributes:
-        reference: what read the export.
-        layer_by_layer: whether it had the weights of one layer in memory at a time.
-        max_logit_difference: largest absolute difference.
-        tolerance: what the order of additions explains.
+        reference: the library that read the export.
+        layer_by_layer: whether only one layer's weights were in memory at a time.
+        max_logit_difference: largest absolute difference of a logit.
+        tolerance: largest difference that the order of additions can explain.
         num_logits: number of logits that were compared.
-        num_text_tokens: number of tokens of real text among the prompts; the others are random.
-        num_parameters: of the exported model.
+        num_text_tokens: number of prompt tokens from real text; the others are random.
+        num_parameters: number of parameters of the exported model.
         checkpoint: folder of the checkpoint.
-        step: of the checkpoint.
-        dtype: of the exported tensors.
+        step: step of the checkpoint.
+        dtype: number format of the exported tensors.
     """
 
     reference: str
@@ -76,25 +76,26 @@ def export_checkpoint(
     config: ModelConfigSource | None = None,
     merge: bool = False,
 ) -> ExportCheck:
-    """Write a Hugging Face folder, read it back with `transformers`, and compare logits.
+    """Export a checkpoint as a Hugging Face folder, read it back with `transformers`, and compare logits.
 
     The folder holds the weights in `model.safetensors`, or in several such files with an index, `config.json`,
     `generation_config.json`, the tokenizer's files, a model card, and `export_check.json` with the result of the
-    comparison. It appears when all of it is written and has passed. Memory is bounded by the largest tensor.
+    comparison. It appears only when it is complete and has passed. Memory use is bounded by the largest tensor.
 
     Args:
         source: a run's folder, or one of its checkpoints.
         out: the folder to write; `overwrite` replaces an earlier export in it.
-        dtype: of the exported tensors, but for integers.
-        shard_size: size of a file of weights at most, or of one tensor, in bytes, or for example "500MB".
-        trust_code: whether code that a checkpoint names, as `model.builder`, may run.
-        config: configuration of the model, where the checkpoint does not tell it; see `load_model_config`.
-        merge: whether adapters are merged into the weights that they are added to; a checkpoint of adapters needs it.
+        dtype: number format of the exported tensors, except integers.
+        shard_size: largest size of a file of weights, in bytes or as text such as "500MB"; a tensor that is larger
+            gets a file to itself.
+        trust_code: whether to run code that a checkpoint names as `model.builder`.
+        config: configuration of the model, for a checkpoint that does not hold one; see `load_model_config`.
+        merge: whether to merge adapters into the weights that they adapt; required for a checkpoint of adapters.
 
     Raises:
         CheckpointError: if there is no checkpoint, or its model is unknown or has no Hugging Face counterpart.
         ConfigError: if `config` describes another model.
-        PipekitError: if `out` is there already, or the logits differ; nothing is left behind then.
+        PipekitError: if `out` already exists, or the logits differ; then nothing is left behind.
     """
     shard_bytes = _parse_size(shard_size)
     checkpoint, out = resolve_checkpoint(Path(source)), Path(out)

@@ -1,4 +1,4 @@
-"""Export of a checkpoint in any of its forms: a Hugging Face folder, tensors under their own names, adapters."""
+"""Export of a checkpoint in any format: a Hugging Face folder, raw tensors under their own names, or adapters."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ def export(
     merge: bool = False,
     adapter: bool = False,
 ) -> ExportCheck | RawExport | AdapterExport:
-    """Write a checkpoint as a Hugging Face folder, its tensors under their own names, or its adapters, and check them.
+    """Export a checkpoint as a Hugging Face folder, as raw tensors or as LoRA adapters, and check the export.
 
     Args:
-        source: what `train` returned, a run's folder, or one of its checkpoints.
+        source: the result of `train`, a run's folder, or one of its checkpoints.
         out: the folder to write.
         dtype: number format of the exported tensors.
-        shard_size: size of a file of weights at most.
+        shard_size: largest size of a file of weights.
         overwrite: whether to replace an earlier export.
-        trust_code: whether code that a checkpoint names may run.
-        raw: write tensors under their own names, and a loader beside them.
-        config: configuration of the model, of a checkpoint that does not tell it.
-        merge: merge the adapters of a LoRA run into the weights that they are added to.
-        adapter: write the adapters of a LoRA run alone, in the format of `peft`.
+        trust_code: whether to run code that a checkpoint names.
+        raw: whether to write tensors under their own names, with a script that loads them.
+        config: configuration of the model, for a checkpoint that does not hold one.
+        merge: whether to merge the adapters of a LoRA run into the weights that they adapt.
+        adapter: whether to write only the adapters of a LoRA run, in the format of `peft`.
 
     Returns:
-        How the export compares with the checkpoint: an `ExportCheck`, with `raw` a `RawExport`, with `adapter` an
-        `AdapterExport`.
+        The comparison of the export with the checkpoint: an `ExportCheck`, a `RawExport` if `raw`, or an
+        `AdapterExport` if `adapter`.
 
     Raises:
-        PipekitError: if two forms are asked for, a file cannot be read or written, or the export is not the same.
+        PipekitError: if more than one of `raw`, `merge` and `adapter` is given, a file cannot be read or written, or
+            the export differs from the checkpoint.
     """
     source = Path(source if isinstance(source, (str, Path)) else source.run_dir)
     chosen = [option for option, given in (("--raw", raw), ("--merge", merge), ("--adapter", adapter)) if given]

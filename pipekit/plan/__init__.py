@@ -1,1 +1,1 @@
-"""The plan of a run: every decision, made before the processes start."""
+"""The plan of a run: every decision that is made before the processes start."""

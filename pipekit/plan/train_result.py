@@ -1,4 +1,4 @@
-"""The outcome of a run, read from its folder: losses and other metrics by step, and its newest checkpoint."""
+"""Results of a run, read from its folder: losses and other metrics by step, and the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pipekit.storage import storing
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over the steps of a run. It unpacks into both arrays: `plt.plot(*result.losses)`.
+    """A metric over the steps of a run. It unpacks into two arrays: `plt.plot(*result.losses)`.
 
     Attributes:
-        steps: the steps after which it was measured, int64 `(N,)`.
-        values: what was measured, float64 `(N,)`.
+        steps: steps after which the metric was measured, int64 `(N,)`.
+        values: the metric's values, float64 `(N,)`.
     """
 
     steps: NDArray[np.int64]
@@ -37,14 +37,14 @@ class Series:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of a run, of which the starts before the last are a part.
+    """Results of a run, over all its starts.
 
     Attributes:
-        run_dir: the run's folder.
-        step: the last step of which there are metrics; 0 where there are none.
-        metrics: everything that `metrics.jsonl` holds, by the metric's name; a number that is not finite is nan.
-        checkpoint: the newest checkpoint; None where there is none.
-        seconds: time that the training took, from the call to its end; 0 where the result was only read.
+        run_dir: the run folder.
+        step: the last step that has metrics; 0 if none has.
+        metrics: all numbers in `metrics.jsonl`, by metric name; a value that is not finite is nan.
+        checkpoint: the newest checkpoint; None if there is none.
+        seconds: duration of the call of `train`; 0 if the result was only read.
     """
 
     run_dir: Path
@@ -55,12 +55,12 @@ class TrainResult:
 
     @property
     def losses(self) -> Series:
-        """The training loss of each step; empty where a trial reports none."""
+        """Training loss of each step; empty if the trial reports no loss."""
         return self._series("loss")
 
     @property
     def validation_losses(self) -> Series:
-        """The mean loss of the held-out samples after each evaluation; empty without evaluations."""
+        """Mean loss of the held-out samples in each evaluation; empty without evaluations."""
         return self._series("val_loss")
 
     def _series(self, name: str) -> Series:
@@ -68,14 +68,14 @@ class TrainResult:
 
     @classmethod
     def read(cls, run_dir: str | Path, *, seconds: float = 0.0) -> TrainResult:
-        """Read the outcome of a run that has ended, or of one that goes on, so far.
+        """Read the results of a run that has ended, or those so far of a run that is still training.
 
         Args:
-            run_dir: the run's folder.
+            run_dir: the run folder.
             seconds: see the attribute.
 
         Raises:
-            StorageError: if its files cannot be read.
+            StorageError: if a file of the run cannot be read.
         """
         folder = RunFolder(run_dir)
         found: dict[str, tuple[list[int], list[float]]] = {}

@@ -1,4 +1,4 @@
-"""Pipeline schedules as tables: for each pipeline rank, the ordered list of its actions."""
+"""Pipeline schedules as tables: the ordered list of actions of each pipeline rank."""
 
 from pipekit.schedules.action import Action
 from pipekit.schedules.auto import plan_auto

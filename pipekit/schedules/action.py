@@ -1,4 +1,4 @@
-"""Actions of a schedule: a stage does a forward or a backward for a micro-batch, written as `0F3`."""
+"""Actions of a schedule: the forward or backward of a stage for a micro-batch, written as `0F3`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATTERN = re.compile(r"(\d+)([FBIW])(\d+)")
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """One piece of work: a stage does `kind` for a micro-batch.
+    """Action of a schedule: a stage's forward or backward for one micro-batch.
 
     Example:
         >>> str(Action(stage=0, kind="F", micro_batch=3))
@@ -33,12 +33,12 @@ class Action:
 
     @property
     def activation_change(self) -> int:
-        """Change of the activations that its rank holds: a forward adds one, the end of a backward frees one."""
+        """Change in the number of activations that the rank holds: +1 for a forward, -1 for the end of a backward."""
         return {"F": 1, "B": -1, "I": 0, "W": -1}[self.kind]
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """Return the action that `text` prints.
+        """Parse an action from text such as `0F3`.
 
         Raises:
             ConfigError: if `text` is not a stage, one of F, B, I, W, and a micro-batch.

@@ -1,4 +1,4 @@
-"""Schedules by name, as a configuration asks for them."""
+"""Schedules by the names that a configuration uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCHEDULE_NAMES: tuple[str, ...] = get_args(ScheduleName)
 
 
 def is_file(name: str) -> bool:
-    """Return True if `name` is the path of a table of your own.
+    """True if `name` is the path of a user's table.
 
     Example:
         >>> is_file("tables/mine.csv"), is_file("zb-h1")
@@ -49,7 +49,7 @@ def schedule_placement(name: str, *, pp: int, stages_per_rank: int | None = None
     """Return the pipeline rank of each stage under a schedule.
 
     Raises:
-        ConfigError: if there is no such schedule, or it cannot run so many stages on a rank.
+        ConfigError: if there is no such schedule, or it cannot run this number of stages per rank.
 
     Example:
         >>> schedule_placement("zb-v", pp=2), schedule_placement("interleaved-1f1b", pp=2)
@@ -63,7 +63,7 @@ def schedule_placement(name: str, *, pp: int, stages_per_rank: int | None = None
 
 
 def check_stages_per_rank(name: str, stages_per_rank: int | None) -> None:
-    """Check that a schedule can run so many stages on a rank.
+    """Check that a schedule can run a number of stages per rank.
 
     Raises:
         ConfigError: if it cannot.
@@ -94,18 +94,18 @@ def plan_schedule(
     costs: Costs | None = None,
     max_in_flight: int | None = None,
 ) -> Schedule:
-    """Return the table of a schedule.
+    """Return the table of a pipeline schedule by its name.
 
     Args:
         name: one of `SCHEDULE_NAMES`, or the path of a CSV file.
-        pp: pipeline ranks.
-        num_micro_batches: micro-batches of a step on one pipeline.
-        stages_per_rank: stages on each rank; by default as many as the schedule is made for.
-        costs: costs of the stages, for `auto`; equal ones by default.
-        max_in_flight: for `auto`, the stage activations that a rank may hold.
+        pp: number of pipeline ranks.
+        num_micro_batches: number of micro-batches per step on one pipeline.
+        stages_per_rank: number of stages on each rank; the default depends on the schedule.
+        costs: costs of the stages, for `auto`; equal costs by default.
+        max_in_flight: largest number of stage activations that a rank may hold, for `auto`.
 
     Raises:
-        ConfigError: if the schedule cannot run with these numbers; the message names some with which it can.
+        ConfigError: if the schedule cannot run with these numbers; the message names numbers that work.
 
     Example:
         >>> print(plan_schedule("1f1b", pp=2, num_micro_batches=2))
@@ -146,7 +146,7 @@ def _check_name(name: str) -> None:
 
 
 def check_micro_batches(name: str, *, pp: int, num_micro_batches: int) -> None:
-    """Check that a schedule can run a step of so many micro-batches.
+    """Check that a schedule can run a step with a number of micro-batches.
 
     Raises:
         ConfigError: if it cannot.

@@ -1,4 +1,4 @@
-"""The table of a schedule: for each pipeline rank, the ordered list of its actions."""
+"""Schedule tables: the ordered list of actions of each pipeline rank."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipekit.schedules.action import Action
 
 @dataclass(frozen=True)
 class Schedule:
-    """For each pipeline rank, the ordered list of its actions.
+    """Table of a pipeline schedule: the ordered list of actions of each pipeline rank.
 
     Attributes:
-        name: what the configuration calls it.
-        num_micro_batches: micro-batches of one step on one pipeline.
-        ranks: the actions of each pipeline rank.
+        name: name of the schedule in a configuration.
+        num_micro_batches: number of micro-batches per step on one pipeline.
+        ranks: the actions of each pipeline rank, in order.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Schedule:
         return len(self.placement)
 
     def stages_of(self, pipe_rank: int) -> tuple[int, ...]:
-        """Return the stages that live on a rank."""
+        """Return the stages of a pipeline rank."""
         return tuple(stage for stage, rank in enumerate(self.placement) if rank == pipe_rank)
 
     @cached_property
@@ -46,9 +46,9 @@ class Schedule:
         )
 
     def peak_in_flight(self, pipe_rank: int) -> int:
-        """Peak number of activations that a rank holds, each that of one stage for one micro-batch.
+        """Peak number of activations that a rank holds; each is that of one stage for one micro-batch.
 
-        A forward adds one; a whole backward, or a weight gradient, frees one.
+        A forward adds one, and a whole backward or a weight gradient frees one.
 
         Example:
             >>> from pipekit.schedules import plan_1f1b
@@ -58,7 +58,7 @@ class Schedule:
         return max(accumulate((action.activation_change for action in self.ranks[pipe_rank]), initial=0))
 
     def peak_of_stages(self) -> list[int]:
-        """Peak number of micro-batches of which each stage holds activations.
+        """Peak number of micro-batches whose activations each stage holds.
 
         Example:
             >>> from pipekit.schedules import plan_1f1b

@@ -1,4 +1,4 @@
-"""The simulator: start and end of each action of a table, given its costs."""
+"""Simulator of schedules: the start and end of each action of a table, from the costs of the actions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class Costs:
     """Costs of the actions of a step.
 
     Attributes:
-        forward_s: seconds of each stage's forward for one micro-batch.
-        input_gradient_s: seconds of each stage's input gradient for one micro-batch.
-        weight_gradient_s: seconds of each stage's weight gradient for one micro-batch; a whole backward takes both.
-        transfer_s: seconds until an activation or a gradient has reached another rank; it slows no rank down.
-        overhead_s: seconds that a rank spends on every action besides computing it.
-        activation_bytes: bytes that each stage holds of a micro-batch from its forward to the end of its backward; 1
-            for each stage unless given.
+        forward_s: time of each stage's forward for one micro-batch, in seconds.
+        input_gradient_s: time of each stage's input gradient for one micro-batch, in seconds.
+        weight_gradient_s: time of each stage's weight gradient for one micro-batch, in seconds; a whole backward takes
+            the time of both gradients.
+        transfer_s: seconds until an activation or a gradient reaches another rank; both ranks can compute meanwhile.
+        overhead_s: seconds that a rank spends on every action in addition to its computation.
+        activation_bytes: bytes that each stage holds per micro-batch from the forward to the end of the backward; 1 by
+            default.
     """
 
     forward_s: Sequence[float]
@@ -46,17 +47,17 @@ class Costs:
         transfer_s: float = 0.0,
         overhead_s: float = 0.0,
     ) -> Costs:
-        """Return costs that are the same for every stage."""
+        """Return equal costs for all stages."""
         forward, inputs, weights = ([cost] * num_stages for cost in (forward_s, input_gradient_s, weight_gradient_s))
         return cls(forward, inputs, weights, transfer_s=transfer_s, overhead_s=overhead_s)
 
     @property
     def num_stages(self) -> int:
-        """The number of stages that the costs are for."""
+        """Number of stages that the costs are for."""
         return len(self.forward_s)
 
     def of(self, action: Action) -> float:
-        """Return the seconds that a rank spends on an action."""
+        """Return the seconds that an action takes, including the overhead."""
         stage = action.stage
         seconds = {
             "F": self.forward_s[stage],
@@ -81,9 +82,9 @@ class Timeline:
     """Timeline of a step: start and end of every action on each rank, simulated or measured.
 
     Attributes:
-        schedule: the table.
-        spans: for each pipeline rank its actions, in order.
-        costs: what the simulation was given; None where the spans were measured.
+        schedule: the table of the step.
+        spans: start and end of each pipeline rank's actions, in order.
+        costs: costs that were simulated; None if the spans were measured.
     """
 
     schedule: Schedule
@@ -97,7 +98,7 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """Fraction of all ranks' time in which they compute nothing, in [0, 1]."""
+        """Fraction of the step in which ranks are idle, averaged over all ranks, in [0, 1]."""
         if not self.step_time_s:
             return 0.0
         busy_s = sum(span.end_s - span.start_s for spans in self.spans for span in spans)
@@ -105,7 +106,7 @@ class Timeline:
 
     @property
     def peak_bytes(self) -> tuple[float, ...]:
-        """Peak bytes of activations on each rank; in stage activations where no sizes were given."""
+        """Peak bytes of activations on each rank; without sizes, the peak number of stage activations."""
         given = self.costs.activation_bytes if self.costs else None
         sizes = [1.0] * self.schedule.num_stages if given is None else given
         changes = ([action.activation_change * sizes[action.stage] for action in row] for row in self.schedule.ranks)
@@ -113,10 +114,10 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Simulate a step: each action runs as soon as its rank is free and its inputs have arrived.
+    """Simulate a step of a schedule: each action starts when its rank is free and its inputs have arrived.
 
     Raises:
-        ScheduleError: if the table is not a schedule, or ranks wait for each other for ever.
+        ScheduleError: if the table is not a valid schedule, or ranks wait for each other forever.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -142,9 +143,9 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 def median_costs(timelines: Sequence[Timeline]) -> Costs:
     """Median costs of measured actions, by kind and stage, and of transfers and overheads.
 
-    A transfer lasts from the end of an action to the start of the one that waited for its result; an overhead is the
-    time between two actions of a rank of which the second had nothing to wait for. Where a stage ran whole backwards
-    only, half of each is taken for the weight gradient.
+    A transfer lasts from the end of an action to the start of the action that waited for its result. An overhead is the
+    time between two consecutive actions of a rank if the second did not wait for anything. If a stage ran only whole
+    backwards, the weight gradient counts as half of each.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b

@@ -1,1 +1,1 @@
-"""Tensors of any model: nested structures, deferred weight gradients, host memory."""
+"""Tensor tools for any model: nested structures, deferred weight gradients, host memory."""

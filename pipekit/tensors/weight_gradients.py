@@ -1,9 +1,9 @@
-"""Deferred weight gradients: a backward that computes input gradients only, and leaves weight gradients for later.
+"""Deferred weight gradients: a backward that computes only input gradients, and leaves weight gradients for later.
 
 A schedule that splits the backward (`I` then `W`) needs the input gradient at once, since another stage waits for it,
-and the weight gradient only before the update. Under `split_linear` every `F.linear` on a parameter, that of a
-plain `nn.Linear` included, computes its weight gradient through `defer_weight_gradient`; an autograd function of your
-own can do the same.
+and the weight gradient only before the update. Under `split_linear` every `F.linear` on a parameter, including that of
+a plain `nn.Linear`, computes its weight gradient through `defer_weight_gradient`; your own autograd function can do
+the same.
 
 Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.
 """
@@ -22,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 Compute = Callable[[], Tensor]
-"""Computes a weight gradient; with a method `add_to(gradient)` it can add it without allocating it."""
+"""Computes a weight gradient; a method `add_to(gradient)` can add it in place without allocating it."""
 
 
 def add_gradient(parameter: Tensor, compute: Compute) -> None:
-    """Add the result of `compute` to the gradient of a parameter, which may be None so far.
+    """Add the result of `compute` to the gradient of a parameter, which may still be None.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -58,11 +58,11 @@ class WeightGradients:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights whose gradients are deferred, each as often as it has been used."""
+        """Weights whose gradients are deferred, each as often as it was used."""
         return [weight for weight, _ in self._deferred]
 
     def compute(self, add: Callable[[Tensor, Compute], None]) -> None:
-        """Call `add` for every weight with the function that computes its gradient, and free each at once."""
+        """Call `add` with every weight and the function that computes its gradient, and free each function at once."""
         while self._deferred:
             add(*self._deferred.pop())
 
@@ -85,16 +85,15 @@ def deferring() -> Iterator[WeightGradients]:
 
 
 def defer_weight_gradient(weight: Tensor, compute: Compute) -> Tensor | None:
-    """Return the gradient of `weight`, or None if it is deferred.
+    """Compute or defer the gradient of `weight`; returns None if it is deferred.
 
-    Call it in the backward of an autograd function, and return its result in the place of the weight's gradient.
-    Nothing is deferred outside of a schedule that splits the backward, nor for a weight that is not a parameter or has
-    hooks.
+    Call it in the backward of an autograd function, and return its result as the weight's gradient. A gradient is
+    deferred only under a schedule that splits the backward, and only if `weight` is a parameter without hooks.
 
     Args:
-        weight: the parameter that was given to the function. Keep it by itself (`ctx.weight = weight`): under
-            activation checkpointing, what `save_for_backward` gives back is a copy, which is not deferred.
-        compute: computes the gradient, in the shape of `weight`; keep no more alive in it than that needs.
+        weight: the parameter that was passed to the function. Keep it as an attribute (`ctx.weight = weight`): under
+            activation checkpointing, `save_for_backward` returns a copy, whose gradient is not deferred.
+        compute: computes the gradient, in the shape of `weight`; it should keep alive only the tensors that it needs.
 
     Example:
         >>> class Scale(torch.autograd.Function):
@@ -128,7 +127,7 @@ def is_deferred(weight: Tensor) -> bool:
 
 
 class OuterProduct:
-    """The weight gradient `(O, I)` of a linear layer, of the output's gradient `(..., O)` and the input `(..., I)`.
+    """Weight gradient `(O, I)` of a linear layer, from the output's gradient `(..., O)` and the input `(..., I)`.
 
     `inputs` returns that input; it is called once, when the gradient is computed.
     """
@@ -149,7 +148,7 @@ class OuterProduct:
 
 
 class SumOverRows:
-    """The bias gradient of a linear layer: output gradients `(..., O)` to `(O)`."""
+    """Bias gradient of a linear layer: the sum of output gradients `(..., O)` to `(O)`."""
 
     def __init__(self, grad: Tensor) -> None:
         self._grad = grad
