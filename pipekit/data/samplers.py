@@ -1,9 +1,8 @@
-"""Samplers that shuffle, repeat, shard and skip the indices of another sampler, the same on every run.
+"""Samplers that shuffle, repeat, shard and skip the indices of another sampler, the same in every run.
 
-Each wraps a sampler of samples or, under its second name, a sampler of batches; both are iterables, and `RepeatSampler`
-and `RepeatBatchSampler` do the same to what those yield. They are wrapped in this order: shuffle, repeat, shard, skip.
-Nothing counts how often a sampler has been iterated over: what it yields follows from the seed and the epoch, which
-`RepeatSampler` tells every sampler inside it.
+Each class wraps a sampler of samples, and its counterpart with `Batch` in the name wraps a sampler of batches. Wrap in
+this order: shuffle, repeat, shard, skip. The order depends only on the seed and the epoch, not on how often a sampler
+was iterated over; `RepeatSampler` passes the epoch to every sampler inside it.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ class _WrappingSampler(Sampler[Any]):
         return _len(self.sampler)
 
     def iterate_from(self, position: int) -> Iterator[Any]:
-        """Iterate over the items from a position on."""
+        """Iterate over the items, starting at a position."""
         raise NotImplementedError
 
 
 class ReproducibleShuffleSampler(_WrappingSampler):
-    """Yields a sampler's items in an order that follows from `seed` and the epoch.
+    """Sampler that shuffles another sampler's items, in an order that depends only on `seed` and the epoch.
 
     Over `range(n)` it is the order of `SampleOrder(n, seed)`, and takes no memory.
     """
@@ -58,11 +57,11 @@ class ReproducibleShuffleSampler(_WrappingSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch; 0 is the first."""
+        """Set the epoch whose order to use; 0 is the first."""
         self.epoch = epoch
 
     def iterate_from(self, position: int) -> Iterator[Any]:
-        """Iterate over the epoch's order from a position on."""
+        """Iterate over the epoch's order, starting at a position."""
         items = self.sampler if isinstance(self.sampler, Sequence) else list(self.sampler)
         for start in range(position, len(items), _CHUNK):
             order = SampleOrder(len(items), self.seed)
@@ -72,17 +71,17 @@ class ReproducibleShuffleSampler(_WrappingSampler):
 
 
 class RepeatSampler(_WrappingSampler):
-    """Yields a sampler's items epoch after epoch, without end; its length is that of one epoch.
+    """Sampler that repeats another sampler's items epoch after epoch, without end; its length is that of one epoch.
 
-    In each epoch, every sampler inside is told the epoch if it has `set_epoch`, and one that has a `generator`, as
-    torch's random samplers do, draws from a new one, seeded by that generator's initial seed and the epoch.
+    In each epoch, every sampler inside with a method `set_epoch` gets the epoch. A sampler with a `generator`, such as
+    torch's random samplers, draws from a new one, seeded by the generator's initial seed and the epoch.
 
     Raises:
-        DataError: while it is iterated over, if an epoch has no item.
+        DataError: during iteration, if an epoch has no item.
     """
 
     def iterate_from(self, position: int) -> Iterator[Any]:
-        """Iterate from a position on, counted from the beginning of the first epoch."""
+        """Iterate over the items, starting at a position counted from the beginning of the first epoch."""
         length = exact_length(self.sampler)
         first_epoch, to_skip = divmod(position, length) if length else (0, position)
         for epoch in itertools.count(first_epoch):
@@ -105,10 +104,10 @@ class RepeatSampler(_WrappingSampler):
 
 
 class DistributedSampler(_WrappingSampler):
-    """Yields the items of one replica: every `num_replicas`-th of a sampler's, beginning with number `rank`.
+    """Sampler of one replica's items: every `num_replicas`-th item of another sampler, starting with item `rank`.
 
-    Where the sampler ends, some replicas may get one item more than others; no item is repeated or left out. Unlike
-    torch's class of this name, it neither shuffles nor knows the dataset.
+    At the end of the sampler, some replicas may get one item more than others; no item is repeated or left out. Unlike
+    torch's class of this name, it does not shuffle and does not need the dataset.
 
     Raises:
         DataError: if `rank` is not in `[0, num_replicas)`.
@@ -128,15 +127,15 @@ class DistributedSampler(_WrappingSampler):
         return len(range(self.rank, _len(self.sampler), self.num_replicas))
 
     def iterate_from(self, position: int) -> Iterator[Any]:
-        """Iterate over this replica's items from a position among them on."""
+        """Iterate over this replica's items, starting at a position among them."""
         rest = iterate_from(self.sampler, position * self.num_replicas + self.rank)
         return itertools.islice(rest, 0, None, self.num_replicas)
 
 
 class SkipSampler(_WrappingSampler):
-    """Yields a sampler's items without the first `skip` of them, to go on where a run ended.
+    """Sampler that skips the first `skip` items of another sampler, to resume where a run ended.
 
-    Skip after repeating and sharding, never before: then every epoch is whole, and the first `skip` are this replica's.
+    Always skip after repeating and sharding: then every epoch is whole, and the skipped items are this replica's.
 
     Raises:
         DataError: if `skip` is negative.
@@ -153,24 +152,24 @@ class SkipSampler(_WrappingSampler):
         return length if _is_endless(self.sampler) else max(0, length - self.skip)
 
     def iterate_from(self, position: int) -> Iterator[Any]:
-        """Iterate from a position on, counted after those that are skipped."""
+        """Iterate over the items, starting at a position counted after the skipped items."""
         return iterate_from(self.sampler, self.skip + position)
 
 
 class ReproducibleShuffleBatchSampler(ReproducibleShuffleSampler):
-    """Shuffles whole batches, whose samples stay together; `ReproducibleShuffleSampler` shuffles samples."""
+    """Batch sampler that shuffles whole batches; to shuffle samples, use `ReproducibleShuffleSampler`."""
 
 
 class RepeatBatchSampler(RepeatSampler):
-    """Yields a batch sampler's batches epoch after epoch, without end; its length is that of one epoch."""
+    """Batch sampler that repeats another's batches epoch after epoch, without end; its length is that of one epoch."""
 
 
 class DistributedBatchSampler(DistributedSampler):
-    """Yields the batches of one replica: every `num_replicas`-th of a batch sampler's, from number `rank` on."""
+    """Batch sampler of one replica: every `num_replicas`-th batch of another, starting with batch `rank`."""
 
 
 class SkipBatchSampler(SkipSampler):
-    """Yields a batch sampler's batches without the first `skip` of them, to go on where a run ended."""
+    """Batch sampler that skips the first `skip` batches of another, to resume where a run ended."""
 
 
 def adapt_batch_sampler(
@@ -179,9 +178,9 @@ def adapt_batch_sampler(
     """Repeat, shard and skip a batch sampler's batches, in this order.
 
     Args:
-        batch_sampler: yields lists of indices, the same list of lists for all replicas.
-        repeat: whether to go on with the next epoch at the end of each.
-        skip: batches of this replica to leave out.
+        batch_sampler: yields lists of indices, the same for all replicas.
+        repeat: whether to continue with the next epoch after each, without end.
+        skip: number of this replica's batches to skip.
         num_replicas: the data-parallel degree.
         rank: index of this replica.
 
@@ -206,7 +205,7 @@ def adapt_batch_sampler(
 
 
 def iterate_from(sampler: Iterable[Any], position: int) -> Iterator[Any]:
-    """Iterate over a sampler's items from a position on; only foreign samplers are counted through up to there."""
+    """Iterate over a sampler's items from a position; only foreign samplers are read up to that position."""
     if isinstance(sampler, _WrappingSampler):
         return sampler.iterate_from(position)
     if isinstance(sampler, Sequence):
@@ -218,7 +217,7 @@ def iterate_from(sampler: Iterable[Any], position: int) -> Iterator[Any]:
 
 
 def exact_length(sampler: Iterable[Any]) -> int | None:
-    """Count a sampler's items without reading them; None where only its own `__len__` says it, which may be wrong."""
+    """Count a sampler's items without reading them; None if only its own `__len__` gives it, which may be wrong."""
     if isinstance(sampler, Sequence):
         return len(sampler)
     if isinstance(sampler, ReproducibleShuffleSampler):
@@ -231,7 +230,7 @@ def exact_length(sampler: Iterable[Any]) -> int | None:
 
 
 def of_epoch(sampler: Any, epoch: int) -> Any:
-    """Return a sampler, or a copy of it, as it is in an epoch, together with every sampler inside it."""
+    """Return a sampler, or a copy of it, set to an epoch together with every sampler inside it."""
     generator = getattr(sampler, "generator", None)
     inside = {name: getattr(sampler, name) for name in ("sampler", "batch_sampler") if hasattr(sampler, name)}
     changed = {name: of_epoch(below, epoch) for name, below in inside.items()}
