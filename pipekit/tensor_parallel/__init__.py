@@ -1,4 +1,4 @@
-"""Layers sharded over a tensor group, the collectives between them, and the loss over a sharded vocabulary."""
+"""Layers sharded over a tensor group, with collectives between them and a loss over a sharded vocabulary."""
 
 from __future__ import annotations
 

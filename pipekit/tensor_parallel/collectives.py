@@ -1,7 +1,7 @@
 """Collectives of the tensor group, with their gradients.
 
-Between layers an activation is either whole, and the same on all tensor ranks, or each rank has its shard of the
-sequence. The gradient of a whole activation is whole on every rank; the gradient of a shard is that of the shard.
+Between layers, either an activation is whole and equal on all tensor ranks, or each rank has its shard of the sequence.
+The gradient of a whole activation is whole on every rank; the gradient of a shard is that of the shard.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (`f` and `g`); Korthikanti et al. 2022, "Reducing Activation
 Recomputation in Large Transformer Models", section 4.2.1 (their counterparts along the sequence).
@@ -78,7 +78,7 @@ def check_divisible(sequence_length: int, group: TensorGroup) -> None:
 
 
 def copy_to_shards(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Return `x`, for a computation that is sharded over the group; the gradient is summed over it."""
+    """Return `x` for a computation that is sharded over the group; the gradient is summed over the group."""
     return _exchange(x, group, _keep, _sum)
 
 
@@ -88,7 +88,7 @@ def sum_partials(x: Tensor, group: TensorGroup | None) -> Tensor:
 
 
 def reduce_scatter_sequence(x: Tensor, group: TensorGroup | None) -> Tensor:
-    """Sum the partial results `x` `(B, S, ...)`, and return this rank's shard `(B, S / tp, ...)` of the sum.
+    """Sum partial results `x` `(B, S, ...)` over the group, and return this rank's shard `(B, S / tp, ...)` of the sum.
 
     Raises:
         LayoutError: if the sequence cannot be split into equal shards.

@@ -1,7 +1,7 @@
-"""Cross-entropy over a sharded vocabulary, of which each rank has some of the logits.
+"""Cross-entropy over a sharded vocabulary: each rank has some of the logits.
 
-A rank needs of the others three numbers for each token: their largest score, their sum of exponentials, and
-the label's score where they have it.
+For each token, a rank needs three numbers from the others: the largest logit, the sum of exponentials, and the label's
+logit from the rank that has it.
 
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (the fused loss of the output embedding).
 """
@@ -24,7 +24,7 @@ IGNORED_LABEL = -100
 
 
 def cap_softly(scores: Tensor, cap: float | None) -> Tensor:
-    """Scores that approach plus or minus `cap`, as its product with their hyperbolic tangent; None leaves them.
+    """Soft cap of scores, `cap * tanh(scores / cap)`; None leaves the scores unchanged.
 
     Source: Bello et al. 2016, "Neural Combinatorial Optimization with Reinforcement Learning".
 
@@ -38,15 +38,15 @@ def cap_softly(scores: Tensor, cap: float | None) -> Tensor:
 def vocabulary_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, group: TensorGroup | None, *, vocab_size: int, ignored_label: int = IGNORED_LABEL
 ) -> Tensor:
-    """Return the mean cross-entropy in fp32, a scalar in nats per token, the same on all tensor ranks.
+    """Mean cross-entropy over a sharded vocabulary in fp32, a scalar in nats per token, equal on all tensor ranks.
 
-    Logits are never gathered, and one fp32 copy of this rank's is made at a time. As in torch, the mean of no token at
-    all is nan.
+    Logits are never gathered, and only one fp32 copy of this rank's logits exists at a time. As in torch, the mean over
+    no tokens is nan.
 
     Args:
         logits: `(B, S, V / tp)`, any floating type: this rank's shard, by `Shard(0, (V,), rank, tp)`; `(B, S, V)` where
             `group` is None.
-        labels: `(B, S)` int64, the next token of each; tokens of `ignored_label` are left out of the mean.
+        labels: `(B, S)` int64, the next token of each token; `ignored_label` is left out of the mean.
 
     Raises:
         DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
@@ -80,12 +80,12 @@ class _CrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Targets:
-    """The labels of T tokens, for a rank that has some columns of the logits.
+    """Labels of T tokens, for a rank that has some columns of the logits.
 
     Attributes:
-        columns: `(T, 1)` int64, the label's column, 0 where it is another rank's or ignored.
-        is_here: `(T, 1)` bool, True where the label's column is this rank's.
-        counts: `(T, 1)` bool, True where the token is in the mean.
+        columns: `(T, 1)` int64, the label's column, or 0 if it is ignored or on another rank.
+        is_here: `(T, 1)` bool, True if the label's column is on this rank.
+        counts: `(T, 1)` bool, True if the token is in the mean.
         num_counted: scalar int64, the number of tokens in the mean, in the whole micro-batch.
     """
 
@@ -98,10 +98,10 @@ class Targets:
     def of(
         cls, labels: Tensor, group: TensorGroup | None, *, num_tokens: int, vocab_size: int, ignored: int
     ) -> Targets:
-        """Find the labels, of any shape and T in all, among this rank's columns; there are logits of `num_tokens`.
+        """Find T labels, in a tensor of any shape, among this rank's columns.
 
         Raises:
-            DataError: if T is another number, or, on the CPU, if a label is not in the vocabulary.
+            DataError: if T is not `num_tokens`, or, on the CPU, if a label is not in the vocabulary.
         """
         if labels.numel() != num_tokens:
             raise DataError(
@@ -119,7 +119,7 @@ class Targets:
         return cls((labels - own.start).masked_fill(~is_here, 0), is_here, counts, counts.sum())
 
     def narrow(self, start: int, length: int) -> Targets:
-        """Return the targets of some of the tokens; the mean stays that of all."""
+        """Return the targets of some of the tokens; the mean is still over all tokens."""
         each = (self.columns, self.is_here, self.counts)
         columns, is_here, counts = (tensor.narrow(0, start, length) for tensor in each)
         return Targets(columns, is_here, counts, self.num_counted)
@@ -138,9 +138,9 @@ def sum_up(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """Largest logit, sum of exponentials and label's logit of each token, in fp32 (fp64 for fp64 logits).
 
     Returns:
-        `(T, 2)`, the largest logit and the sum of the exponentials of how much less than it each is; and `(T, 1)`, the
-        label's logit, which is 0 where it is another rank's. Not the logarithm of a sum of exponentials, in which large
-        logits would leave few digits for small differences.
+        `(T, 2)`, the largest logit and the sum of the exponentials of all logits minus the largest; and `(T, 1)`, the
+        label's logit, or 0 if it is on another rank. There is no log-sum-exp, because with large logits it would have
+        few digits left for small differences.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     largest = logits.amax(-1, keepdim=True).to(dtype)
@@ -152,7 +152,7 @@ def sum_up(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def join_sums(sums: Tensor, scores: Tensor, group: TensorGroup | None) -> tuple[Tensor, Tensor]:
-    """Combine the ranks' results of `sum_up` to those of the whole logits, in one collective."""
+    """Combine the ranks' results of `sum_up` into those of the whole vocabulary, in one collective."""
     if group is None:
         return sums, scores
     # A rank's three numbers of a token stay side by side: (T, tp, 3).
@@ -170,9 +170,9 @@ def mean_loss(sums: Tensor, scores: Tensor, targets: Targets) -> Tensor:
 
 
 def logits_gradient(logits: Tensor, sums: Tensor, targets: Targets, grad: Tensor) -> Tensor:
-    """Return the gradient of a rank's logits `(T, V / tp)`, in their type, from that of the mean loss.
+    """Return the gradient of a rank's logits `(T, V / tp)`, in their type, from the gradient of the mean loss.
 
-    The sums `(T, 2)` are of the whole vocabulary, as `join_sums` returns them.
+    The sums `(T, 2)` are those of the whole vocabulary, from `join_sums`.
     """
     largest, total = sums.chunk(2, -1)
     weights = (grad.to(sums.dtype) / targets.num_counted).expand_as(total).masked_fill(~targets.counts, 0)

@@ -1,4 +1,4 @@
-"""Sequence parallelism between layers: the whole sequence, or this rank's shard of it."""
+"""Sequence parallelism between layers: activations with the whole sequence, or with this rank's shard of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipekit.tensors.nested import flatten, unflatten
 
 @dataclass(frozen=True)
 class SequenceFlow:
-    """Input and output of a layer under sequence parallelism: the whole sequence, or a shard.
+    """Sequence flow of a layer under sequence parallelism: its input and output are the whole sequence, or a shard.
 
-    A layer declares it by a class attribute `sequence_flow`, or the `forward_fn` of a tied layer by an attribute of the
-    function. One that declares nothing takes and returns the whole sequence.
+    A layer declares it in a class attribute `sequence_flow`, and the `forward_fn` of a tied layer in an attribute of
+    the function. By default a layer takes and returns the whole sequence.
 
     Attributes:
         takes_shard: True if it takes `(B, S / tp, ...)`, this rank's shard of the sequence.
@@ -39,7 +39,7 @@ SHARDED = SequenceFlow(takes_shard=True, returns_shard=True)
 
 
 def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
-    """Return the sequence flow of a layer, or of the `forward_fn` of a tied one."""
+    """Return the sequence flow of a layer, or of a tied layer's `forward_fn`."""
     flow: SequenceFlow = getattr(layer, "sequence_flow", WHOLE)
     return flow
 
@@ -47,8 +47,8 @@ def flow_of(layer: Callable[..., Any]) -> SequenceFlow:
 def convert(activations: Any, *, is_shard: bool, wants_shard: bool, group: TensorGroup | None) -> Any:
     """Convert activations to the form that the next layer takes.
 
-    Floating-point tensors of three dimensions, `(B, S, D)`, are joined or split along the sequence; others, such as
-    token ids and masks, are whole everywhere.
+    Floating-point tensors of three dimensions, `(B, S, D)`, are gathered or split along the sequence; other tensors,
+    such as token ids and masks, are always whole.
     """
     if group is None or is_shard == wants_shard:
         return activations

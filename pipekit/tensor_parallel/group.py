@@ -1,4 +1,4 @@
-"""Tensor group: the tensor-parallel peers of a rank, and the collectives among them, as layers see them."""
+"""Tensor groups: the tensor-parallel peers of a rank, and the collectives among them, as layers see them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class Pending(Protocol):
-    """A collective that is under way."""
+    """A collective that is running."""
 
     def wait(self) -> Tensor:
         """Wait for the result, and return it."""
 
 
 class TensorGroup(ABC):
-    """The ranks that each layer is sharded over.
+    """Tensor group: the ranks that each layer is sharded over.
 
-    Every collective is called by all of them, in one order. One begun with `start_*` runs behind the computation until
-    `wait`, and its argument must not be changed meanwhile.
+    All ranks of the group call every collective, in the same order. A collective begun with `start_*` overlaps with the
+    computation until `wait`, and its argument must not change meanwhile.
 
     Attributes:
         rank: this rank's index in the group.
@@ -32,22 +32,22 @@ class TensorGroup(ABC):
 
     @abstractmethod
     def start_all_reduce(self, tensor: Tensor) -> Pending:
-        """Begin to sum `tensor` over the group, in place."""
+        """Start to sum `tensor` over the group, in place."""
 
     @abstractmethod
     def start_all_gather(self, tensor: Tensor, dim: int) -> Pending:
-        """Begin to join the tensors of all ranks, which have one shape, along `dim`."""
+        """Start to concatenate the tensors of all ranks, which have the same shape, along `dim`."""
 
     @abstractmethod
     def start_reduce_scatter(self, tensor: Tensor, dim: int) -> Pending:
-        """Begin to sum `tensor` over the group; this rank gets its shard of the sum along `dim`."""
+        """Start to sum `tensor` over the group; this rank gets its shard of the sum along `dim`."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over the group, in place."""
+        """Sum `tensor` over the group, in place, and return it."""
         return self.start_all_reduce(tensor).wait()
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-        """Return the tensors of all ranks, joined along `dim`."""
+        """Return the tensors of all ranks, concatenated along `dim`."""
         return self.start_all_gather(tensor, dim).wait()
 
     def reduce_scatter(self, tensor: Tensor, dim: int) -> Tensor:
@@ -56,7 +56,7 @@ class TensorGroup(ABC):
 
 
 class Done:
-    """A collective that had nothing to wait for."""
+    """A collective that is already complete."""
 
     def __init__(self, result: Tensor) -> None:
         self._result = result
@@ -67,7 +67,7 @@ class Done:
 
 
 class PlannedGroup(TensorGroup):
-    """A group without processes, for planning: collectives return the shapes that a rank would get.
+    """A group without processes, for planning: its collectives return tensors of the shapes that a rank would get.
 
     Example:
         >>> PlannedGroup(rank=0, size=4).all_gather(torch.empty(2, 8, device="meta"), dim=1).shape

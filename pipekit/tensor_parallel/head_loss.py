@@ -1,8 +1,8 @@
-"""Head and loss fused, a chunk of tokens at a time: the logits of a whole micro-batch never exist at once.
+"""Fused head and loss, a chunk of tokens at a time: the logits of a whole micro-batch never exist at once.
 
-With large vocabularies they are the largest tensors of a run: fp32 logits of 4,096 tokens over 128,256 words are 2 GB,
-and torch's loss holds three of that size in its backward. Here the forward goes through the tokens in chunks and keeps
-two numbers for each, and the backward makes the logits again, which is one more matrix product to three.
+With large vocabularies, logits are the largest tensors of a run: fp32 logits of 4,096 tokens over 128,256 words take
+2 GB, and torch's loss holds three tensors of that size in its backward. Here the forward processes the tokens in chunks
+and keeps two numbers per token. The backward recomputes the logits, which adds one matrix product to three.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from pipekit.tensors.weight_gradients import autocasts
 
 
 def chunk_limit_bytes(dtype: torch.dtype) -> int:
-    """Memory that the fp32 logits of a chunk may take, for weights of a type.
+    """Limit of the memory of a chunk's fp32 logits, for weights of a type.
 
-    Small chunks of 16-bit weights are slow on GPUs: their gradient is added up in fp32, which moves as much memory for
-    each chunk as for all. A GPT-2 head on 8,192 tokens took an H200 29 ms with 64 MiB, 17 ms with 1 GiB.
+    Small chunks of 16-bit weights are slow on GPUs: the weight gradient is accumulated in fp32, which moves the whole
+    gradient through memory for every chunk. A GPT-2 head on 8,192 tokens took an H200 29 ms with 64 MiB, 17 ms with
+    1 GiB.
 
     Example:
         >>> chunk_limit_bytes(torch.bfloat16) // 2**20, chunk_limit_bytes(torch.float32) // 2**20
@@ -44,15 +45,16 @@ def chunk_limit_bytes(dtype: torch.dtype) -> int:
 
 
 def plan_chunk_tokens(num_tokens: int, vocab_shard_size: int, *, limit_bytes: int) -> int | None:
-    """Number of tokens that the loss takes at a time; None where all fit.
+    """Number of tokens per chunk of the loss; None if all tokens fit in one.
 
     Args:
-        num_tokens: tokens of a micro-batch, B * S.
-        vocab_shard_size: logits of a token that a rank computes, V / tp.
-        limit_bytes: limit for the fp32 logits of a chunk, as by `chunk_limit_bytes`; those of one token may take more.
+        num_tokens: tokens in a micro-batch, B * S.
+        vocab_shard_size: logits per token that a rank computes, V / tp.
+        limit_bytes: memory limit for the fp32 logits of a chunk, as from `chunk_limit_bytes`; a chunk of one token may
+            take more.
 
     Returns:
-        Chunks of this size, the last of which may be smaller, are as few as the limit allows and as even as possible.
+        The size of chunks that are as few as the limit allows and as even as possible; the last may be smaller.
 
     Example:
         >>> plan_chunk_tokens(4096, 128_256, limit_bytes=64 * 2**20)
@@ -81,18 +83,20 @@ def chunked_head_loss(
 ) -> Tensor:
     """Mean cross-entropy of `hidden @ weight.T` in fp32, a scalar in nats per token.
 
-    It is the same on all tensor ranks. One collective in the forward serves all tokens; in the backward the gradient of
-    `hidden` is summed behind the last chunk's term of the weight's. That of a 16-bit weight is accumulated in fp32.
+    It is equal on all tensor ranks. The forward needs one collective for all tokens. In the backward, summing the
+    gradient of `hidden` overlaps with the last chunk's part of the weight gradient. The gradient of a 16-bit weight is
+    accumulated in fp32.
 
-    The weight's gradient is computed in the backward even where others are deferred
-    (`pipekit.tensors.weight_gradients`): it needs the gradients of all logits, which would have to be kept, or else
+    The weight gradient is computed in the backward even if other weight gradients are deferred
+    (`pipekit.tensors.weight_gradients`): it needs the gradients of all logits, which would otherwise have to be kept or
     computed a third time.
 
     Args:
         hidden: `(B, S, D)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, D)`.
         weight: `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`; `(V, D)` where `group` is None.
-        labels: `(B, S)` int64, the next token of each, of the whole sequence; `ignored_label` is out of the mean.
-        chunk_tokens: number of tokens taken at a time; see `plan_chunk_tokens`.
+        labels: `(B, S)` int64, the next token of each token of the whole sequence; `ignored_label` is left out of the
+            mean.
+        chunk_tokens: number of tokens per chunk; see `plan_chunk_tokens`.
         soft_cap: limit that the logits approach; see `cap_softly`.
 
     Raises:
@@ -202,7 +206,7 @@ class _Accumulated:
         self._sum: Tensor | None = None
 
     def add(self, grad: Tensor, inputs: Tensor) -> None:
-        """Add the term of a chunk's output gradients `(C, V / tp)` and inputs `(C, D)`."""
+        """Add a chunk's term, from its output gradients `(C, V / tp)` and inputs `(C, D)`."""
         if self._sum is None:
             self._sum = torch.mm(grad.t(), inputs).to(torch.promote_types(self._dtype, torch.float32))
         elif self._sum.dtype == self._dtype:

@@ -21,11 +21,11 @@ from pipekit.tensors.nested import flatten, unflatten
 
 
 class KeptInputs:
-    """Runs layers so that their backward recomputes them, and keeps their inputs for that.
+    """Runner of layers that are recomputed in the backward; it keeps their inputs.
 
     Args:
-        group: the ranks that hold equal inputs, of which each keeps its shard; None keeps them whole.
-        offload: whether they are kept in host memory.
+        group: ranks that hold equal inputs, each of which keeps a shard; None keeps whole inputs.
+        offload: whether to keep inputs in host memory.
 
     Attributes:
         group: as given.
@@ -38,19 +38,19 @@ class KeptInputs:
         self._last: weakref.ref[HostCopy] | None = None
 
     def begin(self) -> None:
-        """Begin with another forward: what it keeps is needed in a backward of its own."""
+        """Begin another forward, whose inputs are kept for its own backward."""
         self._last = None
 
     def run(
         self, layers: Callable[[Any], Any], inputs: Any, *, is_shard: bool, is_held: bool, preserve_rng_state: bool
     ) -> Any:
-        """Run layers whose backward recomputes them.
+        """Run layers that are recomputed in the backward.
 
         Args:
             layers: called with the inputs.
             inputs: nested tensors.
-            is_shard: whether each rank of the group has its shard of them already.
-            is_held: whether they stay on the device in any case, as what a stage is passed does.
+            is_shard: whether the inputs are already this rank's shards.
+            is_held: whether the inputs stay on the device in any case, as a stage's inputs do.
             preserve_rng_state: whether the recomputation draws the same random numbers from the generators.
         """
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
@@ -87,9 +87,9 @@ class KeptInput:
     """Kept input of a layer, or this rank's shard of it, on the device or in host memory.
 
     Attributes:
-        piece: the tensor.
-        group: the ranks that have a shard each; None where it is whole.
-        shape: of the whole.
+        piece: the tensor that is kept.
+        group: the ranks that each have a shard; None if the input is kept whole.
+        shape: shape of the whole input.
     """
 
     piece: Tensor | HostCopy
@@ -107,11 +107,11 @@ def _unpack(kept: Tensor | KeptInput) -> Tensor:
 
 
 class HostCopy:
-    """A tensor's copy in host memory: of a GPU's in pinned memory, copied there and back beside the computation.
+    """A tensor's copy in host memory; for a GPU it is pinned, and both copies overlap with the computation.
 
     Args:
         tensor: the tensor.
-        before: the one that is needed after this one, whose way back begins as soon as this one's ends.
+        before: the copy that is needed after this one; its copy back starts when this one's ends.
         stream: the GPU's stream for copies; None on a CPU.
     """
 
@@ -131,7 +131,7 @@ class HostCopy:
         tensor.record_stream(stream)
 
     def take(self) -> Tensor:
-        """Tensor on its device again."""
+        """Return the tensor, copied back to its device."""
         if self._stream is None:
             return self.host
         self._fetch()

@@ -1,7 +1,7 @@
 """Linear layers and embeddings that are sharded over a tensor group.
 
-Each is built whole, like the torch layer that it is, and sharded by `shard_layer` when the group is known: initial
-weights do not depend on the layout, and with tp=1 it is the torch layer.
+Each layer is built whole, like its torch counterpart, and is sharded by `shard_layer` when the group is known. So
+initial weights do not depend on the layout, and with tp=1 the layer computes the same as the torch layer.
 
 Source: Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism".
 """
@@ -34,36 +34,36 @@ class TensorParallelModule(nn.Module):
     """A module whose parameters are sharded over a tensor group.
 
     Attributes:
-        group: the tensor-parallel peers; None where the module is whole.
-        sequence_parallel: True if its whole activations are held as each rank's shard of the sequence.
+        group: the tensor-parallel peers; None if the module is whole.
+        sequence_parallel: True if each rank holds only its shard of the sequence of the module's whole activations.
     """
 
     group: TensorGroup | None = None
     sequence_parallel: bool = False
 
     def shard(self, group: TensorGroup, *, sequence_parallel: bool) -> None:
-        """Keep this rank's shard of every parameter. Called once, when the layer that it is in has been built.
+        """Keep this rank's shard of every parameter. Called once, after the layer that contains it is built.
 
         Raises:
-            LayoutError: if a rank would get nothing.
+            LayoutError: if a rank would get an empty shard.
         """
         self.group, self.sequence_parallel = group, sequence_parallel
 
     def sum_outputs(self, partial: Tensor) -> Tensor:
-        """Return the sum of the ranks' partial outputs, in the form in which activations are held outside."""
+        """Sum the ranks' partial outputs; under sequence parallelism, return this rank's shard of the sum."""
         return (reduce_scatter_sequence if self.sequence_parallel else sum_partials)(partial, self.group)
 
 
 class ColumnParallelLinear(TensorParallelModule, nn.Linear):
-    """A linear layer of which each rank computes some of the outputs: `(..., I)` to `(..., O / tp)`.
+    """Linear layer whose outputs are sharded over the ranks: `(..., I)` to `(..., O / tp)`.
 
-    The gradient of its input is summed over the group behind the computation of the weight's.
+    Summing the input gradient over the group overlaps with the computation of the weight gradient.
 
     Args:
         in_features: I.
         out_features: O.
-        bias: whether there is one.
-        blocks: lengths of the blocks that the outputs consist of, each of which is sharded by itself; by default one.
+        bias: whether there is a bias.
+        blocks: lengths of the blocks of outputs, each of which is sharded separately; by default one block.
 
     Raises:
         ConfigError: if the blocks do not add up to `out_features`.
@@ -109,7 +109,7 @@ class ColumnParallelLinear(TensorParallelModule, nn.Linear):
 
 
 class RowParallelLinear(TensorParallelModule, nn.Linear):
-    """A linear layer of which each rank has some of the inputs: `(..., I / tp)` to `(..., O)`.
+    """Linear layer whose inputs are sharded over the ranks: `(..., I / tp)` to `(..., O)`.
 
     The results are summed over the group; the bias is added to the sum.
     """
@@ -127,12 +127,12 @@ class RowParallelLinear(TensorParallelModule, nn.Linear):
 
 
 class VocabularyParallelModule(TensorParallelModule):
-    """Base of embeddings and heads, whose weight has a row for every token; each rank holds some rows.
+    """Base class of embeddings and heads, whose weight has one row per token; each rank holds some of the rows.
 
     Its `weight` is `(V, D)`.
 
     Args:
-        vocab_size: V; need not be a multiple of the tensor-parallel degree.
+        vocab_size: V; it need not be a multiple of the tensor-parallel degree.
         hidden_size: D.
         init_std: standard deviation of the initial weights.
     """
@@ -149,7 +149,7 @@ class VocabularyParallelModule(TensorParallelModule):
 
 
 class VocabularyParallelEmbedding(VocabularyParallelModule):
-    """Looks token ids up: `(B, S)` int64 to `(B, S, D)`."""
+    """Embedding of token ids, sharded over the vocabulary: `(B, S)` int64 to `(B, S, D)`."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.group is None:
@@ -168,16 +168,16 @@ class VocabularyParallelEmbedding(VocabularyParallelModule):
 
 
 class KeyValueLinear(ColumnParallelLinear):
-    """Keys and values of grouped-query attention, sharded by heads of E outputs each.
+    """Linear layer for keys and values of grouped-query attention, sharded by heads of E outputs each.
 
-    Where there are fewer heads than ranks, each rank keeps the whole projection, and computes the one head that its
+    If there are fewer heads than ranks, each rank keeps the whole projection, and computes the one head that its
     queries attend to.
 
     Args:
         in_features: I.
         num_kv_heads: K; a multiple or a divisor of the tensor-parallel degree.
-        head_size: E. The outputs are the keys of all heads, then the values of all heads, 2 x K x E.
-        bias: whether there is one.
+        head_size: E. The 2 x K x E outputs are the keys of all heads, then the values of all heads.
+        bias: whether there is a bias.
     """
 
     def __init__(self, in_features: int, num_kv_heads: int, head_size: int, *, bias: bool = True) -> None:
@@ -241,7 +241,7 @@ def column_parallel_linears(
 ) -> tuple[Tensor, ...]:
     """Return this rank's outputs of several linear layers, given the weight and the bias of each.
 
-    Their input, as for `column_parallel_linear`, is gathered, and its gradient summed, once.
+    Their common input, as in `column_parallel_linear`, is gathered only once, and so its gradient is summed once.
     """
     if group is not None and not autocasts(x):
         flat = [tensor for layer in layers for tensor in layer]

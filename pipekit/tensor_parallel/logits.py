@@ -1,4 +1,4 @@
-"""Logits that are not computed yet: the output of a head, so that no rank holds those of a whole micro-batch."""
+"""Lazy logits: the output of a head, computed in chunks so that no rank holds the logits of a whole micro-batch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipekit.tensor_parallel.shards import Shard
 
 @dataclass(eq=False, repr=False)
 class Logits:
-    """The scores `(B, S, V)` of every token of the vocabulary, not computed yet.
+    """Lazy logits `(B, S, V)`, which are not computed yet.
 
-    A loss computes them a chunk at a time (`cross_entropy`); `whole()` computes all of them.
+    The loss (`cross_entropy`) computes them a chunk at a time; `whole()` computes all of them.
 
     Args:
         hidden: `(B, S, D)`; with `sequence_parallel` this rank's shard of the sequence, `(B, S / tp, D)`.
-        weight: the head's, `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`.
-        group: the tensor-parallel peers; None where the weight is whole, `(V, D)`.
+        weight: the head's weight, `(V / tp, D)`: this rank's rows, by `Shard(0, (V,), rank, tp)`.
+        group: the tensor-parallel peers; None if the weight is whole, `(V, D)`.
         sequence_parallel: True if `hidden` is a shard of the sequence.
         vocab_size: V.
-        chunk_tokens: number of tokens that the loss takes at a time, see `plan_chunk_tokens`; None for all at once.
-        soft_cap: limit that the scores approach, see `cap_softly`; None where there is none.
+        chunk_tokens: number of tokens per chunk of the loss, see `plan_chunk_tokens`; None for all at once.
+        soft_cap: limit that the logits approach, see `cap_softly`; None for no limit.
 
     Example:
         >>> logits = Logits(torch.ones(2, 3, 4), torch.ones(8, 4), None, vocab_size=8, chunk_tokens=4)
@@ -60,9 +60,10 @@ class Logits:
         return torch.Size((batch, num_tokens * num_shards, self.vocab_size))
 
     def cross_entropy(self, labels: Tensor, *, ignored_label: int = IGNORED_LABEL) -> Tensor:
-        """Return the mean cross-entropy in fp32, a scalar in nats per token, the same on all tensor ranks.
+        """Return the mean cross-entropy in fp32, a scalar in nats per token, equal on all tensor ranks.
 
-        The labels `(B, S)` int64 are the next token of each, of the whole sequence; `ignored_label` is out of the mean.
+        The labels `(B, S)` int64 are the next token of each token of the whole sequence; the mean leaves out
+        `ignored_label`.
 
         Raises:
             DataError: if there is not one label for each token, or, on the CPU, if a label is not in the vocabulary.
@@ -92,9 +93,9 @@ class Logits:
 
     @torch.no_grad()
     def whole(self) -> Tensor:
-        """Return the logits `(B, S, V)` as a tensor, on every tensor rank; all of them call it.
+        """Return the logits `(B, S, V)` as a tensor on every tensor rank; all tensor ranks call this together.
 
-        For evaluation: it has no gradient.
+        It is for evaluation, and has no gradient.
         """
         if self.group is None:
             return cap_softly(F.linear(self.hidden, self.weight), self.soft_cap)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) of linear layers: trained in place of the weights, and sharded as the weights are.
+"""Low-rank adapters (LoRA) of linear layers: trained in place of the weights, and sharded like the weights.
 
 Shapes: I inputs and O outputs of a linear layer, R rank.
 
@@ -33,7 +33,7 @@ from pipekit.tensor_parallel.shards import Shard, mark_partial_gradient, shard_p
 
 @dataclass(frozen=True)
 class LowRank:
-    """Settings of a low-rank adapter: its rank, the factor of what it adds, and the dropout of its inputs."""
+    """Settings of a low-rank adapter: its rank, the scale of its output, and the dropout of its inputs."""
 
     rank: int
     scale: float
@@ -43,17 +43,17 @@ class LowRank:
 class LowRankAdapter(TensorParallelModule):
     """Low-rank adapter of some outputs of a linear layer: adds `scale * b(a(dropout(x)))`, `(..., I)` to `(..., O)`.
 
-    Where tensor-parallel ranks share out the outputs of the linear layer, they share out the rows of `b`; where they
-    share out its inputs, the columns of `a`. Between both only R numbers a token are exchanged.
+    If tensor-parallel ranks shard the outputs of the linear layer, the rows of `b` are sharded; if they shard its
+    inputs, the columns of `a` are. The ranks exchange only R numbers per token between `a` and `b`.
 
     Args:
         linear: the linear layer.
-        blocks: lengths of the blocks of its outputs that are added to, each of which is sharded by itself.
-        low_rank: the settings.
+        blocks: lengths of the blocks of outputs that the adapter adds to, each of which is sharded separately.
+        low_rank: settings of the adapter.
 
     Attributes:
-        a: `(R, I)`, drawn as the weights of a linear layer of torch are.
-        b: `(O, R)`, zeros at first, so that nothing is added.
+        a: `(R, I)`, initialized like the weight of a torch linear layer.
+        b: `(O, R)`, initially zero, so nothing is added.
     """
 
     def __init__(self, linear: nn.Linear, blocks: Sequence[int], low_rank: LowRank) -> None:
@@ -83,7 +83,7 @@ class LowRankAdapter(TensorParallelModule):
             mark_partial_gradient(self.b)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the addition for inputs in the form in which the linear layer takes them, in that of its outputs."""
+        """Return the adapter's output for inputs of the linear layer, in the form of the layer's outputs."""
         own_mask = self.group if self.sequence_parallel or self._shards_inputs else None
         dropped = sharded_dropout(x, self.low_rank.dropout, self.training, own_mask)
         reduced = F.linear(dropped, self.a) * self.low_rank.scale  # (..., R)
@@ -94,16 +94,16 @@ class LowRankAdapter(TensorParallelModule):
 
 
 class LowRankAdapters(nn.Module):
-    """The adapters of one linear layer, each of some of its outputs.
+    """Adapters of one linear layer, each for a part of its outputs.
 
     Args:
         linear: the linear layer.
-        parts: number of outputs of each part, in order; together they are all outputs.
-        adapted: the parts with an adapter, which has the name of the part.
-        low_rank: the settings.
+        parts: number of outputs of each part, in order; the parts must cover all outputs.
+        adapted: names of the parts that have an adapter; the adapter has the same name.
+        low_rank: settings of the adapters.
 
     Raises:
-        ConfigError: if a part of a column-parallel layer is not made of whole blocks of it.
+        ConfigError: if a part of a column-parallel layer does not consist of whole blocks.
     """
 
     def __init__(self, linear: nn.Linear, parts: Mapping[str, int], adapted: Sequence[str], low_rank: LowRank) -> None:
@@ -125,7 +125,7 @@ class LowRankAdapters(nn.Module):
             start = end
 
     def forward(self, x: Tensor, y: Tensor, own_blocks: Sequence[int]) -> Tensor:
-        """Return the outputs `y`, of which this rank has so many of each block, with what is added to them."""
+        """Return this rank's outputs `y`, given their number in each block, plus the outputs of the adapters."""
         name, span = self._spans[0]
         if span == slice(0, len(self.blocks)):
             return y + self.get_submodule(name)(x)  # type: ignore[no-any-return]
@@ -137,7 +137,7 @@ class LowRankAdapters(nn.Module):
 
 
 def attach_adapters(linear: nn.Linear, parts: Mapping[str, int], adapted: Sequence[str], low_rank: LowRank) -> None:
-    """Give a linear layer that is built and whole adapters as its submodule `lora`; a call of it then adds to them.
+    """Attach adapters to a whole linear layer as its submodule `lora`; calls of the layer then add their outputs.
 
     The arguments are those of `LowRankAdapters`.
     """
@@ -146,9 +146,9 @@ def attach_adapters(linear: nn.Linear, parts: Mapping[str, int], adapted: Sequen
 
 
 def add_adapters(linear: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return the outputs `y` of a linear layer with what its adapters add for the inputs `x`; `y` if it has none.
+    """Add the outputs of a linear layer's adapters for inputs `x` to its outputs `y`; without adapters, return `y`.
 
-    For code that computes with the weights of a linear layer without calling it.
+    For code that computes with the weights of a linear layer without calling the layer.
     """
     adapters = getattr(linear, "lora", None)
     if adapters is None:

@@ -15,10 +15,10 @@ from pipekit.tensor_parallel.group import TensorGroup
 
 @contextmanager
 def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
-    """Draw other random numbers inside on each tensor rank, and leave the generators the same on all of them.
+    """Context manager in which each tensor rank draws different random numbers; afterwards generators are equal again.
 
-    The seed is drawn from the CPU's generator, which stands at the same place on all tensor ranks. Without a group
-    nothing changes.
+    The seed is drawn from the CPU's generator, which has the same state on all tensor ranks. Without a group nothing
+    changes.
     """
     if group is None:
         yield
@@ -40,7 +40,7 @@ def sharded_randomness(group: TensorGroup | None) -> Iterator[None]:
 
 
 def sharded_dropout(x: Tensor, p: float, training: bool, group: TensorGroup | None) -> Tensor:
-    """Apply dropout of probability `p` to this rank's shard `x` of an activation, with a mask of its own."""
+    """Apply dropout of probability `p` to this rank's shard `x` of an activation, with a separate mask on each rank."""
     if not training or p == 0:
         return x
     with sharded_randomness(group):

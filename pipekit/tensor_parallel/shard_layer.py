@@ -11,13 +11,14 @@ from pipekit.tensor_parallel.shards import mark_partial_gradient, replacement_of
 
 
 def shard_layer(layer: nn.Module, group: TensorGroup, *, sequence_parallel: bool) -> None:
-    """Keep this rank's shard of a layer that was built whole, in place.
+    """Shard a layer that was built whole, in place: keep only this rank's shard.
 
-    Parameters outside tensor-parallel modules stay whole. In a layer that works on shards of the sequence, which
-    `sequence_parallel` says (see `SequenceFlow`), their gradients are partial: each rank applies them to its own shard.
+    Parameters outside tensor-parallel modules stay whole. With `sequence_parallel`, in a layer that works on shards of
+    the sequence (see `SequenceFlow`), their gradients are partial, because each rank applies them to its own shard.
 
     Raises:
-        LayoutError: if a module is too small for so many ranks, or shares a parameter with one that is not sharded.
+        LayoutError: if a module is too small for the number of ranks, or shares a parameter with one that is not
+            sharded.
     """
     for module in list(layer.modules()):
         if isinstance(module, TensorParallelModule):

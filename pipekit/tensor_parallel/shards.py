@@ -17,8 +17,8 @@ class Shard:
 
     Attributes:
         dim: the dimension that is split.
-        blocks: lengths of the blocks that the logical tensor consists of along `dim`, each of which is split by itself:
-            of a joint projection to queries, keys and values every rank gets some of each.
+        blocks: lengths of the logical tensor's blocks along `dim`, each of which is split separately: of a joint
+            projection to queries, keys and values, every rank gets some of each.
         rank: this rank's index in the tensor group.
         size: the tensor-parallel degree. The shards of a block are as even as possible, the larger ones first.
 
@@ -37,7 +37,7 @@ class Shard:
     size: int
 
     def slices_of(self, rank: int) -> list[slice]:
-        """Return the slices of `rank` along `dim`, one of each block."""
+        """Return the slices of `rank` along `dim`, one for each block."""
         slices, start = [], 0
         for length in self.blocks:
             first, last = shard_bounds(length, rank, self.size)
@@ -47,7 +47,7 @@ class Shard:
 
     @property
     def slices(self) -> list[slice]:
-        """This rank's slices along `dim`, one of each block."""
+        """This rank's slices along `dim`, one for each block."""
         return self.slices_of(self.rank)
 
     def take(self, whole: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Shard:
         return torch.cat(views, self.dim) if len(views) > 1 else views[0].clone()
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
-        """Return the logical tensor of all ranks' shards, given in the order of ranks."""
+        """Join the shards of all ranks, in rank order, into the logical tensor."""
         whole = shards[0].new_empty(self.whole_shape(shards[0].shape))
         for rank, shard in enumerate(shards):
             start = 0
@@ -67,17 +67,17 @@ class Shard:
         return whole
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of the logical tensor, given that of a shard."""
+        """Return the shape of the logical tensor, given the shape of a shard."""
         return (*shape[: self.dim], sum(self.blocks), *shape[self.dim + 1 :])
 
     def shape_of(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of a rank's shard, given that of another's."""
+        """Return the shape of a rank's shard, given the shape of another rank's shard."""
         length = sum(own.stop - own.start for own in self.slices_of(rank))
         return (*shape[: self.dim], length, *shape[self.dim + 1 :])
 
 
 def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Begin and end of a rank's shard of `length` elements: as even as possible, the larger shards first.
+    """Start and end of a rank's shard of `length` elements; shards are as even as possible, the larger ones first.
 
     Example:
         >>> [shard_bounds(6, rank, 4) for rank in range(4)]
@@ -88,10 +88,10 @@ def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def shard_parameter(module: nn.Module, name: str, shard: Shard) -> None:
-    """Replace a whole parameter of `module` by this rank's shard of it; modules that share it share the shard.
+    """Replace a whole parameter of `module` by this rank's shard; modules that share the parameter share the shard.
 
     Raises:
-        LayoutError: if a rank would get nothing of it, or another module that shares it shards it in another way.
+        LayoutError: if a rank would get an empty shard, or another module shards the same parameter differently.
     """
     whole = module.get_parameter(name)
     if (other := replacement_of(whole)) is not None:
@@ -117,22 +117,22 @@ def shard_parameter(module: nn.Module, name: str, shard: Shard) -> None:
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """Return the shard of its logical tensor that a parameter is; None if it is whole."""
+    """Return the `Shard` that a parameter is of its logical tensor; None if the parameter is whole."""
     shard: Shard | None = getattr(parameter, "tensor_shard", None)
     return shard
 
 
 def replacement_of(whole: Tensor) -> nn.Parameter | None:
-    """Return the shard that a whole parameter has been replaced by; None if it has not been sharded."""
+    """Return the shard that replaced a whole parameter; None if the parameter was not sharded."""
     own: nn.Parameter | None = getattr(whole, "tensor_replacement", None)
     return own
 
 
 def mark_partial_gradient(parameter: nn.Parameter) -> None:
-    """Mark a parameter as applied to this rank's shard of the sequence only, so that its gradient is partial."""
+    """Mark a parameter as applied only to this rank's shard of the sequence, so its gradient is partial."""
     parameter.has_partial_gradient = True  # type: ignore[attr-defined]
 
 
 def has_partial_gradient(parameter: Tensor) -> bool:
-    """True if the gradient of a whole parameter is yet to be summed over the tensor group."""
+    """True if the gradient of a whole parameter must still be summed over the tensor group."""
     return getattr(parameter, "has_partial_gradient", False)
