@@ -1,4 +1,4 @@
-"""Ranks of equal cost, whatever stages lie on them."""
+"""Balanced partitions: ranks of equal cost, under any placement of stages."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def balanced_boundaries(
     stage_extras: Sequence[float] | None = None,
     memory: MemoryLimit | None = None,
 ) -> list[int]:
-    """Return the boundaries of contiguous stages under which the rank with the largest cost has as little as it can.
+    """Return the boundaries of contiguous stages that minimize the largest cost of a rank.
 
-    No stage is empty. What a rank costs is the sum over its stages, with their extras.
+    No stage is empty. The cost of a rank is the sum over its stages, including their extras.
 
-    - With one stage a rank, this is `minmax_boundaries`: exact, and the other ranks as even as they can be.
-    - With two stages a rank, placed as a V `(0, 1, 1, 0)` or looped `(0, 1, 0, 1)`, it is exact, with memory or
-      without; boundaries are then moved one at a time as long as that makes the ranks more even. Costs whose total is
-      beyond 2**60, in units of their greatest common divisor, are rounded down to 60 bits of the total, a hundredth of
-      what a float keeps.
-    - With more, or another placement, it is a local search, and not exact: from the smallest largest stage, boundaries
-      are moved, one at a time and neighbouring ones by a layer at once, as long as that makes the largest rank smaller,
-      or the ranks more even. Under a memory limit it may then fail to find a partition that fits.
+    - With one stage per rank, this is `minmax_boundaries`: it is exact, and the other ranks are as even as possible.
+    - With two stages per rank, placed as a V `(0, 1, 1, 0)` or looped `(0, 1, 0, 1)`, it is exact, with or without a
+      memory limit. Then boundaries are moved one at a time as long as that makes the ranks more even. Costs whose total
+      exceeds 2**60, in units of their greatest common divisor, are rounded down to 60 bits of the total, a hundredth of
+      the precision of a float.
+    - With more stages, or another placement, it is a local search, and not exact. It starts from the partition with the
+      smallest largest stage, and moves boundaries, one at a time or neighbouring ones by one layer at once, as long as
+      that makes the largest rank smaller or the ranks more even. Under a memory limit it may miss partitions that fit.
 
     Args:
         costs: cost of each layer, finite and not negative.
         placement: the pipeline rank of each stage, from 0.
-        stage_extras: what each stage costs beside its layers, such as the loss on the last; nothing unless given.
-        memory: what the ranks must fit into; anything unless given.
+        stage_extras: cost of each stage besides its layers, such as the loss on the last; none by default.
+        memory: memory limit of the ranks; none by default.
 
-    Returns:
-        One more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+        Returns:
+            One more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
 
     Raises:
-        LayoutError: if there are fewer layers than stages, a cost is negative or not finite, there is not a number for
-            each stage and layer, or the stages do not fit into the memory.
+        LayoutError: if there are fewer layers than stages, a cost is negative or not finite, a stage or layer has no
+            number, or the stages do not fit into the memory.
 
     Example:
         >>> balanced_boundaries([1, 1, 1, 1, 1, 1, 1, 5], (0, 1, 1, 0))

@@ -1,4 +1,4 @@
-"""Every way to cut a model, side by side."""
+"""Comparison of all partition methods for a model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ComparedPartition(NamedTuple):
 
     Attributes:
         method: the method.
-        boundaries: its stages.
-        imbalance: the largest cost of a rank over the mean, 1 where all are equal.
+        boundaries: boundaries of the stages.
+        imbalance: the largest cost of a rank divided by the mean; 1 if all costs are equal.
     """
 
     method: str
@@ -31,8 +31,8 @@ class ComparedPartition(NamedTuple):
 def compare_partitions(inputs: PartitionInputs, num_stages: int) -> list[ComparedPartition]:
     """Partitions by every method for which there are inputs, the most balanced first.
 
-    All are measured by the best costs known: the layers' seconds, or their operations, or their parameters. `memory` is
-    left out where nothing fits.
+    All are rated by the best costs known: the layers' seconds, or their operations, or their parameters. `memory` is
+    left out if no partition fits.
 
     Raises:
         LayoutError: if there are fewer layers than stages.
@@ -69,7 +69,7 @@ def compare_partitions(inputs: PartitionInputs, num_stages: int) -> list[Compare
 
 
 def imbalance_of(boundaries: list[int], inputs: PartitionInputs) -> float:
-    """Return the largest cost of a rank over the mean, by the best costs known; 1 where all are equal.
+    """Return the largest cost of a rank divided by the mean, by the best costs known; 1 if all costs are equal.
 
     Example:
         >>> imbalance_of([0, 1, 4], PartitionInputs(["Layer"] * 4, lambda: [1, 1, 1, 1]))

@@ -1,4 +1,4 @@
-"""Among the partitions that keep every stage within bounds, one whose stages are as even as can be."""
+"""The most even partition among those that keep every stage within bounds."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def most_even_boundaries(
     stage_extras: Sequence[int] | None = None,
     memory_bounds: Sequence[Bounds] | None = None,
 ) -> list[int]:
-    """Return the partition under `limit` with the least sum of squared stage costs and no empty stage.
+    """Return the partition within `limit` with the smallest sum of squared stage costs and no empty stage.
 
-    Of several such partitions it is the one whose boundaries come latest, from the last boundary to the
-    first. The limit is kept exactly; squares are compared exactly where the total, in units of the costs'
-    greatest common divisor, is at most 2**31, and to 31 bits of the total elsewhere.
+    Among several such partitions it returns the one whose boundaries come latest, compared from the last boundary to
+    the first. The limit holds exactly. Squares are compared exactly if the total, in units of the costs' greatest
+    common divisor, is at most 2**31, and otherwise to 31 bits of the total.
 
     Args:
         prefix: sums of the first 0, 1, ... costs.
         num_stages: between 1 and the number of layers.
-        limit: largest cost of a stage; there must be a partition that keeps it.
-        stage_extras: what each stage costs beside its layers; nothing unless given.
-        memory_bounds: what else each stage must keep; nothing unless given.
+        limit: largest cost of a stage; at least one partition must satisfy it.
+        stage_extras: cost of each stage besides its layers; none by default.
+        memory_bounds: further bounds of each stage; none by default.
 
     Source: the dynamic program of Jackson et al. 2005, "An algorithm for optimal partitioning of data on an
         interval", one row a stage; since the best last boundary never moves back as the end moves on, each

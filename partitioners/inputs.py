@@ -11,18 +11,18 @@ from pipekit.partitioners.memory_limit import MemoryLimit
 
 @dataclass(frozen=True)
 class PartitionInputs:
-    """Layers, costs and memory that a partitioner may ask for; those that take time are functions.
+    """Layers, costs and memory for a partitioner; inputs that take time to compute are functions.
 
     Attributes:
         type_names: class name of each layer.
         count_parameters: returns the trainable parameters of each layer.
         count_flops: returns the floating-point operations of each layer, forward and backward, for one micro-batch.
         measure_seconds: returns the seconds that each layer takes for one micro-batch, forward and backward.
-        stage_extras: returns the cost of each stage beside its layers in the unit of a method (`uniform`, `parameters`,
-            `flops` or `profile`), or None for nothing.
+        stage_extras: returns the cost of each stage besides its layers in the unit of a method (`uniform`,
+            `parameters`, `flops` or `profile`), or None for no cost.
         memory_limit: returns the memory of the layers, and the limit of a rank.
         layer_names: logical name of each layer.
-        placement: the pipeline rank of each stage; None means that each has a rank of its own.
+        placement: the pipeline rank of each stage; None means one stage per rank.
     """
 
     type_names: Sequence[str]
@@ -38,7 +38,7 @@ class PartitionInputs:
         """Cost of each layer by `uniform`, `parameters`, `flops` or `profile`.
 
         Raises:
-            LayoutError: if it is not known.
+            LayoutError: if this cost is not known.
         """
         if method == "uniform":
             return [1] * len(self.type_names)
@@ -54,12 +54,12 @@ class PartitionInputs:
         return tell()
 
     def extras(self, method: str) -> Sequence[float] | None:
-        """Cost of each stage beside its layers; None for nothing."""
+        """Cost of each stage besides its layers; None for no cost."""
         return None if self.stage_extras is None else self.stage_extras(method)
 
     @property
     def best_costs(self) -> str:
-        """The method whose costs come nearest to time: seconds, operations, or parameters."""
+        """Method whose costs are closest to time: seconds, operations, or parameters."""
         if self.measure_seconds is not None:
             return "profile"
         return "parameters" if self.count_flops is None else "flops"

@@ -1,4 +1,4 @@
-"""Partitioners that other packages bring along, by the entry-point group `pipekit.partitioners`.
+"""Partitioners from other packages, found by the entry-point group `pipekit.partitioners`.
 
 An entry point names a function `(inputs: PartitionInputs, num_stages: int) -> boundaries`. In the `pyproject.toml` of
 its package:
@@ -25,7 +25,7 @@ Partitioner = Callable[["PartitionInputs", int], Sequence[int]]
 
 
 def installed_partitioners() -> list[str]:
-    """Return the names of the partitioners that are installed, without importing them."""
+    """Return the names of the installed partitioners, without importing them."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
@@ -51,7 +51,7 @@ def _load(name: str) -> Partitioner:
 
 
 def partition_by_installed(name: str, inputs: PartitionInputs, num_stages: int) -> list[int]:
-    """Return the boundaries that an installed partitioner makes, checked as the user's own are.
+    """Return the boundaries from an installed partitioner, checked like boundaries that a user gives.
 
     Raises:
         LayoutError: if it cannot be loaded, or its boundaries do not make `num_stages` stages of all layers.

@@ -1,4 +1,4 @@
-"""Stages of equally many layers, of any type or of one."""
+"""Partitions into stages with equal numbers of layers, of any type or of one type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipekit.partitioners.minmax import minmax_boundaries
 
 
 def partition_uniform(num_layers: int, num_stages: int) -> list[int]:
-    """Return boundaries of stages that differ by one layer at most.
+    """Return boundaries of stages whose numbers of layers differ by at most one.
 
     Raises:
         LayoutError: if there are fewer layers than stages.
@@ -23,17 +23,17 @@ def partition_uniform(num_layers: int, num_stages: int) -> list[int]:
 
 
 def partition_by_type(type_names: Sequence[str], pattern: str, num_stages: int) -> list[int]:
-    """Return boundaries that share out the layers whose class name matches.
+    """Return boundaries that spread the layers whose class name matches a pattern evenly over the stages.
 
-    Other layers stay with the matching layer before them, as far as no stage is empty.
+    Other layers stay with the matching layer before them, as long as no stage is empty.
 
     Args:
         type_names: class name of each layer.
-        pattern: regular expression, searched for anywhere in the name, upper and lower case alike.
-        num_stages: how many stages.
+        pattern: regular expression, searched for anywhere in the name, ignoring case.
+        num_stages: number of stages.
 
     Raises:
-        LayoutError: if no layer matches, the pattern is no regular expression, or there are fewer layers than
+        LayoutError: if no layer matches, the pattern is not a regular expression, or there are fewer layers than
             stages.
 
     Example:

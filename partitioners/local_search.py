@@ -1,4 +1,4 @@
-"""Partitions made better by moving one boundary at a time."""
+"""Local search that improves a partition by moving boundaries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _MAX_ROUNDS = 1000  # some tens are the most that was seen
 
 @dataclass(frozen=True)
 class StageSums:
-    """Something that layers add up to in the stages, in whole numbers, such as costs or bytes.
+    """Sums over the layers of each stage, in whole numbers, such as costs or bytes.
 
     Attributes:
-        before: for each stage, sums of the first 0, 1, ... layers as they would count in it.
-        extras: what each stage has beside its layers.
+        before: for each stage, sums of the first 0, 1, ... layers as they would count in that stage.
+        extras: value of each stage besides its layers.
     """
 
     before: Sequence[Sequence[int]]
@@ -38,20 +38,20 @@ def improve_boundaries(
     memory: tuple[StageSums, int] | None = None,
     together: bool = False,
 ) -> list[int]:
-    """Return boundaries of which no single one can be moved to advantage.
+    """Move boundaries until no single move improves the partition, and return them.
 
-    With `together`, nor can any neighbouring ones be moved by a layer at once, which hands a layer from one stage to
-    another over those between them.
+    With `together`, it also moves neighbouring boundaries by one layer at once, which passes a layer from one stage to
+    another across the stages between them.
 
-    A partition is better if the ranks' bytes beyond the limit are fewer; then, if the largest cost of a rank is
-    smaller; then, if the sum of the ranks' squared costs is.
+    Partitions are compared by the bytes by which ranks exceed the limit, then by the largest cost of a rank, then by
+    the sum of the ranks' squared costs; smaller is better.
 
     Args:
-        boundaries: where to begin.
+        boundaries: boundaries to start from.
         placement: the rank of each stage.
-        costs: what stages cost.
-        memory: their bytes, and the most that a rank may hold; nothing is limited unless given.
-        together: whether to move several at once too.
+        costs: costs of the stages.
+        memory: bytes of the stages, and the limit of a rank; no limit by default.
+        together: whether to move several boundaries at once too.
 
     Example:
         >>> costs = StageSums([range(9)] * 4, [0] * 4)

@@ -1,4 +1,4 @@
-"""Stages as the user draws them."""
+"""Manual partitions: the user's own boundaries."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def partition_manually(
 
     Args:
         boundaries: layer indices, one more than stages.
-        num_layers: of the model.
-        num_stages: how many stages there must be.
-        source: where the boundaries come from; errors begin with it.
+        num_layers: number of layers of the model.
+        num_stages: required number of stages.
+        source: origin of the boundaries, with which error messages begin.
 
-    Raises:
-        LayoutError: if they do not start with 0, grow, end with `num_layers`, and make `num_stages` stages.
+        Raises:
+            LayoutError: if the boundaries do not rise from 0 to `num_layers`, or do not make `num_stages` stages.
 
     Example:
         >>> partition_manually([0, 1, 4], num_layers=4, num_stages=2)

@@ -14,15 +14,15 @@ from pipekit.partitioners.prefix_sums import PrefixSums
 class MemoryLimit:
     """Memory of layers and stages, and the limit of a rank.
 
-    A rank holds the sum over its stages of their layers' `state_bytes`, of `in_flight` times their layers'
+    A rank's memory is the sum over its stages of their layers' `state_bytes`, of `in_flight` times their layers'
     `activation_bytes`, and of `extra_bytes`.
 
     Attributes:
-        state_bytes: of each layer's parameters, gradients and optimizer states.
-        activation_bytes: what each layer holds of one micro-batch between its forward and its backward.
-        in_flight: of how many micro-batches each stage holds activations at once.
-        extra_bytes: what each stage holds beside its layers.
-        limit_bytes: the most that a rank may hold.
+        state_bytes: bytes of each layer's parameters, gradients and optimizer states.
+        activation_bytes: bytes that each layer holds per micro-batch between its forward and its backward.
+        in_flight: number of micro-batches whose activations each stage holds at once.
+        extra_bytes: bytes that each stage holds besides its layers.
+        limit_bytes: memory limit of a rank.
 
     Example:
         >>> limit = MemoryLimit([8, 8, 8], [1, 1, 1], in_flight=[2, 1], extra_bytes=[0, 4], limit_bytes=24)
@@ -40,7 +40,7 @@ class MemoryLimit:
         """Check that there is a number for every layer and every stage.
 
         Raises:
-            LayoutError: if there is not, or one of them is negative.
+            LayoutError: if a number is missing or negative.
         """
         sizes = {"state_bytes": num_layers, "activation_bytes": num_layers}
         sizes |= {"in_flight": num_stages, "extra_bytes": num_stages}
@@ -55,7 +55,7 @@ class MemoryLimit:
                 raise LayoutError(f"MemoryLimit.{name} holds {min(numbers)}; its entries must not be negative")
 
     def stage_sums(self) -> list[PrefixSums]:
-        """Return, for each stage, sums over the first 0, 1, ... layers of the bytes that they would hold in it."""
+        """Return, for each stage, sums of the bytes that the first 0, 1, ... layers would hold in it."""
         layers = [(int(state), int(held)) for state, held in zip(self.state_bytes, self.activation_bytes, strict=True)]
         made = {
             number: PrefixSums.of(state + number * held for state, held in layers)
@@ -64,7 +64,7 @@ class MemoryLimit:
         return [made[int(number)] for number in self.in_flight]
 
     def held(self) -> StageSums:
-        """Bytes that layers and stages add up to."""
+        """Total bytes of all layers and stages."""
         return StageSums([sums.before for sums in self.stage_sums()], [int(extra) for extra in self.extra_bytes])
 
     def rank_bytes(self, boundaries: Sequence[int], placement: Sequence[int]) -> list[int]:
@@ -72,12 +72,12 @@ class MemoryLimit:
         return self.held().ranks(boundaries, placement)
 
     def error(self, least_bytes: int, pp: int, *, is_least: bool = True) -> LayoutError:
-        """Message for the case that no partition fits: by how much, and remedies.
+        """Error for the case that no partition fits, with the excess and remedies.
 
         Args:
-            least_bytes: the smallest that the largest rank needs.
+            least_bytes: smallest memory of the largest rank.
             pp: the number of pipeline ranks.
-            is_least: whether no partition needs less, rather than none that was tried.
+            is_least: whether no partition at all needs less, rather than no partition that was tried.
         """
         least = "the smallest possible" if is_least else "the smallest found"
         return LayoutError(

@@ -1,4 +1,4 @@
-"""Partitioners by name, as a configuration asks for them."""
+"""Partitioners by the names that a configuration uses."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ BALANCED_METHODS = ("parameters", "uniform", "flops", "profile")
 def partition(
     method: str, inputs: PartitionInputs, num_stages: int, *, boundaries: Sequence[int] | str | None = None
 ) -> list[int]:
-    """Return the stage boundaries of a model.
+    """Partition a model into stages by a named method, and return the stage boundaries.
 
-    `parameters`, `uniform`, `flops` and `profile` balance what the ranks have of parameters, layers, counted operations
-    and measured seconds; `memory` does so by the seconds, or by the operations where nothing was measured, among the
-    partitions that fit into the memory. `type:<regex>` gives each stage as many layers of a type. `manual` takes
-    `boundaries`. Any other name is looked for among the installed partitioners.
+    `parameters`, `uniform`, `flops` and `profile` balance the ranks' numbers of parameters, of layers, of operations,
+    or their measured seconds. `memory` balances the seconds, or the operations if nothing was measured, among the
+    partitions that fit into the memory. `type:<regex>` gives all stages the same number of layers of a type. `manual`
+    takes `boundaries`. Any other name must be an installed partitioner.
 
     Args:
-        method: the name.
+        method: name of the method.
         inputs: the layers and their costs.
-        num_stages: how many stages.
+        num_stages: number of stages.
         boundaries: for `manual`: layer indices, or a stage spec such as `Et*3|t*3L`.
 
     Returns:
         `num_stages + 1` layer indices; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
 
     Raises:
-        LayoutError: if the method is unknown, the layers cannot be cut so, or inputs that it needs are missing.
+        LayoutError: if the method is unknown, cannot partition the layers, or needs inputs that are missing.
 
     Example:
         >>> inputs = PartitionInputs(["Embed", "Block", "Block", "Head"], lambda: [5, 3, 3, 5], placement=(0, 1, 1, 0))
@@ -76,7 +76,7 @@ def partition(
 
 
 def known_methods() -> str:
-    """Return in words what `parallel.partition` may be, with the partitioners that are installed."""
+    """Return the values of `parallel.partition` in words, including installed partitioners."""
     installed = installed_partitioners()
     own = f"one that is installed ({', '.join(installed)})" if installed else "one that you install (there are none)"
     return f"{', '.join(BALANCED_METHODS)}, memory, type:<regex>, manual or {own}"

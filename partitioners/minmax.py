@@ -1,4 +1,4 @@
-"""Min-max partitioning, the algorithm of every balancing method: stages whose largest cost is as small as possible."""
+"""Min-max partitioning, the algorithm of every balancing method: it minimizes the largest cost of a stage."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def minmax_boundaries(
 ) -> list[int]:
     """Return the boundaries of `num_stages` contiguous stages with the smallest possible largest cost.
 
-    No stage is empty. Among the partitions with that largest cost, it is one with the least sum of squared
-    stage costs, so that the other stages are even too; of several such ones, the one whose boundaries come
-    latest.
+    No stage is empty. Among the partitions with that largest cost, it returns one with the smallest sum of squared
+    stage costs, so the other stages are even too; among several of these, the one whose boundaries come latest.
 
     Args:
         costs: cost of each layer, finite and not negative, of any size; there is no rounding.
         num_stages: between 1 and the number of layers.
-        stage_extras: what each stage costs beside its layers; nothing unless given.
-        memory: what the stages, each on a rank of its own, must fit into; anything unless given.
+        stage_extras: cost of each stage besides its layers; none by default.
+        memory: memory limit of the stages, each on a separate rank; none by default.
 
     Returns:
         `num_stages + 1` layer indices; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
@@ -86,7 +85,7 @@ def stage_costs(
 def check_costs(
     costs: Sequence[float], num_stages: int, stage_extras: Sequence[float] | None = None, *, stages_per_rank: int = 1
 ) -> None:
-    """Check that there are layers enough for the stages, and that costs are costs.
+    """Check that there are enough layers for the stages, and that costs are finite and not negative.
 
     Raises:
         LayoutError: if not.
@@ -122,8 +121,8 @@ def check_costs(
 def as_integers(costs: Sequence[float], stage_extras: Sequence[float]) -> tuple[list[int], list[int]]:
     """Costs and extras as integers, multiplied by a common power of two, which is exact for every float.
 
-    Where no layer costs anything, the extras alone would decide the largest cost; then each layer costs 1 and extras
-    nothing, so that the stages get equally many layers.
+    If no layer costs anything, the extras alone would decide the largest cost. Then each layer costs 1 and the extras
+    nothing, so the stages get equal numbers of layers.
     """
     if not any(costs):
         return [1] * len(costs), [0] * len(stage_extras)

@@ -1,4 +1,4 @@
-"""Reach of a stage: its farthest end under limits on sums over its layers."""
+"""Prefix sums, and the farthest end of a stage under limits on sums over its layers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LARGEST_IN_64_BITS = 2**62  # so that the sum of two stays below 2**63
 
 @dataclass(frozen=True)
 class PrefixSums:
-    """Sums of the first 0, 1, ... layers' whole numbers, which are not negative."""
+    """Prefix sums: sums of the first 0, 1, ... layers' numbers, which are whole and not negative."""
 
     before: Sequence[int]
 
     @classmethod
     def of(cls, values: Iterable[int]) -> PrefixSums:
-        """Return the sums of one number a layer."""
+        """Return the prefix sums of one number per layer."""
         return cls(list(accumulate(values, initial=0)))
 
     @property
@@ -36,12 +36,12 @@ class PrefixSums:
 
     @cached_property
     def array(self) -> NDArray[Any]:
-        """The sums as an array: of Python's numbers where 64 bits do not hold them."""
+        """The sums as an array; of Python integers if they do not fit in 64 bits."""
         return np.array(self.before, dtype=np.int64 if self.before[-1] < _LARGEST_IN_64_BITS else object)
 
 
 def in_few_bits(before: Sequence[int], extras: Sequence[int], largest: int) -> tuple[list[int], list[int]]:
-    """Sums and extras whose total is at most `largest`: in units of their greatest common divisor, or rounded down."""
+    """Sums and extras scaled to a total of at most `largest`, by their greatest common divisor or by rounding down."""
     unit, total = gcd(*before, *extras) or 1, before[-1] + sum(extras)
     factor, divisor = (1, unit) if total // unit <= largest else (largest, total)
     return [value * factor // divisor for value in before], [value * factor // divisor for value in extras]
@@ -99,9 +99,8 @@ def _clipped(bound: Bound) -> int:
 def can_fill(stages: Sequence[Bounds]) -> bool:
     """True if stages of at least one layer each, within their bounds, can hold every layer.
 
-    The layers may be filled in to the brim, stage by stage, as long as every stage can take one. Where a stage cannot
-    take the layer that comes next, an earlier stop of the stages before it may help; then every boundary that can be
-    reached is followed.
+    Each stage in turn takes as many layers as it can, as long as every stage can take one. If a stage cannot take the
+    next layer, it may help to end the stages before it earlier; then every boundary that can be reached is followed.
 
     Example:
         >>> sums = PrefixSums.of([4, 1, 5])

@@ -1,4 +1,4 @@
-"""Stage specs: the stages of a model written in letters, such as `Et*3|(tt|)*2tL`.
+"""Stage specs: a partition written in letters, such as `Et*3|(tt|)*2tL`.
 
 Source: the pipeline layout of Megatron-LM, `megatron/core/transformer/pipeline_parallel_layer_layout.py`.
 """
@@ -17,21 +17,21 @@ _MAX_ITEMS = 100_000  # far beyond any model; a repeat of a repeat must not fill
 
 
 class Item(NamedTuple):
-    """A letter of a stage spec, and its position in the string, from 1."""
+    """A letter of a stage spec, and its position in the string, counted from 1."""
 
     letter: str
     position: int
 
 
 def read_stage_spec(spec: str) -> list[list[Item]]:
-    """Return the letters of each stage, with every repeat written out.
+    """Parse a stage spec into the letters of each stage, with every repeat written out.
 
-    `E` is all layers before the first block, `t` a block, `h` one layer of a block, `L` all layers behind the last
+    `E` is all layers before the first block, `t` a block, `h` one layer of a block, `L` all layers after the last
     block; `|` ends a stage. `*` and a number repeat the letter, or the group in parentheses, before them. Commas and
-    blanks are passed over.
+    blanks are ignored.
 
     Raises:
-        LayoutError: if it cannot be read, or a stage has no letter.
+        LayoutError: if the spec cannot be parsed, or a stage has no letter.
 
     Example:
         >>> ["".join(item.letter for item in stage) for stage in read_stage_spec("Et*3|(tt|)*2,tL")]
@@ -55,16 +55,16 @@ def read_stage_spec(spec: str) -> list[list[Item]]:
 def stage_spec_boundaries(spec: str, layer_names: Sequence[str], num_stages: int) -> list[int]:
     """Boundaries of the stages of a stage spec.
 
-    A block is made of the layers whose logical names begin with the same `<prefix>.<number>`, and of what stands
+    A block consists of the layers whose logical names begin with the same `<prefix>.<number>`, and of any layers
     between them and the next block.
 
     Args:
         spec: see `read_stage_spec`.
         layer_names: logical name of each layer.
-        num_stages: how many stages there must be.
+        num_stages: required number of stages.
 
     Raises:
-        LayoutError: if the spec cannot be read, or does not give every layer to one stage, in order.
+        LayoutError: if the spec cannot be parsed, or does not assign every layer to one stage, in order.
 
     Example:
         >>> stage_spec_boundaries("Eth|htL", ["embed", "h.0.a", "h.0.b", "h.1.a", "h.1.b", "h.2", "head"], 2)
