@@ -1,4 +1,4 @@
-"""Models as lists of layer specs: a file for each family, and `transformer`, the layers that they are made of."""
+"""Models as lists of layer specs: one file per family, and `transformer`, the layers that they consist of."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from pipekit.layers.specs import LayerSpec
 
 DEFAULT_FAMILY = "gpt2"
-"""Family of a model section that names neither a family nor a preset."""
+"""Default family, of a model section that names neither a family nor a preset."""
 
 
 @cache
 def find_families() -> dict[str, type[TransformerFamily]]:
-    """Built-in families by name: what the files beside this one assign to `FAMILY`."""
+    """Built-in families by name, from the variable `FAMILY` of the files in this folder."""
     names = [info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg]
     families = [getattr(import_module(f"{__name__}.{name}"), "FAMILY", None) for name in names]
     return {family.model_fields["family"].default: family for family in families if family is not None}
@@ -35,10 +35,10 @@ def preset_families() -> dict[str, type[TransformerFamily]]:
 
 
 def family_of(values: object) -> type[ModelFamily] | None:
-    """Class that reads a model section; None where it is neither a mapping nor text.
+    """Class that reads a model section; None if the section is neither a mapping nor text.
 
-    Text, or a mapping with `builder`, is the user's own model. Otherwise the family's name decides, then the preset,
-    also a misspelt one.
+    Text, or a mapping with `builder`, is the user's own model. Otherwise the name of the family decides, and then the
+    preset, even if it is misspelt.
     """
     if isinstance(values, ModelFamily):
         return type(values)
@@ -55,19 +55,19 @@ def family_of(values: object) -> type[ModelFamily] | None:
 
 
 def build_layers(config: Config) -> list[LayerSpec]:
-    """Layer specs of a configuration's model; a ConfigError if the user's own builder does not return any."""
+    """Layer specs of a configuration's model; raises a ConfigError if the user's builder does not return any."""
     return config.model.build_layers(config)
 
 
 def names_in_transformers(config: Config) -> list[TensorRename]:
-    """Both names of every tensor of a configuration's model; none where `transformers` has no such model."""
+    """Both names of every tensor of a configuration's model; none if `transformers` has no such model."""
     if config.model.no_export_reason() is not None:
         return []
     return (config.model if isinstance(config.model, TransformerFamily) else open_door(config)).hf_renames()
 
 
 def adapted_layers(config: Config, specs: Sequence[LayerSpec]) -> list[LayerSpec]:
-    """Layer specs of a configuration's model with the adapters of its `lora` section, if it asks for some."""
+    """Layer specs of a configuration's model with the adapters of its `lora` section, if there is one."""
     from pipekit.layers.lora import add_lora
     from pipekit.tensor_parallel import LowRank
 

@@ -94,11 +94,11 @@ class CustomModelConfig(ModelFamily):
 
 @dataclass(frozen=True)
 class CustomDoor:
-    """The door of a user's own model to `transformers`: the same as a `TransformerFamily` has for an export.
+    """Interface of a user's own model to `transformers`, with what an export needs of a `TransformerFamily`.
 
     Attributes:
-        content: what the user's function returned for `config.json`.
-        names: their names by ours.
+        content: result of the user's function for `config.json`.
+        names: names in `transformers` by our names.
         longest_sequence: most tokens that a sequence may have.
     """
 
@@ -129,16 +129,16 @@ class CustomDoor:
         ]
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
-        """Content of `config.json`; what the user's function gives takes precedence."""
+        """Content of `config.json`; values from the user's function take precedence."""
         ends = {"bos_token_id": end_token_id, "eos_token_id": end_token_id}
         return {**ends, "torch_dtype": dtype, **self.content}
 
 
 def open_door(config: Config) -> CustomDoor:
-    """Call the functions of a user's own model that describe it to `transformers`.
+    """Call the functions that describe a user's own model to `transformers`.
 
     Raises:
-        ConfigError: if there are none, or what they return is no names and no `config.json`.
+        ConfigError: if there are none, or they do not return names and the content of a `config.json`.
     """
     model = config.model
     assert isinstance(model, CustomModelConfig)
@@ -165,7 +165,7 @@ def call_with_config(path: str, config: Config, *, key: str) -> Any:
     """Import the function that the `key` of a configuration names, and call it with the configuration.
 
     Raises:
-        ConfigError: if it is not there, or takes other arguments.
+        ConfigError: if the function does not exist, or takes other arguments.
     """
     where = f"{key}={path}"
     function: Callable[[Config], Any] = load_object(path, key=key)
@@ -209,12 +209,13 @@ def _is_ours(file: str) -> bool:
 
 
 def load_object(path: str, *, key: str) -> Any:
-    """Object that the `key` of a configuration names as `package.module:name`, also in the working directory.
+    """Import the object that the `key` of a configuration names as `package.module:name`.
 
-    In place of the module may stand the path of a Python file, such as `/home/me/script.py:name`.
+    The module may be in the working directory. The path of a Python file may replace the module, as in
+    `/home/me/script.py:name`.
 
     Raises:
-        ConfigError: if the module, one that it imports, or the name in it is not there.
+        ConfigError: if the module, a module that it imports, or the name in it does not exist.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not name:
@@ -263,10 +264,10 @@ def _is_of_standard_library(module_name: str) -> bool:
 
 
 def check_specs(specs: Sequence[LayerSpec], *, where: str) -> None:
-    """Check that a user's function returned a model; `where` is the subject of the sentence in messages.
+    """Check that a user's function returned a model; `where` is the subject of the error messages.
 
     Raises:
-        ConfigError: if it is not a list or tuple of layer specs with one at least.
+        ConfigError: if it is not a list or tuple of at least one layer spec.
     """
     from pipekit.layers.specs import LayerSpec
 

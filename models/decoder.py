@@ -1,4 +1,4 @@
-"""Common base of the families that descend from Llama: RMS norms, rotary positions, grouped queries, a gated MLP."""
+"""Base class of the families derived from Llama: RMS norms, rotary positions, grouped queries, a gated MLP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NORMS = {
 
 
 class DecoderFamily(TransformerFamily):
-    """A decoder like Llama. What its descendants do otherwise, they say by the properties and methods below.
+    """A decoder like Llama. Subclasses override the properties and methods below to differ from it.
 
     Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models".
     """
@@ -96,11 +96,11 @@ class DecoderFamily(TransformerFamily):
 
     @property
     def qk_norm(self) -> Literal["head", "width"] | None:
-        """Norms of queries and keys, of each head by itself or over the width of all; None where there are none."""
+        """Norms of queries and keys, of each head separately or over all heads; None if there are none."""
         return None
 
     def window_of(self, block: int) -> int | None:
-        """Tokens that a token attends to in a block; None is all before it."""
+        """Number of tokens that a token attends to in a block; None for all earlier tokens."""
         return None
 
     def rotary_of(self, block: int) -> tuple[float, RotaryScaling | None]:
@@ -109,22 +109,22 @@ class DecoderFamily(TransformerFamily):
 
     @property
     def norm(self) -> Literal["rms", "offset_rms"]:
-        """Kind of every norm."""
+        """Type of all norms."""
         return "rms"
 
     @property
     def activation(self) -> Literal["silu", "gelu_tanh"]:
-        """Function of the gates of an MLP."""
+        """Activation function of an MLP's gate."""
         return "silu"
 
     @property
     def norm_place(self) -> Literal["before", "after", "both"]:
-        """Place of the norms of a block: before attention and MLP, after them, or both."""
+        """Position of the norms in a block: before attention and MLP, after them, or both."""
         return "before"
 
     @property
     def has_joint_projections(self) -> bool:
-        """True if queries, keys and values are one tensor of theirs, and gate and expansion another."""
+        """True if `transformers` has one tensor for queries, keys and values, and one for gate and expansion."""
         return False
 
     @property
@@ -134,17 +134,17 @@ class DecoderFamily(TransformerFamily):
 
     @property
     def logit_cap(self) -> float | None:
-        """Limit that the scores of the vocabulary approach; None where there is none."""
+        """Limit that the logits approach; None for no limit."""
         return None
 
     @property
     def attention_scale(self) -> float | None:
-        """Factor of the scores of attention; None is 1 over the square root of the width of a head."""
+        """Factor of the attention scores; None for 1 over the square root of the width of a head."""
         return None
 
     @property
     def embedding_scale(self) -> float | None:
-        """Factor of the embeddings of tokens; None is 1."""
+        """Factor of the token embeddings; None for 1."""
         return None
 
     @property

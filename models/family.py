@@ -1,7 +1,7 @@
-"""The door of a model family: its configuration, and everything else that is particular to it.
+"""Base classes of model families: a family's configuration, and everything else that is specific to it.
 
-A family is one file beside this one, which assigns its class to `FAMILY`. No other code names it. It imports torch
-inside functions alone, so that reading a configuration does not load it.
+Each family is one file in this folder, which assigns its class to `FAMILY`. No other code names the family. The file
+imports torch only inside functions, so that reading a configuration does not load it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ InitStd = Annotated[
 ]
 
 LossChunk = int | Literal["auto"] | None
-"""Tokens that a loss computes the scores of at a time; see `pipekit.models.transformer.head.score_vocabulary`."""
+"""Number of tokens per chunk of the loss; see `pipekit.models.transformer.head.score_vocabulary`."""
 
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """Heads of queries, and of keys and values, of an attention layer: a tensor-parallel rank computes whole ones.
+    """Numbers of heads of an attention layer, of queries and of keys and values; each rank computes whole heads.
 
-    Where all are `joint` in one projection, no two ranks can have the same head of keys and values.
+    If all are `joint` in one projection, no two tensor-parallel ranks can have the same head of keys and values.
     """
 
     num_heads: int
@@ -49,7 +49,7 @@ class AttentionHeads:
     joint: bool = False
 
     def fault(self, tp: int) -> Fault | None:
-        """Fault of a tensor-parallel degree that does not share out the heads; None where it does.
+        """Fault of a tensor-parallel degree that cannot divide the heads; None if it can.
 
         Example:
             >>> AttentionHeads(12, 12).fault(4)
@@ -74,14 +74,14 @@ class AttentionHeads:
 
 @dataclass(frozen=True)
 class TensorRename:
-    """One tensor under its logical name and under that of the class of Hugging Face `transformers`.
+    """One tensor under its logical name and under its name in Hugging Face `transformers`.
 
     Attributes:
         ours: logical name.
-        theirs: their name; unused where `rows` has several.
-        pattern: of `einops.rearrange`, from ours to theirs; None where they have the same order of elements.
-        sizes: lengths of the axes that the pattern takes apart.
-        rows: where ours is several of theirs, one below the other: the name and the number of rows of each.
+        theirs: name in `transformers`; unused if `rows` is given.
+        pattern: pattern of `einops.rearrange`, from our tensor to theirs; None if the elements have the same order.
+        sizes: lengths of the axes that the pattern splits.
+        rows: name and number of rows of each tensor in `transformers`, if our tensor stacks several of theirs.
     """
 
     ours: str
@@ -92,21 +92,21 @@ class TensorRename:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names that the tensor has there."""
+        """All names of the tensor in `transformers`."""
         return tuple(self.rows) or (self.theirs,)
 
 
 class ModelFamily(Section):
-    """A model of one family: the `model` section of a configuration.
+    """Base class of model families: the `model` section of a configuration.
 
-    What is defined here holds for a model of which nothing is known before it is built.
+    The defaults here suit a model about which nothing is known before it is built.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Settings that each preset stands for. Names are unique among all families, and imply theirs."""
+    """Settings of each preset. The names of presets are unique among all families, and so imply the family."""
 
     loss_computes_logits: ClassVar[bool] = False
-    """True if the loss computes the logits, so that it reads the weights of the head."""
+    """True if the loss computes the logits, and so reads the weights of the head."""
 
     @property
     def description(self) -> str:
@@ -115,7 +115,7 @@ class ModelFamily(Section):
 
     @property
     def num_layer_specs(self) -> int | None:
-        """Length of the list of layers, to partition; None where it is not known before the model is built."""
+        """Number of layer specs to partition; None if it is not known before the model is built."""
         return None
 
     @property
@@ -125,12 +125,12 @@ class ModelFamily(Section):
 
     @property
     def attention_heads(self) -> AttentionHeads | None:
-        """Heads that tensor-parallel ranks share out; None where they are not known."""
+        """Attention heads that are sharded over tensor-parallel ranks; None if they are not known."""
         return None
 
     @property
     def longest_sequence(self) -> int | None:
-        """Most tokens that a sequence may have; None where that is not known."""
+        """Longest sequence in tokens; None if it is not known."""
         return None
 
     @property
@@ -144,26 +144,26 @@ class ModelFamily(Section):
         return {}
 
     def given(self) -> dict[str, Any]:
-        """Settings without those that follow from others."""
+        """Settings, without those that follow from others."""
         return self.model_dump()
 
     def fit_vocabulary(self, num_tokens: int, *, tokenizer: object) -> dict[str, Any]:
-        """Changes, by dotted key, for the tokenizer of this path; a ConfigError if the vocabulary is too small."""
+        """Changes for a tokenizer, by dotted key; raises a ConfigError if the vocabulary is too small for it."""
         return {}
 
     def build_layers(self, config: Config) -> list[LayerSpec]:
-        """List of layer specs of a run; a ConfigError if the model cannot be built."""
+        """Layer specs of a run's model; raises a ConfigError if the model cannot be built."""
         raise NotImplementedError
 
     def no_export_reason(self) -> str | None:
-        """Clause on why `transformers` cannot read such a model; None where it can."""
+        """Reason why `transformers` cannot read this model, as a clause; None if it can."""
         return None
 
 
 class TransformerFamily(ModelFamily):
-    """A decoder-only transformer of a built-in family. A preset fills the sizes that are not given.
+    """A decoder-only transformer of a built-in family. A preset provides the sizes that are not given.
 
-    Class attributes are what the family is called, here and by `transformers`.
+    The class attributes are the family's names, here and in `transformers`.
     """
 
     model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))  # a preset supplies them
@@ -180,11 +180,11 @@ class TransformerFamily(ModelFamily):
     """Keys of its `config.json` by the setting that each holds."""
 
     hf_fixed: ClassVar[Mapping[str, tuple[Any, ...]]]
-    """Keys of its `config.json` that change what the model computes, with the values that it can have here; the first
-    is written, and is what a missing key means."""
+    """Keys of its `config.json` that change what the model computes, with the values that are supported here. The first
+    value is written, and is the meaning of a missing key."""
 
     other_layers: ClassVar[int]
-    """Layers before and after the blocks."""
+    """Number of layers before and after the blocks."""
 
     family: str
     """Architecture of the blocks."""
@@ -193,7 +193,7 @@ class TransformerFamily(ModelFamily):
     """Named sizes; any size that you also give overrides it."""
 
     vocab_size: Width | Literal["auto"] = Field(default="auto", examples=[50257])
-    """Number of token ids that the model knows; `auto` takes the tokenizer's number."""
+    """Vocabulary size: the number of token ids; `auto` takes the tokenizer's number."""
 
     hidden_size: Width = Field(default=..., examples=[128])
     """Width of the residual stream; a multiple of `num_heads`."""
@@ -207,7 +207,7 @@ class TransformerFamily(ModelFamily):
     """Attention heads per block; divides `hidden_size`."""
 
     ffn_size: Width = Field(default=..., examples=[512], json_schema_extra={"type": ["integer", "null"]})
-    """Width inside the feed-forward half of a block; 4 x `hidden_size` unless given."""
+    """Width inside the feed-forward half of a block; default 4 x `hidden_size`."""
 
     max_positions: Annotated[PositiveInt, at_most(10**8, LONGEST_SEQUENCE)] = Field(default=..., examples=[256])
     """Longest sequence in tokens; `train.sequence_length` may not exceed it."""
@@ -220,13 +220,13 @@ class TransformerFamily(ModelFamily):
     them."""
 
     init_from: PathText | None = Field(default=None, min_length=1, examples=["downloads/gpt2"])
-    """Folder of a Hugging Face model whose weights the training starts from; `family: auto` takes its sizes, too."""
+    """Folder of a Hugging Face model whose weights the training starts from; `family: auto` takes its sizes too."""
 
     export_vocab_size: PositiveInt | None = Field(default=None, examples=[50257])
     """Number of token ids to keep in an export, if `vocab_size` has been padded; null keeps all."""
 
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:
-        """List of layer specs of the model; a ConfigError if the vocabulary's size is not known yet."""
+        """Layer specs of the model; raises a ConfigError if the vocabulary size is not known yet."""
         raise NotImplementedError
 
     def hf_renames(self) -> list[TensorRename]:
@@ -234,7 +234,7 @@ class TransformerFamily(ModelFamily):
         raise NotImplementedError
 
     def hf_config(self, *, end_token_id: int | None, dtype: str) -> dict[str, Any]:
-        """Content of `config.json`; `end_token_id` is None where the model was not trained on text."""
+        """Content of `config.json`; `end_token_id` is None if the model was not trained on text."""
         return {
             "architectures": [self.hf_class],
             "model_type": self.hf_model_type,
@@ -248,7 +248,7 @@ class TransformerFamily(ModelFamily):
 
     @classmethod
     def from_hf_config(cls, stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
-        """Model that a `config.json` describes; a ConfigError if these layers do not compute it."""
+        """Model that a `config.json` describes; raises a ConfigError if these layers cannot compute it."""
         for key, values in cls.hf_fixed.items():
             if stored.get(key, values[0]) not in values:
                 known = " or ".join(map(repr, values))
@@ -269,7 +269,7 @@ class TransformerFamily(ModelFamily):
 
     @property
     def layers_per_block(self) -> int:
-        """Layers that a block is cut into."""
+        """Number of layers per block."""
         return 2
 
     @property
@@ -298,7 +298,7 @@ class TransformerFamily(ModelFamily):
 
     @property
     def known_vocab_size(self) -> int:
-        """`vocab_size` as a number; a ConfigError if it is `auto`."""
+        """`vocab_size` as a number; raises a ConfigError if it is `auto`."""
         if self.vocab_size == "auto":
             raise ConfigError(
                 "model.vocab_size=auto: the size is the tokenizer's, and none has been read yet; give a number"
@@ -307,7 +307,7 @@ class TransformerFamily(ModelFamily):
 
     @property
     def sparse_options(self) -> dict[str, Any]:
-        """Arguments of an attention layer that make it sparse, in which `sparse_attention` is written."""
+        """Arguments of an attention layer for the setting `sparse_attention`."""
         settings = self.sparse_attention
         if settings is None:
             return {}
@@ -323,7 +323,7 @@ class TransformerFamily(ModelFamily):
         )
 
     def given(self) -> dict[str, Any]:
-        """Settings without those that follow from the preset, which implies the family, the width or the defaults."""
+        """Settings, without those that follow from the preset (which implies the family), the width or the defaults."""
         derived: dict[str, Any] = {name: info.default for name, info in type(self).model_fields.items()}
         derived |= {"ffn_size": 4 * self.hidden_size}
         derived |= self.presets[self.preset] if self.preset else {"family": None}
@@ -389,7 +389,7 @@ class TransformerFamily(ModelFamily):
 
 
 def setting_error(key: str, text: str) -> PydanticCustomError:
-    """Error of a validator about a setting; the text says where, which value, which rule, and what to type instead."""
+    """Error of a validator about a setting; the text gives the place, the value, the rule and what to type instead."""
     return PydanticCustomError("rule", "{text}", {"key": key, "text": text})
 
 

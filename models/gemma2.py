@@ -1,4 +1,4 @@
-"""Gemma 2: scores with soft caps, blocks with a window and without in turn, norms before and after attention and MLP.
+"""Gemma 2: soft caps on scores, alternating blocks with and without a window, norms before and after attention and MLP.
 
 Source: Gemma Team 2024, "Gemma 2: Improving Open Language Models at a Practical Size".
 """
@@ -17,7 +17,7 @@ from pipekit.models.family import TransformerFamily, Width
 
 
 class GemmaFamily(DecoderFamily):
-    """A decoder with a scaled embedding, weights of norms that are added to 1, and blocks of two kinds."""
+    """A decoder with a scaled embedding, norms that multiply by 1 + weight, and two types of blocks."""
 
     head_size: Width | None = Field(default=256, examples=[64])
     """Width of a head; null means `hidden_size / num_heads`."""
@@ -50,7 +50,7 @@ class GemmaFamily(DecoderFamily):
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of each block in a `config.json`."""
+        """Type of each block in a `config.json`."""
         windows = map(self.window_of, range(self.num_layers))
         return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
@@ -68,7 +68,7 @@ class GemmaFamily(DecoderFamily):
 
 
 class Gemma2Config(GemmaFamily):
-    """A Gemma 2. A preset fills the sizes that are not given: those of the released models.
+    """Gemma 2 model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> model = Gemma2Config(preset="gemma-2-2b")

@@ -1,4 +1,4 @@
-"""Gemma 3: five blocks with a window to each with the whole sequence, and norms before and behind each half of a block.
+"""Gemma 3: five blocks with a window for each block without, and norms before and after each half of a block.
 
 Source: Gemma Team 2025, "Gemma 3 Technical Report".
 """
@@ -19,7 +19,7 @@ _COMMON = {"num_kv_heads": 1, "sliding_window": 512}
 
 
 class Gemma3Config(GemmaFamily):
-    """A Gemma 3 for text. A preset fills the sizes that are not given: those of the released models.
+    """Gemma 3 model for text. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> model = Gemma3Config(preset="gemma-3-270m")
@@ -64,7 +64,7 @@ class Gemma3Config(GemmaFamily):
     """Size of the attention window in tokens, including the token itself, in blocks that have one."""
 
     global_every: PositiveInt = Field(default=6, examples=[6])
-    """Of every `global_every` blocks, the last attends to the whole sequence, and the others have a window."""
+    """Every `global_every`-th block attends to the whole sequence; the others have a window."""
 
     @property
     def qk_norm(self) -> Literal["head", "width"] | None:

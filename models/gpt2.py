@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class GPT2Config(TransformerFamily):
-    """A GPT-2. A preset fills the sizes that are not given; the `gpt2` ones are the released models.
+    """GPT-2 model. A preset provides the sizes that are not given; the `gpt2` presets are the released models.
 
     Example:
         >>> GPT2Config(preset="tiny", num_layers=2).ffn_size

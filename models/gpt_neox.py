@@ -1,4 +1,4 @@
-"""GPT-NeoX, and the Pythia suite: rotary positions in a part of each head, attention and MLP of a block in parallel.
+"""GPT-NeoX and Pythia: rotary positions in a part of each head, attention and MLP of a block in parallel.
 
 Source: Black et al. 2022, "GPT-NeoX-20B: An Open-Source Autoregressive Language Model"; Biderman et al. 2023, "Pythia:
 A Suite for Analyzing Large Language Models Across Training and Scaling".
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class GPTNeoXConfig(TransformerFamily):
-    """A GPT-NeoX. A preset fills the sizes that are not given: those of the released Pythia models.
+    """GPT-NeoX model. A preset provides the sizes of a released Pythia model where they are not given.
 
     Example:
         >>> GPTNeoXConfig(preset="pythia-70m").num_layer_specs
@@ -117,7 +117,7 @@ class GPTNeoXConfig(TransformerFamily):
 
     @property
     def rotary_size(self) -> int:
-        """Dimensions of each head that are rotated."""
+        """Number of dimensions of each head that are rotated."""
         return int(self.hidden_size // self.num_heads * self.rotary_pct)
 
     def layer_specs(self, *, loss_chunk_tokens: LossChunk = None) -> list[LayerSpec]:

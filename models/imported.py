@@ -1,4 +1,4 @@
-"""Models that folders of Hugging Face describe, by their `config.json`."""
+"""Models described by the `config.json` of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _MAX_BYTES = 10_000_000
 
 
 def read_hf_folder(folder: Path) -> TransformerFamily:
-    """Model that the `config.json` of a folder describes.
+    """Read the model that the `config.json` of a folder describes.
 
     Raises:
-        ConfigError: if there is none, if it is of no family here, or if other layers compute it.
+        ConfigError: if there is none, or its family or its layers are not supported.
     """
     return read_hf_config(load_hf_config(folder), where=str(folder))
 
 
 def load_hf_config(folder: Path) -> dict[str, Any]:
-    """Content of the `config.json` of a folder; a ConfigError if there is none."""
+    """Content of the `config.json` of a folder; raises a ConfigError if there is none."""
     path = folder / HF_CONFIG_FILE
     try:
         stored = parse_json(read_regular(path, max_bytes=_MAX_BYTES))
@@ -43,7 +43,7 @@ def load_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def read_hf_config(stored: Mapping[str, Any], *, where: str) -> TransformerFamily:
-    """Model that a `config.json` describes; a ConfigError if it is of no family here, or other layers compute it."""
+    """Model that a `config.json` describes; raises a ConfigError if its family or its layers are not supported."""
     families = {family.hf_model_type: family for family in find_families().values()}
     kind = stored.get("model_type")
     family = families.get(str(kind))

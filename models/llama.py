@@ -24,7 +24,7 @@ def _scaling(factor: float) -> dict[str, object]:
 
 
 class LlamaConfig(DecoderFamily):
-    """A Llama. A preset fills the sizes that are not given: those of the released models.
+    """Llama model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> LlamaConfig(preset="llama-3.2-1b").num_layer_specs

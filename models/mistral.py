@@ -1,4 +1,4 @@
-"""Mistral 7B: a Llama with grouped queries whose attention may reach back over a window alone.
+"""Mistral 7B: a Llama with grouped queries, whose attention may be limited to a window.
 
 Source: Jiang et al. 2023, "Mistral 7B".
 """
@@ -15,7 +15,7 @@ _COMMON = {"num_kv_heads": 8, "rms_norm_eps": 1e-5}
 
 
 class MistralConfig(DecoderFamily):
-    """A Mistral. A preset fills the sizes that are not given: those of the released models.
+    """Mistral model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> MistralConfig(preset="mistral-7b-v0.1").window_of(0)

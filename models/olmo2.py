@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP, and of all queries and all keys of a token.
+"""OLMo 2: norms after attention and MLP, and over all queries and all keys of a token.
 
 Source: OLMo Team 2024, "2 OLMo 2 Furious".
 """
@@ -14,7 +14,7 @@ _COMMON: dict[str, Any] = {"rotary_base": 500_000.0, "rms_norm_eps": 1e-6}
 
 
 class OLMo2Config(DecoderFamily):
-    """An OLMo 2. A preset fills the sizes that are not given: those of the released models.
+    """OLMo 2 model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> OLMo2Config(preset="olmo-2-1b").num_layer_specs

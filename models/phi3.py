@@ -15,7 +15,7 @@ from pipekit.models.family import Epsilon
 
 
 class Phi3Config(DecoderFamily):
-    """A Phi 3 or 4. A preset fills the sizes that are not given: those of the released models.
+    """Phi 3 or Phi 4 model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> Phi3Config(preset="phi-3-mini-4k").num_layer_specs

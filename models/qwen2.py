@@ -17,7 +17,7 @@ _BASE = {"rotary_base": 1_000_000.0}
 
 
 class WindowedFamily(DecoderFamily):
-    """A decoder whose later blocks may attend to a window alone."""
+    """A decoder whose later blocks may attend only to a window."""
 
     sliding_window: PositiveInt | None = Field(default=None, examples=[4096])
     """Size of the attention window in tokens, including the token itself, in blocks from `first_window_layer` on; null
@@ -50,7 +50,7 @@ class WindowedFamily(DecoderFamily):
 
 
 class Qwen2Config(WindowedFamily):
-    """A Qwen2. A preset fills the sizes that are not given: those of the released models.
+    """Qwen2 model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> Qwen2Config(preset="qwen2.5-0.5b").attention_heads.num_kv_heads

@@ -14,7 +14,7 @@ _COMMON = {"num_kv_heads": 8, "head_size": 128, "rotary_base": 1_000_000.0}
 
 
 class Qwen3Config(WindowedFamily):
-    """A Qwen3. A preset fills the sizes that are not given: those of the released models.
+    """Qwen3 model. A preset provides the sizes of a released model where they are not given.
 
     Example:
         >>> Qwen3Config(preset="qwen3-0.6b").known_head_size

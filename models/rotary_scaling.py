@@ -1,4 +1,4 @@
-"""Scaling of rotary positions, with which a model reads longer sequences than those it was first trained on."""
+"""Scaling of rotary positions, which lets a model read longer sequences than it was first trained on."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class RotaryScaling(Section):
     """
 
     type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    """`linear` scales all of them; `dynamic` none up to `max_positions`, which no sequence here exceeds; `llama3` the
-    long ones; `yarn` blends long and short ones and scales attention, too; `longrope` has a factor for each."""
+    """`linear` scales all wavelengths; `dynamic` none up to `max_positions`, which no sequence here exceeds; `llama3`
+    the long ones; `yarn` blends scaled and unscaled ones, and also scales attention; `longrope` has a factor for
+    each."""
 
     factor: PositiveFloat = Field(examples=[8.0])
     """Factor of the wavelengths."""
@@ -48,20 +49,21 @@ class RotaryScaling(Section):
     """Longest sequence before the scaling, in tokens."""
 
     low_freq_factor: PositiveFloat | None = Field(default=None, examples=[1.0])
-    """`llama3`: wavelengths over `original_max_positions` divided by this are scaled as a whole."""
+    """`llama3`: wavelengths above `original_max_positions` divided by this are scaled fully."""
 
     high_freq_factor: PositiveFloat | None = Field(default=None, examples=[4.0])
     """`llama3`: wavelengths below `original_max_positions` divided by this are not scaled."""
 
     beta_fast: PositiveFloat | None = Field(default=None, examples=[32.0])
-    """`yarn`: dimensions that turn so often within `original_max_positions`, or more often, are not scaled; 32 unless
-    given."""
+    """`yarn`: dimensions with at least this many rotations within `original_max_positions` are not scaled; default
+    32."""
 
     beta_slow: PositiveFloat | None = Field(default=None, examples=[1.0])
-    """`yarn`: dimensions that turn so often, or less often, are scaled as a whole; 1 unless given."""
+    """`yarn`: dimensions with at most this many rotations within `original_max_positions` are scaled fully; default
+    1."""
 
     attention_factor: PositiveFloat | None = Field(default=None, examples=[1.2])
-    """`yarn`, `longrope`: factor of rotated queries and of rotated keys; follows from `factor` unless given."""
+    """`yarn`, `longrope`: factor of rotated queries and of rotated keys; by default it follows from `factor`."""
 
     short_factor: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] | None = None
     """`longrope`: factor of each wavelength in sequences of up to `original_max_positions`."""
@@ -76,7 +78,7 @@ class RotaryScaling(Section):
     """`yarn`: with `mscale`, gives `attention_factor`."""
 
     truncate: bool | None = Field(default=None, examples=[True])
-    """`yarn`: whether the range that is blended is widened to whole dimensions; true unless given."""
+    """`yarn`: whether to widen the blended range to whole dimensions; default true."""
 
     @model_validator(mode="after")
     def _has_what_its_type_needs(self) -> RotaryScaling:
@@ -95,9 +97,9 @@ class RotaryScaling(Section):
 
         Args:
             frequencies: `(R / 2)`, in fp32, base^(-i / R) for i = 0, 2, 4, ...
-            base: of the wavelengths.
-            num_tokens: length of the sequence; or `(B, S, 1)`, that of each token's document, and then the frequencies
-                are `(B, S, R / 2)`.
+            base: base of the wavelengths.
+            num_tokens: length of the sequence; or `(B, S, 1)`, the length of each token's document, for frequencies
+                `(B, S, R / 2)`.
         """
         if self.type == "linear":
             return frequencies / self.factor, 1.0

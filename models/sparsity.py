@@ -1,7 +1,6 @@
-"""Sparse attention: the setting of a built-in family, and which blocks of keys each block of queries attends to.
+"""Sparse attention: the setting of a built-in family, and the blocks of keys that each block of queries attends to.
 
-Modes, their parameters and the defaults of these are those of DeepSpeed, all `unidirectional`: a token attends to no
-later one.
+Modes, their parameters and defaults are those of DeepSpeed, all `unidirectional`: a token attends to no later token.
 
 Source: `sparsity_config.py` of DeepSpeed 0.14; Child et al. 2019, "Generating Long Sequences with Sparse Transformers";
 Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences"; Beltagy et al. 2020, "Longformer: The Long-Document
@@ -56,7 +55,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class SparseAttention(Section):
-    """Sparse attention: a token attends to some of the tokens before it, and computes and keeps less for it."""
+    """Sparse attention: a token attends only to some earlier tokens, which saves computation and memory."""
 
     mode: Literal["sliding_window", "fixed", "variable", "bigbird", "bslongformer"]
     """`sliding_window`: the last `window` tokens. The others cut the sequence into blocks: `fixed` and `variable` into
@@ -67,46 +66,46 @@ class SparseAttention(Section):
     """`sliding_window`: size of the attention window in tokens, including the token itself."""
 
     attention: Literal["unidirectional"] = "unidirectional"
-    """A token attends to no later one, as a language model must."""
+    """A token attends to no later token, as in any language model."""
 
     block: PositiveInt | None = Field(default=None, examples=[64])
-    """Tokens in a block; 16 unless given."""
+    """Tokens in a block; default 16."""
 
     different_layout_per_head: bool | None = None
-    """Heads draw random blocks of their own, and have global blocks of their own where there are
-    `num_different_global_patterns`; false unless given."""
+    """Each head draws its own random blocks, and with `num_different_global_patterns` heads differ in their global
+    blocks; default false."""
 
     num_local_blocks: PositiveInt | None = Field(default=None, examples=[4])
-    """`fixed`: blocks in a local window; 4 unless given."""
+    """`fixed`: number of blocks in a local window; default 4."""
 
     num_global_blocks: PositiveInt | None = Field(default=None, examples=[1])
-    """`fixed`: blocks at the end of each local window that are global. `bigbird`: blocks at the beginning of the
-    sequence that are. 1 unless given."""
+    """`fixed`: number of global blocks at the end of each local window. `bigbird`: number of global blocks at the
+    beginning of the sequence. Default 1."""
 
     num_different_global_patterns: PositiveInt | None = Field(default=None, examples=[4])
-    """`fixed`: with `different_layout_per_head`, the number of places in a local window whose blocks are global, each
-    for other heads; 1 unless given."""
+    """`fixed`: with `different_layout_per_head`, the number of positions in a local window whose blocks are global,
+    each for different heads; default 1."""
 
     local_window_blocks: Sizes | None = Field(default=None, examples=[[2, 4]])
-    """`variable`: blocks in each local window from the first on, the last number for all further ones; [4] unless
-    given."""
+    """`variable`: number of blocks in each local window, from the first; the last number is for all further windows.
+    Default [4]."""
 
     global_block_indices: Numbers | None = Field(default=None, examples=[[0]])
-    """`variable`, `bslongformer`: blocks that are global, or the first ones of such ranges; [0] unless given."""
+    """`variable`, `bslongformer`: global blocks, or the first blocks of global ranges; default [0]."""
 
     global_block_end_indices: Sizes | None = Field(default=None, examples=[[2]])
-    """`variable`, `bslongformer`: the ends of the ranges that `global_block_indices` begin, exclusive; ranges of one
-    block unless given."""
+    """`variable`, `bslongformer`: exclusive ends of the ranges that begin at `global_block_indices`; by default each
+    range is one block."""
 
     num_sliding_window_blocks: PositiveInt | None = Field(default=None, examples=[3])
-    """`bigbird`, `bslongformer`: blocks of a sliding window that reaches as far back as ahead, of which those ahead are
-    not attended to; 3 unless given."""
+    """`bigbird`, `bslongformer`: number of blocks of a sliding window that is centred on each block; later blocks are
+    not attended to. Default 3."""
 
     num_random_blocks: NonNegativeInt | None = Field(default=None, examples=[1])
-    """`variable`, `bigbird`: earlier blocks that each block attends to at random; 0 unless given, 1 for `bigbird`."""
+    """`variable`, `bigbird`: number of random earlier blocks that each block attends to; default 0, 1 for `bigbird`."""
 
     seed: NonNegativeInt | None = Field(default=None, examples=[0])
-    """`variable`, `bigbird`: seed of the random blocks; 0 unless given."""
+    """`variable`, `bigbird`: seed of the random blocks; default 0."""
 
     @model_validator(mode="after")
     def _fits_its_mode(self) -> SparseAttention:
@@ -149,7 +148,7 @@ class SparseAttention(Section):
             )
 
     def value(self, name: str) -> Any:
-        """Value of a parameter, which is that of the mode where none is given."""
+        """Value of a parameter, by default that of the mode."""
         given = getattr(self, name)
         return _DEFAULTS[self.mode].get(name) if given is None else given
 
@@ -158,12 +157,12 @@ class SparseAttention(Section):
 class BlockLayouts:
     """Layouts of the blocks of a model's attention heads.
 
-    A shorter sequence has the beginning of the layout of the longest one, so that a token attends to the same ones in
+    A shorter sequence uses the beginning of the layout of the longest one, so a token attends to the same tokens in
     sequences of any length, and in generation.
 
     Attributes:
-        settings: of any mode but `sliding_window`.
-        num_heads: heads of queries of the whole model.
+        settings: settings of any mode except `sliding_window`.
+        num_heads: number of query heads of the whole model.
         num_positions: longest sequence in tokens.
 
     Example:
@@ -189,7 +188,7 @@ class BlockLayouts:
 
     @property
     def num_layouts(self) -> int:
-        """Number of different layouts, of which head h has that of index h modulo their number."""
+        """Number of different layouts; head h has the layout with index h modulo this number."""
         settings = self.settings
         if not settings.value("different_layout_per_head"):
             return 1
@@ -200,11 +199,11 @@ class BlockLayouts:
         )
 
     def tables(self) -> NDArray[np.bool_]:
-        """Layouts `(L, N, N)` over N blocks, True where the block of queries of a row attends to that of a column."""
+        """Layouts `(L, N, N)` over N blocks, True if a row's block of queries attends to a column's block of keys."""
         return _tables(self)
 
     def drawing(self, layout: int = 0) -> str:
-        """Draw a layout, a line for each block of queries."""
+        """Draw a layout, with a line for each block of queries."""
         return "\n".join("".join(" #"[int(seen)] for seen in row).rstrip() for row in self.tables()[layout])
 
 
