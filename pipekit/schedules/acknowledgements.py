@@ -1,4 +1,4 @@
-"""Acknowledgements: answers of a pipeline peer that confirm the receipt of messages, read off the table."""
+"""Acknowledgements: messages of a pipeline peer that confirm the receipt of other messages, planned from the table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pipekit.schedules.schedule import Schedule
 
 @dataclass(frozen=True)
 class Acknowledgements:
-    """The messages of one rank to another whose receipt is confirmed by the messages that come back.
+    """Messages from one rank to another whose receipt is confirmed by the messages that come back.
 
     Attributes:
-        used: the actions whose results the one sends to the other, in the order in which the other's row uses them.
-        confirmed: for each action of the other whose result comes back, how many of `used`, from the first on, it
-            confirms to be received.
+        used: actions whose results the first rank sends to the second, in the order in which the second's row uses
+            them.
+        confirmed: for each action of the second rank whose result comes back, the number of `used` actions, counted
+            from the first, whose receipt it confirms.
     """
 
     used: tuple[Action, ...]
@@ -28,8 +29,8 @@ class Acknowledgements:
 def plan_acknowledgements(schedule: Schedule, pipe_rank: int) -> dict[int, Acknowledgements]:
     """Return the acknowledgements of every rank that `pipe_rank` sends to.
 
-    A rank does its actions in the order of its row. So when the result of one of them arrives, that rank has received
-    all that this action and those before it in the row use.
+    A rank runs the actions of its row in order. So when the result of an action arrives, that rank has received all
+    inputs of this action and of the earlier ones in its row.
 
     Example:
         >>> from pipekit.schedules import plan_zb_h1

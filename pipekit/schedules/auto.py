@@ -1,4 +1,4 @@
-"""The best table for measured costs."""
+"""The `auto` schedule: the best table for measured costs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pipekit.schedules.zero_bubble import plan_zb_h1
 def plan_auto(
     costs: Costs, *, placement: Sequence[int], num_micro_batches: int, max_in_flight: int | None = None
 ) -> Schedule:
-    """Return the table with the shortest simulated step among those of several methods.
+    """Return the table with the shortest simulated step among the tables of several methods.
 
-    They are the fixed schedules; their forwards and input gradients in the same order, with weight gradients wherever
-    a rank would wait; 1F1B with more forwards ahead, likewise; and list scheduling under several rules. The step is
-    never longer in simulation than that of any fixed schedule that has this placement and keeps to the limit.
+    The methods are the fixed schedules; the fixed schedules with weight gradients moved to where a rank would wait;
+    1F1B with more forwards ahead, likewise; and list scheduling under several rules. In simulation the step is never
+    longer than that of any fixed schedule with this placement that keeps to the limit.
 
     Args:
         costs: costs of each stage.
         placement: the pipeline rank of each stage.
-        num_micro_batches: micro-batches of a step.
-        max_in_flight: stage activations that a rank may hold; as many as there are stages unless given, which is what
-            1F1B's first rank holds.
+        num_micro_batches: number of micro-batches per step.
+        max_in_flight: largest number of stage activations that a rank may hold; by default the number of stages, as
+            on the first rank of 1F1B.
 
     Raises:
         ConfigError: if the limit is smaller than the number of stages on a rank, or the costs are for another number of

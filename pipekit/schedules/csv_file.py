@@ -1,4 +1,4 @@
-"""Tables as CSV files: one row a rank, one action a cell."""
+"""Schedule tables as CSV files: one row per rank, one action per cell."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _MAX_BYTES = 16_000_000  # of a million actions
 
 
 def write_csv(schedule: Schedule, path: str | Path) -> None:
-    """Write a table that `read_csv` reads back."""
+    """Write a schedule table to a CSV file that `read_csv` can read."""
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([str(action) for action in row] for row in schedule.ranks)
 
 
 def read_csv(path: str | Path) -> Schedule:
-    """Return the validated table of a file.
+    """Read a schedule table from a CSV file, and validate it.
 
-    One row a rank and one action a cell, in order; empty cells, empty lines and lines that begin with `#` do not count.
-    The highest micro-batch tells how many there are.
+    Each row is a rank and each cell an action, in order; empty cells, empty lines and lines that begin with `#` are
+    ignored. The number of micro-batches follows from the highest one.
 
     Raises:
-        ScheduleError: with file, line and column, if a cell is no action; or if the table cannot be run.
+        ScheduleError: if a cell is not an action, with file, line and column; or if the table cannot be run.
     """
     rows: list[tuple[Action, ...]] = []
     try:

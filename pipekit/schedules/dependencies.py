@@ -1,4 +1,4 @@
-"""Dependencies between actions, and an order in which the actions of a table can be done."""
+"""Dependencies between actions, and an order in which the actions of a table can run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pipekit.schedules.schedule import Schedule
 def needs(action: Action, schedule: Schedule) -> tuple[Action, ...]:
     """Return the actions that must have ended before `action` begins.
 
-    A forward needs the forward of the stage before it; a backward its own stage's forward and the backward of the next
-    stage, whole or split; a weight gradient the input gradient of the same stage.
+    A forward needs the forward of the previous stage; a backward needs the forward of its stage and the backward of the
+    next stage, whole or split; a weight gradient needs the input gradient of its stage.
 
     Example:
         >>> from pipekit.schedules import plan_zb_h1
@@ -31,11 +31,11 @@ def needs(action: Action, schedule: Schedule) -> tuple[Action, ...]:
 
 
 def dry_run(schedule: Schedule) -> tuple[list[tuple[int, Action]], dict[int, Action]]:
-    """Run through a table without computing: each rank in the order of its row, sends never waiting for the receiver.
+    """Dry-run a table: each rank runs the actions of its row in order, and sends never wait for the receiver.
 
     Returns:
-        The actions with their ranks, in an order in which they can be done; and for every rank that gets stuck the
-        action that it waits for in vain.
+        The actions with their ranks, in an order in which they can run; and for every rank that gets stuck, the action
+        that it waits for forever.
     """
     order: list[tuple[int, Action]] = []
     done: set[Action] = set()

@@ -1,4 +1,4 @@
-"""Timelines as text, and as pictures."""
+"""Drawings of timelines, as text and as pictures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _CHARACTER_WIDTH = 0.62  # of its height
 
 
 def draw_text(timeline: Timeline, *, width: int = 120) -> str:
-    """Draw a timeline as text: a row for each rank, with actions as wide as they are long, and dots where it is idle.
+    """Draw a timeline as text: a row for each rank, with actions as wide as they are long, and dots for idle time.
 
-    An action is shown by its kind, in small letters on the later stages of a rank, and its micro-batch where it fits.
+    An action is shown by its kind, in lower case on the later stages of a rank, and by its micro-batch if that fits.
 
     Example:
         >>> from pipekit.schedules import Costs, plan_1f1b, simulate
@@ -66,13 +66,13 @@ def _summary(timeline: Timeline) -> str:
 
 
 def draw_picture(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
-    """Write a picture of timelines, one above the other on one axis of time; SVG or PNG, by the ending of `path`.
+    """Draw timelines as a picture, one above the other on one time axis; SVG or PNG, by the suffix of `path`.
 
     It has a row for each rank and a colour for each kind of action, darker for the later stages of a rank, with the
     numbers of micro-batches inside. The keys of `timelines` are their titles.
 
     Raises:
-        PipekitError: if matplotlib is not installed, or the ending is neither `.svg` nor `.png`.
+        PipekitError: if matplotlib is not installed, or the suffix is neither `.svg` nor `.png`.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".png"):

@@ -1,4 +1,4 @@
-"""Weight gradients moved into the bubbles of a table whose forwards and input gradients are in order already."""
+"""Bubble filling: weight gradients moved into the bubbles of a table whose other actions are already in order."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def fill_bubbles(
 ) -> Schedule | None:
     """Split each backward, and move its weight gradient into the bubbles, where the rank would wait.
 
-    Forwards and input gradients stay in their order. A weight gradient runs where the next of them has not arrived,
-    where a forward needs the memory, or where more of them wait than the rank may hold back.
+    Forwards and input gradients keep their order. A weight gradient runs if the inputs of the rank's next action have
+    not arrived, if a forward needs the memory, or if more weight gradients wait than the rank may hold back.
 
     Args:
-        schedule: whose order of forwards and backwards to keep.
-        costs: seconds of each action, which tell when a rank would wait.
-        max_in_flight: stage activations that a rank may hold.
-        hold_back: for each rank, how many weight gradients may wait although it has other work.
-        patience: how long a rank waits for that other work before it does a weight gradient, in weight gradients.
+        schedule: schedule whose order of forwards and backwards to keep.
+        costs: costs of the actions, from which it follows when a rank would wait.
+        max_in_flight: largest number of stage activations that a rank may hold.
+        hold_back: for each rank, the number of weight gradients that may wait while it has other work.
+        patience: time that a rank waits for other work before it runs a weight gradient, in weight gradients.
 
     Returns:
-        The table, or None where the order of its forwards cannot keep to `max_in_flight`.
+        The table, or None if the order of its forwards cannot keep to `max_in_flight`.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b

@@ -7,9 +7,9 @@ from pipekit.schedules.schedule import Schedule
 
 
 def plan_gpipe(*, num_stages: int, num_micro_batches: int) -> Schedule:
-    """Return the GPipe table, one stage a rank. Every stage holds all micro-batches in flight.
+    """Return the GPipe table, with one stage per rank. Every stage holds all micro-batches in flight.
 
-    The backwards come in the order of the forwards, so that gradients add up in the same order as under 1F1B.
+    The backwards run in the order of the forwards, so gradients accumulate in the same order as under 1F1B.
 
     Source: Huang et al. 2019, "GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism".
 

@@ -1,4 +1,4 @@
-"""Interleaved 1F1B: several stages a rank, which shortens the bubble by the same factor."""
+"""Interleaved 1F1B: several stages per rank, which divides the bubble by their number."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pipekit.schedules.schedule import Schedule
 
 
 def plan_interleaved_1f1b(*, pp: int, stages_per_rank: int, num_micro_batches: int) -> Schedule:
-    """Return the interleaved 1F1B table; stage `s` lives on rank `s % pp`.
+    """Return the interleaved 1F1B table; stage `s` is on rank `s % pp`.
 
-    Micro-batches go in groups of `pp`: a rank does a group on its first stage, then on its second, and so on. Their
-    number must be a multiple of `pp`.
+    Micro-batches run in groups of `pp`: a rank runs a group on its first stage, then on its second, and so on. The
+    number of micro-batches must be a multiple of `pp`.
 
     Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
     section 2.2.

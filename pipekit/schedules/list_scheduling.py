@@ -17,11 +17,10 @@ class Priorities:
     """Priorities among the actions that can start.
 
     Attributes:
-        backward_first: whether an input gradient goes before a forward; otherwise they take turns.
-        late_stage_first: whether a rank forwards on its later stages first; otherwise on its earlier ones.
-        patience: how long to wait for an action of another rank rather than to begin a weight gradient, in weight
-            gradients.
-        eager_weights: weight gradients that may wait while forwards could run; more of them go first.
+        backward_first: whether input gradients run before forwards; otherwise they alternate.
+        late_stage_first: whether a rank runs forwards on its later stages first; otherwise on its earlier ones.
+        patience: time to wait for an action of another rank before starting a weight gradient, in weight gradients.
+        eager_weights: number of weight gradients that may wait while forwards can run; if more wait, they run first.
     """
 
     backward_first: bool
@@ -39,10 +38,10 @@ def list_schedule(
     priorities: Priorities,
     name: str,
 ) -> Schedule:
-    """Return a table with split backwards, made by simulating ranks that choose what to do whenever they are free.
+    """Return a table with split backwards, from a simulation of ranks that choose an action whenever they are free.
 
-    On every stage each kind of action takes micro-batches in order, so that gradients add up in the same order under
-    every table. A rank may hold the stage activations of `max_in_flight`, at least as many as it has stages.
+    On every stage each kind of action takes micro-batches in order, so gradients accumulate in the same order under
+    every table. A rank may hold `max_in_flight` stage activations, which is at least its number of stages.
     """
     num_stages, num_ranks = len(placement), max(placement) + 1
     stages_of = [[stage for stage in range(num_stages) if placement[stage] == rank] for rank in range(num_ranks)]

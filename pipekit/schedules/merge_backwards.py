@@ -1,4 +1,4 @@
-"""Split backwards merged into whole ones, wherever splitting gains nothing."""
+"""Merging of split backwards into whole ones, wherever splitting gains nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOST_ACTIONS = 2000
 
 
 def merge_backwards(schedule: Schedule, costs: Costs) -> Schedule:
-    """Return the table with whole backwards for as many first micro-batches of each stage as do not lengthen the step.
+    """Merge the split backwards of the first micro-batches of each stage, as many as do not lengthen the step.
 
-    A split backward costs more than the simulation counts: its weight gradients read what has left the caches, and its
-    activations are held for longer. It pays off at the end of a step, where ranks would wait otherwise, so the last
-    micro-batches stay split. Nor does the merged step get longer when messages come late.
+    A split backward costs more than the simulation counts: its weight gradients read data that has left the caches, and
+    its activations are held for longer. It pays off at the end of a step, where ranks would otherwise wait, so the last
+    micro-batches stay split. The merged step does not get longer if messages come late, either.
 
     Example:
         >>> from pipekit.schedules import plan_zb_h1

@@ -7,7 +7,7 @@ from pipekit.schedules.schedule import Schedule
 
 
 def destination(action: Action, schedule: Schedule) -> int | None:
-    """Return the stage that an action's result goes to: activations up, input gradients down; None where it stays."""
+    """Return the stage to which an action's result goes: activations up, input gradients down; None if it stays."""
     if action.kind == "F":
         return action.stage + 1 if action.stage + 1 < schedule.num_stages else None
     if action.kind in "BI":
@@ -16,7 +16,7 @@ def destination(action: Action, schedule: Schedule) -> int | None:
 
 
 def name_result(action: Action) -> str:
-    """Name of an action's result in messages for people.
+    """Name of an action's result in messages for users.
 
     Example:
         >>> name_result(Action.parse("0F3")), name_result(Action.parse("2B1"))
@@ -28,7 +28,7 @@ def name_result(action: Action) -> str:
 def plan_messages(schedule: Schedule) -> dict[tuple[int, int], tuple[Action, ...]]:
     """Return, for each ordered pair of ranks, the actions of the first whose results go to the second, in order.
 
-    A channel keeps the order of its messages, so this is also the order in which the second must receive them.
+    A channel keeps the order of its messages, so the second rank must receive them in this order too.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b

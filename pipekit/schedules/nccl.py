@@ -1,4 +1,4 @@
-"""Model of NCCL's channels: a graph of which operation waits for which, and the cycles in it, which are hangs."""
+"""Model of NCCL's channels: a graph of operations that wait for each other, whose cycles are hangs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Place = tuple[int, int]
 
 
 def edge(source: int, target: int) -> Hashable:
-    """A communicator of two ranks for each directed edge of the pipeline, as pipekit's executor has them."""
+    """A communicator of two ranks for each directed edge of the pipeline, as in pipekit's executor."""
     return source, target
 
 
@@ -27,22 +27,22 @@ def find_hang(
     syncs: bool = True,
     connected: bool = True,
 ) -> list[Place]:
-    """Find a deadlock: operations that wait for each other for ever under the rules of NCCL and CUDA.
+    """Find a deadlock: operations that wait for each other forever under the rules of NCCL and CUDA.
 
     On the host, a rank issues its operations in order. On the device, actions run in order on one stream, and the
-    messages of each communicator on a stream of its own. A message begins when the one before it on its stream has
-    ended, and so have the actions that the host had issued by then. It ends when both of its ends have begun. An action
-    after a `receive` begins when the message has ended.
+    messages of each communicator on a separate stream. A message begins when the previous message on its stream and all
+    actions that the host had issued before it have ended. It ends when both of its ends have begun. An action after a
+    `receive` begins when the message has ended.
 
-    All of that is a graph of events, to which more waits can only add cycles. So a wait that may occur anywhere is
+    This is a graph of events, and further waits can only add cycles to it. So a wait that may occur anywhere is
     modelled as one that occurs everywhere.
 
     Args:
         ranks: the operations of each rank.
         communicator: carries the messages from one rank to another.
-        syncs: whether the host waits for all of its device after each operation.
-        connected: whether communicators are connected before the first operation; otherwise the host waits in its first
-            message of each for the other end.
+        syncs: whether the host waits for its whole device after each operation.
+        connected: whether communicators are connected before the first operation; otherwise the host waits for the
+            other end in its first message on each.
 
     Returns:
         A cycle: each operation waits for the next, and the last for the first. Empty if all operations end.

@@ -1,4 +1,4 @@
-"""One forward, one backward: the schedule that bounds in-flight activations by the number of stages."""
+"""1F1B, one forward, one backward: the schedule that bounds in-flight activations by the number of stages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pipekit.schedules.schedule import Schedule
 
 
 def plan_1f1b(*, num_stages: int, num_micro_batches: int) -> Schedule:
-    """Return the 1F1B table, one stage a rank.
+    """Return the 1F1B table, with one stage per rank.
 
-    A rank first runs as many forwards as there are stages behind it, then forward and backward in turn, then the
-    backwards that are left. Stage `s` of `S` holds at most `S - s` micro-batches in flight.
+    A rank first runs as many forwards as there are stages after its own, then alternates forwards and backwards, and
+    then runs the remaining backwards. Stage `s` of `S` holds at most `S - s` micro-batches in flight.
 
     Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
     section 2.2 (PipeDream-Flush).
@@ -36,7 +36,7 @@ def plan_1f1b(*, num_stages: int, num_micro_batches: int) -> Schedule:
 
 
 def plan_forward_only(*, num_stages: int, num_micro_batches: int, placement: Sequence[int] | None = None) -> Schedule:
-    """Return the table of an evaluation: every stage forwards every micro-batch in turn.
+    """Return the table of an evaluation: every stage runs only forwards, one per micro-batch.
 
     Example:
         >>> print(plan_forward_only(num_stages=2, num_micro_batches=2))

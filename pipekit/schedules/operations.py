@@ -1,4 +1,4 @@
-"""Operations of a pipeline rank: the receives that it posts, the actions that it runs and what it sends, in order."""
+"""Operations of a pipeline rank, in order: receives that it posts, actions that it runs, results that it sends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipekit.schedules.schedule import Schedule
 OperationKind = Literal["post", "receive", "run", "send"]
 
 POSTED_AHEAD = 2
-"""Receives that a rank posts ahead for each of its peers, over gloo: the next message comes while one is used."""
+"""Number of receives that a rank posts ahead for each peer over gloo, so the next message arrives during a use."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing that a rank's host asks of its device.
+    """One operation that a rank's host issues to its device.
 
     Attributes:
         kind: `post` asks for a message, `receive` waits for it, `run` computes, `send` sends the result.
@@ -37,25 +37,25 @@ class Operation:
         return f"{self.kind} {self.action}"
 
     def message_of(self, rank: int) -> tuple[int, int] | None:
-        """Sender and receiver of the message that `rank` sends or posts with this operation; None for others."""
+        """Sender and receiver of the message that `rank` sends or posts with this operation, or None."""
         if self.peer is None or self.kind == "receive":
             return None
         return (rank, self.peer) if self.kind == "send" else (self.peer, rank)
 
 
 def plan_operations(schedule: Schedule, *, ahead: int = 0) -> tuple[tuple[Operation, ...], ...]:
-    """Operations of every rank of a pipeline, in an order in which no rank can wait for ever.
+    """Operations of every rank of a pipeline, in an order in which no rank can wait forever.
 
     All actions are put in one order in which they could run one at a time. A message is sent, and its receive posted,
-    where its action stands in that order. So an operation only ever waits for earlier ones, even if every send waits
-    for its receive, a channel carries one message at a time, and the host waits for its device after each operation (as
-    CUDA does to load a kernel or to free memory). The order is that of a step of equal stages, so that receives are
-    posted early.
+    at its action's position in that order. So an operation only waits for earlier ones, even if every send waits for
+    its receive, a channel carries one message at a time, and the host waits for its device after each operation (as
+    CUDA does to load a kernel or to free memory). The order is that of a step with equal stages, so receives are posted
+    early.
 
     Args:
         schedule: the table.
-        ahead: receives that are posted for each peer as soon as an earlier one has ended, where that is sooner. Only
-            for channels whose receives never keep anything else waiting, as gloo's.
+        ahead: number of receives that are posted for each peer as soon as an earlier one has ended, if that is sooner.
+            Only for channels whose receives never delay anything else, as over gloo.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b
@@ -106,7 +106,7 @@ def _post_ahead(operations: Sequence[Operation], ahead: int) -> Iterator[Operati
 
 
 def most_posted(operations: Sequence[Operation]) -> int:
-    """Peak number of messages that a rank has posted and not received.
+    """Peak number of messages that a rank has posted and not yet received.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b

@@ -8,8 +8,8 @@ from typing import Literal
 def plan_placement(kind: Literal["looped", "v"], *, pp: int, stages_per_rank: int = 1) -> tuple[int, ...]:
     """Return the pipeline rank of each of `pp * stages_per_rank` stages.
 
-    `looped` starts again at the first rank after the last one; `v` turns round at the ends, so that neighbouring stages
-    meet on one rank there. With one stage a rank they are the same.
+    `looped` starts again at the first rank after the last; `v` turns around at the ends, where two neighbouring stages
+    are on one rank. With one stage per rank they are the same.
 
     Example:
         >>> plan_placement("looped", pp=3, stages_per_rank=2)

@@ -1,4 +1,4 @@
-"""Validation of a table: it trains every micro-batch on every stage, and no rank waits for ever."""
+"""Validation of a schedule table: it trains every micro-batch on every stage, and no rank waits forever."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ _SHOWN_CELLS, _SHOWN_RANKS = 6, 8
 
 
 def validate(schedule: Schedule, *, channels: Channels = "buffered") -> None:
-    """Check that a table trains every micro-batch on every stage, and comes to an end.
+    """Check that a schedule table trains every micro-batch on every stage, and comes to an end.
 
-    Every stage lives on one rank; every micro-batch passes every stage once forward and once backward, whole or split
-    into input and weight gradient, each after the actions it needs; and no rank waits for ever.
+    Every stage must be on one rank. Every micro-batch must pass every stage once forward and once backward, whole or
+    split into input and weight gradient, each after the actions it needs. No rank may wait forever.
 
-    Where `channels` are `buffered` a send does not wait for its receiver, as in pipekit's executor; where `blocking`, a
-    rank sends after each action and waits until the receiver comes to the action that takes it; where `nccl`, the
-    executor's operations follow the rules of NCCL and CUDA (`pipekit.schedules.nccl`), each host waiting for its device
-    after each operation.
+    With `buffered` channels a send does not wait for its receiver, as in pipekit's executor. With `blocking` channels a
+    rank sends after each action and waits until the receiver reaches the action that needs the message. With `nccl`,
+    the executor's operations follow the rules of NCCL and CUDA (`pipekit.schedules.nccl`), and each host waits for its
+    device after each operation.
 
     Raises:
-        ScheduleError: naming the broken rule, with the table, its faulty cell between `>` and `<`.
+        ScheduleError: if a rule is broken; it names the rule and shows the table with the faulty cell between `>` and
+            `<`.
 
     Example:
         >>> from pipekit.schedules import plan_gpipe, plan_1f1b
@@ -56,7 +57,7 @@ def check_operations(schedule: Schedule, ranks: Sequence[Sequence[Operation]]) -
     """Check that the operations of all ranks come to an end over NCCL.
 
     Raises:
-        ScheduleError: with the operations that wait for each other for ever, and their actions in the table.
+        ScheduleError: if operations wait for each other forever; it shows them and their actions in the table.
     """
     # Connecting adds waits alone: what ends with it ends without it.
     cycle = find_hang(ranks, connected=False)
@@ -193,7 +194,7 @@ def _fault(schedule: Schedule, rule: str, rank: int, position: int | None) -> Sc
 
 
 def show_grid(schedule: Schedule, *faults: tuple[int, int]) -> str:
-    """Return the table, a row for each rank, or the part of it around faulty cells, which stand between `>` and `<`.
+    """Return the table as text, or the part around faulty cells, which are marked by `>` and `<`.
 
     Example:
         >>> from pipekit.schedules import plan_1f1b

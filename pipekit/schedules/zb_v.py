@@ -1,4 +1,4 @@
-"""ZB-V: two stages a rank, placed in a V, and weight gradients wherever a rank would be idle."""
+"""ZB-V: two stages per rank, placed in a V, and weight gradients wherever a rank would be idle."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pipekit.schedules.simulate import Costs
 
 
 def plan_zb_v(*, pp: int, num_micro_batches: int) -> Schedule:
-    """Return the ZB-V table: `2 * pp` stages, and the first and the last of them on the first rank.
+    """Return the ZB-V table: `2 * pp` stages, with the first and the last on the first rank.
 
-    The first rank has the loss, so that its backward starts at once, and a rank waits for little but its first input:
-    with equal costs and `pp` micro-batches or more the bubble is that of one stage's forward for each rank but one. No
-    rank holds more than `2 * pp` stage activations, which is what `pp` of 1F1B's stages, twice as long, hold.
+    The first rank computes the loss, so its backward starts at once, and a rank waits for little except its first
+    input: with equal costs and at least `pp` micro-batches, the bubble is the time of `pp - 1` forwards of a stage. No
+    rank holds more than `2 * pp` stage activations, which take as much memory as `pp` of 1F1B's stages, which are twice
+    as long.
 
     Every rank repeats a block of six actions: both forwards, both input gradients, and two weight gradients, which it
-    holds back as under ZB-H1. On the way up the V a message has the time of four actions, so that short transfers make
-    a step longer by the same however many micro-batches it has.
+    holds back as under ZB-H1. On the way up the V, a message has the time of four actions to arrive, so short transfers
+    lengthen a step by the same time for any number of micro-batches.
 
     Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 6; Qi et al. 2024, "Pipeline Parallelism with
     Controllable Memory", whose method of repeated building blocks it follows.

@@ -1,4 +1,4 @@
-"""Zero-bubble H1: 1F1B with the backward split, whose weight gradients fill what was idle."""
+"""Zero-bubble H1: 1F1B with split backwards, whose weight gradients fill idle time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pipekit.schedules.schedule import Schedule
 
 
 def plan_zb_h1(*, num_stages: int, num_micro_batches: int) -> Schedule:
-    """Return the ZB-H1 table, one stage a rank.
+    """Return the ZB-H1 table, with one stage per rank.
 
-    Stage `s` warms up as under 1F1B, and holds its weight gradients back by `s` micro-batches, so that in the end, when
-    it would wait for other stages, it has as many of them to do. No stage holds more micro-batches than 1F1B's first.
+    Stage `s` warms up as under 1F1B, and delays its weight gradients by `s` micro-batches, so it still has that many to
+    run at the end, when it would wait for other stages. No stage holds more micro-batches than the first stage of 1F1B.
 
     Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3.1.
 
