@@ -17,10 +17,10 @@ from pipekit.settings.activations import KEY, ActivationCheckpointing
 
 
 def recompute_attention(specs: Sequence[LayerSpec], setting: ActivationCheckpointing | None) -> list[LayerSpec]:
-    """Specs of the same model whose attention cores are recomputed where `only: attention` chooses their layers.
+    """Copy a model's specs so that attention cores are recomputed in the layers that `only: attention` chooses.
 
-    A module takes part that has a class attribute `recomputes_attention = False`, and, where it is set to True, calls
-    its core by `recompute_core`.
+    A module supports this if it has a class attribute `recomputes_attention = False`, and calls its core with
+    `recompute_core` when the attribute is True.
 
     Raises:
         ConfigError: if a pattern matches no layer, or none of the layers has an attention core to recompute.
@@ -47,10 +47,10 @@ def recompute_attention(specs: Sequence[LayerSpec], setting: ActivationCheckpoin
 
 
 def recompute_core(core: Callable[..., Tensor], *tensors: Tensor | None, draws: bool) -> Tensor:
-    """Call an attention core so that its backward recomputes it: of what it computes only `tensors` are kept.
+    """Call an attention core whose backward recomputes it; only its arguments are kept.
 
     Args:
-        core: the function.
+        core: the function that computes the attention core.
         *tensors: its arguments, such as queries, keys and values.
         draws: whether it draws random numbers, which are then drawn again.
     """

@@ -1,4 +1,4 @@
-"""Freezing: parameters, named or by pattern, that are not trained."""
+"""Freezing of parameters by name or pattern."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from pipekit.layers.specs import LayerSpec, build_on_meta, layer_names, spec_key
 
 
 def freeze(specs: Sequence[LayerSpec], patterns: Sequence[str], *, key: str = "train.freeze") -> list[LayerSpec]:
-    """Specs of the same model with some of its parameters frozen: they get no gradient, no update and no decay.
+    """Freeze some parameters of a model: they get no gradient, no update and no decay.
 
     Args:
         specs: the model.
-        patterns: logical names of parameters, in which `*` stands for any text, `?` for a character and `[...]` for one
-            of several.
-        key: the setting that gives the patterns, for messages.
+        patterns: logical names of parameters, in which `*` stands for any text, `?` for one character and `[...]` for
+            one of several characters.
+        key: name of the setting with the patterns, for messages.
+
+    Returns:
+        Copies of the specs with the parameters frozen.
 
     Raises:
-        ConfigError: if a pattern matches no parameter, or nothing is left to train.
+        ConfigError: if a pattern matches no parameter, or no parameter is left to train.
 
     Example:
         >>> from torch import nn

@@ -1,7 +1,7 @@
-"""Progressive layer drop: the blocks that each micro-batch of a step leaves out, drawn alike on every rank.
+"""Progressive layer drop: the blocks that each micro-batch of a step leaves out, the same on every rank.
 
-A block that is kept counts for those that are left out: what it adds to the residual stream is divided by the
-probability of keeping it, so that evaluation, which keeps every block, needs no other scale.
+The output that a kept block adds to the residual stream is divided by the probability of keeping the block, so
+evaluation, which keeps every block, needs no other scale.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _BLOCK = re.compile(r"(.*?\.\d+)(?:\..*)?")
 
 @dataclass(frozen=True)
 class LayerDrop:
-    """Schedule of the probabilities with which blocks are kept.
+    """Schedule of the probabilities of keeping blocks.
 
     Args:
-        theta: probability of keeping the last block in the long run.
-        gamma: speed at which it is approached, per step.
+        theta: limit of the probability of keeping the last block.
+        gamma: speed at which the probability approaches this limit, per step.
 
     Source: Zhang and He 2020, "Accelerating Training of Transformer-Based Language Models with Progressive Layer
     Dropping".
@@ -48,20 +48,20 @@ class LayerDrop:
         return 1.0 - block / num_blocks * (1.0 - self.theta_at(step))
 
     def draw_scale(self, block: int, num_blocks: int, *, seed: int, step: int, micro_batch: int) -> float | None:
-        """Factor of what a block, counted from 1, adds for one micro-batch of the global batch; None leaves it out."""
+        """Factor of a block's output, counted from 1, for one micro-batch of the global batch; None drops the block."""
         probability = self.keep_probability(block, num_blocks, step=step)
         draw = fold_seed(seed, "layer drop", step, micro_batch, block) / 2**63
         return 1.0 / probability if draw < probability else None
 
 
 def number_blocks(specs: Sequence[LayerSpec]) -> dict[int, int]:
-    """Number, from 1, of the block of each layer that can be left out, by the layer's index.
+    """Block numbers, from 1, of the layers that can be dropped, by the layer's index.
 
-    Such a layer's class has a `residual_scale`, by which it multiplies what it adds to its input. Layers whose names
-    begin alike up to a number, such as `blocks.3.attention` and `blocks.3.mlp`, are one block.
+    The class of such a layer has a `residual_scale`, by which it multiplies the output that it adds to its input.
+    Layers whose names are equal up to a number, such as `blocks.3.attention` and `blocks.3.mlp`, are one block.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if no layer can be dropped.
     """
     blocks: dict[str, int] = {}
     numbers: dict[int, int] = {}

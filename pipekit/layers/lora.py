@@ -1,7 +1,7 @@
-"""LoRA: low-rank adapters of the linear layers that patterns name, trained while the model's own parameters are frozen.
+"""LoRA: low-rank adapters of the linear layers that patterns name, trained while the model's parameters are frozen.
 
-One linear layer here may be several in `transformers`, such as queries, keys and values; each of them is a target of
-its own, with an adapter of its own.
+One linear layer here may be several in `transformers`, such as queries, keys and values; each of these is a separate
+target with a separate adapter.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _MARK = ".lora."
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """A linear layer that can have an adapter: rows of the weight of a linear layer here.
+    """Target of an adapter: a linear layer, or some rows of its weight.
 
     Attributes:
         module: logical name of the linear layer.
-        part: name of the rows among those of the layer, which the adapter has too.
-        first_row: the first of the rows.
-        end_row: the one after the last.
-        theirs: name of the linear layer in `transformers`; None where the model has none there.
-        unknown_kind: class of a linear layer that may compute something else than torch's; None where it is known.
+        part: name of these rows within the layer, and of the adapter.
+        first_row: index of the first row.
+        end_row: index after the last row.
+        theirs: name of the linear layer in `transformers`; None if `transformers` has no such layer.
+        unknown_kind: class of a linear layer that may not compute the same as torch's; None if it is known.
 
     Example:
         >>> LoraTarget("blocks.0.attention.qkv", "k_proj", 64, 128, "model.layers.0.self_attn.k_proj").adapter
@@ -51,16 +51,16 @@ class LoraTarget:
 
     @property
     def adapter(self) -> str:
-        """Logical name of its adapter, whose parameters are `a` and `b`."""
+        """Logical name of the target's adapter, whose parameters are `a` and `b`."""
         return f"{self.module}{_MARK}{self.part}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names by which a pattern can mean it."""
+        """Names of the target that a pattern can match."""
         return (self.module,) if self.theirs is None else (self.module, self.theirs)
 
     def is_meant(self, pattern: str) -> bool:
-        """True if a pattern matches one of its names, or the end of one after a dot.
+        """True if a pattern matches one of the target's names, or the part of a name after a dot.
 
         Example:
             >>> target = LoraTarget("blocks.0.mlp.contract", "down_proj", 0, 64, "model.layers.0.mlp.down_proj")
@@ -71,7 +71,7 @@ class LoraTarget:
 
 
 def is_adapter(name: str) -> bool:
-    """True if a logical name is that of a parameter of an adapter.
+    """True if a logical name is that of an adapter's parameter.
 
     Example:
         >>> is_adapter("blocks.0.attention.qkv.lora.k_proj.a"), is_adapter("blocks.0.attention.qkv.weight")
@@ -81,14 +81,14 @@ def is_adapter(name: str) -> bool:
 
 
 def find_targets(specs: Sequence[LayerSpec], renames: Sequence[TensorRename] = ()) -> list[list[LoraTarget]]:
-    """The linear layers in each layer of a model; none in tied layers, of which every stage would train its own.
+    """Targets in each layer of a model; none in tied layers, because every stage would train a separate adapter.
 
     Args:
         specs: the model.
-        renames: names of its tensors in `transformers`; where one linear layer has several, it is several targets.
+        renames: names of its tensors in `transformers`; a linear layer with several names is several targets.
 
     Raises:
-        ConfigError: if a parameter has the name of one of an adapter.
+        ConfigError: if a parameter has the name of an adapter's parameter.
     """
     theirs = {rename.ours: rename for rename in renames}
     known: dict[Hashable, tuple[list[str], dict[str, nn.Linear]]] = {}
@@ -128,15 +128,15 @@ def add_lora(
     *,
     key: str = "lora.targets",
 ) -> list[LayerSpec]:
-    """Specs of the same model with adapters, and with all of its own parameters frozen.
+    """Copy a model's specs with adapters added, and with all of the model's own parameters frozen.
 
     Args:
         specs: the model.
-        patterns: names of linear layers here or in `transformers`, or their ends after a dot, in which `*` stands for
-            any text, `?` for a character and `[...]` for one of several.
-        low_rank: the settings of the adapters.
-        renames: as `find_targets` takes them.
-        key: the setting that gives the patterns, for messages.
+        patterns: names of linear layers here or in `transformers`, or the parts of names after a dot, in which `*`
+            stands for any text, `?` for one character and `[...]` for one of several characters.
+        low_rank: settings of the adapters.
+        renames: as in `find_targets`.
+        key: name of the setting with the patterns, for messages.
 
     Raises:
         ConfigError: if a pattern matches no linear layer, or one that cannot have an adapter.

@@ -1,4 +1,4 @@
-"""The parameters of a model without allocating any: each distinct spec is built once, on torch's meta device."""
+"""Parameters of a model, without allocating any: each distinct spec is built once, on torch's meta device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pipekit.tensor_parallel import PlannedGroup, shard_layer
 
 
 def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, Shape]]:
-    """Shapes of each layer's trainable parameters by logical name; layers that are tied have the same.
+    """Shapes of each layer's trainable parameters by logical name; tied layers have the same names and shapes.
 
     Args:
         specs: the model.
         tp: tensor-parallel degree; the shapes are those of the first rank, whose shards are the largest.
 
     Raises:
-        LayoutError: if a layer is too small for so many tensor-parallel ranks; it names the layer.
+        LayoutError: if a layer is too small for this number of tensor-parallel ranks; the message names the layer.
 
     Example:
         >>> from torch import nn
@@ -31,7 +31,7 @@ def parameter_shapes(specs: Sequence[LayerSpec], tp: int = 1) -> list[dict[str, 
 def trained_and_frozen_shapes(
     specs: Sequence[LayerSpec], tp: int = 1
 ) -> tuple[list[dict[str, Shape]], list[dict[str, Shape]]]:
-    """`parameter_shapes`, and the same of the frozen parameters."""
+    """`parameter_shapes` of the trainable parameters, and the same for the frozen ones."""
     known: dict[Hashable, dict[bool, dict[str, Shape]]] = {}
     shapes: dict[bool, list[dict[str, Shape]]] = {True: [], False: []}
     for spec, name in zip(specs, layer_names(specs), strict=True):
@@ -52,9 +52,9 @@ def trained_and_frozen_shapes(
 
 
 def count_layer_parameters(specs: Sequence[LayerSpec]) -> list[int]:
-    """Return the trainable parameters of each layer.
+    """Return the number of trainable parameters of each layer.
 
-    A tied layer's count wherever it occurs, since each stage that holds it pays for a copy.
+    The parameters of a tied layer count wherever it occurs, because each stage that holds it has a copy.
 
     Example:
         >>> from torch import nn
@@ -65,5 +65,5 @@ def count_layer_parameters(specs: Sequence[LayerSpec]) -> list[int]:
 
 
 def count_parameters(specs: Sequence[LayerSpec]) -> int:
-    """Return the trainable parameters of a model, tied ones once."""
+    """Return the number of trainable parameters of a model, counting tied ones once."""
     return count_elements(*parameter_shapes(specs))

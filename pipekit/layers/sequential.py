@@ -1,4 +1,4 @@
-"""A list of layer specs as one module, whole or a rank's part of it, to check exports against and to generate with."""
+"""Layer specs as one torch module, whole or one rank's part, for checks of exports and for text generation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipekit.tensor_parallel import TensorGroup, shard_layer, whole_outputs
 
 
 class SequentialModel(nn.Module):
-    """Layers of a model, one after the other; tied layers share one module.
+    """Torch module of a model's layers in sequence; tied layers share one module.
 
     Args:
         specs: the model.
-        seed: of the initial weights, which equal those of a pipeline of any layout; None allocates none, for a model
-            whose every tensor `load_logical_tensors` then takes over.
-        layers: indices of those to build, one stage of a pipeline; all unless given.
-        group: tensor-parallel peers, of which this model keeps one's shards.
+        seed: seed of the initial weights, which equal those of a pipeline under any layout; None allocates no weights,
+            for a model whose tensors will all come from `load_logical_tensors`.
+        layers: indices of the layers to build, such as one stage of a pipeline; by default all layers.
+        group: tensor-parallel peers; the model keeps only this rank's shards.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SequentialModel(nn.Module):
         self.layers = nn.ModuleList(modules.values())
 
     def forward(self, inputs: Any) -> Any:
-        """Run all layers and return the output of the last; outside training, `Logits` become a tensor."""
+        """Run all layers and return the output of the last; in evaluation mode, `Logits` become a tensor."""
         for step in self.steps:
             inputs = step(inputs)
         return inputs if torch.is_grad_enabled() else whole_outputs(inputs)
@@ -62,7 +62,7 @@ class SequentialModel(nn.Module):
     def logical_tensors(self) -> dict[str, Tensor]:
         """Return every parameter and persistent buffer under its logical name.
 
-        Tied ones come once, and so does a parameter that a layer holds under several names: under the first.
+        Tied tensors are returned once. A parameter that a layer holds under several names is returned under the first.
         """
         tensors: dict[str, Tensor] = {}
         for layer_name, layer in zip(self._module_names, self.layers, strict=True):
@@ -74,10 +74,10 @@ class SequentialModel(nn.Module):
         return tensors
 
     def check_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        """Check names and shapes of the tensors of a model, which may be on torch's meta device.
+        """Check the names and shapes of tensors for this model; they may be on torch's meta device.
 
         Raises:
-            CheckpointError: if one is missing, has another shape, or is not the model's; `where` names the source.
+            CheckpointError: if a tensor is missing, has another shape, or is unknown; `where` names the source.
         """
         own_tensors = self.logical_tensors()
         for name in tensors:
@@ -90,10 +90,10 @@ class SequentialModel(nn.Module):
                 raise CheckpointError(f"{where}: {name} {found}, {rule}")
 
     def load_logical_tensors(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        """Set every parameter and buffer; those that are not allocated take over the tensors given.
+        """Load every parameter and buffer; those that are not allocated become the given tensors.
 
         Raises:
-            CheckpointError: if they are not the model's; `where` names the source.
+            CheckpointError: if the tensors do not fit the model; `where` names the source.
         """
         self.check_logical_tensors(tensors, where=where)
         for name, own in self.logical_tensors().items():
@@ -115,9 +115,9 @@ def run_layers(
 
     Args:
         specs: the model.
-        inputs: of the first layer.
-        read: returns a tensor by its logical name; that of tied layers is read for each of them.
-        seed: as `SequentialModel` takes it.
+        inputs: inputs of the first layer.
+        read: returns a tensor by its logical name; it is called again for each layer that shares a tied tensor.
+        seed: as in `SequentialModel`.
     """
     for layer_idx, name in enumerate(layer_names(specs)):
         layer = SequentialModel(specs, seed=seed, layers=range(layer_idx, layer_idx + 1)).eval()

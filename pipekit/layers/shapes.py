@@ -1,8 +1,7 @@
-"""Shapes of what the commonest operations return on the meta device.
+"""Output shapes of the most common operations on the meta device.
 
-Torch's own rules for the meta device are written in Python and import its compiler when the first of them runs, which
-takes longer than describing a model. What a GPT is made of is therefore answered here; `infer` has no answer for
-anything else, and torch is asked.
+Torch's own rules for the meta device are written in Python, and import its compiler when the first of them runs, which
+takes longer than describing a model. So `infer` has rules for the operations of a GPT, and leaves all others to torch.
 
 Shapes: M, K, N rows, inner size and columns of matrices.
 """
@@ -22,7 +21,7 @@ _IN_PLACE = "normal_ uniform_ zero_ fill_ copy_ add_ mul_ div_ sub_ relu_"
 
 
 def infer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Result of an operation such as `torch.ops.aten.mm.default` on meta tensors, or None if torch has to compute it.
+    """Result of an operation such as `torch.ops.aten.mm.default` on meta tensors, or None if torch must compute it.
 
     Example:
         >>> a, b = torch.empty(2, 3, device="meta"), torch.empty(3, 5, device="meta")
@@ -39,7 +38,7 @@ def infer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 class ShapeRules(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager: operations on meta tensors are answered by `infer`, where it has an answer."""
+    """Context manager in which `infer` computes operations on meta tensors, where it has a rule."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
