@@ -1,4 +1,4 @@
-"""Base class of the configuration's sections, and faults: the mistakes in a configuration."""
+"""Base class of configuration sections, and faults: mistakes in a configuration."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ class Section(BaseModel):
     )
 
     retired_keys: ClassVar[Mapping[str, object]] = {}
-    """Keys that the section once had, with the values that mean what holds without them: files that runs have written
-    are read as before."""
+    """Keys that the section once had, each with the only value that is still accepted because it changes nothing; they
+    keep files of earlier runs readable."""
 
     @classmethod
     def missing_remedy(cls, keys: Sequence[str]) -> str | None:
-        """Text to type instead where required keys are missing; None gives an example of each."""
+        """Text to type if required keys are missing; None shows an example of each."""
         return None
 
     @classmethod
     def unknown_key_remedy(cls, key: str) -> str | None:
-        """Text to type instead of a key that the section does not have; None suggests similar ones."""
+        """Text to type instead of a key that the section does not have; None suggests similar keys."""
         return None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Rule of the type that it annotates, in words for messages."""
+    """Rule of an annotated type, in words for messages."""
 
     words: str
 
 
 def switch(section: type[Section]) -> BeforeValidator:
-    """Validator of a key that takes the settings of a section, `true` for its defaults, or `false` for None."""
+    """Validator of a key that takes a section's settings, `true` for the defaults, or `false` for None."""
 
     def read(value: Any) -> Any:
         if not isinstance(value, (bool, dict, section, type(None))):
@@ -63,7 +63,7 @@ def switch(section: type[Section]) -> BeforeValidator:
 
 
 def at_most(limit: float, why: str) -> AfterValidator:
-    """Validator that refuses numbers above `limit`, which nobody means; `why` ends the message."""
+    """Validator that refuses numbers above `limit`, which must be mistakes; `why` ends the message."""
 
     def check(value: Any) -> Any:
         if value > limit:
@@ -74,7 +74,7 @@ def at_most(limit: float, why: str) -> AfterValidator:
 
 
 def at_least(limit: float, why: str, *, allows_zero: bool = False) -> AfterValidator:
-    """Validator that refuses numbers below `limit`, which nobody means; 0 may have a meaning of its own."""
+    """Validator that refuses numbers below `limit`, which must be mistakes; 0 may have a special meaning."""
 
     def check(value: Any) -> Any:
         if value < limit and not (allows_zero and value == 0):
@@ -85,7 +85,7 @@ def at_least(limit: float, why: str, *, allows_zero: bool = False) -> AfterValid
 
 
 def check_path(text: str) -> str:
-    """Return a path as it is. A ValueError if no file can have it, or it begins with an unknown user's `~`."""
+    """Return a path unchanged. Raises a ValueError if no file can have it, or if its `~` names an unknown user."""
     if printable(text) != text or "\t" in text or "\n" in text:
         raise ValueError("holds a control character, which no path should; retype it")
     data = text.encode()
@@ -99,10 +99,10 @@ def check_path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(check_path)]
-"""Path of a file or folder, in which `~` is a home folder; it need not exist."""
+"""Path of a file or folder, which need not exist; `~` is a home folder."""
 
 FolderText = Annotated[PathText, AfterValidator(os.path.expanduser)]
-"""A path that is kept with its `~` written out."""
+"""A path whose `~` is replaced by the home folder."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,16 @@ class Fault:
 
 
 def rule_fault(keys: str, message: str) -> Fault:
-    """Return the fault of keys that contradict each other, written with dots and separated by spaces.
+    """Return the fault of keys that contradict each other; they are dotted and separated by spaces.
 
-    The first comes first; where only another was given, the fault is shown at that one.
+    The fault is shown at the first of the keys that was given.
     """
     key, *partners = (tuple(key.split(".")) for key in keys.split())
     return Fault(key=key, message=message, partners=tuple(partners))
 
 
 def config_error(lines: Iterable[str]) -> ConfigError:
-    """Return one error that shows the lines, the first ten of many; a single line stands alone."""
+    """Return one error that shows all lines, or only the first ten of many."""
     lines = list(lines)
     heading = [] if len(lines) == 1 else [f"{len(lines):,} mistakes in the configuration:"]
     more = [f"and {len(lines) - _MAX_LINES:,} more"] if len(lines) > _MAX_LINES else []

@@ -1,4 +1,4 @@
-"""Durations as people write them: `90s`, `15m`, `11h30m`, `2d`."""
+"""Durations such as `90s`, `15m`, `11h30m` and `2d`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PATTERN = r"^(\d+(\.\d+)?[dhms])+$"
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a duration.
+    """Parse a duration, and return its seconds.
 
     Raises:
-        ValueError: with the rule, if it is none, or lasts no time.
+        ValueError: if it is not a duration, or is zero; the message is the rule.
 
     Example:
         >>> parse_duration("11h30m"), parse_duration("90s"), parse_duration("1.5m")

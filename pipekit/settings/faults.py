@@ -1,4 +1,4 @@
-"""From pydantic's errors to messages that say where, what value, which rule, and what to type instead."""
+"""Messages from pydantic's errors, with the place, the value, the rule, and what to type instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SWITCH_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off":
 def section_faults(
     name: str, section: type[Section], values: dict[str, Any], error: ValidationError, keys: dict[str, list[str]]
 ) -> list[Fault]:
-    """Return one fault for each key of section `name` that pydantic complains about; `keys` are for suggestions."""
+    """Return one fault for each key of section `name` that pydantic refuses; `keys` are for suggestions."""
     faults: dict[tuple[str, ...], Fault] = {}
     missing: list[str] = []
     for detail in error.errors(include_url=False):
@@ -53,7 +53,7 @@ def unknown_key_fault(section: type[Section], key: tuple[str, ...], keys: Mappin
 
 
 def rule_of(annotation: Any, constraints: Iterable[Any] = ()) -> str:
-    """Return in words what a type with its constraints accepts.
+    """Return the values that a type with its constraints accepts, in words.
 
     Example:
         >>> from pydantic import PositiveInt

@@ -1,4 +1,4 @@
-"""Python scripts as modules: what a script defines, without the run that it starts."""
+"""Import of Python scripts as modules, without the run that a script starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class _RunReachedError(BaseException):
 
 
 def read_script(path: Path, *, key: str) -> ModuleType:
-    """Import a script by its file, up to the first call that would start a run.
+    """Import a script from its file, up to the first call that would start a run.
 
-    A run's processes find in it the class that the script has passed to `pipekit.train`. Its folder becomes importable,
-    as when Python runs it. The script that Python is running is not run a second time.
+    This is how a run's processes find the class that the script passed to `pipekit.train`. The script's folder becomes
+    importable, as when Python runs the script. The script that Python is running is not run a second time.
 
     Args:
-        path: the file.
-        key: the setting that names it, for messages.
+        path: file of the script.
+        key: name of the setting with the path, for messages.
 
     Raises:
         ConfigError: if there is no such file.
@@ -62,13 +62,13 @@ def read_script(path: Path, *, key: str) -> ModuleType:
 
 
 def end_reading() -> None:
-    """End the import of the script that is being read, if any: call this before a run is started."""
+    """End the import of a script at this point, if one is being imported; call this before a run starts."""
     if _being_read.get():
         raise _RunReachedError
 
 
 def main_script() -> Path | None:
-    """File of the script that Python is running; None in a notebook, a console, and under `python -c`."""
+    """File of the script that Python is running; None in a notebook, in a console, and under `python -c`."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return Path(file).resolve() if file is not None and Path(file).is_file() else None
 
@@ -78,7 +78,7 @@ def name_class(given: type, *, argument: str) -> str:
 
     Args:
         given: the class.
-        argument: the argument that it was passed as, for messages.
+        argument: name of the argument that passed the class, for messages.
 
     Raises:
         ConfigError: if no other process can import it.

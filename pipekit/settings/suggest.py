@@ -46,7 +46,7 @@ SYNONYMS = {name: key for key, names in _FOREIGN_NAMES.items() for name in names
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice that `word` most resembles, or None where nothing is near.
+    """Return the choice that is most similar to `word`, or None if none is similar.
 
     Example:
         >>> closest("setps", ["seed", "steps"])
@@ -61,9 +61,9 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def suggest_key(key: str, parents: tuple[str, ...], sections: Mapping[str, Iterable[str]]) -> str:
-    """Return a suggestion for an unknown key, looked for in its own section first, then in the others.
+    """Return a suggestion for an unknown key, first from its own section, then from the others.
 
-    `parents` are the keys above it, none for a section; `sections` the keys of every section by its dotted path.
+    `parents` are the keys above it, none for a section; `sections` are the keys of every section by its dotted path.
     """
     prefix = ".".join(parent for parent in parents if not parent.isdecimal())  # positions in a list of sections
     own = list(sections.get(prefix, ()))

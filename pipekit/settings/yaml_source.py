@@ -1,4 +1,4 @@
-"""Reading YAML with the line of every key, and writing it back.
+"""Reading YAML with the line of every key, and writing YAML.
 
 Numbers and switches follow YAML 1.2: `3e-4` is a number, `on` and `no` are words, and a date stays text.
 """
@@ -42,7 +42,7 @@ class _TooMuchError(yaml.MarkedYAMLError):
 
 
 class YamlLoader(yaml.SafeLoader):
-    """A safe loader that reads plain words as YAML 1.2 does, and nothing that is nested or long beyond all meaning."""
+    """A safe loader that reads plain words as in YAML 1.2, and refuses texts that are absurdly nested or long."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
 
@@ -63,14 +63,14 @@ class YamlLoader(yaml.SafeLoader):
         return node
 
     def count_node(self, mark: yaml.Mark, what: str) -> None:
-        """Count a value. A YAML error if there are more than anybody writes; `what` begins its message."""
+        """Count a value. Raises a YAML error if there are absurdly many; `what` begins the message."""
         self.num_nodes += 1
         if self.num_nodes > _MAX_NODES:
             raise _TooMuchError(f"{what} more than {_MAX_NODES:,} values", mark)
 
 
 class YamlDumper(yaml.SafeDumper):
-    """A safe writer that quotes every text which a reader of YAML 1.1 or 1.2 would take for something else."""
+    """A safe writer that quotes every text that a YAML 1.1 or 1.2 reader would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write repeated values out, without anchors."""
@@ -135,7 +135,7 @@ class YamlSource:
 
 
 def read_yaml(text: str) -> YamlSource:
-    """Return the value of a YAML text, with the line of every key.
+    """Parse a YAML text into its value and the line of every key.
 
     Example:
         >>> source = read_yaml("train:\\n  steps: 300\\n")
