@@ -1,1 +1,1 @@
-"""Checkpoints: the manifest and tensor files, reading, averaging, repairing and converting them."""
+"""Checkpoints: manifests and tensor files, and reading, averaging, repairing and converting checkpoints."""

@@ -32,9 +32,10 @@ class TensorDifference:
     Attributes:
         name: logical name.
         kind: `weights`, or the optimizer state.
-        largest: largest absolute difference of an element; None where the tensors cannot be compared.
-        relative: norm of the difference over the norm of the first, infinite where that is 0; None likewise.
-        reason: why they cannot be compared; empty where they can.
+        largest: largest absolute difference of an element; None if the tensors cannot be compared.
+        relative: norm of the difference divided by the norm of the first tensor, infinite if that is 0; None if the
+            tensors cannot be compared.
+        reason: why they cannot be compared; empty if they can.
     """
 
     name: str
@@ -45,7 +46,7 @@ class TensorDifference:
 
 
 def compare_checkpoints(one: Path, other: Path) -> list[TensorDifference]:
-    """Tensors that differ between two checkpoints, in the order of the first; the rest has the same bits."""
+    """Tensors that differ between two checkpoints, in the order of the first; all others have the same bits."""
     first, second = CheckpointReader(one), CheckpointReader(other)
     kinds = {
         (name, kind): None
@@ -74,19 +75,19 @@ def _compare(first: CheckpointReader, second: CheckpointReader, name: str, kind:
 
 
 def average_checkpoints(checkpoints: Sequence[Path], folder: Path, *, kind: str = WEIGHTS) -> Path:
-    """Write the mean of the weights of several checkpoints, and return its path. It has no optimizer states.
+    """Write a checkpoint with the mean weights of several checkpoints, and return its path; it has no optimizer states.
 
-    Memory is bounded by 0.5 GB and the largest tensor. Buffers and frozen parameters, the state of the training and
+    Memory use is bounded by 0.5 GB and the largest tensor. Buffers and frozen parameters, the state of the training and
     the other files are those of the last checkpoint.
 
     Args:
-        checkpoints: of one model, the newest last.
-        folder: where to write it, as `average-of-<number>-<step>`, or `ema-of-<step>`.
-        kind: `weights`, or `ema`, which becomes the weights.
+        checkpoints: checkpoints of one model, the newest last.
+        folder: folder to write `average-of-<number>-<step>` or `ema-of-<step>` to.
+        kind: `weights`, or `ema` to average the moving averages, which become the weights.
 
     Raises:
-        CheckpointError: if one is damaged, or they are of different models.
-        StorageError: if it cannot be written; nothing is left behind.
+        CheckpointError: if a checkpoint is damaged, or they are of different models.
+        StorageError: if the result cannot be written; nothing is left behind.
     """
     readers = [CheckpointReader(path) for path in checkpoints]
     last = readers[-1].manifest

@@ -1,7 +1,7 @@
-"""Checkpoints of DeepSpeed, read as logical tensors, optimizer states and the progress of the training.
+"""DeepSpeed checkpoints, read as logical tensors, optimizer states and training progress.
 
-A pipeline leaves the modules of its layers in `layer_*-model_states.pt`, an engine its module in
-`mp_rank_*_model_states.pt`; under ZeRO the fp32 weights and the optimizer's states lie flat in
+A pipeline stores the modules of its layers in `layer_*-model_states.pt`, and an engine stores its module in
+`mp_rank_*_model_states.pt`. Under ZeRO the fp32 weights and the optimizer's states are flat in
 `*zero_pp_rank_*_optim_states.pt`, a piece for each replica, in the order of `param_shapes`.
 
 Source: `utils/zero_to_fp32.py`, `runtime/engine.py` and `runtime/pipe/module.py` of DeepSpeed 0.19.8.
@@ -49,15 +49,15 @@ _STAND_INS: list[Any] = [
 
 @dataclass
 class DeepSpeedCheckpoint:
-    """A checkpoint of DeepSpeed's, as it was understood.
+    """Content of a DeepSpeed checkpoint.
 
     Attributes:
         tensors: the weights by logical name, in fp32.
-        trainable: names of those that the optimizer updates.
-        states: by kind, such as `exp_avg`, the optimizer's states by logical name.
-        training: progress of the training.
-        notes: what could not be told, in sentences.
-        path: pipekit's checkpoint, once it is written.
+        trainable: names of the tensors that the optimizer updates.
+        states: optimizer states by kind, such as `exp_avg`, and logical name.
+        training: training progress.
+        notes: sentences about information that could not be found.
+        path: path of pipekit's checkpoint, once it is written.
     """
 
     tensors: dict[str, Tensor]
@@ -68,10 +68,10 @@ class DeepSpeedCheckpoint:
     path: Path | None = None
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give every tensor the name that `names` has for its own.
+        """Rename every tensor by `names`.
 
         Raises:
-            CheckpointError: if two that differ would have one name.
+            CheckpointError: if two different tensors would get the same name.
         """
         tensors: dict[str, Tensor] = {}
         for old, tensor in self.tensors.items():
@@ -86,12 +86,12 @@ class DeepSpeedCheckpoint:
 
 
 def read_deepspeed(folder: Path) -> DeepSpeedCheckpoint:
-    """Read the folder of one tag, and run no code that its pickles hold.
+    """Read the DeepSpeed checkpoint in the folder of one tag, without running code in its pickles.
 
-    Tensors of a pipeline get the names that `pipekit.PipelineModule` gives those of a script.
+    Tensors of a pipeline get the names that `pipekit.PipelineModule` would give them.
 
     Raises:
-        CheckpointError: if it is no checkpoint of DeepSpeed's, or one that is damaged, incomplete or sharded over
+        CheckpointError: if it is not a DeepSpeed checkpoint, or if it is damaged, incomplete or sharded over
             tensor-parallel ranks.
     """
     files = _find_files(folder)

@@ -9,8 +9,8 @@ A checkpoint holds logical tensors under logical names and knows nothing of the 
         weights-0000.safetensors        fp32 weights by logical name, one file a writer
         exp_avg-0000.safetensors        optimizer states by the same names
 
-It is written under another name and renamed when it is whole; the file `latest` beside it is written last. The
-manifest has checksums of all tensors, of every other file, and of itself. No name in it leads out of the folder.
+The folder is written under another name, and renamed when it is complete; the file `latest` beside it is written last.
+The manifest has checksums of all tensors, of every other file, and of itself. No name in it leads out of the folder.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ EMA = "ema"
 """Kind of an exponential moving average of the weights."""
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-"""Name of a file of the checkpoint's own folder: no path, so that it leads nowhere else."""
+"""Name of a file in the checkpoint's folder; it must not be a path, which could lead elsewhere."""
 
 
 Checksum = xxhash.xxh3_128
-"""Checksum of bytes that come piece by piece: `update` takes each, and `hexdigest` returns what `checksum` does."""
+"""Checksum of bytes in pieces: `update` adds a piece, and `hexdigest` returns the same as `checksum` of all bytes."""
 
 
 def checksum(data: Any) -> str:
-    """XXH3 of 128 bits, in hexadecimal, of bytes or of any buffer.
+    """Checksum of bytes or any buffer: XXH3 of 128 bits, in hexadecimal.
 
     Example:
         >>> checksum(b"")
@@ -61,7 +61,7 @@ def checksum(data: Any) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """Checksum of a file of any size, which is read piece by piece."""
+    """Checksum of a file of any size; it is read in pieces."""
     value = Checksum()
     with path.open("rb") as stream:
         while piece := stream.read(2**20):
@@ -74,12 +74,12 @@ class TensorEntry:
     """One logical tensor.
 
     Attributes:
-        shape: its whole shape.
-        dtype: of the model's weights (`float32`); optimizer states are fp32.
-        files: for each kind (`weights`, `exp_avg`, ...) the file that holds it under its logical name.
+        shape: shape of the whole tensor.
+        dtype: number format of the weights (`float32`); optimizer states are fp32.
+        files: for each kind (`weights`, `exp_avg`, ...), the file that holds the tensor under its logical name.
         trainable: False for buffers and frozen parameters.
-        checksums: for each kind the checksum of its bytes.
-        numbers: optimizer states that have one number for the whole tensor, by name.
+        checksums: for each kind, the checksum of the tensor's bytes.
+        numbers: optimizer states that are one number for the whole tensor, by name.
     """
 
     shape: tuple[NonNegativeInt, ...]
@@ -99,23 +99,23 @@ def _check_optimizer(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Progress of the training, which does not depend on the layout.
+    """Training progress, which does not depend on the layout.
 
     Attributes:
-        step: optimizer steps done.
+        step: number of optimizer steps so far.
         consumed_samples: position in the data: samples read so far, over all epochs.
-        seed: of initial weights, dropout and data order. Random numbers are drawn from seeds that are folded from it
-            with the step, micro-batch and layer, so that it and the step are the whole state of the generators.
+        seed: seed of initial weights, dropout and data order. All random numbers are seeded by this seed, the step, the
+            micro-batch and the layer, so the seed and the step are the whole state of the generators.
         lr: learning rate of the last step.
         optimizer: class name, number of updates, and names of the states.
-        loss_scaler: state of fp16's dynamic loss scale; empty otherwise.
+        loss_scaler: state of fp16's dynamic loss scale; empty for other precisions.
         data_fingerprint: identifies the tokenized data that `consumed_samples` counts.
-        mixture: how `consumed_samples` are distributed over several sources; None where there is one.
+        mixture: distribution of `consumed_samples` over several sources; None if there is one source.
         metrics: the latest metrics, for information.
-        client_state: values that a training loop of your own saved with it.
-        callbacks: states of callbacks, by their names.
-        base: place and fingerprint of the weights that adapters are added to, which the checkpoint does not hold; empty
-            where it holds the whole model.
+        client_state: values that a user's training loop saved with the checkpoint.
+        callbacks: states of callbacks, by name.
+        base: path and fingerprint of the weights that adapters are added to, which the checkpoint does not hold; empty
+            if it holds the whole model.
     """
 
     step: NonNegativeInt
@@ -134,14 +134,14 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The table of contents of a checkpoint.
+    """Manifest: the table of contents of a checkpoint.
 
     Attributes:
-        training: progress of the training.
-        tensors: by logical name.
-        file_bytes: sizes of all files but the manifest.
+        training: training progress.
+        tensors: tensors by logical name.
+        file_bytes: sizes of all files except the manifest.
         file_checksums: checksums of the files that hold no tensors.
-        written_by: versions, and the layout.
+        written_by: versions of the software, and the layout.
     """
 
     training: TrainingState
@@ -151,17 +151,17 @@ class Manifest:
     file_checksums: Mapping[FileName, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the manifest as it is stored, with the checksum of its content."""
+        """Return the manifest's JSON text, with the checksum of its content."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         return json.dumps({**content, "checksum": _content_checksum(content)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Manifest:
-        """Parse a stored manifest.
+        """Parse a manifest's JSON text.
 
         Raises:
-            DamagedCheckpointError: if `text` is not a manifest, or not as it was written.
-            CheckpointError: if it is one of another version.
+            DamagedCheckpointError: if `text` is not a manifest, or has changed since it was written.
+            CheckpointError: if the manifest has another version.
         """
         try:
             stored = json.loads(text)
@@ -205,20 +205,20 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a `checkpoints` folder, oldest first, without any that is still being written."""
+    """Return the checkpoints in a `checkpoints` folder, oldest first, except those that are still being written."""
     return sorted(path for path in folder.glob("step-*") if _is_checkpoint(path))
 
 
 def earlier_checkpoints(checkpoint: Path) -> list[Path]:
-    """Checkpoints of fewer steps in the same folder, newest first."""
+    """Checkpoints with fewer steps in the same folder, newest first."""
     return [path for path in reversed(list_checkpoints(checkpoint.parent)) if path.name < checkpoint.name]
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Return the newest checkpoint that a `checkpoints` folder's `latest` file names; None where there is none.
+    """Return the newest checkpoint, which a `checkpoints` folder's `latest` file names; None if there is none.
 
     Raises:
-        DamagedCheckpointError: if `latest` names a checkpoint that is not there.
+        DamagedCheckpointError: if `latest` names a checkpoint that does not exist.
     """
     latest = folder / LATEST_FILE
     if not latest.exists():
@@ -234,13 +234,13 @@ def find_latest(folder: Path) -> Path | None:
 
 
 def find_whole(folder: Path) -> tuple[Path, Manifest, str] | None:
-    """The checkpoint to go on from in a `checkpoints` folder: the newest whose manifest and sizes are sound.
+    """Find the checkpoint to resume from in a `checkpoints` folder: the newest whose manifest and file sizes are right.
 
     Returns:
-        The checkpoint, its manifest, and a warning where it is not the newest; None where there is no checkpoint.
+        The checkpoint, its manifest, and a warning if it is not the newest; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: if there are checkpoints, and none of them is whole.
+        CheckpointError: if there are checkpoints, but none is intact.
     """
     fault: DamagedCheckpointError | None = None
     candidates: list[Path] = list_checkpoints(folder)[::-1]
@@ -262,7 +262,7 @@ def find_whole(folder: Path) -> tuple[Path, Manifest, str] | None:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a user means by `path`: a checkpoint, a run's folder, or its `checkpoints` folder.
+    """Return the checkpoint for a path: a checkpoint, a run's folder, or its `checkpoints` folder.
 
     Raises:
         CheckpointError: if there is none.
@@ -281,11 +281,11 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def load_manifest(checkpoint: Path) -> Manifest:
-    """Read a checkpoint's manifest, and check that each file is there, of its size, and, without tensors, unchanged.
+    """Load a checkpoint's manifest, and check that every file exists, with its size and, without tensors, its checksum.
 
     Raises:
-        DamagedCheckpointError: if something is missing or damaged; it names the file, and what to use instead.
-        CheckpointError: if there is no checkpoint, or one of another version.
+        DamagedCheckpointError: if a file is missing or damaged; the message names it, and what to use instead.
+        CheckpointError: if there is no checkpoint, or it has another version.
     """
     path = checkpoint / MANIFEST_FILE
     if not path.exists():
@@ -309,7 +309,7 @@ def _find_fault(checkpoint: Path, manifest: Manifest) -> str | None:
 
 
 def find_file_fault(checkpoint: Path, manifest: Manifest, name: str) -> str | None:
-    """Fault of one file of a checkpoint, by its size, and, without tensors, its checksum; None if nothing."""
+    """Fault of a checkpoint's file, by its size and, if it holds no tensors, by its checksum; None without a fault."""
     file = checkpoint / name
     with storing(file, doing="read"):
         try:
@@ -339,7 +339,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Read a checkpoint's manifest, and check it but none of the other files; `load_manifest` does."""
+    """Read and check a checkpoint's manifest, but no other files; `load_manifest` checks those too."""
     path = checkpoint / MANIFEST_FILE
     with storing(path, doing="read"):
         if not _is_plain_file(path):

@@ -1,4 +1,4 @@
-"""Migration of a checkpoint that DeepSpeed wrote: read once, and written as one of pipekit's."""
+"""Migration of DeepSpeed checkpoints to pipekit's format."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ from pipekit.storage import storing
 def migrate(
     source: Path, run: Path, *, renames: Mapping[str, str] | None = None, config: ModelConfigSource | None = None
 ) -> DeepSpeedCheckpoint:
-    """Write a checkpoint of DeepSpeed's into a run's folder as pipekit's, and return what it holds.
+    """Convert a DeepSpeed checkpoint to a pipekit checkpoint in a run's folder, and return its content.
 
-    The layers of a pipeline are called `layers.<index>`, and tied ones by their key, as `pipekit.PipelineModule` names
-    those of a script; tensors of other engines keep their names.
+    The layers of a pipeline are named `layers.<index>`, and tied layers by their key, as in `pipekit.PipelineModule`;
+    tensors of other engines keep their names.
 
     Args:
-        source: the folder that DeepSpeed saved into, or that of one tag.
+        source: the folder that DeepSpeed saved to, or the folder of one tag.
         run: the folder of the run to write.
-        renames: other names of layers or modules: `layers.0.weight` becomes `embed.weight` by `{"layers.0": "embed"}`.
-        config: configuration of the model under the new names, which the checkpoint then tells; see
-            `load_model_config`.
+        renames: new names of layers or modules: `{"layers.0": "embed"}` renames `layers.0.weight` to `embed.weight`.
+        config: configuration of the model under the new names, to store in the checkpoint; see `load_model_config`.
 
     Raises:
         ConfigError: if `config` describes another model.
         CheckpointError: if there is no such checkpoint, it is damaged, its tensors are sharded over tensor-parallel
-            ranks, or `run` has that checkpoint already; nothing is left behind.
+            ranks, or `run` already has that checkpoint; nothing is left behind.
     """
     found = read_deepspeed(_find_tag(source))
     found.rename(_new_names(found, renames or {}))

@@ -1,7 +1,7 @@
-"""Configuration of a model beside its weights: given by hand, checked against them, and stored with them.
+"""Configuration of a model with weights: given by the user, checked against the weights, and stored with them.
 
-A checkpoint of `pipekit train` has the configuration of its run. One of another training loop has what its user says of
-the model: a `model` section, and perhaps `data.tokenizer`.
+A checkpoint of `pipekit train` has the configuration of its run. A checkpoint of another training loop has the user's
+description of the model: a `model` section, and optionally `data.tokenizer`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read_model_config(source: ModelConfigSource, shapes: Shapes, *, of: object) -> Config:
-    """Read the configuration of a model whose tensors are known, and check that they are those that it describes.
+    """Read the configuration of a model with known tensors, and check that it describes these tensors.
 
-    A vocabulary whose size is `auto` takes that of the tokenizer. The code that `model.builder` names runs.
+    A vocabulary size `auto` becomes that of the tokenizer. The code that `model.builder` names is run.
 
     Args:
         source: see `load_model_config`.
-        shapes: of the model's tensors.
-        of: what holds the tensors, for messages.
+        shapes: shapes of the model's tensors.
+        of: name of the tensors' owner, for messages.
 
     Raises:
-        ConfigError: if the configuration cannot be read, or describes another model; it names the first tensor.
+        ConfigError: if the configuration cannot be read, or describes another model; the message names the first tensor
+            that differs.
         DataError: if there is no such tokenizer.
     """
     config = load_model_config(source)
@@ -59,14 +60,14 @@ def read_model_config(source: ModelConfigSource, shapes: Shapes, *, of: object) 
 
 
 def shapes_of_layers(specs: Sequence[LayerSpec]) -> dict[str, tuple[int, ...]]:
-    """Shape of every logical tensor of a model, of which nothing is allocated."""
+    """Shape of every logical tensor of a model, without allocating any."""
     from pipekit.layers.sequential import SequentialModel  # which loads torch
 
     return {name: tuple(held.shape) for name, held in SequentialModel(specs, seed=None).logical_tensors().items()}
 
 
 def stored_sections(config: Config | None) -> dict[str, Any]:
-    """Sections of `config.yaml` about the model, which `load_stored_config` reads; none where it is unknown."""
+    """Sections of `config.yaml` about the model, which `load_stored_config` reads; none if the model is unknown."""
     if config is None:
         return {}
     # The settings of DeepSpeed there are those of the training loop.
@@ -75,7 +76,7 @@ def stored_sections(config: Config | None) -> dict[str, Any]:
 
 
 def files_beside(config: Config | None) -> dict[str, Path]:
-    """Files of the tokenizer of a configuration, by the names that they have in a checkpoint."""
+    """Files of a configuration's tokenizer, by their names in a checkpoint."""
     if config is None or config.data.tokenizer is None:
         return {}
     return tokenizer_files(find_tokenizer_file(config.data.tokenizer))

@@ -22,15 +22,15 @@ from pipekit.errors import CheckpointError, StorageError
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """One checkpoint of a run.
+    """Summary of one checkpoint of a run.
 
     Attributes:
-        path: its folder.
-        is_latest: whether the run goes on from it.
-        faults: what is wrong with it, each naming a file; empty where it is whole.
-        manifest: None where it cannot be read.
-        num_bytes: of all its files.
-        is_partial: whether it is one of which each host keeps a part, and other hosts have the files that are missing.
+        path: folder of the checkpoint.
+        is_latest: whether the run would resume from it.
+        faults: faults of the checkpoint, each with the name of a file; empty if it is intact.
+        manifest: its manifest; None if it cannot be read.
+        num_bytes: total size of its files.
+        is_partial: whether each host keeps a part of the checkpoint, so that files missing here are on other hosts.
     """
 
     path: Path
@@ -42,10 +42,10 @@ class CheckpointSummary:
 
 
 def checkpoints_folder(run: Path) -> Path:
-    """Folder of the checkpoints of a run, given either.
+    """Folder of a run's checkpoints, given this folder or the run's.
 
     Raises:
-        CheckpointError: if there are none.
+        CheckpointError: if there are no checkpoints.
     """
     for folder in (run / CHECKPOINTS_FOLDER, run):
         if list_checkpoints(folder):
@@ -54,7 +54,7 @@ def checkpoints_folder(run: Path) -> Path:
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
-    """Checkpoint that a user means by its step, its name in `folder`, or its path.
+    """Find a checkpoint by its step, its name in `folder`, or its path.
 
     Raises:
         CheckpointError: if there is none.
@@ -67,7 +67,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
 
 
 def summarize_checkpoints(folder: Path, *, verify: bool = False) -> list[CheckpointSummary]:
-    """Summaries of the checkpoints of a folder, oldest first; `verify` reads all bytes and checks all checksums."""
+    """Summaries of the checkpoints in a folder, oldest first; `verify` reads all bytes and checks all checksums."""
     try:
         latest = find_latest(folder)
     except CheckpointError:
@@ -99,10 +99,10 @@ def _summarize(path: Path, *, is_latest: bool, verify: bool) -> CheckpointSummar
 
 
 def find_faults(path: Path) -> list[str]:
-    """Faults of all tensors of a checkpoint, by their checksums; each names the file and the tensor.
+    """Faults of a checkpoint's tensors, found by their checksums; each names the file and the tensor.
 
     Raises:
-        CheckpointError: if the manifest cannot be read, or a file is missing or of another size.
+        CheckpointError: if the manifest cannot be read, or a file is missing or has another size.
     """
     reader = CheckpointReader(path)
     faults = []

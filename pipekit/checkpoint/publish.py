@@ -1,4 +1,4 @@
-"""Publishing a checkpoint: it is filled in a hidden folder, and gets its name once it is whole. One rank does this."""
+"""Publishing a checkpoint: it is written to a hidden folder, which one rank renames once it is complete."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipekit.files import replace_folder, write_atomically
 
 
 def hidden_folder(final: Path) -> Path:
-    """Path of the folder in which a checkpoint is filled: the same on every rank."""
+    """Path of the hidden folder to which a checkpoint is written, the same on every rank."""
     return final.with_name(f".{final.name}.tmp")
 
 
 def begin_checkpoint(final: Path) -> None:
-    """Make the hidden folder of a checkpoint, and remove what interrupted saves have left beside it."""
+    """Make the hidden folder of a checkpoint, and remove the leftovers of interrupted saves beside it."""
     remove_leftovers(final.parent)
     hidden_folder(final).mkdir(parents=True)
 
@@ -39,16 +39,16 @@ def write_manifest(
     layout: str | None = None,
     hosts: Sequence[str] = (),
 ) -> None:
-    """Write files into the hidden folder of a checkpoint, and its manifest, which knows these and all that lie there.
+    """Write files to the hidden folder of a checkpoint, and a manifest of these and of all other files there.
 
     Args:
-        final: the checkpoint.
-        training: the state of the training.
-        contents: the files by name.
-        tensors: the tensors, which have been written.
-        tensor_bytes: sizes of their files.
-        layout: what the ranks were; None where the engines' own checkpoints say it.
-        hosts: names of the hosts whose folders hold a part each; empty where one folder holds all of it.
+        final: final path of the checkpoint.
+        training: training progress.
+        contents: contents of the files by name.
+        tensors: the tensors, which are already written.
+        tensor_bytes: sizes of the tensors' files.
+        layout: layout of the ranks; None if the engines' own checkpoints hold it.
+        hosts: names of the hosts whose folders hold a part each; empty if one folder holds everything.
     """
     hidden = hidden_folder(final)
     for name, content in contents.items():
@@ -68,14 +68,14 @@ def write_manifest(
 
 
 def publish_checkpoint(final: Path, *, retention: Retention, update_latest: bool = True) -> None:
-    """Give a checkpoint its name, let `latest` name it, and remove those that are not kept."""
+    """Rename a checkpoint to its final name, point `latest` to it, and remove checkpoints that are not kept."""
     # A run that was set back to an earlier step writes this one again.
     replace_folder(hidden_folder(final), final)
     keep_checkpoint(final, retention=retention, update_latest=update_latest)
 
 
 def keep_checkpoint(final: Path, *, retention: Retention, update_latest: bool = True) -> None:
-    """Let `latest` name a checkpoint that has its name, and remove those that are not kept."""
+    """Point `latest` to a checkpoint with its final name, and remove checkpoints that are not kept."""
     if update_latest:
         write_atomically(final.parent / LATEST_FILE, final.name + "\n")
     for surplus in list_surplus(final.parent, retention):

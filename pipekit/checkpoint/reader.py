@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors, one at a time, each from a mapping of its own, so that no other stays in memory."""
+"""Reading a checkpoint's tensors, each from a separate memory mapping, so that only one is in memory at a time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _PIECE_BYTES = 2**20
 
 
 class CheckpointReader:
-    """A checkpoint, open for reading. A tensor is checked when it is first read.
+    """Reader of a checkpoint. A tensor's checksum is checked when the tensor is first read.
 
     Args:
-        path: its folder.
-        manifest: its manifest, where not all of its files may be there; by default it is read, and the files checked.
+        path: folder of the checkpoint.
+        manifest: manifest of the checkpoint, if some of its files may be missing; by default it is read, and the files
+            are checked.
 
     Raises:
-        DamagedCheckpointError: if a file is missing, of another size, or, without tensors, has changed.
+        DamagedCheckpointError: if a file is missing or has another size, or a file without tensors has changed.
         CheckpointError: if there is no checkpoint.
     """
 
@@ -55,15 +56,15 @@ class CheckpointReader:
         return checksum(json.dumps(weights, sort_keys=True).encode())
 
     def file(self, name: str) -> Path | None:
-        """Path of a file without tensors, such as `config.yaml`, as it was written; None where there is none."""
+        """Path of an unchanged file without tensors, such as `config.yaml`; None if there is no such file."""
         return self.path / name if name in self.manifest.file_checksums else None
 
     def verify(self, name: str, kind: str = WEIGHTS) -> None:
-        """Check that a tensor's bytes are those that were written.
+        """Check that a tensor's bytes have not changed since they were written.
 
         Raises:
-            DamagedCheckpointError: if they are not; the message names the file and the tensor.
-            CheckpointError: if the checkpoint does not hold it.
+            DamagedCheckpointError: if they have changed; the message names the file and the tensor.
+            CheckpointError: if the checkpoint does not hold the tensor.
         """
         if (name, kind) in self._verified:
             return
@@ -90,11 +91,11 @@ class CheckpointReader:
             name: logical name.
             kind: `weights`, or the name of an optimizer state.
             shard: the shard to read; by default the whole tensor.
-            is_verified: True where the tensor's checksum has been checked, here or on another rank.
+            is_verified: whether the tensor's checksum has already been checked, here or on another rank.
 
-        Raises:
-            DamagedCheckpointError: if its bytes are not those that were written.
-            CheckpointError: if the checkpoint does not hold it.
+            Raises:
+                DamagedCheckpointError: if its bytes have changed since they were written.
+                CheckpointError: if the checkpoint does not hold the tensor.
         """
         if not is_verified:
             self.verify(name, kind)
@@ -104,10 +105,10 @@ class CheckpointReader:
         return torch.cat([whole[(slice(None),) * shard.dim + (own,)] for own in shard.slices], shard.dim)
 
     def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return a tensor's weights in fp32, rounded to a number format on the way; integers stay as they are.
+        """Return a tensor's weights in fp32, rounded to a number format; integers are unchanged.
 
         Raises:
-            DamagedCheckpointError, CheckpointError: as `tensor` does.
+            DamagedCheckpointError, CheckpointError: as in `tensor`.
         """
         self.verify(name)
         stored = self._stored(name, WEIGHTS)
@@ -115,7 +116,7 @@ class CheckpointReader:
         return read_tensor(stored, rounded_to=dtype, dtype=torch.float32) if is_float else read_tensor(stored)
 
     def place(self, name: str, kind: str = WEIGHTS) -> tuple[str, int, int]:
-        """File of a tensor, its first byte there, and the one after its last; those of one file are read in this order.
+        """File of a tensor, its first byte there, and the byte after its last; a file is read in this order.
 
         Raises:
             DamagedCheckpointError: if the file cannot be read.
@@ -138,7 +139,7 @@ class CheckpointReader:
 
 
 def sound_files(path: Path, manifest: Manifest, names: Collection[str]) -> set[str]:
-    """Those of a checkpoint's files that are there with every byte that was written; the others may be missing."""
+    """Files of a checkpoint that are present and complete; others may be missing."""
     reader = CheckpointReader(path, manifest)
     held: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
     for tensor, entry in manifest.tensors.items():

@@ -1,4 +1,4 @@
-"""Retention: the checkpoints that a run keeps."""
+"""Retention: which checkpoints a run keeps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipekit.errors import CheckpointError, StorageError
 
 @dataclass(frozen=True)
 class Retention:
-    """Rule by which checkpoints are kept; each of its parts keeps what it asks for.
+    """Rule for keeping checkpoints: a checkpoint is kept if any of the attributes below keeps it.
 
     Attributes:
-        newest: number of the newest; None keeps all.
-        every: multiples of so many steps are kept.
-        best: name of a metric of which the best checkpoint is kept.
-        best_is: whether the lowest value of it is the best, or the highest.
+        newest: number of the newest checkpoints to keep; None keeps all.
+        every: keeps checkpoints whose step is a multiple of this number.
+        best: metric whose best checkpoint is kept.
+        best_is: whether the lowest or the highest value of the metric is the best.
     """
 
     newest: int | None = None
@@ -32,10 +32,10 @@ class Retention:
 
 
 def list_surplus(folder: Path, rule: Retention) -> list[Path]:
-    """Checkpoints of a folder that a rule does not keep, oldest first.
+    """Checkpoints in a folder that a rule does not keep, oldest first.
 
-    The one that `latest` names is kept, and so are those of later steps, of which a run that was set back knows
-    nothing, and those whose manifests cannot be read.
+    The checkpoint that `latest` names is always kept, and so are checkpoints of later steps, which a run that was set
+    back does not know, and checkpoints whose manifests cannot be read.
     """
     latest = find_latest(folder)
     if rule.newest is None or latest is None:
@@ -60,14 +60,14 @@ def list_surplus(folder: Path, rule: Retention) -> list[Path]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, which is no longer listed from the first moment on."""
+    """Remove a checkpoint; it is no longer listed as soon as the removal begins."""
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
     path.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves have left in a folder of checkpoints."""
+    """Remove the leftovers of interrupted saves from a folder of checkpoints."""
     for pattern in (".*.tmp", ".*.old"):
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():

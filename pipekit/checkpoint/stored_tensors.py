@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: where they are, and mappings of one at a time, so that no other stays in memory."""
+"""Tensors in safetensors files: their positions, and memory mappings of one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class StoredTensor:
 
 
 def reading_error(error: Exception, file: Path) -> PipekitError:
-    """The error for the user of a file that cannot be read: the disk's, or that the file is damaged."""
+    """Error for a file that cannot be read: the disk's error, or that the file is damaged."""
     found = find_storage_error(error, file, doing="read")
     return found or DamagedCheckpointError(f"{file}: damaged ({error})")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Header of a safetensors file, once the library has checked it: the place of each tensor by name.
+    """Read the header of a safetensors file, which the library checks: the place of each tensor by name.
 
     Raises:
         DamagedCheckpointError: if it is damaged.
@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def map_tensor(stored: StoredTensor) -> Tensor:
-    """A tensor in a mapping that lasts as long as it does: only what is used of it is read."""
+    """A tensor in a memory mapping that lives as long as the tensor: only the bytes that are used are read."""
     try:
         mapped = torch.UntypedStorage.from_file(str(stored.file), shared=False, nbytes=stored.end)
     except RuntimeError as error:
@@ -74,11 +74,11 @@ def map_tensor(stored: StoredTensor) -> Tensor:
 def read_tensor(
     stored: StoredTensor, *, rounded_to: torch.dtype | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A tensor in memory of its own, copied piece by piece, so that nothing of its size is needed beside it.
+    """Read a tensor into new memory, in small pieces, so that no second copy of its size is needed.
 
     Args:
-        stored: where it is.
-        rounded_to: number format to which its numbers are rounded on the way.
+        stored: place of the tensor.
+        rounded_to: number format to which to round its numbers first.
         dtype: number format of the result; by default the stored one.
     """
     result = torch.empty(stored.shape, dtype=dtype or stored.dtype)

@@ -1,4 +1,4 @@
-"""Writing tensors into a safetensors file, and their checksums on the way."""
+"""Writing tensors to safetensors files, with their checksums."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ _DISK_BYTES = 32 * 2**20
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Bytes of a tensor in the host's memory, without a copy where it is contiguous."""
+    """Bytes of a tensor in the host's memory, without a copy if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, read: Callable[[str], Tensor] | None = None
 ) -> dict[str, str]:
-    """Write tensors into a file that is on the disk afterwards, and return their checksums.
+    """Write tensors to a file, flush it to the disk, and return the tensors' checksums.
 
-    Where `read` is given, `tensors` tell shapes and number formats alone, such as on torch's meta device, and each is
-    read while the one before is written, so that two at a time are in memory.
+    If `read` is given, `tensors` provide only shapes and number formats, for example on torch's meta device. Each
+    tensor is read while the previous one is written, so two are in memory at a time.
 
-    The library's own `save_file` copies all of them, and holds Python's lock while the disk is busy.
+    The library's own `save_file` copies all tensors, and holds Python's lock while it writes.
 
     Raises:
-        CheckpointError: if safetensors knows no such number format.
+        CheckpointError: if safetensors does not support a number format.
         StorageError: if the file cannot be written.
 
     Source: the safetensors format (https://github.com/huggingface/safetensors#format).
