@@ -1,7 +1,7 @@
 """The errors that pipekit raises for its users, and the exit codes of its commands.
 
-Each message says where the fault is, the value, the rule that it breaks and what to type instead. The command line
-shows the message alone, without a traceback, and ends with the exit code of its class.
+Each message gives the place of the fault, the value, the rule that it breaks and what to type instead. The command line
+shows only the message, without a traceback, and exits with the exit code of the error's class.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 
 
 def printable(text: str) -> str:
-    """Return a text that a terminal shows as it is: control characters are written as escapes.
+    """Return a text that is safe to print on a terminal: control characters become escapes.
 
-    Messages quote file names, keys and texts that come from anywhere; none of them may move the cursor, change the
-    window's title or hide what stands beside them.
+    Messages quote file names, keys and texts from any source; none of them may move the cursor, change the window's
+    title or hide other text.
 
     Example:
         >>> printable("runs/a\\x1b[31m")
@@ -27,25 +27,25 @@ def printable(text: str) -> str:
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the commands, by which a scheduler can tell what is worth trying again."""
+    """Exit codes of the commands, from which a scheduler can see whether to try again."""
 
     DONE = 0
     BUG = 1
-    """An error without a message of its own, outside the ranks of a run."""
+    """An unexpected error, outside the ranks of a run."""
     MISTAKE = 2
     """The command, the configuration, the data or the model is wrong: correct it first."""
     RANK_LOST = 3
-    """A rank crashed, was killed, or could not be started: the same command goes on from the newest checkpoint."""
+    """A rank crashed, was killed, or could not be started: the same command resumes from the newest checkpoint."""
     HANG = 4
-    """A wait reached its limit: the same command goes on from the newest checkpoint."""
+    """A wait reached its limit: the same command resumes from the newest checkpoint."""
     STORAGE = 5
-    """A disk is full, read-only, or does not show what was written: make room first."""
+    """A disk is full or read-only, or does not show written files: correct this first."""
     NUMBERS = 6
     """The numbers went wrong: not finite, a spike, or ranks that differ."""
     IN_USE = 7
     """Another process holds the run folder."""
     STOPPED = 75
-    """Stopped on request, with a checkpoint of the last finished step: the same command goes on from there."""
+    """Stopped on request, with a checkpoint of the last finished step: the same command resumes from there."""
 
 
 class PipekitError(Exception):
@@ -77,7 +77,7 @@ class CheckpointError(PipekitError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not as it was written; an earlier one may be whole."""
+    """A checkpoint has changed since it was written; an earlier one may be intact."""
 
 
 class LaunchError(PipekitError):
@@ -91,19 +91,19 @@ class CommunicationError(PipekitError):
 
 
 class StorageError(PipekitError):
-    """A file could not be written or read: no room, no permission, a read-only or a late file system."""
+    """A file could not be written or read: the file system is full, read-only or slow, or refuses permission."""
 
     exit_code = ExitCode.STORAGE
 
 
 class PathError(StorageError):
-    """A file could not be written or read because its path is wrong: it leads through a file, or no such folder."""
+    """A file could not be written or read because its path is wrong: a folder in it is missing, or is a file."""
 
     exit_code = ExitCode.MISTAKE
 
 
 class NumbersError(PipekitError):
-    """A loss, an activation or a gradient is not finite, or jumps, or a computation is not what it was before."""
+    """A loss, an activation or a gradient is not finite or jumps, or a repeated computation gives another result."""
 
     exit_code = ExitCode.NUMBERS
 

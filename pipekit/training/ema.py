@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, kept as one more state of the optimizer."""
+"""Exponential moving average of the weights, kept as a further state of the optimizer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipekit.engine.training_engine import TrainingEngine
 
 
 def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """Keep an average of the weights that an engine's optimizer updates, in fp32, from its first update on.
+    """Keep a moving average in fp32 of the weights that an engine's optimizer updates, starting at its first update.
 
-    After each update it becomes `decay * average + (1 - decay) * weights`. As a state of the optimizer it is sharded,
-    offloaded, saved and loaded as the moments are.
+    After each update it becomes `decay * average + (1 - decay) * weights`. As a state of the optimizer, it is sharded,
+    offloaded, saved and loaded like the moments.
     """
 
     @torch.no_grad()
@@ -35,7 +35,7 @@ def track_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
 
 @contextlib.contextmanager
 def ema_weights(engine: TrainingEngine) -> Iterator[None]:
-    """Put the average in place of the weights, and the weights back afterwards. Every rank enters this together."""
+    """Context manager that replaces the weights by the average, and restores them. All ranks enter it together."""
     if EMA not in engine.view.state_names():
         yield  # before the first update
         return

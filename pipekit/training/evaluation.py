@@ -16,7 +16,7 @@ from pipekit.training.trial_metrics import TrialMetrics, kept
 
 
 class EvaluationStopped(Exception):
-    """Raised between two batches of a validation, on all ranks, where the training is to stop."""
+    """Raised on all ranks between two batches of a validation, if the training must stop."""
 
 
 def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batches: int | None) -> dict[str, Any]:
@@ -24,12 +24,12 @@ def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batche
 
     Args:
         trial: the trial.
-        data: its loaders.
-        callbacks: called before and after.
-        most_batches: evaluations at most; None makes all.
+        data: loaders of the trial.
+        callbacks: callbacks to call before and after.
+        most_batches: largest number of batches; None evaluates all.
 
-    Raises:
-        PipekitError: on every rank, if the trial returns something that is no metric.
+        Raises:
+            PipekitError: on every rank, if the trial returns something that is not a metric.
         EvaluationStopped: on every rank, after a request to stop.
     """
     context: TrialContext = trial.context

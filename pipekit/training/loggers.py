@@ -1,4 +1,4 @@
-"""Loggers: callbacks that write metrics and events into the run folder, to trackers, and to the log."""
+"""Loggers: callbacks that write metrics and events to the run folder, to trackers, and to the log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """Return a line of JSON, in which a number that is not finite, such as a skipped step's gradient norm, is null.
+    """Return a line of JSON in which numbers that are not finite, such as a skipped step's gradient norm, are null.
 
     Example:
         >>> json_line({"step": 1, "grad_norm": float("inf")})
@@ -35,11 +35,11 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 class MetricsFile(TrialCallback):
-    """Writes `metrics.jsonl`: one object a line, at once, or once there is room.
+    """Logger that writes `metrics.jsonl`, one object per line; if the disk is full, it writes the lines later.
 
     Args:
-        folder: the run's files.
-        warn: called with a message where lines cannot be written.
+        folder: files of the run.
+        warn: called with a message if lines cannot be written.
     """
 
     def __init__(self, folder: RunFolder, warn: Callable[[str], None]) -> None:
@@ -64,13 +64,13 @@ class MetricsFile(TrialCallback):
 
 
 class EventsFile(TrialCallback):
-    """Writes `events.jsonl`: one object a line for each start, checkpoint, warning, return to a checkpoint, and end.
+    """Logger that writes `events.jsonl`: a line for each start, checkpoint, warning, rollback, and end.
 
-    Unlike metrics, the events of earlier starts stay, whatever step a run goes on from.
+    Unlike metrics, the events of earlier starts are kept, from whatever step a run resumes.
 
     Args:
-        folder: the run's files.
-        warn: called with a message where lines cannot be written.
+        folder: files of the run.
+        warn: called with a message if lines cannot be written.
         about_start: layout and precision of this start, in words.
     """
 
@@ -115,7 +115,7 @@ class EventsFile(TrialCallback):
 
 
 class TrialLog(TrialCallback):
-    """Writes metrics of a trial to the log."""
+    """Logger that writes the metrics of a trial to the log."""
 
     def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         _logger.info("batch %d: %s", step, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
@@ -125,13 +125,13 @@ class TrialLog(TrialCallback):
 
 
 class WandbLogger(TrialCallback):
-    """Logs to Weights & Biases: online where an account is logged in, otherwise into the run folder.
+    """Logger for Weights & Biases: online if an account is logged in, otherwise in the run folder.
 
-    A training that goes on from a checkpoint goes on in the same run there, whose id is in the names of its files.
+    A training that resumes from a checkpoint continues the same run there; the names of its files contain the run's id.
 
     Args:
-        config: the project, and whether to go online.
-        folder: the run's files.
+        config: the project, and whether to log online.
+        folder: files of the run.
         settings: the configuration and the plan to show there.
     """
 
@@ -162,12 +162,12 @@ class WandbLogger(TrialCallback):
 
 
 class TensorBoardLogger(TrialCallback):
-    """Writes metrics to TensorBoard, where the training's context asks for it; those without room are lost.
+    """Logger that writes metrics to TensorBoard if the context asks for it; metrics are lost if the disk is full.
 
-    The configuration becomes the hyperparameters of the run, beside the losses.
+    The configuration becomes the hyperparameters of the run, besides the losses.
 
     Args:
-        context: the training's.
+        context: context of the training.
         settings: the configuration.
     """
 
@@ -237,18 +237,18 @@ def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def log_evaluation(folder: RunFolder, config: Config, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Write an evaluation into the folder of its run, and to the trackers that the run has.
+    """Write an evaluation to the folder of its run, and to the run's trackers.
 
-    They show its numbers as `eval/loss` and so on, at the step of the checkpoint.
+    Trackers show its numbers as `eval/loss` and so on, at the step of the checkpoint.
 
     Args:
-        folder: the run's.
-        config: the run's.
+        folder: files of the run.
+        config: configuration of the run.
         record: the evaluation, with its `step`; it becomes a line of `evaluations.jsonl`.
-        metrics: its numbers by name.
+        metrics: numbers of the evaluation by name.
 
     Raises:
-        StorageError: if something cannot be written.
+        StorageError: if a file cannot be written.
     """
     with storing(folder.evaluations), folder.evaluations.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

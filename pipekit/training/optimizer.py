@@ -23,7 +23,7 @@ _ADAMS = {"adam", "adamw", "fusedadam", "deepspeedcpuadam"}
 
 
 def takes_states_of(kind: str, config: OptimizerConfig) -> bool:
-    """True if the configuration's optimizer goes on from the states that one of the class `kind` has left.
+    """True if the configuration's optimizer can continue from the states of an optimizer of the class `kind`.
 
     Example:
         >>> takes_states_of("fusedadam", OptimizerConfig(type="adamw"))
@@ -35,7 +35,7 @@ def takes_states_of(kind: str, config: OptimizerConfig) -> bool:
 
 
 def name_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
-    """Return parameters that know their logical names, by which groups of the optimizer match them."""
+    """Return parameters with their logical names, by which groups of the optimizer match them."""
     parameters = []
     for name, parameter in named:
         parameter.logical_name = name  # type: ignore[attr-defined]
@@ -44,11 +44,11 @@ def name_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parame
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer, with weight decay on matrices and none on biases and norms.
+    """Build the optimizer, with weight decay on matrices and none on biases and norms.
 
     Args:
-        config: the section.
-        parameters: the parameters, of `name_parameters` where the section has groups.
+        config: the `optimizer` section.
+        parameters: the parameters; from `name_parameters` if the section has groups.
 
     Raises:
         ConfigError: if the class cannot be imported, or does not take the arguments.
@@ -78,7 +78,7 @@ def _joined(groups: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
 
 
 def load_optimizer(config: OptimizerConfig) -> Callable[[Any], torch.optim.Optimizer]:
-    """Return a function that builds the configuration's optimizer of parameters, or of groups of them.
+    """Return a function that builds the configuration's optimizer for parameters or groups of parameters.
 
     Raises:
         ConfigError: if the class cannot be imported, or does not take the arguments.
@@ -138,9 +138,9 @@ def check_optimizer(config: OptimizerConfig, names: Sequence[str], *, is_sharded
     """Check the optimizer of a run before anything starts.
 
     Args:
-        config: the section.
+        config: the `optimizer` section.
         names: logical names of all parameters that are trained.
-        is_sharded: True if ranks hold parts of parameters, or of their masters.
+        is_sharded: whether ranks hold shards of the parameters, or of their fp32 masters.
 
     Raises:
         ConfigError: if its class cannot be used, or a pattern of its groups matches nothing.
@@ -166,7 +166,7 @@ def check_optimizer(config: OptimizerConfig, names: Sequence[str], *, is_sharded
 
 
 def updates_elements(build: Callable[[Any], torch.optim.Optimizer]) -> bool:
-    """True if an optimizer updates each weight by its own gradients alone, as a trial on a small matrix shows.
+    """True if an optimizer updates each weight from its own gradients only; a test on a small matrix shows this.
 
     Example:
         >>> updates_elements(lambda parameters: torch.optim.AdamW(parameters, lr=0.1))

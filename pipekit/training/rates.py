@@ -13,7 +13,7 @@ from pipekit.optimizers.learning_rates import SCHEDULES, Schedule
 
 
 def bind_schedule(config: Config) -> tuple[Callable[[int], float], Callable[[int], float | None]]:
-    """Return the learning rate and the momentum as functions of the updates that have been made.
+    """Return the learning rate and the momentum as functions of the number of updates so far.
 
     Raises:
         ConfigError: if a function of the user's cannot be imported, or does not take its arguments.
@@ -28,7 +28,7 @@ def bind_schedule(config: Config) -> tuple[Callable[[int], float], Callable[[int
 
 
 def checked_rate(rate: float, step: int, config: Config) -> float:
-    """Return a learning rate as it is; a ConfigError if it is none, as a function of the user's may return."""
+    """Return a learning rate unchanged; raises a ConfigError if a user's function returned something else."""
     if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate < 0:
         raise ConfigError(
             f"scheduler.type={config.scheduler.type} returns {rate!r} after {step} steps; it must return a number that "

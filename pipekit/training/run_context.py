@@ -1,4 +1,4 @@
-"""The context of a trial: the run that it is part of, as one rank sees it."""
+"""Context of a trial of layers: one rank's view of the run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RunContext:
         plan: every decision of the run.
         specs: the whole model's layers.
         mpu: the process groups, and this rank's place in them.
-        device: what this rank computes on.
-        folder: the run's files.
+        device: device of this rank.
+        folder: files of the run.
     """
 
     plan: Plan
@@ -36,7 +36,7 @@ class RunContext:
 
     @property
     def start(self) -> Path | None:
-        """The checkpoint that the run goes on from; None where it starts anew."""
+        """The checkpoint that the run resumes from; None if it starts from the beginning."""
         return None if self.plan.start is None else self.plan.start.checkpoint
 
     @property
@@ -45,9 +45,9 @@ class RunContext:
         return self.plan.config
 
     def reduce_mean(self, value: float) -> float:
-        """Return the mean over all replicas of what the last stage of each has, on every rank.
+        """Return the mean of the last stages' values over all replicas, on every rank.
 
-        Every rank calls this together; what other stages pass does not count.
+        All ranks call this together; values from other stages are ignored.
         """
         total = torch.tensor(value if self.mpu.is_last_stage else 0.0, dtype=torch.float64, device=self.device)
         # Tensor-parallel peers hold the same value.

@@ -42,9 +42,9 @@ class TrialSchedule:
 
     Attributes:
         evaluates: whether there are validations at all.
-        most_evaluations: batches of a validation at most; None evaluates all.
-        save_every_s: longest time without a checkpoint; None makes none by time.
-        on_save_error: whether the training stops where a checkpoint cannot be written, or tells of it and goes on.
+        most_evaluations: largest number of batches of a validation; None evaluates all.
+        save_every_s: longest time without a checkpoint; None sets no limit.
+        on_save_error: whether the training stops if a checkpoint cannot be written, or warns and continues.
     """
 
     max_length: Period
@@ -66,19 +66,19 @@ class TrialSchedule:
 
     @property
     def periods(self) -> list[Period]:
-        """All periods that there are."""
+        """All periods that are given."""
         return [value for value in vars(self).values() if isinstance(value, Period)]
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """End of a training.
+    """Results of a training.
 
     Attributes:
-        batch: batches trained in all.
-        checkpoint: the newest; None where none was written.
-        metrics: the last training metrics that were reported; None where none were.
-        validation_metrics: the last; None where nothing was evaluated.
+        batch: total number of batches trained.
+        checkpoint: the newest checkpoint; None if none was written.
+        metrics: training metrics of the last report; None if there was no report.
+        validation_metrics: metrics of the last validation; None if there was none.
         time_s: wall time of this start, without loading.
     """
 
@@ -90,14 +90,14 @@ class TrialResult:
 
 
 class TrialLoop:
-    """One training of a trial, from its checkpoint to its end. All ranks make one together, and call `fit`.
+    """Training loop of a trial, from its checkpoint to its end. All ranks make one together, and call `fit`.
 
     Args:
-        trial: what to train.
-        schedule: what is done when.
-        checkpoints: folder of the checkpoints, which every rank sees.
-        shipped: callbacks by name that the configuration switches on, beside those of the trial.
-        here: callbacks of this rank alone.
+        trial: the trial to train.
+        schedule: periods and policies of the training.
+        checkpoints: folder of the checkpoints, which every rank can see.
+        shipped: callbacks by name that the configuration switches on, besides those of the trial.
+        here: callbacks of this rank only.
 
     Raises:
         PipekitError: on every rank, if the roles, the callbacks or the loaders of the trial are wrong.
@@ -210,12 +210,12 @@ class TrialLoop:
         """Train to the end.
 
         Args:
-            start: the checkpoint to go on from, the same on all ranks; None begins anew.
-            tries_earlier: whether the newest before it that is whole is taken where it is damaged.
-            warning: of what was wrong with a newer one.
+            start: the checkpoint to resume from, the same on all ranks; None starts from the beginning.
+            tries_earlier: whether to take the newest intact checkpoint before `start` if it is damaged.
+            warning: a warning about a newer checkpoint that is damaged.
 
-        Raises:
-            StoppedError: on every rank, after a request to stop; a checkpoint of the last batch is written.
+            Raises:
+                StoppedError: on every rank, after a request to stop and a checkpoint of the last batch.
         """
         has_failed = True
         try:

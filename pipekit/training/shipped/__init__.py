@@ -1,8 +1,8 @@
-"""Callbacks that ship with pipekit: a file for each, found by its key in the `callbacks` section.
+"""Callbacks that ship with pipekit: one file for each, found by its key in the `callbacks` section.
 
-The file `early_stopping.py` holds the class `EarlyStopping` of the key `callbacks.early_stopping`, whose settings are
-described in `pipekit.config.callbacks_config`. A trial's `build_callbacks` may return one as well, such as
-`{"early_stopping": EarlyStopping(context, EarlyStoppingConfig(patience=5))}`, in place of the one of that key.
+For example, the file `early_stopping.py` holds the class `EarlyStopping` for the key `callbacks.early_stopping`. The
+settings are described in `pipekit.config.callbacks_config`. A trial's `build_callbacks` may also return one, such as
+`{"early_stopping": EarlyStopping(context, EarlyStoppingConfig(patience=5))}`, which replaces the one of that key.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def build_shipped_callbacks(trial: Trial, *, evaluates: bool) -> dict[str, ShippedCallback]:
-    """Return the callbacks that the configuration of a trial switches on, by their keys.
+    """Build the callbacks that the configuration of a trial switches on, by their keys.
 
     Args:
         trial: the trial.
-        evaluates: whether it is validated.
+        evaluates: whether the trial has validations.
 
     Raises:
-        PipekitError: if the trial lacks what one of them needs.
+        PipekitError: if the trial lacks something that a callback needs.
     """
     built: dict[str, ShippedCallback] = {}
     for key, setting in trial.context.config.callbacks:

@@ -1,4 +1,4 @@
-"""Early stopping: the end of a training whose validations have stopped getting better."""
+"""Early stopping: the end of a training whose validations no longer improve."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class EarlyStopping(ShippedCallback):
-    """Asks for the end of the training after some validations in a row without a better value of a metric.
+    """Callback that stops the training after a number of consecutive validations without a better value of a metric.
 
-    The best value and the number of validations since are saved with checkpoints. A metric that is not a number is
+    The best value and the number of validations since then are saved in checkpoints. A metric that is not a number is
     never better.
 
     Args:
-        context: the trial's.
+        context: context of the trial.
         settings: metric, patience and smallest improvement.
     """
 

@@ -1,4 +1,4 @@
-"""Learning-rate monitor: the rates of all engines, among the metrics of training."""
+"""Learning-rate monitor: the learning rates of all engines, as training metrics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pipekit.training.shipped.shipped_callback import ShippedCallback
 
 
 class LearningRate(ShippedCallback):
-    """Reports `lr`, or `lr_model0`, `lr_model1_group2` and so on where there are several engines or parameter groups.
+    """Callback that reports `lr`, or `lr_model0`, `lr_model1_group2` and so on for several engines or parameter groups.
 
-    It is the rate of the next update.
+    It is the learning rate of the next update.
     """
 
     def training_metrics(self) -> dict[str, float]:

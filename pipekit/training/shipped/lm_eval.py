@@ -1,4 +1,4 @@
-"""lm-eval during a training: tasks on the model as it is, at validations, also where it is spread over a pipeline."""
+"""lm-eval during a training: tasks on the current model at validations, also for a model in a pipeline."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 class LmEval(ShippedCallback):
-    """Runs tasks of lm-eval, and reports their metrics with those of the validation, such as `val_arc_easy_acc`.
+    """Callback that runs tasks of lm-eval, and reports their metrics with the validation, such as `val_arc_easy_acc`.
 
-    Rank 0 asks, and all ranks compute. Each evaluation is a line of `evaluations.jsonl` in the run folder.
+    Rank 0 sends requests, and all ranks compute. Each evaluation is a line of `evaluations.jsonl` in the run folder.
 
     Args:
-        context: the trial's.
-        settings: the tasks, and when they are run.
+        context: context of the trial.
+        settings: the tasks, and when to run them.
     """
 
     def __init__(self, context: TrialContext, settings: LmEvalConfig) -> None:
@@ -112,14 +112,14 @@ class LmEval(ShippedCallback):
 
 
 class LiveModel(GeneratorModel):
-    """The model that an engine trains, as evaluations ask it. All ranks call the same methods.
+    """Interface for evaluations to the model that an engine trains. All ranks call the same methods.
 
-    The rows of a batch are shared out over replicas and micro-batches.
+    The rows of a batch are distributed over replicas and micro-batches.
 
     Args:
-        engine: trains the model.
-        longest_sequence: most tokens that it sees at once.
-        tokenizer_file: its `tokenizer.json`.
+        engine: engine that trains the model.
+        longest_sequence: longest sequence of the model in tokens.
+        tokenizer_file: the model's `tokenizer.json`.
     """
 
     def __init__(self, engine: TrainingEngine, *, longest_sequence: int, tokenizer_file: Path) -> None:
@@ -144,7 +144,7 @@ class LiveModel(GeneratorModel):
         return self._forward(inputs, labels, _last_logits)[0]
 
     def forget(self) -> None:
-        """Nothing is kept from one call to the next."""
+        """Do nothing: no state is kept between calls."""
 
     def score(self, inputs: Tensor, lengths: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of candidate tokens."""

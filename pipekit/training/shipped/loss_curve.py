@@ -23,10 +23,10 @@ _logger = logging.getLogger(__name__)
 
 
 class LossCurve(ShippedCallback):
-    """Draws metrics of `metrics.jsonl` with matplotlib: after validations and checkpoints, and at the end of the run.
+    """Callback that draws metrics with matplotlib after validations and checkpoints, and at the end of the run.
 
     Args:
-        context: the trial's.
+        context: context of the trial.
         settings: the file, and the metrics.
     """
 
@@ -71,7 +71,7 @@ def read_curves(path: Path, names: Sequence[str] | None = None) -> dict[str, tup
 
     Args:
         path: the file.
-        names: the metrics; None takes those with "loss" in their names or, where there are none, all.
+        names: the metrics; None takes those with "loss" in their names, or all if there are none.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for _, record in read_records(path):
@@ -86,7 +86,7 @@ def read_curves(path: Path, names: Sequence[str] | None = None) -> dict[str, tup
 
 
 def draw_curves(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
-    """Write a picture of values over steps, a line for each name; SVG or PNG, by the ending of `path`."""
+    """Draw values over steps as a picture, with a line for each name; SVG or PNG, by the suffix of `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Memory monitor: what the ranks' processes have on the host, and the peak on the device, among the metrics."""
+"""Memory monitor: host memory of the ranks' processes and peak device memory, as training metrics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipekit.training.shipped.shipped_callback import ShippedCallback
 
 
 class Memory(ShippedCallback):
-    """Reports `host_memory_bytes`, resident in the memory of the host, and `device_peak_bytes`, the peak of tensors.
+    """Callback that reports `host_memory_bytes`, resident host memory, and `device_peak_bytes`, the peak of tensors.
 
-    Both are those of the rank that has the most; the peak is that since the last report, where there is a GPU.
+    Both are the largest of any rank. The peak is that since the last report, and is reported only with a GPU.
     """
 
     def training_metrics(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Progress of a trial on the terminal: a live line there, and plain lines where the output goes elsewhere."""
+"""Progress of a trial: a live line on a terminal, and plain lines in any other output."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Progress(ShippedCallback):
-    """Shows reports, validations and checkpoints, from the first rank.
+    """Callback that shows reports, validations and checkpoints, from the first rank.
 
     Args:
-        context: the trial's, to whose `terminal` it writes.
+        context: context of the trial; it writes to the context's `terminal`.
     """
 
     def __init__(self, context: TrialContext) -> None:

@@ -1,4 +1,4 @@
-"""Report: the run's page, `report.html`, which is written again while the run goes on."""
+"""Report: the run's page, `report.html`, which is updated during the run."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class ReportFile(TrialCallback):
 
 
 class Report(ShippedCallback):
-    """Keeps the page of a trial's run up to date, from the first rank.
+    """Callback that keeps the page of a trial's run up to date, from the first rank.
 
     Args:
-        context: the trial's.
+        context: context of the trial.
     """
 
     def __init__(self, context: TrialContext) -> None:

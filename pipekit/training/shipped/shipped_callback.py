@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class ShippedCallback(TrialCallback):
-    """Callback that knows the trial's context.
+    """Callback with access to the trial's context.
 
     Args:
-        context: the trial's.
+        context: context of the trial.
     """
 
     def __init__(self, context: TrialContext) -> None:
@@ -26,13 +26,13 @@ class ShippedCallback(TrialCallback):
 
         Args:
             trial: the trial.
-            evaluates: whether it is validated.
+            evaluates: whether the trial has validations.
 
-        Raises:
-            PipekitError: if it has not.
+            Raises:
+                PipekitError: if the trial lacks something that the callback needs.
         """
 
     @property
     def is_first(self) -> bool:
-        """True on the rank that writes and shows things."""
+        """True on the rank that writes files and shows output."""
         return self.context.distributed.rank == 0

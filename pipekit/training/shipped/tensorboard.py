@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Tensorboard(ShippedCallback):
-    """Switches on the context's TensorBoard writer, into which the trainer then writes all metrics."""
+    """Callback that switches on the context's TensorBoard writer, to which the trainer then writes all metrics."""
 
     def __init__(self, context: TrialContext) -> None:
         super().__init__(context)

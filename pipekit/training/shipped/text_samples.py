@@ -1,4 +1,4 @@
-"""Samples of generated text: what a language model makes of prompts after each validation."""
+"""Text samples: continuations of prompts by a language model, after each validation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _logger = logging.getLogger(__name__)
 
 
 class TextSamples(ShippedCallback):
-    """Lets the trial's `generate_text` continue prompts, and appends the texts to `samples.jsonl` in the run folder.
+    """Callback that continues prompts with the trial's `generate_text`, and appends the texts to `samples.jsonl`.
 
-    Every rank calls it, as an engine under ZeRO-3 or a pipeline needs; the first rank's text counts. Each line has the
-    batch, the prompt and the text.
+    Every rank calls `generate_text`, because an engine under ZeRO-3 or a pipeline needs all ranks; the first rank's
+    text is kept. Each line has the batch, the prompt and the text.
 
     Args:
-        context: the trial's.
+        context: context of the trial.
         settings: the prompts.
     """
 

@@ -1,4 +1,4 @@
-"""Throughput monitor: samples and tokens per second, and model FLOPs utilization, among the metrics of training."""
+"""Throughput monitor: samples and tokens per second, and model FLOPs utilization, as training metrics."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ _FORWARDS = 3
 
 
 class Throughput(ShippedCallback):
-    """Reports `samples_per_s`, and where they can be known, `tokens_per_s` and `mfu`, from the second batch on.
+    """Callback that reports `samples_per_s`, and if known `tokens_per_s` and `mfu`, starting with the second batch.
 
-    Validations and checkpoints do not count as time. `mfu`, model FLOPs utilization, is the model's operations per
-    second over the peak of all devices together. Those of a batch are the matrix products, convolutions and attention
-    in the forwards of the first one, times three for the backwards; what a backward computes again does not count.
+    The time of validations and checkpoints does not count. `mfu`, model FLOPs utilization, is the model's operations
+    per second divided by the peak of all devices together. The operations of a batch are the matrix products,
+    convolutions and attention in the forwards of the first batch, times three to include the backwards; recomputation
+    does not count.
 
     Args:
-        context: the trial's.
-        settings: what is known of samples and devices.
+        context: context of the trial.
+        settings: facts about samples and devices.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """

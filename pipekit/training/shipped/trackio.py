@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class TrackioLogger(TrialCallback):
     """Logs to trackio, which keeps a run by its project and its name; `trackio show` opens its dashboard.
 
-    A training that goes on from a checkpoint goes on in the run of that name.
+    A training that resumes from a checkpoint continues the run of that name.
 
     Args:
         config: the project, the name and the Space.
-        folder: the run's files.
+        folder: files of the run.
         settings: the configuration and the plan to show there.
     """
 
@@ -47,10 +47,10 @@ class TrackioLogger(TrialCallback):
 
 
 class Trackio(ShippedCallback, TrackioLogger):
-    """Logs all metrics by their batch, from the first rank.
+    """Callback that logs all metrics by batch, from the first rank.
 
     Args:
-        context: the trial's.
+        context: context of the trial.
         settings: the project, the name and the Space.
     """
 
@@ -64,7 +64,7 @@ class Trackio(ShippedCallback, TrackioLogger):
 
 
 def start_trackio(place: TrackioConfig, folder: RunFolder, **options: Any) -> Any:
-    """Return the run of trackio that belongs to a run folder."""
+    """Start the trackio run of a run folder, and return it."""
     import trackio
 
     with _silence():
@@ -82,7 +82,7 @@ def start_trackio(place: TrackioConfig, folder: RunFolder, **options: Any) -> An
 
 
 def finish_trackio(run: Any) -> None:
-    """End a run of trackio, once its metrics are stored."""
+    """End a trackio run, after its metrics are stored."""
     with _silence():
         run.finish()
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: all metrics of a trial, online where an account is logged in."""
+"""Weights & Biases: all metrics of a trial, online if an account is logged in."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Wandb(ShippedCallback, WandbLogger):
-    """Logs all metrics by their batch, from the first rank.
+    """Callback that logs all metrics by batch, from the first rank.
 
     Args:
-        context: the trial's.
-        settings: the project, and whether to go online.
+        context: context of the trial.
+        settings: the project, and whether to log online.
     """
 
     def __init__(self, context: TrialContext, settings: WandbConfig | None = None) -> None:
