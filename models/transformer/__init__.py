@@ -1,7 +1,7 @@
-"""Layers that transformer families are made of, and their loss.
+"""Layers of transformer families, and their loss.
 
-Each layer takes one tensor and returns one. The attention half and the MLP half of a block are layers of their own, so
-that a partition can cut a block in two.
+Each layer takes one tensor and returns one. The attention half and the MLP half of a block are separate layers, so
+a partition can split a block in two.
 """
 
 from pipekit.models.transformer.block import AttentionHalf, MLPHalf, ParallelBlock

@@ -1,12 +1,13 @@
 """Blocks of a transformer: causal self-attention and the MLP, in two halves or in parallel, and the norm after them.
 
-Tensor-parallel ranks share out the heads and the width of the MLP, and what is between layers along the sequence.
+The heads and the width of the MLP are sharded over tensor-parallel ranks; activations between layers may be sharded
+along the sequence.
 
 Shapes: B sequences, S tokens, D hidden size, H heads, E head size (D = H * E), F feed-forward size.
 
-`dropout` is the probability of zeroing an attention weight and an output, `eps` is of the norms, `init_std` the
+`dropout` is the probability of zeroing an attention weight and an output, `eps` that of the norms, `init_std` the
 standard deviation of the initial weights, and `residual_std` that of the last projection of attention or MLP.
-`residual_scale` multiplies what a block adds to its input; it is 1 but under progressive layer drop.
+`residual_scale` multiplies the output that a block adds to its input; it is 1 except under progressive layer drop.
 """
 
 from __future__ import annotations
@@ -99,25 +100,25 @@ class _NormedModule(TensorParallelModule):
 class Attention(_NormedModule):
     """`dropout(attention(norm(x)))`: causal self-attention with H heads, `(B, S, D)` to `(B, S, D)`.
 
-    Where there are fewer heads of keys and values, several heads of queries share one of them.
+    If there are fewer heads of keys and values than of queries, several heads of queries share one of them.
 
     Args:
         hidden_size: D.
         num_heads: H.
-        num_kv_heads: K, heads of keys and values; None is H.
-        head_size: E; None is D / H.
-        joint: whether one projection computes queries, keys and values also where K is less than H; tensor-parallel
-            ranks then divide K.
-        rotary: rotation of queries and keys; None where positions are added to the tokens.
-        norm: kind of the norms.
-        norm_place: where they are.
+        num_kv_heads: K, heads of keys and values; None for H.
+        head_size: E; None for D / H.
+        joint: whether one projection computes queries, keys and values even if K is less than H; the tensor-parallel
+            degree must then divide K.
+        rotary: rotation of queries and keys; None if positions are added to the tokens.
+        norm: type of the norms.
+        norm_place: position of the norms.
         bias: whether queries, keys and values have a bias.
-        projection_bias: whether the last projection has one.
-        qk_norm: norms of the queries and of the keys of each head by itself, or over the width of all heads.
-        window: tokens that a token attends to, its own included; None is all before it.
-        layouts: of the blocks of tokens that blocks of tokens attend to; None where they attend to all.
-        scale: factor of the scores; None is `E ** -0.5`.
-        soft_cap: limit that the scores approach before their softmax; None where there is none.
+        projection_bias: whether the last projection has a bias.
+        qk_norm: norms of queries and keys, of each head separately or over the width of all heads.
+        window: number of tokens that a token attends to, including itself; None for all earlier tokens.
+        layouts: layouts of the blocks of tokens that blocks of tokens attend to; None for all blocks.
+        scale: factor of the scores; None for `E ** -0.5`.
+        soft_cap: limit that the scores approach before their softmax; None for no limit.
 
     Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints";
     Jiang et al. 2023, "Mistral 7B".
@@ -327,9 +328,9 @@ class Attention(_NormedModule):
 
 
 def block_size(length: int, window: int) -> int | None:
-    """Length of the blocks that a sequence is cut into, of which each attends to itself and the one before.
+    """Length of the blocks into which a sequence is split, so that each block attends to itself and the previous one.
 
-    None where there is no such length, and where it would save nothing.
+    None if there is no such length, or if it would save nothing.
 
     Example:
         >>> block_size(8192, 2047), block_size(8192, 4096), block_size(8191, 4096), block_size(4096, 4096)
@@ -360,10 +361,10 @@ class MLP(_NormedModule):
     Args:
         hidden_size: D.
         ffn_size: F.
-        activation: function between the two linear layers.
-        gated: whether another linear layer's outputs multiply those of the function.
-        norm: kind of the norms.
-        norm_place: where they are.
+        activation: activation function between the two linear layers.
+        gated: whether the outputs of a further linear layer multiply those of the activation function.
+        norm: type of the norms.
+        norm_place: position of the norms.
         bias: whether the linear layers have biases.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".

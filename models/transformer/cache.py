@@ -1,4 +1,4 @@
-"""Key-value cache of generation: what attention keeps of the tokens that a model has read, so that each is read once.
+"""Key-value cache for generation: the keys and values of the tokens so far, so that each token is read only once.
 
 Shapes: B sequences, S new tokens, T tokens that are attended to, K heads of keys and values, E head size.
 """
@@ -30,20 +30,20 @@ class _Kept:
 
 
 class KeyValueCache:
-    """Keys and values of every attention layer of a model for a batch of sequences, which grow at their ends.
+    """Key-value cache: keys and values of every attention layer of a model, for a batch of growing sequences.
 
-    Sequences end together: shorter ones are padded on the left. A layer whose attention has a window keeps as much as
-    its window reaches back over, and little more.
+    Sequences end together: shorter ones are padded on the left. A layer whose attention has a window keeps little more
+    than the tokens in its window.
 
     Args:
-        padding: tokens on the left of each sequence that are none of its own.
-        device: that of the model.
+        padding: number of padding tokens on the left of each sequence.
+        device: device of the model.
 
     Attributes:
-        num_slots: tokens of each sequence that have been read, with those that pad it.
-        padding: `(B)`; None where no sequence has any.
-        reads: number of tokens that are being read, S; 0 outside of `reading`, where layers know of no cache.
-        sees_all: True where what is read is one token of each sequence, which sees all before it that are kept.
+        num_slots: number of tokens of each sequence that have been read, including padding.
+        padding: `(B)`; None if no sequence is padded.
+        reads: S, the number of tokens that are being read; 0 outside of `reading`, where layers do not use the cache.
+        sees_all: True if one token of each sequence is being read, which attends to all earlier tokens that are kept.
     """
 
     def __init__(self, padding: Sequence[int], device: torch.device | str) -> None:
@@ -56,11 +56,11 @@ class KeyValueCache:
         self._shared: dict[object, Any] = {}
 
     def reading(self, modules: Sequence[nn.Module], num_tokens: int) -> KeyValueCache:
-        """Let the modules with a `cache` use this one, in a `with`, while they read the next tokens of all sequences.
+        """Context manager in which modules with a `cache` use this one to read the next tokens of all sequences.
 
         Args:
-            modules: those of `caching_modules`.
-            num_tokens: how many tokens of each sequence.
+            modules: the modules from `caching_modules`.
+            num_tokens: number of tokens of each sequence.
         """
         self._readers, self.reads = modules, num_tokens
         self.sees_all = num_tokens == 1 and self.padding is None
@@ -79,14 +79,14 @@ class KeyValueCache:
         self.reads = 0
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all sequences but those at the given places of the batch."""
+        """Keep only the sequences at the given indices of the batch."""
         index = torch.tensor(rows, device=self._device)
         self.padding = None if self.padding is None else self.padding[index]
         for kept in self._layers.values():
             kept.keys, kept.values = kept.keys[index], kept.values[index]
 
     def positions(self) -> Tensor:
-        """Positions of the tokens that are being read, `(1, S)`, or `(B, S)` where sequences are padded."""
+        """Positions of the tokens that are being read, `(1, S)`, or `(B, S)` if sequences are padded."""
 
         def compute() -> Tensor:
             slots = torch.arange(self.num_slots, self.num_slots + self.reads, device=self._device).unsqueeze(0)
@@ -142,9 +142,9 @@ class KeyValueCache:
         return kept.keys.narrow(2, first, end - first), kept.values.narrow(2, first, end - first)
 
     def mask(self, num_keys: int, window: int | None, layouts: HeadLayouts | None = None) -> Tensor | None:
-        """Mask `(S, T)` or `(B or 1, H or 1, S, T)`, True where a token that is read attends to one of the last T.
+        """Attention mask `(S, T)` or `(B or 1, H or 1, S, T)`, True if a new token attends to one of the last T.
 
-        None where each attends to all of them. The `layouts` say to which blocks tokens attend.
+        None if each attends to all of them. The `layouts` give the blocks to which tokens attend.
         """
         if self.sees_all and layouts is None:
             return None
@@ -180,9 +180,10 @@ def caching_modules(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def supports_cache(layer: object) -> bool:
-    """True if a layer, or the `forward_fn` of a tied one, may be given new tokens alone, with a `KeyValueCache`.
+    """True if a layer, or a tied layer's `forward_fn`, can read only the new tokens, with a `KeyValueCache`.
 
-    It says so by `supports_cache = True`, in its own class: what a class inherits may not hold for it.
+    It declares this with `supports_cache = True` in its own class; an inherited value does not count, since a subclass
+    may not support it.
     """
     own = vars(layer) if callable(layer) and hasattr(layer, "__code__") else vars(type(layer))
     return own.get("supports_cache") is True

@@ -1,7 +1,7 @@
-"""Documents that share a sequence: attention and positions stay within each.
+"""Documents that share a sequence: attention and positions stay within each document.
 
-The positions of the tokens, which restart at every document, say where documents begin. They enter the model beside the
-token ids, and each layer passes them on beside the hidden states, so that every stage of a pipeline has them.
+The positions of the tokens restart at every document, and so show where documents begin. They enter the model with the
+token ids, and each layer passes them on with the hidden states, so every stage of a pipeline has them.
 
 Shapes: B sequences, S tokens, D hidden size.
 """
@@ -25,7 +25,7 @@ _Layer = TypeVar("_Layer")
 
 
 def take_positions(x: Hidden) -> tuple[Tensor, Tensor | None]:
-    """Split what a layer is given into hidden states and positions; without documents the latter are None."""
+    """Split a layer's input into hidden states and positions; without documents the positions are None."""
     if isinstance(x, Tensor):
         return x, None
     hidden, positions = x
@@ -33,7 +33,7 @@ def take_positions(x: Hidden) -> tuple[Tensor, Tensor | None]:
 
 
 def passing_positions(forward: Callable[[_Layer, Tensor], Tensor]) -> Callable[[_Layer, Hidden], Any]:
-    """Decorate the forward of a layer that treats every token by itself, so that it passes positions on."""
+    """Decorate the forward of a layer that processes every token separately, so that it passes positions on."""
 
     @wraps(forward)
     def pass_on(layer: _Layer, x: Hidden) -> Hidden:
@@ -68,10 +68,10 @@ def document_lengths(positions: Tensor) -> Tensor:
 
 
 def check_takes_documents(specs: Sequence[LayerSpec]) -> None:
-    """Check that every layer keeps documents apart, which it says by `takes_documents = True` in its own class.
+    """Check that every layer keeps documents apart, as it declares with `takes_documents = True` in its own class.
 
     Raises:
-        ConfigError: if one does not; it names the layer.
+        ConfigError: if a layer does not; the message names the layer.
     """
     for spec, name in zip(specs, layer_names(specs), strict=True):
         kind: Any = spec.typename

@@ -22,9 +22,9 @@ from pipekit.tensor_parallel import (
 
 
 class TokenEmbedding(VocabularyParallelEmbedding):
-    """Looks token ids up, multiplies by `scale`, then drops out: `(B, S)` int64 to `(B, S, D)`.
+    """Token embedding, multiplied by `scale`, with dropout: `(B, S)` int64 to `(B, S, D)`.
 
-    Its `weight` `(V, D)` is the head's too, where they are tied; V need be no multiple of the tensor-parallel degree.
+    The head shares the `weight` `(V, D)` if they are tied. V need not be a multiple of the tensor-parallel degree.
     """
 
     sequence_flow = SequenceFlow(returns_shard=True)
@@ -47,7 +47,7 @@ class TokenEmbedding(VocabularyParallelEmbedding):
 
 
 class PositionEmbedding(TensorParallelModule):
-    """Adds a learned vector for each position, then drops out: `(B, S, D)` to `(B, S, D)`.
+    """Learned position embedding, added to the input, with dropout: `(B, S, D)` to `(B, S, D)`.
 
     Its `weight` is `(P, D)`. The forward raises a ConfigError for a sequence of more than P tokens.
     """

@@ -1,4 +1,4 @@
-"""Attention by torch's `flex_attention`, which skips the blocks of tokens that no query attends to: that of GPUs.
+"""Attention on GPUs with torch's `flex_attention`, which skips blocks of tokens that no query attends to.
 
 Shapes: B sequences, S tokens, H heads of queries, K heads of keys and values, E head size.
 """
@@ -28,18 +28,18 @@ def attend_flexibly(
     soft_cap: float | None,
     compiles: bool = True,
 ) -> Tensor:
-    """Causal attention within documents, and to the blocks of a layout.
+    """Causal attention within documents and to the blocks of a layout, with `flex_attention`.
 
     Args:
         q: queries `(B, H, S, E)`.
         k: keys `(B, K, S, E)`, where K divides H.
         v: values, as the keys.
-        documents: `(B, S)`, the number of each token's document; None where all tokens are of one.
-        layouts: of the blocks of the H heads; None where all attend to all.
-        window: tokens that a token attends to, its own included.
+        documents: `(B, S)`, the number of each token's document; None if all tokens are in one document.
+        layouts: block layouts of the H heads; None if all blocks attend to all blocks.
+        window: number of tokens that a token attends to, including itself.
         scale: factor of the scores.
-        soft_cap: limit that the scores approach before their softmax; None where there is none.
-        compiles: whether torch compiles it, as it must to be fast.
+        soft_cap: limit that the scores approach before their softmax; None for no limit.
+        compiles: whether torch compiles the attention, which makes it fast.
 
     Returns:
         Weighted sums of the values, `(B, H, S, E)`.

@@ -1,4 +1,4 @@
-"""Scores of every token of the vocabulary, by a head of its own or by the embedding, and their loss.
+"""Heads, separate or tied to the embedding, and the loss of their logits.
 
 Shapes: B sequences, S tokens, D hidden size, V vocabulary size.
 """
@@ -26,7 +26,7 @@ from pipekit.tensor_parallel import (
 
 
 class Head(VocabularyParallelModule):
-    """Scores every token of the vocabulary, as `score_vocabulary` does: `(B, S, D)` to `(B, S, V)`."""
+    """Head with separate weights: logits by `score_vocabulary`, `(B, S, D)` to `(B, S, V)`."""
 
     sequence_flow = SequenceFlow(takes_shard=True)
     supports_cache = True
@@ -50,7 +50,7 @@ class Head(VocabularyParallelModule):
 
 @dataclass(frozen=True)
 class TiedHead:
-    """Scores every token by its embedding, as `score_vocabulary` does: the `forward_fn` of a tied `TokenEmbedding`."""
+    """Head tied to the embedding: logits by `score_vocabulary`, as the `forward_fn` of a tied `TokenEmbedding`."""
 
     loss_chunk_tokens: LossChunk
     soft_cap: float | None = None
@@ -65,17 +65,17 @@ class TiedHead:
 def score_vocabulary(
     module: VocabularyParallelModule, x: Hidden, loss_chunk_tokens: LossChunk, *, soft_cap: float | None = None
 ) -> Tensor | Logits:
-    """Scores of every token of the vocabulary, `(B, S, V)`.
+    """Logits of every token of the vocabulary, `(B, S, V)`.
 
-    Where tensor-parallel ranks share the vocabulary out, or the loss goes through the tokens in chunks, they are
-    `Logits`, which are not computed before the loss asks.
+    If the vocabulary is sharded over tensor-parallel ranks, or the loss processes tokens in chunks, the result is
+    `Logits`, which are computed only in the loss.
 
     Args:
-        module: has the `weight` `(V, D)`, of which a tensor-parallel rank has some rows.
-        x: `(B, S, D)`, or this rank's part of the sequence; positions beside it are left out.
-        loss_chunk_tokens: how many tokens the loss computes the scores of at a time: None of all, `auto` of all where
-            they are few.
-        soft_cap: limit that the scores approach; None where there is none.
+        module: module with the `weight` `(V, D)`, of which a tensor-parallel rank has some rows.
+        x: `(B, S, D)`, or this rank's shard of the sequence; positions that come with it are dropped.
+        loss_chunk_tokens: number of tokens per chunk of the loss: None for all at once, `auto` for all at once if they
+            are few.
+        soft_cap: limit that the logits approach; None for no limit.
     """
     x, _ = take_positions(x)
     parts = module.group if module.sequence_parallel else None
@@ -110,9 +110,9 @@ def embedding_and_head(
     soft_cap: float | None = None,
     init_std: float,
 ) -> tuple[LayerSpec, LayerSpec]:
-    """Specs of a model's first layer, `embed`, and of its last, which is the same again if tied.
+    """Specs of a model's first layer, `embed`, and of its head, which is the same module if tied.
 
-    `scale` and `dropout` are of the embedding, `soft_cap` is of the scores.
+    `scale` and `dropout` belong to the embedding, `soft_cap` to the logits.
     """
     sizes = (vocab_size, hidden_size)
     options: dict[str, Any] = {"init_std": init_std, **({"dropout": dropout} if dropout else {})}
@@ -136,9 +136,8 @@ def language_model_loss(outputs: Tensor | Logits, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the next token in fp32, a scalar in nats per token.
 
     Args:
-        outputs: the logits `(B, S, V)`, any floating type; or what stands for them where they are in parts or computed
-            by the chunk.
-        labels: `(B, S)` int64, the next token of each; -100 is left out of the mean.
+        outputs: the logits `(B, S, V)`, any floating type; or `Logits`, if they are sharded or computed in chunks.
+        labels: `(B, S)` int64, the next token of each token; -100 is left out of the mean.
     """
     if isinstance(outputs, Logits):
         return outputs.cross_entropy(labels)

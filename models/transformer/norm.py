@@ -1,4 +1,4 @@
-"""Norms of tokens and of heads, by kind.
+"""Norms of tokens and of heads, by type.
 
 Source: Ba et al. 2016, "Layer Normalization"; Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
 """
@@ -25,7 +25,7 @@ from pipekit.tensor_parallel import (
 )
 
 Norm = Literal["layer", "rms", "offset_rms"]
-"""Layer norm, root-mean-square norm, or the latter with weights that are counted from 1, as Gemma's."""
+"""Layer norm, root-mean-square norm, or the latter with 1 + weight, as in Gemma."""
 
 
 class OffsetRMSNorm(nn.Module):
@@ -42,9 +42,9 @@ class OffsetRMSNorm(nn.Module):
 
 
 class HeadsRMSNorm(TensorParallelModule):
-    """RMS norm of all heads of a token together, which tensor-parallel ranks share out: `(B, S, H * E)` to the same.
+    """RMS norm of all heads of a token together, sharded over tensor-parallel ranks: `(B, S, H * E)` to the same.
 
-    Where there are fewer heads than ranks, several ranks have the same head, as in `KeyValueLinear`.
+    If there are fewer heads than ranks, several ranks have the same head, as in `KeyValueLinear`.
 
     Args:
         num_heads: H; a multiple or a divisor of the tensor-parallel degree.
@@ -79,7 +79,7 @@ class HeadsRMSNorm(TensorParallelModule):
 
 
 class FinalNorm(nn.LayerNorm):
-    """Layer norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
+    """Layer norm of every token: `(B, S, D)` to `(B, S, D)`."""
 
     sequence_flow = SHARDED
     supports_cache = True
@@ -88,7 +88,7 @@ class FinalNorm(nn.LayerNorm):
 
 
 class FinalRMSNorm(nn.RMSNorm):
-    """Root-mean-square norm of every token by itself: `(B, S, D)` to `(B, S, D)`."""
+    """Root-mean-square norm of every token: `(B, S, D)` to `(B, S, D)`."""
 
     sequence_flow = SHARDED
     supports_cache = True
@@ -97,7 +97,7 @@ class FinalRMSNorm(nn.RMSNorm):
 
 
 class FinalOffsetRMSNorm(OffsetRMSNorm):
-    """Root-mean-square norm of every token by itself, times 1 + `weight`: `(B, S, D)` to `(B, S, D)`."""
+    """Root-mean-square norm of every token, times 1 + `weight`: `(B, S, D)` to `(B, S, D)`."""
 
     sequence_flow = SHARDED
     supports_cache = True

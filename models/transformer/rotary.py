@@ -23,8 +23,8 @@ class Rotary:
 
     Attributes:
         size: R, even.
-        base: of the wavelengths, which are 2 pi x base^(i / R) tokens for i = 0, 2, 4, ...
-        scaling: makes them longer.
+        base: base of the wavelengths, which are 2 pi x base^(i / R) tokens for i = 0, 2, 4, ...
+        scaling: makes the wavelengths longer.
     """
 
     size: int
@@ -33,16 +33,16 @@ class Rotary:
 
     @property
     def turns_at(self) -> int | None:
-        """Length beyond which all positions of a sequence are rotated otherwise; None where there is none."""
+        """Sequence length above which all positions are rotated differently; None if there is none."""
         return None if self.scaling is None or self.scaling.type != "longrope" else self.scaling.original_max_positions
 
     def rotate(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys of a sequence, each `(B, heads, S, E)`.
+        """Rotate queries and keys of a sequence, each `(B, heads, S, E)`.
 
         Args:
             q: queries.
             k: keys.
-            positions: `(B, S)`, of the tokens in their documents; None where the sequence is one, from its first token.
+            positions: `(B, S)`, positions of the tokens in their documents; None if the sequence is one document.
         """
         length = q.shape[2]
         if positions is None:
@@ -56,7 +56,7 @@ class Rotary:
     def angles(self, positions: Tensor, num_tokens: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines `(..., R)` of the angles at positions `(...)` of a sequence of `num_tokens`.
 
-        These may be `(..., 1)`, the length of each token's document.
+        `num_tokens` may be `(..., 1)`, the length of each token's document.
         """
         exponents = torch.arange(0, self.size, 2, dtype=torch.float32, device=positions.device) / self.size
         frequencies, factor = 1.0 / self.base**exponents, 1.0  # (R / 2)
@@ -67,7 +67,7 @@ class Rotary:
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, each `(B, heads, S, E)`, rotated by angles whose cosines and sines `angles` returns."""
+        """Rotate queries and keys, each `(B, heads, S, E)`, by the cosines and sines from `angles`."""
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

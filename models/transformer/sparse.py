@@ -1,7 +1,7 @@
-"""Sparse attention, a chunk of queries at a time, which gathers the keys that one of them attends to.
+"""Sparse attention, a chunk of queries at a time, on the gathered keys that the chunk attends to.
 
-Neither the forward nor the backward holds a matrix of all queries and all keys. On GPUs, `flex_attention` takes its
-place.
+Neither the forward nor the backward holds a matrix of all queries and all keys. On GPUs, `flex_attention` is used
+instead.
 
 Shapes: B sequences, S tokens, H heads of queries, K heads of keys and values, E head size, L layouts, N blocks,
 Q queries of a chunk, T keys that they attend to.
@@ -25,11 +25,11 @@ _CHUNK_TOKENS = 128
 
 @dataclass(frozen=True)
 class HeadLayouts:
-    """Layouts of the blocks of the heads that a rank computes.
+    """Block layouts of the heads that a rank computes.
 
     Attributes:
-        of_model: those of all heads.
-        first_head: the first of the rank's heads.
+        of_model: layouts of all heads.
+        first_head: index of the rank's first head.
         num_heads: number of the rank's heads.
     """
 
@@ -39,16 +39,16 @@ class HeadLayouts:
 
     @property
     def block(self) -> int:
-        """Tokens in a block."""
+        """Number of tokens in a block."""
         return self.of_model.block
 
     def tables(self) -> Tensor:
-        """Layouts `(L, N, N)` of the model, True where a block of queries attends to a block of keys."""
+        """Layouts `(L, N, N)` of the model, True if a block of queries attends to a block of keys."""
         return torch.from_numpy(self.of_model.tables())
 
     @property
     def places(self) -> list[int]:
-        """Index of the layout of each head of the rank; one index where all heads have the same."""
+        """Index of the layout of each head of the rank; one index if all heads have the same layout."""
         count = self.of_model.num_layouts
         heads = range(self.first_head, self.first_head + (self.num_heads if count > 1 else 1))
         return [head % count for head in heads]
@@ -67,9 +67,9 @@ class Weighing:
     Attributes:
         scale: factor of the scores.
         soft_cap: limit that the scores approach before their softmax; None where there is none.
-        window: tokens that a token attends to, its own included; None is all before it.
+        window: number of tokens that a token attends to, including itself; None for all earlier tokens.
         dropout: probability of zeroing a weight.
-        seed: of the dropout.
+        seed: seed of the dropout.
     """
 
     scale: float
@@ -109,15 +109,15 @@ def attend_sparsely(
         q: queries `(B, H, S, E)`.
         k: keys `(B, K, S, E)`, where K divides H.
         v: values, as the keys.
-        layouts: of the H heads.
-        weighing: how the weights are made.
-        documents: `(B, S)`, the number of each token's document, which is all that it attends to; None where all
-            tokens are of one.
+        layouts: layouts of the H heads.
+        weighing: computes the weights from the scores.
+        documents: `(B, S)`, the number of each token's document, within which it attends; None if all tokens are in
+            one document.
 
     Returns:
         Weighted sums of the values, `(B, H, S, E)`.
 
-    Source: Dao 2023, "FlashAttention-2", section 3.1, for what the backward keeps and computes again.
+    Source: Dao 2023, "FlashAttention-2", section 3.1, for the values that the backward keeps and recomputes.
     """
     y: Tensor = _SparseAttention.apply(q, k, v, documents, layouts, weighing)  # type: ignore[no-untyped-call]
     return y
