@@ -1,14 +1,14 @@
-"""Exact partitions for ranks of two stages each: one in the first half of the pipeline and one in the second.
+"""Exact partitions for ranks with two stages each: one in the first half of the pipeline and one in the second.
 
 Under both placements that schedules use, looped and V, layers can be assigned rank by rank. The first ranks together
 hold the first layers of the left half and the first layers of the right half, so a partition is a path over a grid:
-from `(0, 0)`, each step is a rank that takes some layers from the left and some from the right. Looped, the halves are
-the layers before and after a middle boundary; under V, the right half is the model from its end, and the last step must
-meet the left half.
+from `(0, 0)`, each step is a rank that takes some layers from the left and some from the right. With a looped
+placement, the halves are the layers before and after a middle boundary. Under V, the right half is the model read from
+its end, and the last step must meet the left half.
 
 The points of the grid that can be reached under a limit are found step by step, for all points at once: a rank can step
-to a point if, among the points to the lower left that the ranks before it can reach, the one with the largest sum is
-within its capacity of the point. No partition is left out, so the result is exact; no stage is empty.
+to a point if, among the points to the lower left that the previous ranks can reach, the one with the largest sum is
+within the rank's capacity of the point. All partitions are considered, so the result is exact; no stage is empty.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ LARGEST_SUM = 2**61
 
 @dataclass(frozen=True)
 class Halves:
-    """The two halves of the layers from which ranks take theirs.
+    """The two halves of the layers, from which ranks take their layers.
 
     Attributes:
-        middle: where the left side ends and the right one begins; None where the right one is the model from its end.
-        num_layers: of the model.
+        middle: end of the left half and start of the right half; None if the right half is the model read from its end.
+        num_layers: number of layers of the model.
     """
 
     middle: int | None
     num_layers: int
 
     def sums(self, left_before: Numbers, right_before: Numbers) -> Numbers:
-        """Sum of the layers taken at each point of the grid, from prefix sums as they count in either half."""
+        """Sum of the layers taken at each point of the grid, from the prefix sums of each half."""
         if self.middle is None:
             left, right = left_before, right_before[-1] - right_before[::-1]
         else:
@@ -53,7 +53,7 @@ class Halves:
         return behind
 
     def ends(self) -> Mask:
-        """Points at which every layer is taken once."""
+        """Points at which every layer has been taken once."""
         if self.middle is None:
             return np.eye(self.num_layers + 1, dtype=np.bool_)[::-1]
         ends = np.zeros((self.middle + 1, self.num_layers - self.middle + 1), dtype=np.bool_)
@@ -74,7 +74,7 @@ class Resource:
 
     Attributes:
         before: for each stage, sums of the first 0, 1, ... layers.
-        extras: use of each stage beside its layers.
+        extras: use of each stage besides its layers.
     """
 
     before: Sequence[Numbers]
@@ -116,17 +116,17 @@ def smallest_limit_boundaries(
     incumbent: Sequence[int] | None,
     within: tuple[Resource, int] | None = None,
 ) -> list[int] | None:
-    """Boundaries under which the fullest rank uses as little of a resource as possible.
+    """Boundaries that minimize the use of a resource by the fullest rank.
 
     Args:
         resource: the resource.
-        nested: whether placed as a V, rather than looped.
+        nested: whether stages are placed as a V, rather than looped.
         low: lower bound on the use of the fullest rank.
-        incumbent: a partition from which to begin, within the limit below.
+        incumbent: a partition to start from, which keeps to the limit `within`.
         within: another resource, and its limit for a rank.
 
     Returns:
-        The boundaries; None if there are none within that limit.
+        The boundaries; None if no partition keeps to this limit.
     """
     num_layers = len(resource.before[0]) - 1
     num_ranks = len(resource.extras) // 2
@@ -185,12 +185,12 @@ def _search(
 
 
 def find_path(sums: Sequence[Sequence[Numbers]], capacities: Sequence[Sequence[int]], ends: Mask) -> Path | None:
-    """Return a path from `(0, 0)` to one of `ends` on which every step goes up in both directions, and not too far.
+    """Return a path from `(0, 0)` to one of `ends` on which every step increases both coordinates, within capacities.
 
     Args:
-        sums: for each step one or two grids, which grow in both directions.
-        capacities: the most that each of the step's grids may grow over the step.
-        ends: where the path may end.
+        sums: for each step one or two grids, which increase in both directions.
+        capacities: largest increase of each of the step's grids over the step.
+        ends: points where the path may end.
 
     Returns:
         The points of the path, one more than steps; None if there is none.
