@@ -66,7 +66,7 @@ class Weighing:
 
     Attributes:
         scale: factor of the scores.
-        soft_cap: limit that the scores approach before their softmax; None where there is none.
+        soft_cap: limit that the scores approach before their softmax; None for no limit.
         window: number of tokens that a token attends to, including itself; None for all earlier tokens.
         dropout: probability of zeroing a weight.
         seed: seed of the dropout.

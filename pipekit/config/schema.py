@@ -484,38 +484,37 @@ class Config(Section):
     """Callbacks: early stopping, and a picture of the losses."""
 
     deepspeed: dict[str, Any] = Field(default={}, examples=[{"wall_clock_breakdown": True}])
-    """DeepSpeed's own configuration, as a mapping or the path of a JSON file: what pipekit has a key for is that key's
-    value, `auto` leaves it to pipekit, and the rest is passed on."""
+    """DeepSpeed's own configuration, as a mapping or the path of a JSON file. A value for which pipekit has a key sets
+    that key, `auto` leaves the value to pipekit, and all other values are passed on."""
 
     @property
     def decay_steps(self) -> int:
-        """The step at which the learning rate stops decaying; `train.steps` where it is not given."""
+        """Step at which the learning rate stops decaying, by default `train.steps`."""
         tokens = self.scheduler.decay_tokens
         return self.scheduler.decay_steps or steps_of_tokens(tokens, self.train) or self.train.steps
 
     @property
     def warmup_steps(self) -> int:
-        """Steps over which the learning rate rises, also where they are given in tokens."""
+        """Number of steps over which the learning rate rises, also if the setting is in tokens."""
         return steps_of_tokens(self.scheduler.warmup_tokens, self.train) or self.scheduler.warmup_steps
 
     def updated(self, changes: Mapping[str, Any]) -> Config:
-        """Return a copy with some keys changed, such as `{"train.steps": 5}`, checked again as a whole.
+        """Return a copy with some keys changed, such as `{"train.steps": 5}`; the whole copy is checked again.
 
-        Sizes that came from a preset, and a feed-forward width that came from `hidden_size`, follow when
-        those change.
+        Sizes from a preset change with the preset, and a default feed-forward width changes with `hidden_size`.
 
         Raises:
-            ConfigError: with every mistake.
+            ConfigError: if there are mistakes; it lists all of them.
         """
         from pipekit.config.load import update_config  # loading is built on this module
 
         return update_config(self, changes)
 
     def to_yaml(self) -> str:
-        """Return the resolved configuration as YAML, which loads back to an equal one.
+        """Return the resolved configuration as YAML, which loads to an equal configuration.
 
         Raises:
-            ConfigError: if `model.args` or `deepspeed` holds something that YAML cannot.
+            ConfigError: if `model.args` or `deepspeed` has a value that YAML cannot hold.
         """
         try:
             return write_yaml(self.model_dump())

@@ -144,7 +144,7 @@ class TiedLayerSpec(LayerSpec):
 
 
 def build_layer(spec: LayerSpec, *, name: str, seed: int) -> nn.Module:
-    """Allocate a layer on the CPU, with initial weights that depend on `seed` and `name` alone.
+    """Allocate a layer on the CPU, with initial weights that depend only on `seed` and `name`.
 
     The state of torch's generators is unchanged.
 
