@@ -371,7 +371,7 @@ class TrialContext:
         return self.config.seed
 
     def get_experiment_id(self) -> str:
-        """Return the name of the run folder's parent, such as `runs`."""
+        """Return the name of the folder that contains the run folder, such as `runs`."""
         return self._path.parent.name
 
     def get_trial_id(self) -> str:

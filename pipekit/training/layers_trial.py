@@ -104,7 +104,7 @@ class LayersTrial:
     def build_mixture(self, dataset: MapDataset) -> Mixture | None:
         """Mixture of several sources, whose samples follow one another in the dataset.
 
-        None reads all samples in each epoch, in a new order.
+        None reads all samples in each epoch, in a new order if `data.shuffle` is true.
         """
         return None
 
