@@ -170,7 +170,8 @@ class _Session:
         resources = replace(self.resources, world_size=world_size)
         plan = decide_run(config, load_trial(config), resources, prepared=self.prepared, on_progress=self.tell).plan
         task = Task(str(place), self.num_steps, self.tolerance, None if reference is None else str(reference))
-        run_plan(plan, write_plan(plan).plan, json.dumps(asdict(task)), log_dir=place / "logs", stdout_rank=-1)
+        plan_file, log_dir = write_plan(plan).plan, place / "logs"
+        run_plan(plan, plan_file, json.dumps(asdict(task)), log_dir=log_dir, stdout_rank=-1, is_last=False)
 
 
 def _failure_text(error: PipekitError, *, names_rank: bool = True) -> str:

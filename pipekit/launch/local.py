@@ -53,7 +53,13 @@ _SHARE_OF_LIMIT = 0.8
 
 
 def run_plan(
-    plan: Plan, plan_file: Path, *task: str, log_dir: Path, stdout_rank: int = 0, limit_s: float = math.inf
+    plan: Plan,
+    plan_file: Path,
+    *task: str,
+    log_dir: Path,
+    stdout_rank: int = 0,
+    limit_s: float = math.inf,
+    is_last: bool = True,
 ) -> None:
     """Run every rank of the plan in `plan_file` as a process on this machine; see `run_local`."""
     for note in guard_extension_builds(os.environ):
@@ -76,6 +82,7 @@ def run_plan(
         grace_s=RANK_GRACE_S,
         timeout_s=plan.config.run.timeout_s,
         limit_s=limit_s,
+        is_last=is_last,
     )
 
 
@@ -158,6 +165,7 @@ def run_local(
     master_addr: str = LOCALHOST,
     on_failing: Callable[[RankFailure], object] | None = None,
     limit_s: float = math.inf,
+    is_last: bool = True,
 ) -> None:
     """Run `world_size` processes of `command` on this machine, or the `ranks` among them, and return when all have
     succeeded.
@@ -192,6 +200,8 @@ def run_local(
         master_addr: address of the machine of rank 0.
         on_failing: called with the first failure that is seen, before the other ranks are ended.
         limit_s: seconds after which the ranks are ended, whatever they do.
+        is_last: whether the caller has nothing left to do after these ranks. Otherwise a signal interrupts it even if
+            the ranks have ended as planned by then, or have stopped.
 
     Raises:
         LaunchError: if the port is taken, or a process cannot be started.
@@ -221,7 +231,7 @@ def run_local(
                 timeout_s,
                 limit_s,
             )
-            failure = _run_job(job, signals, grace_s=grace_s, on_failing=on_failing)
+            failure = _run_job(job, signals, grace_s=grace_s, on_failing=on_failing, is_last=is_last)
             if failure is None:
                 return
             if failure.has_stopped:
@@ -331,7 +341,12 @@ class _Worker:
 
 
 def _run_job(
-    job: _Job, signals: Sequence[int], *, grace_s: float, on_failing: Callable[[RankFailure], object] | None
+    job: _Job,
+    signals: Sequence[int],
+    *,
+    grace_s: float,
+    on_failing: Callable[[RankFailure], object] | None,
+    is_last: bool,
 ) -> RankFailure | None:
     """Start all ranks, wait, and leave none behind; return the first failure that was not due to a signal, or a stop.
 
@@ -372,7 +387,7 @@ def _run_job(
     if signals:
         # Whoever a signal ends has no report of its own; and those that lost it have failed because of it.
         failures = [each for each in failures if each.report is not None and each.report.kind != "peer"]
-        if not have_ended and (len(signals) > 1 or not failures):
+        if not is_last or (not have_ended and (len(signals) > 1 or not failures)):
             raise Interrupted(signals[0], f"stopped by {name_signal(signals[0])}: ended {len(workers)} processes")
     return first_failure(failures or stops) if failures or stops else None
 

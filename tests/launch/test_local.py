@@ -59,7 +59,8 @@ for signum in (signal.SIGTERM, signal.SIGHUP):  # a shell may have them ignored
 folder = pathlib.Path(sys.argv[1])
 command = [sys.executable, str(folder / "rank.py"), str(folder)]
 try:
-    run_local(command, world_size=2, log_dir=folder / "logs", env={}, grace_s=float(sys.argv[2]))
+    is_last = "--more" not in sys.argv
+    run_local(command, world_size=2, log_dir=folder / "logs", env={}, grace_s=float(sys.argv[2]), is_last=is_last)
 except (Interrupted, StoppedError) as end:
     print(end, file=sys.stderr)
     sys.exit(end.exit_code)
@@ -320,9 +321,9 @@ def start_launcher(tmp_path: Path) -> Iterator[StartLauncher]:
     """A function that starts a launcher as a process, and returns when its two ranks say they are ready."""
     launchers: list[subprocess.Popen[str]] = []
 
-    def start(body: str, *, grace_s: float = 10) -> subprocess.Popen[str]:
+    def start(body: str, *, grace_s: float = 10, is_last: bool = True) -> subprocess.Popen[str]:
         write_rank(tmp_path, body)
-        command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(grace_s)]
+        command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(grace_s), *([] if is_last else ["--more"])]
         launchers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         assert eventually(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
         return launchers[-1]
@@ -379,6 +380,23 @@ def test_ranks_stop_on_the_signal_that_is_passed_on(tmp_path: Path, start_launch
     launcher.send_signal(signal.SIGUSR1)
     _, errors = launcher.communicate(timeout=120)
     assert (launcher.returncode, errors) == (ExitCode.STOPPED, "stopped by SIGUSR1 after step 3\n")
+    assert_nothing_left(tmp_path, num_pids=2)
+
+
+@pytest.mark.parametrize(("is_last", "exit_code"), [(True, 0), (False, 130)])
+def test_a_signal_that_ranks_end_before_interrupts_a_launcher_that_has_more_to_do(
+    tmp_path: Path, start_launcher: StartLauncher, is_last: bool, exit_code: int
+) -> None:
+    body = """
+    signal.signal(signal.SIGINT, lambda *_: say(f"asked-{rank}"))
+    say(f"ready-{rank}")
+    wait_for(f"asked-{rank}")
+    """
+    launcher = start_launcher(body, is_last=is_last)
+    launcher.send_signal(signal.SIGINT)
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == exit_code
+    assert errors == ("" if is_last else "stopped by SIGINT: ended 2 processes\n")
     assert_nothing_left(tmp_path, num_pids=2)
 
 

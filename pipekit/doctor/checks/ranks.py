@@ -39,7 +39,13 @@ def _measure(title: str, site: Site, num_ranks: int, *, on_gpus: bool) -> list[R
         try:
             # The terminal shows only rows; the output of ranks goes to their logs.
             run_local(
-                command, world_size=num_ranks, log_dir=log_dir, env=environ, stdout_rank=-1, timeout_s=2 * LIMIT_S
+                command,
+                world_size=num_ranks,
+                log_dir=log_dir,
+                env=environ,
+                stdout_rank=-1,
+                timeout_s=2 * LIMIT_S,
+                is_last=False,
             )
         except PipekitError as error:
             return [judge_failure(title, str(error), on_one_machine=True)]
