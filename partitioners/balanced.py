@@ -42,8 +42,8 @@ def balanced_boundaries(
         stage_extras: cost of each stage besides its layers, such as the loss on the last; none by default.
         memory: memory limit of the ranks; none by default.
 
-        Returns:
-            One more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
+    Returns:
+        One more layer index than stages; stage `s` holds layers `boundaries[s]` to `boundaries[s + 1] - 1`.
 
     Raises:
         LayoutError: if there are fewer layers than stages, a cost is negative or not finite, a stage or layer has no

@@ -20,8 +20,8 @@ def partition_manually(
         num_stages: required number of stages.
         source: origin of the boundaries, with which error messages begin.
 
-        Raises:
-            LayoutError: if the boundaries do not rise from 0 to `num_layers`, or do not make `num_stages` stages.
+    Raises:
+        LayoutError: if the boundaries do not rise from 0 to `num_layers`, or do not make `num_stages` stages.
 
     Example:
         >>> partition_manually([0, 1, 4], num_layers=4, num_stages=2)

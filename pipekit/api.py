@@ -47,10 +47,10 @@ def train(
             `trial` (a `Trial`).
         trust_code: whether to run code that a `config.yaml` in the folder of a run or a checkpoint names.
 
-        Raises:
-            PipekitError: if the configuration is wrong or a rank fails; the message is that of the command.
-            StoppedError: if a signal or `run.max_time` stopped the run after it saved a checkpoint.
-            KeyboardInterrupt: if it was interrupted before there was anything to save.
+    Raises:
+        PipekitError: if the configuration is wrong or a rank fails; the message is that of the command.
+        StoppedError: if a signal or `run.max_time` stopped the run after it saved a checkpoint.
+        KeyboardInterrupt: if it was interrupted before there was anything to save.
     """
     end_reading()
     from pipekit.commands.train import run
@@ -96,11 +96,11 @@ def plan(
         trial: a trial class, in place of `run.trial`.
         trust_code: see `train`.
 
-        Returns:
-            The data that `pipekit plan --json` prints.
+    Returns:
+        The data that `pipekit plan --json` prints.
 
-        Raises:
-            PipekitError: if the configuration is wrong, or no layout fits.
+    Raises:
+        PipekitError: if the configuration is wrong, or no layout fits.
     """
     from pipekit.commands.plan import PlanOptions, plan_report
 
@@ -135,11 +135,11 @@ def verify(
         trial: a trial class, in place of `run.trial`.
         trust_code: see `train`.
 
-        Returns:
-            The data that `pipekit verify --json` prints; `agrees` is True if no layout differs.
+    Returns:
+        The data that `pipekit verify --json` prints; `agrees` is True if no layout differs.
 
-        Raises:
-            PipekitError: if the configuration is wrong, or no layout fits.
+    Raises:
+        PipekitError: if the configuration is wrong, or no layout fits.
         KeyboardInterrupt: if it was interrupted.
     """
     end_reading()

@@ -163,8 +163,8 @@ def plan_layout(
         world_size: number of processes that a launcher has already started, if any.
         num_devices: number of accelerators present; None on a machine without any, where `auto` means 1.
 
-        Raises:
-            LayoutError: if `pp * dp * tp` does not fit the ranks or devices, or `order` does not name each axis once.
+    Raises:
+        LayoutError: if `pp * dp * tp` does not fit the ranks or devices, or `order` does not name each axis once.
 
     Example:
         >>> print(plan_layout(pp=2, tp=1, dp="auto", world_size=8))

@@ -93,9 +93,9 @@ class CheckpointReader:
             shard: the shard to read; by default the whole tensor.
             is_verified: whether the tensor's checksum has already been checked, here or on another rank.
 
-            Raises:
-                DamagedCheckpointError: if its bytes have changed since they were written.
-                CheckpointError: if the checkpoint does not hold the tensor.
+        Raises:
+            DamagedCheckpointError: if its bytes have changed since they were written.
+            CheckpointError: if the checkpoint does not hold the tensor.
         """
         if not is_verified:
             self.verify(name, kind)

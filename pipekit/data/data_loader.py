@@ -218,8 +218,8 @@ def data_length(batch: Any) -> int:
     Args:
         batch: tensors and arrays `(B, ...)` in tuples, lists and dicts; other values are ignored.
 
-        Raises:
-            DataError: if no tensor or array has a dimension.
+    Raises:
+        DataError: if no tensor or array has a dimension.
 
     Example:
         >>> data_length({"name": "x", "images": (torch.zeros(3, 8, 8), torch.zeros(3))})

@@ -97,8 +97,8 @@ class PipelineModule(DeepSpeedPipelineModule):  # type: ignore[misc]
             over the replicas as soon as it is built, so no rank ever holds the whole model; otherwise the engine shards
             all layers at once.
 
-        Raises:
-            PipekitError: if layers, degrees and processes do not fit together.
+    Raises:
+        PipekitError: if layers, degrees and processes do not fit together.
     """
 
     def __init__(

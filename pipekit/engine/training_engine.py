@@ -290,8 +290,8 @@ class TrainingEngine(BaseEngine):
             num_micro_batches: number of micro-batches; by default that of training.
             observe: called on the last stage with each micro-batch's outputs and labels.
 
-            Raises:
-                ConfigError: if `reduce_output` or `num_micro_batches` has another value.
+        Raises:
+            ConfigError: if `reduce_output` or `num_micro_batches` has another value.
         """
         if reduce_output is not None and str(reduce_output).lower() != "avg":
             raise ConfigError(f"reduce_output={reduce_output}: must be 'avg', or None for a list")

@@ -28,8 +28,8 @@ def evaluate(trial: Trial, data: TrialData, callbacks: Callbacks, *, most_batche
         callbacks: callbacks to call before and after.
         most_batches: largest number of batches; None evaluates all.
 
-        Raises:
-            PipekitError: on every rank, if the trial returns something that is not a metric.
+    Raises:
+        PipekitError: on every rank, if the trial returns something that is not a metric.
         EvaluationStopped: on every rank, after a request to stop.
     """
     context: TrialContext = trial.context

@@ -114,8 +114,8 @@ class BatchMetrics(MetricReducer):
             metrics: a number, or a tensor of one element, for each name; the same names in every batch.
             weight: weight of the batch in means, such as its number of samples.
 
-            Raises:
-                PipekitError: if the metrics have other types, or other names than in the batch before.
+        Raises:
+            PipekitError: if the metrics have other types, or other names than in the batch before.
         """
         if not isinstance(metrics, Mapping):
             raise PipekitError(

@@ -126,11 +126,11 @@ class Callbacks:
         here: callbacks of this rank only, which are called first, and whose exceptions are raised only here.
         activity: where this rank notes that it is calling callbacks.
 
-        Attributes:
-            batch: batches trained so far.
+    Attributes:
+        batch: batches trained so far.
 
-        Raises:
-            PipekitError: on every rank, if `callbacks` is not a dict of callbacks, or ranks have different ones.
+    Raises:
+        PipekitError: on every rank, if `callbacks` is not a dict of callbacks, or ranks have different ones.
     """
 
     def __init__(

@@ -214,8 +214,8 @@ class TrialLoop:
             tries_earlier: whether to take the newest intact checkpoint before `start` if it is damaged.
             warning: a warning about a newer checkpoint that is damaged.
 
-            Raises:
-                StoppedError: on every rank, after a request to stop and a checkpoint of the last batch.
+        Raises:
+            StoppedError: on every rank, after a request to stop and a checkpoint of the last batch.
         """
         has_failed = True
         try:

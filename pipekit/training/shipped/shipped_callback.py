@@ -28,8 +28,8 @@ class ShippedCallback(TrialCallback):
             trial: the trial.
             evaluates: whether the trial has validations.
 
-            Raises:
-                PipekitError: if the trial lacks something that the callback needs.
+        Raises:
+            PipekitError: if the trial lacks something that the callback needs.
         """
 
     @property
