@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -186,6 +187,8 @@ def _main(
     stderr: str,
     fork_ranks: bool,
 ) -> None:
+    # A shell that runs the tests in the background has the signals of the terminal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environ)
