@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from io import RawIOBase
 from pathlib import Path
@@ -17,6 +18,15 @@ from pipekit.storage import find_storage_error, storage_error, storing
 def utc_now() -> str:
     """The present second in UTC, in ISO format, as records of a run have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a file; nothing if it cannot be written.
+
+    It is one write, so that the line stays whole beside those that other processes append.
+    """
+    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+        file.write(f"{json.dumps(record)}\n".encode())
 
 
 class LineFile:

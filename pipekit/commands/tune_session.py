@@ -100,8 +100,15 @@ class TuneSession:
                 plan = decide_run(config, load_trial(config), resources, prepared=self.prepared).plan
                 plan_file = write_plan(plan).plan
             task = (TIMING_TASK, str(num_steps), str(result))
-            options: dict[str, Any] = {"stdout_rank": -1, "limit_s": self.limit_s, "is_last": False}
-            run_plan(plan, plan_file, *task, log_dir=place / "logs", **options)
+            run_plan(
+                plan,
+                plan_file,
+                *task,
+                log_dir=place / "logs",
+                stdout_rank=-1,
+                limit_s=self.limit_s,
+                is_last=False,
+            )
         except PipekitError as error:
             return _failed(error)
         timed = read_timed_steps(result)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Container, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from pipekit.files import write_atomically
 from pipekit.hangs.heartbeat import Heartbeat, heartbeat_file
-from pipekit.line_files import utc_now
+from pipekit.line_files import append_record, utc_now
 from pipekit.storage import storage_error
 
 STALL_STEPS = 10
@@ -97,17 +95,16 @@ class HangMonitor:
         return max((heard.doing_s(self._now_s) for heard in self._heard.values()), default=0.0)
 
     def warn(self, terminal: TextIO) -> None:
-        """Write a warning, if there is one, to the terminal and into the file of stalls, to which launchers of several
-        hosts may append."""
+        """Write a warning, if there is one, to the terminal and to the file of stalls.
+
+        The launchers of several hosts may append to the same file.
+        """
         warning = self.warning()
         if warning is None:
             return
         terminal.write(f"warning: {warning}\n")
         terminal.flush()
-        line = json.dumps({"time": utc_now(), "text": warning}) + "\n"
-        # The run goes on where the disk is full. One write keeps a line whole beside those of others.
-        with suppress(OSError), self._stalls.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        append_record(self._stalls, {"time": utc_now(), "text": warning})
 
     def warning(self) -> str | None:
         """One line about a stall; None if there is none, or there was a warning about it before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -16,7 +15,7 @@ from pipekit.errors import CheckpointError, ExitCode, PipekitError
 from pipekit.launch.environment import RankEnvironment
 from pipekit.launch.failures import RankError
 from pipekit.launch.worker import error_file_from
-from pipekit.line_files import utc_now
+from pipekit.line_files import append_record, utc_now
 from pipekit.signals import ending_at_once
 
 # Mistakes, numbers and full disks would be the same again.
@@ -116,7 +115,7 @@ def _write_again(page: Path) -> None:
     from pipekit.pages.run_page import write_run_page
     from pipekit.pages.run_record import RunRecord
 
-    # Whatever is wrong with a page, the failure counts for more.
+    # A faulty page must not hide the failure.
     with suppress(Exception):
         write_run_page([RunRecord.read(page.parent)], page)
 
@@ -134,5 +133,4 @@ def _record(error: PipekitError, file: Path, number: int, checkpoint: str | None
         "checkpoint": checkpoint,
         "then": outcome,
     }
-    with suppress(OSError), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    append_record(file, record)

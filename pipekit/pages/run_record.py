@@ -28,8 +28,8 @@ class Event:
     Attributes:
         time: in UTC, in ISO format; empty where it is not known.
         step: the step after which it happened; None where it is not known.
-        kind: `start`, `checkpoint`, `evaluation`, `warning`, `spike`, `rollback`, `stall`, `failure`, `stop` or
-            `end`.
+        kind: `start`, `checkpoint`, `evaluation`, `warning`, `spike`, `rollback`, `stall`, `restart`, `failure`,
+            `stop` or `end`.
         text: what happened.
     """
 

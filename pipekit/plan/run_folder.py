@@ -66,8 +66,15 @@ class RunFolder:
         self.failures = self.path / "failures.jsonl"
         self.logs = self.path / "logs"
         self.stalls = self.logs / STALLS_FILE
-        kept = (self.metrics, self.spikes, self.samples, self.evaluations, self.events, self.failures, self.stalls)
-        self.records = kept
+        self.records = (
+            self.metrics,
+            self.spikes,
+            self.samples,
+            self.evaluations,
+            self.events,
+            self.failures,
+            self.stalls,
+        )
         self.report = self.path / "report.html"
         self.profile = self.path / "profile"
         self.schedule = self.path / "schedule.csv"

@@ -18,16 +18,16 @@ from pipekit.schedules import Costs, Schedule, Timeline, simulate
 Pass = Literal["forward", "input_gradient", "weight_gradient", "recomputed"]
 """One pass over a layer."""
 
-# The first product of a layer has about half of its weights: three quarters in attention, and half or two thirds in a
-# feed-forward.
+# Share of a layer's weight gradient that is computed while the gradient of its input is summed: that of the first
+# product, which has three quarters of the weights in attention, and half or two thirds in a feed-forward layer.
 _BESIDE = 0.5
 
-# Of the time of a message between pipeline stages, the part for which each of both ranks waits.
+# Share of the time of a message between pipeline stages for which each of the two ranks waits.
 _WAITING = 0.75
 
-# A reduce-scatter and an all-gather take longer than the all-reduce that they take the place of. Source: Korthikanti et
-# al. 2022, section 6.1, which says so, and its table 5, on which the factor is fitted.
-_HALVES = 1.2
+# Time of a reduce-scatter and an all-gather over that of the all-reduce that they replace. Source: Korthikanti et al.
+# 2022, section 6.1, which says that they take longer, and table 5, on which the factor is fitted.
+_SCATTER_AND_GATHER = 1.2
 
 # Gradients are accumulated, and so reduced, in fp32 under every precision.
 _REDUCED_BYTES = 4
@@ -212,14 +212,16 @@ def action_costs(
     tp, layers = cluster.layout.tp, costs.layers
     layer_s = _LayerTimes(cluster.device, matmul_format, tp, sequence_parallel)
     ring, least_s = cluster.ring("tensor"), cluster.device.launch_s
-    halves = _HALVES if sequence_parallel else 1.0
+    slower = _SCATTER_AND_GATHER if sequence_parallel else 1.0
+    # A schedule that splits backwards computes the weight gradient later, and on a CPU both take the same cores.
+    beside = 0.0 if splits_backwards or cluster.device.processors is None else _BESIDE
     forward_s, input_gradient_s, weight_gradient_s = [], [], []
     for start, end in pairwise(boundaries):
         stage = layers[start:end]
         if costs.loss is not None and end == len(layers):
             stage = [*stage, costs.loss]
         messages_s = [
-            halves * all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, ring) if layer.forward_flops else 0.0
+            slower * all_reduce_s(min(layer.input_bytes, layer.output_bytes), tp, ring) if layer.forward_flops else 0.0
             for layer in stage
         ]
         forwards = [
@@ -229,10 +231,7 @@ def action_costs(
         weights = [layer_s.of(layer, "weight_gradient") for layer in stage]
         inputs = sum(layer_s.of(layer, "input_gradient", least_s) for layer in stage)
         for message_s, gradient_s in zip(messages_s, weights, strict=True):
-            # A schedule that splits backwards computes the weight gradient later, and CPUs have no time besides.
-            is_alone = splits_backwards or cluster.device.processors is None
-            beside_s = 0.0 if is_alone else _BESIDE * gradient_s
-            inputs += backward_waits_s(message_s, beside_s, sequence_parallel=sequence_parallel)
+            inputs += backward_waits_s(message_s, beside * gradient_s, sequence_parallel=sequence_parallel)
         for layer, message_s, whole_s in zip(stage, messages_s, forwards, strict=True):
             if layer.is_recomputed:
                 ends_early = not splits_backwards and layer.forward_s is None and _ends_early(layer)

@@ -43,10 +43,10 @@ class Choice:
 
 
 def list_candidates(choices: Sequence[Choice]) -> list[Candidate]:
-    """Choices as the search takes them.
+    """Candidates of the search, one for each choice.
 
-    ZeRO 2 sends gradients in every micro-batch where ZeRO 1 does so once a step, and ZeRO 3 sends weights besides: they
-    stand in for the stage below where memory is short.
+    ZeRO 2 sends gradients in every micro-batch, where ZeRO 1 does so once a step, and ZeRO 3 sends weights as well. So
+    each stands in for the stage below, for when memory is short.
     """
     index_of = {choice.prediction.plan: index for index, choice in enumerate(choices)}
 

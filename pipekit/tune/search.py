@@ -41,8 +41,8 @@ class Candidate:
         planned_s: planned seconds of a step.
         memory_bytes: planned memory of the fullest rank.
         properties: what candidates are told apart by: numbers, compared by their ratios, and names.
-        stands_in_for: index of the candidate that this one differs from only in that it takes less memory and sends
-            more messages. It is measured only if that one did not get its memory.
+        stands_in_for: index of the candidate that differs from this one only by needing more memory and sending fewer
+            messages. This one is measured only if that one ran out of memory, or was ruled out.
     """
 
     planned_s: float
@@ -115,33 +115,38 @@ class Search:
         return left[chosen] if gains[chosen] > self.margin else None
 
     def run(self, measure: Callable[[int], Measured], *, most_runs: int) -> None:
-        """Measure candidates until none is worth a run, and then those that are expected to be the fastest two.
+        """Measure candidates until none is worth a run, or `most_runs` have been measured.
+
+        The last two runs, and two once none is worth a run, go to those that are expected to be fastest.
 
         Args:
             measure: called with the index of a candidate.
             most_runs: limit on the number of candidates that are measured.
         """
-        while len(self.results) < most_runs - _LAST_RUNS and (chosen := self.choose()) is not None:
-            self.results[chosen] = measure(chosen)
-        most_runs = min(most_runs, len(self.results) + _LAST_RUNS)
-        while len(self.results) < most_runs and (left := self._left()):
-            mean, _ = self._correct(left)
-            chosen = left[int(np.argmin(mean))]
+        num_checks = 0
+        while len(self.results) < most_runs:
+            is_near_end = len(self.results) >= most_runs - _LAST_RUNS
+            chosen = None if is_near_end else self.choose()
+            if chosen is None:
+                left = self._left()
+                if not left or (num_checks == _LAST_RUNS and not is_near_end):
+                    return
+                mean, _ = self._correct(left)
+                chosen = left[int(np.argmin(mean))]
+                num_checks += 1
             self.results[chosen] = measure(chosen)
 
     def _left(self) -> list[int]:
         """Indices of the candidates to choose from."""
         ruled_out, left = self.ruled_out(), list[int]()
+        lacking = ruled_out | {i for i, result in self.results.items() if result.failure == "memory"}
         for i in sorted(set(range(len(self.candidates))) - self.results.keys() - ruled_out):
             original = self.candidates[i].stands_in_for
-            if original is not None and original not in ruled_out and not self._lacked_memory(original):
+            if original is not None and original not in lacking:
                 continue
             if not any(_is_variant(self.candidates[i], self.candidates[earlier]) for earlier in left):
                 left.append(i)
         return left
-
-    def _lacked_memory(self, index: int) -> bool:
-        return index in self.results and self.results[index].failure == "memory"
 
     def _correct(self, indices: Sequence[int]) -> tuple[_Array, _Array]:
         """Mean and standard deviation of the logarithm of each candidate's seconds."""

@@ -384,7 +384,7 @@ def test_ranks_stop_on_the_signal_that_is_passed_on(tmp_path: Path, start_launch
 
 
 @pytest.mark.parametrize(("is_last", "exit_code"), [(True, 0), (False, 130)])
-def test_a_signal_that_ranks_end_before_interrupts_a_launcher_that_has_more_to_do(
+def test_a_signal_interrupts_a_launcher_that_has_more_to_do_even_if_its_ranks_have_ended(
     tmp_path: Path, start_launcher: StartLauncher, is_last: bool, exit_code: int
 ) -> None:
     body = """

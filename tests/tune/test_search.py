@@ -137,6 +137,22 @@ def test_what_only_saves_memory_is_measured_where_memory_is_short() -> None:
     assert runs(limit=1e9, gigabytes=(4, 3, 3, 1)) == [0, 1, 3]
 
 
+def test_a_search_that_learns_from_its_last_runs_goes_on() -> None:
+    """The second kind is planned to be too slow to try, and is the faster one, as one of the last two runs shows."""
+    planned = {"known": (0.1, 0.15), "new": (0.5, 0.51, 0.52, 0.53)}
+    candidates = [
+        Candidate(planned_s, 1e9, {"kind": kind, "size": 2.0**number})
+        for kind, all_s in planned.items()
+        for number, planned_s in enumerate(all_s)
+    ]
+    truth = [0.1, 0.15, 0.09, 0.08, 0.07, 0.06]
+    search = Search(candidates)
+    search.run(lambda index: Measured(truth[index]), most_runs=20)
+    assert list(search.results) == [0, 1, 2, 5]
+    assert search.best == 5
+    assert search.choose() is None
+
+
 def test_the_last_runs_go_to_what_is_expected_to_be_fastest() -> None:
     """Nothing is known of the second kind but that it is planned to be slow: that is learnt before, not at the end."""
     kinds = [("known", 0.100), ("known", 0.101), ("known", 0.102), ("new", 0.11), ("new", 0.12)]
